@@ -1,0 +1,1 @@
+"""HPC-Coder-V2 (Chaturvedi et al. 2024): a code model for parallel code."""

@@ -1,0 +1,1 @@
+"""Loki (Singhania et al. 2024): low-rank keys for sparse attention."""

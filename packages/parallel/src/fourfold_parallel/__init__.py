@@ -1,0 +1,1 @@
+"""The distributed runtime of fourfold, and the reproduction of AxoNN (SC'24)."""

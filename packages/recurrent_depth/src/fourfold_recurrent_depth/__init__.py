@@ -1,0 +1,1 @@
+"""Recurrent-depth language models (Geiping et al. 2025)."""
