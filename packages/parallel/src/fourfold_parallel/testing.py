@@ -12,7 +12,6 @@ import contextlib
 import importlib.util
 import inspect
 import multiprocessing
-import os
 import socket
 import sys
 import traceback
@@ -25,7 +24,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jaxtyping
 import torch
 import torch.distributed as dist
 
@@ -33,7 +31,7 @@ COLLECTIVE_TIMEOUT_S = 60
 """A collective that takes longer was not called by every rank."""
 LAW_TIMEOUT_S = 240
 
-_PRELOADED = ["torch", "torch.distributed.tensor", "transformers.models.auto.modeling_auto"]
+_PRELOADED = ["fourfold_parallel._checked"]
 """What the server imports once, so that a rank starts in the time of a fork."""
 
 
@@ -137,8 +135,6 @@ def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
         world_size=ranks,
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
     )
-    if "JAXTYPING_DISABLE" not in os.environ:
-        jaxtyping.install_import_hook("fourfold_parallel", "beartype.beartype")
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             source, name, arguments = pipe.recv()
