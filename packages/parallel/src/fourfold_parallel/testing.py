@@ -140,7 +140,7 @@ def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
             source, name, arguments = pipe.recv()
             try:
                 result = (True, getattr(_module(source), name)(**arguments))
-            except Exception:  # noqa: BLE001: whatever a law raises is its result
+            except Exception:  # noqa: BLE001 - whatever a law raises is its result
                 result = (False, traceback.format_exc())
             pipe.send(result)
 

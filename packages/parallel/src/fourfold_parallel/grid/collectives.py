@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-_functional = torch.ops._c10d_functional  # noqa: SLF001: the operators have no public name
+_functional = torch.ops._c10d_functional  # noqa: SLF001 - the operators have no public name
 
 Context = Any
 """An autograd context, on which a function keeps what its backward needs."""

@@ -67,7 +67,7 @@ class DataReducer:
         self._open.append(gradient)
         if not self._called:
             self._called = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # noqa: SLF001: as in DistributedDataParallel; no public name
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # noqa: SLF001 - as in DistributedDataParallel; no public name
         if sum(gradient.nbytes for gradient in self._open) >= self._bucket_bytes:
             self._send()
 
@@ -115,7 +115,9 @@ def gradient_norm(
         for axis in mesh.axes:
             total = axis.all_reduce(total, op="max", layer="gradient_norm").wait()
         return total
-    copies = [_copies(gradient, mesh) for gradient, p in zip(gradients, pieces, strict=True) if p.numel()]
+    copies = [
+        _copies(gradient, mesh) for gradient, p in zip(gradients, pieces, strict=True) if p.numel()
+    ]
     total = torch.zeros((), dtype=dtype, device=device)
     for norm, count in zip(norms, copies, strict=True):
         total = total + norm.pow(order) / count
@@ -152,7 +154,7 @@ def clip_gradients(
 def local(tensor: Tensor | None) -> Tensor:
     """This rank's piece, without a graph."""
     assert tensor is not None
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # noqa: SLF001: to_local would build a graph
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # noqa: SLF001 - to_local would build a graph
 
 
 def _copies(gradient: Tensor, mesh: Mesh) -> int:

@@ -10,8 +10,6 @@ as transformers wrote it. Each rank feeds its share of the batch, equal along ro
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,7 +24,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from fourfold_parallel.grid import layers
 from fourfold_parallel.grid.collectives import Axis
@@ -50,7 +47,7 @@ from fourfold_parallel.grid.layout import (
 from fourfold_parallel.grid.linear import Linear, bias_placements, weight_placements
 from fourfold_parallel.grid.mesh import Mesh, Placements
 from fourfold_parallel.grid.products import Products
-from fourfold_parallel.grid.schedule import Layer, Overlaps, Schedule
+from fourfold_parallel.grid.schedule import ALL_OVERLAPS, Layer, Overlaps, Schedule
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "split_size")
 """Attributes by which attention modules of transformers count what a rank now holds a part of."""
@@ -104,9 +101,11 @@ class Parallel:
                 assert isinstance(parameter, DTensor)
                 placements: Placements = tuple(parameter.placements)
                 piece = self.stored[name].read(
-                    source(name), self.mesh.slices(parameter.shape, placements), tuple(parameter.shape)
+                    source(name),
+                    self.mesh.slices(parameter.shape, placements),
+                    tuple(parameter.shape),
                 )
-                parameter._local_tensor.copy_(piece)  # noqa: SLF001: in place, outside of autograd
+                parameter._local_tensor.copy_(piece)  # noqa: SLF001 - in place, outside of autograd
 
 
 def parallelize(
@@ -114,7 +113,7 @@ def parallelize(
     mesh: Mesh,
     *,
     rules: Mapping[str, Rule] | None = None,
-    overlaps: Overlaps = Overlaps(),  # noqa: B008: frozen
+    overlaps: Overlaps = ALL_OVERLAPS,
     logits: Literal["whole", "split"] = "whole",
     keeps_tiles: bool = False,
     products: Products | None = None,
@@ -123,7 +122,7 @@ def parallelize(
     """Put a model on the grid; it is changed in place.
 
     Args:
-        model: Any causal language model of transformers; equal on every rank, or on the meta device.
+        model: A causal language model of transformers, equal on every rank or on the meta device.
         mesh: The grid.
         rules: What modules become, by name pattern, where the published plan is not to be followed.
         overlaps: Which communication runs under computation.
@@ -191,10 +190,12 @@ def open_weights(path: Path) -> Iterator[Source]:
     """
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not files[0].exists():
-        raise ValueError(f"{path} holds no safetensors; convert the weights, or name another folder")
+        raise ValueError(
+            f"{path} holds no safetensors; convert the weights, or name another folder"
+        )
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
-        where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118: not a dict
+        where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - not a dict
 
         def source(name: str) -> Any:
             if name not in where:
@@ -236,8 +237,9 @@ class _Builder:
                 return self._linear(name, module, rule)
             case Vocabulary():
                 padding = getattr(module, "padding_idx", None)
+                scale = getattr(module, "scalar_embed_scale", 1.0)
                 weight = take("weight", layers.VOCABULARY)
-                return layers.Embedding(weight, padding_token=padding, **common)
+                return layers.Embedding(weight, padding_token=padding, scale=scale, **common)
             case Positions():
                 return layers.Table(module, take("weight", layers.POSITIONS), **common)
             case PerHead():
@@ -346,9 +348,7 @@ class GridLoss:
         if logits.shape[-1] != stop - start:
             # Whole logits: their gradient is taken alike on every rank of row, as it should be.
             row = Axis(name="row", size=1, rank=0)
-        return layers.vocabulary_cross_entropy(
-            logits, targets, row=row, vocabulary=self.vocabulary
-        )
+        return layers.vocabulary_cross_entropy(logits, targets, row=row, vocabulary=self.vocabulary)
 
 
 def _count_local_heads(model: nn.Module, rules: Mapping[str, Rule], row: Axis) -> None:
@@ -372,7 +372,7 @@ def _fill_buffers(model: PreTrainedModel, device: str) -> None:
     for module in model.modules():
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             module.to_empty(device=device, recurse=False)
-            model._init_weights(module)  # noqa: SLF001: the method that model files override
+            model._init_weights(module)  # noqa: SLF001 - the method that model files override
 
 
 def _restart(schedule: Schedule) -> None:

@@ -37,7 +37,7 @@ class Embedding(Layer):
 
     A rank looks up the tokens of its part of the vocabulary and gives zero for the others; the sum
     over row is the embedding. Its gradient needs no exchange over row: each rank's tokens are its
-    own. `padding_token` gets no gradient, as in torch.
+    own. `padding_token` gets no gradient, as in torch, and `scale` multiplies the result.
     """
 
     def __init__(
@@ -48,9 +48,11 @@ class Embedding(Layer):
         name: str,
         schedule: Schedule,
         padding_token: int | None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__(mesh=mesh, name=name, schedule=schedule)
         self.hold_tiled("weight", weight)
+        self.scale = scale
         self.start, self.stop = mesh.row.bounds(weight.shape[0])
         self.padding: int | None = None
         if padding_token is not None and self.start <= padding_token < self.stop:
@@ -64,7 +66,11 @@ class Embedding(Layer):
         elsewhere = (tokens < self.start) | (tokens >= self.stop)
         here = (tokens - self.start).masked_fill(elsewhere, 0)
         found = F.embedding(here, tile, padding_idx=self.padding)
-        return self.mesh.row.sum(found.masked_fill(elsewhere.unsqueeze(-1), 0))
+        embedding = self.mesh.row.sum(found.masked_fill(elsewhere.unsqueeze(-1), 0))
+        if self.scale == 1.0:
+            return embedding
+        # Gemma keeps its scale in float32 and rounds it to the embedding's number format.
+        return embedding * torch.tensor(self.scale).to(embedding)
 
 
 class Table(Layer):
@@ -158,7 +164,9 @@ class RMSNorm(Layer):
         self.epsilon, self.offset, self.gains_wide = epsilon, offset, gains_wide
         self.hold_copied("weight", weight, summed=[mesh.depth])
 
-    def forward(self, hidden_states: Float[Tensor, "*batch piece"]) -> Float[Tensor, "*batch piece"]:
+    def forward(
+        self, hidden_states: Float[Tensor, "*batch piece"]
+    ) -> Float[Tensor, "*batch piece"]:
         """The normalised features of this rank's part of col."""
         gain = self.use(self.visit(), "weight")
         wide = hidden_states.to(_at_least_float32(hidden_states.dtype))
@@ -195,7 +203,9 @@ class LayerNorm(Layer):
         else:
             self.hold_copied("bias", bias, summed=[mesh.depth])
 
-    def forward(self, hidden_states: Float[Tensor, "*batch piece"]) -> Float[Tensor, "*batch piece"]:
+    def forward(
+        self, hidden_states: Float[Tensor, "*batch piece"]
+    ) -> Float[Tensor, "*batch piece"]:
         """The normalised features of this rank's part of col."""
         visit = self.visit()
         gain = self.use(visit, "weight")
@@ -255,7 +265,11 @@ class WholeHead(Linear):
 
 
 def vocabulary_cross_entropy(
-    logits: Float[Tensor, "*batch piece"], targets: Int[Tensor, "*batch"], *, row: Axis, vocabulary: int
+    logits: Float[Tensor, "*batch piece"],
+    targets: Int[Tensor, "*batch"],
+    *,
+    row: Axis,
+    vocabulary: int,
 ) -> Float[Tensor, "*batch"]:
     """Cross-entropy in nats of logits whose vocabulary is cut over row; zero at ignored targets.
 
@@ -273,9 +287,7 @@ def vocabulary_cross_entropy(
 
 class _VocabularyCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, row: Axis, vocabulary: int
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, row: Axis, vocabulary: int) -> Tensor:
         start, stop = row.bounds(vocabulary)
         wide = logits.to(_at_least_float32(logits.dtype))
         largest = (

@@ -184,6 +184,11 @@ def check_sizes(
         )
     for name, rule in rules.items():
         module = model.get_submodule(name)
+        if isinstance(rule, Vocabulary) and not _is_lookup(module):
+            raise ValueError(
+                f"{name}: {type(module).__name__} does more than look up rows, and its vocabulary "
+                "cannot be cut; pass rules={...: Positions()} to cut its width only"
+            )
         if isinstance(rule, Plain) and rule.parts > 1:
             features = _out_features(module) // rule.parts
             if features % row:
@@ -280,6 +285,11 @@ def _evident(model: PreTrainedModel, module: nn.Module) -> Rule | None:
     if is_norm and all(p.shape == (width,) for p in module.parameters(recurse=False)):
         return ResidualNorm()
     return None
+
+
+def _is_lookup(module: nn.Module) -> bool:
+    """Whether an embedding is torch's own, or one with a scale."""
+    return type(module).forward is nn.Embedding.forward or hasattr(module, "scalar_embed_scale")
 
 
 def _first_match(name: str, rules: Mapping[str, Rule]) -> Rule | None:

@@ -154,7 +154,6 @@ class Mesh:
                 bounds[placement.dim] = (start + lower, start + upper)
         return tuple(slice(start, stop) for start, stop in bounds)
 
-
     @staticmethod
     def without_depth(placements: Sequence[Placement]) -> Placements:
         """The placements of the gathered tile."""

@@ -23,7 +23,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 
 from fourfold_parallel.grid.collectives import Axis, Context, Pending
 from fourfold_parallel.grid.mesh import Mesh
@@ -45,6 +44,7 @@ class Overlaps:
     """How many layers' gathers may be under way before they are asked for."""
 
 
+ALL_OVERLAPS = Overlaps()
 NO_OVERLAP = Overlaps(input_gradient=False, weight_gradient=False, weights=False)
 
 
@@ -292,8 +292,8 @@ class Layer(nn.Module):
 
     def state(self) -> tuple[Any, ...]:
         """What a visit depends on: the parameters' storage and versions, and autograd's mode."""
-        locals_ = [getattr(self, name)._local_tensor for name in self.parameter_names]  # noqa: SLF001: to_local costs a graph node
-        versions = tuple((piece.data_ptr(), piece._version) for piece in locals_)  # noqa: SLF001: no public version counter
+        locals_ = [getattr(self, name)._local_tensor for name in self.parameter_names]  # noqa: SLF001 - to_local costs a graph node
+        versions = tuple((piece.data_ptr(), piece._version) for piece in locals_)  # noqa: SLF001 - no public version counter
         return versions, torch.is_grad_enabled()
 
 
