@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from fourfold_parallel.grid.huggingface import Parallel, parallelize
-from fourfold_parallel.grid.laws import OVERLAPS, Sizes, close, factorisations, mesh_of, whole
+from fourfold_parallel.grid.gradients import local
+from fourfold_parallel.grid.huggingface import parallelize
+from fourfold_parallel.grid.laws import OVERLAPS, Sizes, close, factorisations, mesh_of, piece_of
 from fourfold_parallel.testing import run_on_ranks
 
 MODEL = 1e-9
@@ -94,14 +95,6 @@ def serial_gradients(family: str, rows: int) -> tuple[Tensor, Tensor, dict[str, 
     return logits.detach(), loss.detach(), gradients
 
 
-def published_gradients(parallel: Parallel) -> dict[str, Tensor]:
-    return {
-        name: parallel.stored[name].publish(whole(p.grad))
-        for name, p in parallel.model.named_parameters()
-        if p.grad is not None
-    }
-
-
 def model_is_serial(
     family: str, grids: list[Sizes], overlaps: list[str], steps: int, **how: Any
 ) -> None:
@@ -127,10 +120,12 @@ def model_is_serial(
             if how.get("logits", "whole") == "whole":
                 close(out.logits, logits[mine], what=f"{what}: logits", tolerance=MODEL)
             close(out.loss, loss, what=f"{what}: loss", tolerance=MODEL)
-            ours = published_gradients(parallel)
+            ours = {key: p for key, p in parallel.model.named_parameters() if p.grad is not None}
             assert ours.keys() == gradients.keys(), f"{what}: {ours.keys() ^ gradients.keys()}"
-            for parameter, gradient in gradients.items():
-                close(ours[parameter], gradient, what=f"{what}: d{parameter}", tolerance=MODEL)
+            for key, parameter in ours.items():
+                expected = piece_of(parallel.stored[key].keep(gradients[key]), parameter, mesh)
+                assert parameter.grad is not None
+                close(local(parameter.grad), expected, what=f"{what}: d{key}", tolerance=MODEL)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

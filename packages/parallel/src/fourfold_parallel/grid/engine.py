@@ -57,7 +57,8 @@ class Fourfold:
         sizes: dict[AxisName, int] = {
             "data": self.data, "depth": self.depth, "row": self.row, "col": self.col,
         }  # fmt: skip
-        check_sizes(sizes, int(os.environ.get("WORLD_SIZE", "1")))
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        check_sizes(sizes, dist.get_world_size() if dist.is_initialized() else launched)
         shares = self.data * self.depth
         if batch % shares:
             raise ValueError(

@@ -47,9 +47,16 @@ def mesh_of(sizes: Sizes) -> Mesh:
     return Mesh(data=data, depth=depth, row=row, col=col)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A parameter or gradient put together from all ranks."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+def piece_of(whole: Tensor, like: Tensor, mesh: Mesh) -> Tensor:
+    """The piece of a serial tensor that this rank should hold of a parameter."""
+    assert isinstance(like, DTensor)
+    return whole[mesh.slices(whole.shape, tuple(like.placements))]
+
+
+def summed_over_data(gradient: Tensor | None, mesh: Mesh) -> Tensor:
+    """This rank's piece of a gradient, summed over data as the reducer would."""
+    assert isinstance(gradient, DTensor)
+    return mesh.data.all_reduce(gradient.to_local().clone()).wait()
 
 
 def close(ours: Tensor, serial: Tensor, *, what: str, tolerance: float = EXACT) -> None:

@@ -84,6 +84,8 @@ class Linear(Layer):
         super().__init__(mesh=mesh, name=name, schedule=schedule)
         self.swapped, self.keeps_tile, self.products = swapped, keeps_tile, products
         self.out_features, self.in_features = weight.shape
+        n, k = self.out_features, self.in_features
+        self.site = f"{n}x{k} over {self.produced.size}x{self.contracted.size}"
         self.hold_tiled("weight", weight)
         if bias is None:
             self.bias = None
@@ -125,7 +127,7 @@ class _GridProduct(torch.autograd.Function):
         observe = layer.mesh.observer.product
         observe("forward", layer.name)
         b = bias if layer.contracted.rank == 0 else None
-        partial = layer.products.forward(x, tile, b)
+        partial = layer.products.forward(x, tile, b, site=layer.site)
 
         # 3. Every rank of the contracted axis had a part of the input features, so that the parts
         #    of the output add up. Waited for at once: the next layer needs it.
@@ -160,7 +162,7 @@ class _GridProduct(torch.autograd.Function):
             #    parts of the input's gradient add up. Started here ...
             observe("input_gradient", layer.name)
             dx_sum = layer.produced.all_reduce(
-                layer.products.input_gradient(dy, tile), layer=layer.name
+                layer.products.input_gradient(dy, tile, site=layer.site), layer=layer.name
             )
             if not overlaps.input_gradient:
                 dx_sum.wait()
@@ -171,7 +173,7 @@ class _GridProduct(torch.autograd.Function):
             #    Started here, and waited for after the preceding layer's products: see schedule.py.
             observe("weight_gradient", layer.name)
             spread = layer.mesh.depth.reduce_scatter(
-                layer.products.weight_gradient(dy, x), layer=layer.name
+                layer.products.weight_gradient(dy, x, site=layer.site), layer=layer.name
             )
             dw = ctx.late["weight"].start(spread)
 
