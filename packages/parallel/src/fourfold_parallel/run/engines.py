@@ -21,6 +21,7 @@ from accelerate.utils import (
     DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
 )
 from torch import Tensor, nn
 
@@ -281,23 +282,35 @@ class DeepSpeed:
                 "steps_per_print": 10**12,
             }
         )
-        with _accelerator(precision, deepspeed_plugin=plugin) as accelerator:
+        # accelerate knows no backend for DeepSpeed without an accelerator card unless it is named.
+        backend = InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")
+        with _accelerator(
+            precision, cpu=False, deepspeed_plugin=plugin, kwargs_handlers=[backend]
+        ) as accelerator:
             yield _DeepSpeedSession(accelerator, model, optimizer)
 
 
 @contextmanager
-def _accelerator(precision: Literal["fp32", "bf16"], **plugins: Any) -> Iterator[Accelerator]:
-    """An `Accelerator` that leaves no process group or singleton behind unless it found one."""
+def _accelerator(
+    precision: Literal["fp32", "bf16"], *, cpu: bool | None = None, **plugins: Any
+) -> Iterator[Accelerator]:
+    """An `Accelerator` whose singletons, variables and process group do not outlive the run."""
     found = dist.is_initialized()
+    variables = {name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))}
     AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - accelerate's own way
-    yield Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        cpu=not torch.cuda.is_available(),
-        **plugins,
-    )
-    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
-    if not found and dist.is_initialized():
-        dist.destroy_process_group()
+    try:
+        yield Accelerator(
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            cpu=not torch.cuda.is_available() if cpu is None else cpu,
+            **plugins,
+        )
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
+        for name in list(os.environ):
+            if name.startswith(("ACCELERATE_", "FSDP_")) and name not in variables:
+                del os.environ[name]
+        if not found and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class _AccelerateSession:
