@@ -290,7 +290,7 @@ def make(*, offline: bool, wheelhouse: Path | None, force_resolve: bool) -> None
             return
         say(f"making the environment in {VENV}")
         unfinished = WORK / "unfinished"
-        if unfinished.exists() or (VENV / "pyvenv.cfg").exists() and not STAMP.exists():
+        if unfinished.exists() or ((VENV / "pyvenv.cfg").exists() and not STAMP.exists()):
             shutil.rmtree(VENV, ignore_errors=True)
         unfinished.touch()
         WHEELHOUSE.mkdir(exist_ok=True)
