@@ -13,7 +13,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fourfold_parallel.grid.gradients import local
 from fourfold_parallel.grid.huggingface import parallelize
-from fourfold_parallel.grid.laws import OVERLAPS, Sizes, close, factorisations, mesh_of, piece_of
+from fourfold_parallel.grid.laws import (
+    OVERLAPS,
+    Sizes,
+    close,
+    factorisations,
+    in_float64,
+    mesh_of,
+    piece_of,
+)
 from fourfold_parallel.testing import run_on_ranks
 
 MODEL = 1e-9
@@ -39,23 +47,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """36 and 67 divide by nothing that a grid has; key and value heads are fewer than some rows."""
 
 
-class WideRMSNorm(nn.Module):
-    """The RMSNorm of the model files without their detour through float32."""
-
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        self.weight = norm.weight
-        self.epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-        self.offset = 1.0 if "Gemma" in type(norm).__name__ else 0.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (
-            x
-            / (x.pow(2).mean(-1, keepdim=True) + self.epsilon).sqrt()
-            * (self.offset + self.weight)
-        )
-
-
 def build(family: str, *, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     settings = dict(FAMILIES[family])
@@ -65,14 +56,6 @@ def build(family: str, *, seed: int = 0) -> PreTrainedModel:
     for parameter in model.parameters():  # norms and biases must matter
         nn.init.normal_(parameter, std=0.3)
     return model.to(torch.float64).eval()
-
-
-def in_float64(model: nn.Module) -> nn.Module:
-    """The serial twin: the model's own files, with norms that stay in float64."""
-    for name, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
-            model.set_submodule(name, WideRMSNorm(module))
-    return model
 
 
 def batch_of(rows: int) -> tuple[Tensor, Tensor]:
@@ -108,10 +91,9 @@ def model_is_serial(
             (mesh.batch_rank() + 1) * rows // mesh.batch_size(),
         )
         model = build(family)
-        for module_name, module in list(model.named_modules()):
-            if module_name.endswith(("q_norm", "k_norm")):
-                model.set_submodule(module_name, WideRMSNorm(module))
-        parallel = parallelize(model, mesh, overlaps=OVERLAPS[name], **how)
+        parallel = parallelize(
+            in_float64(model, "*.[qk]_norm"), mesh, overlaps=OVERLAPS[name], **how
+        )
         for step in range(steps):
             what = f"{family} {sizes} {name} step {step}"
             parallel.model.zero_grad()

@@ -100,7 +100,11 @@ def layer_norm_is_torchs(sizes: Sizes, shift: float) -> None:
     random = generator(4)
     x = shift + torch.randn(6, 10, dtype=torch.float64, generator=random)
     gain, bias, dy = (torch.randn(10, dtype=torch.float64, generator=random) for _ in range(3))
-    serial = [x.clone().requires_grad_(), gain.clone().requires_grad_(), bias.clone().requires_grad_()]
+    serial = [
+        x.clone().requires_grad_(),
+        gain.clone().requires_grad_(),
+        bias.clone().requires_grad_(),
+    ]
     out = F.layer_norm(serial[0], (10,), serial[1], serial[2], 1e-5)
     (out * dy).sum().backward()
     parameters = [nn.Parameter(mesh.distribute(one, RESIDUAL)) for one in (gain, bias)]
@@ -120,7 +124,9 @@ def layer_norm_is_torchs(sizes: Sizes, shift: float) -> None:
     for part, whole in pairs:
         assert part is not None
         assert whole is not None
-        close(getattr(part, "_local_tensor", part), whole[..., start:stop], what="d", tolerance=1e-8)
+        close(
+            getattr(part, "_local_tensor", part), whole[..., start:stop], what="d", tolerance=1e-8
+        )
 
 
 def test_a_layer_norm_with_its_width_cut_is_torchs() -> None:

@@ -16,7 +16,7 @@ from fourfold_parallel.grid.laws import (
     piece_of,
     summed_over_data,
 )
-from fourfold_parallel.grid.linear import Linear, bias_placements, weight_placements
+from fourfold_parallel.grid.linear import Linear, bias_cut, weight_cut
 from fourfold_parallel.grid.mesh import Mesh
 from fourfold_parallel.grid.products import Products
 from fourfold_parallel.grid.schedule import Schedule
@@ -29,8 +29,8 @@ TOKENS, WIDTH, HIDDEN = (8, 3), 10, 14
 def on_grid(
     dense: nn.Linear, mesh: Mesh, schedule: Schedule, *, swapped: bool, **how: bool
 ) -> Linear:
-    weight = mesh.distribute(dense.weight.detach(), weight_placements(swapped=swapped))
-    bias = mesh.distribute(dense.bias.detach(), bias_placements(swapped=swapped))
+    weight = mesh.distribute(dense.weight.detach(), weight_cut(swapped=swapped))
+    bias = mesh.distribute(dense.bias.detach(), bias_cut(swapped=swapped))
     return Linear(
         nn.Parameter(weight),
         nn.Parameter(bias),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Sequence
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fourfold_parallel.grid.collectives import SILENT, Event, Observer, Trace
 from fourfold_parallel.grid.laws import OVERLAPS, Sizes, close, mesh_of, piece_of, summed_over_data
 from fourfold_parallel.grid.layers import RESIDUAL, RMSNorm
-from fourfold_parallel.grid.linear import Linear, bias_placements, weight_placements
+from fourfold_parallel.grid.linear import Linear, bias_cut, weight_cut
 from fourfold_parallel.grid.mesh import Mesh
 from fourfold_parallel.grid.products import Products
 from fourfold_parallel.grid.schedule import Overlaps, Schedule
@@ -52,8 +52,8 @@ class OnGrid(Dense):
         )  # fmt: skip
         for name, swapped in (("up", False), ("down", True)):
             layer: nn.Linear = getattr(dense, name)
-            weight = mesh.distribute(layer.weight.detach(), weight_placements(swapped=swapped))
-            bias = mesh.distribute(layer.bias.detach(), bias_placements(swapped=swapped))
+            weight = mesh.distribute(layer.weight.detach(), weight_cut(swapped=swapped))
+            bias = mesh.distribute(layer.bias.detach(), bias_cut(swapped=swapped))
             linear = Linear(
                 nn.Parameter(weight), nn.Parameter(bias), mesh=mesh, name=f"{index}.{name}",
                 schedule=schedule, swapped=swapped, products=Products(), **how,
@@ -113,7 +113,9 @@ def steps_are_dense(
         seen: dict[str, Tensor] = {}
         for parameter_name, parameter in grid.named_parameters():
             parameter.register_post_accumulate_grad_hook(
-                lambda p, key=parameter_name: seen.update({key: p.grad.to_local().clone()})
+                lambda p, key=parameter_name, seen=seen: seen.update(
+                    {key: p.grad.to_local().clone()}
+                )
             )
         random = torch.Generator().manual_seed(5)
         for step, walk in enumerate(walks):
@@ -223,7 +225,7 @@ def test_the_input_gradients_sum_runs_under_the_weight_gradients_product() -> No
 def test_a_weight_gradient_is_waited_for_after_the_preceding_layers_products(kept: str) -> None:
     for events in run_on_ranks(4, traced_step, sizes=(1, 4, 1, 1), overlaps=Overlaps(), kept=kept):
         # With reentrant checkpointing each block's backward ends with its own waits.
-        pairs = zip(LAYERS, LAYERS[1:], strict=False)
+        pairs = pairwise(LAYERS)
         within = [(a, b) for a, b in pairs if kept == "all" or a[0] == b[0]]
         for before, layer in within:
             wait = place(events, "wait", "reduce_scatter", layer)

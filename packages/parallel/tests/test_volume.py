@@ -8,7 +8,7 @@ from torch import nn
 
 from fourfold_parallel.grid.collectives import Event, Trace
 from fourfold_parallel.grid.laws import Sizes, factorisations, mesh_of
-from fourfold_parallel.grid.linear import Linear, bias_placements, weight_placements
+from fourfold_parallel.grid.linear import Linear, bias_cut, weight_cut
 from fourfold_parallel.grid.products import Products
 from fourfold_parallel.grid.schedule import Overlaps, Schedule
 from fourfold_parallel.testing import run_on_ranks
@@ -22,8 +22,8 @@ def one_layer(sizes: Sizes, *, swapped: bool, keeps_tile: bool) -> list[Event]:
     trace = Trace()
     mesh = mesh_of(sizes).observed(trace)
     schedule = Schedule(Overlaps())
-    weight = mesh.distribute(torch.randn(N, K).double(), weight_placements(swapped=swapped))
-    bias = mesh.distribute(torch.randn(N).double(), bias_placements(swapped=swapped))
+    weight = mesh.distribute(torch.randn(N, K).double(), weight_cut(swapped=swapped))
+    bias = mesh.distribute(torch.randn(N).double(), bias_cut(swapped=swapped))
     layer = Linear(
         nn.Parameter(weight), nn.Parameter(bias), mesh=mesh, name="layer", schedule=schedule,
         swapped=swapped, keeps_tile=keeps_tile, products=Products(),

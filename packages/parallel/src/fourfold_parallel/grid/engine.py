@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from fourfold_parallel.grid.gradients import DataReducer, clip_gradients
 from fourfold_parallel.grid.huggingface import Parallel, parallelize
 from fourfold_parallel.grid.mesh import AxisName, Mesh, check_sizes
 from fourfold_parallel.grid.schedule import ALL_OVERLAPS, Overlaps
+from fourfold_parallel.grid.zero import ShardedReducer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,8 @@ class Fourfold:
     """Parts of the residual stream."""
     overlaps: Overlaps = ALL_OVERLAPS
     """Which communication runs under computation."""
+    shards_optimizer: bool = False
+    """Cut the optimizer's state over data (ZeRO-1)."""
 
     @contextmanager
     def open(
@@ -73,7 +77,7 @@ class Fourfold:
         device = _device()
         with _process_group(device):
             mesh = Mesh(**sizes, device=device.type)
-            yield GridSession(model, optimizer, mesh, self.overlaps, device, precision)
+            yield GridSession(model, optimizer, mesh, self, device, precision)
 
 
 class GridSession:
@@ -84,7 +88,7 @@ class GridSession:
         model: PreTrainedModel,
         optimizer: torch.optim.Optimizer,
         mesh: Mesh,
-        overlaps: Overlaps,
+        engine: Fourfold,
         device: torch.device,
         precision: Literal["fp32", "bf16"],
     ) -> None:
@@ -93,12 +97,20 @@ class GridSession:
         self.is_main: bool = dist.get_rank() == 0
         self.device: torch.device = device
         before = {id(p): name for name, p in model.named_parameters()}
-        self.parallel: Parallel = parallelize(model, mesh, overlaps=overlaps)
+        self.parallel: Parallel = parallelize(model, mesh, overlaps=engine.overlaps)
         self.model: nn.Module = model.to(device)
         self.optimizer: torch.optim.Optimizer = optimizer
         after = dict(model.named_parameters())
+        self._stepped = {name: after[name] for name in before.values()}
+        self._reducer: DataReducer | ShardedReducer = self.parallel.reducer
+        if engine.shards_optimizer:
+            self.parallel.reducer.remove()
+            self._reducer = ShardedReducer([*model.parameters()], mesh)
+            shares = self._reducer.shares
+            self._stepped = {name: shares.get(p, p) for name, p in self._stepped.items()}
         for group in optimizer.param_groups:
-            group["params"] = [after[before[id(p)]] for p in group["params"]]
+            group["params"] = [self._stepped[before[id(p)]] for p in group["params"]]
+        self._names = {id(p): name for name, p in self._stepped.items()}
         self._mesh, self._precision = mesh, precision
 
     @contextmanager
@@ -106,9 +118,7 @@ class GridSession:
         """The scope of one forward and backward; only the last sums gradients over data."""
         casts = self._precision == "bf16"
         autocast = torch.autocast(self.device.type, torch.bfloat16) if casts else nullcontext()
-        held: AbstractContextManager[None] = (
-            nullcontext() if is_last else self.parallel.reducer.hold()
-        )
+        held: AbstractContextManager[None] = nullcontext() if is_last else self._reducer.hold()
         with held, autocast:
             yield
 
@@ -118,8 +128,10 @@ class GridSession:
 
     def update(self, max_grad_norm: float) -> float:
         """Clip to a global 2-norm, step, clear gradients; gives the norm before clipping."""
-        norm = self.parallel.clip(max_grad_norm)
+        norm = clip_gradients([*self._stepped.values()], self._mesh, max_norm=max_grad_norm)
         self.optimizer.step()
+        if isinstance(self._reducer, ShardedReducer):
+            self._reducer.gather()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
@@ -130,7 +142,7 @@ class GridSession:
     def save(self, folder: Path) -> None:
         """Write the published weights, and the optimizer's state under their names."""
         self._write(folder / "model.safetensors", dict(self.parallel.published()))
-        names = self._names()
+        names = self._names
         tensors: dict[str, Tensor] = {}
         numbers: dict[str, float] = {}
         for parameter, values in self.optimizer.state.items():
@@ -159,42 +171,34 @@ class GridSession:
         """Restore what `save` wrote on any grid, reading this rank's pieces only."""
         self.parallel.load(folder / "model.safetensors")
         saved = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
-        names = self._names()
-        by_name = {
-            names[id(p)]: p for group in self.optimizer.param_groups for p in group["params"]
-        }
         for group, own in zip(saved["param_groups"], self.optimizer.param_groups, strict=True):
             own.update({key: value for key, value in group.items() if key != "params"})
         state: dict[str, dict[str, Any]] = {}
         with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
             for path in file.keys():  # noqa: SIM118 - not a dict
                 name, _, key = path.rpartition("/")
-                state.setdefault(name, {})[key] = self._moment(file, path, by_name[name], name)
+                state.setdefault(name, {})[key] = self._moment(file, path, name)
         for path, number in saved["numbers"].items():
             name, _, key = path.rpartition("/")
             state.setdefault(name, {})[key] = number
         for name, values in state.items():
-            self.optimizer.state[by_name[name]] = values
+            self.optimizer.state[self._stepped[name]] = values
 
     def wait(self) -> None:
         """Return when every rank has called this."""
         dist.barrier()
 
-    def _moment(self, file: Any, path: str, parameter: nn.Parameter, name: str) -> Tensor:
+    def _moment(self, file: Any, path: str, name: str) -> Tensor:
         """A tensor of the optimizer's state: cut as its parameter if it has the same shape."""
-        view = file.get_slice(path)
+        view, parameter = file.get_slice(path), self._stepped[name]
         how = self.parallel.stored[name]
         assert isinstance(parameter, DTensor)
         shape = tuple(view.get_shape())
         if not shape or how.keep_shape(torch.Size(shape)) != tuple(parameter.shape):
             return file.get_tensor(path)
-        placements = tuple(parameter.placements)
-        kept = how.keep_shape(torch.Size(shape))
-        piece = how.read(view, self._mesh.slices(kept, placements), kept)
-        return self._mesh.assemble(piece.to(self.device, copy=True), kept, placements)
-
-    def _names(self) -> dict[int, str]:
-        return {id(p): name for name, p in self.parallel.model.named_parameters()}
+        cut, kept = self._mesh.cut_of(parameter), how.keep_shape(torch.Size(shape))
+        piece = how.read(view, self._mesh.slices(kept, cut), kept)
+        return self._mesh.assemble(piece.to(self.device, copy=True), kept, cut)
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         if self.is_main:

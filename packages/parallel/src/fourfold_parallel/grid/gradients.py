@@ -9,10 +9,11 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from fourfold_parallel.grid.collectives import Pending
-from fourfold_parallel.grid.mesh import STORAGE_ORDER, Mesh
+from fourfold_parallel.grid.mesh import Mesh
 
 BUCKET_BYTES = 25 * 2**20
 """As in torch's DistributedDataParallel: large enough for the bandwidth, small enough to overlap."""
@@ -36,13 +37,18 @@ class DataReducer:
         self._open: list[Tensor] = []
         self._sent: list[tuple[list[Tensor], Pending]] = []
         self._called = False
-        self.handles = []
+        self._hooks: list[RemovableHandle] = []
         if mesh.data.size > 1:
-            self.handles = [
+            self._hooks = [
                 parameter.register_post_accumulate_grad_hook(self._join)
                 for parameter in parameters
                 if parameter.requires_grad
             ]
+
+    def remove(self) -> None:
+        """Sum nothing any more."""
+        for hook in self._hooks:
+            hook.remove()
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -160,8 +166,5 @@ def local(tensor: Tensor | None) -> Tensor:
 def _copies(gradient: Tensor, mesh: Mesh) -> int:
     if not isinstance(gradient, DTensor):
         return mesh.size
-    return math.prod(
-        getattr(mesh, name).size
-        for name, placement in zip(STORAGE_ORDER, gradient.placements, strict=True)
-        if not isinstance(placement, Shard)
-    )
+    cut = mesh.cut_of(gradient)
+    return math.prod(axis.size for axis in mesh.axes if axis.name not in cut)

@@ -44,8 +44,8 @@ from fourfold_parallel.grid.layout import (
     rules_for,
     stored,
 )
-from fourfold_parallel.grid.linear import Linear, bias_placements, weight_placements
-from fourfold_parallel.grid.mesh import Mesh, Placements
+from fourfold_parallel.grid.linear import Linear, bias_cut, weight_cut
+from fourfold_parallel.grid.mesh import Cut, Mesh
 from fourfold_parallel.grid.products import Products
 from fourfold_parallel.grid.schedule import ALL_OVERLAPS, Layer, Overlaps, Schedule
 
@@ -99,10 +99,10 @@ class Parallel:
         with open_weights(weights) as source:
             for name, parameter in self.model.named_parameters():
                 assert isinstance(parameter, DTensor)
-                placements: Placements = tuple(parameter.placements)
+                cut = self.mesh.cut_of(parameter)
                 piece = self.stored[name].read(
                     source(name),
-                    self.mesh.slices(parameter.shape, placements),
+                    self.mesh.slices(parameter.shape, cut),
                     tuple(parameter.shape),
                 )
                 parameter._local_tensor.copy_(piece)  # noqa: SLF001 - in place, outside of autograd
@@ -231,7 +231,7 @@ class _Builder:
 
     def layer(self, name: str, module: nn.Module, rule: Rule, norm: NormKind | None) -> Layer:
         common: dict[str, Any] = {"mesh": self.mesh, "name": name, "schedule": self.schedule}
-        take = lambda parameter, placements: self._take(name, module, rule, parameter, placements)  # noqa: E731
+        take = lambda parameter, cut: self._take(name, module, rule, parameter, cut)  # noqa: E731
         match rule:
             case Plain() | Swapped() | Head():
                 return self._linear(name, module, rule)
@@ -263,10 +263,10 @@ class _Builder:
 
     def _linear(self, name: str, module: nn.Module, rule: Plain | Swapped | Head) -> Linear:
         swapped = isinstance(rule, Swapped)
-        weight = self._take(name, module, rule, "weight", weight_placements(swapped=swapped))
+        weight = self._take(name, module, rule, "weight", weight_cut(swapped=swapped))
         bias = None
         if getattr(module, "bias", None) is not None:
-            bias = self._take(name, module, rule, "bias", bias_placements(swapped=swapped))
+            bias = self._take(name, module, rule, "bias", bias_cut(swapped=swapped))
         kind: type[Linear] = Linear
         kv_heads = getattr(self.model.config, "num_key_value_heads", None) or self.mesh.row.size
         if isinstance(rule, Plain) and rule.parts > 1:
@@ -286,7 +286,7 @@ class _Builder:
         return layer
 
     def _take(
-        self, name: str, module: nn.Module, rule: Rule, parameter_name: str, placements: Placements
+        self, name: str, module: nn.Module, rule: Rule, parameter_name: str, cut: Cut
     ) -> nn.Parameter:
         """The grid's parameter for a published one: read once, cut, and shared if it is tied."""
         full_name = f"{name}.{parameter_name}"
@@ -295,10 +295,10 @@ class _Builder:
             return self.made[id(published)]
         how = stored(module, rule, parameter_name)
         shape = how.keep_shape(published.shape)
-        piece = how.read(self.source(full_name), self.mesh.slices(shape, placements), shape)
+        piece = how.read(self.source(full_name), self.mesh.slices(shape, cut), shape)
         piece = piece.to(self.mesh.torch_mesh.device_type, published.dtype, copy=True)
         parameter = nn.Parameter(
-            self.mesh.assemble(piece, shape, placements), requires_grad=published.requires_grad
+            self.mesh.assemble(piece, shape, cut), requires_grad=published.requires_grad
         )
         self.made[id(published)], self.stored[full_name] = parameter, how
         return parameter

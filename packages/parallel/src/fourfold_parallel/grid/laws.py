@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from fnmatch import fnmatchcase
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fourfold_parallel.grid.mesh import Mesh
@@ -50,7 +52,7 @@ def mesh_of(sizes: Sizes) -> Mesh:
 def piece_of(whole: Tensor, like: Tensor, mesh: Mesh) -> Tensor:
     """The piece of a serial tensor that this rank should hold of a parameter."""
     assert isinstance(like, DTensor)
-    return whole[mesh.slices(whole.shape, tuple(like.placements))]
+    return whole[mesh.slices(whole.shape, mesh.cut_of(like))]
 
 
 def summed_over_data(gradient: Tensor | None, mesh: Mesh) -> Tensor:
@@ -69,3 +71,28 @@ def close(ours: Tensor, serial: Tensor, *, what: str, tolerance: float = EXACT) 
 def generator(seed: int) -> torch.Generator:
     """The same random numbers on every rank."""
     return torch.Generator().manual_seed(seed)
+
+
+def in_float64(model: nn.Module, names: str = "*") -> nn.Module:
+    """The serial twin: the model's own files, with norms that stay in float64."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm") and fnmatchcase(name, names):
+            model.set_submodule(name, _WideRMSNorm(module))
+    return model
+
+
+class _WideRMSNorm(nn.Module):
+    """The RMSNorm of the model files, without their detour through float32."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        self.epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        self.offset = 1.0 if "Gemma" in type(norm).__name__ else 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (
+            x
+            / (x.pow(2).mean(-1, keepdim=True) + self.epsilon).sqrt()
+            * (self.offset + self.weight)
+        )

@@ -19,14 +19,14 @@ from torch.func import functional_call
 
 from fourfold_parallel.grid.collectives import Axis
 from fourfold_parallel.grid.linear import Linear
-from fourfold_parallel.grid.mesh import Mesh, Placements, cut
+from fourfold_parallel.grid.mesh import Cut, Mesh
 from fourfold_parallel.grid.schedule import Layer, Schedule
 
-VOCABULARY: Placements = cut(row=0, col=1, depth=0)
+VOCABULARY: Cut = {"row": 0, "col": 1, "depth": 0}
 """Embedding and head: vocabulary over row and depth, width over col, as a plain layer's weight."""
-POSITIONS: Placements = cut(col=1, depth=0)
-RESIDUAL: Placements = cut(col=0)
-COPIES: Placements = cut()
+POSITIONS: Cut = {"col": 1, "depth": 0}
+RESIDUAL: Cut = {"col": 0}
+COPIES: Cut = {}
 
 IGNORED = -100
 """The target that counts for nothing, as in torch and transformers."""

@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fourfold_parallel.grid.collectives import Axis, Context
-from fourfold_parallel.grid.mesh import Mesh, Placements, cut
+from fourfold_parallel.grid.mesh import Cut, Mesh
 from fourfold_parallel.grid.products import Products
 from fourfold_parallel.grid.schedule import Layer, Request, Schedule, Visit
 
@@ -58,8 +58,8 @@ class Linear(Layer):
     """`X Wᵀ + b` with `W` cut over row, col and depth.
 
     Args:
-        weight: `[n, k]`, placed as `weight_placements` says.
-        bias: None, or `[n]`, placed as `bias_placements` says.
+        weight: `[n, k]`, cut as `weight_cut` says.
+        bias: None, or `[n]`, cut as `bias_cut` says.
         swapped: Whether row and col change places.
         keeps_tile: Keep the gathered tile from forward to backward, instead of step 4. It costs the
             memory of all tiles, but nothing inside a checkpointed region, which drops it anyway.
@@ -188,11 +188,13 @@ class _GridProduct(torch.autograd.Function):
         return dx, dw, db, None, None
 
 
-def weight_placements(*, swapped: bool) -> Placements:
+def weight_cut(*, swapped: bool) -> Cut:
     """How `W` is cut: rows over the produced axis and then depth, columns over the contracted."""
-    return cut(row=1, col=0, depth=0) if swapped else cut(row=0, col=1, depth=0)
+    if swapped:
+        return {"col": 0, "row": 1, "depth": 0}
+    return {"row": 0, "col": 1, "depth": 0}
 
 
-def bias_placements(*, swapped: bool) -> Placements:
+def bias_cut(*, swapped: bool) -> Cut:
     """How `b` is cut: over the produced axis."""
-    return cut(col=0) if swapped else cut(row=0)
+    return {"col": 0} if swapped else {"row": 0}

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fourfold_parallel.grid.collectives import SILENT, Axis, Observer, Unchanged, Wire
 
@@ -36,8 +36,8 @@ STORAGE_ORDER: tuple[AxisName, ...] = ("row", "col", "depth", "data")
 right, so with `row` and `col` before `depth` the tile is cut first and its pieces last, and with
 `data` at the end optimizer states can be cut once more. No strided placement is needed."""
 
-Placements = tuple[Placement, ...]
-"""How a parameter is cut, axis by axis in `STORAGE_ORDER`."""
+Cut = Mapping[AxisName, int]
+"""How a parameter is cut: the dim that each axis divides. Along an axis without one it is copied."""
 
 
 class Mesh:
@@ -71,22 +71,27 @@ class Mesh:
     ) -> None:
         sizes: dict[AxisName, int] = {"data": data, "depth": depth, "row": row, "col": col}
         check_sizes(sizes, dist.get_world_size())
+        used = tuple(name for name in STORAGE_ORDER if sizes[name] > 1) or ("row",)
         ranks = torch.arange(dist.get_world_size()).reshape(data, depth, row, col)
+        in_order = ranks.permute([AXES.index(name) for name in STORAGE_ORDER])
+        # An axis of size one would change no placement, and make DTensor's first use of every
+        # operator several times slower: it enumerates the placements of all axes together.
         self.torch_mesh = DeviceMesh(
-            device, ranks.permute([AXES.index(name) for name in STORAGE_ORDER]),
-            mesh_dim_names=STORAGE_ORDER,
-        )  # fmt: skip
+            device, in_order.reshape([sizes[name] for name in used]), mesh_dim_names=used
+        )
         wire = wire or {}
-        axes = {name: self._axis(name, wire.get(name, Unchanged()), observer) for name in AXES}
+        axes = {
+            name: self._axis(name, size, wire.get(name, Unchanged()), observer)
+            for name, size in sizes.items()
+        }
         self.data, self.depth = axes["data"], axes["depth"]
         self.row, self.col = axes["row"], axes["col"]
         self.observer = observer
 
-    def _axis(self, name: AxisName, wire: Wire, observer: Observer) -> Axis:
-        index = STORAGE_ORDER.index(name)
-        size, rank = self.torch_mesh.size(index), self.torch_mesh.get_local_rank(name)
+    def _axis(self, name: AxisName, size: int, wire: Wire, observer: Observer) -> Axis:
         if size == 1:
             return Axis(name=name, size=1, rank=0, wire=wire, observer=observer)
+        index, rank = self._names.index(name), self.torch_mesh.get_local_rank(name)
         sums = self.torch_mesh.get_group(name)
         gathers = sums
         if name in ("data", "depth"):
@@ -129,38 +134,43 @@ class Mesh:
         inner = self.depth.all_reduce(tensor.detach().clone()).wait()
         return self.data.all_reduce(inner).wait()
 
-    def distribute(self, whole: Shaped[Tensor, "..."], placements: Placements) -> DTensor:
+    def distribute(self, whole: Shaped[Tensor, "..."], cut: Cut) -> DTensor:
         """The parameter of which this rank keeps its piece; `whole` is equal on every rank."""
-        slices = self.slices(tuple(whole.shape), placements)
-        return self.assemble(whole[slices].clone(), tuple(whole.shape), placements)
+        shape = tuple(whole.shape)
+        return self.assemble(whole[self.slices(shape, cut)].clone(), shape, cut)
 
-    def assemble(
-        self, piece: Shaped[Tensor, "..."], shape: Sequence[int], placements: Placements
-    ) -> DTensor:
+    def assemble(self, piece: Shaped[Tensor, "..."], shape: Sequence[int], cut: Cut) -> DTensor:
         """The parameter of `shape` of which this rank holds `piece`."""
+        placements = [Shard(cut[name]) if name in cut else Replicate() for name in self._names]
         return DTensor.from_local(
             piece.contiguous(), self.torch_mesh, placements, run_check=False,
             shape=torch.Size(shape), stride=torch.empty(tuple(shape), device="meta").stride(),
         )  # fmt: skip
 
-    def slices(self, shape: Sequence[int], placements: Placements) -> tuple[slice, ...]:
+    def cut_of(self, parameter: DTensor) -> dict[AxisName, int]:
+        """How a parameter of this grid is cut."""
+        return {
+            name: placement.dim
+            for name, placement in zip(self._names, parameter.placements, strict=True)
+            if isinstance(placement, Shard)
+        }
+
+    def slices(self, shape: Sequence[int], cut: Cut) -> tuple[slice, ...]:
         """Where this rank's piece of a tensor of `shape` lies in the whole."""
         bounds = [(0, length) for length in shape]
-        for name, placement in zip(STORAGE_ORDER, placements, strict=True):
-            if isinstance(placement, Shard):
-                start, stop = bounds[placement.dim]
+        for name in STORAGE_ORDER:
+            if name in cut:
+                start, stop = bounds[cut[name]]
                 axis: Axis = getattr(self, name)
                 lower, upper = axis.bounds(stop - start)
-                bounds[placement.dim] = (start + lower, start + upper)
+                bounds[cut[name]] = (start + lower, start + upper)
         return tuple(slice(start, stop) for start, stop in bounds)
 
-    @staticmethod
-    def without_depth(placements: Sequence[Placement]) -> Placements:
-        """The placements of the gathered tile."""
-        return tuple(
-            Replicate() if name == "depth" else placement
-            for name, placement in zip(STORAGE_ORDER, placements, strict=True)
-        )
+    @property
+    def _names(self) -> tuple[AxisName, ...]:
+        names = self.torch_mesh.mesh_dim_names
+        assert names is not None
+        return tuple(name for name in STORAGE_ORDER if name in names)
 
 
 def check_sizes(sizes: Mapping[AxisName, int], ranks: int) -> None:
@@ -180,11 +190,3 @@ def check_sizes(sizes: Mapping[AxisName, int], ranks: int) -> None:
             f"the grid {terms} has {product} ranks, but {ranks} were started; "
             f"choose sizes whose product is {ranks}"
         )
-
-
-def cut(*, row: int | None = None, col: int | None = None, depth: int | None = None) -> Placements:
-    """Placements that cut these dims of a parameter over these axes; `data` holds copies."""
-    dims = {"row": row, "col": col, "depth": depth}
-    return tuple(
-        Replicate() if dims.get(name) is None else Shard(dims[name]) for name in STORAGE_ORDER
-    )

@@ -282,7 +282,9 @@ class Layer(nn.Module):
     def tile_rows(self, name: str) -> int:
         """Rows of the tile of a parameter: its local rows, with the cut over `depth` undone."""
         parameter = getattr(self, name)
-        rows = self.mesh.slices(parameter.shape, self.mesh.without_depth(parameter.placements))[0]
+        cut = self.mesh.cut_of(parameter)
+        cut.pop("depth", None)
+        rows = self.mesh.slices(parameter.shape, cut)[0]
         return rows.stop - rows.start
 
     def local(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -317,6 +319,7 @@ class _Tile(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Context, piece: Tensor, layer: Layer, visit: Visit, name: str) -> Tensor:
+        del piece  # autograd's end of the tile, which the visit has been gathering
         ctx.layer, ctx.late = layer, visit.held[name].late
         tile = visit.tile(name)
         return tile.view_as(tile)

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from fourfold_parallel.grid.collectives import Pending
 from fourfold_parallel.grid.gradients import local
-from fourfold_parallel.grid.mesh import STORAGE_ORDER, Mesh, Placements
+from fourfold_parallel.grid.mesh import Mesh
 
 
 class ShardedReducer:
@@ -35,9 +35,8 @@ class ShardedReducer:
         """This replica's share of each parameter: what the optimizer steps on."""
         self._held = self._called = False
         self._sent: list[tuple[nn.Parameter, Pending]] = []
-        self.handles = [
-            parameter.register_post_accumulate_grad_hook(self._send) for parameter in self.shares
-        ]
+        for parameter in self.shares:
+            parameter.register_post_accumulate_grad_hook(self._send)
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -67,11 +66,8 @@ class ShardedReducer:
         assert isinstance(parameter, DTensor)
         piece = local(parameter.detach())
         start, stop = self._mesh.data.bounds(piece.shape[0])
-        placements: Placements = tuple(
-            Shard(0) if name == "data" else placement
-            for name, placement in zip(STORAGE_ORDER, parameter.placements, strict=True)
-        )
-        view = self._mesh.assemble(piece[start:stop], tuple(parameter.shape), placements)
+        cut = {**self._mesh.cut_of(parameter), "data": 0}
+        view = self._mesh.assemble(piece[start:stop], tuple(parameter.shape), cut)
         return nn.Parameter(view)
 
     def _send(self, parameter: Tensor) -> None:
@@ -89,7 +85,7 @@ class ShardedReducer:
         for parameter, pending in self._sent:
             share = self.shares[parameter]
             assert isinstance(share, DTensor)
-            mine = self._mesh.assemble(pending.wait(), tuple(share.shape), tuple(share.placements))
+            mine = self._mesh.assemble(pending.wait(), tuple(share.shape), self._mesh.cut_of(share))
             share.grad = mine if share.grad is None else share.grad + mine
             parameter.grad = None
         self._sent = []
