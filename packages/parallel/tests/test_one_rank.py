@@ -114,7 +114,7 @@ def test_a_plan_with_an_unknown_word_is_refused() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(Phi3Config(**settings))
     with pytest.raises(
-        ValueError, match=r"qkv_proj: the model's plan says 'colwise_gather_output'"
+        ValueError, match=r"o_proj: the model's plan says 'rowwise_split_input'"
     ):
         rules_for(model, {})
 

@@ -117,6 +117,7 @@ class _Workplace:
             process.start()
             theirs.close()
             self._processes.append(process)
+            assert isinstance(ours, Connection)
             self._pipes.append(ours)
 
 

@@ -279,7 +279,7 @@ class _Sum(torch.autograd.Function):
         return axis.all_reduce(tensor.clone()).wait()
 
     @staticmethod
-    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: ARG004
         return gradient, None
 
 
@@ -290,7 +290,7 @@ class _Copy(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return ctx.axis.all_reduce(gradient.clone()).wait(), None
 
 
@@ -304,7 +304,7 @@ class _Whole(torch.autograd.Function):
         return axis.all_gather(pieces, rows=length).wait().movedim(0, dim).contiguous()
 
     @staticmethod
-    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows = gradient.movedim(ctx.dim, 0)
         if ctx.used == "alike":
             start, stop = ctx.axis.bounds(rows.shape[0])
@@ -321,6 +321,6 @@ class _Split(torch.autograd.Function):
         return axis.reduce_scatter(whole.movedim(dim, 0)).wait().movedim(0, dim).contiguous()
 
     @staticmethod
-    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gathered = ctx.axis.all_gather(gradient.movedim(ctx.dim, 0), rows=ctx.length).wait()
         return gathered.movedim(0, ctx.dim).contiguous(), None, None

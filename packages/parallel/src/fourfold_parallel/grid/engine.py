@@ -98,7 +98,7 @@ class GridSession:
         self.device: torch.device = device
         before = {id(p): name for name, p in model.named_parameters()}
         self.parallel: Parallel = parallelize(model, mesh, overlaps=engine.overlaps)
-        self.model: nn.Module = model.to(device)
+        self.model: nn.Module = model
         self.optimizer: torch.optim.Optimizer = optimizer
         after = dict(model.named_parameters())
         self._stepped = {name: after[name] for name in before.values()}

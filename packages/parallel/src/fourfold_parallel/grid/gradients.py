@@ -92,7 +92,7 @@ class DataReducer:
             self._send()
         for gradients, pending in self._sent:
             parts = pending.wait().split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(
+            torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
                 gradients,
                 [part.view_as(own) for part, own in zip(parts, gradients, strict=True)],
             )
@@ -153,7 +153,8 @@ def clip_gradients(
     # torch.nn.utils.clip_grad_norm_ adds the same 1e-6, and a clipped run must equal its serial twin.
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     pieces = [local(p.grad) for p in parameters if p.grad is not None]
-    torch._foreach_mul_(pieces, factor)
+    if pieces:
+        torch._foreach_mul_(pieces, factor)  # pyright: ignore[reportPrivateImportUsage]
     return norm
 
 

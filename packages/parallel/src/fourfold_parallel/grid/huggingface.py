@@ -74,8 +74,9 @@ class Parallel:
         A tied parameter comes once, under its first name.
         """
         for name, parameter in self.model.named_parameters():
-            assert isinstance(parameter, DTensor)
-            yield name, self.stored[name].publish(parameter.detach().full_tensor())
+            whole = parameter.detach()
+            assert isinstance(whole, DTensor)
+            yield name, self.stored[name].publish(whole.full_tensor())
 
     def save(self, folder: Path) -> None:
         """Write what plain `from_pretrained` reads; every rank calls it, the first one writes.
@@ -368,11 +369,15 @@ def _count_local_heads(model: nn.Module, rules: Mapping[str, Rule], row: Axis) -
 
 
 def _fill_buffers(model: PreTrainedModel, device: str) -> None:
-    """Give values to buffers that were made on the meta device, such as rotary frequencies."""
+    """Bring buffers to the device; those made on the meta device, such as rotary frequencies, anew."""
     for module in model.modules():
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+        buffers = dict(module.named_buffers(recurse=False))
+        if any(buffer.is_meta for buffer in buffers.values()):
             module.to_empty(device=device, recurse=False)
             model._init_weights(module)  # noqa: SLF001 - the method that model files override
+        for name, buffer in buffers.items():
+            if not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)  # noqa: SLF001 - Module.to would also replace parameters
 
 
 def _restart(schedule: Schedule) -> None:

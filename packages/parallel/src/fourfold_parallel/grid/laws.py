@@ -87,7 +87,7 @@ class _WideRMSNorm(nn.Module):
     def __init__(self, norm: Any) -> None:
         super().__init__()
         self.weight = norm.weight
-        self.epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        self.epsilon: float = getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0))
         self.offset = 1.0 if "Gemma" in type(norm).__name__ else 0.0
 
     def forward(self, x: Tensor) -> Tensor:

@@ -310,7 +310,7 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         return (partition.log() - target).masked_fill(ignored, 0)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         probabilities, here, elsewhere, ignored = ctx.saved_tensors
         slope = probabilities.clone()
         if slope.shape[-1]:

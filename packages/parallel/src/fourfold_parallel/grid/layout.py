@@ -311,4 +311,5 @@ def _pattern(name: str) -> str:
 
 
 def _out_features(module: nn.Module) -> int:
-    return module.nf if isinstance(module, Conv1D) else int(module.out_features)
+    assert isinstance(module, (nn.Linear, Conv1D))
+    return module.nf if isinstance(module, Conv1D) else module.out_features

@@ -51,7 +51,7 @@ from torch.autograd.function import once_differentiable
 from fourfold_parallel.grid.collectives import Axis, Context
 from fourfold_parallel.grid.mesh import Cut, Mesh
 from fourfold_parallel.grid.products import Products
-from fourfold_parallel.grid.schedule import Layer, Request, Schedule, Visit
+from fourfold_parallel.grid.schedule import Layer, Schedule, Visit
 
 
 class Linear(Layer):
@@ -140,7 +140,7 @@ class _GridProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Context, dy: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         layer: Linear = ctx.layer
@@ -155,8 +155,7 @@ class _GridProduct(torch.autograd.Function):
             if layer.keeps_tile:
                 tile = kept
             else:
-                again = layer.schedule.enter(Request(layer, "backward", kept.dtype))
-                tile = again.tile("weight")
+                tile = layer.revisit(kept.dtype).tile("weight")
 
             # 5. Every rank of the produced axis had a part of the output features, so that the
             #    parts of the input's gradient add up. Started here ...

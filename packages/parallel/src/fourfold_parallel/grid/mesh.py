@@ -71,7 +71,7 @@ class Mesh:
     ) -> None:
         sizes: dict[AxisName, int] = {"data": data, "depth": depth, "row": row, "col": col}
         check_sizes(sizes, dist.get_world_size())
-        used = tuple(name for name in STORAGE_ORDER if sizes[name] > 1) or ("row",)
+        used: tuple[AxisName, ...] = tuple(n for n in STORAGE_ORDER if sizes[n] > 1) or ("row",)
         ranks = torch.arange(dist.get_world_size()).reshape(data, depth, row, col)
         in_order = ranks.permute([AXES.index(name) for name in STORAGE_ORDER])
         # An axis of size one would change no placement, and make DTensor's first use of every
@@ -97,7 +97,7 @@ class Mesh:
         if name in ("data", "depth"):
             siblings = self.torch_mesh.mesh.movedim(index, -1).reshape(-1, size)
             gathers, _ = dist.new_subgroups_by_enumeration(siblings.tolist())
-        assert gathers is not None
+        assert isinstance(gathers, dist.ProcessGroup)
         return Axis(
             name=name, size=size, rank=rank, sum_group=sums.group_name,
             gather_group=gathers.group_name, wire=wire, observer=observer,

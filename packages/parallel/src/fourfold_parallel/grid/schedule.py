@@ -91,6 +91,8 @@ class Request(NamedTuple):
     layer: Layer
     phase: Phase
     dtype: torch.dtype
+    differentiable: bool
+    """Whether autograd is on: it is off in backward, and on again where activations are recomputed."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -100,7 +102,7 @@ class Visit:
     request: Request
     held: dict[str, Held]
     made_for: tuple[Any, ...]
-    """State of the parameters and of autograd at the time; if it has changed, the visit is void."""
+    """State of the parameters at the time; if it has changed, the visit is void."""
 
     def start(self) -> None:
         """Start the gathers that are not yet under way."""
@@ -203,16 +205,16 @@ class Schedule:
             following += 1
 
     def _prepare(self, request: Request) -> Visit:
-        layer, phase, dtype = request
+        layer, phase, dtype, differentiable = request
         late = self.overlaps.weight_gradient and not torch.compiler.is_compiling()
         held: dict[str, Held] = {}
         for name in layer.parameter_names if phase == "forward" else layer.tiled:
-            piece = layer.local(name, dtype)
-            if phase == "backward":
-                piece = piece.detach()
+            with torch.set_grad_enabled(differentiable):
+                piece = layer.local(name, dtype)
             ticket = Late(piece.shape, immediate=not (late and layer.gradient_travels(name)))
             if not ticket.immediate and piece.requires_grad:
-                piece = _AwaitGradient.apply(piece, ticket)
+                with torch.enable_grad():
+                    piece = _AwaitGradient.apply(piece, ticket)
             held[name] = Held(piece=piece, late=ticket)
         return Visit(request=request, held=held, made_for=layer.state())
 
@@ -265,7 +267,12 @@ class Layer(nn.Module):
     def visit(self) -> Visit:
         """Enter the layer: its parameters, with their gathers under way."""
         parameter = getattr(self, self.parameter_names[0])
-        return self.schedule.enter(Request(self, "forward", compute_dtype(parameter)))
+        dtype = compute_dtype(parameter)
+        return self.schedule.enter(Request(self, "forward", dtype, torch.is_grad_enabled()))
+
+    def revisit(self, dtype: torch.dtype) -> Visit:
+        """Enter the layer again in its backward: its tiles only, with their gathers under way."""
+        return self.schedule.enter(Request(self, "backward", dtype, differentiable=False))
 
     def use(self, visit: Visit, name: str) -> Float[Tensor, "..."]:
         """A parameter ready for ordinary torch code; its gradient finds its own way."""
@@ -293,10 +300,9 @@ class Layer(nn.Module):
         return parameter.to_local().to(dtype)
 
     def state(self) -> tuple[Any, ...]:
-        """What a visit depends on: the parameters' storage and versions, and autograd's mode."""
+        """What a visit depends on: the parameters' storage and versions."""
         locals_ = [getattr(self, name)._local_tensor for name in self.parameter_names]  # noqa: SLF001 - to_local costs a graph node
-        versions = tuple((piece.data_ptr(), piece._version) for piece in locals_)  # noqa: SLF001 - no public version counter
-        return versions, torch.is_grad_enabled()
+        return tuple((piece.data_ptr(), piece._version) for piece in locals_)  # noqa: SLF001 - no public version counter
 
 
 class _AwaitGradient(torch.autograd.Function):
@@ -309,7 +315,7 @@ class _AwaitGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Context, placeholder: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, placeholder: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         del placeholder
         return ctx.late.wait(), None
 
@@ -326,7 +332,7 @@ class _Tile(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         pending = ctx.layer.mesh.depth.reduce_scatter(gradient, layer=ctx.layer.name)
         return ctx.late.start(pending), None, None, None
 
@@ -343,7 +349,7 @@ class _Copied(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return ctx.late.start(_sum(gradient.clone(), ctx.axes, ctx.layer)), None, None, None
 
 

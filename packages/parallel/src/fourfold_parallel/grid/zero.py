@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from fourfold_parallel.grid.collectives import Pending
 from fourfold_parallel.grid.gradients import local
-from fourfold_parallel.grid.mesh import Mesh
+from fourfold_parallel.grid.mesh import Cut, Mesh
 
 
 class ShardedReducer:
@@ -66,7 +66,7 @@ class ShardedReducer:
         assert isinstance(parameter, DTensor)
         piece = local(parameter.detach())
         start, stop = self._mesh.data.bounds(piece.shape[0])
-        cut = {**self._mesh.cut_of(parameter), "data": 0}
+        cut: Cut = {**self._mesh.cut_of(parameter), "data": 0}
         view = self._mesh.assemble(piece[start:stop], tuple(parameter.shape), cut)
         return nn.Parameter(view)
 
