@@ -119,10 +119,13 @@ def fourfold(**sizes: int) -> Step:
     """A grid, behind the seam of the training loop."""
     model = fresh()
     optimizer = adamw(model)
-    grid = {"data": 1, "depth": 1, "row": 1, "col": 1, **sizes}
-    opened = Fourfold(**grid).open(
-        model, optimizer, precision="fp32", batch=BATCH, microbatch=BATCH
+    engine = Fourfold(
+        data=sizes.get("data", 1),
+        depth=sizes.get("depth", 1),
+        row=sizes.get("row", 1),
+        col=sizes.get("col", 1),
     )
+    opened = engine.open(model, optimizer, precision="fp32", batch=BATCH, microbatch=BATCH)
     session = opened.__enter__()
 
     def step(tokens: Tensor) -> None:

@@ -113,9 +113,7 @@ def test_a_plan_with_an_unknown_word_is_refused() -> None:
     settings = LLAMA | {"pad_token_id": 0}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(Phi3Config(**settings))
-    with pytest.raises(
-        ValueError, match=r"o_proj: the model's plan says 'rowwise_split_input'"
-    ):
+    with pytest.raises(ValueError, match=r"o_proj: the model's plan says 'rowwise_split_input'"):
         rules_for(model, {})
 
 
