@@ -15,23 +15,6 @@ from fourfold_parallel.run.tokenizers import BytePairs
 
 TEXT = "the grid holds four axes and every axis carries one kind of split of the work"
 WORDS = tuple(TEXT.split())
-    "the",
-    "grid",
-    "holds",
-    "four",
-    "axes",
-    "and",
-    "every",
-    "axis",
-    "carries",
-    "one",
-    "kind",
-    "of",
-    "split",
-    "of",
-    "the",
-    "work",
-]
 
 
 def write_corpus(folder: Path) -> tuple[str, ...]:

@@ -1,1 +1,1 @@
-"""Recurrent-depth language models (Geiping et al. 2025)."""
+"""Scaling up Test-Time Compute with Latent Reasoning: A Recurrent Depth Approach (Geiping et al.): to come."""
