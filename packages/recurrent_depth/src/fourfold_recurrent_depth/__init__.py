@@ -1,1 +1,1 @@
-"""Scaling up Test-Time Compute with Latent Reasoning: A Recurrent Depth Approach (Geiping et al.): to come."""
+"""Recurrent depth: test-time compute in latent space (Geiping et al. 2025); to come."""
