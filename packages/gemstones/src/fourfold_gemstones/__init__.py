@@ -1,1 +1,1 @@
-"""Gemstones (McLeish et al. 2025): scaling laws over width, depth, tokens and time."""
+"""Gemstones: A Model Suite for Multi-Faceted Scaling Laws (McLeish et al.): to come."""

@@ -77,9 +77,8 @@ class Goldfish:
         self._check(tokens, document_ids, first)
         fold = _fold_ordered if self.hash == "ordered" else _fold_product
         values = _mix(tokens.long(), self.key) if self.hash == "ordered" else tokens.long()
-        windows = fold(
-            values, self.context
-        )  # [batch, row - context + 1], by the window's first token
+        # [batch, row - context + 1], by the window's first token
+        windows = fold(values, self.context)
         decided = windows[:, : tokens.shape[1] - first]
         hit = _below(decided, self.k) if self.hash == "ordered" else _in_table(decided, self.k)
         if document_ids is not None and self.boundary == "reset":

@@ -282,7 +282,12 @@ class DeepSpeed:
                 "train_micro_batch_size_per_gpu": min(microbatch, share),
                 # Microbatches are weighted by the loop, so DeepSpeed must not divide by their number.
                 "gradient_accumulation_steps": 1,
-                "zero_optimization": {"stage": self.zero},
+                "zero_optimization": {
+                    "stage": self.zero,
+                    # Without this no whole weights can be gathered for a checkpoint under stage 3; they
+                    # are in the type that is trained in, whatever the name says.
+                    "stage3_gather_16bit_weights_on_model_save": True,
+                },
                 "bf16": {"enabled": precision == "bf16"},
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 10**12,
