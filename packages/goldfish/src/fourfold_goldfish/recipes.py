@@ -85,14 +85,14 @@ def verbatim_smoke(arm: Arm, seed: int) -> Attacked:
 
 
 def verbatim_laptop(arm: Arm, seed: int) -> Attacked:
-    """As `verbatim_smoke`, with 2.5 M parameters, 40 longer passages and 12 times the background."""
+    """As `verbatim_smoke`, with 1.9 M parameters, 40 longer passages and 6 times the background."""
     small = verbatim_smoke(arm, seed)
-    passages = replace(small.passages, passages=40, repetitions=64, background=2304)
+    passages = replace(small.passages, passages=40, repetitions=56, background=1152)
     run = replace(
         small.run,
         model=Llama(
             width=256,
-            depth=3,
+            depth=2,
             heads=4,
             kv_heads=4,
             hidden=704,
