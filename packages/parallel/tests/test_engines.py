@@ -20,7 +20,9 @@ ROUNDING = 2e-5
 """float32 sums over two ranks in another order, over six AdamW steps."""
 
 
-@pytest.mark.parametrize("engines", [("ddp", "fsdp2"), ("zero1", "zero2", "zero3")])
+@pytest.mark.parametrize(
+    "engines", [("ddp", "fsdp2"), ("depth", "row", "col", "data"), ("zero1", "zero2", "zero3")]
+)
 def test_two_ranks_train_the_losses_of_one_process(
     tmp_path: Path, small_run: Run, engines: tuple[str, ...]
 ) -> None:
