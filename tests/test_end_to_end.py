@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from fourfold_parallel.run.claims import read_ledger
 from fourfold_parallel.run.experiments import installed, load
+from fourfold_parallel.run.recipe import Scale
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMBERS = {path.parent.name for path in ROOT.glob("packages/*/pyproject.toml")}
+
+
+def committed_scale(name: str) -> Scale:
+    """The scale of the records that a package commits."""
+    return read_ledger(ROOT / "packages" / name / "results" / "ledger.jsonl")[0].scale
 
 
 def call(*words: str) -> subprocess.CompletedProcess[str]:
@@ -33,9 +40,9 @@ def test_every_announced_experiment_is_a_package_with_stages_claims_and_figures(
 @pytest.mark.parametrize("name", sorted(installed()))
 def test_committed_records_are_of_todays_recipes(name: str) -> None:
     """A recipe that changed without its record fails here."""
-    experiment = installed()[name]
-    stages = experiment.stages("smoke")
-    records = load(experiment, "smoke", ROOT / "packages" / name / "results")
+    experiment, scale = installed()[name], committed_scale(name)
+    stages = experiment.stages(scale)
+    records = load(experiment, scale, ROOT / "packages" / name / "results")
     assert set(records) == {stage.name for stage in stages}
     for stage in stages:
         assert records[stage.name].run == stage.run
@@ -72,7 +79,8 @@ def test_a_report_is_one_self_contained_page(tmp_path: Path) -> None:
         target.mkdir(parents=True)
         for path in (ROOT / "packages" / name / "results").iterdir():
             (target / path.name).write_bytes(path.read_bytes())
-        captions = {one.name: one.caption for one in experiment.drawings("smoke")}
+        drawings = experiment.drawings(committed_scale(name))
+        captions = {one.name: one.caption for one in drawings}
         (target / "figures.json").write_text(json.dumps(captions))
     called = call("scripts/report.py", str(folder))
     assert called.returncode == 0, called.stderr
@@ -80,6 +88,8 @@ def test_a_report_is_one_self_contained_page(tmp_path: Path) -> None:
     for experiment in installed().values():
         for claim in experiment.claims:
             assert f"<strong>{claim.id}</strong>" in page
-        assert page.count("<figure ") >= len(experiment.drawings("smoke"))
+    assert page.count("<figure ") == sum(
+        len(one.drawings(committed_scale(name))) for name, one in installed().items()
+    )
     assert 'src="http' not in page
     assert "<link" not in page

@@ -111,7 +111,7 @@ class LedgerRow:
     paper_value: str
     conditions: str
     rule_text: str
-    scale: str
+    scale: Scale
     verdict: Verdict
     ours: str
     record: str
