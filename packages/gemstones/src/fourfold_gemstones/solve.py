@@ -13,6 +13,7 @@ Machinery of `laws.py`. The objective has many near-flat valleys, so three thing
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -210,7 +211,8 @@ def _descend(
         root = np.sqrt(scale)
         hessian = hessian / (root[:, :, None] * root[:, None, :])
         hessian = np.where(stuck[:, :, None] | stuck[:, None, :], 0.0, hessian)
-        step = _damped_step(hessian, gradient / root, damping[moving]) / root
+        step, decrement = _damped_step(hessian, gradient / root, damping[moving])
+        step /= root
         trial = np.clip(here + np.clip(step, -5.0, 5.0), lower, upper)
         reached = descent.select(moving).value(trial, delta)
         before = value[moving]
@@ -221,7 +223,8 @@ def _descend(
         fresh[moving] = better
         gained = before - np.minimum(reached, before)
         idle[moving] = np.where(gained > tolerance * before, 0, idle[moving] + 1)
-        moving &= idle < patience
+        done = (idle[moving] >= patience) | (decrement <= 0.1 * tolerance * before)
+        moving[moving] = ~done
         if not moving.any():
             break
     return theta, value
@@ -231,12 +234,16 @@ def _damped_step(
     hessian: Float[np.ndarray, "start parameter parameter"],
     gradient: Float[np.ndarray, "start parameter"],
     damping: Float[np.ndarray, " start"],
-) -> Float[np.ndarray, "start parameter"]:
-    """Minus the inverse of (|eigenvalues| + damping) applied to the gradient: always downhill."""
+) -> tuple[Float[np.ndarray, "start parameter"], Float[np.ndarray, " start"]]:
+    """Minus the inverse of (|eigenvalues| + damping) applied to the gradient: always downhill.
+
+    Beside it, Newton's decrement: what an undamped step would gain, the test of convergence.
+    """
     values, vectors = np.linalg.eigh(hessian)
     along = np.einsum("bpk,bp->bk", vectors, gradient)
-    along /= np.maximum(np.abs(values), 1e-12) + damping[:, None]
-    return -np.einsum("bpk,bk->bp", vectors, along)
+    steepness = np.maximum(np.abs(values), 1e-12)
+    step = -np.einsum("bpk,bk->bp", vectors, along / (steepness + damping[:, None]))
+    return step, 0.5 * np.einsum("bk,bk->b", along, along / steepness)
 
 
 def _bounds(
@@ -431,7 +438,7 @@ def refit(
     parameters: Float[np.ndarray, " parameter"],
     weights: Float[np.ndarray, "draw row"],
     *,
-    batch: int = 256,
+    batch: int = 128,
 ) -> Parameters:
     """Best parameters under each row of weights, following the full fit and its neighbours.
 
@@ -444,3 +451,108 @@ def refit(
         theta, _ = follow(problem, np.repeat(parameters[None], len(some), axis=0), some)
         found.append(theta)
     return np.concatenate(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pinned(_Descent):
+    """The objective plus a spring that pulls a functional of each start towards its target.
+
+    The least of the sum is the least of the objective alone among all parameters with the value of
+    the functional that was reached, however stiff the spring.
+    """
+
+    functional: Callable[[Float[np.ndarray, " parameter"]], float]
+    targets: Float[np.ndarray, " start"]
+    stiffness: float
+
+    def value(self, theta: Parameters, delta: float) -> Float[np.ndarray, " start"]:
+        reached = np.asarray([self.functional(row) for row in theta])
+        free = _Descent(self.log_inputs, self.log_loss, self.weights).value(theta, delta)
+        total = free + 0.5 * self.stiffness * (reached - self.targets) ** 2
+        return np.where(np.isfinite(total), total, np.inf)
+
+    def derivatives(
+        self, theta: Parameters, delta: float
+    ) -> tuple[
+        Float[np.ndarray, "start parameter"],
+        Float[np.ndarray, "start parameter parameter"],
+        Float[np.ndarray, "start parameter"],
+    ]:
+        free = _Descent(self.log_inputs, self.log_loss, self.weights)
+        gradient, hessian, scale = free.derivatives(theta, delta)
+        step = 1e-5 * np.eye(theta.shape[1])
+        for start, row in enumerate(theta):
+            pull = self.functional(row) - self.targets[start]
+            slope = np.asarray(
+                [(self.functional(row + s) - self.functional(row - s)) / 2e-5 for s in step]
+            )
+            slope = np.where(np.isfinite(slope), slope, 0.0)
+            gradient[start] += self.stiffness * pull * slope
+            hessian[start] += self.stiffness * np.outer(slope, slope)
+            scale[start] += self.stiffness * slope**2
+        return gradient, hessian, scale
+
+    def select(self, keep: Bool[np.ndarray, " start"]) -> _Pinned:
+        return _Pinned(
+            self.log_inputs,
+            self.log_loss,
+            self.weights,
+            self.functional,
+            self.targets[keep],
+            self.stiffness,
+        )
+
+
+def pinned(
+    problem: Problem,
+    parameters: Float[np.ndarray, " parameter"],
+    functional: Callable[[Float[np.ndarray, " parameter"]], float],
+    targets: Float[np.ndarray, " start"],
+    *,
+    stiffness: float,
+) -> tuple[Float[np.ndarray, " start"], Float[np.ndarray, " start"]]:
+    """Values of `functional` that were reached, and the least objective at each of them.
+
+    The targets are approached one after another, away from `parameters`, each from the solution
+    of its neighbour.
+    """
+    m = problem.log_inputs.shape[1]
+    centre = problem.centre
+    lower, upper = _bounds(problem.log_loss, m)
+
+    def uncentred(theta: Float[np.ndarray, " parameter"]) -> Float[np.ndarray, " parameter"]:
+        moved = theta.copy()
+        moved[:m] += moved[m : 2 * m] * centre
+        return moved
+
+    ones = np.ones((1, len(problem.log_loss)))
+    start = parameters.copy()
+    start[:m] -= start[m : 2 * m] * centre
+    free = _Descent(problem.log_inputs - centre, problem.log_loss, ones)
+    origin = functional(parameters)
+    reached, least = np.empty(len(targets)), np.empty(len(targets))
+    for side in (targets >= origin, targets < origin):
+        theta = start[None]
+        for index in np.flatnonzero(side)[np.argsort(np.abs(targets[side] - origin))]:
+            spring = _Pinned(
+                free.log_inputs,
+                free.log_loss,
+                ones,
+                lambda row: functional(uncentred(row)),
+                targets[[index]],
+                stiffness,
+            )
+            for delta in thresholds(problem.delta)[-3:]:
+                theta, _ = _descend(
+                    spring,
+                    theta,
+                    delta,
+                    lower=lower,
+                    upper=upper,
+                    steps=80,
+                    tolerance=1e-10,
+                    patience=PATIENCE,
+                )
+            reached[index] = functional(uncentred(theta[0]))
+            least[index] = free.value(theta, problem.delta)[0]
+    return reached, least
