@@ -93,7 +93,11 @@ def locked() -> list[tuple[str, str, str]]:
     """(name, version, file name) of every package that `uv.lock` takes from the wheelhouse."""
     packages = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
     return [
-        (package["name"], package["version"], (package.get("wheels") or [package["sdist"]])[0]["path"])
+        (
+            package["name"],
+            package["version"],
+            (package.get("wheels") or [package["sdist"]])[0]["path"],
+        )
         for package in packages
         if "registry" in package["source"]
     ]
@@ -187,7 +191,15 @@ def uv() -> Path:
         run(
             "uv",
             [
-                *(sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-cache-dir"),
+                *(
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "install",
+                    "--quiet",
+                    "--no-index",
+                    "--no-cache-dir",
+                ),
                 *("--disable-pip-version-check", "--find-links", WHEELHOUSE),
                 *("--target", partial, f"uv=={UV_VERSION}"),
             ],
@@ -258,7 +270,9 @@ def only_one() -> Iterator[None]:
         WORK.mkdir(exist_ok=True)
         handle = (WORK / "lock").open("w")
     except OSError as error:
-        raise StepError(f"cannot write to {ROOT} ({error.strerror}); clone it where you may") from error
+        raise StepError(
+            f"cannot write to {ROOT} ({error.strerror}); clone it where you may"
+        ) from error
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -324,7 +338,9 @@ def parser() -> argparse.ArgumentParser:
         prog="scripts/env",
         description="Run a command in fourfold's environment, making the environment on first use.",
     )
-    text.add_argument("--offline", action="store_true", help="use no network: all from the wheelhouse")
+    text.add_argument(
+        "--offline", action="store_true", help="use no network: all from the wheelhouse"
+    )
     text.add_argument("--wheelhouse", type=Path, metavar="DIR", help="take wheels from DIR first")
     text.add_argument(
         "--resolve",
@@ -332,7 +348,9 @@ def parser() -> argparse.ArgumentParser:
         help="resolve from this machine's own index, with the versions of uv.lock as constraints "
         "(another Python, CUDA, ROCm, arm64, macOS); uv.lock is left as it is",
     )
-    text.add_argument("--system", action="store_true", help="also apt-get install " + " ".join(SYSTEM_PACKAGES))
+    text.add_argument(
+        "--system", action="store_true", help="also apt-get install " + " ".join(SYSTEM_PACKAGES)
+    )
     text.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD...", help="what to run")
     return text
 

@@ -1,0 +1,203 @@
+"""Checkpoints: whole or absent, in plain files, readable by any engine that gathers full state.
+
+A checkpoint is the folder `step-00000100/` with what the session saved (for most engines
+`model.safetensors`, `optimizer.safetensors`, `optimizer.json`) and `checkpoint.json`, which says the
+step and the run. It is filled under another name, synced, and renamed. The order of the data and the
+learning rate are functions of the step, so nothing else is state.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+
+from fourfold_parallel.run.files import sync, write_text
+
+_NAME = re.compile(r"step-(\d{8})")
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    path: Path
+    step: int
+    """Optimizer steps done."""
+    run_sha256: str
+    """Digest of the run that wrote it."""
+
+
+def checkpoints(folder: Path) -> tuple[Checkpoint, ...]:
+    """The whole checkpoints in a folder, oldest first; what a killed save left is passed over."""
+    found = []
+    if folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            if _NAME.fullmatch(path.name):
+                meta = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
+                found.append(
+                    Checkpoint(path=path, step=meta["step"], run_sha256=meta["run_sha256"])
+                )
+    return tuple(found)
+
+
+def latest(folder: Path, *, run_sha256: str) -> Checkpoint | None:
+    """The last whole checkpoint of this run, or None.
+
+    Raises:
+        ValueError: where the folder holds another run's checkpoints.
+    """
+    found = checkpoints(folder)
+    if not found:
+        return None
+    if found[-1].run_sha256 != run_sha256:
+        raise ValueError(
+            f"{found[-1].path} was written by another run ({found[-1].run_sha256[:12]}, not "
+            f"{run_sha256[:12]}); resume with the same recipe, or remove {folder} to start over"
+        )
+    return found[-1]
+
+
+def write(
+    folder: Path,
+    *,
+    step: int,
+    run_sha256: str,
+    save: Callable[[Path], None],
+    wait: Callable[[], None],
+    is_main: bool,
+) -> None:
+    """Write `folder/step-…` whole, then remove the older ones. Every rank calls this.
+
+    Args:
+        folder: the run's checkpoint folder, the same on every rank.
+        step: optimizer steps done.
+        run_sha256: digest of the run.
+        save: the session's `save`.
+        wait: the session's barrier.
+        is_main: whether this rank creates, renames and removes.
+    """
+    final = folder / f"step-{step:08d}"
+    partial = folder / f".{final.name}.partial"
+    if is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    wait()
+    save(partial)
+    wait()
+    if is_main:
+        meta = {"step": step, "run_sha256": run_sha256}
+        write_text(partial / "checkpoint.json", json.dumps(meta))
+        for path in partial.rglob("*"):
+            sync(path)
+        sync(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.replace(final)
+        sync(folder)
+        for old in checkpoints(folder)[:-1]:
+            shutil.rmtree(old.path)
+    wait()
+
+
+def save_full_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, *, is_main: bool
+) -> None:
+    """Gather model and optimizer to the main rank and write them as safetensors. Every rank calls it."""
+    weights, moments = get_state_dict(model, optimizer, options=_FULL)
+    if not is_main:
+        return
+    save_weights(weights, folder)
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, float] = {}
+    for name, values in moments["state"].items():
+        for key, value in values.items():  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value.contiguous()
+            else:
+                numbers[f"{name}/{key}"] = value
+    save_file(tensors, folder / "optimizer.safetensors")
+    groups = json.dumps({"numbers": numbers, "param_groups": moments["param_groups"]})
+    write_text(folder / "optimizer.json", groups)
+
+
+def save_weights(weights: dict[str, Any], folder: Path) -> None:
+    """Write whole weights as `model.safetensors`; a tied tensor is written once, under its first name."""
+    seen: set[int] = set()
+    kept: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if value.data_ptr() not in seen:
+            seen.add(value.data_ptr())
+            kept[name] = value.contiguous()
+    save_file(kept, folder / "model.safetensors")
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Load `model.safetensors` of a checkpoint into a plain model.
+
+    Raises:
+        ValueError: where the file is of another model.
+    """
+    model.load_state_dict(_weights_for(model, folder))
+
+
+def load_full_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Restore what `save_full_state` wrote, onto any layout. Every rank calls it.
+
+    Raises:
+        ValueError: where the files are of another model.
+    """
+    weights = _weights_for(model, folder)
+    saved: dict[str, Any] = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
+    state: dict[str, dict[str, Any]] = {}
+    tensors = load_file(folder / "optimizer.safetensors")
+    for path, value in {**tensors, **saved["numbers"]}.items():
+        name, _, key = path.rpartition("/")
+        state.setdefault(name, {})[key] = value
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=weights,
+        optim_state_dict={"state": state, "param_groups": saved["param_groups"]},  # pyright: ignore[reportArgumentType]
+        options=StateDictOptions(full_state_dict=True),
+    )
+
+
+def _weights_for(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    weights = load_file(folder / "model.safetensors")
+    held = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    unknown = sorted(set(weights) - set(held))
+    other = [name for name in weights if name in held and tuple(weights[name].shape) != held[name]]
+    if unknown or other:
+        first = (unknown + other)[0]
+        raise ValueError(
+            f"{folder} holds {first!r} of shape {tuple(weights[first].shape)}, the model has "
+            f"{held.get(first, 'no such weight')}; build the model that the checkpoint was written by"
+        )
+    for name, alias in _aliases(model).items():
+        weights.setdefault(name, weights[alias])
+    return weights
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Second names of tied parameters: name -> first name."""
+    first: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            found[name] = first[id(parameter)]
+        else:
+            first[id(parameter)] = name
+    return found

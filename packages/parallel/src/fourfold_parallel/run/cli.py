@@ -1,0 +1,165 @@
+"""The command line of every package: the one place that configures logging, bars and tyro."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+from fourfold_parallel.run.claims import LedgerRow
+from fourfold_parallel.run.experiments import Experiment, Launch, Stage, perform
+from fourfold_parallel.run.progress import Progress, silent
+from fourfold_parallel.run.recipe import Scale
+
+VERDICT_STYLE = {
+    "reproduced": "green",
+    "contradicted": "red",
+    "inconclusive": "yellow",
+    "not tested": "dim",
+}
+
+
+def console() -> Console:
+    """Standard error, so that a record or a table on standard output stays clean."""
+    return Console(stderr=True, highlight=False)
+
+
+def start(target: Console) -> None:
+    """Send log lines to the console, and keep libraries from drawing bars of their own."""
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=target, show_path=False)],
+        force=True,
+    )
+    logging.getLogger("fourfold_parallel").setLevel(logging.INFO)
+    # DeepSpeed and transformers announce the absence of a GPU; a laptop's user knows.
+    for noisy in ("DeepSpeed", "transformers", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+class Bars:
+    """One progress bar per stage, with time left; plain lines where nobody watches a terminal."""
+
+    def __init__(self, target: Console, stages: int) -> None:
+        self._console = target
+        self._stages = stages
+        self._begun = 0
+        self._bars = RichProgress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=target,
+            disable=not target.is_terminal,
+        )
+
+    @contextmanager
+    def running(self) -> Iterator["Bars"]:
+        """Draw for the length of a block."""
+        with self._bars:
+            yield self
+
+    def stage(self, stage: Stage) -> Progress:
+        """A bar for one stage."""
+        self._begun += 1
+        title = f"{self._begun}/{self._stages} {stage.name}"
+        bar = self._bars.add_task(title, total=None, note="")
+        if not self._console.is_terminal:
+            self._console.print(title)
+
+        def report(done: int, total: int, note: str) -> None:
+            self._bars.update(bar, completed=done, total=total, note=note)
+
+        return report
+
+
+def ledger_table(rows: Sequence[LedgerRow]) -> Table:
+    """The ledger as a terminal shows it."""
+    table = Table(show_lines=False, expand=False)
+    for column in ("claim", "paper", "ours", "verdict"):
+        table.add_column(column)
+    for row in rows:
+        verdict = Text(row.verdict, style=VERDICT_STYLE[row.verdict])
+        table.add_row(
+            f"{row.id} {row.statement}", row.paper_value, row.ours or row.because, verdict
+        )
+    return table
+
+
+def print_launches(target: Console, title: str, launches: Sequence[Launch]) -> None:
+    """The paper-scale launch lines of one package."""
+    for launch in launches:
+        target.print(f"[bold]{title}: {launch.title}[/bold]  (needs: {launch.needs})")
+        target.print(f"  {launch.torchrun}", soft_wrap=True)
+        target.print(f"  {launch.slurm}", soft_wrap=True)
+
+
+def is_main_rank() -> bool:
+    """Whether this process talks to the person who launched it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Reproduce this paper: run its experiment, judge its claims, draw its figures."""
+
+    scale: Scale = "smoke"
+    """smoke: minutes on 2 cores. laptop: longer, larger. paper: print the launch lines."""
+    out: Path = Path("out")
+    """Folder for records, ledger and figures; each scale and package gets its own inside."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Keep what is finished and go on from checkpoints, instead of starting over."""
+
+
+def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None:
+    """`python -m fourfold_<package>`."""
+    program = f"python -m fourfold_{experiment.package}"
+    options = tyro.cli(Options, prog=program, description=experiment.title, args=arguments)
+    target = console()
+    start(target)
+    if options.scale == "paper":
+        print_launches(target, experiment.title, experiment.launches())
+        return
+    folder = options.out / options.scale / experiment.package
+    bars = Bars(target, len(experiment.stages(options.scale)))
+    try:
+        with bars.running():
+            outcome = perform(
+                experiment,
+                options.scale,
+                folder,
+                resume=options.resume,
+                progress=bars.stage if is_main_rank() else lambda _: silent,
+            )
+    except ValueError as error:
+        target.print(f"[red]{error}[/red]", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        target.print("interrupted; add --resume to go on from here")
+        sys.exit(130)
+    target.print(ledger_table(outcome.rows))
+    target.print(f"records, ledger and figures: {outcome.folder}")

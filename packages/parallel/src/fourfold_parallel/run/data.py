@@ -1,0 +1,283 @@
+"""Token streams: packed, memory-mapped, resumable, the same order for any number of ranks.
+
+A corpus is tokenized once into a flat file of ids (`TokenFile`). A stream is a list of row starts into
+that file; a row is `sequence + 1` ids, so that inputs and next-token targets are two views of it. Which
+rows make up step `s` is a pure function of (stream, seed, s): resuming is calling it again, and every
+rank computes its own share of the same global batch.
+"""
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from fourfold_parallel.run.corpora import Corpus
+from fourfold_parallel.run.files import cache_folder, sha256_of, whole_folder, write_text
+from fourfold_parallel.run.records import Material
+from fourfold_parallel.run.tokenizers import LoadedTokenizer, Tokenizer
+from fourfold_parallel.run.values import digest, from_json, to_json
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+"""Version of the token file; part of its cache key."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenFile:
+    """A tokenized corpus on disk: every document's ids followed by the end id, one after another."""
+
+    path: Path
+    tokens: Int[np.ndarray, " token"]
+    """Memory-mapped ids, uint16 or uint32."""
+    document_starts: Int[np.ndarray, " document"]
+    """Offset of each document's first token, int64, ascending from 0."""
+    vocabulary: int
+    materials: tuple[Material, ...]
+    characters: int
+    """Characters of the corpus, so that losses can be given per byte or character."""
+
+    def document(self, index: int) -> Int[np.ndarray, " token"]:
+        """Ids of one document, without the end id."""
+        starts = self.document_starts
+        stop = starts[index + 1] if index + 1 < len(starts) else len(self.tokens)
+        return self.tokens[starts[index] : stop - 1]
+
+    def tokenizer(self) -> LoadedTokenizer:
+        """The tokenizer that made the file, read from beside it."""
+        from transformers import PreTrainedTokenizerFast
+
+        fast = PreTrainedTokenizerFast.from_pretrained(self.path / "tokenizer")
+        end = fast.eos_token_id
+        assert isinstance(end, int)
+        material = next(one for one in self.materials if one.kind == "tokenizer")
+        return LoadedTokenizer(tokenizer=fast, end=end, material=material)
+
+
+def tokenize(corpus: Corpus, tokenizer: Tokenizer) -> TokenFile:
+    """The corpus as ids, from the cache where this corpus was tokenized this way before.
+
+    The cache key is made of both values and of the installed versions that produce the text, so a
+    newer wheel is read anew.
+    """
+    key = hashlib.sha256(
+        json.dumps([_FORMAT, digest(corpus), digest(tokenizer), _producers()]).encode()
+    ).hexdigest()
+    folder = cache_folder() / "tokens" / key[:32]
+    if not (folder / "meta.json").exists():
+        log.info("tokenizing into %s", folder)
+        documents = corpus.load()
+        loaded = tokenizer.load(documents)
+        kind = np.uint16 if loaded.vocabulary <= np.iinfo(np.uint16).max + 1 else np.uint32
+        pieces = [
+            np.asarray([*loaded.encode(text), loaded.end], dtype=kind) for text in documents.texts
+        ]
+        lengths = np.asarray([len(piece) for piece in pieces], dtype=np.int64)
+        with whole_folder(folder) as partial:
+            np.save(partial / "tokens.npy", np.concatenate(pieces))
+            np.save(partial / "document_starts.npy", np.cumsum(lengths) - lengths)
+            loaded.tokenizer.save_pretrained(str(partial / "tokenizer"))
+            meta = {
+                "vocabulary": loaded.vocabulary,
+                "materials": [to_json(documents.material), to_json(loaded.material)],
+                "characters": sum(len(text) for text in documents.texts),
+                "tokens_sha256": sha256_of(partial / "tokens.npy"),
+            }
+            write_text(partial / "meta.json", json.dumps(meta, indent=1))
+    return _open(folder)
+
+
+@lru_cache(maxsize=8)
+def _open(folder: Path) -> TokenFile:
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    if sha256_of(folder / "tokens.npy") != meta["tokens_sha256"]:
+        raise ValueError(f"{folder} was changed after it was written; remove it and run again")
+    materials = from_json(meta["materials"])
+    assert isinstance(materials, tuple)
+    return TokenFile(
+        path=folder,
+        tokens=np.load(folder / "tokens.npy", mmap_mode="r"),
+        document_starts=np.load(folder / "document_starts.npy"),
+        vocabulary=meta["vocabulary"],
+        materials=materials,
+        characters=meta["characters"],
+    )
+
+
+def _producers() -> list[str]:
+    import importlib.metadata
+    import platform
+
+    found = [f"python {platform.python_version()}"]
+    for name in ("gensim", "tokenizers"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Rows of ids of one rank at one step.
+
+    `tokens[:, :-1]` is the model's input and `tokens[:, 1:]` are its targets.
+    """
+
+    tokens: Int[Tensor, "batch row"]
+    document_ids: Int[Tensor, "batch row"]
+    """Which document each id belongs to; a row may straddle several."""
+    addresses: tuple[int, ...]
+    """Row starts in the token file, so that an offending batch can be named and found again."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch on a device."""
+        return type(self)(
+            tokens=self.tokens.to(device, non_blocking=True),
+            document_ids=self.document_ids.to(device, non_blocking=True),
+            addresses=self.addresses,
+        )
+
+    def split(self, size: int) -> tuple[Self, ...]:
+        """Microbatches of `size` rows, in order; the last may be smaller."""
+        return tuple(
+            type(self)(
+                tokens=self.tokens[first : first + size],
+                document_ids=self.document_ids[first : first + size],
+                addresses=self.addresses[first : first + size],
+            )
+            for first in range(0, len(self.tokens), size)
+        )
+
+
+def epoch_order(rows: int, *, epoch: int, seed: int) -> Int[np.ndarray, " rows"]:
+    """Order of the rows in one epoch: the same on every rank, for any number of ranks."""
+    return np.random.default_rng((seed, epoch)).permutation(rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenStream:
+    """Rows of a token file in a seeded order, epoch after epoch.
+
+    A row start that stands several times in `row_starts` is seen several times per epoch: that is how
+    repetition is planted.
+    """
+
+    file: TokenFile
+    row_starts: Int[np.ndarray, " rows"]
+    sequence: int
+    """Targets in a row; a row holds `sequence + 1` ids."""
+    seed: int
+
+    def __post_init__(self) -> None:
+        last = int(self.row_starts.max(initial=-1)) + self.sequence + 1
+        if len(self.row_starts) == 0 or last > len(self.file.tokens):
+            raise ValueError(
+                f"{len(self.row_starts)} rows of {self.sequence} + 1 ids end at {last}, but the corpus "
+                f"has {len(self.file.tokens)} ids; use a shorter sequence or a larger corpus"
+            )
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Targets in one pass over all rows."""
+        return len(self.row_starts) * self.sequence
+
+    def rows_of_step(self, step: int, batch: int) -> Int[np.ndarray, " batch"]:
+        """Which rows make up the global batch of a step (0-based), in order.
+
+        Epochs are joined end to end, so that every row is used exactly once per epoch for any batch.
+        """
+        first = step * batch
+        positions = np.arange(first, first + batch)
+        epochs, offsets = np.divmod(positions, len(self.row_starts))
+        rows = np.empty(batch, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            order = _cached_order(len(self.row_starts), int(epoch), self.seed)
+            rows[epochs == epoch] = order[offsets[epochs == epoch]]
+        return rows
+
+    def batch(self, step: int, *, batch: int, rank: int = 0, ranks: int = 1) -> Batch:
+        """This rank's share of a step's global batch: a contiguous `1/ranks` of its rows.
+
+        Raises:
+            ValueError: where the ranks do not divide the batch.
+        """
+        if batch % ranks:
+            raise ValueError(
+                f"batch={batch} rows do not divide over {ranks} batch ranks; use a multiple of {ranks}"
+            )
+        share = batch // ranks
+        rows = self.rows_of_step(step, batch)[rank * share : (rank + 1) * share]
+        return self._gather(self.row_starts[rows])
+
+    def _gather(self, starts: Int[np.ndarray, " batch"]) -> Batch:
+        positions = starts[:, None] + np.arange(self.sequence + 1)
+        documents = np.searchsorted(self.file.document_starts, positions, side="right") - 1
+        return Batch(
+            tokens=torch.from_numpy(self.file.tokens[positions].astype(np.int64)),
+            document_ids=torch.from_numpy(documents),
+            addresses=tuple(int(start) for start in starts),
+        )
+
+
+@lru_cache(maxsize=4)
+def _cached_order(rows: int, epoch: int, seed: int) -> Int[np.ndarray, " rows"]:
+    return epoch_order(rows, epoch=epoch, seed=seed)
+
+
+class TokenSource(Protocol):
+    """A value that opens a token stream: what a recipe holds."""
+
+    def open(self, *, sequence: int, seed: int) -> TokenStream:
+        """The training stream, tokenizing the corpus on first use."""
+        ...
+
+    def validation(self, *, sequence: int) -> TokenStream:
+        """Rows that training never sees, in a fixed order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """Documents laid end to end and cut into rows; the last `held_out` share of the rows is left out."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    held_out: float
+    """Share of the rows kept for validation, from the end of the corpus; at least one row if above 0."""
+
+    def open(self, *, sequence: int, seed: int) -> TokenStream:
+        """Training rows, shuffled per epoch."""
+        file = tokenize(self.corpus, self.tokenizer)
+        starts, _ = self._split(file, sequence)
+        return TokenStream(file=file, row_starts=starts, sequence=sequence, seed=seed)
+
+    def validation(self, *, sequence: int) -> TokenStream:
+        """The rows left out of training."""
+        file = tokenize(self.corpus, self.tokenizer)
+        _, starts = self._split(file, sequence)
+        return TokenStream(file=file, row_starts=starts, sequence=sequence, seed=0)
+
+    def _split(
+        self, file: TokenFile, sequence: int
+    ) -> tuple[Int[np.ndarray, " rows"], Int[np.ndarray, " rows"]]:
+        if not 0 <= self.held_out < 1:
+            raise ValueError(
+                f"held_out={self.held_out} is not a share; use 0 or more and less than 1"
+            )
+        starts = packed_starts(len(file.tokens), sequence)
+        held = int(np.ceil(self.held_out * len(starts)))
+        return starts[: len(starts) - held], starts[len(starts) - held :]
+
+
+def packed_starts(tokens: int, sequence: int) -> Int[np.ndarray, " rows"]:
+    """Starts of rows that tile a flat file so that every id but the first is a target at most once."""
+    return np.arange(0, tokens - sequence, sequence, dtype=np.int64)

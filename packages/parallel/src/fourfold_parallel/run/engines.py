@@ -1,0 +1,396 @@
+"""Engines: how a model and its optimizer are laid over devices. The seam that the loop is written against.
+
+An `Engine` is a frozen value of a recipe. `open` gives a `Session`, which owns the prepared model and
+optimizer and answers five questions of the loop: which rows are mine (`rank`, `ranks`), a scope for one
+microbatch, how to backpropagate my share of a globally normalised loss, how to sum over the ranks that
+hold other rows, and how to clip and step. The four-dimensional engine stands behind the same seam.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
+from torch import Tensor, nn
+
+from fourfold_parallel.run.checkpoint import load_full_state, save_full_state, save_weights
+
+
+class Session(Protocol):
+    """A prepared model and optimizer on their devices."""
+
+    rank: int
+    """Which share of every batch this process holds, from 0."""
+    ranks: int
+    """In how many shares a batch is cut."""
+    is_main: bool
+    """Whether this process writes records and files."""
+    device: torch.device
+    model: nn.Module
+    """The model to call; called with keyword arguments as the plain one is."""
+    optimizer: torch.optim.Optimizer
+    """Holds the learning rates (`param_groups`); stepped through `update` only."""
+
+    def microbatch(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """The scope of one forward and backward; gradients may stay unreduced until the last."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagate this rank's share: after the last microbatch every gradient is that of the sum
+        of all shares over ranks and microbatches.
+        """
+        ...
+
+    def update(self, max_grad_norm: float) -> float:
+        """Clip to a global 2-norm, step, clear gradients; gives the norm before clipping."""
+        ...
+
+    def sum(self, value: Tensor) -> Tensor:
+        """A tensor of this rank summed over all shares of the batch; the same on every rank."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write `model.safetensors`, whole and under the plain model's names, and whatever `load` needs
+        for the optimizer, into an existing folder; every rank calls it.
+        """
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote; every rank calls it."""
+        ...
+
+    def wait(self) -> None:
+        """Return when every rank has called this."""
+        ...
+
+
+class Engine(Protocol):
+    """A way of laying a run over the ranks that exist."""
+
+    def open(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: Literal["fp32", "bf16"],
+        batch: int,
+        microbatch: int,
+    ) -> AbstractContextManager[Session]:
+        """Prepare model and optimizer for the length of a run.
+
+        Args:
+            model: on the CPU, the same weights on every rank.
+            optimizer: over the model's parameters, with no state yet.
+            precision: compute type.
+            batch: rows of a step over all ranks.
+            microbatch: rows of one forward pass on one rank.
+
+        Raises:
+            ValueError: on every rank alike, where the run does not fit the ranks.
+        """
+        ...
+
+
+def world_size() -> int:
+    """Ranks of this launch: what torchrun, accelerate launch or srun set, else 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _check_share(engine: str, batch: int, ranks: int) -> None:
+    if batch % ranks:
+        raise ValueError(
+            f"batch={batch} does not divide over {ranks} ranks of engine {engine}; "
+            f"use a multiple of {ranks}, or launch another number of processes"
+        )
+
+
+def _check_launched(engine: str) -> None:
+    if "RANK" not in os.environ:
+        raise ValueError(
+            f"engine {engine} needs a process group, but this process was not launched in one; "
+            "start the run with `torchrun --nproc-per-node N` (N=1 will do), or use Single"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Single:
+    """One process, one device, plain torch."""
+
+    @contextmanager
+    def open(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: Literal["fp32", "bf16"],
+        batch: int,  # noqa: ARG002 - the protocol's
+        microbatch: int,  # noqa: ARG002
+    ) -> Iterator[Session]:
+        """A session without any collective."""
+        if world_size() > 1:
+            raise ValueError(
+                f"engine Single runs in one process, but {world_size()} were launched; "
+                "use DDP, FSDP2 or DeepSpeed, or launch one"
+            )
+        device = _device()
+        yield _PlainSession(model.to(device), optimizer, device, precision)
+
+
+class _PlainSession:
+    """Plain torch on one device; the base of what accelerate does with several."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        precision: Literal["fp32", "bf16"],
+    ) -> None:
+        self.rank, self.ranks, self.is_main = 0, 1, True
+        self.device = device
+        self.model = model
+        self.optimizer = optimizer
+        self._precision = precision
+
+    @contextmanager
+    def microbatch(self, *, is_last: bool) -> Iterator[None]:  # noqa: ARG002 - the protocol's
+        casts = self._precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16) if casts else nullcontext():
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def update(self, max_grad_norm: float) -> float:
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def sum(self, value: Tensor) -> Tensor:
+        return value
+
+    def save(self, folder: Path) -> None:
+        save_full_state(self.model, self.optimizer, folder, is_main=True)
+
+    def load(self, folder: Path) -> None:
+        load_full_state(self.model, self.optimizer, folder)
+
+    def wait(self) -> None:
+        return
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DDP:
+    """A replica per rank; gradients averaged in buckets while backward runs (torch DDP, accelerate)."""
+
+    @contextmanager
+    def open(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: Literal["fp32", "bf16"],
+        batch: int,
+        microbatch: int,  # noqa: ARG002 - the protocol's
+    ) -> Iterator[Session]:
+        """A session over all launched ranks; gloo on CPUs, NCCL on GPUs."""
+        _check_launched("DDP")
+        _check_share("DDP", batch, world_size())
+        buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        with _accelerator(precision, kwargs_handlers=[buckets]) as accelerator:
+            yield _AccelerateSession(accelerator, model, optimizer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FSDP2:
+    """Parameters, gradients and optimizer state sharded over all ranks (torch fully_shard, accelerate)."""
+
+    reshard_after_forward: bool
+    """Free gathered weights after the forward pass: less memory, one more gather."""
+
+    @contextmanager
+    def open(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: Literal["fp32", "bf16"],
+        batch: int,
+        microbatch: int,  # noqa: ARG002 - the protocol's
+    ) -> Iterator[Session]:
+        """A session over all launched ranks; each decoder layer is one unit."""
+        _check_launched("FSDP2")
+        _check_share("FSDP2", batch, world_size())
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            reshard_after_forward=self.reshard_after_forward,
+            auto_wrap_policy="transformer_based_wrap",
+            cpu_ram_efficient_loading=False,
+        )
+        with _accelerator(precision, fsdp_plugin=plugin) as accelerator:
+            yield _AccelerateSession(accelerator, model, optimizer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeepSpeed:
+    """DeepSpeed ZeRO through accelerate: 1 shards optimizer state, 2 gradients too, 3 parameters too."""
+
+    zero: Literal[1, 2, 3]
+
+    @contextmanager
+    def open(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: Literal["fp32", "bf16"],
+        batch: int,
+        microbatch: int,
+    ) -> Iterator[Session]:
+        """A session over all launched ranks. Needs `fourfold-parallel[deepspeed]`."""
+        _check_launched("DeepSpeed")
+        ranks = world_size()
+        _check_share("DeepSpeed", batch, ranks)
+        share = batch // ranks
+        plugin = DeepSpeedPlugin(
+            hf_ds_config={
+                "train_micro_batch_size_per_gpu": min(microbatch, share),
+                # Microbatches are weighted by the loop, so DeepSpeed must not divide by their number.
+                "gradient_accumulation_steps": 1,
+                "zero_optimization": {"stage": self.zero},
+                "bf16": {"enabled": precision == "bf16"},
+                "zero_allow_untested_optimizer": True,
+                "steps_per_print": 10**12,
+            }
+        )
+        # accelerate knows no backend for DeepSpeed without an accelerator card unless it is named.
+        backend = InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")
+        with _accelerator(
+            precision, cpu=False, deepspeed_plugin=plugin, kwargs_handlers=[backend]
+        ) as accelerator:
+            yield _DeepSpeedSession(accelerator, model, optimizer)
+
+
+@contextmanager
+def _accelerator(
+    precision: Literal["fp32", "bf16"], *, cpu: bool | None = None, **plugins: Any
+) -> Iterator[Accelerator]:
+    """An `Accelerator` whose singletons, variables and process group do not outlive the run."""
+    found = dist.is_initialized()
+    variables = {name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))}
+    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - accelerate's own way
+    try:
+        yield Accelerator(
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            cpu=not torch.cuda.is_available() if cpu is None else cpu,
+            **plugins,
+        )
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
+        for name in list(os.environ):
+            if name.startswith(("ACCELERATE_", "FSDP_")) and name not in variables:
+                del os.environ[name]
+        if not found and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class _AccelerateSession:
+    """DDP and FSDP2: both average gradients over ranks, so a share is scaled up by their number."""
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._accelerator = accelerator
+        self.rank = accelerator.process_index
+        self.ranks = accelerator.num_processes
+        self.is_main = accelerator.is_main_process
+        self.device = accelerator.device
+        prepared: Any = accelerator.prepare(model, optimizer)
+        self.model: nn.Module = prepared[0]
+        self.optimizer: torch.optim.Optimizer = prepared[1]
+
+    @contextmanager
+    def microbatch(self, *, is_last: bool) -> Iterator[None]:
+        unreduced = nullcontext() if is_last else self._accelerator.no_sync(self.model)
+        with unreduced, self._accelerator.autocast():
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        self._accelerator.backward(loss * self.ranks)
+
+    def update(self, max_grad_norm: float) -> float:
+        norm: Any = self._accelerator.clip_grad_norm_(self.model.parameters(), max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def sum(self, value: Tensor) -> Tensor:
+        if self.ranks == 1:
+            return value
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def save(self, folder: Path) -> None:
+        save_full_state(*self._bare(), folder, is_main=self.is_main)
+
+    def load(self, folder: Path) -> None:
+        load_full_state(*self._bare(), folder)
+
+    def wait(self) -> None:
+        self._accelerator.wait_for_everyone()
+
+    def _bare(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        wrapped: Any = self.optimizer
+        return self._accelerator.unwrap_model(self.model), wrapped.optimizer
+
+
+class _DeepSpeedSession(_AccelerateSession):
+    """ZeRO: DeepSpeed's own engine clips, steps and writes its partitioned state."""
+
+    @contextmanager
+    def microbatch(self, *, is_last: bool) -> Iterator[None]:
+        engine: Any = self.model
+        engine.set_gradient_accumulation_boundary(is_boundary=is_last)
+        with self._accelerator.autocast():
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        engine: Any = self.model
+        engine.backward(loss * self.ranks)
+
+    def update(self, max_grad_norm: float) -> float:
+        engine: Any = self.model
+        engine.optimizer.clip_grad = 0.0 if max_grad_norm == float("inf") else max_grad_norm
+        engine.step()
+        return float(engine.get_global_grad_norm())
+
+    def save(self, folder: Path) -> None:
+        engine: Any = self.model
+        weights = self._accelerator.get_state_dict(engine)
+        if self.is_main:
+            save_weights(weights, folder)
+        engine.save_checkpoint(str(folder), tag="zero")
+
+    def load(self, folder: Path) -> None:
+        engine: Any = self.model
+        engine.load_checkpoint(str(folder), tag="zero")

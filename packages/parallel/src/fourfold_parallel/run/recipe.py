@@ -1,0 +1,94 @@
+"""A run as a frozen value; a recipe is a documented function that returns one."""
+
+from dataclasses import dataclass
+from typing import Literal, assert_never
+
+from fourfold_parallel.run.data import TokenSource
+from fourfold_parallel.run.engines import Engine
+from fourfold_parallel.run.models import Model
+from fourfold_parallel.run.objective import Objective
+from fourfold_parallel.run.optimizer import Optimizer, Schedule
+
+Scale = Literal["smoke", "laptop", "gpu", "paper"]
+"""How large an experiment is run: minutes on 2 cores (CI), an evening's laptop, one GPU, the paper's own."""
+
+Precision = Literal["fp32", "bf16"]
+"""Compute type; weights and optimizer state stay in float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """Train for a number of optimizer steps."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """Train for a number of input tokens, rounded up to whole steps."""
+
+    count: int
+
+
+Horizon = Steps | Tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Everything that decides a training run's numbers. The first line of its record rebuilds it."""
+
+    name: str
+    """Lower case, for file names: `plain-seed0`."""
+    model: Model
+    data: TokenSource
+    objective: Objective
+    optimizer: Optimizer
+    schedule: Schedule
+    horizon: Horizon
+    batch: int
+    """Rows per optimizer step, over all ranks."""
+    microbatch: int
+    """Rows per forward pass on one rank; larger ones are split and their gradients added."""
+    sequence: int
+    """Targets per row."""
+    max_grad_norm: float
+    """Gradients are scaled down to this 2-norm; `inf` never does."""
+    precision: Precision
+    engine: Engine
+    seed: int
+    """Decides fresh weights and the order of the data."""
+    validate_every: int
+    """Steps between validations on the source's held-out rows; a last one is done at the end."""
+    checkpoint_every: int
+    """Steps between checkpoints; a last one is written at the end of the run."""
+
+    def __post_init__(self) -> None:
+        for field in ("batch", "microbatch", "sequence", "validate_every", "checkpoint_every"):
+            value = getattr(self, field)
+            if value < 1:
+                raise ValueError(f"{field}={value} in run {self.name!r}; use 1 or more")
+        if self.horizon.count < 1:
+            raise ValueError(
+                f"horizon={self.horizon} in run {self.name!r}; use a count of 1 or more"
+            )
+        if not self.max_grad_norm > 0:
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm} in run {self.name!r}; "
+                "use a positive norm, or inf for no clipping"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Input tokens in one optimizer step, over all ranks."""
+        return self.batch * self.sequence
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps until the horizon."""
+        match self.horizon:
+            case Steps(count=count):
+                return count
+            case Tokens(count=count):
+                return -(-count // self.tokens_per_step)
+            case _:
+                assert_never(self.horizon)

@@ -1,0 +1,280 @@
+"""JSONL records: one object per event, append-only. The first line says everything about the run.
+
+Units are in the keys (`loss_nats`, `elapsed_s`, `peak_bytes`). A run that dies leaves its lines; a line
+cut short by the death is not JSON, so no reader takes it for whole, and a resumed run removes it.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from fourfold_parallel.run.values import Json, digest, from_json, to_json
+
+SCHEMA = 1
+"""Version of the record format; a reader refuses others."""
+
+_LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """Data or weights that a run used, with the licence they came under."""
+
+    name: str
+    kind: str
+    """"corpus", "tokenizer" or "model"."""
+    licence: str
+    sha256: str
+    source: str
+    """Where it came from: a package and its version, a hub id, a path."""
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of Python, the libraries that matter and every fourfold package."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    for distribution in importlib.metadata.distributions():
+        name = distribution.metadata["Name"]
+        if name and name.startswith("fourfold-"):
+            found[name] = distribution.version
+    return dict(sorted(found.items()))
+
+
+def hardware() -> dict[str, Json]:
+    """Processor, cores, memory and accelerators of this machine; no host name."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    gpus: list[Json] = [
+        torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+    ]
+    return {
+        "processor": model,
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "memory_bytes": pages,
+        "system": f"{platform.system()} {platform.machine()}",
+        "gpus": gpus,
+    }
+
+
+def commit() -> str:
+    """The source's git commit, with "+changes" where tracked files differ; "installed" outside git."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(here), *words]
+        return subprocess.run(  # noqa: S603 - fixed words, no shell
+            command, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        head = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return "installed"
+    return f"{head}+changes" if changed else head
+
+
+def header(
+    run: object,
+    *,
+    seed: int,
+    world_size: int,
+    materials: Sequence[Material],
+    overrides: Sequence[str],
+) -> dict[str, Json]:
+    """The first line of a record: the resolved run and everything its numbers depend on."""
+    return {
+        "event": "run",
+        "schema": SCHEMA,
+        "run": to_json(run),
+        "run_sha256": digest(run),
+        "overrides": list(overrides),
+        "seed": seed,
+        "world_size": world_size,
+        "commit": commit(),
+        "versions": dict(versions()),
+        "hardware": hardware(),
+        "materials": [to_json(material) for material in materials],
+    }
+
+
+class RecordWriter:
+    """Append events to a JSONL file, one line and one system call each.
+
+    A writer with `path=None` writes nothing: the ranks that do not record hold one.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._handle: int | None = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_cut_line(path)
+            self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def write(self, event: str, **values: object) -> None:
+        """Append one event. Numbers that are not finite are written as strings, since JSON has none."""
+        if self._handle is not None:
+            line = json.dumps({"event": event, **{key: _finite(v) for key, v in values.items()}})
+            os.write(self._handle, (line + "\n").encode())
+
+    def write_header(self, values: dict[str, Json]) -> None:
+        """Append the first line of a run, as `header` gives it."""
+        if self._handle is not None:
+            os.write(self._handle, (json.dumps(values) + "\n").encode())
+
+    def close(self) -> None:
+        """Push the lines to the disk and close."""
+        if self._handle is not None:
+            os.fsync(self._handle)
+            os.close(self._handle)
+            self._handle = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _finite(value: object) -> Json:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return to_json(value)
+
+
+def _drop_cut_line(path: Path) -> None:
+    """Remove a last line without its newline, which a killed writer left."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole != len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of a record: its 1-based line number and its values."""
+
+    line: int
+    values: dict[str, Json]
+
+    @property
+    def kind(self) -> str:
+        """The event's name: "run", "step", "evaluation", "finished", ..."""
+        return str(self.values["event"])
+
+    def number(self, key: str) -> float:
+        """A numeric value of the event.
+
+        Raises:
+            ValueError: where the event has no such number.
+        """
+        value = self.values.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            held = ", ".join(sorted(self.values))
+            raise ValueError(f"line {self.line} has no number {key!r}; it holds {held}")
+        return float(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A record read back: steps that a resume did again are present once, as done last."""
+
+    path: Path
+    events: tuple[Event, ...] = field(repr=False)
+
+    @property
+    def run(self) -> object:
+        """The run, rebuilt from the first line."""
+        return from_json(self.events[0].values["run"])
+
+    @property
+    def run_sha256(self) -> str:
+        """Digest of the run, as the first line states it."""
+        return str(self.events[0].values["run_sha256"])
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return int(self.events[0].number("seed"))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.events[-1].kind == "finished"
+
+    def of(self, kind: str) -> tuple[Event, ...]:
+        """All events of one kind, in order."""
+        return tuple(event for event in self.events if event.kind == kind)
+
+    def last(self, kind: str) -> Event:
+        """The last event of a kind.
+
+        Raises:
+            ValueError: where there is none.
+        """
+        events = self.of(kind)
+        if not events:
+            raise ValueError(f"{self.path} has no event {kind!r}; is the run unfinished?")
+        return events[-1]
+
+
+def read_record(path: Path) -> Record:
+    """Read a record, leaving out a cut last line and steps that a resume replaced.
+
+    Raises:
+        ValueError: where the file does not begin with a run of this schema.
+    """
+    events = [Event(number, values) for number, values in _lines(path)]
+    if not events or events[0].kind != "run" or events[0].values.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{path} does not begin with a run of schema {SCHEMA}; remove it and run again"
+        )
+    kept: list[Event] = []
+    for event in events:
+        if event.kind == "resumed":
+            step = event.number("step")
+            kept = [old for old in kept if old.kind == "run" or _step_of(old) <= step]
+        kept.append(event)
+    return Record(path, tuple(kept))
+
+
+def _step_of(event: Event) -> float:
+    step = event.values.get("step")
+    return float(step) if isinstance(step, int | float) else math.inf
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Json]]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return
+            yield number, json.loads(line)

@@ -1,0 +1,114 @@
+"""Tokenizers as values: a byte-level BPE trained on the corpus, or any published one."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from fourfold_parallel.run.corpora import Documents
+from fourfold_parallel.run.files import sha256_of
+from fourfold_parallel.run.records import Material
+
+END = "<|end|>"
+"""Ends every document; the only special token of a tokenizer trained here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedTokenizer:
+    """A tokenizer ready for use. `end` is the id that ends a document."""
+
+    tokenizer: PreTrainedTokenizerFast
+    end: int
+    material: Material
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids, special ones included."""
+        return len(self.tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of ids."""
+        return str(self.tokenizer.decode(tokens))
+
+
+class Tokenizer(Protocol):
+    """Something that gives a tokenizer, given the documents it is for."""
+
+    def load(self, documents: Documents) -> LoadedTokenizer:
+        """Train or read the tokenizer."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BytePairs:
+    """A byte-level BPE of `vocabulary` ids trained on the run's own corpus (deterministic)."""
+
+    vocabulary: int
+
+    def load(self, documents: Documents) -> LoadedTokenizer:
+        """Train on the documents (a second for a few megabytes)."""
+        if self.vocabulary < 257:
+            raise ValueError(
+                f"vocabulary={self.vocabulary} does not hold the 256 bytes and the end token; "
+                "use at least 257"
+            )
+        trained = tokenizers.Tokenizer(models.BPE())
+        trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trained.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.vocabulary,
+            special_tokens=[END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        trained.train_from_iterator(documents.texts, trainer)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token=END)
+        return _loaded(
+            tokenizer,
+            f"BPE of {self.vocabulary} ids",
+            licence="as the corpus",
+            source=f"trained on {documents.material.name}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedTokenizer:
+    """The tokenizer of a hub model id or of a local folder."""
+
+    name: str
+    revision: str
+    licence: str
+
+    def load(self, documents: Documents) -> LoadedTokenizer:  # noqa: ARG002 - the protocol's
+        """Read it through transformers."""
+        tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision)
+        return _loaded(
+            tokenizer, self.name, licence=self.licence, source=f"{self.name}@{self.revision}"
+        )
+
+
+def _loaded(
+    tokenizer: PreTrainedTokenizerFast, name: str, *, licence: str, source: str
+) -> LoadedTokenizer:
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise ValueError(f"tokenizer {name!r} has no end-of-text token; set its eos_token")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        tokenizer.backend_tokenizer.save(str(path))
+        fingerprint = sha256_of(path)
+    return LoadedTokenizer(
+        tokenizer=tokenizer,
+        end=end,
+        material=Material(
+            name=name, kind="tokenizer", licence=licence, sha256=fingerprint, source=source
+        ),
+    )

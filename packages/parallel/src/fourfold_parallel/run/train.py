@@ -1,0 +1,229 @@
+"""The training loop: one function, in the order in which things happen."""
+
+import logging
+import math
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from fourfold_parallel.run import checkpoint
+from fourfold_parallel.run.checkpoint import Checkpoint
+from fourfold_parallel.run.data import Batch, TokenStream
+from fourfold_parallel.run.engines import Session, world_size
+from fourfold_parallel.run.objective import IGNORE, token_nats
+from fourfold_parallel.run.optimizer import set_learning_rate
+from fourfold_parallel.run.progress import Progress
+from fourfold_parallel.run.recipe import Run
+from fourfold_parallel.run.records import RecordWriter, header
+from fourfold_parallel.run.values import digest
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    run: Run,
+    *,
+    record: Path,
+    checkpoints: Path,
+    progress: Progress,
+    overrides: Sequence[str] = (),
+) -> Checkpoint:
+    """Train a run to its horizon, or from its last whole checkpoint to it.
+
+    Launched on several ranks (torchrun, accelerate launch, srun), every rank calls this with the same
+    arguments. The losses recorded are the same for any number of ranks, up to the rounding of sums.
+
+    Args:
+        run: what to do.
+        record: JSONL file; appended to when a run is resumed.
+        checkpoints: folder of this run's checkpoints.
+        progress: told after each step.
+        overrides: fields that differ from the recipe, for the record.
+
+    Returns:
+        The last checkpoint; `trained_model` reads it back as a plain model, whatever the engine.
+
+    Raises:
+        ValueError: where the run does not fit its data or its ranks.
+        FloatingPointError: at the first loss that is not finite, naming step, batch and last checkpoint.
+    """
+    run_sha256 = digest(run)
+    stream = run.data.open(sequence=run.sequence, seed=run.seed)
+    plain = run.model.build(seed=run.seed)
+    _check_vocabulary(run, plain, stream)
+    with run.engine.open(
+        plain,
+        run.optimizer.build(plain),
+        precision=run.precision,
+        batch=run.batch,
+        microbatch=run.microbatch,
+    ) as session:
+        first_step = _restore(run_sha256, session, checkpoints)
+        with _writer(run, session, stream, record, overrides, first_step) as records:
+            session.model.train()
+            for step in range(first_step, run.steps):
+                started_s = time.perf_counter()
+                learning_rate = run.optimizer.learning_rate * run.schedule.factor(step, run.steps)
+                set_learning_rate(session.optimizer, learning_rate)
+
+                # Targets first: the loss is divided by the number supervised in the whole step, over
+                # all microbatches and ranks, so no grouping of the rows changes any gradient.
+                batch = stream.batch(step, batch=run.batch, rank=session.rank, ranks=session.ranks)
+                microbatches = batch.to(session.device).split(run.microbatch)
+                targets = [run.objective.targets(microbatch) for microbatch in microbatches]
+                kept = torch.stack([(one != IGNORE).sum() for one in targets]).sum().double()
+                supervised = session.sum(kept).clamp(min=1)
+
+                sums: dict[str, torch.Tensor] = {"nats_sum": torch.zeros((), dtype=torch.float64)}
+                for index, (microbatch, target) in enumerate(
+                    zip(microbatches, targets, strict=True)
+                ):
+                    with session.microbatch(is_last=index == len(microbatches) - 1):
+                        loss = run.objective.loss(session.model, microbatch, target)
+                        session.backward(loss.nats_sum / supervised.to(loss.nats_sum.dtype))
+                    for name, value in {**loss.telemetry, "nats_sum": loss.nats_sum}.items():
+                        sums[name] = sums.get(name, 0) + value.detach().double().cpu()
+
+                totals = session.sum(torch.stack([*sums.values()]).to(session.device)).tolist()
+                loss_nats = totals[0] / supervised.item()
+                if not math.isfinite(loss_nats):
+                    raise _not_finite(loss_nats, step, batch, run_sha256, checkpoints)
+                grad_norm = session.update(run.max_grad_norm)
+
+                elapsed_s = time.perf_counter() - started_s
+                done = step + 1
+                records.write(
+                    "step",
+                    step=done,
+                    loss_nats=loss_nats,
+                    supervised_targets=int(supervised.item()),
+                    **dict(zip(list(sums)[1:], totals[1:], strict=True)),
+                    learning_rate=learning_rate,
+                    grad_norm=grad_norm,
+                    elapsed_s=round(elapsed_s, 4),
+                    tokens_per_s=round(run.tokens_per_step / elapsed_s, 1),
+                    peak_bytes=_peak_bytes(session.device),
+                )
+                progress(done, run.steps, f"loss {loss_nats:.3f} nats")
+                if is_due(run.validate_every, done, run.steps):
+                    records.write("validation", step=done, **validate(run, session))
+                if is_due(run.checkpoint_every, done, run.steps):
+                    write_checkpoint(checkpoints, session, step=done, run_sha256=run_sha256)
+            records.write("trained", step=run.steps)
+        last = checkpoint.latest(checkpoints, run_sha256=run_sha256)
+        assert last is not None
+        return last
+
+
+def is_due(every: int, done: int, steps: int) -> bool:
+    """Whether something with a period of `every` steps happens after step `done`: also at the end."""
+    return done % every == 0 or done == steps
+
+
+@torch.no_grad()
+def validate(run: Run, session: Session) -> dict[str, float]:
+    """Unmasked loss on the source's held-out rows, shared over the ranks like a training batch."""
+    stream = run.data.validation(sequence=run.sequence)
+    nats_sum = torch.zeros((), dtype=torch.float64, device=session.device)
+    tokens = 0
+    session.model.eval()
+    for index in range(max(1, len(stream.row_starts) // run.batch)):
+        share = stream.batch(index, batch=run.batch, rank=session.rank, ranks=session.ranks)
+        for microbatch in share.to(session.device).split(run.microbatch):
+            with session.microbatch(is_last=True):
+                logits = session.model(input_ids=microbatch.tokens[:, :-1], use_cache=False).logits
+            nats_sum += token_nats(logits, microbatch.tokens[:, 1:]).double().sum()
+        tokens += run.tokens_per_step
+    session.model.train()
+    return {"validation_loss_nats": session.sum(nats_sum).item() / tokens, "tokens": tokens}
+
+
+def write_checkpoint(folder: Path, session: Session, *, step: int, run_sha256: str) -> None:
+    """Write a whole checkpoint of the session, then remove older ones."""
+    checkpoint.write(
+        folder,
+        step=step,
+        run_sha256=run_sha256,
+        save=session.save,
+        wait=session.wait,
+        is_main=session.is_main,
+    )
+
+
+def trained_model(run: Run, last: Checkpoint) -> PreTrainedModel:
+    """The plain transformers model with a checkpoint's weights, in evaluation mode, on the CPU."""
+    model = run.model.build(seed=run.seed)
+    checkpoint.load_weights(model, last.path)
+    return model.eval()
+
+
+def _restore(run_sha256: str, session: Session, checkpoints: Path) -> int:
+    found = checkpoint.latest(checkpoints, run_sha256=run_sha256)
+    if found is None:
+        return 0
+    log.info("resuming from %s", found.path)
+    session.load(found.path)
+    return found.step
+
+
+def _writer(
+    run: Run,
+    session: Session,
+    stream: TokenStream,
+    record: Path,
+    overrides: Sequence[str],
+    first_step: int,
+) -> RecordWriter:
+    """A record begun with its first line, or continued after `first_step`; silent off the main rank."""
+    if not session.is_main:
+        return RecordWriter(None)
+    if first_step == 0:
+        record.unlink(missing_ok=True)
+    is_continued = record.exists()
+    writer = RecordWriter(record)
+    if is_continued:
+        writer.write("resumed", step=first_step)
+    else:
+        materials = (*stream.file.materials, *run.model.materials())
+        writer.write_header(
+            header(
+                run,
+                seed=run.seed,
+                world_size=world_size(),
+                materials=materials,
+                overrides=overrides,
+            )
+        )
+    return writer
+
+
+def _check_vocabulary(run: Run, model: PreTrainedModel, stream: TokenStream) -> None:
+    held = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportAttributeAccessIssue]
+    if stream.file.vocabulary > held:
+        raise ValueError(
+            f"the tokenizer of run {run.name!r} has {stream.file.vocabulary} ids, the model embeds "
+            f"{held}; use a model vocabulary of at least {stream.file.vocabulary}"
+        )
+
+
+def _not_finite(
+    loss_nats: float, step: int, batch: Batch, run_sha256: str, checkpoints: Path
+) -> FloatingPointError:
+    last = checkpoint.latest(checkpoints, run_sha256=run_sha256)
+    return FloatingPointError(
+        f"loss_nats={loss_nats} at step {step + 1}; this rank's rows start at tokens "
+        f"{list(batch.addresses[:8])} of the corpus; the last checkpoint is "
+        f"{last.path if last else 'none'}. Lower the learning rate, lengthen the warm-up, "
+        "or look at those rows"
+    )
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Peak memory of this process: on a GPU what torch allocated there, on a CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
