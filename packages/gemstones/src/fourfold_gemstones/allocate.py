@@ -229,15 +229,15 @@ class Planner:
     def _at(
         self, law: PowerLaw, budget: float, width: float, depth: float, *, at_edge: bool
     ) -> Allocation:
-        w, d = np.asarray(width), np.asarray(depth)
+        w, d = np.asarray([width]), np.asarray([depth])
         tokens = self.cost.tokens(self.architecture, w, d, budget)
         return Allocation(
             budget=budget,
             width=width,
             depth=depth,
-            parameters=float(self.architecture.parameters(w, d)),
-            tokens=float(tokens),
-            loss_nats=float(self.loss(law, w, d, tokens)),
+            parameters=float(self.architecture.parameters(w, d)[0]),
+            tokens=float(tokens[0]),
+            loss_nats=float(self.loss(law, w, d, tokens)[0]),
             at_edge=at_edge,
         )
 
@@ -494,12 +494,7 @@ def suggest_next(
     width, depth, part = (
         axis.ravel() for axis in np.meshgrid(w, d, np.asarray([0.125, 0.25, 0.5, 1.0]))
     )
-    tokens = np.asarray(
-        [
-            float(planner.cost.tokens(planner.architecture, a, b, budget * c))
-            for a, b, c in zip(width, depth, part, strict=True)
-        ]
-    )
+    tokens = planner.cost.tokens(planner.architecture, width, depth, budget) * part
     told = np.log(np.stack([planner.loss(law, width, depth, tokens) for law in laws]))
     told = told - told.mean(axis=0)
     covariance = centred @ told / (len(laws) - 1)

@@ -451,9 +451,8 @@ class IsoFlopLaw:
             if inside:
                 # Tokens at the vertex, along the line that the cut runs in (log N, log T).
                 trade = Line.through(parameters, tokens)
-                vertices.append(
-                    (float(budget), np.exp(vertex), float(trade.predict(np.exp(vertex))), curve)
-                )
+                at = np.exp([vertex])
+                vertices.append((float(budget), at[0], trade.predict(at)[0], curve))
         if len(vertices) < 3:
             raise ValueError(
                 f"{len(vertices)} of {len(budgets)} budgets cut {table.source} in a parabola with "

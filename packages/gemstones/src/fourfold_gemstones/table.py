@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -60,6 +60,7 @@ ROWS_NAMED = 8
 """Offending rows named in one message."""
 
 
+@runtime_checkable
 class Frame(Protocol):
     """The part of a pandas or polars frame that is used: column names, and columns by name."""
 
@@ -123,11 +124,7 @@ class RunTable:
         self._check_order()
 
     def _check_values(self, name: str, values: Float[np.ndarray, " row"]) -> None:
-        if len(values) != len(self.run):
-            raise ValueError(
-                f"column {name!r} has {len(values)} rows and 'run' has {len(self.run)}; "
-                "give columns of equal length"
-            )
+        assert len(values) == len(self.run), name
         bad = ~np.isfinite(values)
         if bad.any():
             raise ValueError(
@@ -192,6 +189,12 @@ class RunTable:
             if name in named:
                 numbers[name] = _to_float(name, named[name], source)
         length = len(next(iter(numbers.values()))) if numbers else 0
+        for name, values in numbers.items():
+            if len(values) != len(named.get("run", values)):
+                raise ValueError(
+                    f"column {name!r} of {source} has {len(values)} rows and 'run' has "
+                    f"{len(named['run'])}; give columns of equal length"
+                )
         run = named.get("run", [f"row {row}" for row in range(length)])
         return cls(
             run=np.asarray([str(name) for name in run]),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -26,6 +26,7 @@ FEW_GROUPS = 8
 """Below this many groups a percentile interval is too narrow (Cameron, Gelbach and Miller 2008)."""
 
 
+@runtime_checkable
 class Law(Protocol):
     """What a bootstrap needs of an estimator."""
 
@@ -36,6 +37,7 @@ class Law(Protocol):
         ...
 
 
+@runtime_checkable
 class Fit(Protocol):
     """What a bootstrap needs of a fit."""
 
