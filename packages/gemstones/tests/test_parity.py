@@ -59,7 +59,7 @@ def test_the_42_objectives_of_approach_3(published: Path) -> None:
         assert ours.objective <= theirs * (1 + 1e-9), one.name
         assert ours.certificate.agreeing >= 3, one.name
         above[one.name] = theirs / ours.objective - 1
-    assert sum(gap > 2.9e-4 for gap in above.values()) == 13
+    assert sum(gap > 3e-4 for gap in above.values()) == 13
     worst = max(above, key=lambda name: above[name])
     assert worst.endswith("delta-4/approach_3_parameters_grid_search_0_hot_100b+_512x")
     assert above[worst] == pytest.approx(0.2844, abs=1e-4)
