@@ -247,7 +247,7 @@ def test_settings_that_mean_nothing_are_refused(settings: dict, message: str) ->
         ParametricLaw(**settings)
 
 
-def test_architecture_without_attention_heads_to_share() -> None:
-    """A model of one head has one key and value head of half a width by the closed form."""
+def test_a_model_of_one_head_shares_it_with_nobody() -> None:
     tiny = Architecture(vocabulary=256, context=128, head_width=16)
-    assert tiny.key_value_width(np.asarray([16.0]), np.asarray([2.0])).tolist() == [8.0]
+    width, depth = np.asarray([16.0, 32.0, 48.0, 64.0]), np.full(4, 2.0)
+    assert tiny.key_value_width(width, depth).tolist() == [16, 16, 16, 32]

@@ -43,10 +43,14 @@ class Architecture:
     def key_value_width(
         self, width: Float[np.ndarray, "*shape"], depth: Float[np.ndarray, "*shape"]
     ) -> Float[np.ndarray, "*shape"]:
-        """Width of keys, and of values: half the width, less half a head where heads are odd."""
+        """Width of keys, and of values: one head for every two of queries, at least one.
+
+        Half the width for real-valued shapes and even numbers of heads, as the closed forms have it.
+        """
         heads = width / self.head_width
-        odd = (np.abs(heads - np.round(heads)) < 1e-9) & (np.round(heads) % 2 == 1) & (depth > 0)
-        return np.where(odd & (heads > 1), width - self.head_width, width) / 2
+        whole = (np.abs(heads - np.round(heads)) < 1e-9) & (depth > 0)
+        groups = np.maximum(1, np.floor(np.round(heads) / 2))
+        return np.where(whole, groups * self.head_width, width / 2)
 
     def parameters(
         self,

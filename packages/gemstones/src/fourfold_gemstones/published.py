@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -185,4 +186,25 @@ def published_lines(folder: Path) -> tuple[PublishedLine, ...]:
                 intercept=content["intercept"],
             )
         )
+    return tuple(found)
+
+
+def preflight(folder: Path) -> tuple[tuple[int, int, float, float], ...]:
+    """Width, depth, learning rate and loss of the 24 runs of the learning-rate preflight.
+
+    Raises:
+        ValueError: The file is absent.
+    """
+    name = "preflight_mup_olmo_variant.csv"
+    path = next((at for at in (folder / name, folder / "data" / name) if at.is_file()), None)
+    if path is None:
+        raise ValueError(
+            f"no {name} in {folder} or its data/; give the path of a copy of the paper's repository"
+        )
+    found = []
+    for row in csv.DictReader(path.read_text().splitlines()):
+        words = re.match(r"PyGemma-(\d+)x(\d+)_.*_lr([0-9.e+-]+)_", row["Name"])
+        if words is not None:
+            loss = float(row["scaling/global_loss"])
+            found.append((int(words[1]), int(words[2]), float(words[3]), loss))
     return tuple(found)

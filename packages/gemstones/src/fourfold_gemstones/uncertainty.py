@@ -22,6 +22,8 @@ from fourfold_gemstones.table import Grouping, RunTable
 
 Functional = Callable[[Any], float]
 """A number read off an estimate: a slope, a prescription at a budget, a predicted loss."""
+UNDEFINED = (ValueError, ZeroDivisionError, FloatingPointError, OverflowError)
+"""What a functional may raise on an estimate that has no such value."""
 FEW_GROUPS = 8
 """Below this many groups a percentile interval is too narrow (Cameron, Gelbach and Miller 2008)."""
 
@@ -106,7 +108,7 @@ class Bootstrap:
         for draw, estimate in enumerate(self.estimates):
             try:
                 found[draw] = functional(estimate)
-            except (ValueError, ZeroDivisionError, FloatingPointError):
+            except UNDEFINED:
                 continue
         return found
 
@@ -271,10 +273,17 @@ def profile(
     estimate = functional(fit.estimate)
     problem = fit.law.problem(fit.table)
     targets = np.linspace(estimate - 3.5 * error, estimate + 3.5 * error, points)
+
+    def of_vector(vector: Float[np.ndarray, " parameter"]) -> float:
+        try:
+            return functional(PowerLaw.from_vector(fit.law.variables, vector))
+        except UNDEFINED:
+            return float("nan")
+
     reached, least = solve.pinned(
         problem,
         fit.estimate.vector(),
-        lambda vector: functional(PowerLaw.from_vector(fit.law.variables, vector)),
+        of_vector,
         targets,
         stiffness=100 * fit.objective / error**2,
     )
