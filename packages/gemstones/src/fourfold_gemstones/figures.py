@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fourfold_gemstones.claims import PUBLISHED
+from fourfold_gemstones.claims import PUBLISHED, SUITE
+from fourfold_gemstones.laws import Hull, frontier
+from fourfold_gemstones.suite import suite_table
 from fourfold_parallel.run.claims import Records
 from fourfold_parallel.run.experiments import Drawing
 from fourfold_parallel.run.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES
@@ -249,6 +252,66 @@ def figure_overspending(records: Records) -> Figure:
     return figure
 
 
+def figure_suite(records: Records) -> Figure:
+    """Our own suite: loss against training FLOPs, its hull, and what cooling down gains."""
+    record = records[SUITE]
+    table = suite_table(record, schedule="constant")
+    figure = Figure(figsize=(7.6, 4.2))
+    axes = figure.add_subplot()
+    names, index = table.groups("run")
+    flops, loss = table.flops(), table.column("loss_nats")
+    aspect = table.column("width") / table.column("depth")
+    span = np.log(aspect.max() / aspect.min())
+    for run in range(len(names)):
+        rows = np.flatnonzero(index == run)
+        shade = float(np.log(aspect[rows[0]] / aspect.min()) / span)
+        axes.plot(flops[rows], loss[rows], color=colormaps["viridis"](0.9 * shade), linewidth=1.2)
+        label = names[run].split("-")[0]
+        if names[run].endswith("seed0"):
+            axes.annotate(
+                label,
+                (flops[rows[-1]], loss[rows[-1]]),
+                fontsize=7,
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="center",
+            )
+    hull = frontier(flops, loss, Hull())
+    axes.plot(
+        flops[hull],
+        loss[hull],
+        "o--",
+        color=IDEAL,
+        markersize=4,
+        linewidth=1.2,
+        label="convex hull",
+    )
+    cooled = suite_table(record, schedule="cooled")
+    axes.plot(
+        cooled.flops(),
+        cooled.column("loss_nats"),
+        "v",
+        color=METHOD,
+        markersize=5,
+        label="after cooldown",
+    )
+    axes.set_xscale("log")
+    axes.set_xlabel("training FLOPs (lines from deep, dark, to wide, light)")
+    axes.set_ylabel("validation loss (nats per byte)")
+    axes.legend(loc="upper right")
+    return figure
+
+
+SLOW = ("figure-prescriptions", "figure-held-out")
+"""Figures of parts that smoke leaves out."""
+SUITE_DRAWINGS = (
+    Drawing(
+        name="figure-suite",
+        caption="Our suite on bytes of the Python standard library: nine shapes of 16 to 150 "
+        "thousand parameters at a constant rate, three of them with several seeds, and cooldowns.",
+        draw=figure_suite,
+    ),
+)
 PUBLISHED_DRAWINGS = (
     Drawing(
         name="figure-refits",

@@ -89,12 +89,35 @@ FACTORS = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)
 """Multiples of the optimal ratio of tokens to parameters."""
 
 
+QUICK = (
+    "published fits",
+    "published lines",
+    "Chinchilla points",
+    "slopes and intervals",
+    "paired differences",
+    "envelopes and their null",
+    "left-out models",
+    "Huber thresholds",
+    "embeddings",
+    "overtraining",
+    "overspending",
+    "cooldown",
+    "learning rates",
+    "benchmarks",
+)
+"""Parts that take seconds."""
+WHOLE = (*QUICK, "held-out error", "prescriptions", "coverage")
+"""Every part."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Revisit:
     """How much to resample in the analysis of the published measurements."""
 
     data_sha256: str
     """Over the names and bytes of every file that is read."""
+    parts: tuple[str, ...]
+    """Names of the analyses to do."""
     draws: int
     """Bootstrap draws of two-term laws."""
     shaped_draws: int
