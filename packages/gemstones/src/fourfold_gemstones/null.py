@@ -32,6 +32,21 @@ EPOCH = PowerLaw(
 """Chinchilla as refitted by Besiroglu et al. 2024: a = 0.513."""
 
 
+def balanced(table: RunTable, *, alpha: float, beta: float) -> PowerLaw:
+    """A law of given exponents whose three parts are each one nat at the table's mean size and tokens.
+
+    For suites of another size than the published one, at which `HALF` and `EPOCH` predict nonsense.
+    """
+    size = float(np.log(table.column("parameters")).mean())
+    tokens = float(np.log(table.column("tokens")).mean())
+    return PowerLaw(
+        variables=("parameters", "tokens"),
+        log_coefficients=(alpha * size, beta * tokens),
+        exponents=(alpha, beta),
+        log_floor=0.0,
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Null:
     """One estimator on noise-free losses of one law."""
