@@ -224,6 +224,9 @@ def sync() -> bool:
         ],
         hint="Is the disk full (`df -h .`; 4 GB are needed)? Remove .venv/ and wheelhouse/ and try again.",
         UV_CACHE_DIR=str(WORK / "uv-cache"),
+        # Where nothing may be written later (a read-only checkout, PYTHONDONTWRITEBYTECODE), every start
+        # would compile torch and transformers anew: 30 s instead of 6.
+        UV_COMPILE_BYTECODE="1",
         UV_NO_CONFIG="1",
         UV_OFFLINE="1",
         UV_PYTHON_DOWNLOADS="never",
@@ -290,7 +293,7 @@ def make(*, offline: bool, wheelhouse: Path | None, force_resolve: bool) -> None
             return
         say(f"making the environment in {VENV}")
         unfinished = WORK / "unfinished"
-        if unfinished.exists() or (VENV / "pyvenv.cfg").exists() and not STAMP.exists():
+        if unfinished.exists() or ((VENV / "pyvenv.cfg").exists() and not STAMP.exists()):
             shutil.rmtree(VENV, ignore_errors=True)
         unfinished.touch()
         WHEELHOUSE.mkdir(exist_ok=True)

@@ -95,7 +95,7 @@ def figure_slopes(records: Records) -> Figure:
     left.plot([], [], "x", color=IDEAL, linestyle="none", label="published")
     left.plot([], [], "o-", color=METHOD, label="optimum, 95 % over models")
     left.plot([], [], color=BASELINE, label="95 % over rows")
-    left.legend(loc="upper left", fontsize=8)
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=7.5)
     left.set_title("Slopes by selection")
     for row, event in enumerate(apart):
         right.plot(

@@ -1,4 +1,4 @@
-"""The tables of the README and of `docs/revisited.md`, rendered from the committed records.
+"""The tables of `docs/revisited.md`, rendered from the committed records.
 
     python -m fourfold_gemstones.tables packages/gemstones
 
@@ -15,12 +15,11 @@ from pathlib import Path
 
 from fourfold_gemstones.claims import PUBLISHED
 from fourfold_gemstones.figures import NAMES
-from fourfold_parallel.run.claims import LedgerRow, read_ledger
 from fourfold_parallel.run.files import write_text
 from fourfold_parallel.run.records import Event, Record, read_record
 
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-DOCUMENTS = ("README.md", "docs/revisited.md")
+DOCUMENTS = ("docs/revisited.md",)
 """Files with tables, under the package's folder."""
 
 
@@ -129,25 +128,8 @@ def null(record: Record) -> str:
     return markdown([*head, "null, a = .500", "null, a = .513", "null, a = .696"], rows)
 
 
-def ledger(rows: Sequence[LedgerRow]) -> str:
-    """The ledger's rows."""
-    return markdown(
-        ["claim", "paper", "ours", "verdict", "record"],
-        [
-            [
-                f"{row.id} {row.statement}",
-                row.paper_value,
-                row.ours or row.because,
-                row.verdict,
-                f"[`{row.record}`](results/{row.record.replace(':', '#L')})" if row.record else "",
-            ]
-            for row in rows
-        ],
-    )
-
-
 def tables(results: Path) -> Mapping[str, str]:
-    """Every table by name, from the records and the ledger in a folder."""
+    """Every table by name, from the records in a folder."""
     record = read_record(results / f"{PUBLISHED}.jsonl")
     of_record: Mapping[str, Callable[[Record], str]] = {
         "refits": refits,
@@ -156,8 +138,7 @@ def tables(results: Path) -> Mapping[str, str]:
         "differences": differences,
         "null": null,
     }
-    found = {name: render(record) for name, render in of_record.items()}
-    return {**found, "ledger": ledger(read_ledger(results / "ledger.jsonl"))}
+    return {name: render(record) for name, render in of_record.items()}
 
 
 def filled(text: str, rendered: Mapping[str, str]) -> str:

@@ -1,1 +1,1 @@
-"""HPC-Coder-V2 (Chaturvedi et al. 2024): a code model for parallel code."""
+"""HPC-Coder-V2: Studying Code LLMs Across Low-Resource Parallel Languages (Chaturvedi et al.): to come."""

@@ -1,1 +1,1 @@
-"""Loki (Singhania et al. 2024): low-rank keys for sparse attention."""
+"""Loki: Low-rank Keys for Efficient Sparse Attention (Singhania et al.): to come."""

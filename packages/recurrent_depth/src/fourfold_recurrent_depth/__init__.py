@@ -1,1 +1,1 @@
-"""Recurrent-depth language models (Geiping et al. 2025)."""
+"""Recurrent depth: test-time compute in latent space (Geiping et al. 2025); to come."""

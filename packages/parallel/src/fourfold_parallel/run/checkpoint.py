@@ -116,14 +116,15 @@ def save_full_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, *, is_main: bool
 ) -> None:
     """Gather model and optimizer to the main rank and write them as safetensors. Every rank calls it."""
-    weights, moments = get_state_dict(model, optimizer, options=_FULL)
+    gathered: Any = get_state_dict(model, optimizer, options=_FULL)
+    weights, moments = gathered
     if not is_main:
         return
     save_weights(weights, folder)
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, float] = {}
     for name, values in moments["state"].items():
-        for key, value in values.items():  # pyright: ignore[reportAttributeAccessIssue]
+        for key, value in values.items():
             if isinstance(value, Tensor):
                 tensors[f"{name}/{key}"] = value.contiguous()
             else:
@@ -159,7 +160,7 @@ def load_full_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: 
     Raises:
         ValueError: where the files are of another model.
     """
-    weights = _weights_for(model, folder)
+    weights: dict[str, Any] = dict(_weights_for(model, folder))
     saved: dict[str, Any] = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
     state: dict[str, dict[str, Any]] = {}
     tensors = load_file(folder / "optimizer.safetensors")

@@ -1,7 +1,6 @@
 """The command line of every package: the one place that configures logging, bars and tyro."""
 
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from fourfold_parallel.run.claims import LedgerRow
 from fourfold_parallel.run.experiments import Experiment, Launch, Stage, perform
 from fourfold_parallel.run.progress import Progress, silent
 from fourfold_parallel.run.recipe import Scale
+from fourfold_parallel.run.train import is_main_rank
 
 VERDICT_STYLE = {
     "reproduced": "green",
@@ -116,11 +116,6 @@ def print_launches(target: Console, title: str, launches: Sequence[Launch]) -> N
         target.print(f"[bold]{title}: {launch.title}[/bold]  (needs: {launch.needs})")
         target.print(f"  {launch.torchrun}", soft_wrap=True)
         target.print(f"  {launch.slurm}", soft_wrap=True)
-
-
-def is_main_rank() -> bool:
-    """Whether this process talks to the person who launched it."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from fourfold_parallel.run.files import sha256_of
 from fourfold_parallel.run.records import Material
@@ -60,7 +60,8 @@ class Wikipedia:
 
         texts = []
         with bz2.open(path, "rb") as file:
-            for _title, markup, _page in extract_pages(file, ("0",)):
+            articles: Any = ("0",)  # the main namespace
+            for _title, markup, _page in extract_pages(file, articles):
                 text = _plain(filter_wiki(markup))
                 if len(text) >= self.minimum_characters:
                     texts.append(text)

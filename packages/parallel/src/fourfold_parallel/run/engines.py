@@ -48,8 +48,10 @@ class Session(Protocol):
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Backpropagate this rank's share: after the last microbatch every gradient is that of the sum
-        of all shares over ranks and microbatches.
+        """Backpropagate this rank's share of the loss.
+
+        After the last microbatch every gradient is that of the sum of all shares, over ranks and
+        microbatches.
         """
         ...
 
@@ -62,8 +64,10 @@ class Session(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write `model.safetensors`, whole and under the plain model's names, and whatever `load` needs
-        for the optimizer, into an existing folder; every rank calls it.
+        """Write into an existing folder; every rank calls it.
+
+        `model.safetensors`, whole and under the plain model's names, and whatever `load` needs for
+        the optimizer.
         """
         ...
 
@@ -164,10 +168,12 @@ class _PlainSession:
         device: torch.device,
         precision: Literal["fp32", "bf16"],
     ) -> None:
-        self.rank, self.ranks, self.is_main = 0, 1, True
-        self.device = device
-        self.model = model
-        self.optimizer = optimizer
+        self.rank: int = 0
+        self.ranks: int = 1
+        self.is_main: bool = True
+        self.device: torch.device = device
+        self.model: nn.Module = model
+        self.optimizer: torch.optim.Optimizer = optimizer
         self._precision = precision
 
     @contextmanager
@@ -276,7 +282,12 @@ class DeepSpeed:
                 "train_micro_batch_size_per_gpu": min(microbatch, share),
                 # Microbatches are weighted by the loop, so DeepSpeed must not divide by their number.
                 "gradient_accumulation_steps": 1,
-                "zero_optimization": {"stage": self.zero},
+                "zero_optimization": {
+                    "stage": self.zero,
+                    # Without this no whole weights can be gathered for a checkpoint under stage 3; they
+                    # are in the type that is trained in, whatever the name says.
+                    "stage3_gather_16bit_weights_on_model_save": True,
+                },
                 "bf16": {"enabled": precision == "bf16"},
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 10**12,
@@ -319,12 +330,13 @@ class _AccelerateSession:
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
-        self._accelerator = accelerator
-        self.rank = accelerator.process_index
-        self.ranks = accelerator.num_processes
-        self.is_main = accelerator.is_main_process
-        self.device = accelerator.device
-        prepared: Any = accelerator.prepare(model, optimizer)
+        # accelerate's state is a shared dictionary whose types no checker sees.
+        self._accelerator: Any = accelerator
+        self.rank: int = self._accelerator.process_index
+        self.ranks: int = self._accelerator.num_processes
+        self.is_main: bool = self._accelerator.is_main_process
+        self.device: torch.device = self._accelerator.device
+        prepared: Any = self._accelerator.prepare(model, optimizer)
         self.model: nn.Module = prepared[0]
         self.optimizer: torch.optim.Optimizer = prepared[1]
 

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from matplotlib.figure import Figure
 
@@ -75,27 +74,22 @@ class Launch:
     slurm: str
 
 
-class Experiment(Protocol):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experiment:
     """A paper's reproduction: one value per package, announced as an entry point."""
 
     package: str
-    """`goldfish`"""
+    """Folder under `packages/`: `goldfish`."""
     title: str
     paper: str
     """Authors, title, venue, year."""
     claims: Sequence[Claim]
-
-    def stages(self, scale: Scale) -> Sequence[Stage]:
-        """The stages at a scale, in order; none where the scale is launched by hand."""
-        ...
-
-    def drawings(self, scale: Scale) -> Sequence[Drawing]:
-        """The figures that the records of a scale allow."""
-        ...
-
-    def launches(self) -> Sequence[Launch]:
-        """The paper's own runs."""
-        ...
+    stages: Callable[[Scale], Sequence[Stage]]
+    """The stages at a scale, in order; none where the scale is launched by hand."""
+    drawings: Callable[[Scale], Sequence[Drawing]]
+    """The figures that the records of a scale allow."""
+    launches: Callable[[], Sequence[Launch]]
+    """The paper's own runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

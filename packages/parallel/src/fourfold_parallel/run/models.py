@@ -5,7 +5,7 @@ import importlib.metadata
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -113,7 +113,7 @@ class SmolLM2:
             loaded = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=torch.float32
             )
-            config = loaded.config
+            config: Any = loaded.config
             # The tensors are plain float32 by now; saving refuses a config that says otherwise.
             if getattr(config, "quantization_config", None) is not None:
                 del config.quantization_config

@@ -11,7 +11,10 @@ from torch import nn
 class Optimizer(Protocol):
     """Something that gives a torch optimizer for a model."""
 
-    learning_rate: float
+    @property
+    def learning_rate(self) -> float:
+        """Peak rate, multiplied by the schedule's factor at each step."""
+        ...
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer over the model's trainable parameters."""
@@ -30,7 +33,7 @@ class AdamW:
     epsilon: float
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """torch's AdamW with two parameter groups."""
+        """Torch's AdamW with two parameter groups."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},

@@ -2,10 +2,12 @@
 
 import logging
 import math
+import os
 import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -30,6 +32,7 @@ def train(
     record: Path,
     checkpoints: Path,
     progress: Progress,
+    study: object | None = None,
     overrides: Sequence[str] = (),
 ) -> Checkpoint:
     """Train a run to its horizon, or from its last whole checkpoint to it.
@@ -42,6 +45,7 @@ def train(
         record: JSONL file; appended to when a run is resumed.
         checkpoints: folder of this run's checkpoints.
         progress: told after each step.
+        study: the value that the record stands for, where it is more than the run.
         overrides: fields that differ from the recipe, for the record.
 
     Returns:
@@ -63,7 +67,11 @@ def train(
         microbatch=run.microbatch,
     ) as session:
         first_step = _restore(run_sha256, session, checkpoints)
-        with _writer(run, session, stream, record, overrides, first_step) as records:
+        if first_step == 0 and session.is_main:
+            record.unlink(missing_ok=True)
+        with _writer(run, session, stream, record, study or run, overrides) as records:
+            if first_step:
+                records.write("resumed", step=first_step)
             session.model.train()
             for step in range(first_step, run.steps):
                 started_s = time.perf_counter()
@@ -170,39 +178,36 @@ def _restore(run_sha256: str, session: Session, checkpoints: Path) -> int:
     return found.step
 
 
+def is_main_rank() -> bool:
+    """Whether this process writes records and files."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _writer(
     run: Run,
     session: Session,
     stream: TokenStream,
     record: Path,
+    study: object,
     overrides: Sequence[str],
-    first_step: int,
 ) -> RecordWriter:
-    """A record begun with its first line, or continued after `first_step`; silent off the main rank."""
+    """A record with its first line written, or the record of the run that is resumed."""
     if not session.is_main:
         return RecordWriter(None)
-    if first_step == 0:
-        record.unlink(missing_ok=True)
-    is_continued = record.exists()
+    is_begun = record.exists()
     writer = RecordWriter(record)
-    if is_continued:
-        writer.write("resumed", step=first_step)
-    else:
+    if not is_begun:
         materials = (*stream.file.materials, *run.model.materials())
-        writer.write_header(
-            header(
-                run,
-                seed=run.seed,
-                world_size=world_size(),
-                materials=materials,
-                overrides=overrides,
-            )
+        first = header(
+            study, seed=run.seed, world_size=world_size(), materials=materials, overrides=overrides
         )
+        writer.write_header(first)
     return writer
 
 
 def _check_vocabulary(run: Run, model: PreTrainedModel, stream: TokenStream) -> None:
-    held = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportAttributeAccessIssue]
+    embedding: Any = model.get_input_embeddings()
+    held = embedding.weight.shape[0]
     if stream.file.vocabulary > held:
         raise ValueError(
             f"the tokenizer of run {run.name!r} has {stream.file.vocabulary} ids, the model embeds "

@@ -1,0 +1,196 @@
+"""Step time of the grid beside its peers: DDP, FSDP2, FSDP2 with tensor parallel.
+
+    JAXTYPING_DISABLE=1 scripts/env python benchmarks/grid_vs_peers.py RANKS [OUT.jsonl]
+
+The same Llama, batch and AdamW on gloo ranks of this machine, one thread each. The contenders live
+in the same processes and take turns within each round, so that a busy machine slows all alike; what
+is reported is the ratio to DDP within the round.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from fourfold_parallel.grid.engine import Fourfold
+from fourfold_parallel.testing import run_on_ranks
+
+CONFIG = LlamaConfig(
+    hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
+    intermediate_size=768, vocab_size=2048, max_position_embeddings=128, use_cache=False,
+)  # fmt: skip
+BATCH, SEQUENCE, ROUNDS = 8, 128, 7
+Step = Callable[[Tensor], None]
+
+
+def fresh() -> Any:
+    """The same model on every rank and for every contender."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIG, attn_implementation="sdpa")
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """The same optimizer for all."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+
+def share(tokens: Tensor, rank: int, ranks: int) -> Tensor:
+    """A rank's rows of the batch."""
+    return tokens.chunk(ranks)[rank]
+
+
+def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, ranks: int) -> Step:
+    """A step of stock torch code."""
+
+    def step(tokens: Tensor) -> None:
+        mine = share(tokens, rank, ranks)
+        model(input_ids=mine, labels=mine).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def ddp() -> Step:
+    """Torch DistributedDataParallel."""
+    model = DistributedDataParallel(fresh())
+    return plain_step(model, adamw(model), dist.get_rank(), dist.get_world_size())
+
+
+def fsdp2() -> Step:
+    """Torch fully_shard, each decoder layer one unit."""
+    model = fresh()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return plain_step(model, adamw(model), dist.get_rank(), dist.get_world_size())
+
+
+def fsdp2_with_tensor_parallel() -> Step:
+    """Two tensor-parallel ranks by torch's DTensor plan, fully_shard over the others."""
+    model = fresh()
+    ranks = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("shard", "tensor"))
+    column, row = ColwiseParallel(), RowwiseParallel()
+    plan = {
+        "self_attn.q_proj": column, "self_attn.k_proj": column, "self_attn.v_proj": column,
+        "self_attn.o_proj": row, "mlp.gate_proj": column, "mlp.up_proj": column,
+        "mlp.down_proj": row,
+    }  # fmt: skip
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh["tensor"], plan)
+        fully_shard(layer, mesh=mesh["shard"])
+    fully_shard(model, mesh=mesh["shard"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
+    mine, shares = mesh["shard"].get_local_rank(), ranks // 2
+
+    def step(tokens: Tensor) -> None:
+        rows = share(tokens, mine, shares)
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()  # without clipping: its norm cannot mix the two meshes
+        optimizer.zero_grad()
+
+    return step
+
+
+def fourfold(**sizes: int) -> Step:
+    """A grid, behind the seam of the training loop."""
+    model = fresh()
+    optimizer = adamw(model)
+    engine = Fourfold(
+        data=sizes.get("data", 1),
+        depth=sizes.get("depth", 1),
+        row=sizes.get("row", 1),
+        col=sizes.get("col", 1),
+    )
+    opened = engine.open(model, optimizer, precision="fp32", batch=BATCH, microbatch=BATCH)
+    session = opened.__enter__()
+
+    def step(tokens: Tensor) -> None:
+        assert opened  # the session lives as long as its context
+        mine = share(tokens, session.rank, session.ranks)
+        with session.microbatch(is_last=True):
+            session.backward(session.model(input_ids=mine, labels=mine).loss)
+        session.update(1.0)
+
+    return step
+
+
+def measure(rounds: int) -> dict[str, list[float] | str]:
+    """Step times in seconds by contender, or why there are none."""
+    ranks = dist.get_world_size()
+    contenders: dict[str, Callable[[], Step]] = {"ddp": ddp, "fsdp2": fsdp2}
+    contenders["fsdp2_tensor_2"] = fsdp2_with_tensor_parallel
+    for axis in ("data", "depth", "row", "col"):
+        contenders[f"fourfold_{axis}_{ranks}"] = lambda axis=axis: fourfold(**{axis: ranks})
+    if ranks == 4:
+        contenders["fourfold_data_2_row_2"] = lambda: fourfold(data=2, row=2)
+    steps: dict[str, Step] = {}
+    times: dict[str, list[float] | str] = {}
+    tokens = torch.randint(0, CONFIG.vocab_size, (BATCH, SEQUENCE), generator=torch.Generator())
+    for name, make in contenders.items():
+        try:
+            steps[name] = make()
+            steps[name](tokens)  # the first step makes buffers and learns orders
+        except Exception as error:  # noqa: BLE001 - a contender that cannot run here is reported
+            steps.pop(name, None)
+            times[name] = f"{type(error).__name__}: {error}"[:200]
+    seen: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            dist.barrier()
+            started_s = time.perf_counter()
+            step(tokens)
+            dist.barrier()
+            seen[name].append(time.perf_counter() - started_s)
+    return times | copy.copy(seen)
+
+
+def main() -> None:
+    """Measure, print and write."""
+    ranks = int(sys.argv[1])
+    load = os.getloadavg()[0]
+    times = run_on_ranks(ranks, measure, rounds=ROUNDS)[0]
+    reference = times["ddp"]
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(values, reference, strict=True))
+        for name, values in times.items()
+        if not isinstance(values, str)
+    }
+    record = {
+        "event": "grid_vs_peers", "ranks": ranks, "rounds": ROUNDS, "batch": BATCH,
+        "sequence": SEQUENCE, "model": CONFIG.to_diff_dict(), "torch": torch.__version__,
+        "cores": os.cpu_count(), "load_1min_before": load, "step_s": times,
+        "median_ratio_to_ddp": ratios,
+    }  # fmt: skip
+    print(json.dumps(ratios, indent=1))
+    print(json.dumps({name: why for name, why in times.items() if isinstance(why, str)}, indent=1))
+    if len(sys.argv) > 2:
+        with Path(sys.argv[2]).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()

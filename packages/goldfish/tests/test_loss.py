@@ -1,0 +1,129 @@
+"""Laws of the drop mask."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fourfold_goldfish import Goldfish
+
+
+def random_ids(rows: int, length: int, *, vocabulary: int = 32_000, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocabulary, (rows, length), generator=generator)
+
+
+@pytest.mark.parametrize("hash_family", ["ordered", "reference"])
+@pytest.mark.parametrize("window", ["exclusive", "inclusive"])
+def test_a_passage_has_the_same_gaps_wherever_it_recurs(hash_family: str, window: str) -> None:
+    """Outside the first `context` targets, the gaps of a passage do not depend on what stands before it."""
+    goldfish = Goldfish(k=4, context=13, hash=hash_family, window=window)  # type: ignore[arg-type]
+    passage = random_ids(1, 200)
+    alone = goldfish.drop(passage)
+    for offset in (1, 5, 64):
+        embedded = torch.cat([random_ids(1, offset, seed=offset), passage], dim=1)
+        assert torch.equal(goldfish.drop(embedded)[:, offset + 13 :], alone[:, 13:])
+
+
+@pytest.mark.parametrize(
+    ("k", "context"), [(2, 1), (3, 4), (4, 13), (8, 50), (50, 50), (4, 100), (128, 2)]
+)
+@pytest.mark.parametrize("vocabulary", [2048, 128_256])
+def test_one_target_in_k_is_left_out(k: int, context: int, vocabulary: int) -> None:
+    """The ordered hash's rate is 1/k for every k and context, where windows do not repeat by chance."""
+    ids = random_ids(64, 8192, vocabulary=vocabulary)
+    eligible = Goldfish(k=k, context=context).drop(ids)[:, context:].float()
+    distinct = min(eligible.numel(), vocabulary**context)
+    # Five standard errors of a share over as many independent decisions as there are distinct windows.
+    assert abs(eligible.mean().item() - 1 / k) < 5 * math.sqrt((1 / k) * (1 - 1 / k) / distinct)
+
+
+def test_decisions_of_neighbours_are_independent() -> None:
+    """The ordered hash leaves no autocorrelation at lag 1, nor at the lag of its window."""
+    drops = Goldfish(k=4, context=13).drop(random_ids(32, 16_384)).float()[:, 13:] - 0.25
+    for lag in (1, 2, 13):
+        correlation = (drops[:, lag:] * drops[:, :-lag]).mean().item() / (0.25 * 0.75)
+        assert abs(correlation) < 5 / math.sqrt(drops.numel())
+
+
+def test_order_and_small_ids_count() -> None:
+    """Unlike in a product: swapped tokens decide anew, ids 0 and 1 neither absorb nor vanish."""
+    goldfish = Goldfish(k=2, context=8)
+    ids = random_ids(512, 9)
+    swapped = ids.clone()
+    swapped[:, [2, 5]] = ids[:, [5, 2]]
+    zero, one = ids.clone(), ids.clone()
+    zero[:, 3], one[:, 3] = 0, 1
+    for other in (swapped, zero, one):
+        differs = (goldfish.drop(ids)[:, 8] != goldfish.drop(other)[:, 8]).float().mean().item()
+        assert 0.35 < differs < 0.65  # half of the decisions, within 6.8 standard errors
+    dropped_after_zero = goldfish.drop(zero)[:, 8].float().mean().item()
+    assert 0.35 < dropped_after_zero < 0.65
+
+
+def test_an_exclusive_window_decides_before_it_sees_the_target() -> None:
+    """Replacing a target never changes whether it is supervised; with an inclusive window it does."""
+    ids = random_ids(256, 40)
+    other = ids.clone()
+    other[:, 30] = random_ids(256, 1, seed=1)[:, 0]
+    exclusive = Goldfish(k=2, context=13)
+    assert torch.equal(exclusive.drop(ids)[:, 30], exclusive.drop(other)[:, 30])
+    inclusive = Goldfish(k=2, context=13, window="inclusive")
+    assert not torch.equal(inclusive.drop(ids)[:, 30], inclusive.drop(other)[:, 30])
+
+
+def test_a_document_does_not_depend_on_its_neighbours() -> None:
+    """Under `reset`, packing a document behind any other gives the gaps it has alone."""
+    goldfish = Goldfish(k=4, context=13)
+    document = random_ids(1, 100)
+    for length in (60, 20, 7):
+        packed = torch.cat([random_ids(1, length, seed=length), document], dim=1)
+        document_ids = (torch.arange(packed.shape[1]) >= length).long()[None]
+        assert torch.equal(goldfish.drop(packed, document_ids)[:, length:], goldfish.drop(document))
+    straddling = Goldfish(k=4, context=13, boundary="straddle")
+    assert not torch.equal(
+        straddling.drop(packed, document_ids)[:, length:], goldfish.drop(document)
+    )
+
+
+@given(rows=st.integers(1, 4), length=st.integers(14, 60), seed=st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_rows_and_integer_types_do_not_matter(rows: int, length: int, seed: int) -> None:
+    """A row's mask is the same alone, in any batch and in any integer type, and uses no random state."""
+    goldfish = Goldfish(k=3, context=13)
+    ids = random_ids(rows, length, seed=seed)
+    state = torch.random.get_rng_state()
+    together = goldfish.drop(ids)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for row in range(rows):
+        assert torch.equal(goldfish.drop(ids[row : row + 1]), together[row : row + 1])
+    assert torch.equal(goldfish.drop(ids.int()), together)
+
+
+def test_a_key_makes_other_gaps() -> None:
+    """Masks under two keys agree as often as independent ones do."""
+    ids = random_ids(64, 1024)
+    one, two = Goldfish(k=2, context=13, key=1), Goldfish(k=2, context=13, key=2)
+    agree = (one.drop(ids) == two.drop(ids))[:, 13:].float().mean().item()
+    assert abs(agree - 0.5) < 5 * 0.5 / math.sqrt(64 * 1011)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Goldfish(k=1, context=13), "k=1"),
+        (lambda: Goldfish(k=4, context=0), "context=0"),
+        (lambda: Goldfish(k=4, context=13, hash="reference", key=7), "key=7"),
+        (lambda: Goldfish(k=4, context=13).drop(random_ids(1, 13)), "context=13"),
+        (lambda: Goldfish(k=4, context=13).drop(random_ids(1, 20).float()), "float32"),
+        (lambda: Goldfish(k=4, context=13).drop(torch.full((1, 20), -100)), "-100"),
+        (lambda: Goldfish(k=4, context=13).drop(random_ids(1, 20), random_ids(1, 19)), "(1, 19)"),
+    ],
+)
+def test_bad_input_is_refused_with_its_value(make: object, words: str) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        make()  # type: ignore[operator]
+    assert words in str(caught.value)

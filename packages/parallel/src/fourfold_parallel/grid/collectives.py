@@ -1,0 +1,326 @@
+"""The one place that calls torch's collectives.
+
+An `Axis` is one direction of the grid as seen from one rank. Its verbs (`all_reduce`,
+`all_gather`, `reduce_scatter`) start a collective and return a `Pending`, whose `wait` gives the
+result; what a caller computes between the two is what hides the communication. On an axis of size
+one every verb is the identity: nothing is called, so the same code is the dense reference.
+
+Collectives go through torch's functional operators, which exist in eager mode and inside
+`torch.compile` alike.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+_functional = torch.ops._c10d_functional  # noqa: SLF001 - the operators have no public name
+
+Context = Any
+"""An autograd context, on which a function keeps what its backward needs."""
+Verb = Literal["all_reduce", "all_gather", "reduce_scatter"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unchanged:
+    """Send tensors as they are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cast:
+    """Send tensors as `dtype`, and give the result back in the type that came in."""
+
+    dtype: torch.dtype
+
+
+Wire = Unchanged | Cast
+"""The number format in which an axis communicates."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One thing that happened on this rank, in the order in which it happened."""
+
+    moment: Literal["start", "wait", "product"]
+    what: str
+    """A verb, or for a product `forward`, `input_gradient` or `weight_gradient`."""
+    layer: str
+    """Name of the layer on whose behalf it happened."""
+    axis: str = ""
+    payload_bytes: int = 0
+    """Size of the full tensor that the collective sums, assembles or spreads, not of the wire
+    traffic: a ring moves `(size - 1) / size` of it, an all-reduce twice that."""
+
+
+class Observer:
+    """Sees every collective and every product of a grid, and by default does nothing."""
+
+    __slots__ = ()
+
+    def started(self, event: Event) -> float:
+        """A collective was started; the result is handed to `waited`."""
+        del event
+        return 0.0
+
+    def waited(self, event: Event, token: float) -> None:
+        """The result of a collective is about to be used."""
+
+    def product(self, what: str, layer: str) -> None:
+        """A matrix product is about to be computed."""
+
+
+SILENT = Observer()
+
+
+@dataclass(slots=True, kw_only=True)
+class Trace(Observer):
+    """Keeps every event; can make each collective take at least `latency_s`, as a network does."""
+
+    latency_s: float = 0.0
+    """Time in seconds between the start of a collective and the earliest end of its wait."""
+    events: list[Event] = field(default_factory=list)
+
+    def started(self, event: Event) -> float:
+        """Note the start and its time."""
+        self.events.append(event)
+        return time.perf_counter()
+
+    def waited(self, event: Event, token: float) -> None:
+        """Note the wait, after the rest of the latency."""
+        self.events.append(event)
+        time.sleep(max(0.0, token + self.latency_s - time.perf_counter()))
+
+    def product(self, what: str, layer: str) -> None:
+        """Note the product."""
+        self.events.append(Event(moment="product", what=what, layer=layer))
+
+    def volume(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """Calls and payload bytes by (axis, verb)."""
+        totals: dict[tuple[str, str], tuple[int, int]] = {}
+        for event in self.events:
+            if event.moment == "start":
+                calls, payload = totals.get((event.axis, event.what), (0, 0))
+                totals[event.axis, event.what] = (calls + 1, payload + event.payload_bytes)
+        return totals
+
+
+@dataclass(slots=True, kw_only=True)
+class Pending:
+    """A collective under way. Its result exists only after `wait`."""
+
+    _tensor: Tensor
+    _rows: int
+    """Rows of the result; more may be under way, as padding."""
+    _dtype: torch.dtype
+    _axis: Axis
+    _verb: Verb
+    _layer: str
+    _token: float = 0.0
+    _under_way: bool = True
+
+    def wait(self) -> Tensor:
+        """The result. On a GPU this orders streams; it does not stop the host."""
+        if self._under_way:
+            self._under_way = False
+            observer = self._axis.observer
+            if observer is not SILENT:
+                event = Event(
+                    moment="wait", what=self._verb, layer=self._layer, axis=self._axis.name
+                )
+                observer.waited(event, self._token)
+            self._tensor = _functional.wait_tensor(self._tensor)
+            if self._tensor.ndim and self._tensor.shape[0] != self._rows:
+                self._tensor = self._tensor.narrow(0, 0, self._rows)
+            self._tensor = self._tensor.to(self._dtype)
+        return self._tensor
+
+    def placeholder(self) -> Tensor:
+        """A NaN of the result's number format, on its device."""
+        return torch.full((), torch.nan, dtype=self._dtype, device=self._tensor.device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """One direction of the grid, seen from one rank. Holds names only, so it copies and pickles.
+
+    A length that the size does not divide is cut as `torch.chunk` cuts it: pieces of
+    `ceil(length / size)`, the last ones shorter or empty, which is also what `DTensor` stores.
+    """
+
+    name: str
+    size: int
+    rank: int
+    sum_group: str = ""
+    """Name of the communicator for `all_reduce` and `reduce_scatter`."""
+    gather_group: str = ""
+    """Name of the communicator for `all_gather`. Where weights move (depth, data) it is a second
+    one, so that a gather never queues behind a scatter of the other direction."""
+    wire: Wire = Unchanged()
+    observer: Observer = SILENT
+
+    def bounds(self, length: int) -> tuple[int, int]:
+        """Start and stop of this rank's piece of `length` things."""
+        step = -(-length // self.size)
+        return min(self.rank * step, length), min((self.rank + 1) * step, length)
+
+    def all_reduce(
+        self, tensor: Shaped[Tensor, "..."], *, op: Literal["sum", "max"] = "sum", layer: str = ""
+    ) -> Pending:
+        """Start the sum (or maximum) of equally shaped tensors over the axis.
+
+        Takes `tensor` over: in eager mode the result is written into it.
+        """
+        if self.size == 1 or tensor.numel() == 0:
+            return self._nothing(tensor, "all_reduce")
+        sent = self._on_wire(tensor).contiguous()
+        if torch.compiler.is_compiling():
+            under_way = _functional.all_reduce(sent, op, self.sum_group)
+        else:
+            under_way = _functional.all_reduce_(sent, op, self.sum_group)
+        rows = tensor.shape[0] if tensor.ndim else 0
+        return self._started(under_way, tensor.dtype, rows, sent.nbytes, "all_reduce", layer)
+
+    def all_gather(
+        self, piece: Shaped[Tensor, "piece ..."], *, rows: int, layer: str = ""
+    ) -> Pending:
+        """Start assembling the pieces of a tensor of `rows` rows that is cut along dim 0."""
+        if self.size == 1 or rows == 0:
+            return self._nothing(piece, "all_gather")
+        sent = _pad(self._on_wire(piece), -(-rows // self.size)).contiguous()
+        under_way = _functional.all_gather_into_tensor(sent, self.size, self.gather_group)
+        return self._started(
+            under_way, piece.dtype, rows, sent.nbytes * self.size, "all_gather", layer
+        )
+
+    def reduce_scatter(self, whole: Shaped[Tensor, "rows ..."], *, layer: str = "") -> Pending:
+        """Start summing over the axis a tensor of which each rank keeps its piece of dim 0."""
+        rows = whole.shape[0]
+        if self.size == 1 or rows == 0:
+            return self._nothing(whole, "reduce_scatter")
+        sent = _pad(self._on_wire(whole), -(-rows // self.size) * self.size).contiguous()
+        under_way = _functional.reduce_scatter_tensor(sent, "sum", self.size, self.sum_group)
+        start, stop = self.bounds(rows)
+        return self._started(
+            under_way, whole.dtype, stop - start, sent.nbytes, "reduce_scatter", layer
+        )
+
+    def sum(self, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        """The sum over the axis, forward; backward, the gradient as it is.
+
+        For partial results that meet and are then used by every rank alike.
+        """
+        return _Sum.apply(tensor, self) if self.size > 1 else tensor
+
+    def copy(self, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        """The tensor as it is, forward; backward, the sum of the ranks' gradients.
+
+        For a tensor that every rank holds whole and each uses for its own part of the work.
+        """
+        return _Copy.apply(tensor, self) if self.size > 1 else tensor
+
+    def whole(
+        self,
+        piece: Shaped[Tensor, "*shape"],
+        *,
+        dim: int,
+        length: int,
+        used: Literal["alike", "apart"],
+    ) -> Shaped[Tensor, "*whole"]:
+        """All pieces along `dim`, forward; backward, this rank's piece of the gradient.
+
+        Where the ranks use the result `alike`, their gradients are equal and each takes its piece;
+        where each uses its own part (`apart`), the gradients are summed on the way.
+        """
+        return _Whole.apply(piece, self, dim, length, used) if self.size > 1 else piece
+
+    def split(self, whole: Shaped[Tensor, "*shape"], *, dim: int) -> Shaped[Tensor, "*piece"]:
+        """This rank's piece along `dim` of the sum, forward; backward, all pieces' gradients."""
+        return _Split.apply(whole, self, dim) if self.size > 1 else whole
+
+    def _on_wire(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.wire.dtype) if isinstance(self.wire, Cast) else tensor
+
+    def _nothing(self, tensor: Tensor, verb: Verb) -> Pending:
+        return Pending(
+            _tensor=tensor, _rows=0, _dtype=tensor.dtype, _axis=self, _verb=verb, _layer="",
+            _under_way=False,
+        )  # fmt: skip
+
+    def _started(
+        self, under_way: Tensor, dtype: torch.dtype, rows: int, payload: int, verb: Verb, layer: str
+    ) -> Pending:
+        token = 0.0
+        if self.observer is not SILENT:
+            token = self.observer.started(
+                Event(moment="start", what=verb, layer=layer, axis=self.name, payload_bytes=payload)
+            )
+        return Pending(
+            _tensor=under_way, _rows=rows, _dtype=dtype, _axis=self, _verb=verb, _layer=layer,
+            _token=token,
+        )  # fmt: skip
+
+
+def _pad(tensor: Tensor, rows: int) -> Tensor:
+    """The tensor with zero rows added at the end, or itself."""
+    missing = rows - tensor.shape[0]
+    if missing == 0:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Context, tensor: Tensor, axis: Axis) -> Tensor:  # noqa: ARG004
+        return axis.all_reduce(tensor.clone()).wait()
+
+    @staticmethod
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: ARG004
+        return gradient, None
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Context, tensor: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.axis.all_reduce(gradient.clone()).wait(), None
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Context, piece: Tensor, axis: Axis, dim: int, length: int, used: str
+    ) -> Tensor:
+        ctx.axis, ctx.dim, ctx.used = axis, dim, used
+        pieces = piece.movedim(dim, 0)
+        return axis.all_gather(pieces, rows=length).wait().movedim(0, dim).contiguous()
+
+    @staticmethod
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows = gradient.movedim(ctx.dim, 0)
+        if ctx.used == "alike":
+            start, stop = ctx.axis.bounds(rows.shape[0])
+            piece = rows[start:stop]
+        else:
+            piece = ctx.axis.reduce_scatter(rows).wait()
+        return piece.movedim(0, ctx.dim).contiguous(), None, None, None, None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Context, whole: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim, ctx.length = axis, dim, whole.shape[dim]
+        return axis.reduce_scatter(whole.movedim(dim, 0)).wait().movedim(0, dim).contiguous()
+
+    @staticmethod
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gathered = ctx.axis.all_gather(gradient.movedim(ctx.dim, 0), rows=ctx.length).wait()
+        return gathered.movedim(0, ctx.dim).contiguous(), None, None

@@ -1,0 +1,385 @@
+"""Put a transformers model on the grid, and take it off again.
+
+    mesh = Mesh(depth=2, row=2)
+    parallel = parallelize(model, mesh)
+    loss = parallel.model(input_ids=..., labels=...).loss
+
+Modules with parameters are replaced in place, under their names; everything else of the model runs
+as transformers wrote it. Each rank feeds its share of the batch, equal along row and col.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from fourfold_parallel.grid import layers
+from fourfold_parallel.grid.collectives import Axis
+from fourfold_parallel.grid.gradients import DataReducer, clip_gradients
+from fourfold_parallel.grid.layout import (
+    Head,
+    NormKind,
+    PerHead,
+    Plain,
+    Positions,
+    ResidualNorm,
+    Rule,
+    Stored,
+    Swapped,
+    Vocabulary,
+    check_sizes,
+    norm_kind,
+    rules_for,
+    stored,
+)
+from fourfold_parallel.grid.linear import Linear, bias_cut, weight_cut
+from fourfold_parallel.grid.mesh import Cut, Mesh
+from fourfold_parallel.grid.products import Products
+from fourfold_parallel.grid.schedule import ALL_OVERLAPS, Layer, Overlaps, Schedule
+
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "split_size")
+"""Attributes by which attention modules of transformers count what a rank now holds a part of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parallel:
+    """A model on the grid."""
+
+    model: PreTrainedModel
+    mesh: Mesh
+    schedule: Schedule
+    reducer: DataReducer
+    stored: dict[str, Stored]
+    """How each parameter is kept, by the name that it also has in the published model."""
+
+    def clip(self, max_norm: float, *, order: float = 2.0) -> Float[Tensor, ""]:
+        """Scale all gradients down to a norm of `max_norm`; gives the norm before."""
+        return clip_gradients([*self.model.parameters()], self.mesh, max_norm=max_norm, order=order)
+
+    def published(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter whole and as published, one at a time; every rank takes part.
+
+        A tied parameter comes once, under its first name.
+        """
+        for name, parameter in self.model.named_parameters():
+            whole = parameter.detach()
+            assert isinstance(whole, DTensor)
+            yield name, self.stored[name].publish(whole.full_tensor())
+
+    def save(self, folder: Path) -> None:
+        """Write what plain `from_pretrained` reads; every rank calls it, the first one writes.
+
+        Peak memory of the first rank is the whole model, on the CPU.
+        """
+        is_writer = dist.get_rank() == 0
+        whole = {}
+        for name, tensor in self.published():
+            if is_writer:
+                whole[name] = tensor.cpu().clone()
+        if is_writer:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+            self.model.config.save_pretrained(folder)
+        dist.barrier()
+
+    @torch.no_grad()
+    def load(self, weights: Path) -> None:
+        """Read published safetensors into this rank's pieces, in place."""
+        with open_weights(weights) as source:
+            for name, parameter in self.model.named_parameters():
+                assert isinstance(parameter, DTensor)
+                cut = self.mesh.cut_of(parameter)
+                piece = self.stored[name].read(
+                    source(name),
+                    self.mesh.slices(parameter.shape, cut),
+                    tuple(parameter.shape),
+                )
+                parameter._local_tensor.copy_(piece)  # noqa: SLF001 - in place, outside of autograd
+
+
+def parallelize(
+    model: PreTrainedModel,
+    mesh: Mesh,
+    *,
+    rules: Mapping[str, Rule] | None = None,
+    overlaps: Overlaps = ALL_OVERLAPS,
+    logits: Literal["whole", "split"] = "whole",
+    keeps_tiles: bool = False,
+    products: Products | None = None,
+    weights: Path | None = None,
+) -> Parallel:
+    """Put a model on the grid; it is changed in place.
+
+    Args:
+        model: A causal language model of transformers, equal on every rank or on the meta device.
+        mesh: The grid.
+        rules: What modules become, by name pattern, where the published plan is not to be followed.
+        overlaps: Which communication runs under computation.
+        logits: `whole` gathers them over row; `split` leaves each rank its part of the vocabulary.
+            The model's own loss is computed from either without gathering anything.
+        keeps_tiles: Keep gathered tiles from forward to backward instead of gathering them again.
+        products: How matrix products are computed.
+        weights: A safetensors file or a folder of them, from which to read instead of `model`.
+
+    Raises:
+        ValueError: A module cannot be cut, heads do not divide, or a model on the meta device came
+            without weights. Raised on every rank alike, before any collective.
+    """
+    found = rules_for(model, rules or {})
+    check_sizes(model, found, {axis.name: axis.size for axis in mesh.axes})
+    norms = {
+        name: norm_kind(name, model.get_submodule(name))
+        for name, rule in found.items()
+        if isinstance(rule, ResidualNorm)
+    }
+    if weights is None and any(p.is_meta for p in model.parameters()):
+        raise ValueError(
+            "the model is on the meta device and has no values; pass weights=PATH, a safetensors "
+            "file or a folder of them"
+        )
+    builder = _Builder(
+        model=model,
+        mesh=mesh,
+        schedule=Schedule(overlaps),
+        products=products or Products(),
+        keeps_tiles=keeps_tiles,
+        logits=logits,
+        made={},
+        stored={},
+    )
+    with open_weights(weights) if weights is not None else _held(model) as source:
+        builder.source = source
+        for name, rule in found.items():
+            module = model.get_submodule(name)
+            model.set_submodule(name, builder.layer(name, module, rule, norms.get(name)))
+    _count_local_heads(model, found, mesh.row)
+    _fill_buffers(model, mesh.torch_mesh.device_type)
+    model.loss_function = GridLoss(mesh, model.config.vocab_size)
+    schedule = builder.schedule
+    model.register_forward_pre_hook(lambda *_: _restart(schedule))
+    return Parallel(
+        model=model,
+        mesh=mesh,
+        schedule=schedule,
+        reducer=DataReducer(model.parameters(), mesh),
+        stored=builder.stored,
+    )
+
+
+Source = Callable[[str], Any]
+"""From a parameter's name to something that gives its pieces when indexed with slices."""
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[Source]:
+    """The tensors of a safetensors file, or of all such files of a folder, read piece by piece.
+
+    Raises:
+        ValueError: There is no such file, or it lacks a parameter.
+    """
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or not files[0].exists():
+        raise ValueError(
+            f"{path} holds no safetensors; convert the weights, or name another folder"
+        )
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - not a dict
+
+        def source(name: str) -> Any:
+            if name not in where:
+                raise ValueError(
+                    f"{path} has no tensor {name!r}; it is from another model (it has "
+                    f"{sorted(where)[0]!r})"
+                )
+            return where[name].get_slice(name)
+
+        yield source
+
+
+@contextmanager
+def _held(model: nn.Module) -> Iterator[Source]:
+    parameters = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    yield parameters.__getitem__
+
+
+@dataclass(slots=True, kw_only=True)
+class _Builder:
+    """Makes grid layers of a model's modules."""
+
+    model: PreTrainedModel
+    mesh: Mesh
+    schedule: Schedule
+    products: Products
+    keeps_tiles: bool
+    logits: Literal["whole", "split"]
+    made: dict[int, nn.Parameter]
+    """Grid parameters by the identity of the published one, so that tied ones stay tied."""
+    stored: dict[str, Stored]
+    source: Source = dict[str, Any]().__getitem__
+
+    def layer(self, name: str, module: nn.Module, rule: Rule, norm: NormKind | None) -> Layer:
+        common: dict[str, Any] = {"mesh": self.mesh, "name": name, "schedule": self.schedule}
+        take = lambda parameter, cut: self._take(name, module, rule, parameter, cut)  # noqa: E731
+        match rule:
+            case Plain() | Swapped() | Head():
+                return self._linear(name, module, rule)
+            case Vocabulary():
+                padding = getattr(module, "padding_idx", None)
+                scale = getattr(module, "scalar_embed_scale", 1.0)
+                weight = take("weight", layers.VOCABULARY)
+                return layers.Embedding(weight, padding_token=padding, scale=scale, **common)
+            case Positions():
+                return layers.Table(module, take("weight", layers.POSITIONS), **common)
+            case PerHead():
+                copies = {
+                    parameter: take(parameter, layers.COPIES)
+                    for parameter, _ in module.named_parameters(recurse=False)
+                }
+                summed = [self.mesh.row, self.mesh.depth]
+                return layers.Copied(module, copies, summed=summed, **common)
+            case ResidualNorm():
+                assert norm is not None
+                weight = take("weight", layers.RESIDUAL)
+                if norm.centred:
+                    has_bias = getattr(module, "bias", None) is not None
+                    bias = take("bias", layers.RESIDUAL) if has_bias else None
+                    return layers.LayerNorm(weight, bias, epsilon=norm.epsilon, **common)
+                return layers.RMSNorm(
+                    weight, epsilon=norm.epsilon, offset=norm.offset, gains_wide=norm.gains_wide,
+                    **common,
+                )  # fmt: skip
+
+    def _linear(self, name: str, module: nn.Module, rule: Plain | Swapped | Head) -> Linear:
+        swapped = isinstance(rule, Swapped)
+        weight = self._take(name, module, rule, "weight", weight_cut(swapped=swapped))
+        bias = None
+        if getattr(module, "bias", None) is not None:
+            bias = self._take(name, module, rule, "bias", bias_cut(swapped=swapped))
+        kind: type[Linear] = Linear
+        kv_heads = getattr(self.model.config, "num_key_value_heads", None) or self.mesh.row.size
+        if isinstance(rule, Plain) and rule.parts > 1:
+            kind = layers.Interleaved
+        elif name.endswith((".k_proj", ".v_proj")) and kv_heads < self.mesh.row.size:
+            kind = layers.SharedHeads
+        elif isinstance(rule, Head) and self.logits == "whole":
+            kind = layers.WholeHead
+        layer = kind(
+            weight, bias, mesh=self.mesh, name=name, schedule=self.schedule, swapped=swapped,
+            keeps_tile=self.keeps_tiles, products=self.products,
+        )  # fmt: skip
+        if isinstance(layer, layers.Interleaved) and isinstance(rule, Plain):
+            layer.parts = rule.parts
+        if isinstance(layer, layers.SharedHeads):
+            layer.heads = kv_heads
+        return layer
+
+    def _take(
+        self, name: str, module: nn.Module, rule: Rule, parameter_name: str, cut: Cut
+    ) -> nn.Parameter:
+        """The grid's parameter for a published one: read once, cut, and shared if it is tied."""
+        full_name = f"{name}.{parameter_name}"
+        published: nn.Parameter = getattr(module, parameter_name)
+        if id(published) in self.made:
+            return self.made[id(published)]
+        how = stored(module, rule, parameter_name)
+        shape = how.keep_shape(published.shape)
+        piece = how.read(self.source(full_name), self.mesh.slices(shape, cut), shape)
+        piece = piece.to(self.mesh.torch_mesh.device_type, published.dtype, copy=True)
+        parameter = nn.Parameter(
+            self.mesh.assemble(piece, shape, cut), requires_grad=published.requires_grad
+        )
+        self.made[id(published)], self.stored[full_name] = parameter, how
+        return parameter
+
+
+class GridLoss:
+    """The mean cross-entropy of next tokens over all valid targets of the whole batch.
+
+    Its value is that mean on every rank; its gradient is that of this rank's share, so that the sum
+    of gradients over the batch's axes is the gradient of the mean, however unevenly valid targets
+    are spread.
+    """
+
+    def __init__(self, mesh: Mesh, vocabulary: int) -> None:
+        self.mesh, self.vocabulary = mesh, vocabulary
+
+    def __call__(
+        self,
+        logits: Float[Tensor, "batch token vocabulary"],
+        labels: Int[Tensor, "batch token"] | None,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = layers.IGNORED,
+        shift_labels: Int[Tensor, "batch token"] | None = None,
+        **_: Any,
+    ) -> Float[Tensor, ""]:
+        """With transformers' signature; `num_items_in_batch` replaces the count of valid targets."""
+        del vocab_size
+        if shift_labels is None:
+            assert labels is not None
+            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        targets = shift_labels.masked_fill(shift_labels == ignore_index, layers.IGNORED)
+        nats = self.nats(logits, targets).sum()
+        if num_items_in_batch is None:
+            valid = (targets != layers.IGNORED).sum().to(nats.dtype)
+            share = nats / self.mesh.sum_over_batch(valid)
+        else:
+            share = nats / num_items_in_batch
+        return share + (self.mesh.sum_over_batch(share) - share.detach())
+
+    def nats(
+        self, logits: Float[Tensor, "*batch vocabulary"], targets: Int[Tensor, "*batch"]
+    ) -> Float[Tensor, "*batch"]:
+        """Cross-entropy of each target; zero where it is ignored."""
+        row = self.mesh.row
+        start, stop = row.bounds(self.vocabulary)
+        if logits.shape[-1] != stop - start:
+            # Whole logits: their gradient is taken alike on every rank of row, as it should be.
+            row = Axis(name="row", size=1, rank=0)
+        return layers.vocabulary_cross_entropy(logits, targets, row=row, vocabulary=self.vocabulary)
+
+
+def _count_local_heads(model: nn.Module, rules: Mapping[str, Rule], row: Axis) -> None:
+    """Tell attention modules how many heads they hold here."""
+    parents = {name.rpartition(".")[0] for name, rule in rules.items() if isinstance(rule, Plain)}
+    for parent in parents:
+        module: Any = model.get_submodule(parent)
+        for attribute in HEAD_COUNTS:
+            if isinstance(count := getattr(module, attribute, None), int):
+                setattr(module, attribute, max(1, count // row.size))
+        if isinstance(getattr(module, "num_key_value_groups", None), int):
+            config: Any = model.config
+            kv_heads = config.num_key_value_heads
+            module.num_key_value_groups = (config.num_attention_heads // row.size) // max(
+                1, kv_heads // row.size
+            )
+
+
+def _fill_buffers(model: PreTrainedModel, device: str) -> None:
+    """Bring buffers to the device; those made on the meta device, such as rotary frequencies, anew."""
+    for module in model.modules():
+        buffers = dict(module.named_buffers(recurse=False))
+        if any(buffer.is_meta for buffer in buffers.values()):
+            module.to_empty(device=device, recurse=False)
+            model._init_weights(module)  # noqa: SLF001 - the method that model files override
+        for name, buffer in buffers.items():
+            if not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)  # noqa: SLF001 - Module.to would also replace parameters
+
+
+def _restart(schedule: Schedule) -> None:
+    if not torch.compiler.is_compiling():
+        schedule.restart()

@@ -1,0 +1,368 @@
+"""When tiles are gathered and when gradients are waited for: one layer early, one layer late.
+
+Both need to know which layer comes next. A `Schedule` learns that by watching: it writes down the
+order in which layers ask for their tiles during one forward and backward (recomputation under
+activation checkpointing included), and in the next one starts the gather that will be asked for
+next. A wrong guess costs a gather and no more: a tile is used only for the request it was made for.
+
+The late end needs no list. Autograd runs first the backward of what was created last, so the node
+that waits for a layer's gradient (`_AwaitGradient`) is created before the preceding layer's
+product, together with the early gather, and its backward runs after that product's backward:
+**the backward of "start the gather early" is "wait for the gradient late".** Autograd passes the
+gradient on only after that node, so an accumulation hook never sees an unfinished one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fourfold_parallel.grid.collectives import Axis, Context, Pending
+from fourfold_parallel.grid.mesh import Mesh
+
+Phase = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overlaps:
+    """Which communication runs under computation. The results do not depend on it."""
+
+    input_gradient: bool = True
+    """Sum the input's gradient while the weight's gradient is computed."""
+    weight_gradient: bool = True
+    """Spread the weight's gradient over `depth` while the preceding layer's backward runs."""
+    weights: bool = True
+    """Gather the next tile while the current product runs."""
+    gathers_ahead: int = 1
+    """How many layers' gathers may be under way before they are asked for."""
+
+
+ALL_OVERLAPS = Overlaps()
+NO_OVERLAP = Overlaps(input_gradient=False, weight_gradient=False, weights=False)
+
+
+class Late:
+    """The gradient of one use of one parameter, between its start and its wait."""
+
+    __slots__ = ("_pending", "_shape", "immediate")
+
+    def __init__(self, shape: torch.Size, *, immediate: bool) -> None:
+        self.immediate = immediate
+        self._shape = shape
+        self._pending: deque[Pending] = deque()
+
+    def start(self, pending: Pending) -> Tensor:
+        """What to return to autograd for a gradient under way.
+
+        The gradient itself if nobody waits for it later. Otherwise a placeholder, NaN everywhere
+        and without memory, which `_AwaitGradient` replaces unread.
+        """
+        if self.immediate:
+            return pending.wait()
+        self._pending.append(pending)
+        return pending.placeholder().expand(self._shape)
+
+    def wait(self) -> Tensor:
+        """The finished gradient."""
+        return self._pending.popleft().wait()
+
+
+@dataclass(slots=True, kw_only=True)
+class Held:
+    """One parameter during one visit of its layer."""
+
+    piece: Tensor
+    """This rank's piece, known to autograd, in the number format of the computation."""
+    late: Late
+    gather: Pending | None = None
+    """The gather of the tile, once it was started."""
+
+
+class Request(NamedTuple):
+    """A layer asking for its parameters."""
+
+    layer: Layer
+    phase: Phase
+    dtype: torch.dtype
+    differentiable: bool
+    """Whether autograd is on: it is off in backward, and on again where activations are recomputed."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Visit:
+    """One pass through one layer, forward or backward, with the parameters it holds."""
+
+    request: Request
+    held: dict[str, Held]
+    made_for: tuple[Any, ...]
+    """State of the parameters at the time; if it has changed, the visit is void."""
+
+    def start(self) -> None:
+        """Start the gathers that are not yet under way."""
+        layer = self.request.layer
+        for name in layer.tiled:
+            held = self.held[name]
+            if held.gather is None:
+                held.gather = layer.mesh.depth.all_gather(
+                    held.piece.detach(), rows=layer.tile_rows(name), layer=layer.name
+                )
+
+    def tile(self, name: str) -> Tensor:
+        """The tile, waited for. The visit lets go of it: it may be asked for once."""
+        held = self.held[name]
+        gather, held.gather = held.gather, None
+        assert gather is not None, f"{self.request.layer.name}: no gather of {name!r} under way"
+        return gather.wait()
+
+    def drop(self) -> None:
+        """Let the gathers finish; nobody will use them."""
+        for held in self.held.values():
+            if held.gather is not None:
+                held.gather.wait()
+
+
+class Schedule:
+    """The layers of one model in the order of their execution, learnt from the last step."""
+
+    def __init__(self, overlaps: Overlaps) -> None:
+        self.overlaps = overlaps
+        self._expected: dict[bool, list[Request]] = {True: [], False: []}
+        self._seen: list[Request] = []
+        self._training = True
+        self._ready: deque[Visit] = deque()
+        self._place = -1
+
+    def __reduce__(self) -> tuple[type[Schedule], tuple[Overlaps]]:
+        """A copy has learnt nothing and has nothing under way."""
+        return Schedule, (self.overlaps,)
+
+    def restart(self) -> None:
+        """A forward of the whole model begins: what was seen since the last one is the order."""
+        if self._seen:
+            self._expected[self._training] = self._seen
+        self._seen = []
+        self._training = torch.is_grad_enabled()
+        self._place = -1
+        self._drop()
+
+    def enter(self, request: Request) -> Visit:
+        """The layer's parameters with their gathers under way, and the next layers' started."""
+        if torch.compiler.is_compiling() or not request.layer.communicates:
+            visit = self._prepare(request)
+            visit.start()
+            return visit
+        self._seen.append(request)
+        self._advance(request)
+        visit = self._take(request)
+        visit.start()
+        if self.overlaps.weights or self.overlaps.weight_gradient:
+            self._look_ahead()
+        if not self.overlaps.weights:
+            for held in visit.held.values():
+                if held.gather is not None:
+                    held.gather.wait()
+        return visit
+
+    def _advance(self, request: Request) -> None:
+        """Find the request in the expected order; after a surprise, behind the last place."""
+        expected = self._expected[self._training]
+        following = self._place + 1
+        if following < len(expected) and expected[following] == request:
+            self._place = following
+            return
+        self._drop()
+        try:
+            self._place = expected.index(request, following)
+        except ValueError:
+            self._place = len(expected)
+
+    def _take(self, request: Request) -> Visit:
+        if self._ready:
+            visit = self._ready.popleft()
+            if visit.request == request and visit.made_for == request.layer.state():
+                return visit
+            visit.drop()
+            self._drop()
+        return self._prepare(request)
+
+    def _look_ahead(self) -> None:
+        expected = self._expected[self._training]
+        gathers = sum(bool(visit.request.layer.tiled) for visit in self._ready)
+        following = self._place + 1 + len(self._ready)
+        while gathers < self.overlaps.gathers_ahead and following < len(expected):
+            visit = self._prepare(expected[following])
+            if self.overlaps.weights:
+                visit.start()
+            self._ready.append(visit)
+            gathers += bool(visit.request.layer.tiled)
+            following += 1
+
+    def _prepare(self, request: Request) -> Visit:
+        layer, phase, dtype, differentiable = request
+        late = self.overlaps.weight_gradient and not torch.compiler.is_compiling()
+        held: dict[str, Held] = {}
+        for name in layer.parameter_names if phase == "forward" else layer.tiled:
+            with torch.set_grad_enabled(differentiable):
+                piece = layer.local(name, dtype)
+            ticket = Late(piece.shape, immediate=not (late and layer.gradient_travels(name)))
+            if not ticket.immediate and piece.requires_grad:
+                with torch.enable_grad():
+                    piece = _AwaitGradient.apply(piece, ticket)
+            held[name] = Held(piece=piece, late=ticket)
+        return Visit(request=request, held=held, made_for=layer.state())
+
+    def _drop(self) -> None:
+        while self._ready:
+            self._ready.popleft().drop()
+
+
+class Layer(nn.Module):
+    """A module whose parameters live on the grid.
+
+    Args:
+        mesh: The grid.
+        name: What messages and traces call it.
+        schedule: Shared by all layers of a model.
+    """
+
+    def __init__(self, *, mesh: Mesh, name: str, schedule: Schedule) -> None:
+        super().__init__()
+        self.mesh, self.name, self.schedule = mesh, name, schedule
+        self.tiled: tuple[str, ...] = ()
+        self._summed: dict[str, tuple[Axis, ...]] = {}
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the parameters that the layer holds itself."""
+        return (*self.tiled, *self._summed)
+
+    @property
+    def communicates(self) -> bool:
+        """Whether a use of the layer's parameters needs any collective."""
+        return any(self.gradient_travels(name) for name in self.parameter_names)
+
+    def hold_tiled(self, name: str, parameter: nn.Parameter) -> None:
+        """Take a parameter that is cut over `depth`, and gathered whenever it is used."""
+        self.register_parameter(name, parameter)
+        self.tiled = (*self.tiled, name)
+
+    def hold_copied(self, name: str, parameter: nn.Parameter, *, summed: Sequence[Axis]) -> None:
+        """Take a parameter of which ranks along `summed` hold copies and partial gradients."""
+        self.register_parameter(name, parameter)
+        self._summed[name] = tuple(axis for axis in summed if axis.size > 1)
+
+    def gradient_travels(self, name: str) -> bool:
+        """Whether the gradient of a parameter needs a collective before it is final."""
+        if name in self.tiled:
+            return self.mesh.depth.size > 1
+        return bool(self._summed[name])
+
+    def visit(self) -> Visit:
+        """Enter the layer: its parameters, with their gathers under way."""
+        parameter = getattr(self, self.parameter_names[0])
+        dtype = compute_dtype(parameter)
+        return self.schedule.enter(Request(self, "forward", dtype, torch.is_grad_enabled()))
+
+    def revisit(self, dtype: torch.dtype) -> Visit:
+        """Enter the layer again in its backward: its tiles only, with their gathers under way."""
+        return self.schedule.enter(Request(self, "backward", dtype, differentiable=False))
+
+    def use(self, visit: Visit, name: str) -> Float[Tensor, "..."]:
+        """A parameter ready for ordinary torch code; its gradient finds its own way."""
+        if name in self.tiled:
+            return _Tile.apply(visit.held[name].piece, self, visit, name)
+        if axes := self._summed[name]:
+            return _Copied.apply(visit.held[name].piece, axes, visit.held[name].late, self.name)
+        return visit.held[name].piece
+
+    def start_sum(self, name: str, gradient: Tensor) -> Pending:
+        """Start the sum of a copied parameter's gradient over the axes where it is partial."""
+        return _sum(gradient, self._summed[name] or (self.mesh.depth,), self.name)
+
+    def tile_rows(self, name: str) -> int:
+        """Rows of the tile of a parameter: its local rows, with the cut over `depth` undone."""
+        parameter = getattr(self, name)
+        cut = self.mesh.cut_of(parameter)
+        cut.pop("depth", None)
+        rows = self.mesh.slices(parameter.shape, cut)[0]
+        return rows.stop - rows.start
+
+    def local(self, name: str, dtype: torch.dtype) -> Tensor:
+        """This rank's piece of a parameter, known to autograd, in the computation's format."""
+        parameter = getattr(self, name)
+        return parameter.to_local().to(dtype)
+
+    def state(self) -> tuple[Any, ...]:
+        """What a visit depends on: the parameters' storage and versions."""
+        locals_ = [getattr(self, name)._local_tensor for name in self.parameter_names]  # noqa: SLF001 - to_local costs a graph node
+        return tuple((piece.data_ptr(), piece._version) for piece in locals_)  # noqa: SLF001 - no public version counter
+
+
+class _AwaitGradient(torch.autograd.Function):
+    """The parameter itself, forward; backward, the wait for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Context, parameter: Tensor, late: Late) -> Tensor:
+        ctx.late = late
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, placeholder: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        del placeholder
+        return ctx.late.wait(), None
+
+
+class _Tile(torch.autograd.Function):
+    """The tile, forward; backward, the start of the reduce-scatter of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Context, piece: Tensor, layer: Layer, visit: Visit, name: str) -> Tensor:
+        del piece  # autograd's end of the tile, which the visit has been gathering
+        ctx.layer, ctx.late = layer, visit.held[name].late
+        tile = visit.tile(name)
+        return tile.view_as(tile)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        pending = ctx.layer.mesh.depth.reduce_scatter(gradient, layer=ctx.layer.name)
+        return ctx.late.start(pending), None, None, None
+
+
+class _Copied(torch.autograd.Function):
+    """The parameter itself, forward; backward, the start of the sum of its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Context, parameter: Tensor, axes: tuple[Axis, ...], late: Late, layer: str
+    ) -> Tensor:
+        ctx.axes, ctx.late, ctx.layer = axes, late, layer
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.late.start(_sum(gradient.clone(), ctx.axes, ctx.layer)), None, None, None
+
+
+def _sum(gradient: Tensor, axes: Sequence[Axis], layer: str) -> Pending:
+    """Start the sum over several axes; only the last may be waited for late."""
+    *first, last = axes
+    for axis in first:
+        gradient = axis.all_reduce(gradient, layer=layer).wait()
+    return last.all_reduce(gradient, layer=layer)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The number format in which a product of this tensor would run: autocast's, if it is on."""
+    if torch.is_autocast_enabled(tensor.device.type):
+        return torch.get_autocast_dtype(tensor.device.type)
+    return tensor.dtype

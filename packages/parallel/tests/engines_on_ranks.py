@@ -1,0 +1,59 @@
+"""Started by torchrun in test_engines.py: train one run on every engine, one after another."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fourfold_parallel.grid.engine import Fourfold
+from fourfold_parallel.run.engines import DDP, FSDP2, DeepSpeed, Engine
+from fourfold_parallel.run.progress import silent
+from fourfold_parallel.run.recipe import Run
+from fourfold_parallel.run.train import train
+from fourfold_parallel.run.values import from_json
+
+ENGINES: dict[str, Engine] = {
+    "ddp": DDP(),
+    "fsdp2": FSDP2(reshard_after_forward=True),
+    "depth": Fourfold(data=1, depth=2, row=1, col=1),
+    "row": Fourfold(data=1, depth=1, row=2, col=1),
+    "col": Fourfold(data=1, depth=1, row=1, col=2),
+    "data": Fourfold(data=2, depth=1, row=1, col=1, shards_optimizer=True),
+    "zero1": DeepSpeed(zero=1),
+    "zero2": DeepSpeed(zero=2),
+    "zero3": DeepSpeed(zero=3),
+}
+
+
+class StoppedError(Exception):
+    """The machine was switched off."""
+
+
+def stop_at_five(done: int, total: int, note: str) -> None:
+    if done == 5:
+        raise StoppedError
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    run = from_json(json.loads((folder / "run.json").read_text()))
+    assert isinstance(run, Run)
+    for name in sys.argv[2:]:
+        mine = replace(run, engine=ENGINES[name])
+        place = {"record": folder / f"{name}.jsonl", "checkpoints": folder / name}
+        # Stopped once on the way: every engine must also resume.
+        try:
+            train(mine, progress=stop_at_five, **place)
+        except StoppedError:
+            dist.barrier()
+        train(mine, progress=silent, **place)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Laws of token streams."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fourfold_parallel.run import data
+from fourfold_parallel.run.corpora import Hub, TextFiles
+from fourfold_parallel.run.data import Packed, TokenStream, epoch_order, tokenize
+from fourfold_parallel.run.tokenizers import BytePairs
+
+
+@pytest.fixture
+def packed(corpus: TextFiles) -> Packed:
+    return Packed(corpus=corpus, tokenizer=BytePairs(vocabulary=320), held_out=0.1)
+
+
+@pytest.fixture
+def stream(packed: Packed) -> TokenStream:
+    return packed.open(sequence=24, seed=5)
+
+
+def test_tokens_are_the_corpus(packed: Packed) -> None:
+    """Decoding every document of the token file gives the texts back, character for character."""
+    file = tokenize(packed.corpus, packed.tokenizer)
+    texts = packed.corpus.load().texts
+    tokenizer = file.tokenizer()
+    for index, text in enumerate(texts):
+        assert tokenizer.decode(file.document(index).tolist()) == text
+    assert file.characters == sum(len(text) for text in texts)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_any_number_of_ranks_sees_the_same_order(stream: TokenStream, ranks: int) -> None:
+    """The ranks' shares, laid side by side, are the one-rank batch, at every step, epochs included."""
+    for step in (0, 1, 7, 40, 41):
+        whole = stream.batch(step, batch=8)
+        shares = [stream.batch(step, batch=8, rank=rank, ranks=ranks) for rank in range(ranks)]
+        assert torch.equal(torch.cat([share.tokens for share in shares]), whole.tokens)
+        assert sum((share.addresses for share in shares), ()) == whole.addresses
+
+
+def test_every_row_is_used_once_an_epoch(stream: TokenStream) -> None:
+    """For a batch that does not divide the epoch, too."""
+    rows = len(stream.row_starts)
+    used = np.concatenate([stream.rows_of_step(step, 7) for step in range(3 * rows // 7 + 1)])
+    for epoch in range(3):
+        assert sorted(used[epoch * rows : (epoch + 1) * rows].tolist()) == list(range(rows))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    """Epoch 1 of seed 0 is not epoch 0 of seed 1."""
+    orders = {tuple(epoch_order(50, epoch=e, seed=s).tolist()) for e in range(3) for s in range(3)}
+    assert len(orders) == 9
+
+
+def test_targets_and_validation_share_no_token(packed: Packed) -> None:
+    """No id is a target both in training and in validation, and within each at most once."""
+    training = packed.open(sequence=24, seed=0).row_starts[:, None] + np.arange(1, 25)
+    validation = packed.validation(sequence=24).row_starts[:, None] + np.arange(1, 25)
+    targets = np.concatenate([training.ravel(), validation.ravel()])
+    assert len(np.unique(targets)) == len(targets)
+
+
+def test_document_ids_change_exactly_after_an_end(stream: TokenStream) -> None:
+    end = stream.file.tokenizer().end
+    for step in range(20):
+        batch = stream.batch(step, batch=8)
+        changes = batch.document_ids.diff(dim=1) != 0
+        assert torch.equal(changes, batch.tokens[:, :-1] == end)
+
+
+def test_tokenizing_twice_reads_the_cache(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = tokenize(packed.corpus, packed.tokenizer)
+    monkeypatch.setattr(TextFiles, "load", lambda _: pytest.fail("the corpus was read again"))
+    assert tokenize(packed.corpus, packed.tokenizer) == first
+
+
+def test_an_altered_token_file_is_refused(packed: Packed, tmp_path: Path) -> None:
+    file = tokenize(packed.corpus, packed.tokenizer)
+    data._open.cache_clear()
+    path = file.path / "tokens.npy"
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + b"\x01\x00")
+    try:
+        with pytest.raises(ValueError, match="was changed after it was written"):
+            tokenize(packed.corpus, packed.tokenizer)
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda stream, _: stream.batch(0, batch=9, ranks=2), "batch=9"),
+        (lambda _, packed: packed.open(sequence=10**6, seed=0), "1000000 + 1"),
+        (lambda *_: TextFiles(paths=("/nowhere.txt",), licence="none").load(), "/nowhere.txt"),
+        (lambda *_: BytePairs(vocabulary=9).load(None), "vocabulary=9"),
+        (
+            lambda *_: Hub(
+                dataset="a/b",
+                subset="c",
+                split="train",
+                column="text",
+                revision="main",
+                licence="MIT",
+            ).load(),
+            "revision='main'",
+        ),
+    ],
+)
+def test_bad_input_is_refused_with_its_value(
+    make: object, words: str, stream: TokenStream, packed: Packed
+) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        make(stream, packed)  # type: ignore[operator]
+    assert words in str(caught.value)

@@ -1,0 +1,75 @@
+"""torchrun with 2 gloo ranks trains the losses and the weights of one process, on every engine."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fourfold_parallel.run.progress import silent
+from fourfold_parallel.run.recipe import Run
+from fourfold_parallel.run.records import read_record
+from fourfold_parallel.run.train import train
+from fourfold_parallel.run.values import to_json
+
+ROUNDING = 2e-5
+"""float32 sums over two ranks in another order, over six AdamW steps."""
+
+
+@pytest.mark.parametrize(
+    "engines", [("ddp", "fsdp2"), ("depth", "row", "col", "data"), ("zero1", "zero2", "zero3")]
+)
+def test_two_ranks_train_the_losses_of_one_process(
+    tmp_path: Path, small_run: Run, engines: tuple[str, ...]
+) -> None:
+    """Losses, gradient norms, validation and final weights, with accumulation, stopped and resumed once."""
+    run = replace(small_run, microbatch=2)
+    last = train(
+        run, record=tmp_path / "single.jsonl", checkpoints=tmp_path / "single", progress=silent
+    )
+    (tmp_path / "run.json").write_text(json.dumps(to_json(run)))
+    program = Path(__file__).parent / "engines_on_ranks.py"
+    launched = subprocess.run(
+        [
+            *(
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                "2",
+            ),
+            *(str(program), str(tmp_path), *engines),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert launched.returncode == 0, launched.stdout[-3000:] + launched.stderr[-6000:]
+    single = read_record(tmp_path / "single.jsonl")
+    weights = load_file(last.path / "model.safetensors")
+    for engine in engines:
+        record = read_record(tmp_path / f"{engine}.jsonl")
+        for kind, key in (
+            ("step", "loss_nats"),
+            ("step", "grad_norm"),
+            ("validation", "validation_loss_nats"),
+        ):
+            ours = [event.number(key) for event in record.of(kind)]
+            theirs = [event.number(key) for event in single.of(kind)]
+            assert ours == pytest.approx(theirs, abs=ROUNDING), (engine, key)
+        assert record.events[0].values["world_size"] == 2
+        assert len(record.of("resumed")) == 1
+        [path] = (tmp_path / engine).glob("step-*/model.safetensors")
+        trained = load_file(path)
+        assert set(trained) >= set(weights)
+        for name, weight in weights.items():
+            # A weight moves by at most about the learning rate per step; compare within a hundredth.
+            torch.testing.assert_close(
+                trained[name], weight, rtol=0, atol=3e-5, msg=f"{engine} {name}"
+            )

@@ -1,0 +1,202 @@
+"""Laws of the loop: grouping changes nothing, resuming changes nothing, bad runs stop by name."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fourfold_parallel.run import checkpoint
+from fourfold_parallel.run.data import Batch
+from fourfold_parallel.run.engines import DDP, FSDP2, DeepSpeed, Engine, Single
+from fourfold_parallel.run.objective import IGNORE, KeepAll, MicrobatchLoss, NextToken
+from fourfold_parallel.run.progress import Progress, silent
+from fourfold_parallel.run.recipe import Run, Steps, Tokens
+from fourfold_parallel.run.records import read_record
+from fourfold_parallel.run.train import train, trained_model
+
+
+def losses(path: Path) -> list[float]:
+    return [event.number("loss_nats") for event in read_record(path).of("step")]
+
+
+def run_to(folder: Path, run: Run, progress: Progress = silent) -> checkpoint.Checkpoint:
+    return train(
+        run, record=folder / "r.jsonl", checkpoints=folder / "checkpoints", progress=progress
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepThirds:
+    """Leaves out an uneven number of targets per row, so that means of means would differ."""
+
+    def drop(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        return (tokens % 3 == 0) & (tokens.cumsum(1) % 2 == 0)
+
+
+@pytest.mark.parametrize("microbatch", [1, 3, 8])
+def test_microbatches_change_nothing(tmp_path: Path, small_run: Run, microbatch: int) -> None:
+    """Losses, gradient norms and weights are those of the undivided batch, masks of uneven size included."""
+    whole = replace(small_run, objective=NextToken(mask=KeepThirds()))
+    run_to(tmp_path / "whole", whole)
+    run_to(tmp_path / "split", replace(whole, microbatch=microbatch))
+    # float32 sums in another order, over six steps.
+    assert losses(tmp_path / "split/r.jsonl") == pytest.approx(
+        losses(tmp_path / "whole/r.jsonl"), abs=2e-6
+    )
+
+
+class StoppedError(Exception):
+    """The machine was switched off."""
+
+
+def stop_at(step: int) -> Progress:
+    def report(done: int, total: int, note: str) -> None:
+        if done == step:
+            raise StoppedError
+
+    return report
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, small_run: Run, step: int) -> None:
+    """Stopped after any step, it ends with the same losses and the same weights, bit for bit."""
+    straight = run_to(tmp_path / "straight", small_run)
+    with pytest.raises(StoppedError):
+        run_to(tmp_path / "broken", small_run, stop_at(step))
+    resumed = run_to(tmp_path / "broken", small_run)
+    assert losses(tmp_path / "broken/r.jsonl") == losses(tmp_path / "straight/r.jsonl")
+    ours, theirs = trained_model(small_run, resumed), trained_model(small_run, straight)
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], weight), name
+
+
+def test_a_save_that_dies_leaves_the_last_whole_checkpoint(
+    tmp_path: Path, small_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between writing and renaming, the half-written folder is passed over and cleaned up."""
+    write_text = checkpoint.write_text
+
+    def dies_at_the_second(path: Path, text: str) -> None:
+        if path.name == "checkpoint.json" and json.loads(text)["step"] == 4:
+            raise StoppedError
+        write_text(path, text)
+
+    monkeypatch.setattr(checkpoint, "write_text", dies_at_the_second)
+    with pytest.raises(StoppedError):
+        run_to(tmp_path, small_run)
+    assert [found.step for found in checkpoint.checkpoints(tmp_path / "checkpoints")] == [2]
+    monkeypatch.setattr(checkpoint, "write_text", write_text)
+    assert run_to(tmp_path, small_run).step == 6
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+def test_another_runs_checkpoint_is_refused(tmp_path: Path, small_run: Run) -> None:
+    run_to(tmp_path, small_run)
+    with pytest.raises(ValueError, match="was written by another run"):
+        run_to(tmp_path, replace(small_run, seed=9))
+
+
+def test_the_record_says_what_was_run(tmp_path: Path, small_run: Run) -> None:
+    """Run, versions, hardware, material with licence and digest: all in the first line."""
+    run_to(tmp_path, small_run)
+    record = read_record(tmp_path / "r.jsonl")
+    first = record.events[0].values
+    assert record.run == small_run
+    assert {"commit", "versions", "hardware", "seed", "world_size", "materials"} <= set(first)
+    assert [material["licence"] for material in first["materials"]] == [
+        "made here",
+        "as the corpus",
+    ]  # type: ignore[index, union-attr]
+    steps = record.of("step")
+    assert len(steps) == 6
+    assert all(event.number("supervised_targets") == 8 * 24 for event in steps)
+    assert [event.number("step") for event in record.of("validation")] == [4, 6]
+
+
+def test_training_learns(tmp_path: Path, small_run: Run) -> None:
+    """Thirty steps take the loss well below that of a uniform guess over the 15 words of the text."""
+    longer = replace(small_run, horizon=Tokens(count=30 * 8 * 24), checkpoint_every=100)
+    run_to(tmp_path, longer)
+    curve = losses(tmp_path / "r.jsonl")
+    assert len(curve) == 30
+    assert curve[0] == pytest.approx(math.log(320), abs=0.3)
+    assert curve[-1] < math.log(15) + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overflowing:
+    """Gives an infinite loss at the third step's first row."""
+
+    bad: int
+
+    def targets(self, batch: Batch) -> Tensor:
+        return NextToken(mask=KeepAll()).targets(batch)
+
+    def loss(self, model: nn.Module, batch: Batch, targets: Tensor) -> MicrobatchLoss:
+        found = NextToken(mask=KeepAll()).loss(model, batch, targets)
+        return replace(
+            found, nats_sum=found.nats_sum * (math.inf if self.bad in batch.addresses else 1)
+        )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path: Path, small_run: Run) -> None:
+    """The message names the step, the rows and the last whole checkpoint, which is left as it was."""
+    stream = small_run.data.open(sequence=24, seed=small_run.seed)
+    bad = stream.batch(2, batch=8).addresses[0]
+    with pytest.raises(FloatingPointError) as caught:
+        run_to(tmp_path, replace(small_run, objective=Overflowing(bad=bad)))
+    message = str(caught.value)
+    assert "loss_nats=inf at step 3" in message
+    assert str(bad) in message
+    assert "step-00000002" in message
+
+
+def test_dropped_targets_get_no_gradient_and_are_still_measured(small_run: Run) -> None:
+    """The loss on kept targets has the gradient of manual masking; telemetry adds up to the whole."""
+    model = small_run.model.build(seed=0)
+    batch = small_run.data.open(sequence=24, seed=0).batch(0, batch=4)
+    masked = NextToken(mask=KeepThirds())
+    targets = masked.targets(batch)
+    kept = masked.loss(model, batch, targets)
+    everything = NextToken(mask=KeepAll())
+    whole = everything.loss(model, batch, everything.targets(batch))
+    total = kept.nats_sum.detach() + kept.telemetry["dropped_nats_sum"]
+    assert total.item() == pytest.approx(whole.nats_sum.item(), rel=1e-6)
+    assert kept.telemetry["dropped_targets"].item() == (targets == IGNORE).sum().item() > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda run: replace(run, batch=0), "batch=0"),
+        (lambda run: replace(run, horizon=Steps(count=0)), "count=0"),
+        (lambda run: replace(run, max_grad_norm=0.0), "max_grad_norm=0.0"),
+        (lambda run: replace(run, model=replace(run.model, vocabulary=100)), "embeds 100"),
+        (lambda run: replace(run, model=replace(run.model, heads=5)), "heads=5"),
+        (lambda run: replace(run, model=replace(run.model, kv_heads=3)), "kv_heads=3"),
+        (lambda run: replace(run, engine=DDP()), "torchrun"),
+        (lambda run: replace(run, engine=FSDP2(reshard_after_forward=True)), "torchrun"),
+        (lambda run: replace(run, engine=DeepSpeed(zero=1)), "torchrun"),
+    ],
+)
+def test_bad_runs_are_refused_before_any_work(
+    tmp_path: Path, small_run: Run, change: Callable[[Run], Run], words: str
+) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        run_to(tmp_path, change(small_run))
+    assert words in str(caught.value)
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_a_single_process_engine_refuses_a_launch_of_several(
+    tmp_path: Path, small_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    engine: Engine = Single()
+    with pytest.raises(ValueError, match="2 were launched"):
+        run_to(tmp_path, replace(small_run, engine=engine))

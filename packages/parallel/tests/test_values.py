@@ -1,0 +1,38 @@
+"""Values survive their way through a record."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fourfold_parallel.run.recipe import Run
+from fourfold_parallel.run.values import digest, from_json, to_json
+
+
+def test_a_record_rebuilds_its_run(small_run: Run) -> None:
+    assert from_json(to_json(small_run)) == small_run
+
+
+def test_runs_are_told_apart_by_their_digest(small_run: Run) -> None:
+    """Equal runs have one digest; any field that differs, at any depth, gives another."""
+    assert digest(small_run) == digest(replace(small_run))
+    others = [
+        replace(small_run, seed=4),
+        replace(small_run, optimizer=replace(small_run.optimizer, beta1=0.8)),  # type: ignore[type-var]
+        replace(small_run, model=replace(small_run.model, tied=False)),  # type: ignore[type-var]
+    ]
+    assert len({digest(run) for run in [small_run, *others]}) == 4
+
+
+def test_what_no_record_could_rebuild_is_refused() -> None:
+    with pytest.raises(TypeError, match="Tensor"):
+        to_json({"weights": torch.zeros(2)})
+    assert to_json(Path("a/b")) == "a/b"
+
+
+def test_a_record_cannot_name_foreign_code() -> None:
+    with pytest.raises(ValueError, match="not a fourfold type"):
+        from_json({"type": "subprocess:Popen", "args": "true"})
+    with pytest.raises(ValueError, match="not a dataclass"):
+        from_json({"type": "fourfold_parallel.run.values:to_json"})

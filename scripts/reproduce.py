@@ -1,0 +1,112 @@
+"""Reproduce the papers: run every installed experiment at a scale, then write the report.
+
+    scripts/env python scripts/reproduce.py --scale smoke
+
+Finished stages are kept with --resume; an interrupted stage goes on from its last checkpoint.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+import report
+from fourfold_parallel.run.claims import LedgerRow
+from fourfold_parallel.run.cli import Bars, console, ledger_table, print_launches, start
+from fourfold_parallel.run.experiments import Experiment, installed, perform
+from fourfold_parallel.run.recipe import Scale
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Reproduce the papers at a scale and write a report of every claim."""
+
+    scale: Scale = "laptop"
+    """smoke: a few minutes on 2 cores. laptop: up to 45 minutes. gpu: one GPU. paper: print, for each
+    paper, the launch lines with the paper's own hyper-parameters."""
+    only: str = "all"
+    """Packages, separated by commas: goldfish,loki."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Keep what is finished and go on from checkpoints, instead of starting over."""
+    out: Path = ROOT / "out"
+    """Folder for records, ledgers, figures and the report."""
+
+
+def packages() -> tuple[str, ...]:
+    """Every package of the workspace, in order of the names."""
+    return tuple(sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml")))
+
+
+def chosen(only: str) -> tuple[str, ...]:
+    """The packages that `--only` names.
+
+    Raises:
+        ValueError: for a name that is no package.
+    """
+    if only == "all":
+        return packages()
+    names = tuple(name.strip() for name in only.split(","))
+    unknown = [name for name in names if name not in packages()]
+    if unknown:
+        raise ValueError(
+            f"--only {only}: no package {unknown[0]!r}; there are {', '.join(packages())}"
+        )
+    return names
+
+
+def main() -> None:
+    """Run, judge, report."""
+    options = tyro.cli(Options, prog="scripts/reproduce.py")
+    target = console()
+    start(target)
+    try:
+        names = chosen(options.only)
+        reproduce(options, {name: installed().get(name) for name in names})
+    except ValueError as error:
+        target.print(f"[red]{error}[/red]", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        target.print("interrupted; the same command with --resume goes on from here")
+        sys.exit(130)
+
+
+def reproduce(options: Options, experiments: dict[str, Experiment | None]) -> None:
+    """Perform what there is at this scale, and say what there is not."""
+    target = console()
+    present = {name: one for name, one in experiments.items() if one is not None}
+    missing = [name for name, one in experiments.items() if one is None]
+    if options.scale == "paper":
+        for one in present.values():
+            print_launches(target, one.title, one.launches())
+    ready = {name: one for name, one in present.items() if one.stages(options.scale)}
+    missing += [name for name in present if name not in ready]
+    bars = Bars(target, sum(len(one.stages(options.scale)) for one in ready.values()))
+    started_s = time.perf_counter()
+    rows: list[LedgerRow] = []
+    with bars.running():
+        for name, one in ready.items():
+            folder = options.out / options.scale / name
+            rows += perform(
+                one, options.scale, folder, resume=options.resume, progress=bars.stage
+            ).rows
+    if rows:
+        target.print(ledger_table(rows))
+    for name in sorted(missing):
+        target.print(
+            f"[dim]{name}: nothing to reproduce at scale {options.scale!r} in this version[/dim]"
+        )
+    if ready:
+        elapsed_s = time.perf_counter() - started_s
+        page = report.write(options.out / options.scale, scale=options.scale, elapsed_s=elapsed_s)
+        target.print(
+            f"{len(rows)} claims judged in {elapsed_s:.0f} s. Report: {page}", soft_wrap=True
+        )
+
+
+if __name__ == "__main__":
+    main()

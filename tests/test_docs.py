@@ -1,0 +1,69 @@
+"""Pages say what the code and the records say."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from fourfold_parallel.run.claims import read_ledger
+from fourfold_parallel.run.records import read_record
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("packages/*/*.md")])
+READMES = sorted(ROOT.glob("packages/*/README.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_readme_tables_are_the_committed_records() -> None:
+    """Each table is what `scripts/tables.py` renders from `results/ledger.jsonl`."""
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "scripts" / "tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    for readme in READMES:
+        assert tables.rendered(readme) == readme.read_text(), readme
+
+
+@pytest.mark.parametrize("results", sorted(ROOT.glob("packages/*/results/ledger.jsonl")), ids=str)
+def test_every_verdict_has_its_record_line(results: Path) -> None:
+    """`file:line` of each row is a line of a finished, committed record."""
+    for row in read_ledger(results):
+        if row.verdict == "not tested":
+            assert not row.record
+            continue
+        name, _, line = row.record.partition(":")
+        record = read_record(results.parent / name)
+        assert record.is_finished
+        assert any(event.line == int(line) for event in record.events)
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda page: page.parent.name)
+def test_readme_code_runs_or_is_quoted(
+    readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block that imports is executed; one that does not is found, line by line, in the package's source."""
+    monkeypatch.chdir(tmp_path)
+    sources = "\n".join(path.read_text() for path in readme.parent.glob("src/**/*.py"))
+    held = {line.strip() for line in sources.splitlines()}
+    for block in re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL):
+        if re.search(r"^(import|from) ", block, re.MULTILINE):
+            exec(compile(block, str(readme), "exec"), {"__name__": "readme"})
+        else:
+            missing = [
+                line for line in block.splitlines() if line.strip() and line.strip() not in held
+            ]
+            assert not missing
+
+
+def test_the_readme_names_the_two_commands_and_ci_calls_the_test_command() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert "scripts/env python scripts/reproduce.py" in readme
+    assert "scripts/env pytest" in readme
+    assert "scripts/env pytest\n" in (ROOT / ".ci" / "run").read_text()

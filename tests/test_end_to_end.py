@@ -1,0 +1,85 @@
+"""Packages combined: the scripts as a person calls them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fourfold_parallel.run.experiments import installed, load
+
+ROOT = Path(__file__).resolve().parent.parent
+MEMBERS = {path.parent.name for path in ROOT.glob("packages/*/pyproject.toml")}
+
+
+def call(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=250, check=False
+    )
+
+
+def test_every_announced_experiment_is_a_package_with_stages_claims_and_figures() -> None:
+    for name, experiment in installed().items():
+        assert name == experiment.package
+        assert name in MEMBERS
+        names = [stage.name for stage in experiment.stages("smoke")]
+        assert len(names) == len(set(names)) > 0
+        identities = [claim.id for claim in experiment.claims]
+        assert len(identities) == len(set(identities)) > 0
+        assert experiment.drawings("smoke")
+
+
+@pytest.mark.parametrize("name", sorted(installed()))
+def test_committed_records_are_of_todays_recipes(name: str) -> None:
+    """A recipe that changed without its record fails here."""
+    experiment = installed()[name]
+    stages = experiment.stages("smoke")
+    records = load(experiment, "smoke", ROOT / "packages" / name / "results")
+    assert set(records) == {stage.name for stage in stages}
+    for stage in stages:
+        assert records[stage.name].run == stage.run
+
+
+def test_a_wrong_package_name_is_refused_with_the_right_ones() -> None:
+    called = call("scripts/reproduce.py", "--only", "goldfsh", "--scale", "smoke")
+    assert called.returncode == 2
+    assert "no package 'goldfsh'" in called.stderr
+    assert "goldfish" in called.stderr
+
+
+def test_what_is_not_there_yet_is_said() -> None:
+    """A package without an experiment at a scale is named; nothing pretends."""
+    waiting = sorted(MEMBERS - set(installed()))
+    if not waiting:
+        pytest.skip("every package has an experiment")
+    called = call("scripts/reproduce.py", "--only", waiting[0], "--scale", "smoke")
+    assert called.returncode == 0
+    assert f"{waiting[0]}: nothing to reproduce at scale 'smoke'" in called.stderr
+
+
+def test_the_report_of_a_folder_without_results_is_refused(tmp_path: Path) -> None:
+    called = call("scripts/report.py", str(tmp_path))
+    assert called.returncode == 2
+    assert "holds no ledger" in called.stderr
+
+
+def test_a_report_is_one_self_contained_page(tmp_path: Path) -> None:
+    """From committed results: every claim and figure is in it, and nothing is fetched from elsewhere."""
+    folder = tmp_path / "smoke"
+    for name, experiment in installed().items():
+        target = folder / name
+        target.mkdir(parents=True)
+        for path in (ROOT / "packages" / name / "results").iterdir():
+            (target / path.name).write_bytes(path.read_bytes())
+        captions = {one.name: one.caption for one in experiment.drawings("smoke")}
+        (target / "figures.json").write_text(json.dumps(captions))
+    called = call("scripts/report.py", str(folder))
+    assert called.returncode == 0, called.stderr
+    page = (folder / "report.html").read_text()
+    for experiment in installed().values():
+        for claim in experiment.claims:
+            assert f"<strong>{claim.id}</strong>" in page
+        assert page.count("<figure ") >= len(experiment.drawings("smoke"))
+    assert 'src="http' not in page
+    assert "<link" not in page
