@@ -1,0 +1,103 @@
+"""The experiment: the published measurements revisited, and a suite of our own; claims and figures."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from fourfold_gemstones import figures, recipes, revisit
+from fourfold_gemstones.claims import PUBLISHED, PUBLISHED_CLAIMS, SUITE, SUITE_CLAIMS
+from fourfold_gemstones.revisit import Revisit
+from fourfold_gemstones.suite import train_suite
+from fourfold_parallel.run.claims import Claim
+from fourfold_parallel.run.experiments import Drawing, Launch, Stage, Workplace
+from fourfold_parallel.run.recipe import Scale
+from fourfold_parallel.run.records import Material, RecordWriter, header
+
+COPIES = (Path("../shared/data/gemstones"), Path("gemstone-scaling-laws"))
+"""Where a copy of the paper's repository is looked for, from the folder one works in."""
+WORKERS = 2
+"""Processes of the analysis; each runs on one core."""
+
+
+def published_copy() -> Iterator[Path]:
+    """The first copy of the measurements that is there, if any."""
+    for folder in COPIES:
+        if (folder / "wandb_dfs").is_dir():
+            yield folder
+            return
+
+
+def analyse_published(run: Revisit, folder: Path, workplace: Workplace) -> None:
+    """Write the record of every part of `revisit`."""
+    workplace.record.unlink(missing_ok=True)
+    material = Material(
+        name="Gemstones measurements and published parameters",
+        kind="measurements",
+        licence="MIT",
+        sha256=run.data_sha256,
+        source="a copy of github.com/mcleish7/gemstone-scaling-laws",
+    )
+    with (
+        RecordWriter(workplace.record) as records,
+        ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool,
+    ):
+        records.write_header(
+            header(run, seed=run.seed, world_size=1, materials=(material,), overrides=())
+        )
+        found = pool.map(partial(revisit.analyse, run, folder), run.parts)
+        for done, (name, events) in enumerate(zip(run.parts, found, strict=True), start=1):
+            for kind, fields in events:
+                records.write(kind, **fields)
+            workplace.progress(done, len(run.parts), name)
+        records.write("finished")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gemstones:
+    """Gemstones as an experiment of the runtime."""
+
+    package: str = "gemstones"
+    title: str = "Gemstones: scaling laws over width, depth, tokens and time"
+    paper: str = (
+        "McLeish, Kirchenbauer, Miller, Singh, Bhatele, Goldblum, Panda, Goldstein: Gemstones: A "
+        "Model Suite for Multi-Faceted Scaling Laws, NeurIPS 2025 (arXiv 2502.06857)"
+    )
+    claims: Sequence[Claim] = (*PUBLISHED_CLAIMS, *SUITE_CLAIMS)
+
+    def stages(self, scale: Scale) -> Sequence[Stage]:
+        """The published measurements where there is a copy of them, then our own suite."""
+        match scale:
+            case "smoke" | "laptop":
+                pass
+            case "gpu" | "paper":
+                return ()
+        stages = []
+        for folder in published_copy():
+            run = recipes.revisit(revisit.digest_of(folder), scale)
+            stages.append(
+                Stage(name=PUBLISHED, run=run, perform=partial(analyse_published, run, folder))
+            )
+        mine = recipes.suite(scale)
+        stages.append(Stage(name=SUITE, run=mine, perform=partial(train_suite, mine)))
+        return tuple(stages)
+
+    def drawings(self, scale: Scale) -> Sequence[Drawing]:
+        """The figures of the stages that there are."""
+        names = [stage.name for stage in self.stages(scale)]
+        drawn = figures.PUBLISHED_DRAWINGS if PUBLISHED in names else ()
+        if scale != "laptop":
+            drawn = tuple(one for one in drawn if one.name not in figures.SLOW)
+        return (*drawn, *(figures.SUITE_DRAWINGS if SUITE in names else ()))
+
+    def launches(self) -> Sequence[Launch]:
+        """None: the paper's 22 runs took 163,000 device-hours; its measurements are read instead."""
+        return ()
+
+
+EXPERIMENT = Gemstones()
+"""Announced as the entry point `gemstones`."""

@@ -1,0 +1,354 @@
+"""Figures: pure functions of records."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fourfold_gemstones.claims import PUBLISHED, SUITE
+from fourfold_gemstones.laws import Hull, frontier
+from fourfold_gemstones.suite import suite_table
+from fourfold_parallel.run.claims import Records
+from fourfold_parallel.run.experiments import Drawing
+from fourfold_parallel.run.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES
+from fourfold_parallel.run.records import Event
+
+NAMES = {
+    "hot_100b+": "all tokens",
+    "hot": "up to 100 B tokens",
+    "hot_120b+_only": "from 120 B tokens",
+    "lr_ablation_hot": "half the learning rate",
+    "cool_begin": "before cooldown",
+    "cool_end": "after cooldown",
+    "hot_sampled_like_chinchilla": "5 models, 24 points",
+    "slim_chinchilla": "Chinchilla, 28 points",
+}
+"""What the published frames are."""
+
+
+def _numbers(events: tuple[Event, ...], key: str) -> list[float]:
+    return [event.number(key) for event in events]
+
+
+def _listed(event: Event, key: str) -> list[float]:
+    values = event.values[key]
+    assert isinstance(values, list)
+    return [float(value) for value in values if isinstance(value, int | float)]
+
+
+def figure_refits(records: Records) -> Figure:
+    """How far each published parametric fit lies above the global optimum of its objective."""
+    events = sorted(
+        records[PUBLISHED].of("refit"), key=lambda event: event.number("published_above_percent")
+    )
+    figure = Figure(figsize=(7.2, 7.6))
+    axes = figure.add_subplot()
+    for row, event in enumerate(events):
+        above = max(event.number("published_above_percent"), 1e-5)
+        late = event.number("delta") < 5e-4
+        colour = METHOD if late else BASELINE
+        axes.plot([1e-5, above], [row, row], color=colour, linewidth=0.8, alpha=0.5)
+        axes.plot([above], [row], "o", color=colour, markersize=4.5)
+    axes.axvline(0.03, color=IDEAL, linestyle="--", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlabel("published objective above the global optimum (%)")
+    labels = []
+    for event in events:
+        terms = {2: "N,T", 3: "w,d,T", 4: "w,d,N,T"}[int(event.number("terms"))]
+        less = "" if event.values["embeddings"] == "both" else ", one table"
+        labels.append(f"{event.values['frame']}  ({terms}{less})")
+    axes.set_yticks(range(len(events)), labels, fontsize=7)
+    axes.set_ylim(-1, len(events))
+    axes.plot([], [], "o", color=METHOD, label="Huber threshold 1e-4, the paper's default")
+    axes.plot([], [], "o", color=BASELINE, label="Huber threshold 1e-3")
+    axes.legend(loc="lower right")
+    axes.set_title("Thirteen of 42 published fits are not at their optimum")
+    return figure
+
+
+def figure_slopes(records: Records) -> Figure:
+    """The slope of compute-optimal size by selection of data, published and with intervals."""
+    events = records[PUBLISHED].of("slope")
+    apart = records[PUBLISHED].of("difference")
+    figure = Figure(figsize=(8.4, 4.6))
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    for row, event in enumerate(events):
+        left.plot(
+            [event.number("row_low"), event.number("row_high")],
+            [row - 0.18] * 2,
+            color=BASELINE,
+            linewidth=1.4,
+        )
+        left.plot(
+            [event.number("model_low"), event.number("model_high")],
+            [row] * 2,
+            color=METHOD,
+            linewidth=2.6,
+        )
+        left.plot([event.number("slope")], [row], "o", color=METHOD, markersize=6)
+        left.plot([event.number("published_slope")], [row], "x", color=IDEAL, markersize=7)
+    left.set_yticks(range(len(events)), [NAMES[str(event.values["frame"])] for event in events])
+    left.invert_yaxis()
+    left.set_xlabel("slope of log N* in log C")
+    left.plot([], [], "x", color=IDEAL, linestyle="none", label="published")
+    left.plot([], [], "o-", color=METHOD, label="optimum, 95 % over models")
+    left.plot([], [], color=BASELINE, label="95 % over rows")
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=7.5)
+    left.set_title("Slopes by selection")
+    for row, event in enumerate(apart):
+        right.plot(
+            [event.number("low"), event.number("high")], [row] * 2, color=METHOD, linewidth=2.6
+        )
+        right.plot([event.number("difference")], [row], "o", color=METHOD)
+    right.axvline(0, color=IDEAL, linestyle="--", linewidth=1)
+    names = [
+        f"{NAMES[str(event.values['first'])]}\nless {NAMES[str(event.values['second'])]}"
+        for event in apart
+    ]
+    right.set_yticks(range(len(apart)), names, fontsize=7.5)
+    right.invert_yaxis()
+    right.set_xlabel("paired difference of slopes")
+    right.set_title("Same shapes, same draws")
+    return figure
+
+
+def figure_null(records: Records) -> Figure:
+    """The hull's slope against the least tokens it sees, and what noise-free laws give there."""
+    figure = Figure(figsize=(8.0, 3.9))
+    for column, estimator in enumerate(("hull", "20 bins")):
+        axes = figure.add_subplot(1, 2, column + 1)
+        events = tuple(
+            event
+            for event in records[PUBLISHED].of("envelope")
+            if event.values["estimator"] == estimator and event.values["selection"] != "T <= 100B"
+        )
+        floors = [max(floor, 2e9) / 1e9 for floor in _numbers(events, "token_floor")]
+        axes.fill_between(
+            floors,
+            _numbers(events, "low"),
+            _numbers(events, "high"),
+            color=METHOD,
+            alpha=0.18,
+            linewidth=0,
+        )
+        axes.plot(floors, _numbers(events, "slope"), "o-", color=METHOD, label="measured, 95 %")
+        true = _listed(events[0], "true_slopes")
+        for number, slope in enumerate(true):
+            axes.plot(
+                floors,
+                [_listed(event, "null_slopes")[number] for event in events],
+                linestyle="--",
+                color=(BASELINE, CONTROL, IDEAL)[number],
+                linewidth=1.3,
+                label=f"noise-free, true slope {slope:.2f}",
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel("least tokens of the points seen (B)")
+        axes.set_ylabel("slope of log N in log C")
+        axes.set_title({"hull": "Convex hull", "20 bins": "Best of 20 bins"}[estimator])
+        axes.set_ylim(0.25, 0.97)
+        if column == 0:
+            axes.legend(loc="upper left", fontsize=7.5)
+    return figure
+
+
+def figure_prescriptions(records: Records) -> Figure:
+    """Optimal width over depth and tokens per parameter against compute, with bands."""
+    figure = Figure(figsize=(8.0, 3.9))
+    for column, (key, label) in enumerate(
+        (("aspect", "width / depth"), ("tokens_per_parameter", "tokens per parameter"))
+    ):
+        axes = figure.add_subplot(1, 2, column + 1)
+        for frame, colour in (("hot_100b+", METHOD), ("cool_end", CONTROL)):
+            events = tuple(
+                event
+                for event in records[PUBLISHED].of("prescription")
+                if event.values["frame"] == frame
+            )
+            budgets = _numbers(events, "budget_flops")
+            axes.fill_between(
+                budgets,
+                _numbers(events, f"{key}_low"),
+                _numbers(events, f"{key}_high"),
+                color=colour,
+                alpha=0.16,
+                linewidth=0,
+            )
+            axes.plot(budgets, _numbers(events, key), "o-", color=colour, label=NAMES[frame])
+            axes.plot(
+                budgets,
+                _numbers(events, f"published_{key}"),
+                "x:",
+                color=colour,
+                linewidth=1,
+                label=f"{NAMES[frame]}, published",
+            )
+        axes.axvspan(4.5e21, 1.6e22, color=BASELINE, alpha=0.12, linewidth=0)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("training FLOPs (shaded: beyond the largest run)")
+        axes.set_ylabel(label)
+        if column == 0:
+            axes.legend(fontsize=7.5)
+    return figure
+
+
+def figure_held_out(records: Records) -> Figure:
+    """Mean error of five laws in sample and on seven kinds of held-out runs."""
+    events = records[PUBLISHED].of("held_out")
+    laws = list(dict.fromkeys(str(event.values["law"]) for event in events))
+    splits = list(dict.fromkeys(str(event.values["split"]) for event in events))
+    error = {
+        (str(event.values["law"]), str(event.values["split"])): event.number("error_percent")
+        for event in events
+    }
+    figure = Figure(figsize=(8.0, 3.8))
+    axes = figure.add_subplot()
+    for number, law in enumerate(laws):
+        offset = 0.14 * (number - (len(laws) - 1) / 2)
+        axes.plot(
+            [error[law, split] for split in splits],
+            np.arange(len(splits)) + offset,
+            "o",
+            color=SHADES[number if number < 4 else 6],
+            label=law,
+            markersize=5.5,
+        )
+    axes.set_yticks(range(len(splits)), splits, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("mean absolute error of log loss (%)")
+    axes.set_xlim(left=0)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.set_title("The best law in sample is not the best outside it")
+    return figure
+
+
+def figure_overspending(records: Records) -> Figure:
+    """What each shape overspends at 300 B tokens, in FLOPs and in device-hours."""
+    events = records[PUBLISHED].of("overspending")
+    aspect = [event.number("width") / event.number("depth") for event in events]
+    figure = Figure(figsize=(7.6, 3.6))
+    axes: Axes | None = None
+    for column, (key, label) in enumerate(
+        (("flops_percent", "FLOPs"), ("gpu_hours_percent", "device-hours"))
+    ):
+        axes = figure.add_subplot(1, 2, column + 1, sharey=axes)
+        axes.plot(aspect, _numbers(events, key), "o", color=METHOD)
+        for event, x in zip(events, aspect, strict=True):
+            if event.number(key) > 40:
+                name = f"{event.number('width'):.0f}x{event.number('depth'):.0f}"
+                axes.annotate(
+                    name,
+                    (x, event.number(key)),
+                    xytext=(5, -2),
+                    textcoords="offset points",
+                    fontsize=7.5,
+                )
+        axes.set_xscale("log")
+        axes.set_xlabel("width / depth")
+        axes.set_ylabel(f"{label} above the hull's (%)")
+    return figure
+
+
+def figure_suite(records: Records) -> Figure:
+    """Our own suite: loss against training FLOPs, its hull, and what cooling down gains."""
+    record = records[SUITE]
+    table = suite_table(record, schedule="constant")
+    figure = Figure(figsize=(7.6, 4.2))
+    axes = figure.add_subplot()
+    names, index = table.groups("run")
+    flops, loss = table.flops(), table.column("loss_nats")
+    aspect = table.column("width") / table.column("depth")
+    span = np.log(aspect.max() / aspect.min())
+    for run in range(len(names)):
+        rows = np.flatnonzero(index == run)
+        shade = float(np.log(aspect[rows[0]] / aspect.min()) / span)
+        axes.plot(flops[rows], loss[rows], color=colormaps["viridis"](0.9 * shade), linewidth=1.2)
+        label = names[run].split("-")[0]
+        if names[run].endswith("seed0"):
+            axes.annotate(
+                label,
+                (flops[rows[-1]], loss[rows[-1]]),
+                fontsize=7,
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="center",
+            )
+    hull = frontier(flops, loss, Hull())
+    axes.plot(
+        flops[hull],
+        loss[hull],
+        "o--",
+        color=IDEAL,
+        markersize=4,
+        linewidth=1.2,
+        label="convex hull",
+    )
+    cooled = suite_table(record, schedule="cooled")
+    axes.plot(
+        cooled.flops(),
+        cooled.column("loss_nats"),
+        "v",
+        color=METHOD,
+        markersize=5,
+        label="after cooldown",
+    )
+    axes.set_xscale("log")
+    axes.set_xlabel("training FLOPs (lines from deep, dark, to wide, light)")
+    axes.set_ylabel("validation loss (nats per byte)")
+    axes.legend(loc="upper right")
+    return figure
+
+
+SLOW = ("figure-prescriptions", "figure-held-out")
+"""Figures of parts that smoke leaves out."""
+SUITE_DRAWINGS = (
+    Drawing(
+        name="figure-suite",
+        caption="Our suite on bytes of the Python standard library: nine shapes of 16 to 150 "
+        "thousand parameters at a constant rate, three of them with several seeds, and cooldowns.",
+        draw=figure_suite,
+    ),
+)
+PUBLISHED_DRAWINGS = (
+    Drawing(
+        name="figure-refits",
+        caption="Published approach-3 objectives against the global optimum of the same objective "
+        "on the same rows; 42 fits, at least three descents agreeing on each. Values below 1e-5 % "
+        "are drawn at 1e-5.",
+        draw=figure_refits,
+    ),
+    Drawing(
+        name="figure-slopes",
+        caption="Slope of the compute-optimal size by selection of data: published, and at the "
+        "optimum with bootstrap intervals over models and over rows (left); paired differences "
+        "over the 20 shapes that all selections share (right).",
+        draw=figure_slopes,
+    ),
+    Drawing(
+        name="figure-null",
+        caption="Slope of the envelope against the least tokens that it sees, with intervals over "
+        "models, and the same estimator on noise-free losses of three laws over the same runs.",
+        draw=figure_null,
+    ),
+    Drawing(
+        name="figure-prescriptions",
+        caption="Compute-optimal shapes of the width-depth law, with 95 % bands over models, on hot "
+        "and on cooled checkpoints; dotted: from the published parameters.",
+        draw=figure_prescriptions,
+    ),
+    Drawing(
+        name="figure-held-out",
+        caption="Mean error of five laws at a Huber threshold of 1e-3, in sample and on runs that "
+        "were held out; 770 rows, 22 models.",
+        draw=figure_held_out,
+    ),
+    Drawing(
+        name="figure-overspending",
+        caption="Resources at 300 B tokens over those at which the interpolated hull reaches the "
+        "same loss; 22 models. Device-hours depend on the job layouts of the paper's machine.",
+        draw=figure_overspending,
+    ),
+)

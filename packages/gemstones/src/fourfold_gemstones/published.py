@@ -1,0 +1,210 @@
+"""The published measurements and parameters, read from a copy of them that the user has.
+
+Measurements: folder `wandb_dfs` of the paper's repository (MIT). Parameters: its folders
+`parameters*`. Epoch AI's digitised Chinchilla points (Besiroglu et al. 2024): `data/` of the same.
+Nothing of this is part of this package.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from fourfold_gemstones.counting import GEMSTONES, Embeddings
+from fourfold_gemstones.laws import (
+    CHINCHILLA,
+    SHAPE_ONLY,
+    WIDTH_DEPTH,
+    ParametricLaw,
+    PowerLaw,
+    Variable,
+)
+from fourfold_gemstones.table import RunTable
+
+TOKENS_PER_STEP = 2_048 * 2_048
+"""Tokens per optimizer step of every published run."""
+DEVICES_PER_NODE = 8
+"""Graphics dies per Frontier node."""
+OUTLIERS = 5
+"""Points with the largest loss that Epoch AI leaves out of its 245."""
+FITTED = ("parameters_delta-3", "parameters_delta-4")
+"""Folders of approach-3 parameters; the name ends in the exponent of the Huber threshold."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedFit:
+    """One of the 42 approach-3 files: a law, the frame it was fitted to, its objective."""
+
+    name: str
+    frame: str
+    law: ParametricLaw
+    estimate: PowerLaw
+    objective: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedLine:
+    """One of the 24 approach-1 files: the line through a hull, in natural logarithms."""
+
+    name: str
+    frame: str
+    target: str
+    embeddings: Embeddings
+    slope: float
+    intercept: float
+
+
+def published_frame(folder: Path, name: str) -> RunTable:
+    """Rows of `wandb_df_for_fitting_<name>.jsonl`, for example `hot_100b+`.
+
+    Raises:
+        ValueError: There is no such frame; the message lists those there are.
+    """
+    path = folder / "wandb_dfs" / f"wandb_df_for_fitting_{name}.jsonl"
+    if not path.is_file():
+        prefix = "wandb_df_for_fitting_"
+        frames = sorted(file.stem.removeprefix(prefix) for file in path.parent.glob(f"{prefix}*"))
+        raise ValueError(
+            f"no published frame {name!r} under {folder} (there are {frames}); give the path of a "
+            "copy of the paper's repository"
+        )
+    table = RunTable.read(path)
+    if "width" not in table.columns:
+        return table
+    columns = dict(table.columns)
+    columns["seconds"] = columns["seconds_per_step"] * columns["step"]
+    columns["gpu_hours"] = columns["seconds"] * columns["num_nodes"] * DEVICES_PER_NODE / 3600
+    return replace(table, columns=MappingProxyType(columns), architecture=GEMSTONES)
+
+
+def chinchilla_points(folder: Path, *, outliers: int = OUTLIERS) -> RunTable:
+    """Epoch AI's points of Hoffmann et al. 2022, figure 4, less those of largest loss."""
+    name = "epoch_chinchilla_svg_extracted_data.csv"
+    path = next((at for at in (folder / name, folder / "data" / name) if at.is_file()), None)
+    if path is None:
+        raise ValueError(
+            f"no {name} in {folder} or its data/; give the path of a copy of the paper's repository"
+        )
+    data = path.read_bytes()
+    rows = list(csv.DictReader(data.decode().splitlines()))
+    parameters = np.asarray([float(row["Model Size"]) for row in rows])
+    flops = np.asarray([float(row["Training FLOP"]) for row in rows])
+    table = RunTable.from_columns(
+        {
+            "parameters": parameters,
+            "tokens": flops / (6 * parameters),
+            "flops": flops,
+            "loss_nats": np.asarray([float(row["loss"]) for row in rows]),
+        },
+        source=name,
+        digest=hashlib.sha256(data).hexdigest(),
+    )
+    rank = np.argsort(np.argsort(table.column("loss_nats")))
+    return table.where(rank < len(table) - outliers)
+
+
+def _jsons(folder: Path, group: str, pattern: str) -> list[Path]:
+    """Files of one folder of parameters, which may lie in the root or in `published_parameters`."""
+    found = sorted(folder.glob(f"{group}/{pattern}"))
+    found = found or sorted(folder.glob(f"published_parameters/{group}/{pattern}"))
+    if not found:
+        raise ValueError(
+            f"no {group}/{pattern} under {folder}; give the path of a copy of the paper's "
+            "repository"
+        )
+    return found
+
+
+def published_fits(folder: Path) -> tuple[PublishedFit, ...]:
+    """All approach-3 files, in the order of their names."""
+    kinds: dict[str, tuple[Variable, ...]] = {
+        "width_depth_parameters": WIDTH_DEPTH,
+        "width_depth": SHAPE_ONLY,
+        "parameters": CHINCHILLA,
+    }
+    found = []
+    for group in FITTED:
+        for path in _jsons(folder, group, "approach_3_*.json"):
+            kind, frame = path.stem.removeprefix("approach_3_").split("_grid_search_0_")
+            content = json.loads(path.read_text())
+            variables = kinds[kind]
+            estimate = PowerLaw(
+                variables=variables,
+                log_coefficients=tuple(content["coefficients"]["0"]),
+                exponents=tuple(content["exponents"]["0"]),
+                log_floor=content["irreducible_error"]["0"],
+            )
+            one = frame.endswith("_no_embeds")
+            law = ParametricLaw(
+                variables=variables,
+                delta=float(f"1e{group.removeprefix('parameters_delta')}"),
+                embeddings=Embeddings.ONE if one else Embeddings.BOTH,
+            )
+            found.append(
+                PublishedFit(
+                    name=f"{group.removeprefix('parameters_')}/{path.stem}",
+                    frame=frame.removesuffix("_no_embeds"),
+                    law=law,
+                    estimate=estimate,
+                    objective=content["loss"]["0"],
+                )
+            )
+    return tuple(found)
+
+
+def published_lines(folder: Path) -> tuple[PublishedLine, ...]:
+    """All approach-1 files, in the order of their names."""
+    frames = {
+        "": "hot_477",
+        "100b+": "hot_100b+_477",
+        "120b+_only": "hot_120b+_only_477",
+        "lr_ablation": "lr_ablation_hot_477",
+        "cooldown": "cool_end",
+    }
+    targets = ("tokens_per_param", "tokens", "params")
+    found = []
+    for path in _jsons(folder, "parameters", "approach_1_*.json"):
+        label = path.stem.removeprefix("approach_1_linear_regression_")
+        target = next(name for name in targets if label.startswith(name))
+        rest = label.removeprefix(target).strip("_")
+        none = rest.endswith("no_embeds")
+        content = json.loads(path.read_text())
+        found.append(
+            PublishedLine(
+                name=path.stem,
+                frame=frames[rest.removesuffix("no_embeds").strip("_")],
+                target=target,
+                embeddings=Embeddings.NONE if none else Embeddings.BOTH,
+                slope=content["coef"][0],
+                intercept=content["intercept"],
+            )
+        )
+    return tuple(found)
+
+
+def preflight(folder: Path) -> tuple[tuple[int, int, float, float], ...]:
+    """Width, depth, learning rate and loss of the 24 runs of the learning-rate preflight.
+
+    Raises:
+        ValueError: The file is absent.
+    """
+    name = "preflight_mup_olmo_variant.csv"
+    path = next((at for at in (folder / name, folder / "data" / name) if at.is_file()), None)
+    if path is None:
+        raise ValueError(
+            f"no {name} in {folder} or its data/; give the path of a copy of the paper's repository"
+        )
+    found = []
+    for row in csv.DictReader(path.read_text().splitlines()):
+        words = re.match(r"PyGemma-(\d+)x(\d+)_.*_lr([0-9.e+-]+)_", row["Name"])
+        if words is not None:
+            loss = float(row["scaling/global_loss"])
+            found.append((int(words[1]), int(words[2]), float(words[3]), loss))
+    return tuple(found)
