@@ -56,7 +56,7 @@ def main() -> None:
     law = ParametricLaw()
     table = published_frame(chosen.data, "hot_100b+")
     problem = law.problem(table)
-    law.fit(table)
+    fit = law.fit(table)
     times_s = []
     for _ in range(5):
         began_s = time.process_time()
