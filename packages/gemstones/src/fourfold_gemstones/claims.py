@@ -628,6 +628,7 @@ PUBLISHED_CLAIMS: tuple[Claim, ...] = (
         "law "
         "excludes zero",
         embedding_order,
+        scales=("laptop",),
     ),
     _claim(
         "C11",
@@ -664,6 +665,7 @@ PUBLISHED_CLAIMS: tuple[Claim, ...] = (
         f"contradicted if at the optimum it moves by less than {THRESHOLD_SPREAD} from 1e-3 to "
         "1e-6",
         threshold_instability,
+        scales=("laptop",),
     ),
 )
 

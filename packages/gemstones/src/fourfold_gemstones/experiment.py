@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +12,7 @@ from fourfold_gemstones import figures, recipes, revisit
 from fourfold_gemstones.claims import PUBLISHED, PUBLISHED_CLAIMS, SUITE, SUITE_CLAIMS
 from fourfold_gemstones.revisit import Revisit
 from fourfold_gemstones.suite import train_suite
-from fourfold_parallel.run.claims import Claim
-from fourfold_parallel.run.experiments import Drawing, Launch, Stage, Workplace
+from fourfold_parallel.run.experiments import Drawing, Experiment, Stage, Workplace
 from fourfold_parallel.run.recipe import Scale
 from fourfold_parallel.run.records import Material, RecordWriter, header
 
@@ -57,47 +55,43 @@ def analyse_published(run: Revisit, folder: Path, workplace: Workplace) -> None:
         records.write("finished")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gemstones:
-    """Gemstones as an experiment of the runtime."""
+def _stages(scale: Scale) -> Sequence[Stage]:
+    """The published measurements where there is a copy of them, then our own suite."""
+    match scale:
+        case "smoke" | "laptop":
+            pass
+        case "gpu" | "paper":
+            return ()
+    stages = []
+    for folder in published_copy():
+        run = recipes.revisit(revisit.digest_of(folder), scale)
+        stages.append(
+            Stage(name=PUBLISHED, run=run, perform=partial(analyse_published, run, folder))
+        )
+    mine = recipes.suite(scale)
+    stages.append(Stage(name=SUITE, run=mine, perform=partial(train_suite, mine)))
+    return tuple(stages)
 
-    package: str = "gemstones"
-    title: str = "Gemstones: scaling laws over width, depth, tokens and time"
-    paper: str = (
+
+def _drawings(scale: Scale) -> Sequence[Drawing]:
+    """The figures of the stages that there are."""
+    names = [stage.name for stage in _stages(scale)]
+    drawn = figures.PUBLISHED_DRAWINGS if PUBLISHED in names else ()
+    if scale != "laptop":
+        drawn = tuple(one for one in drawn if one.name not in figures.SLOW)
+    return (*drawn, *(figures.SUITE_DRAWINGS if SUITE in names else ()))
+
+
+EXPERIMENT = Experiment(
+    package="gemstones",
+    title="Gemstones: scaling laws over width, depth, tokens and time",
+    paper=(
         "McLeish, Kirchenbauer, Miller, Singh, Bhatele, Goldblum, Panda, Goldstein: Gemstones: A "
         "Model Suite for Multi-Faceted Scaling Laws, NeurIPS 2025 (arXiv 2502.06857)"
-    )
-    claims: Sequence[Claim] = (*PUBLISHED_CLAIMS, *SUITE_CLAIMS)
-
-    def stages(self, scale: Scale) -> Sequence[Stage]:
-        """The published measurements where there is a copy of them, then our own suite."""
-        match scale:
-            case "smoke" | "laptop":
-                pass
-            case "gpu" | "paper":
-                return ()
-        stages = []
-        for folder in published_copy():
-            run = recipes.revisit(revisit.digest_of(folder), scale)
-            stages.append(
-                Stage(name=PUBLISHED, run=run, perform=partial(analyse_published, run, folder))
-            )
-        mine = recipes.suite(scale)
-        stages.append(Stage(name=SUITE, run=mine, perform=partial(train_suite, mine)))
-        return tuple(stages)
-
-    def drawings(self, scale: Scale) -> Sequence[Drawing]:
-        """The figures of the stages that there are."""
-        names = [stage.name for stage in self.stages(scale)]
-        drawn = figures.PUBLISHED_DRAWINGS if PUBLISHED in names else ()
-        if scale != "laptop":
-            drawn = tuple(one for one in drawn if one.name not in figures.SLOW)
-        return (*drawn, *(figures.SUITE_DRAWINGS if SUITE in names else ()))
-
-    def launches(self) -> Sequence[Launch]:
-        """None: the paper's 22 runs took 163,000 device-hours; its measurements are read instead."""
-        return ()
-
-
-EXPERIMENT = Gemstones()
+    ),
+    claims=(*PUBLISHED_CLAIMS, *SUITE_CLAIMS),
+    stages=_stages,
+    drawings=_drawings,
+    launches=lambda: (),  # 163,000 device-hours: the paper's measurements are read instead
+)
 """Announced as the entry point `gemstones`."""

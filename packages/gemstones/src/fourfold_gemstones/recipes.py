@@ -26,7 +26,7 @@ def revisit(data_sha256: str, scale: Literal["smoke", "laptop"]) -> Revisit:
     match scale:
         case "smoke":
             return Revisit(
-                data_sha256=data_sha256, parts=QUICK, draws=40, shaped_draws=20, suites=2, seed=0
+                data_sha256=data_sha256, parts=QUICK, draws=24, shaped_draws=20, suites=2, seed=0
             )
         case "laptop":
             return Revisit(
@@ -69,7 +69,7 @@ def member(
         precision="fp32",
         engine=Single(),
         seed=seed,
-        validate_every=max(1, steps // 10),
+        validate_every=max(5, steps // 10),
         checkpoint_every=steps,
     )
     return Member(run=run, forks=forks)
@@ -78,7 +78,7 @@ def member(
 def suite(scale: Literal["smoke", "laptop"]) -> Suite:
     """Nine shapes from 16 thousand to 150 thousand parameters, three of them with three seeds.
 
-    Smoke: 30 steps, enough to run every line. Laptop: 250 steps, half a million bytes, cooldowns
+    Smoke: 15 steps and one seed, enough to run every line. Laptop: 250 steps, half a million bytes, cooldowns
     from the middle and the end of six shapes.
     """
     shapes = ((16, 2), (16, 8), (32, 1), (32, 2), (32, 4), (48, 3), (64, 1), (64, 2), (32, 8))
@@ -86,7 +86,7 @@ def suite(scale: Literal["smoke", "laptop"]) -> Suite:
     cooled = {*seeded, (32, 4), (48, 3), (64, 2)}
     match scale:
         case "smoke":
-            steps, seeds, forks = 30, (1,), (30,)
+            steps, seeds, forks = 15, (), (15,)
         case "laptop":
             steps, seeds, forks = 250, (1, 2), (125, 250)
     members = [
