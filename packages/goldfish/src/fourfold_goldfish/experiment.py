@@ -4,11 +4,12 @@ from fourfold_goldfish import figures
 from fourfold_goldfish.claims import CLAIMS
 from fourfold_goldfish.memorization import diverged_on_dropped, extract
 from fourfold_goldfish.recipes import ARMS, SEEDS, Arm, Attacked, mask, verbatim
+from fourfold_parallel.launch import is_main_rank
 from fourfold_parallel.run.experiments import Experiment, Stage, Workplace
 from fourfold_parallel.run.progress import Progress
 from fourfold_parallel.run.recipe import Scale
 from fourfold_parallel.run.records import RecordWriter
-from fourfold_parallel.run.train import is_main_rank, train, trained_model
+from fourfold_parallel.run.train import train, trained_model
 
 
 def _stage(arm: Arm, attacked: Attacked) -> Stage:
