@@ -170,7 +170,7 @@ def rules_for(model: PreTrainedModel, overrides: Mapping[str, Rule]) -> dict[str
             _first_match(name, overrides)
             or _first_match(layer, overrides)
             or _planned(layer, plan)
-            or _evident(model, module)
+            or _evident(model, model.get_submodule(layer))
         )
         if layer != name and not name.endswith(".base_layer"):
             rule = _low_rank(name, rule)
