@@ -193,14 +193,11 @@ def parallelize(
         cut_tokens(model, stretch, mesh.row)
     _fill_buffers(model, mesh.torch_mesh.device_type)
     model.loss_function = GridLoss(mesh, model.config.vocab_size)
-    schedule = builder.schedule
+    schedule, reducer = builder.schedule, DataReducer(model.parameters(), mesh)
     model.register_forward_pre_hook(lambda *_: _restart(schedule))
+    _tell_accelerate(model, reducer)
     return Parallel(
-        model=model,
-        mesh=mesh,
-        schedule=schedule,
-        reducer=DataReducer(model.parameters(), mesh),
-        stored=builder.stored,
+        model=model, mesh=mesh, schedule=schedule, reducer=reducer, stored=builder.stored
     )
 
 
@@ -395,6 +392,17 @@ class GridLoss:
             # Whole logits: their gradient is taken alike on every rank of row, as it should be.
             row = ALONE
         return layers.vocabulary_cross_entropy(logits, targets, row=row, vocabulary=self.vocabulary)
+
+
+def _tell_accelerate(model: Any, reducer: DataReducer) -> None:
+    """Leave the model as it is when `Accelerator.prepare` or `Trainer` gets it.
+
+    The loss divides by the number of targets of the whole batch by itself, and its gradients are
+    sums: nothing is to be wrapped, averaged or scaled.
+    """
+    model._is_accelerate_prepared = True  # noqa: SLF001 - accelerate's mark for what it must not wrap
+    model.accepts_loss_kwargs = False
+    model.no_sync = reducer.hold
 
 
 def _count_local_heads(model: nn.Module, rules: Mapping[str, Rule], row: Axis) -> None:

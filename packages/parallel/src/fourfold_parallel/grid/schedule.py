@@ -15,7 +15,7 @@ gradient on only after that node, so an accumulation hook never sees an unfinish
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -245,6 +245,28 @@ class Layer(nn.Module):
         self.communicates = False
         """Whether a use of the layer's parameters needs any collective."""
         self._summed: dict[str, tuple[Axis, ...]] = {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
+        """What `to`, `float` and the like call: nothing where nothing changes, and refused elsewhere.
+
+        Torch would exchange each parameter's inside for a new one that no hook watches any more, so
+        that gradients would not be summed over data.
+
+        Raises:
+            ValueError: The device or the number format would change.
+        """
+        del recurse
+        for name in self.parameter_names:
+            piece = getattr(self, name)._local_tensor  # noqa: SLF001 - to_local would build a graph node
+            before = torch.empty(0, dtype=piece.dtype, device=piece.device)
+            after = fn(before)
+            if (after.dtype, after.device) != (before.dtype, before.device):
+                raise ValueError(
+                    f"{self.name}.{name} lies on the grid as {before.dtype} on {before.device} and "
+                    f"cannot become {after.dtype} on {after.device}; convert the model before "
+                    "`parallelize`"
+                )
+        return self
 
     def hold_tiled(self, name: str, parameter: nn.Parameter) -> None:
         """Take a parameter that is cut over `depth`, and gathered whenever it is used."""
