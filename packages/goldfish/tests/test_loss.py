@@ -103,6 +103,47 @@ def test_rows_and_integer_types_do_not_matter(rows: int, length: int, seed: int)
     assert torch.equal(goldfish.drop(ids.int()), together)
 
 
+def test_short_documents_are_protected_under_prefix() -> None:
+    """A document shorter than a window loses one target in k too, the same ones behind any neighbour."""
+    prefix = Goldfish(k=4, context=50, boundary="prefix")
+    ids = random_ids(4000, 20)
+    share = prefix.drop(ids)[:, 2:].float().mean().item()
+    assert abs(share - 0.25) < 5 * math.sqrt(0.25 * 0.75 / (4000 * 18))
+    assert not prefix.drop(ids)[:, 0].any()
+    packed = torch.cat([random_ids(4000, 9, seed=1), ids], dim=1)
+    document_ids = (torch.arange(29) >= 9).long().expand(4000, 29)
+    assert torch.equal(prefix.drop(packed, document_ids)[:, 9:], prefix.drop(ids))
+
+
+def test_prefix_and_reset_agree_where_windows_are_whole() -> None:
+    ids = random_ids(8, 300)
+    document_ids = (torch.arange(300) // 70).expand(8, 300)
+    reset = Goldfish(k=4, context=13).drop(ids, document_ids)
+    prefix = Goldfish(k=4, context=13, boundary="prefix").drop(ids, document_ids)
+    whole = torch.arange(300) % 70 >= 13
+    assert torch.equal(prefix[:, whole], reset[:, whole])
+    assert not reset[:, ~whole].any()
+    assert prefix[:, ~whole].any()
+
+
+def test_exempt_ids_are_never_left_out_and_change_nothing_else() -> None:
+    ids = random_ids(16, 512, vocabulary=50)
+    plain = Goldfish(k=2, context=4)
+    exempt = Goldfish(k=2, context=4, exempt=(3, 7))
+    is_exempt = (ids == 3) | (ids == 7)
+    assert plain.drop(ids)[is_exempt].any()
+    assert torch.equal(exempt.drop(ids), plain.drop(ids) & ~is_exempt)
+
+
+def test_a_random_mask_fills_the_gaps_that_a_hash_keeps() -> None:
+    """After 16 copies in a batch, almost every target of a passage was supervised under `random`."""
+    passage = random_ids(1, 400).expand(16, 400)
+    filled = (~Goldfish(k=4, context=13, hash="random", key=1).drop(passage)).any(dim=0)
+    assert filled.float().mean().item() > 0.999
+    hashed = (~Goldfish(k=4, context=13).drop(passage)).any(dim=0)
+    assert 0.6 < hashed.float().mean().item() < 0.9
+
+
 def test_a_key_makes_other_gaps() -> None:
     """Masks under two keys agree as often as independent ones do."""
     ids = random_ids(64, 1024)
@@ -117,7 +158,10 @@ def test_a_key_makes_other_gaps() -> None:
         (lambda: Goldfish(k=1, context=13), "k=1"),
         (lambda: Goldfish(k=4, context=0), "context=0"),
         (lambda: Goldfish(k=4, context=13, hash="reference", key=7), "key=7"),
+        (lambda: Goldfish(k=4, context=13, key=-1), "key=-1"),
+        (lambda: Goldfish(k=4, context=13, hash="apertus2", boundary="prefix"), "apertus2"),
         (lambda: Goldfish(k=4, context=13).drop(random_ids(1, 13)), "context=13"),
+        (lambda: Goldfish(k=4, context=13).drop(random_ids(1, 13)), "boundary='prefix'"),
         (lambda: Goldfish(k=4, context=13).drop(random_ids(1, 20).float()), "float32"),
         (lambda: Goldfish(k=4, context=13).drop(torch.full((1, 20), -100)), "-100"),
         (lambda: Goldfish(k=4, context=13).drop(random_ids(1, 20), random_ids(1, 19)), "(1, 19)"),

@@ -39,9 +39,9 @@ def test_an_early_end_is_a_miss() -> None:
 def test_divergences_are_counted_where_they_happen() -> None:
     dropped = torch.tensor([[False, True, False], [True, False, False], [True, True, True]])
     found = [
-        Extraction(exact=False, rouge_l=0.4, matched=1),
-        Extraction(exact=False, rouge_l=0.4, matched=1),
-        Extraction(exact=True, rouge_l=1.0, matched=3),
+        Extraction(exact=False, rouge_l=0.4, matched=1, longest_run=1, edit_similarity=0.3),
+        Extraction(exact=False, rouge_l=0.4, matched=1, longest_run=1, edit_similarity=0.3),
+        Extraction(exact=True, rouge_l=1.0, matched=3, longest_run=3, edit_similarity=1.0),
     ]
     assert diverged_on_dropped(found, dropped) == (1, 2)
 
