@@ -18,11 +18,12 @@ from fourfold_goldfish.recipes import (
     single_pass,
     verbatim,
 )
+from fourfold_parallel.launch import is_main_rank
 from fourfold_parallel.run.experiments import Experiment, Stage, Workplace
 from fourfold_parallel.run.progress import Progress
 from fourfold_parallel.run.recipe import Scale
 from fourfold_parallel.run.records import RecordWriter
-from fourfold_parallel.run.train import is_main_rank, train, trained_model
+from fourfold_parallel.run.train import train, trained_model
 
 
 def train_and_attack(arm: Arm, attacked: Attacked, workplace: Workplace) -> None:

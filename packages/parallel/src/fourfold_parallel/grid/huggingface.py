@@ -10,6 +10,7 @@ as transformers wrote it. Each rank feeds its share of the batch, equal along ro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from fourfold_parallel.grid.collectives import Axis
 from fourfold_parallel.grid.gradients import DataReducer, clip_gradients
 from fourfold_parallel.grid.layout import (
     Head,
+    LowRankInput,
+    LowRankOutput,
     NormKind,
     PerHead,
     Plain,
@@ -39,9 +42,11 @@ from fourfold_parallel.grid.layout import (
     Stored,
     Swapped,
     Vocabulary,
+    adapted,
     check_sizes,
     norm_kind,
     rules_for,
+    shares_heads,
     stored,
 )
 from fourfold_parallel.grid.linear import Linear, bias_cut, weight_cut
@@ -81,16 +86,30 @@ class Parallel:
     def save(self, folder: Path) -> None:
         """Write what plain `from_pretrained` reads; every rank calls it, the first one writes.
 
-        Peak memory of the first rank is the whole model, on the CPU.
+        Low-rank adapters go into peft's own files beside the model: those named `default` into the
+        folder, others into a folder of their name. Peak memory of the first rank is the whole
+        model, on the CPU.
         """
         is_writer = dist.get_rank() == 0
-        whole = {}
+        whole: dict[str, Tensor] = {}
         for name, tensor in self.published():
             if is_writer:
                 whole[name] = tensor.cpu().clone()
         if is_writer:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+            configs: dict[str, Any] = getattr(self.model, "peft_config", {})
+            for adapter, config in configs.items():
+                beside = folder if adapter == "default" else folder / adapter
+                config.save_pretrained(str(beside))
+                factor = re.compile(rf"(\.lora_[AB])\.{re.escape(adapter)}\.")
+                factors = {
+                    "base_model.model." + factor.sub(r"\1.", name): whole.pop(name)
+                    for name in [*whole]
+                    if factor.search(name)
+                }
+                save_file(factors, beside / "adapter_model.safetensors", metadata={"format": "pt"})
+            plain = {name.replace(".base_layer.", "."): tensor for name, tensor in whole.items()}
+            save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
             self.model.config.save_pretrained(folder)
         dist.barrier()
 
@@ -236,6 +255,18 @@ class _Builder:
         match rule:
             case Plain() | Swapped() | Head():
                 return self._linear(name, module, rule)
+            case LowRankInput(swapped=swapped):
+                contracted, produced = self.mesh.col, self.mesh.row
+                if swapped:
+                    contracted, produced = produced, contracted
+                weight = take("weight", layers.LOW_RANK_INPUT[swapped])
+                return layers.LowRankInput(
+                    weight, contracted=contracted, produced=produced, **common
+                )
+            case LowRankOutput(swapped=swapped):
+                return layers.LowRankOutput(
+                    take("weight", layers.LOW_RANK_OUTPUT[swapped]), **common
+                )
             case Vocabulary():
                 padding = getattr(module, "padding_idx", None)
                 scale = getattr(module, "scalar_embed_scale", 1.0)
@@ -272,7 +303,7 @@ class _Builder:
         kv_heads = getattr(self.model.config, "num_key_value_heads", None) or self.mesh.row.size
         if isinstance(rule, Plain) and rule.parts > 1:
             kind = layers.Interleaved
-        elif name.endswith((".k_proj", ".v_proj")) and kv_heads < self.mesh.row.size:
+        elif shares_heads(name, kv_heads, self.mesh.row.size):
             kind = layers.SharedHeads
         elif isinstance(rule, Head) and self.logits == "whole":
             kind = layers.WholeHead
@@ -354,7 +385,9 @@ class GridLoss:
 
 def _count_local_heads(model: nn.Module, rules: Mapping[str, Rule], row: Axis) -> None:
     """Tell attention modules how many heads they hold here."""
-    parents = {name.rpartition(".")[0] for name, rule in rules.items() if isinstance(rule, Plain)}
+    parents = {
+        adapted(name).rpartition(".")[0] for name, rule in rules.items() if isinstance(rule, Plain)
+    }
     for parent in parents:
         module: Any = model.get_submodule(parent)
         for attribute in HEAD_COUNTS:

@@ -26,6 +26,9 @@ VOCABULARY: Cut = {"row": 0, "col": 1, "depth": 0}
 """Embedding and head: vocabulary over row and depth, width over col, as a plain layer's weight."""
 POSITIONS: Cut = {"col": 1, "depth": 0}
 RESIDUAL: Cut = {"col": 0}
+LOW_RANK_INPUT: dict[bool, Cut] = {False: {"col": 1}, True: {"row": 1}}
+"""By whether the layer beside the adapter is swapped."""
+LOW_RANK_OUTPUT: dict[bool, Cut] = {False: {"row": 0}, True: {"col": 0}}
 COPIES: Cut = {}
 
 IGNORED = -100
@@ -264,6 +267,45 @@ class WholeHead(Linear):
         )
 
 
+class LowRankInput(Layer):
+    """`A x`, the first factor of a low-rank adapter (Hu et al. 2021), beside another layer.
+
+    Its inputs are cut as those of the layer beside it, its few outputs not at all: one sum of them
+    forward over `contracted`, and one backward over `produced`, whose ranks use them apart.
+    """
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        *,
+        contracted: Axis,
+        produced: Axis,
+        mesh: Mesh,
+        name: str,
+        schedule: Schedule,
+    ) -> None:
+        super().__init__(mesh=mesh, name=name, schedule=schedule)
+        self.contracted, self.produced = contracted, produced
+        self.hold_copied("weight", weight, summed=[mesh.depth])
+
+    def forward(self, x: Float[Tensor, "*batch piece"]) -> Float[Tensor, "*batch rank"]:
+        """The adapter's inner features, whole on every rank."""
+        partial = F.linear(x, self.use(self.visit(), "weight"))
+        return self.produced.copy(self.contracted.sum(partial))
+
+
+class LowRankOutput(Layer):
+    """`B (A x)`, the second factor of a low-rank adapter: its outputs cut as its neighbour's."""
+
+    def __init__(self, weight: nn.Parameter, *, mesh: Mesh, name: str, schedule: Schedule) -> None:
+        super().__init__(mesh=mesh, name=name, schedule=schedule)
+        self.hold_copied("weight", weight, summed=[mesh.depth])
+
+    def forward(self, x: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch piece_out"]:
+        """This rank's output features."""
+        return F.linear(x, self.use(self.visit(), "weight"))
+
+
 def vocabulary_cross_entropy(
     logits: Float[Tensor, "*batch piece"],
     targets: Int[Tensor, "*batch"],
@@ -282,6 +324,12 @@ def vocabulary_cross_entropy(
         row: The axis over which the vocabulary is cut.
         vocabulary: Its whole size.
     """
+    if row.size == 1:  # all logits are here: torch's own kernel
+        wide = logits.to(_at_least_float32(logits.dtype))
+        nats = F.cross_entropy(
+            wide.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return nats.view(targets.shape)
     return _VocabularyCrossEntropy.apply(logits, targets, row, vocabulary)
 
 
@@ -304,18 +352,17 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         exponentials = shifted.exp_()
         sums = torch.stack([exponentials.sum(-1), found.masked_fill(elsewhere, 0)])
         partition, target = row.all_reduce(sums, layer="loss").wait()
-        probabilities = exponentials.div_(partition.unsqueeze(-1))
-        ctx.save_for_backward(probabilities, here, elsewhere, ignored)
+        ctx.save_for_backward(exponentials, partition, here, elsewhere, ignored)
         ctx.dtype = logits.dtype
         return (partition.log() - target).masked_fill(ignored, 0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        probabilities, here, elsewhere, ignored = ctx.saved_tensors
-        slope = probabilities.clone()
+        exponentials, partition, here, elsewhere, ignored = ctx.saved_tensors
+        gradient = gradient.masked_fill(ignored, 0)
+        slope = exponentials * (gradient / partition).unsqueeze(-1)
         if slope.shape[-1]:
-            slope.scatter_add_(-1, here, -(~elsewhere).to(slope.dtype).unsqueeze(-1))
-        slope.mul_(gradient.masked_fill(ignored, 0).unsqueeze(-1))
+            slope.scatter_add_(-1, here, -gradient.masked_fill(elsewhere, 0).unsqueeze(-1))
         return slope.to(ctx.dtype), None, None, None
 
 

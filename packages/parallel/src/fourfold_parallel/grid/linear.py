@@ -107,8 +107,11 @@ class Linear(Layer):
         visit = self.visit()
         weight = visit.held["weight"].piece
         bias = visit.held["bias"].piece if self.bias is not None else None
+        x = x.to(weight.dtype)  # what autocast would do; the product then need not be told
+        if not torch.is_autocast_enabled(x.device.type):
+            return _GridProduct.apply(x, weight, bias, self, visit)
         with torch.autocast(x.device.type, enabled=False):
-            return _GridProduct.apply(x.to(weight.dtype), weight, bias, self, visit)
+            return _GridProduct.apply(x, weight, bias, self, visit)
 
 
 class _GridProduct(torch.autograd.Function):

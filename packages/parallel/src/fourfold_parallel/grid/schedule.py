@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from fourfold_parallel.grid.collectives import Axis, Context, Pending
 from fourfold_parallel.grid.mesh import Mesh
@@ -209,8 +210,11 @@ class Schedule:
         late = self.overlaps.weight_gradient and not torch.compiler.is_compiling()
         held: dict[str, Held] = {}
         for name in layer.parameter_names if phase == "forward" else layer.tiled:
-            with torch.set_grad_enabled(differentiable):
+            if differentiable == torch.is_grad_enabled():
                 piece = layer.local(name, dtype)
+            else:
+                with torch.set_grad_enabled(differentiable):
+                    piece = layer.local(name, dtype)
             ticket = Late(piece.shape, immediate=not (late and layer.gradient_travels(name)))
             if not ticket.immediate and piece.requires_grad:
                 with torch.enable_grad():
@@ -236,27 +240,27 @@ class Layer(nn.Module):
         super().__init__()
         self.mesh, self.name, self.schedule = mesh, name, schedule
         self.tiled: tuple[str, ...] = ()
-        self._summed: dict[str, tuple[Axis, ...]] = {}
-
-    @property
-    def parameter_names(self) -> tuple[str, ...]:
+        self.parameter_names: tuple[str, ...] = ()
         """Names of the parameters that the layer holds itself."""
-        return (*self.tiled, *self._summed)
-
-    @property
-    def communicates(self) -> bool:
+        self.communicates = False
         """Whether a use of the layer's parameters needs any collective."""
-        return any(self.gradient_travels(name) for name in self.parameter_names)
+        self._summed: dict[str, tuple[Axis, ...]] = {}
 
     def hold_tiled(self, name: str, parameter: nn.Parameter) -> None:
         """Take a parameter that is cut over `depth`, and gathered whenever it is used."""
         self.register_parameter(name, parameter)
         self.tiled = (*self.tiled, name)
+        self._hold(name)
 
     def hold_copied(self, name: str, parameter: nn.Parameter, *, summed: Sequence[Axis]) -> None:
         """Take a parameter of which ranks along `summed` hold copies and partial gradients."""
         self.register_parameter(name, parameter)
         self._summed[name] = tuple(axis for axis in summed if axis.size > 1)
+        self._hold(name)
+
+    def _hold(self, name: str) -> None:
+        self.parameter_names = (*self.parameter_names, name)
+        self.communicates = self.communicates or self.gradient_travels(name)
 
     def gradient_travels(self, name: str) -> bool:
         """Whether the gradient of a parameter needs a collective before it is final."""
@@ -297,12 +301,33 @@ class Layer(nn.Module):
     def local(self, name: str, dtype: torch.dtype) -> Tensor:
         """This rank's piece of a parameter, known to autograd, in the computation's format."""
         parameter = getattr(self, name)
-        return parameter.to_local().to(dtype)
+        if torch.compiler.is_compiling():
+            return parameter.to_local().to(dtype)
+        return _Piece.apply(parameter).to(dtype)
 
     def state(self) -> tuple[Any, ...]:
         """What a visit depends on: the parameters' storage and versions."""
         locals_ = [getattr(self, name)._local_tensor for name in self.parameter_names]  # noqa: SLF001 - to_local costs a graph node
         return tuple((piece.data_ptr(), piece._version) for piece in locals_)  # noqa: SLF001 - no public version counter
+
+
+class _Piece(torch.autograd.Function):
+    """This rank's piece of a parameter, forward; backward, the piece of the parameter's gradient.
+
+    What `DTensor.to_local` does, without working out at every use how the gradient is cut: it is
+    cut as the parameter is.
+    """
+
+    @staticmethod
+    def forward(ctx: Context, parameter: DTensor) -> Tensor:
+        ctx.spec = parameter._spec  # noqa: SLF001 - no public name
+        piece = parameter._local_tensor  # noqa: SLF001 - to_local would build a second graph node
+        return piece.view_as(piece)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, gradient: Tensor) -> DTensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return DTensor(gradient.contiguous(), ctx.spec, requires_grad=False)
 
 
 class _AwaitGradient(torch.autograd.Function):

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import resource
 import time
 from collections.abc import Sequence
@@ -12,10 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from fourfold_parallel.launch import world_size
 from fourfold_parallel.run import checkpoint
 from fourfold_parallel.run.checkpoint import Checkpoint
 from fourfold_parallel.run.data import Batch, TokenStream
-from fourfold_parallel.run.engines import Session, world_size
+from fourfold_parallel.run.engines import Session
 from fourfold_parallel.run.objective import IGNORE, token_nats
 from fourfold_parallel.run.optimizer import set_learning_rate
 from fourfold_parallel.run.progress import Progress
@@ -176,11 +176,6 @@ def _restore(run_sha256: str, session: Session, checkpoints: Path) -> int:
     log.info("resuming from %s", found.path)
     session.load(found.path)
     return found.step
-
-
-def is_main_rank() -> bool:
-    """Whether this process writes records and files."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _writer(
