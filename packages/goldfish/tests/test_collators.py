@@ -157,14 +157,14 @@ def test_a_trainer_divides_by_the_targets_that_are_kept(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     plain_loss = ours.compute_loss
 
-    def compute_loss(model: Any, inputs: Any, *rest: Any, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
         kept = int((inputs["labels"][:, 1:] != -100).sum())
         if model.training:
-            seen.append((kept, int(num_items_in_batch)))
+            seen.append((kept, int(options["num_items_in_batch"])))
         else:
             # Every unpadded target counts.
             assert kept == int(inputs["attention_mask"][:, 1:].sum())
-        return plain_loss(model, inputs, *rest, num_items_in_batch=num_items_in_batch)
+        return plain_loss(model, inputs, *rest, **options)
 
     ours.compute_loss = compute_loss  # type: ignore[method-assign]
     ours.train()
