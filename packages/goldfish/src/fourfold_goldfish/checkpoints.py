@@ -100,25 +100,23 @@ class MaskCheck(TrainerCallback):
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,  # noqa: ARG002 - the callback's signature
-    ) -> TrainerControl:
+        control: TrainerControl,  # noqa: ARG002 - the callback's signature
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
         """Write beside what the Trainer has just saved."""
         if state.is_world_process_zero:
             write_mask_digest(_folder(args, state), self.digest)
-        return control
 
     def on_train_begin(
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,  # noqa: ARG002 - the callback's signature
-    ) -> TrainerControl:
+        control: TrainerControl,  # noqa: ARG002 - the callback's signature
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
         """Refuse to go on from a checkpoint of another mask."""
         if state.global_step and _folder(args, state).is_dir():
             check_mask_digest(_folder(args, state), self.digest)
-        return control
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -5,7 +5,7 @@ The mask is made where the batch is: from `input_ids`, before the number of supe
 the loss by (k - 1)/k; a mask made from `labels` hashes the -100 of a masked prompt.)
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -22,7 +22,8 @@ from fourfold_goldfish.loss import Goldfish
 IGNORE = -100
 """Label that no loss counts, as in torch and transformers."""
 
-Collator = Callable[[Sequence[Any]], Mapping[str, Any]]
+Collator = Callable[[list[Any]], Any]
+"""Features of some examples to a batch, a mapping of tensors; transformers' and TRL's are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class GoldfishCollator:
     goldfish: Goldfish
     separators: tuple[int, ...]
 
-    def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
+    def __call__(self, features: list[Any]) -> dict[str, Any]:
         """Collate, then mask.
 
         Raises:
