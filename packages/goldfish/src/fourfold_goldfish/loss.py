@@ -96,9 +96,7 @@ class Goldfish:
             # The window of target i is tokens[begins[i]:ends[i]]; an empty one decides nothing.
             ends = torch.arange(tokens.shape[1], device=tokens.device) + self._sees_target
             begins = torch.maximum(_document_begins(words, document_ids), ends - self.context)
-            sums, powers = _prefix_sums(words)
-            parts = sums.gather(1, ends.expand_as(begins)) - sums.gather(1, begins)
-            dropped = (begins < ends) & self._below(parts * powers[ends])
+            dropped = self.decide(words, begins, ends.expand_as(begins))
         elif tokens.shape[1] > self._first_target:
             decided = tokens.shape[1] - self._first_target
             hit = self._whole_windows(words)[:, :decided]
@@ -108,6 +106,17 @@ class Goldfish:
         if self.exempt:
             dropped &= ~torch.isin(words, torch.tensor(self.exempt, device=tokens.device))
         return dropped
+
+    def decide(
+        self,
+        words: Int[Tensor, "batch word"],
+        begins: Int[Tensor, "batch target"],
+        ends: Int[Tensor, "batch target"],
+    ) -> Bool[Tensor, "batch target"]:
+        """The ordered hash of `words[begins:ends]` for each target; a window may be empty, then no."""
+        sums, powers = _prefix_sums(words)
+        parts = sums.gather(1, ends) - sums.gather(1, begins)
+        return (begins < ends) & self._below(parts * powers[ends])
 
     @property
     def _sees_target(self) -> int:
@@ -188,20 +197,21 @@ def _prefix_sums(
     words: Int[Tensor, "batch row"],
 ) -> tuple[Int[Tensor, "batch row+1"], Int[Tensor, " row+1"]]:
     """Sums of (words[m] + 1) / _BASE^m over m < i, and _SPREAD * _BASE^(i - 1), for i = 0 to row."""
-    inverses, powers = _powers(words.shape[1], words.device)
-    sums = words.new_zeros((words.shape[0], words.shape[1] + 1))
-    torch.cumsum((words + 1).mul_(inverses), dim=1, out=sums[:, 1:])
-    return sums, powers
+    row = words.shape[1]
+    inverses, powers = _powers(1 << row.bit_length(), words.device)
+    sums = words.new_zeros((words.shape[0], row + 1))
+    torch.cumsum((words + 1).mul_(inverses[:row]), dim=1, out=sums[:, 1:])
+    return sums, powers[: row + 1]
 
 
 @lru_cache(maxsize=16)
-def _powers(row: int, device: torch.device) -> tuple[Int[Tensor, " row"], Int[Tensor, " row+1"]]:
-    """_BASE^-m for m = 0 to row - 1, and _SPREAD * _BASE^(i - 1) for i = 0 to row."""
+def _powers(size: int, device: torch.device) -> tuple[Int[Tensor, " size"], Int[Tensor, " size"]]:
+    """_BASE^-m and _SPREAD * _BASE^(m - 1) for m = 0 to size - 1."""
     inverse = pow(_BASE, -1, 1 << 64)
-    factors = np.full((2, row + 1), [[inverse], [_BASE]], dtype=np.uint64)
+    factors = np.full((2, size), [[inverse], [_BASE]], dtype=np.uint64)
     factors[:, 0] = 1, _SPREAD * inverse % (1 << 64)
     inverses, powers = (torch.from_numpy(one) for one in factors.cumprod(axis=1).view(np.int64))
-    return inverses[:row].to(device), powers.to(device)
+    return inverses.to(device), powers.to(device)
 
 
 def _document_begins(
