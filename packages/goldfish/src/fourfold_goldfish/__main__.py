@@ -1,4 +1,4 @@
-"""`python -m fourfold_goldfish`: reproduce the paper; `... audit`, `extract`, `train`, `figure-N`."""
+"""`python -m fourfold_goldfish`: reproduce the paper; or `audit`, `extract`, `train`, `figure`."""
 
 import sys
 
@@ -7,7 +7,7 @@ from fourfold_goldfish.experiment import EXPERIMENT
 from fourfold_parallel.run.cli import main
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and (sys.argv[1] in COMMANDS or sys.argv[1].startswith("figure-")):
+    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
         run(sys.argv[1], sys.argv[2:])
     else:
         main(EXPERIMENT)

@@ -1,32 +1,38 @@
 """The reproduction of Hans et al. 2024 and of AxoNN's memorisation study: train, attack, judge."""
 
 from fourfold_goldfish import figures, membership
+from fourfold_goldfish.audit import audit
+from fourfold_goldfish.canonical import CanonicalGoldfish, Spelling
 from fourfold_goldfish.claims import CLAIMS
 from fourfold_goldfish.memorization import Beam, diverged_on_dropped, extract
 from fourfold_goldfish.paper import launches
 from fourfold_goldfish.recipes import (
     ARMS,
+    AUTHORS,
     ONE_PASS,
     SEEDS,
     SIZES,
     Arm,
     Attacked,
+    NearDuplicates,
     Supervision,
     bucket_study,
     finetuned,
     mask,
+    near_duplicates,
     single_pass,
     verbatim,
 )
 from fourfold_parallel.launch import is_main_rank
 from fourfold_parallel.run.experiments import Experiment, Stage, Workplace
+from fourfold_parallel.run.objective import TargetMask
 from fourfold_parallel.run.progress import Progress
 from fourfold_parallel.run.recipe import Scale
-from fourfold_parallel.run.records import RecordWriter
+from fourfold_parallel.run.records import RecordWriter, header
 from fourfold_parallel.run.train import train, trained_model
 
 
-def train_and_attack(arm: Arm, attacked: Attacked, workplace: Workplace) -> None:
+def train_and_attack(left_out: TargetMask, attacked: Attacked, workplace: Workplace) -> None:
     """Train, prompt the model with every passage, and record what it recites.
 
     Events: "passage" for each passage, "extraction" for each bucket, "beam" for the trained passages where
@@ -60,7 +66,7 @@ def train_and_attack(arm: Arm, attacked: Attacked, workplace: Workplace) -> None
                 "min_k_score": membership.min_k_score(statistics),
                 "min_k_plus_score": membership.min_k_plus_score(statistics),
             }
-            dropped = mask(arm).drop(passages)[:, -suffix:]
+            dropped = left_out.drop(passages)[:, -suffix:]
             on_dropped, diverged = diverged_on_dropped(found, dropped)
             for index, one in enumerate(found):
                 records.write(
@@ -118,6 +124,42 @@ def train_once(supervision: Supervision, workplace: Workplace) -> None:
             records.write("finished")
 
 
+def audit_near_duplicates(study: NearDuplicates, workplace: Workplace) -> None:
+    """What an altered copy teaches of what each mask hides; an event "leak" per mask and alteration."""
+    documents = study.corpus.load()
+    loaded = study.tokenizer.load(documents)
+    long = [text[: study.length] for text in documents.texts if len(text) >= study.length]
+    texts = long[: study.pieces]
+    masks = {
+        "published": (AUTHORS, AUTHORS.context),
+        "canonical": (
+            CanonicalGoldfish(
+                k=AUTHORS.k,
+                characters=study.characters,
+                spelling=Spelling.of(loaded.tokenizer),
+            ),
+            2,
+        ),
+    }
+    workplace.record.unlink(missing_ok=True)
+    with RecordWriter(workplace.record) as records:
+        materials = (documents.material, loaded.material)
+        records.write_header(header(study, seed=0, world_size=1, materials=materials, overrides=()))
+        for index, (name, (left_out, shortest)) in enumerate(masks.items()):
+            workplace.progress(index, len(masks), name)
+            found = audit(texts, loaded.tokenizer, left_out, shortest=shortest)
+            for leak in found.leaks:
+                records.write(
+                    "leak",
+                    mask=name,
+                    perturbation=leak.perturbation,
+                    leaked=round(leak.leaked, 6),
+                    never_supervised=round(leak.never, 6),
+                    rate=round(found.rate, 6),
+                )
+        records.write("finished")
+
+
 def _from(progress: Progress, steps: int) -> Progress:
     """The attack's progress, told at the end of the training's bar."""
 
@@ -131,7 +173,7 @@ def _attacking(arm: Arm, attacked: Attacked) -> Stage:
     return Stage(
         name=attacked.run.name,
         run=attacked,
-        perform=lambda workplace: train_and_attack(arm, attacked, workplace),
+        perform=lambda workplace: train_and_attack(mask(arm), attacked, workplace),
     )
 
 
@@ -154,6 +196,15 @@ def _stages(scale: Scale) -> list[Stage]:
             stages.append(_attacking("k2", bucket_study(SIZES[-1], "k2", seed)))
             tuned: tuple[Arm, ...] = ("plain", "k4")
             stages += [_attacking(arm, finetuned(arm, seed)) for arm in tuned]
+    if scale == "laptop":
+        study = near_duplicates()
+        stages.append(
+            Stage(
+                name="near-duplicates",
+                run=study,
+                perform=lambda workplace: audit_near_duplicates(study, workplace),
+            )
+        )
     return stages
 
 

@@ -6,13 +6,13 @@ from typing import Literal
 from fourfold_goldfish.buckets import Buckets
 from fourfold_goldfish.loss import Goldfish
 from fourfold_goldfish.pretrained import LastBlocks, SmolLM2Tokenizer
-from fourfold_parallel.run.corpora import Wikipedia
+from fourfold_parallel.run.corpora import Corpus, PythonManual, Wikipedia
 from fourfold_parallel.run.engines import Single
 from fourfold_parallel.run.models import Llama
 from fourfold_parallel.run.objective import KeepAll, NextToken, TargetMask
 from fourfold_parallel.run.optimizer import AdamW, Constant, Cosine
 from fourfold_parallel.run.recipe import Run, Scale, Steps
-from fourfold_parallel.run.tokenizers import BytePairs
+from fourfold_parallel.run.tokenizers import BytePairs, Tokenizer
 
 Arm = Literal["plain", "k2", "k4", "k8", "k32", "random"]
 """Which loss a model is trained with: cross-entropy, goldfish with one target in k left out, or, as a
@@ -244,3 +244,23 @@ def single_pass(arm: Arm, batch: int, seed: int) -> Supervision:
 
 ONE_PASS: tuple[tuple[Arm, int], ...] = (("plain", 16), ("plain", 8), ("k2", 16))
 """What the cost of goldfish is judged from: a loss and its batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NearDuplicates:
+    """Texts, their altered copies, and two masks at k = 4: the published one, and one of characters."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    pieces: int
+    """Documents, each cut after `length` characters; shorter ones are left out."""
+    length: int
+    characters: int
+    """Canonical characters that the second mask hashes."""
+
+
+def near_duplicates() -> NearDuplicates:
+    """60 pieces of Python's manual, whose lines are wrapped, in SmolLM2's tokens."""
+    return NearDuplicates(
+        corpus=PythonManual(), tokenizer=SmolLM2Tokenizer(), pieces=60, length=3000, characters=24
+    )
