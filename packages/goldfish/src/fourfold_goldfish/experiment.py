@@ -1,5 +1,7 @@
 """The reproduction of Hans et al. 2024 and of AxoNN's memorisation study: train, attack, judge."""
 
+import textwrap
+
 from fourfold_goldfish import figures, membership
 from fourfold_goldfish.audit import audit
 from fourfold_goldfish.canonical import CanonicalGoldfish, Spelling
@@ -129,7 +131,7 @@ def audit_near_duplicates(study: NearDuplicates, workplace: Workplace) -> None:
     documents = study.corpus.load()
     loaded = study.tokenizer.load(documents)
     long = [text[: study.length] for text in documents.texts if len(text) >= study.length]
-    texts = long[: study.pieces]
+    texts = [textwrap.fill(text, study.columns) for text in long[: study.pieces]]
     masks = {
         "published": (AUTHORS, AUTHORS.context),
         "canonical": (

@@ -76,7 +76,7 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
                 name="near-duplicates",
                 caption="Of the tokens that a mask (k=4) hides in one copy of a text, the share that an "
                 "altered copy teaches; hashing token ids as published against hashing canonical characters; "
-                "60 pieces of 3,000 characters of Python's manual.",
+                "the first 3,000 characters of 60 Wikipedia articles.",
                 draw=near_duplicates,
             ),
             Drawing(

@@ -6,7 +6,7 @@ from typing import Literal
 from fourfold_goldfish.buckets import Buckets
 from fourfold_goldfish.loss import Goldfish
 from fourfold_goldfish.pretrained import LastBlocks, SmolLM2Tokenizer
-from fourfold_parallel.run.corpora import Corpus, PythonManual, Wikipedia
+from fourfold_parallel.run.corpora import Corpus, Wikipedia
 from fourfold_parallel.run.engines import Single
 from fourfold_parallel.run.models import Llama
 from fourfold_parallel.run.objective import KeepAll, NextToken, TargetMask
@@ -255,12 +255,19 @@ class NearDuplicates:
     pieces: int
     """Documents, each cut after `length` characters; shorter ones are left out."""
     length: int
+    columns: int
+    """Lines are wrapped after so many characters, as in plain-text files."""
     characters: int
     """Canonical characters that the second mask hashes."""
 
 
 def near_duplicates() -> NearDuplicates:
-    """60 pieces of Python's manual, whose lines are wrapped, in SmolLM2's tokens."""
+    """60 Wikipedia articles' first 3,000 characters, wrapped at 72 columns, in SmolLM2's tokens."""
     return NearDuplicates(
-        corpus=PythonManual(), tokenizer=SmolLM2Tokenizer(), pieces=60, length=3000, characters=24
+        corpus=Wikipedia(),
+        tokenizer=SmolLM2Tokenizer(),
+        pieces=60,
+        length=3000,
+        columns=72,
+        characters=24,
     )
