@@ -171,3 +171,37 @@ def test_bad_input_is_refused_with_its_value(make: object, words: str) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         make()  # type: ignore[operator]
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("hash_family", ["ordered", "reference"])
+def test_a_window_that_sees_the_target_biases_what_is_learned(hash_family: str) -> None:
+    """On a Markov source the loss's minimiser is the truth for an exclusive window, and far from it else.
+
+    With a window of two tokens that ends at the target, (c, v) is left out or not as a pair, so the best
+    model gives v the chance p(v|c) keep(c, v) over its sum: no amount of data shows it the rest. With the
+    same window before the target, a context is supervised wholly or not at all.
+    """
+    size = 32
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.rand(size, size, generator=generator).log().neg()
+    truth /= truth.sum(dim=1, keepdim=True)
+    contexts, values = (
+        grid.flatten() + 2 for grid in torch.meshgrid(*[torch.arange(size)] * 2, indexing="ij")
+    )
+    shared = {"k": 4, "hash": hash_family, "boundary": "straddle"}
+    inclusive = Goldfish(context=2, window="inclusive", **shared)  # type: ignore[arg-type]
+    keep = ~inclusive.drop(torch.stack([contexts, values], dim=1))[:, 1].view(size, size)
+    learned = truth * keep
+    learned /= learned.sum(dim=1, keepdim=True)
+    distance = (learned - truth).abs().sum(dim=1).mean().item() / 2
+    assert 0.15 < distance < 0.3  # the share left out, 1/4, or near it
+    never = ~keep[torch.arange(size), truth.argmax(dim=1)]
+    assert 0 < never.float().mean().item() < 0.6  # the likeliest continuation is never seen
+    exclusive = Goldfish(context=2, window="exclusive", **shared)  # type: ignore[arg-type]
+    rows = torch.stack([contexts, values, values], dim=1)
+    kept = ~exclusive.drop(rows)[:, 2]
+    for target in range(size):
+        rows[:, 2] = target
+        # Whatever stands at the target the same contexts are kept: there the minimiser is the truth.
+        assert torch.equal(~exclusive.drop(rows)[:, 2], kept)
+    assert 0.6 < kept.float().mean().item() < 0.9

@@ -143,7 +143,8 @@ CLAIMS = (
         section="limitations",
         statement="Near-duplicates undo the published hash, and not one of letters and digits",
         paper_value="named as a limitation; no number, and the second half is ours",
-        conditions="the first 3,000 characters of 60 Wikipedia articles, wrapped at 72 columns and then not, k=4",
+        conditions="the first 3,000 characters of 60 Wikipedia articles, wrapped at 72 columns and then "
+        "not, k=4",
         rule_text="reproduced if the re-wrapped copy teaches more than 0.5 of the tokens that the published "
         "hash hides and less than 0.05 of those that a hash of 24 canonical characters hides; contradicted "
         "if the second share is larger; inconclusive if the first is smaller",
