@@ -66,7 +66,7 @@ def candidates(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
         labels = targets.masked_fill(drop, -100)
         ForCausalLMLoss(
             hidden @ head.T,
-            labels=None,  # pyright: ignore[reportArgumentType]
+            labels=None,
             vocab_size=options.vocabulary,
             shift_labels=labels,
         ).backward()

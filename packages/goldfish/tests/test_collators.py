@@ -242,3 +242,42 @@ def test_accelerate_prepares_a_masked_loader() -> None:
 def test_a_batch_that_cannot_be_masked_is_refused(batch: dict[str, Tensor], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         mask_labels(batch, GOLDFISH)
+
+
+def test_trls_trainer_trains_on_completions_with_gaps(tmp_path: Path) -> None:
+    """One line on an SFTTrainer: prompts stay masked, completions have the gaps of the whole text."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    draws = examples(*[30] * 8)
+    words = [[f"w{token}" for token in one["input_ids"]] for one in draws]
+    rows = [{"prompt": " ".join(w[:8]), "completion": " " + " ".join(w[8:])} for w in words]
+    tokenizer = word_tokenizer()
+    options = SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        activation_checkpointing=False,
+    )
+    sft = SFTTrainer(
+        model=TINY.build(seed=0),
+        args=options,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    plain = {tuple(row["input_ids"]): row["labels"] for row in sft.train_dataset}
+    add_goldfish(sft, GOLDFISH)
+    for batch in sft.get_train_dataloader():
+        for tokens, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            real = tokens[tokens != 0]
+            unmasked = torch.tensor(plain[tuple(real.tolist())])
+            assert bool((unmasked[:8] == -100).all())
+            expected = unmasked.masked_fill(GOLDFISH.drop(real[None])[0], -100)
+            assert torch.equal(labels[: len(real)], expected)
+    sft.train()
+    assert sft.state.global_step == 2

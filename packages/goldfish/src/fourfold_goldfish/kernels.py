@@ -16,7 +16,7 @@ _BLOCK = 4096
 
 @triton.jit
 def _softmax_slope(
-    logits_pointer,  # pyright: ignore[reportMissingParameterType] - Triton's own types
+    logits_pointer,  # Triton gives the types
     targets_pointer,
     nats_pointer,
     stride,
@@ -53,7 +53,5 @@ def losses_and_slopes(
     nats = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
         block = min(_BLOCK, triton.next_power_of_2(vocabulary))
-        _softmax_slope[(rows,)](
-            logits, targets, nats, logits.stride(0), vocabulary, block=block, num_warps=8
-        )
+        _softmax_slope[(rows,)](logits, targets, nats, logits.stride(0), vocabulary, block=block)
     return nats
