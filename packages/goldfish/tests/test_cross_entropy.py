@@ -11,7 +11,11 @@ from torch import Tensor
 
 from fourfold_goldfish import Goldfish, goldfish_cross_entropy
 from fourfold_goldfish.cross_entropy import Split, dropped_nats
+from fourfold_goldfish.objective import CompactedNextToken
 from fourfold_parallel.grid.mesh import Mesh
+from fourfold_parallel.run.data import Batch
+from fourfold_parallel.run.models import Llama
+from fourfold_parallel.run.objective import KeepAll, NextToken
 from fourfold_parallel.testing import run_on_ranks
 
 VOCABULARY = 37
@@ -129,6 +133,45 @@ def split_equals_whole() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_split_vocabulary_changes_nothing(ranks: int) -> None:
     run_on_ranks(ranks, split_equals_whole)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_trains_alike_without_the_logits_of_what_is_left_out(tied: bool) -> None:
+    """The runtime's loss and every gradient, with and without the head's unneeded rows."""
+    model = Llama(
+        width=16, depth=2, heads=2, kv_heads=1, hidden=32, vocabulary=64, context=64, tied=tied
+    )
+    generator = torch.Generator().manual_seed(0)
+    batch = Batch(
+        tokens=torch.randint(0, 64, (3, 40), generator=generator),
+        document_ids=torch.zeros(3, 40, dtype=torch.long),
+        addresses=(0, 1, 2),
+    )
+    mask = Goldfish(k=2, context=4)
+    sums, gradients = [], []
+    for objective in (NextToken(mask=mask), CompactedNextToken(mask=mask, chunk=7)):
+        built = model.build(seed=0)
+        loss = objective.loss(built, batch, objective.targets(batch))
+        loss.nats_sum.backward()
+        sums.append(loss)
+        gradients.append([parameter.grad for parameter in built.parameters()])
+    torch.testing.assert_close(sums[0].nats_sum, sums[1].nats_sum)
+    assert sums[0].telemetry["dropped_targets"] == sums[1].telemetry["dropped_targets"]
+    for theirs, ours in zip(*gradients, strict=True):
+        # float32 sums of 60 rows in another order.
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_that_is_more_than_a_matrix_is_refused() -> None:
+    model = Llama(
+        width=16, depth=1, heads=2, kv_heads=1, hidden=32, vocabulary=64, context=64, tied=False
+    ).build(seed=0)
+    model.set_output_embeddings(torch.nn.Linear(16, 64, bias=True))
+    tokens = torch.ones(1, 8, dtype=torch.long)
+    batch = Batch(tokens=tokens, document_ids=tokens, addresses=(0,))
+    objective = CompactedNextToken(mask=KeepAll())
+    with pytest.raises(ValueError, match="use NextToken"):
+        objective.loss(model, batch, objective.targets(batch))
 
 
 KERNEL = """
