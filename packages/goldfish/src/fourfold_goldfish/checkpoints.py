@@ -91,7 +91,10 @@ def check_mask_digest(folder: Path, digest: MaskDigest) -> None:
 
 
 class MaskCheck(TrainerCallback):
-    """Writes the digest into every checkpoint of a Trainer, and checks it on resuming."""
+    """Writes the digest into every checkpoint of a Trainer, and checks it on resuming from one of them.
+
+    A checkpoint outside the trainer's output folder is not known here; `check_mask_digest` takes any.
+    """
 
     def __init__(self, goldfish: Goldfish, tokenizer: Any) -> None:
         self.digest = mask_digest(goldfish, tokenizer)

@@ -97,7 +97,7 @@ class Goldfish:
             ends = torch.arange(tokens.shape[1], device=tokens.device) + self._sees_target
             begins = torch.maximum(_document_begins(words, document_ids), ends - self.context)
             dropped = self.decide(words, begins, ends.expand_as(begins))
-        elif tokens.shape[1] > self._first_target:
+        else:
             decided = tokens.shape[1] - self._first_target
             hit = self._whole_windows(words)[:, :decided]
             if document_ids is not None and self.boundary == "reset":
