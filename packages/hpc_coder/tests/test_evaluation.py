@@ -36,9 +36,7 @@ def sample(*, built: bool = True, valid: bool = True, parallel: bool = True, spe
         Run(launch=one, ran=True, valid=valid, runtime_s=one.processors / speed / 4)
         for one in (TWO, FOUR)
     )
-    return Sample(
-        built=built, parallel=parallel, runs=runs if built else (), best_sequential_s=1.0
-    )
+    return Sample(built=built, parallel=parallel, runs=runs if built else (), best_sequential_s=1.0)
 
 
 samples = st.builds(

@@ -46,9 +46,7 @@ def test_every_published_metric_is_reproduced(results: str, expected: str, ks) -
     sizes = {("55_transform_relu", "cuda"): KERNEL_SIZE, ("55_transform_relu", "hip"): KERNEL_SIZE}
     rows = published.metrics(prompts, ks, sizes=sizes)
     wanted = golden(expected)
-    assert [[*row] for row in rows] == [
-        [key for key in row if key != "model"] for row in wanted
-    ]
+    assert [[*row] for row in rows] == [[key for key in row if key != "model"] for row in wanted]
     for row, want in zip(rows, wanted, strict=True):
         for key, value in row.items():
             if isinstance(value, str):
@@ -58,7 +56,9 @@ def test_every_published_metric_is_reproduced(results: str, expected: str, ks) -
 
 
 def test_the_published_scaling_table_is_reproduced() -> None:
-    prompts = [p for p in pareval.read_results(GOLDEN / "synthetic-results.json") if p.model == "omp"]
+    prompts = [
+        p for p in pareval.read_results(GOLDEN / "synthetic-results.json") if p.model == "omp"
+    ]
     [row] = published.scaling(prompts, 1, (1, 2, 32))
     [want] = golden("synthetic-results.scaling-omp.k1.csv")
     assert [*row] == [*want]
@@ -96,7 +96,9 @@ def test_inputs_on_which_pareval_stops_are_scored(name: str) -> None:
 
 def test_more_samples_than_there_are_is_not_a_success() -> None:
     """ParEval's script gives a pass@5 of 1 to a model none of whose two samples builds."""
-    prompts = [p for p in pareval.read_results(GOLDEN / "synthetic-results.json") if p.model == "hip"]
+    prompts = [
+        p for p in pareval.read_results(GOLDEN / "synthetic-results.json") if p.model == "hip"
+    ]
     assert published.pass_at_k(prompts, 5) == 1
     assert math.isnan(pass_at_k(prompts, 5))
 

@@ -63,14 +63,16 @@ class Launch:
 
     @property
     def processors(self) -> int:
-        """n of speedup_n: ranks times threads."""
+        """N of speedup_n: ranks times threads."""
         return self.ranks * self.threads
 
     def __str__(self) -> str:
-        """As in a sentence: `4 ranks of 2 threads`."""
+        """As in a sentence: `2 threads`, `4 ranks`, `4 ranks of 2 threads`."""
         ranks = f"{self.ranks} rank{'s' * (self.ranks != 1)}"
         threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
-        return f"{ranks} of {threads}"
+        if self.ranks == 1:
+            return threads
+        return ranks if self.threads == 1 else f"{ranks} of {threads}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,16 +189,13 @@ def expected_best(values: Sequence[float], k: int) -> float:
     ways = math.comb(len(values), k)
     # The j-th smallest is the best of the chosen iff the k - 1 others come from the j - 1 below it.
     return math.fsum(
-        float(Fraction(math.comb(j, k - 1), ways)) * value
-        for j, value in enumerate(sorted(values))
+        float(Fraction(math.comb(j, k - 1), ways)) * value for j, value in enumerate(sorted(values))
     )
 
 
 def build_at_k(prompts: Sequence[Prompt], k: int) -> float:
     """Mean over prompts of the probability that one of k samples builds."""
-    return _mean(
-        at_least_one(len(p.samples), sum(s.built for s in p.samples), k) for p in prompts
-    )
+    return _mean(at_least_one(len(p.samples), sum(s.built for s in p.samples), k) for p in prompts)
 
 
 def pass_at_k(prompts: Sequence[Prompt], k: int, *, parallel: bool = True) -> float:
@@ -253,7 +252,7 @@ def speedup_max_at_k(prompts: Sequence[Prompt], k: int) -> float:
 
 
 def _speedup(sample: Sample, prompt: Prompt, launch: Launch) -> float:
-    """x of a sample: T*/T on a launch if it counts, else 0. T* is the least that any sample measured."""
+    """X of a sample: T*/T on a launch if it counts, else 0. T* is the least that any sample measured."""
     if not sample.counts:
         return 0.0
     best_s = min(

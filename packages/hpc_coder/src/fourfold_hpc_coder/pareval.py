@@ -64,7 +64,9 @@ def _entries(path: Path) -> list[Any]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}; name a file") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); give the file that a generator wrote") from None
+        raise ValueError(
+            f"{path} is not JSON ({error}); give the file that a generator wrote"
+        ) from None
     if not isinstance(entries, list):
         raise ValueError(
             f"{path} holds {type(entries).__name__}, not a list of prompts; "
@@ -111,7 +113,9 @@ def read_results(path: Path) -> tuple[Prompt, ...]:
     prompts = []
     for entry in _entries(path):
         if not all(isinstance(one, dict) and "did_build" in one for one in entry["outputs"]):
-            raise ValueError(f"{entry['name']} in {path} has outputs without results; score it first")
+            raise ValueError(
+                f"{entry['name']} in {path} has outputs without results; score it first"
+            )
         prompts.append(
             Prompt(
                 name=entry["name"],
@@ -187,7 +191,15 @@ def runs_csv(entries: Sequence[Fields]) -> str:
     """One row per run, in the columns of ParEval's `create-dataframe.py`; texts on one line."""
     head = ["prompt", "name", "problem_type", "language", "parallelism_model", *GENERATION]
     per_output = ["generated_output", "did_build", "is_source_valid", "best_sequential_runtime"]
-    columns = [*head, *per_output, "output_idx", "run_idx", *_RUN_COLUMNS, "num_threads", "num_procs"]
+    columns = [
+        *head,
+        *per_output,
+        "output_idx",
+        "run_idx",
+        *_RUN_COLUMNS,
+        "num_threads",
+        "num_procs",
+    ]
     return table([dict(zip(columns, row, strict=True)) for row in _rows(entries, head, per_output)])
 
 
@@ -196,7 +208,9 @@ def _rows(
 ) -> Iterable[list[Any]]:
     for entry in entries:
         for index, output in enumerate(entry["outputs"]):
-            shared = [_cell(entry, key) for key in head] + [_cell(output, key) for key in per_output]
+            shared = [_cell(entry, key) for key in head] + [
+                _cell(output, key) for key in per_output
+            ]
             if not output["runs"]:
                 yield [*shared, index, *[None] * (3 + len(_RUN_COLUMNS))]
             for number, run in enumerate(output["runs"] or ()):

@@ -121,9 +121,7 @@ def efficiency_at_k(
     prompts: Sequence[Prompt], k: int, sizes: Mapping[tuple[str, Model], int]
 ) -> float:
     """As coded: speedup@k over a processor count that need not be the launch's."""
-    return _over_prompts(
-        prompts, lambda p: _weighted(_measured(p), k) / _divisor(p, sizes)
-    )
+    return _over_prompts(prompts, lambda p: _weighted(_measured(p), k) / _divisor(p, sizes))
 
 
 def speedup_max_at_k(prompts: Sequence[Prompt], k: int) -> float:
@@ -218,6 +216,4 @@ def _without_kokkos_64(prompt: Prompt) -> Prompt:
 
 
 def _only_below_64(sample: Sample) -> Sample:
-    return replace(
-        sample, runs=tuple(run for run in sample.runs if run.launch.threads != 64)
-    )
+    return replace(sample, runs=tuple(run for run in sample.runs if run.launch.threads != 64))

@@ -1,0 +1,171 @@
+"""`python -m fourfold_hpc_coder`: score outputs, make data, fine-tune, generate, reproduce the study."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, cast
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fourfold_hpc_coder import report, score, toolchain
+from fourfold_hpc_coder.evaluation import MODELS, Model
+from fourfold_hpc_coder.judge import Settings
+from fourfold_hpc_coder.sandbox import find_sandbox
+from fourfold_parallel.run.recipe import Scale
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Compile, run and judge every output of a file, and explain each failure."""
+
+    outputs: tyro.conf.Positional[Path]
+    """Model outputs in ParEval's format."""
+    models: str = "serial,omp,mpi,mpi+omp,kokkos,cuda"
+    """Parallel models to score, separated by commas; the others of the file are left alone."""
+    out: Path = Path("scores")
+    """Folder for verdicts, results, metrics and report.html; a scoring that was killed goes on in it."""
+    k: tuple[int, ...] = (1,)
+    """k of build@k, pass@k, speedup_n@k."""
+    jobs: int = 2
+    """Answers built and checked at once; timing is always done alone."""
+    time_limit_s: float = 10.0
+    """Longest that one call may take."""
+    repetitions: int = 3
+    """Timed calls per launch, of which the shortest counts."""
+    no_cache: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Judge again what was judged before."""
+    unsafe_no_sandbox: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Run every program with your own rights where no sandbox works."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """Reproduce the paper's study at a scale: train, generate, score, judge the claims, draw the figures."""
+
+    scale: Scale = "smoke"
+    """smoke: under a minute. laptop: minutes on 2 cores. paper: print the launch lines."""
+    out: Path = Path("out")
+    """Folder for records, ledger and figures; each scale and package gets its own inside."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Keep what is finished and go on from checkpoints, instead of starting over."""
+
+
+def study(options: Study) -> None:
+    """Hand over to the runtime's command line, which knows every package's experiment."""
+    from fourfold_hpc_coder.experiment import EXPERIMENT
+    from fourfold_parallel.run.cli import main as perform
+
+    words = ["--scale", options.scale, "--out", str(options.out)]
+    perform(EXPERIMENT, [*words, *(["--resume"] if options.resume else [])])
+
+
+Command = (
+    Annotated[Score, tyro.conf.subcommand("score")]
+    | Annotated[Study, tyro.conf.subcommand("study")]
+)
+
+
+def chosen_models(text: str) -> tuple[Model, ...]:
+    """The models that a list names.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in MODELS]
+    if unknown or not names:
+        raise ValueError(
+            f"--models {text}: {unknown or 'nothing'} is no model; there are {', '.join(MODELS)}"
+        )
+    return tuple(cast("Model", name) for name in names)
+
+
+def score_outputs(options: Score, target: Console) -> None:
+    """Score, write, and say in the terminal what came out."""
+    models = chosen_models(options.models)
+    if options.jobs < 1 or min(options.k, default=0) < 1:
+        raise ValueError(f"jobs={options.jobs}, k={options.k}: use numbers of 1 or more")
+    sandbox = find_sandbox(allow_none=options.unsafe_no_sandbox)
+    settings = Settings(time_limit_s=options.time_limit_s, repetitions=options.repetitions)
+    plan = score.Plan(
+        outputs=options.outputs,
+        folder=options.out,
+        models=models,
+        settings=settings,
+        sandbox=sandbox,
+        jobs=options.jobs,
+        ks=options.k,
+        is_cached=not options.no_cache,
+    )
+    with Progress(
+        TextColumn("[bold]scoring"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=target,
+        disable=not target.is_terminal,
+    ) as bars:
+        bar = bars.add_task("", total=None, note="")
+
+        def progress(done: int, total: int, note: str) -> None:
+            bars.update(bar, completed=done, total=total, note=note)
+
+        scored = score.score(plan, progress)
+    facts = [f"sandbox: {sandbox.name}"]
+    facts += sorted({toolchain.identity(one.question.model) for one in scored.judged})
+    page = report.write(
+        scored,
+        options.out / "report.html",
+        title=f"Scores of {options.outputs.name}",
+        ks=options.k,
+        settings=settings,
+        facts=facts,
+    )
+    say(scored, target)
+    target.print(f"{scored.reused} verdicts reused. Report: {page}", soft_wrap=True)
+
+
+def say(scored: score.Scored, target: Console) -> None:
+    """Every failure in a sentence, what was left out, and the counts."""
+    for one in scored.judged:
+        for index, judgement in enumerate(one.judgements):
+            if judgement.verdict != "correct":
+                place = f"{one.question.name} ({one.question.model}) answer {index}"
+                line = f"{place}: {judgement.verdict}: {judgement.because}"
+                target.print(line, soft_wrap=True, markup=False)
+    for problem in scored.problems:
+        target.print(f"left out: {problem.place}: {problem.because}", soft_wrap=True, markup=False)
+    for note in scored.notes:
+        target.print(note, soft_wrap=True, markup=False)
+    for model, found in score.counts(scored).items():
+        shown = ", ".join(f"{count} {verdict}" for verdict, count in found.items())
+        target.print(f"{model}: {shown}", markup=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Pick a subcommand and run it; messages about input go to standard error, with exit code 2."""
+    target = Console(stderr=True, highlight=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    options = tyro.cli(Command, prog="python -m fourfold_hpc_coder", args=arguments)
+    try:
+        match options:
+            case Score():
+                score_outputs(options, target)
+            case Study():
+                study(options)
+    except ValueError as error:
+        target.print(f"[red]{error}[/red]", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        target.print("interrupted; the same command goes on from here")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
