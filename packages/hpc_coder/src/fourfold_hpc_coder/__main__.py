@@ -2,19 +2,29 @@
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fourfold_hpc_coder import report, score, toolchain
-from fourfold_hpc_coder.evaluation import MODELS, Model
+from fourfold_hpc_coder.commands import (
+    Finetune,
+    Generate,
+    MakeData,
+    chosen_models,
+    finetune,
+    generate,
+    make_data,
+)
 from fourfold_hpc_coder.judge import Settings
 from fourfold_hpc_coder.sandbox import find_sandbox
+from fourfold_parallel.run.progress import Progress as Work
 from fourfold_parallel.run.recipe import Scale
 
 
@@ -65,23 +75,32 @@ def study(options: Study) -> None:
 
 Command = (
     Annotated[Score, tyro.conf.subcommand("score")]
+    | Annotated[MakeData, tyro.conf.subcommand("make-data")]
+    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Study, tyro.conf.subcommand("study")]
 )
 
 
-def chosen_models(text: str) -> tuple[Model, ...]:
-    """The models that a list names.
+@contextmanager
+def bar(target: Console, title: str) -> Iterator[Work]:
+    """A bar with time left; nothing where nobody watches a terminal."""
+    with Progress(
+        TextColumn(f"[bold]{title}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=target,
+        disable=not target.is_terminal,
+    ) as bars:
+        task = bars.add_task("", total=None, note="")
 
-    Raises:
-        ValueError: for a name that is none.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in MODELS]
-    if unknown or not names:
-        raise ValueError(
-            f"--models {text}: {unknown or 'nothing'} is no model; there are {', '.join(MODELS)}"
-        )
-    return tuple(cast("Model", name) for name in names)
+        def progress(done: int, total: int, note: str) -> None:
+            bars.update(task, completed=done, total=total, note=note)
+
+        yield progress
 
 
 def score_outputs(options: Score, target: Console) -> None:
@@ -101,21 +120,7 @@ def score_outputs(options: Score, target: Console) -> None:
         ks=options.k,
         is_cached=not options.no_cache,
     )
-    with Progress(
-        TextColumn("[bold]scoring"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=target,
-        disable=not target.is_terminal,
-    ) as bars:
-        bar = bars.add_task("", total=None, note="")
-
-        def progress(done: int, total: int, note: str) -> None:
-            bars.update(bar, completed=done, total=total, note=note)
-
+    with bar(target, "scoring") as progress:
         scored = score.score(plan, progress)
     facts = [f"sandbox: {sandbox.name}"]
     facts += sorted({toolchain.identity(one.question.model) for one in scored.judged})
@@ -159,6 +164,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 score_outputs(options, target)
             case Study():
                 study(options)
+            case MakeData():
+                with bar(target, "samples") as progress:
+                    make_data(options, target, progress)
+            case Finetune():
+                with bar(target, "steps") as progress:
+                    finetune(options, target, progress)
+            case Generate():
+                with bar(target, "prompts") as progress:
+                    generate(options, target, progress)
     except ValueError as error:
         target.print(f"[red]{error}[/red]", soft_wrap=True)
         sys.exit(2)

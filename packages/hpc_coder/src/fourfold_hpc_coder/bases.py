@@ -3,10 +3,12 @@
 import logging
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from fourfold_parallel.run import checkpoint
 from fourfold_parallel.run.files import cache_folder
+from fourfold_parallel.run.models import Model
 from fourfold_parallel.run.progress import silent
 from fourfold_parallel.run.recipe import Run
 from fourfold_parallel.run.records import Material
@@ -53,3 +55,29 @@ class Continued:
             *(one for one in stream.file.materials if one.kind == "corpus"),
             *self.run.model.materials(),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRank:
+    """A model whose weights stay, with trained updates of low rank beside its linear maps (LoRA)."""
+
+    model: Model
+    rank: int
+
+    def build(self, *, seed: int) -> PreTrainedModel:
+        """The model with fresh updates, which begin at zero."""
+        from peft import LoraConfig, get_peft_model
+
+        settings = LoraConfig(
+            r=self.rank,
+            lora_alpha=2 * self.rank,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return get_peft_model(self.model.build(seed=seed), settings)  # pyright: ignore[reportReturnType]
+
+    def materials(self) -> tuple[Material, ...]:
+        """The model's."""
+        return self.model.materials()

@@ -138,8 +138,9 @@ def _plateau(records: Records) -> Finding:
 
 
 _RULE = (
-    "reproduced if the 95 % interval (Student, paired by seed) of the difference in held-out loss lies above 0, "
-    "contradicted if below; pass@1 and compile rate are shown and decide nothing, since both may be 0 here"
+    "reproduced if the 95 % interval (Student, paired by seed) of the difference in held-out loss lies "
+    "above 0, contradicted if below; pass@1 and compile rate are shown and decide nothing, since both may "
+    "be 0 here"
 )
 
 
@@ -189,8 +190,8 @@ CLAIMS = (
         statement="The gain levels off with more data",
         paper_value="plateau about 6 k samples of that model (1.3 B; from secondary notes)",
         conditions=_MINIATURE,
-        rule_text="reproduced if the loss gained from 1/16 to 1/4 of the samples exceeds that from 1/4 to all "
-        "(Student's 95 % interval, paired by seed, above 0), contradicted if below",
+        rule_text="reproduced if the loss gained from 1/16 to 1/4 of the samples exceeds that from 1/4 to "
+        "all (Student's 95 % interval, paired by seed, above 0), contradicted if below",
         rule=_plateau,
         scales=("laptop",),
         needs="the laptop scale, which has three amounts",
@@ -202,8 +203,8 @@ CLAIMS = (
         paper_value="little difference (the published 1.3 B is the unmasked one)",
         conditions=_MINIATURE
         + ". The paper's bases are pretrained on trillions of tokens, ours on 0.15 M",
-        rule_text="reproduced if the 95 % interval of the difference in pass@1 (Student, paired by seed) lies "
-        "within 5 points, contradicted if it lies beyond them, otherwise inconclusive",
+        rule_text="reproduced if the 95 % interval of the difference in pass@1 (Student, paired by seed) "
+        "lies within 5 points, contradicted if it lies beyond them, otherwise inconclusive",
         rule=_little,
         scales=("laptop",),
         needs="the laptop scale, which has the masked arm",
@@ -245,7 +246,7 @@ CLAIMS = (
     Claim(
         id="H9",
         section="data mixture",
-        statement="Parallel samples alone serve parallel answers at least as well as a mixture with generic code",
+        statement="Parallel samples alone serve parallel answers better than a mixture with generic code",
         paper_value="the published mixture adds two generic sets; no ablation of it was found",
         conditions=_MINIATURE
         + ". Half serial samples, half parallel ones, against parallel ones alone",

@@ -48,8 +48,8 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
         ),
         Drawing(
             name="data-amount",
-            caption="Held-out loss against the number of verified samples at an equal number of steps, mean and "
-            f"95 % interval over 3 seeds; {scale} scale.",
+            caption="Held-out loss against the number of verified samples at an equal number of steps, mean "
+            f"and 95 % interval over 3 seeds; {scale} scale.",
             draw=lambda records: data_amount(records, arms),
         ),
     ]
@@ -138,7 +138,8 @@ def data_amount(records: Records, arms: Sequence[Arm]) -> Figure:
     """Loss over the number of samples, on a logarithmic axis."""
     figure = Figure(figsize=(6.4, 3.2))
     axes = figure.subplots()
-    amounts = [arm for arm in arms if arm in ("sixteenth", "quarter", "full")]
+    less: tuple[Arm, ...] = ("sixteenth", "quarter", "full")
+    amounts: list[Arm] = [arm for arm in less if arm in arms]
     points = sorted((_samples(records, arm), over_seeds(losses(records, arm))) for arm in amounts)
     counts = [count for count, _ in points]
     values = [found.value for _, found in points]

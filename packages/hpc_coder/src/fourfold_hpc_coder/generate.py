@@ -35,11 +35,13 @@ class Local:
     temperature: float = 0.0
     top_p: float = 0.95
     seed: int = 0
+    chat: bool = False
+    """Whether each prompt becomes the user's message of the tokenizer's chat template."""
 
     @torch.no_grad()
     def complete_many(self, prompts: Sequence[str]) -> list[str]:
         """All prompts as one batch, padded on the left; each row stops at its end token."""
-        rows = [self.tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
+        rows = [self._encode(prompt) for prompt in prompts]
         width = max(map(len, rows))
         end = self.tokenizer.eos_token_id
         assert isinstance(end, int)
@@ -47,6 +49,14 @@ class Local:
         seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         written = self._continue(tokens, seen, end)[:, width:]
         return [self._text(row.tolist(), end) for row in written]
+
+    def _encode(self, prompt: str) -> list[int]:
+        if not self.chat:
+            return self.tokenizer.encode(prompt, add_special_tokens=False)
+        words = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+        return self.tokenizer.encode(str(words), add_special_tokens=False)
 
     def _continue(
         self, tokens: Int[Tensor, "batch prompt"], seen: Int[Tensor, "batch prompt"], end: int

@@ -429,7 +429,8 @@ def metrics(judged: Sequence[Judged], ks: Sequence[int], settings: Settings) -> 
     """Our definitions, a row per model and problem type, speed-ups on the model's largest launch."""
     rows = []
     prompts = [one.prompt for one in judged]
-    for model, problem_type in sorted({(p.model, p.problem_type) for p in prompts}):
+    kinds: list[tuple[Model, str]] = sorted({(p.model, p.problem_type) for p in prompts})
+    for model, problem_type in kinds:
         group = [p for p in prompts if (p.model, p.problem_type) == (model, problem_type)]
         launch = max(settings.of(model), key=lambda one: one.processors)
         row: Fields = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rapidfuzz import fuzz
 
 RUN = 13
-"""Words in a row that no two texts share by chance (GPT-3's decontamination, Brown et al. 2020, appendix C)."""
+"""Words in a row that no two texts share by chance (Brown et al. 2020, appendix C)."""
 LIKENESS = 90.0
 """Token-set ratio, in percent, from which a comment is a rewording of a prompt's."""
 

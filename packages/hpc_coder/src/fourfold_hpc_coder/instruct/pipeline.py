@@ -143,9 +143,11 @@ def _extend(
 def _plan(recipe: Instructions) -> list[tuple[Task, Model, Category]]:
     """What is taught, in order: every task once per pass, models and categories in turn."""
     tasks = split(shuffled_tasks(recipe.seed), "train", every=HELD_OUT_EVERY)
-    ways = [(model, category) for model in recipe.models for category in recipe.categories]
+    ways: list[tuple[Model, Category]] = [
+        (model, category) for model in recipe.models for category in recipe.categories
+    ]
     return [
-        (task, *ways[(index + turn) % len(ways)])
+        (task, ways[(index + turn) % len(ways)][0], ways[(index + turn) % len(ways)][1])
         for turn in range(len(ways))
         for index, task in enumerate(tasks)
     ]

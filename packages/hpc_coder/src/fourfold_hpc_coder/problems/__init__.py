@@ -299,7 +299,7 @@ def _draw(
             # Whatever an answer leaves untouched must be wrong.
             values = generator.integers(1 << 20, 1 << 21, size=length)
         case "falling":
-            slope = np.linspace(rule["high"], rule["low"], num=length[0])
+            slope = np.linspace(rule["high"], rule["low"], num=int(np.prod(length)))
             values = slope + generator.normal(scale=20, size=length)
         case "permutation":
             values = generator.permutation(n) * 0.5 + 0.25

