@@ -13,11 +13,15 @@ from transformers import AutoTokenizer
 from fourfold_hpc_coder.bases import LowRank
 from fourfold_hpc_coder.evaluation import MODELS, Model
 from fourfold_hpc_coder.generate import Backend, Local, Sampling, generate_file
+from fourfold_hpc_coder.instruct.decontaminate import Screen
 from fourfold_hpc_coder.instruct.format import FileRows, InstructionLoss
-from fourfold_hpc_coder.instruct.pipeline import Instructions, make
-from fourfold_hpc_coder.instruct.samples import Category
+from fourfold_hpc_coder.instruct.pipeline import Instructions, benchmark_prompts, make
+from fourfold_hpc_coder.instruct.samples import Category, write_samples
+from fourfold_hpc_coder.instruct.seeds import compiled, restoration, seeds
+from fourfold_hpc_coder.instruct.sources import DEBIAN, WHEELS, Tree, parallel_files
 from fourfold_hpc_coder.instruct.teachers import ANY, Endpoint, Templates
 from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.sandbox import find_sandbox, scratch_folder
 from fourfold_parallel.run.engines import Single
 from fourfold_parallel.run.files import sha256_of
 from fourfold_parallel.run.models import Published, SmolLM2
@@ -68,6 +72,9 @@ class MakeData:
     """Name of the endpoint's model."""
     seed: int = 0
     """Order of the tasks."""
+    trees: tuple[str, ...] = ()
+    """Real source to take functions from: `installed` (in Python wheels and Debian packages on this machine), or
+    folders and archives as PATH:LICENCE, such as hypre-2.26:Apache-2.0."""
 
 
 def make_data(options: MakeData, target: Console, progress: Progress) -> None:
@@ -92,6 +99,39 @@ def make_data(options: MakeData, target: Console, progress: Progress) -> None:
     )
     for reason, count in made.reasons().items():
         target.print(f"refused, {reason}: {count}", markup=False)
+    if options.trees:
+        restore(options.trees, options.out, target, progress)
+
+
+def restore(named: Sequence[str], out: Path, target: Console, progress: Progress) -> None:
+    """Samples from real functions: directives taken out, to be put back; kept if they compile alone."""
+    screen = Screen.of(benchmark_prompts())
+    asked = [
+        restoration(seed)
+        for seed in seeds(parallel_files([tree for name in named for tree in _trees(name)]))
+        if "openmp" in seed.constructs and not screen.hit(seed.text)
+    ]
+    kept, refused = [], []
+    sandbox = find_sandbox(allow_none=False)
+    with scratch_folder() as folder:
+        for done, sample in enumerate(asked):
+            [judged] = compiled([sample], sandbox, folder / str(done))
+            (kept if judged.verdict == "compiles" else refused).append(judged)
+            progress(done + 1, len(asked), f"{len(kept)} kept")
+    write_samples(out / "restored.jsonl", kept)
+    write_samples(out / "restored-refused.jsonl", refused)
+    target.print(
+        f"{len(kept)} of {len(asked)} real functions compile alone: {out / 'restored.jsonl'}"
+    )
+
+
+def _trees(name: str) -> tuple[Tree, ...]:
+    if name == "installed":
+        return tuple(tree for tree in (*WHEELS, *DEBIAN) if tree.is_here())
+    path, separator, licence = name.rpartition(":")
+    if not separator:
+        raise ValueError(f"--trees {name}: say the licence, as in {name}:MIT, or `installed`")
+    return (Tree(name=Path(path).name, licence=licence, path=path),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

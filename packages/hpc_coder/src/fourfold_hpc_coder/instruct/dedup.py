@@ -21,7 +21,7 @@ class Seen:
     share most of their words and are not duplicates; scraped text wants 0.7."""
     _exact: set[str] = field(default_factory=set)
     _index: MinHashLSH | None = None
-    _count: int = 0
+    _sketches: list[MinHash] = field(default_factory=list)
 
     @classmethod
     def of(cls, texts: Iterable[str], *, threshold: float = 0.97) -> "Seen":
@@ -37,13 +37,15 @@ class Seen:
         if plain in self._exact:
             return False
         if self._index is None:
-            self._index = MinHashLSH(threshold=self.threshold, num_perm=PERMUTATIONS)
+            # The index needs two bands, so it finds candidates only; the sketches decide.
+            self._index = MinHashLSH(threshold=min(self.threshold, 0.9), num_perm=PERMUTATIONS)
         sketch = _sketch(text)
-        if self._index.query(sketch):
+        like = (self._sketches[int(str(found))] for found in self._index.query(sketch))
+        if any(sketch.jaccard(other) >= self.threshold for other in like):
             return False
         self._exact.add(plain)
-        self._index.insert(str(self._count), sketch)
-        self._count += 1
+        self._index.insert(str(len(self._sketches)), sketch)
+        self._sketches.append(sketch)
         return True
 
 

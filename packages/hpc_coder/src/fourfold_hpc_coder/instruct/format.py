@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from fourfold_hpc_coder.evaluation import Model
-from fourfold_hpc_coder.instruct.pipeline import Instructions, held_out, make, templates
+from fourfold_hpc_coder.instruct.pipeline import Instructions, held_out, make, makers, templates
 from fourfold_hpc_coder.instruct.samples import Sample, read_samples
 from fourfold_hpc_coder.instruct.teachers import Templates
 from fourfold_parallel.run.corpora import Documents
@@ -72,7 +72,8 @@ class CodePairs:
         return LoadedTokenizer(tokenizer=self.fast(), end=OURS.end, material=self.material())
 
     def _folder(self) -> Path:
-        folder = cache_folder() / "hpc_coder" / "tokenizers" / digest(self)[:24]
+        key = hashlib.sha256(f"{makers()} {digest(self)}".encode()).hexdigest()[:24]
+        folder = cache_folder() / "hpc_coder" / "tokenizers" / key
         if not folder.exists():
             if self.vocabulary < 258:
                 raise ValueError(

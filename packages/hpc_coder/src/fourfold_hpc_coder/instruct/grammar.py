@@ -7,9 +7,9 @@ program that a parallelisation starts from. The oracle is NumPy, not the C++ it 
 
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -210,18 +210,13 @@ def _reduce(kind: str, operation: kernels.Operation, initial: str, each: str) ->
     )
 
 
-def all_tasks() -> tuple[Task, ...]:
-    """Every task of the grammar, in a fixed order."""
-    shapes: tuple[Shape, ...] = (
-        "map",
-        "replace",
-        "sum",
-        "largest",
-        "smallest",
-        "count",
-        "zip",
-        "scan",
-    )
+SHAPES: tuple[Shape, ...] = get_args(Shape)
+SHORT: tuple[Shape, ...] = tuple(shape for shape in SHAPES if shape != "scan")
+"""Shapes whose parallel answers are a loop and a line: what a very small model can learn."""
+
+
+def all_tasks(shapes: Sequence[Shape] = SHAPES) -> tuple[Task, ...]:
+    """Every task of the shapes, in a fixed order."""
     elements: tuple[Element, ...] = ("double", "int")
     return tuple(
         Task(shape=shape, element=element, step=step)

@@ -15,7 +15,7 @@ from pathlib import Path
 from fourfold_hpc_coder.evaluation import Model
 from fourfold_hpc_coder.instruct.decontaminate import Screen
 from fourfold_hpc_coder.instruct.dedup import Seen
-from fourfold_hpc_coder.instruct.grammar import Task
+from fourfold_hpc_coder.instruct.grammar import SHAPES, SHORT, Shape, Task
 from fourfold_hpc_coder.instruct.samples import Category, Sample, read_samples, write_samples
 from fourfold_hpc_coder.instruct.teachers import Teacher, Templates, shuffled_tasks, split
 from fourfold_hpc_coder.instruct.verify import bench, verify
@@ -45,6 +45,8 @@ class Instructions:
     """Whether an answer must compile, run and be right; otherwise all are kept, with no verdict."""
     seed: int
     """Order of the tasks."""
+    shapes: tuple[Shape, ...] = SHAPES
+    """Kinds of kernels that are asked for."""
 
     def __post_init__(self) -> None:
         if self.samples < 1 or not self.models or not self.categories:
@@ -83,7 +85,7 @@ def make(recipe: Instructions, *, progress: Progress = silent, folder: Path | No
     Raises:
         ValueError: where the grammar has too few tasks for the recipe, or nothing on this machine can verify.
     """
-    key = hashlib.sha256(f"{_makers()} {digest(recipe)}".encode()).hexdigest()[:24]
+    key = hashlib.sha256(f"{makers()} {digest(recipe)}".encode()).hexdigest()[:24]
     folder = folder or cache_folder() / "hpc_coder" / "data" / key
     kept_file, refused_file = folder / "samples.jsonl", folder / "refused.jsonl"
     kept = [*read_samples(kept_file)] if kept_file.exists() else []
@@ -94,7 +96,7 @@ def make(recipe: Instructions, *, progress: Progress = silent, folder: Path | No
 
 
 @cache
-def _makers() -> str:
+def makers() -> str:
     """Digest of the sources that decide a sample's text."""
     package = importlib.resources.files("fourfold_hpc_coder")
     files = [package / "kernels.py", package / "problems" / "__init__.py"]
@@ -142,7 +144,7 @@ def _extend(
 
 def _plan(recipe: Instructions) -> list[tuple[Task, Model, Category]]:
     """What is taught, in order: every task once per pass, models and categories in turn."""
-    tasks = split(shuffled_tasks(recipe.seed), "train", every=HELD_OUT_EVERY)
+    tasks = split(shuffled_tasks(recipe.seed, recipe.shapes), "train", every=HELD_OUT_EVERY)
     ways: list[tuple[Model, Category]] = [
         (model, category) for model in recipe.models for category in recipe.categories
     ]
@@ -169,9 +171,9 @@ def benchmark_prompts() -> dict[str, str]:
     }
 
 
-def held_out(count: int, *, seed: int) -> tuple[Task, ...]:
+def held_out(count: int, *, seed: int, shapes: Sequence[Shape] = SHORT) -> tuple[Task, ...]:
     """Tasks that no recipe teaches."""
-    tasks = split(shuffled_tasks(seed), "held-out", every=HELD_OUT_EVERY)
+    tasks = split(shuffled_tasks(seed, shapes), "held-out", every=HELD_OUT_EVERY)
     if count > len(tasks):
         raise ValueError(f"{count} held-out tasks were asked for; there are {len(tasks)}")
     return tasks[:count]
@@ -185,7 +187,7 @@ def templates(
     verified: bool = True,
     seed: int = 0,
 ) -> Instructions:
-    """Programming instructions of the deterministic teacher."""
+    """Programming instructions of the deterministic teacher, of the short shapes."""
     return Instructions(
         samples=samples,
         models=tuple(models),
@@ -193,4 +195,5 @@ def templates(
         teacher=Templates(corrupted=corrupted),
         verified=verified,
         seed=seed,
+        shapes=SHORT,
     )

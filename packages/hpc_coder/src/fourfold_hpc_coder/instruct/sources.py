@@ -142,7 +142,9 @@ def parallel_files(
                 "name its licence if you may use it"
             )
         for path, text in tree.files():
-            constructs: tuple[Construct, ...] = tuple(name for name, pattern in CONSTRUCTS.items() if pattern.search(text))
+            constructs: tuple[Construct, ...] = tuple(
+                name for name, pattern in CONSTRUCTS.items() if pattern.search(text)
+            )
             if constructs:
                 found.append(
                     SourceFile(

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from fourfold_hpc_coder.evaluation import Model
-from fourfold_hpc_coder.instruct.grammar import Task, all_tasks
+from fourfold_hpc_coder.instruct.grammar import Shape, Task, all_tasks
 from fourfold_hpc_coder.instruct.samples import Category, Provenance, Sample
 
 ANY: tuple[Category, ...] = ("programming", "parallelization", "translation", "optimization")
@@ -187,8 +187,8 @@ def split(tasks: Sequence[Task], part: Split, *, every: int) -> tuple[Task, ...]
     return tuple(task for task in tasks if (task.name in held) == (part == "held-out"))
 
 
-def shuffled_tasks(seed: int) -> tuple[Task, ...]:
-    """All tasks in a seeded order."""
-    tasks = all_tasks()
+def shuffled_tasks(seed: int, shapes: Sequence[Shape]) -> tuple[Task, ...]:
+    """The shapes' tasks in a seeded order."""
+    tasks = all_tasks(shapes)
     order = np.random.default_rng(seed).permutation(len(tasks))
     return tuple(tasks[int(index)] for index in order)
