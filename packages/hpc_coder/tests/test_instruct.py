@@ -36,10 +36,10 @@ from fourfold_hpc_coder.instruct.pipeline import (
     make,
     templates,
 )
-from fourfold_hpc_coder.instruct.samples import read_samples, write_samples
+from fourfold_hpc_coder.instruct.samples import ANY, read_samples, write_samples
 from fourfold_hpc_coder.instruct.seeds import compiled, restoration, seeds
 from fourfold_hpc_coder.instruct.sources import Tree, parallel_files
-from fourfold_hpc_coder.instruct.teachers import ANY, Endpoint, Templates, shuffled_tasks, split
+from fourfold_hpc_coder.instruct.teachers import Endpoint, Templates, shuffled_tasks, split
 from fourfold_hpc_coder.instruct.verify import verify
 from fourfold_parallel.run.data import Batch
 from fourfold_parallel.run.models import Llama

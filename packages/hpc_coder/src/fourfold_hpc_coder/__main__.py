@@ -4,8 +4,6 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -13,55 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fourfold_hpc_coder import report, score, toolchain
-from fourfold_hpc_coder.commands import (
-    Finetune,
-    Generate,
-    MakeData,
-    chosen_models,
-    finetune,
-    generate,
-    make_data,
-)
 from fourfold_hpc_coder.judge import Settings
+from fourfold_hpc_coder.options import Finetune, Generate, MakeData, Score, Study, chosen_models
 from fourfold_hpc_coder.sandbox import find_sandbox
 from fourfold_parallel.run.progress import Progress as Work
-from fourfold_parallel.run.recipe import Scale
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """Compile, run and judge every output of a file, and explain each failure."""
-
-    outputs: tyro.conf.Positional[Path]
-    """Model outputs in ParEval's format."""
-    models: str = "serial,omp,mpi,mpi+omp,kokkos,cuda"
-    """Parallel models to score, separated by commas; the others of the file are left alone."""
-    out: Path = Path("scores")
-    """Folder for verdicts, results, metrics and report.html; a scoring that was killed goes on in it."""
-    k: tuple[int, ...] = (1,)
-    """k of build@k, pass@k, speedup_n@k."""
-    jobs: int = 2
-    """Answers built and checked at once; timing is always done alone."""
-    time_limit_s: float = 10.0
-    """Longest that one call may take."""
-    repetitions: int = 3
-    """Timed calls per launch, of which the shortest counts."""
-    no_cache: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Judge again what was judged before."""
-    unsafe_no_sandbox: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Run every program with your own rights where no sandbox works."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Study:
-    """Reproduce the paper's study at a scale: train, generate, score, judge the claims, draw the figures."""
-
-    scale: Scale = "smoke"
-    """smoke: under a minute. laptop: minutes on 2 cores. paper: print the launch lines."""
-    out: Path = Path("out")
-    """Folder for records, ledger and figures; each scale and package gets its own inside."""
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Keep what is finished and go on from checkpoints, instead of starting over."""
 
 
 def study(options: Study) -> None:
@@ -165,12 +118,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             case Study():
                 study(options)
             case MakeData():
+                from fourfold_hpc_coder.commands import make_data
+
                 with bar(target, "samples") as progress:
                     make_data(options, target, progress)
             case Finetune():
+                from fourfold_hpc_coder.commands import finetune
+
                 with bar(target, "steps") as progress:
                     finetune(options, target, progress)
             case Generate():
+                from fourfold_hpc_coder.commands import generate
+
                 with bar(target, "prompts") as progress:
                     generate(options, target, progress)
     except ValueError as error:

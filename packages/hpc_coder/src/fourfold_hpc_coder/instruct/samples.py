@@ -1,16 +1,17 @@
 """One instruction with its answer, and where it came from; as JSONL."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, get_args
 
 from fourfold_hpc_coder.evaluation import Model
 from fourfold_parallel.run.files import write_text
 
 Category = Literal["programming", "parallelization", "translation", "optimization"]
 """HPC-Instruct's four kinds of tasks; its published files do not say which is which."""
+ANY: tuple[Category, ...] = get_args(Category)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +66,3 @@ def read_samples(path: Path) -> tuple[Sample, ...]:
                 f"line {number} of {path} is no sample ({error}); remove it, or make the file again"
             ) from None
     return tuple(found)
-
-
-def of_models(samples: Sequence[Sample], models: Sequence[str]) -> tuple[Sample, ...]:
-    """The samples whose answers are in one of the models."""
-    return tuple(one for one in samples if one.model in cast("Sequence[str]", models))

@@ -12,8 +12,6 @@ from fourfold_hpc_coder.evaluation import Model
 from fourfold_hpc_coder.instruct.grammar import Shape, Task, all_tasks
 from fourfold_hpc_coder.instruct.samples import Category, Provenance, Sample
 
-ANY: tuple[Category, ...] = ("programming", "parallelization", "translation", "optimization")
-
 
 class Teacher(Protocol):
     """Gives unverified samples for tasks."""
