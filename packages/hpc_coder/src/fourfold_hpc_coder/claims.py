@@ -15,7 +15,7 @@ from fourfold_parallel.run.claims import (
 from fourfold_parallel.run.recipe import Scale
 
 _MINIATURE = (
-    "a Llama of 0.1 to 0.3 M parameters, 48 (smoke) or 224 (laptop) verified samples of a kernel grammar for "
+    "a Llama of 0.1 to 0.3 M parameters, 48 (smoke) or 192 (laptop) verified samples of a kernel grammar for "
     "OpenMP, held-out tasks of the same grammar, 3 seeds; at laptop scale all arms begin from weights "
     "pretrained on real OpenMP and CUDA sources. Only signs carry over, no numbers"
 )
@@ -202,7 +202,7 @@ CLAIMS = (
         statement="Leaving prompts out of the loss makes little difference",
         paper_value="little difference (the published 1.3 B is the unmasked one)",
         conditions=_MINIATURE
-        + ". The paper's bases are pretrained on trillions of tokens, ours on 0.15 M",
+        + ". The paper's bases are pretrained on trillions of tokens, ours on 0.2 M",
         rule_text="reproduced if the 95 % interval of the difference in pass@1 (Student, paired by seed) "
         "lies within 5 points, contradicted if it lies beyond them, otherwise inconclusive",
         rule=_little,

@@ -69,12 +69,12 @@ SIZES: dict[Scale, Size] = {
         width=64,
         small_width=32,
         depth=2,
-        vocabulary=640,
+        vocabulary=448,
         samples=48,
-        steps=30,
+        steps=40,
         pretraining_steps=0,
-        batch=4,
-        sequence=192,
+        batch=8,
+        sequence=128,
         asked=4,
         validated=24,
     ),
@@ -82,14 +82,14 @@ SIZES: dict[Scale, Size] = {
         width=96,
         small_width=32,
         depth=2,
-        vocabulary=768,
-        samples=224,
-        steps=240,
+        vocabulary=448,
+        samples=192,
+        steps=90,
         pretraining_steps=150,
-        batch=8,
-        sequence=192,
+        batch=12,
+        sequence=128,
         asked=24,
-        validated=48,
+        validated=36,
     ),
 }
 
@@ -169,7 +169,7 @@ def tuned(arm: Arm, seed: int, scale: Scale) -> Tuned:
             run, name="generic", data=generic, seed=0, horizon=Steps(count=size.steps // 2)
         )
         run = replace(run, model=Continued(run=first))
-    return Tuned(run=run, rows=rows, asked=size.asked, max_new_tokens=100)
+    return Tuned(run=run, rows=rows, asked=size.asked, max_new_tokens=64)
 
 
 def _parts(arm: Arm, samples: int) -> tuple[Instructions, ...]:

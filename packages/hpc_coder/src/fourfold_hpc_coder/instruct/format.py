@@ -82,7 +82,11 @@ class CodePairs:
             recipe = templates(self.samples, models=("serial", "omp"), verified=False)
             texts = [one.instruction + one.answer for one in make(recipe).samples]
             trained = Trained(models.BPE())
-            trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            # Merges may cross words and lines: what the grammar repeats becomes one token, so that a very
+            # small model sees whole samples in a few tokens.
+            trained.pre_tokenizer = pre_tokenizers.ByteLevel(
+                add_prefix_space=False, use_regex=False
+            )
             trained.decoder = decoders.ByteLevel()
             trainer = trainers.BpeTrainer(
                 vocab_size=self.vocabulary,
