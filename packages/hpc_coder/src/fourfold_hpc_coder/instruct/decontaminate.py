@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rapidfuzz import fuzz
+from rapidfuzz import fuzz, process
 
 RUN = 13
 """Words in a row that no two texts share by chance (Brown et al. 2020, appendix C)."""
@@ -34,13 +34,14 @@ class Screen:
             if run in self.runs:
                 return self.runs[run]
         comment = _comment(text)
-        for name, task in self.tasks.items():
-            if comment and fuzz.token_set_ratio(comment, task, score_cutoff=LIKENESS) >= LIKENESS:
-                shorter = min(len(comment.split()), len(task.split()))
-                # A sentence of three words is contained in everything.
-                if shorter >= RUN:
-                    return name
-        return ""
+        # A sentence of three words is contained in everything.
+        long = {name: task for name, task in self.tasks.items() if len(task.split()) >= RUN}
+        if len(comment.split()) < RUN:
+            return ""
+        found = process.extractOne(
+            comment, long, scorer=fuzz.token_set_ratio, score_cutoff=LIKENESS
+        )
+        return str(found[2]) if found else ""
 
     def report(self, texts: Sequence[str]) -> dict[str, int]:
         """Number of texts that hit each prompt."""
