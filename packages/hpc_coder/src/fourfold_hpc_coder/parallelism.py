@@ -26,7 +26,7 @@ class Proof:
     because: str
 
 
-_DIRECTIVES = r"parallel|task\b|taskloop|teams|target|sections|for\b|simd"
+_DIRECTIVES = r"parallel|task|taskloop|teams|target|sections|for"
 _MESSAGES = (
     r"\bMPI_(?:I?(?:[bsr]?send|recv|sendrecv|bcast|reduce\w*|allreduce|gatherv?|allgatherv?|scatterv?|"
     r"alltoall\w*|scan|exscan)|Put|Get|Accumulate)\w*\s*\("
@@ -49,7 +49,8 @@ def without_comments(text: str) -> str:
 
 def in_text(body: str, model: Model) -> Proof:
     """What the text shows: a directive, a message, a pattern, a thread's index, outside of comments."""
-    code = without_comments(body)
+    joined = re.sub(r"\\\n", " ", body)
+    code = without_comments(re.sub(r'_Pragma\s*\(\s*"([^"]*)"\s*\)', r"\n#pragma \1\n", joined))
     if re.search(r"^\s*#\s*if\s+0\b", code, re.MULTILINE):
         code = re.sub(
             r"^\s*#\s*if\s+0\b.*?^\s*#\s*endif\b", "", code, flags=re.DOTALL | re.MULTILINE
@@ -82,11 +83,10 @@ def _has(pattern: str, code: str, otherwise: str) -> Proof:
 
 
 def _has_openmp(code: str) -> Proof:
-    pattern = rf'(?:^\s*#\s*pragma\s+omp\s+|_Pragma\s*\(\s*""\s*).*?(?:{_DIRECTIVES})?'
-    for found in re.finditer(pattern, code, re.MULTILINE):
-        line = code[found.start() : code.find("\n", found.start())]
-        if "_Pragma" in line or re.search(rf"\bomp\b.*?\b(?:{_DIRECTIVES})", line):
-            return Proof(parallel=True, because=f"it has {' '.join(line.split())}")
+    pattern = rf"^\s*#\s*pragma\s+omp\b[^\n]*?\b(?:{_DIRECTIVES})"
+    found = re.search(pattern, code, re.MULTILINE)
+    if found:
+        return Proof(parallel=True, because=f"it has {' '.join(found.group().split())}")
     return Proof(parallel=False, because="it has no OpenMP directive that divides work")
 
 

@@ -184,6 +184,7 @@ class Bubblewrap:
         return words + (_as_stranger(stranger) if os.geteuid() == 0 else []) + _limited(job)
 
 
+# The shell stays, as the first process of its namespace: that one does not die of its own signals.
 _SET_UP = """set -e
 root=$1; size=$2; shift 2
 mount --make-rprivate /
@@ -206,7 +207,7 @@ mount -t tmpfs -o mode=1777,nosuid,nodev,size=$size tmp tmp
 umount -l /old; rmdir /old
 mount -o remount,bind,ro / 2>/dev/null || true
 cd /tmp
-exec "$@"
+"$@"
 """
 
 
