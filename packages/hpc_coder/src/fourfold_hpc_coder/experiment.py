@@ -20,6 +20,7 @@ from fourfold_hpc_coder.instruct.format import (
 from fourfold_hpc_coder.instruct.pipeline import held_out
 from fourfold_hpc_coder.instruct.verify import bench, verify
 from fourfold_hpc_coder.recipes import ARMS, SEEDS, TARGET, Tuned, tuned
+from fourfold_hpc_coder.references import judge_references, on_a_laptop
 from fourfold_parallel.run.experiments import Experiment, Stage, Workplace
 from fourfold_parallel.run.objective import token_nats
 from fourfold_parallel.run.recipe import Scale
@@ -104,8 +105,15 @@ def held_out_nats(model: PreTrainedModel, study: Tuned) -> tuple[float, int]:
 
 
 def _stages(scale: Scale) -> Sequence[Stage]:
-    """One stage per seed and arm."""
-    return [_stage(tuned(arm, seed, scale)) for seed in SEEDS for arm in ARMS.get(scale, ())]
+    """One stage per seed and arm; at laptop scale, first the scorer on its own references."""
+    arms = [_stage(tuned(arm, seed, scale)) for seed in SEEDS for arm in ARMS.get(scale, ())]
+    if scale != "laptop":
+        return arms
+    own = on_a_laptop()
+    scorer = Stage(
+        name="references", run=own, perform=lambda workplace: judge_references(own, workplace)
+    )
+    return [scorer, *arms]
 
 
 EXPERIMENT = Experiment(

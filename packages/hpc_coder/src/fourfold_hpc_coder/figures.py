@@ -7,11 +7,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fourfold_hpc_coder.claims import losses, pooled
+from fourfold_hpc_coder.evaluation import MODELS
 from fourfold_hpc_coder.recipes import ARMS, SEEDS, Arm
 from fourfold_parallel.run.claims import Records, over_seeds
 from fourfold_parallel.run.experiments import Drawing
-from fourfold_parallel.run.figures import BASELINE, CONTROL, METHOD, SHADES
+from fourfold_parallel.run.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES
 from fourfold_parallel.run.recipe import Scale
+from fourfold_parallel.run.records import Event
 
 _NAMES: dict[Arm, str] = {
     "full": "all verified data",
@@ -28,7 +30,7 @@ _NAMES: dict[Arm, str] = {
 def drawings(scale: Scale) -> Sequence[Drawing]:
     """The figures that a scale's records allow."""
     arms = ARMS.get(scale, ())
-    return [
+    drawn = [
         Drawing(
             name="held-out-loss",
             caption="Loss per token of right answers to held-out tasks, for each arm of the study, with 95 % "
@@ -53,6 +55,22 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
             draw=lambda records: data_amount(records, arms),
         ),
     ]
+    if scale == "laptop":
+        drawn += [
+            Drawing(
+                name="reference-speedup",
+                caption="Speed-up and efficiency of the 34 problems' own answers over the best sequential "
+                "program: each thin, their median thick; one machine of 2 cores, best of 3 calls.",
+                draw=reference_speedup,
+            ),
+            Drawing(
+                name="reference-pass",
+                caption="pass@1 of the problems' own right answers by problem type and parallel model, with the "
+                "number of problems: anything below 1 would be an error of the scorer.",
+                draw=reference_pass,
+            ),
+        ]
+    return drawn
 
 
 def _color(arm: Arm) -> str:
@@ -157,3 +175,66 @@ def _samples(records: Records, arm: Arm) -> int:
     run = records[f"{arm}-seed0"].run
     parts = run.rows.parts  # pyright: ignore[reportAttributeAccessIssue]
     return sum(part.samples for part in parts)
+
+
+def _references(records: Records) -> list[Event]:
+    return [*records["references"].of("reference")]
+
+
+def reference_speedup(records: Records) -> Figure:
+    """Two panels: speed-up and efficiency over processors, a thin line per problem, the median thick."""
+    figure = Figure(figsize=(6.4, 3.2))
+    left, right = figure.subplots(1, 2)
+    most = 1
+    for model, color in (("omp", METHOD), ("mpi", CONTROL)):
+        curves = []
+        for event in _references(records):
+            if event.values["model"] == model and event.values["verdict"] == "correct":
+                processors = np.asarray(event.values["processors"], dtype=float)
+                runtimes_s = np.asarray(event.values["runtimes_s"], dtype=float)
+                speedup = event.number("best_sequential_s") / runtimes_s
+                curves.append(speedup)
+                left.plot(processors, speedup, color=color, alpha=0.18, linewidth=0.8)
+                right.plot(processors, speedup / processors, color=color, alpha=0.18, linewidth=0.8)
+                most = max(most, int(processors.max()))
+        if curves:
+            middle = np.median(curves, axis=0)
+            left.plot(processors, middle, "o-", color=color, label=model)
+            right.plot(processors, middle / processors, "o-", color=color, label=model)
+    left.plot([1, most], [1, most], "--", color=IDEAL, linewidth=1.2, label="ideal")
+    right.plot([1, most], [1, 1], "--", color=IDEAL, linewidth=1.2)
+    for axes, name in ((left, "speed-up"), (right, "efficiency")):
+        axes.set_xticks(range(1, most + 1))
+        axes.set_xlabel("processors")
+        axes.set_ylabel(name)
+        axes.set_ylim(0, 1.3 * (most if axes is left else 1))
+    left.set_title("HPC-Coder: the references' own speed")
+    left.legend()
+    return figure
+
+
+def reference_pass(records: Records) -> Figure:
+    """A cell per problem type and model: share of right answers and the number of problems."""
+    events = _references(records)
+    types = sorted({str(event.values["problem_type"]) for event in events})
+    models = [m for m in MODELS if any(event.values["model"] == m for event in events)]
+    shares = np.full((len(models), len(types)), np.nan)
+    figure = Figure(figsize=(6.4, 1.2 + 0.42 * len(models)))
+    axes = figure.subplots()
+    for row, model in enumerate(models):
+        for column, kind in enumerate(types):
+            verdicts = [
+                event.values["verdict"]
+                for event in events
+                if (event.values["model"], event.values["problem_type"]) == (model, kind)
+            ]
+            if verdicts:
+                shares[row, column] = verdicts.count("correct") / len(verdicts)
+                text = f"{shares[row, column]:.2g}\n({len(verdicts)})"
+                axes.text(column, row, text, ha="center", va="center", fontsize=8)
+    axes.imshow(shares, cmap="Oranges", vmin=0, vmax=2, aspect="auto")
+    axes.grid(visible=False)
+    axes.set_xticks(range(len(types)), types, rotation=35, ha="right")
+    axes.set_yticks(range(len(models)), models)
+    axes.set_title("HPC-Coder: pass@1 of the references (problems)")
+    return figure
