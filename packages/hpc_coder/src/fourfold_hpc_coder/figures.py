@@ -65,8 +65,8 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
             ),
             Drawing(
                 name="reference-pass",
-                caption="pass@1 of the problems' own right answers by problem type and parallel model, with the "
-                "number of problems: anything below 1 would be an error of the scorer.",
+                caption="pass@1 of the problems' own right answers by problem type and parallel model, with "
+                "the number of problems: anything below 1 would be an error of the scorer.",
                 draw=reference_pass,
             ),
         ]
