@@ -405,6 +405,10 @@ def started(sandbox: Sandbox, job: Job) -> Iterator[Process]:
         if not process.done:
             process.kill("nothing")
         handle.wait()
+        for stream in (handle.stdout, handle.stderr):
+            if stream is not None:
+                stream.close()
+        process.selector.close()
 
 
 def run(sandbox: Sandbox, job: Job) -> Outcome:
