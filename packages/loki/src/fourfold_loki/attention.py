@@ -20,9 +20,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from einops import rearrange
+import torch.nn.functional as F
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from fourfold_loki.kernels.order import boundary
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,9 +97,8 @@ def shared_in_groups(
     Without it each query head selects its own keys, and a group of G heads reads up to G times the budget
     from the cache that it shares.
     """
-    weights = scores.masked_fill(~visible, -torch.inf).log_softmax(-1)
-    # A head that keeps nothing by itself has no weights; its row of NaN becomes "no opinion".
-    weights = weights.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    # The least finite number rather than -inf: a row that sees nothing must not become NaN.
+    weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).log_softmax(-1)
     return rearrange(weights, "b (h g) q t -> b h g q t", h=kv_heads).logsumexp(2)
 
 
@@ -110,20 +112,13 @@ def most_relevant(
     A score of -inf says "never", so fewer may be kept.
     """
     scores = scores.masked_fill(~visible, -torch.inf)
-    tokens = scores.shape[-1]
-    counts = counts.expand(scores.shape[:-1]).clamp(1, tokens)
-    largest = tokens if torch.compiler.is_compiling() else int(counts.max())
-    if largest == tokens:
-        ordered = scores.sort(-1, descending=True).values
-    else:
-        ordered = scores.topk(largest, dim=-1).values
-    last = ordered.gather(-1, (counts - 1)[..., None])
-    keep = scores >= last
-    if torch.compiler.is_compiling() or bool((keep.sum(-1) > counts).any()):
+    last, next_after = boundary(scores, counts.expand(scores.shape[:-1]))
+    keep = (scores >= last) & (scores > -torch.inf)
+    if torch.compiler.is_compiling() or bool((last == next_after).any()):
         above, level = scores > last, scores == last
         spare = counts[..., None] - above.sum(-1, keepdim=True)
-        keep = above | (level & (level.cumsum(-1) <= spare))
-    return keep & (scores > -torch.inf)
+        keep &= above | (level & (level.cumsum(-1) <= spare))
+    return keep
 
 
 def attend(
@@ -139,15 +134,13 @@ def attend(
     `keep` has one row a query head, a key/value head (shared in the group), or all heads.
     """
     kv_heads, heads = keys.shape[1], queries.shape[1]
-    scores = scores_of(queries, keys, scaling=scaling)
-    if keep.shape[1] not in (1, heads):
-        keep = keep.repeat_interleave(heads // kv_heads, dim=1)
-    scores = scores.masked_fill(~keep, -torch.inf)
-    # The second mask turns the NaN of a row without keys into zeros, and no other NaN.
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    weights = scores.softmax(-1, dtype=wide).masked_fill(~keep, 0.0).to(values.dtype)
-    packed = rearrange(weights, "b (h g) q t -> b h (g q) t", h=kv_heads)
-    return rearrange(packed @ values, "b h (g q) d -> b (h g) q d", q=queries.shape[2])
+    packed = rearrange(queries, "b (h g) q d -> b h (g q) d", h=kv_heads)
+    if keep.shape[1] == heads:
+        mask = rearrange(keep, "b (h g) q t -> b h (g q) t", h=kv_heads)
+    else:
+        mask = repeat(keep, "b h q t -> b h (g q) t", g=heads // kv_heads)
+    output = F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)
+    return rearrange(output, "b h (g q) d -> b (h g) q d", q=queries.shape[2])
 
 
 def loki_attention(

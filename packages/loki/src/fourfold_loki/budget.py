@@ -112,19 +112,36 @@ class Budget:
         position = visible.cumsum(-1)
         seen = position[..., -1:]
         forced = visible & ((position <= self.sinks) | (position > seen - self.window))
-        scores = scores.masked_fill(~visible, -torch.inf)
         allowed = visible
         if self.page > 1:
-            scores, allowed, forced = (self._paged(part) for part in (scores, visible, forced))
+            scores = self._paged(scores.masked_fill(~visible, -torch.inf))
+            allowed, forced = self._paged(visible), self._paged(forced)
         if self.selection == "shared in groups" and scores.shape[1] != kv_heads:
             scores = shared_in_groups(scores, allowed, kv_heads=kv_heads)
         counts = self._counts(scores, seen[..., 0], layer)
-        keep = most_relevant(scores.masked_fill(forced, torch.inf), allowed, counts)
+        if self.sinks or self.window:
+            scores = scores.masked_fill(forced, torch.inf)
+        keep = most_relevant(scores, allowed, counts)
         if self.page > 1:
             keep = keep.repeat_interleave(self.page, dim=-1)[..., : visible.shape[-1]] & visible
         if self.dense_below:
             keep = keep | (visible & (seen < self.dense_below))
         return keep
+
+    def allowance(
+        self, visible: Bool[Tensor, " batch #heads query token"]
+    ) -> Int[Tensor, " batch #heads query"]:
+        """Keys that each query may keep, for selectors that decide by it; all where ranking decides."""
+        seen = visible.sum(-1)
+        match self.amount:
+            case Share(of_visible=share):
+                return (seen * share).long().clamp(min=1)
+            case Count(keys=keys):
+                return torch.full_like(seen, keys)
+            case Mass():
+                return seen
+            case _:
+                assert_never(self.amount)
 
     def units(self, seen: int) -> int:
         """Keys, or pages of them, that a query which sees `seen` keys reads; at least one.
@@ -150,7 +167,7 @@ class Budget:
     ) -> Int[Tensor, " batch #ranked query"]:
         match self.amount:
             case Share(of_visible=share):
-                return (seen * share).long() // self.page
+                return (seen * share).long().clamp(min=1) // self.page
             case Count(keys=keys):
                 return torch.full_like(seen, keys) // self.page
             case Mass(claimed=claimed, floor=floor):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from fourfold_loki.attention import attend, scores_of
 from fourfold_loki.basis import Basis
-from fourfold_loki.budget import Budget, Count
+from fourfold_loki.budget import Budget
 from fourfold_loki.cache import LokiCache, LokiLayer
 from fourfold_loki.kernels.dispatch import can_decode, decode
 from fourfold_loki.plan import Observe, Plan, Seen, Sparse
@@ -34,6 +34,8 @@ from fourfold_loki.traffic import Reads
 NAME = "loki"
 UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
 """Arguments of other attention functions that would be ignored here, so they are refused."""
+BLOCK = 1 << 20
+"""Scores that are ranked at a time: 4 MB of float32."""
 
 
 @dataclass(slots=True, eq=False)
@@ -247,49 +249,31 @@ def loki_forward(
         return output.transpose(1, 2).contiguous(), None
     visible = visible_keys(module, query, key, attention_mask)
     key, value = key[:, :, : visible.shape[-1]], value[:, :, : visible.shape[-1]]
-    keep = _selected(session, plan, site, query, key, visible, scaling, turned is not None)
-    output = attend(query, key, value, keep, scaling=scaling)
-    return output.transpose(1, 2).contiguous(), None
-
-
-def _selected(
-    session: Session,
-    plan: Sparse,
-    site: Site,
-    query: Tensor,
-    key: Tensor,
-    visible: Bool[Tensor, " batch #heads query token"],
-    scaling: float,
-    is_turned: bool,
-) -> Bool[Tensor, "batch ranked query token"]:
-    plan.budget.check_fits(_context(session.model))
-    among = Candidates(
-        queries=query,
-        keys=key,
-        visible=visible,
-        scaling=scaling,
-        layer=site.layer,
-        turned=is_turned,
-        past_mass=_past_mass(session, plan, site.layer, query, key),
-        allowance=_allowance(plan.budget, visible),
-    )
-    scores = plan.selector.scores(among)
-    keep = plan.budget.keep(scores, visible, kv_heads=key.shape[1], layer=site.layer)
+    mass = _past_mass(session, plan, site.layer, query, key)
+    outputs = []
+    # Blocks of queries whose scores fit a processor's cache; a prompt's whole square would not fit memory.
+    rows = max(1, BLOCK // (query.shape[0] * query.shape[1] * key.shape[2]))
+    for first in range(0, query.shape[2], rows):
+        among = Candidates(
+            queries=query[:, :, first : first + rows],
+            keys=key,
+            visible=visible[:, :, first : first + rows],
+            scaling=scaling,
+            layer=site.layer,
+            turned=turned is not None,
+            past_mass=mass,
+            allowance=plan.budget.allowance(visible[:, :, first : first + rows]),
+        )
+        keep = plan.budget.keep(
+            plan.selector.scores(among), among.visible, kv_heads=key.shape[1], layer=site.layer
+        )
+        mass = plan.selector.account(among)
+        if not torch.compiler.is_compiling():
+            session.reads.add_masks(keep, among.visible)
+        outputs.append(attend(among.queries, key, value, keep, scaling=scaling))
     if plan.selector.keeps_count:
-        session.mass[site.layer] = plan.selector.account(among)
-    if not torch.compiler.is_compiling():
-        session.reads.add_masks(keep, visible)
-    return keep
-
-
-def _allowance(
-    budget: Budget, visible: Bool[Tensor, " batch #heads query token"]
-) -> Int[Tensor, " batch #heads query"]:
-    seen = visible.sum(-1)
-    if isinstance(budget.amount, Count):
-        return torch.full_like(seen, budget.amount.keys)
-    share = getattr(budget.amount, "of_visible", 1.0)
-    return (seen * share).long().clamp(min=1)
+        session.mass[site.layer] = mass
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _past_mass(

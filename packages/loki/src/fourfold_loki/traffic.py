@@ -43,8 +43,8 @@ class Reads:
         per_head = keep
         if ranked > self.kv_heads:
             per_head = keep.unflatten(1, (self.kv_heads, -1)).any(2)
-        self.kept += float(per_head.sum()) * self.kv_heads / per_head.shape[1]
-        self.seen += float(visible.sum()) * self.kv_heads / visible.shape[1]
+        self.kept += float(per_head.count_nonzero()) * self.kv_heads / per_head.shape[1]
+        self.seen += float(visible.count_nonzero()) * self.kv_heads / visible.shape[1]
         self.queries += keep.shape[0] * keep.shape[2]
 
     def add(self, *, kept: int, seen: int, rows: int) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fourfold_loki.selectors.base import Candidates, Selector
@@ -30,18 +30,31 @@ class H2O(Selector):
 
     def _followed(self, among: Candidates) -> tuple[Tensor, Tensor]:
         weights = among.scores().masked_fill(~among.visible, -torch.inf).softmax(-1).float()
-        visible = among.visible.expand(weights.shape)
-        mass = among.past_mass.float()
-        position = visible.cumsum(-1)
-        heavy = (among.allowance.expand(weights.shape[:-1]) // 2).clamp(min=1)
-        recent = visible & (position > position[..., -1:] - heavy[..., None] - 1)
-        kept = torch.empty_like(visible)
-        for query in range(weights.shape[2]):
-            kept[:, :, query], mass = _evict(
-                mass, weights[:, :, query], visible[:, :, query], heavy[:, :, query]
+        batch, heads, queries, tokens = weights.shape
+        position = among.visible.cumsum(-1)
+        seen = position[..., -1]
+        heavy = (among.allowance // 2).clamp(min=1).expand(seen.shape)
+        if bool((seen != seen[:1, :1]).any()):
+            raise ValueError(
+                "H2O evicts at the same time in all sequences of a batch; use sequences of one length"
             )
+        recent = among.visible & (position > (seen - heavy - 1)[..., None])
+        kept = torch.zeros_like(weights, dtype=torch.bool)
+        mass = among.past_mass.float()
+        before = int(seen[0, 0, 0]) - 1
+        survivors = int((mass[0, 0, :before] > -torch.inf).sum())
+        # Survivors as lists: their places in the cache, and their mass.
+        places = mass[..., :before].topk(survivors, dim=-1).indices
+        held = mass.gather(-1, places)
+        for query in range(queries):
+            newest, room = before + query, int(heavy[0, 0, query])
+            places, held = _evict(places, held, newest=newest, room=room)
+            held = held + weights[:, :, query].gather(-1, places)
+            kept[:, :, query].scatter_(-1, places, True)
         scores = torch.where(kept | recent, 1.0, -torch.inf).to(among.queries.dtype)
-        return scores, mass
+        gone = torch.full((batch, heads, tokens), -torch.inf, device=mass.device)
+        gone[..., before + queries :] = 0.0
+        return scores, gone.scatter(-1, places, held)
 
     def cost(self, *, head_width: int, group: int) -> float:
         """Nothing: the account is a number a key."""
@@ -50,20 +63,19 @@ class H2O(Selector):
 
 
 def _evict(
-    mass: Float[Tensor, "batch heads token"], weights: Tensor, visible: Tensor, heavy: Tensor
+    places: Int[Tensor, "batch heads survivor"],
+    held: Float[Tensor, "batch heads survivor"],
+    *,
+    newest: int,
+    room: int,
 ) -> tuple[Tensor, Tensor]:
-    """Keys kept for one query, and the account after it."""
-    tokens = mass.shape[-1]
-    index = torch.arange(tokens, device=mass.device)
-    newest = torch.where(visible, index, -1).amax(-1, keepdim=True)
-    within = visible.sum(-1, keepdim=True) <= heavy[..., None]
-    before = mass.masked_fill(~visible | (index == newest), -torch.inf)
-    spare = (heavy - 1).clamp(min=0)
-    largest = int(spare.max())
-    best = before.topk(min(max(largest, 1), tokens), dim=-1)
-    rank_kept = torch.arange(best.indices.shape[-1], device=mass.device) < spare[..., None]
-    kept = torch.zeros_like(visible).scatter(-1, best.indices, rank_kept)
-    kept = (kept & (before > -torch.inf)) | (index == newest)
-    kept = torch.where(within, visible, kept)
-    survivors = kept | ~visible
-    return kept, (mass + weights).masked_fill(~survivors, -torch.inf)
+    """Let the newest key in, and the lightest out, so that at most `room` remain."""
+    entering = places.new_full((*places.shape[:-1], 1), newest)
+    nothing = held.new_zeros((*places.shape[:-1], 1))
+    if places.shape[-1] == room:
+        lightest = held.argmin(-1, keepdim=True)
+        return places.scatter(-1, lightest, entering), held.scatter(-1, lightest, nothing)
+    if places.shape[-1] > room:
+        held, chosen = held.topk(room - 1, dim=-1)
+        places = places.gather(-1, chosen)
+    return torch.cat([places, entering], -1), torch.cat([held, nothing], -1)
