@@ -1,4 +1,4 @@
-"""What sparse attention costs: perplexity by two protocols, each arm against full attention on the same tokens.
+"""What sparse attention costs: perplexity by two protocols, each arm beside full attention on the same text.
 
 `decode`: a dense prompt, then every scored token is predicted by a query that reads sparsely, as when
 generating with the text as given (one block of queries; causal, so it equals one at a time).

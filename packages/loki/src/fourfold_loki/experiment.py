@@ -1,7 +1,7 @@
 """The reproduction of Singhania et al. 2024: calibrate, rank, score, diagnose; claims and figures."""
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import assert_never
 
 import torch
@@ -27,7 +27,7 @@ from fourfold_loki.recipes import (
 )
 from fourfold_loki.selectors import DoubleSparsity, Loki, Selector
 from fourfold_loki.statistics import Statistics
-from fourfold_parallel.run.corpora import Corpus
+from fourfold_parallel.run.corpora import Corpus, Documents
 from fourfold_parallel.run.experiments import Drawing, Experiment, Stage, Workplace
 from fourfold_parallel.run.files import cache_folder
 from fourfold_parallel.run.models import Model, SmolLM2
@@ -42,10 +42,16 @@ def built(model: Model) -> PreTrainedModel:
     return model.build(seed=0).eval()
 
 
+@lru_cache(maxsize=2)
+def documents_of(corpus: Corpus) -> Documents:
+    """A corpus, read once: stripping the markup takes seconds."""
+    return corpus.load()
+
+
 def texts_of(corpus: Corpus, skip_characters: int) -> tuple[str, ...]:
     """Documents after the first `skip_characters`, whole ones."""
     kept, passed = [], 0
-    for text in corpus.load().texts:
+    for text in documents_of(corpus).texts:
         if passed >= skip_characters:
             kept.append(text)
         passed += len(text)
@@ -68,7 +74,7 @@ def statistics_of(
         measured = calibrate(
             model,
             tokenizer_of(recipe.model),
-            recipe.corpus.load().texts,
+            documents_of(recipe.corpus).texts,
             tokens=recipe.tokens,
             context=recipe.context,
             progress=progress,
@@ -106,7 +112,7 @@ def measure_ranks(run: Ranks, workplace: Workplace) -> None:
     """Events "rank" by corpus, layer, head and stage; "transfer" by pair of corpora and width."""
     model = built(run.calibrations[0].model)
     held = {
-        fitted.corpus.load().material.name: statistics_of(fitted, model, workplace.progress)
+        documents_of(fitted.corpus).material.name: statistics_of(fitted, model, workplace.progress)
         for fitted in run.calibrations
     }
     with _record(run, run.calibrations[0].model, workplace, _corpora(run.calibrations)) as records:
@@ -143,16 +149,16 @@ def _write_score_errors(run: Ranks, held: dict[str, Statistics], records: Record
     for corpus, statistics in held.items():
         queries = statistics.queries.covariance(centred=False)
         keys = statistics.keys.covariance(centred=True)
-        whole = torch.einsum("lhij,lhij->lh", queries, keys)
+        whole = (queries * keys).sum((-2, -1))
         for kind in ("pca", "pca_uncentred", "balanced"):
             basis = fit(statistics, kind)
             for width in run.widths:
-                # What the kept coordinates leave of a score: q (I - A B^T) k^T.
-                seen = (
-                    basis.query_maps[..., :width].double() @ basis.key_maps[..., :width].double().mT
+                seen = basis.query_maps[..., :width].double() @ (
+                    basis.key_maps[..., :width].double().mT
                 )
+                # What the leading coordinates leave of a score: q (I - A B^T) k^T.
                 rest = torch.eye(seen.shape[-1], dtype=seen.dtype) - seen
-                lost = torch.einsum("lhij,lhjk,lhkm,lhim->lh", queries, rest, keys, rest)
+                lost = (queries * (rest @ keys @ rest.mT)).sum((-2, -1))
                 records.write(
                     "score_error",
                     corpus=corpus,
@@ -240,7 +246,7 @@ def _record(
 ) -> RecordWriter:
     """A fresh record with its first line. Nothing here draws random numbers but the arm that says so."""
     workplace.record.unlink(missing_ok=True)
-    materials: list[Material] = [*model.materials(), *(one.load().material for one in corpora)]
+    materials: list[Material] = [*model.materials(), *(documents_of(one).material for one in corpora)]
     records = RecordWriter(workplace.record)
     records.write_header(header(run, seed=0, world_size=1, materials=materials, overrides=()))
     return records
