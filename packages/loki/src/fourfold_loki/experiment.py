@@ -246,7 +246,10 @@ def _record(
 ) -> RecordWriter:
     """A fresh record with its first line. Nothing here draws random numbers but the arm that says so."""
     workplace.record.unlink(missing_ok=True)
-    materials: list[Material] = [*model.materials(), *(documents_of(one).material for one in corpora)]
+    materials: list[Material] = [
+        *model.materials(),
+        *(documents_of(one).material for one in corpora),
+    ]
     records = RecordWriter(workplace.record)
     records.write_header(header(run, seed=0, world_size=1, materials=materials, overrides=()))
     return records

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fourfold_loki.kernels.order import rank_in_groups
+
 
 def decode(
     queries: Float[Tensor, "batch heads 1 head_width"],
@@ -45,8 +47,7 @@ def decode(
     scores = packed[..., :width] @ leading.reshape(stacks, width, room)[..., : whole * page]
     if whole * page != length:
         scores[..., length:] = -torch.inf
-    best = scores.view(stacks, group, whole, page).amax(-1).float()
-    ranked = best.log_softmax(-1).logsumexp(1) if group > 1 else best[:, 0]
+    ranked = rank_in_groups(scores.view(stacks, group, whole, page).amax(-1).float())
     if sinks:
         ranked[:, : -(-sinks // page)] = torch.inf
     if window:

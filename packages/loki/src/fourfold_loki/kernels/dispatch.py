@@ -37,7 +37,12 @@ def decode(
     pages = budget.units(length)
     if length < budget.dense_below or pages * budget.page >= length:
         return cpu.dense(queries, layer.keys, layer.values, length=length, scaling=scaling), length
-    output = cpu.decode(
+    if queries.device.type == "cuda":
+        # Triton is an extra, and its import needs a GPU's driver or the interpreter.
+        from fourfold_loki.kernels.triton import decode as decode_pages
+    else:
+        from fourfold_loki.kernels.cpu import decode as decode_pages
+    output = decode_pages(
         queries,
         layer.keys,
         layer.values,

@@ -1,4 +1,4 @@
-"""The k-th largest of many rows, as fast as the device allows."""
+"""Ranking: the k-th largest of many rows, as fast as the device allows, and one ranking for a group."""
 
 import numpy as np
 import torch
@@ -30,3 +30,10 @@ def boundary(
     last = ascending.gather(-1, (tokens - counts)[..., None])
     after = ascending.gather(-1, (tokens - counts - 1).clamp(min=0)[..., None])
     return last, after.masked_fill((counts == tokens)[..., None], -torch.inf)
+
+
+def rank_in_groups(best: Float[Tensor, "stack group unit"]) -> Float[Tensor, "stack unit"]:
+    """Mean over a group of its heads' weights, as a log; a group of one ranks by its scores."""
+    if best.shape[1] == 1:
+        return best[:, 0]
+    return best.log_softmax(-1).logsumexp(1)
