@@ -1,5 +1,6 @@
 """Small rotary models with peaked attention, shapes checked, and where the golden values are."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,16 @@ def small_llama(*, heads: int = 6, kv_heads: int = 2, layers: int = 2) -> PreTra
 
 
 @pytest.fixture(scope="session")
+def make_llama() -> Callable[..., PreTrainedModel]:
+    return small_llama
+
+
+@pytest.fixture(scope="session")
+def tokens() -> Callable[..., torch.Tensor]:
+    return random_tokens
+
+
+@pytest.fixture(scope="session")
 def llama() -> PreTrainedModel:
     return small_llama()
 
@@ -56,6 +67,6 @@ def statistics(llama: PreTrainedModel) -> Statistics:
     return calibrate_tokens(llama, torch.randint(2, 97, (8, 128), generator=generator))
 
 
-def tokens(batch: int, length: int, seed: int = 2) -> torch.Tensor:
+def random_tokens(batch: int, length: int, seed: int = 2) -> torch.Tensor:
     """Random ids."""
     return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(seed))

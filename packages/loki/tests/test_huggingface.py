@@ -1,13 +1,13 @@
 """Loki inside transformers: `generate` in its many ways, and everything that must be refused."""
 
 import re
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from conftest import small_llama, tokens
 from transformers import (
     AttentionInterface,
     DynamicCache,
@@ -34,6 +34,8 @@ from fourfold_loki import (
 )
 from fourfold_loki.calibrate import calibrate_tokens
 from fourfold_loki.selectors import H2O, Exact, Quest, Random, SparQ, Streaming
+
+Tokens = Callable[..., torch.Tensor]
 
 EVERYTHING = Budget(amount=Share(of_visible=1.0))
 QUARTER = Budget(amount=Share(of_visible=0.25))
@@ -66,7 +68,7 @@ def generated(model: PreTrainedModel, ids: torch.Tensor, **ways: Any) -> list[li
 @pytest.mark.parametrize("way", GENERATIONS, ids=str)
 @pytest.mark.parametrize("kind", ["their cache", "our cache"])
 def test_reading_everything_generates_what_full_attention_generates(
-    llama: PreTrainedModel, basis: Basis, way: str, kind: str
+    llama: PreTrainedModel, basis: Basis, tokens: Tokens, way: str, kind: str
 ) -> None:
     """Token for token, at any width, for one sequence and for two."""
     for batch in (1, 2):
@@ -79,7 +81,7 @@ def test_reading_everything_generates_what_full_attention_generates(
             assert generated(llama, ids, **GENERATIONS[way], **cache) == full
 
 
-def test_left_padding_changes_nothing(llama: PreTrainedModel, basis: Basis) -> None:
+def test_left_padding_changes_nothing(llama: PreTrainedModel, basis: Basis, tokens: Tokens) -> None:
     """A padded batch generates what each of its rows generates alone; padding takes no budget."""
     long, short = tokens(1, 40, seed=3), tokens(1, 25, seed=4)
     padded = torch.cat([torch.zeros(1, 15, dtype=torch.long), short], dim=1)
@@ -94,7 +96,9 @@ def test_left_padding_changes_nothing(llama: PreTrainedModel, basis: Basis) -> N
     assert [row[40:] for row in together] == alone
 
 
-def test_our_cache_and_theirs_select_alike(llama: PreTrainedModel, basis: Basis) -> None:
+def test_our_cache_and_theirs_select_alike(
+    llama: PreTrainedModel, basis: Basis, tokens: Tokens
+) -> None:
     """Turned keys, the transposed copy and the kernel change no logit."""
     ids = tokens(2, 70)
     for budget in (QUARTER, replace(QUARTER, page=16, sinks=1, window=2), EVERYTHING):
@@ -110,7 +114,7 @@ def test_our_cache_and_theirs_select_alike(llama: PreTrainedModel, basis: Basis)
         torch.testing.assert_close(*logits, atol=FLOAT32, rtol=0)
 
 
-def test_a_static_cache_selects_alike(llama: PreTrainedModel, basis: Basis) -> None:
+def test_a_static_cache_selects_alike(llama: PreTrainedModel, basis: Basis, tokens: Tokens) -> None:
     """Unfilled places of a static cache are neither selected nor counted."""
     ids = tokens(1, 48)
     results = []
@@ -130,7 +134,9 @@ def test_a_static_cache_selects_alike(llama: PreTrainedModel, basis: Basis) -> N
     torch.testing.assert_close(*results, atol=FLOAT32, rtol=0)
 
 
-def test_decoding_token_by_token_is_the_masked_block(llama: PreTrainedModel, basis: Basis) -> None:
+def test_decoding_token_by_token_is_the_masked_block(
+    llama: PreTrainedModel, basis: Basis, tokens: Tokens
+) -> None:
     """What the evaluation scores as one block is what generation would see."""
     ids = tokens(1, 60)
     with loki(llama, basis, QUARTER, width=4) as session, torch.no_grad():
@@ -153,7 +159,7 @@ def test_decoding_token_by_token_is_the_masked_block(llama: PreTrainedModel, bas
     ids=lambda one: type(one).__name__,
 )
 def test_every_selector_generates_and_stays_within_the_budget(
-    llama: PreTrainedModel, selector: Any
+    llama: PreTrainedModel, tokens: Tokens, selector: Any
 ) -> None:
     ids = tokens(1, 64)
     full = generated(llama, ids)
@@ -173,7 +179,7 @@ def test_every_selector_generates_and_stays_within_the_budget(
         assert 0 < session.reads.share <= share
 
 
-def test_h2o_follows_a_sequence_token_by_token(llama: PreTrainedModel) -> None:
+def test_h2o_follows_a_sequence_token_by_token(llama: PreTrainedModel, tokens: Tokens) -> None:
     """Its account after a dense prompt and single steps is that of one masked block."""
     ids = tokens(1, 40)
     plan = Sparse(selector=H2O(), budget=Budget(amount=Count(keys=12), selection="per head"))
@@ -190,7 +196,7 @@ def test_h2o_follows_a_sequence_token_by_token(llama: PreTrainedModel) -> None:
     torch.testing.assert_close(torch.cat(steps, 1), block, atol=FLOAT32, rtol=0)
 
 
-def test_sliding_layers_stay_as_they_are() -> None:
+def test_sliding_layers_stay_as_they_are(tokens: Tokens) -> None:
     """Only layers with full attention select; where all slide, a budget of one key changes nothing."""
     torch.manual_seed(0)
     config = MistralConfig(
@@ -217,7 +223,9 @@ def test_sliding_layers_stay_as_they_are() -> None:
         assert generated(model, ids) == full
 
 
-def test_a_session_leaves_the_model_as_it_was(llama: PreTrainedModel, basis: Basis) -> None:
+def test_a_session_leaves_the_model_as_it_was(
+    llama: PreTrainedModel, basis: Basis, tokens: Tokens
+) -> None:
     ids = tokens(1, 30)
     before = llama(ids).logits
     attributes = [dict(module.__dict__) for module in llama.modules()]
@@ -245,16 +253,19 @@ def refused(*words: str):  # type: ignore[no-untyped-def]
 
 
 def test_what_would_go_wrong_silently_is_refused(
-    llama: PreTrainedModel, basis: Basis, tmp_path: Any
+    llama: PreTrainedModel,
+    basis: Basis,
+    make_llama: Callable[..., PreTrainedModel],
+    tokens: Tokens,
 ) -> None:
     ids = tokens(1, 20)
-    other = small_llama(heads=4)
+    other = make_llama(heads=4)
     with refused("model", "calibrate this model"), loki(other, basis, QUARTER):
         pass
-    deeper = small_llama(layers=3)
+    deeper = make_llama(layers=3)
     with refused("2 layers", "3 layers"), loki(deeper, basis, QUARTER):
         pass
-    retrained = small_llama()
+    retrained = make_llama()
     with torch.no_grad():
         retrained.model.norm.weight.mul_(2)
     with refused("basis of model", "calibrate this model"), loki(retrained, basis, QUARTER):
@@ -280,7 +291,7 @@ def test_what_would_go_wrong_silently_is_refused(
             llama(ids)
         llama.set_attn_implementation("loki")
         with refused("elsewhere"):
-            small_llama()(ids, past_key_values=cache)
+            make_llama()(ids, past_key_values=cache)
     with refused("elsewhere"):
         llama(ids, past_key_values=cache)
     with loki(llama, basis, QUARTER), refused("another session"):
@@ -293,7 +304,7 @@ def test_what_would_go_wrong_silently_is_refused(
         llama(ids[:, :1], attention_mask=torch.full((1, 1, 1, 1), -1.0))
 
 
-def test_a_text_that_is_too_short_is_refused(llama: PreTrainedModel) -> None:
+def test_a_text_that_is_too_short_is_refused(llama: PreTrainedModel, tokens: Tokens) -> None:
     class Letters:
         def encode(self, text: str, **_: Any) -> list[int]:
             return [2] * len(text)

@@ -14,7 +14,7 @@ from fourfold_loki.kernels import cpu
 FLOAT32 = 2e-5
 SHAPES = [
     # batch, heads, kv_heads, head width, width, tokens, keys, page
-    (1, 1, 1, 64, 8, 17, 5, 1),
+    (1, 1, 1, 64, 8, 17, 7, 1),
     (2, 6, 2, 64, 16, 255, 64, 16),
     (1, 9, 3, 64, 16, 1000, 256, 16),
     (1, 8, 2, 128, 32, 130, 32, 32),

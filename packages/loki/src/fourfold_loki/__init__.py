@@ -5,6 +5,7 @@ from fourfold_loki.basis import Basis, fit, read_published
 from fourfold_loki.budget import Budget, Count, Mass, Share
 from fourfold_loki.cache import LokiCache
 from fourfold_loki.calibrate import calibrate
+from fourfold_loki.evaluate import cost
 from fourfold_loki.huggingface import Session, attending, loki
 from fourfold_loki.plan import Sparse
 from fourfold_loki.selectors import Selector
@@ -24,6 +25,7 @@ __all__ = [
     "Statistics",
     "attending",
     "calibrate",
+    "cost",
     "fit",
     "loki",
     "loki_attention",

@@ -87,6 +87,11 @@ class Budget:
                 raise ValueError(f"{field}={getattr(self, field)} is negative; use 0 or more")
         if self.page < 1:
             raise ValueError(f"page={self.page} holds no key; use 1, or 16 to 64 for fast reading")
+        if isinstance(self.amount, Count) and self.sinks + self.window > self.amount.keys:
+            raise ValueError(
+                f"sinks={self.sinks} and window={self.window} exceed the {self.amount.keys} keys of the "
+                "budget, and nothing would be ranked; keep fewer of them, or more keys"
+            )
 
     def check_fits(self, context: int) -> None:
         """Refuse a fixed count that a context cannot hold.

@@ -6,6 +6,7 @@ them in one sweep; they cost width / head_width of the keys' bytes on top.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -171,7 +172,7 @@ class LokiCache(Cache):
         is_turned: Sequence[bool],
         is_open: Callable[[], bool],
     ) -> None:
-        layers: list[CacheLayerMixin] = []
+        layers: list[Any] = []  # theirs is an invariant list of a union
         for layer, (width, turned) in enumerate(zip(widths, is_turned, strict=True)):
             if turned:
                 layers.append(

@@ -6,6 +6,7 @@ generating with the text as given (one block of queries; causal, so it equals on
 fewer keys than the budget: the share of pairs kept is 2 k_f - k_f², not k_f. Both shares are recorded.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from fourfold_loki.huggingface import attending
+from fourfold_loki.huggingface import Session, attending
 from fourfold_loki.plan import Sparse
 from fourfold_loki.traffic import Reads
 
@@ -76,7 +77,7 @@ def score(
             for name, plan in {FULL: None, **arms}.items():
                 with _attending(model, plan, {}) as reads:
                     logits = model(ids[:, :-1], use_cache=False).logits[0, prompt - 1 :]
-                yield _scored(name, index, logits, ids[0, prompt:], plan, reads)
+                yield _scored(name, index, logits, ids[0, prompt:], reads)
 
 
 def _after_a_prompt(
@@ -97,7 +98,7 @@ def _after_a_prompt(
         with _attending(model, plan, mass) as reads:
             logits = model(block, past_key_values=cache, use_cache=True).logits[0]
         cache.crop(-block.shape[1])
-        yield _scored(name, index, logits, targets, plan, reads)
+        yield _scored(name, index, logits, targets, reads)
 
 
 @contextmanager
@@ -113,18 +114,48 @@ def _attending(
         yield session.reads
 
 
-def _scored(
-    arm: str, window: int, logits: Tensor, targets: Tensor, plan: Sparse | None, reads: Reads | None
-) -> Scored:
+def _scored(arm: str, window: int, logits: Tensor, targets: Tensor, reads: Reads | None) -> Scored:
     nats = F.cross_entropy(logits.float(), targets, reduction="none").cpu()
-    if plan is None or reads is None:
-        return Scored(arm=arm, window=window, nats=nats, kept_share=1.0, read_share=1.0)
-    group = reads.heads // reads.kv_heads
-    ranking = plan.selector.cost(head_width=reads.head_width, group=group)
-    return Scored(
-        arm=arm,
-        window=window,
-        nats=nats,
-        kept_share=reads.share,
-        read_share=reads.read_share(ranking),
+    kept, read = (1.0, 1.0) if reads is None else (reads.share, reads.read_share)
+    return Scored(arm=arm, window=window, nats=nats, kept_share=kept, read_share=read)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a selection did to one text."""
+
+    nats: float
+    """Added to the loss of a token, in the mean."""
+    standard_error: float
+    """Of that mean, over tokens."""
+    tokens: int
+
+    def __str__(self) -> str:
+        """As printed after `generate`."""
+        low, high = (self.nats + way * 1.96 * self.standard_error for way in (-1, 1))
+        return (
+            f"{math.expm1(self.nats):+.2%} perplexity ({math.expm1(low):+.2%} to "
+            f"{math.expm1(high):+.2%}) on {self.tokens} tokens"
+        )
+
+
+def cost(session: Session, ids: Int[Tensor, "one token"], *, prompt: int) -> Cost:
+    """What a session's selection costs on a text: its loss beside full attention's, token by token.
+
+    Args:
+        session: of `loki` or `attending`, after its block.
+        ids: the text.
+        prompt: tokens at its beginning that are read densely and not scored.
+
+    Raises:
+        ValueError: where the prompt leaves nothing to score.
+    """
+    if not isinstance(session.plan, Sparse):
+        raise ValueError("an observed model reads everything; pass the session of a selection")
+    full, ours = score(session.model, ids, {"selection": session.plan}, prompt=prompt)
+    added = (ours.nats - full.nats).double()
+    return Cost(
+        nats=float(added.mean()),
+        standard_error=float(added.std() / math.sqrt(len(added))),
+        tokens=len(added),
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import assert_never
 
 import torch
@@ -29,11 +30,11 @@ from fourfold_loki.selectors import DoubleSparsity, Loki, Selector
 from fourfold_loki.statistics import Statistics
 from fourfold_parallel.run.corpora import Corpus, Documents
 from fourfold_parallel.run.experiments import Drawing, Experiment, Stage, Workplace
-from fourfold_parallel.run.files import cache_folder
+from fourfold_parallel.run.files import cache_folder, write_text
 from fourfold_parallel.run.models import Model, SmolLM2
 from fourfold_parallel.run.progress import Progress, silent
 from fourfold_parallel.run.recipe import Scale
-from fourfold_parallel.run.records import Material, RecordWriter, header
+from fourfold_parallel.run.records import Material, RecordWriter, header, read_record
 from fourfold_parallel.run.values import digest
 
 
@@ -189,25 +190,40 @@ def _write_transfer(run: Ranks, held: dict[str, Statistics], records: RecordWrit
 
 
 def measure_perplexity(run: Perplexity, workplace: Workplace) -> None:
-    """Events "scored": one a window and arm, full attention first."""
+    """Events "scored": one a window and arm, full attention first. Goes on after the last whole window."""
     model = built(run.model)
     arms = planned(run.arms, model, workplace.progress)
     ids = _windows(run.model, run.corpus, run.skip_characters, run.windows, run.context)
-    total = run.windows * (len(arms) + 1)
-    with _record(run, run.model, workplace, (run.corpus,)) as records:
-        scored = score(model, ids, arms, prompt=run.prompt, protocol=run.protocol)
-        for done, one in enumerate(scored, start=1):
+    done = _whole_windows(workplace.record, len(arms) + 1)
+    each = len(arms) + 1
+    if done:
+        records = RecordWriter(workplace.record)
+    else:
+        records = _record(run, run.model, workplace, (run.corpus,))
+    with records:
+        scored = score(model, ids[done:], arms, prompt=run.prompt, protocol=run.protocol)
+        for count, one in enumerate(scored, start=done * each + 1):
             records.write(
                 "scored",
                 arm=one.arm,
-                window=one.window,
+                window=one.window + done,
                 tokens=len(one.nats),
                 loss_nats=float(one.nats.double().mean()),
                 kept_share=round(one.kept_share, 6),
                 read_share=round(one.read_share, 6),
             )
-            workplace.progress(done, total, one.arm)
+            workplace.progress(count, run.windows * each, one.arm)
         records.write("finished")
+
+
+def _whole_windows(path: Path, each: int) -> int:
+    """Windows of which an interrupted record holds every arm; what is beyond them is cut off."""
+    if not path.exists():
+        return 0
+    whole = (len(read_record(path).of("scored")) // each) * each
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    write_text(path, "".join(lines[: 1 + whole]))
+    return whole // each
 
 
 def measure_diagnoses(run: Diagnoses, workplace: Workplace) -> None:

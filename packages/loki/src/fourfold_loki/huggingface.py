@@ -28,7 +28,7 @@ from fourfold_loki.cache import LokiCache, LokiLayer
 from fourfold_loki.kernels.dispatch import can_decode, decode
 from fourfold_loki.plan import Observe, Plan, Seen, Sparse
 from fourfold_loki.provenance import Calibrated, fingerprint
-from fourfold_loki.selectors import Candidates, Loki
+from fourfold_loki.selectors import Candidates, Exact, Loki
 from fourfold_loki.traffic import Reads
 
 NAME = "loki"
@@ -137,8 +137,10 @@ def attending(model: PreTrainedModel, plan: Plan) -> Iterator[Session]:
             "this model is in a session already; leave the inner `with` before entering another"
         )
     config = model.config.get_text_config()
-    session = Session(model=model, plan=plan, reads=Reads.of(config))
+    watched = plan.selector if isinstance(plan, Sparse) else Exact()
+    session = Session(model=model, plan=plan, reads=Reads.of(config, watched))
     before = model.config._attn_implementation  # noqa: SLF001 - transformers' own switch
+    assert before is not None
     roles = sites(model, plan)
     handles = [
         model.base_model.register_forward_pre_hook(_enter(session), with_kwargs=True),
@@ -209,7 +211,7 @@ def loki_forward(
             "inside `with loki(model, basis, budget):`"
         )
     session, site = held
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     plan = session.plan
     refused = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
     if site.is_dense or isinstance(plan, Observe):
@@ -222,12 +224,12 @@ def loki_forward(
                     queries=query,
                     keys=key[:, :, : visible.shape[-1]],
                     visible=visible,
-                    scaling=scaling,
+                    scaling=scale,
                     positions=site.positions,
                 )
             )
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+            module, query, key, value, attention_mask, dropout, scale, **kwargs
         )
     if refused or dropout:
         raise ValueError(
@@ -239,12 +241,12 @@ def loki_forward(
         query = turned.rotation.turn_queries(query)
     if query.shape[2] > 1 and plan.reach == "decode":
         if plan.selector.keeps_count:
-            _count_prompt(session, site, query, key, attention_mask, scaling)
+            _count_prompt(session, site, query, key, attention_mask, scale)
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+            module, query, key, value, attention_mask, dropout, scale, **kwargs
         )
     if turned is not None and attention_mask is None and can_decode(plan, query, turned):
-        output, kept = decode(plan, query, turned, scaling=scaling)
+        output, kept = decode(plan, query, turned, scaling=scale)
         session.reads.add(kept=kept, seen=key.shape[2], rows=query.shape[0])
         return output.transpose(1, 2).contiguous(), None
     visible = visible_keys(module, query, key, attention_mask)
@@ -258,7 +260,7 @@ def loki_forward(
             queries=query[:, :, first : first + rows],
             keys=key,
             visible=visible[:, :, first : first + rows],
-            scaling=scaling,
+            scaling=scale,
             layer=site.layer,
             turned=turned is not None,
             past_mass=mass,
@@ -270,7 +272,7 @@ def loki_forward(
         mass = plan.selector.account(among)
         if not torch.compiler.is_compiling():
             session.reads.add_masks(keep, among.visible)
-        outputs.append(attend(among.queries, key, value, keep, scaling=scaling))
+        outputs.append(attend(among.queries, key, value, keep, scaling=scale))
     if plan.selector.keeps_count:
         session.mass[site.layer] = mass
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None

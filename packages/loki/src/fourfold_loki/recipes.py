@@ -113,7 +113,7 @@ def calibration(scale: Scale, corpus: Corpus | None = None) -> Calibration:
         case "smoke":
             return Calibration(model=SmolLM2(), corpus=corpus, tokens=3072, context=512)
         case "laptop":
-            return Calibration(model=SmolLM2(), corpus=corpus, tokens=16384, context=1024)
+            return Calibration(model=SmolLM2(), corpus=corpus, tokens=8192, context=1024)
         case "gpu" | "paper":
             raise ValueError(f"scale={scale!r} has no calibration; use smoke or laptop")
         case _:

@@ -11,6 +11,8 @@ from typing import Any
 from jaxtyping import Bool
 from torch import Tensor
 
+from fourfold_loki.selectors import Selector
+
 
 @dataclass(slots=True, kw_only=True)
 class Reads:
@@ -19,6 +21,8 @@ class Reads:
     heads: int
     kv_heads: int
     head_width: int
+    ranking: float
+    """Share of a full read of the keys that ranking them takes (`Selector.cost`)."""
     kept: float = 0.0
     """Keys read, summed over queries and key/value heads (a key counts once for its group)."""
     seen: float = 0.0
@@ -27,11 +31,13 @@ class Reads:
     """Layer calls times queries."""
 
     @classmethod
-    def of(cls, config: Any) -> "Reads":
-        """For a model's (text) configuration."""
+    def of(cls, config: Any, selector: Selector) -> "Reads":
+        """For a model's (text) configuration and who ranks."""
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return cls(heads=heads, kv_heads=config.num_key_value_heads, head_width=width)
+        kv_heads = config.num_key_value_heads
+        ranking = selector.cost(head_width=width, group=heads // kv_heads)
+        return cls(heads=heads, kv_heads=kv_heads, head_width=width, ranking=ranking)
 
     def add_masks(
         self,
@@ -58,6 +64,14 @@ class Reads:
         """Share of the visible keys that was read in full."""
         return self.kept / self.seen if self.seen else 1.0
 
-    def read_share(self, ranking: float) -> float:
-        """Elements read over elements of dense attention; `ranking` is `Selector.cost`."""
-        return self.share + ranking / 2
+    @property
+    def read_share(self) -> float:
+        """Elements of the cache that were read over those of dense attention, ranking included."""
+        return self.share + self.ranking / 2
+
+    def __str__(self) -> str:
+        """As printed after `generate`."""
+        return (
+            f"read {self.share:.1%} of the keys in full, and {self.read_share:.1%} of the elements that "
+            f"dense attention reads, over {self.queries} queries and layers"
+        )

@@ -20,6 +20,9 @@ def can_decode(plan: Sparse, queries: Tensor, layer: LokiLayer) -> bool:
         and not isinstance(budget.amount, Mass)
         and (budget.selection == "shared in groups" or group == 1)
         and layer.room % budget.page == 0
+        # Where the forced pages alone fill the budget, the order of ties matters.
+        and budget.sinks + budget.window + 2 * budget.page
+        <= max(budget.units(layer.length) * budget.page, 2 * budget.page)
     )
 
 

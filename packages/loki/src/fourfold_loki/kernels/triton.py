@@ -12,6 +12,8 @@ works. Everything is computed in float32, whatever the cache holds: the interpre
 on a CPU in tests, has no bfloat16 arithmetic.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -163,10 +165,16 @@ def merge_kernel(
         mask=inside[:, None] & (place < value_width)[None, :],
         other=0.0,
     )
-    result = tl.sum(summed * weight[:, None], axis=0) / tl.sum(mass * weight, axis=0)
+    # Triton's stubs let `sum` be a tuple.
+    result = tl.sum(summed * weight[:, None], axis=0) / tl.sum(mass * weight, axis=0)  # pyright: ignore[reportOperatorIssue]
     tl.store(
         merged + (stack * group + head) * value_width + place, result, mask=place < value_width
     )
+
+
+def launch(kernel: Any, grid: tuple[int, int]) -> Any:
+    """A kernel on its grid. Typed here, since a kernel's constants are declared as `constexpr`."""
+    return kernel[grid]
 
 
 def decode(
@@ -222,7 +230,7 @@ def score_pages(
     width, room = leading.shape[1:]
     count = -(-length // page)
     best = torch.empty(stacks, group, count, dtype=torch.float32, device=queries.device)
-    score_kernel[(stacks, -(-length // SCORED))](
+    launch(score_kernel, (stacks, -(-length // SCORED)))(
         queries,
         leading,
         best,
@@ -261,7 +269,7 @@ def attend_pages(
     largest, total = empty(stacks, parts, group), empty(stacks, parts, group)
     merged = empty(stacks, group, value_width)
     value_padded = triton.next_power_of_2(value_width)
-    gather_kernel[(stacks, parts)](
+    launch(gather_kernel, (stacks, parts))(
         queries,
         keys,
         values,
@@ -281,7 +289,7 @@ def attend_pages(
         triton.next_power_of_2(head_width),
         value_padded,
     )
-    merge_kernel[(stacks, group)](
+    launch(merge_kernel, (stacks, group))(
         parted,
         largest,
         total,
