@@ -208,6 +208,7 @@ def test_sliding_layers_stay_as_they_are(tokens: Tokens) -> None:
         vocab_size=97,
         sliding_window=16,
         max_position_embeddings=128,
+        eos_token_id=None,
     )
     config.layer_types = ["sliding_attention", "full_attention"]
     model = MistralForCausalLM(config).eval()

@@ -104,6 +104,14 @@ class Diagnoses:
 
 WIDTH = 16
 """d_f = 1/4 of SmolLM2's heads of 64."""
+SMOKE_ARMS = (
+    "exact",
+    "loki-pca",
+    "loki-pca-uncentred",
+    "loki-balanced",
+    "loki-balanced-shared",
+    "streaming",
+)
 
 
 def calibration(scale: Scale, corpus: Corpus | None = None) -> Calibration:
@@ -113,7 +121,7 @@ def calibration(scale: Scale, corpus: Corpus | None = None) -> Calibration:
         case "smoke":
             return Calibration(model=SmolLM2(), corpus=corpus, tokens=3072, context=512)
         case "laptop":
-            return Calibration(model=SmolLM2(), corpus=corpus, tokens=8192, context=1024)
+            return Calibration(model=SmolLM2(), corpus=corpus, tokens=8192, context=512)
         case "gpu" | "paper":
             raise ValueError(f"scale={scale!r} has no calibration; use smoke or laptop")
         case _:
@@ -210,27 +218,23 @@ def ranks(scale: Scale) -> Ranks:
 
 
 def perplexity(scale: Scale) -> Perplexity:
-    """Every selector on Wikipedia articles behind the calibration's: dense prompt, sparse rest."""
-    fitted = calibration(scale)
+    """Every selector on Wikipedia articles behind the calibration's: dense prompt, sparse rest.
+
+    A query sees 384 to 511 keys and keeps 128 of them, k_f = 1/4 of the window; laptop: 8,192 tokens scored.
+    """
+    fitted, context = calibration(scale), 512
+    keys = context // 4
+    arms = (*bases(fitted, keys=keys), *baselines(fitted, keys=keys))
     if scale == "smoke":
-        context, windows, keys = 512, 3, 128
-        arms = (
-            *bases(fitted, keys=keys),
-            *(arm for arm in baselines(fitted, keys=keys) if arm.name in {"exact", "streaming"}),
-        )
-        prompt = 384
-    else:
-        context, windows, keys = 1024, 16, 256
-        arms = (*bases(fitted, keys=keys), *baselines(fitted, keys=keys))
-        prompt = 512
+        arms = tuple(arm for arm in arms if arm.name in SMOKE_ARMS)
     return Perplexity(
         name="perplexity",
         model=SmolLM2(),
         corpus=Wikipedia(),
         skip_characters=1_000_000,
         context=context,
-        prompt=prompt,
-        windows=windows,
+        prompt=3 * context // 4,
+        windows=4 if scale == "smoke" else 64,
         protocol="decode",
         arms=arms,
     )
@@ -246,9 +250,11 @@ def more_perplexity(scale: Scale) -> Perplexity:
         skip_characters=base.skip_characters,
         context=base.context,
         prompt=base.prompt,
-        windows=4,
+        windows=16,
         protocol="decode",
-        arms=variants(calibration(scale), calibration(scale, PythonManual()), keys=256),
+        arms=variants(
+            calibration(scale), calibration(scale, PythonManual()), keys=base.context // 4
+        ),
     )
 
 
@@ -262,7 +268,7 @@ def published_protocol(scale: Scale) -> Perplexity:
         skip_characters=base.skip_characters,
         context=base.context,
         prompt=2,
-        windows=2,
+        windows=4,
         protocol="every query",
         arms=tuple(arm for arm in base.arms if arm.name in {"exact", "loki-pca", "loki-balanced"}),
     )
@@ -278,7 +284,7 @@ def other_corpus(scale: Scale) -> Perplexity:
         skip_characters=1_000_000,
         context=base.context,
         prompt=base.prompt,
-        windows=4,
+        windows=16,
         protocol="decode",
         arms=tuple(
             arm

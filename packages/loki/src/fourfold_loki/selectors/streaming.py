@@ -18,5 +18,5 @@ class Streaming(Selector):
     def scores(self, among: Candidates) -> Float[Tensor, "batch heads query token"]:
         """Recency, with the sinks above everything."""
         position = among.visible.cumsum(-1).to(among.queries.dtype)
-        ranked = position.masked_fill(position <= self.sinks, torch.inf)
+        ranked = torch.where(position <= self.sinks, position + among.keys.shape[2], position)
         return ranked.expand(-1, among.queries.shape[1], -1, -1)
