@@ -43,7 +43,7 @@ class Mass:
     """As many keys as hold a share of the attention mass that the ranking claims (top-p).
 
     A ranking from few coordinates overrates its favourites, so `claimed` is larger than the mass that is
-    wanted; `doctor.calibrated_mass` measures by how much, layer by layer.
+    wanted; `tune.calibrated_mass` measures by how much, layer by layer.
     """
 
     claimed: tuple[float, ...]
