@@ -11,7 +11,8 @@ from fourfold_loki.commands import main
 from fourfold_parallel.run.corpora import TextFiles
 from fourfold_parallel.run.tokenizers import BytePairs
 
-WORDS = ["keys", "of", "attention", "span", "few", "dimensions", "and", "a", "few", "of", "them", "tell", "which", "tokens", "matter"]
+TEXT = "keys of attention span few dimensions and a few of them tell which tokens matter"
+WORDS = tuple(TEXT.split())
 
 
 @pytest.fixture(scope="module")
