@@ -35,7 +35,9 @@ class Costs:
         )
         # Where some recurrences ran without gradient, the injection is computed for either phase.
         again = self.injection if without else 0.0
-        return self.forward(without + with_gradient) + again + 2 * carried
+        # The state that enters the last k is a constant: nobody multiplies a gradient back to it.
+        constant = self.injection
+        return self.forward(without + with_gradient) + again + 2 * carried - constant
 
 
 def costs(config: RecurrentDepthConfig, *, context: int, splits_adapter: bool = True) -> Costs:
