@@ -32,7 +32,7 @@ from fourfold_recurrent_depth.cache import RecurrentCache
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
 from fourfold_recurrent_depth.exits import Criterion, criterion_named, iterate_until_exit
 from fourfold_recurrent_depth.fused import eager_attention, gated_silu, rms_norm
-from fourfold_recurrent_depth.states import StateTable, draw_state
+from fourfold_recurrent_depth.states import RowStates, StateTable, draw_state
 
 Steps = int | tuple[int, int] | Tensor
 """Recurrences: r without gradient; (n, k) of which the last k carry gradient; or one (n + k) per row,
@@ -229,7 +229,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_steps: Steps | None = None,
         exit: Criterion | str | Callable[..., Tensor] | None = None,  # noqa: A002 - the spec's word
-        initial_state: Float[Tensor, "batch token width"] | StateTable | None = None,
+        initial_state: Float[Tensor, "batch token width"] | StateTable | RowStates | None = None,
         init_scale: float = 1.0,
         warm_start: bool = False,
         kv_budget: int | None = None,

@@ -3,7 +3,8 @@
     r ~ Poisson(rate) + 1,   rate ~ LogNormal(ln mean - sigma^2 / 2, sigma)      (section 3.3)
 
 The draw is a function of the microbatch's number alone, so every rank makes the same one and none waits
-for a deeper neighbour ("locked step", section 4.1), and a resumed run goes on as if it had not stopped.
+for a deeper neighbour ("locked step", section 4.1). Initial states are functions of the number and the row.
+So a run does not depend on its ranks, and a resumed one goes on as if it had not stopped.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from torch import Tensor, nn
 
 from fourfold_parallel.run.data import Batch
 from fourfold_parallel.run.objective import MicrobatchLoss, token_nats
+from fourfold_recurrent_depth.states import RowStates
 
 MODULUS = 2**31 - 1
 """Seeds are taken modulo this, as published."""
+_PRIME = 1_000_003
+"""Spreads the numbers of microbatches over the seeds of rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +108,10 @@ class RandomDepth:
         else:
             steps = self.recurrences.draw(batch.number)
             taken = torch.tensor(float(rows * sum(steps)), device=batch.tokens.device)
-        logits = model(input_ids=batch.tokens[:, :-1], use_cache=False, num_steps=steps).logits
+        states = RowStates(tuple((batch.number * _PRIME + a) % MODULUS for a in batch.addresses))
+        logits = model(
+            input_ids=batch.tokens[:, :-1], use_cache=False, num_steps=steps, initial_state=states
+        ).logits
         return MicrobatchLoss(
             nats_sum=token_nats(logits, targets).sum(),
             telemetry={"recurrences_times_rows": taken.to(logits.dtype)},

@@ -35,6 +35,28 @@ class StateTable:
         return self.states.to(positions.device)[positions]
 
 
+@dataclass(frozen=True, slots=True)
+class RowStates:
+    """Initial states drawn from one seed for each row: alike on any layout of ranks, and after a resume."""
+
+    seeds: tuple[int, ...]
+
+    def like(self, e: Float[Tensor, "batch token width"]) -> Float[Tensor, "batch token width"]:
+        """States for a batch of as many rows, drawn on the CPU.
+
+        Raises:
+            ValueError: where the rows are others.
+        """
+        if len(self.seeds) != len(e):
+            raise ValueError(f"{len(self.seeds)} seeds for {len(e)} rows; give one for each row")
+        std = math.sqrt(2 / (5 * e.shape[-1]))
+        drawn = torch.empty(e.shape, dtype=torch.float32)
+        for row, seed in zip(drawn, self.seeds, strict=True):
+            generator = torch.Generator().manual_seed(seed)
+            nn.init.trunc_normal_(row, std=std, a=-CUT * std, b=CUT * std, generator=generator)
+        return drawn * math.sqrt(e.shape[-1])
+
+
 def state_table(positions: int, width: int, *, seed: int) -> StateTable:
     """A table drawn from the initial law N(0, 2/5), cut at three standard deviations."""
     generator = torch.Generator().manual_seed(seed)
@@ -47,7 +69,7 @@ def state_table(positions: int, width: int, *, seed: int) -> StateTable:
 def draw_state(
     e: Float[Tensor, "batch token width"],
     positions: Int[Tensor, "#batch token"],
-    initial: Float[Tensor, "batch token width"] | StateTable | None,
+    initial: Float[Tensor, "batch token width"] | StateTable | RowStates | None,
     *,
     scale: float,
     warm: RecurrentCache | None,
@@ -65,6 +87,8 @@ def draw_state(
         return warm.last_state.unsqueeze(1).expand_as(e)
     if isinstance(initial, StateTable):
         return initial.at(positions).to(e).expand_as(e)
+    if isinstance(initial, RowStates):
+        return initial.like(e).to(e)
     if initial is not None:
         return initial.to(e).expand_as(e)
     if scale == 0:
