@@ -322,6 +322,14 @@ def test_fresh_states_follow_the_initial_law(tiny: Any) -> None:
         ({"num_steps": torch.tensor([1, 0, 2])}, "fewer than 1 recurrence"),
         ({"exit": "kullback"}, "use one of kl"),
         ({"kv_budget": 0, "use_cache": True}, "keeps no recurrence"),
+        ({"kv_budget": 9, "use_cache": True, "num_steps": 4}, "more recurrences than the 4"),
+        (
+            {
+                "exit": "kl",
+                "attention_mask": torch.ones(3, 12).long() * torch.tensor([[1], [0], [1]]),
+            },
+            r"rows \[1\] of the batch",
+        ),
         ({"position_ids": torch.arange(60, 72)[None]}, "beyond the rotary table"),
         ({"inputs_embeds": torch.zeros(3, 12, 32)}, "exactly one"),
         ({"exit": lambda now, _: now}, "one number for each"),

@@ -46,6 +46,11 @@ class RecurrentCache(Cache):
             raise ValueError(
                 f"kv_budget={budget} keeps no recurrence; use 1 or more, or None to keep all"
             )
+        if budget is not None and budget > steps:
+            raise ValueError(
+                f"kv_budget={budget} keeps more recurrences than the {steps} that a pass takes; "
+                f"use {steps} or fewer, or None to keep all"
+            )
         if steps < 1:
             raise ValueError(f"steps={steps} gives the cache no recurrence; use 1 or more")
         self.around = config.n_layers_in_prelude + config.n_layers_in_coda

@@ -44,12 +44,17 @@ def _trained(run: Run, folder: Path) -> tuple[RecurrentDepthForCausalLM, Event]:
     tail = [event.number("loss_nats") for event in steps[-20:]]
     elapsed_s = sum(event.number("elapsed_s") for event in steps)
     thinned = steps[:: max(1, len(steps) // 60)]
+    price = costs(model.config, context=run.sequence)
+    draws = [cast(Any, run.objective).recurrences.draw(number) for number in range(run.steps)]
+    flops = run.tokens_per_step * sum(price.training(*draw) for draw in draws)
     return model, (
         "trained",
         {
             "steps": run.steps,
             "final_loss_nats": round(sum(tail) / len(tail), 5),
             "tokens_per_s": round(run.steps * run.tokens_per_step / elapsed_s, 1),
+            "training_flops": flops,
+            "flops_per_s": round(flops / elapsed_s, 1),
             "curve_steps": [int(event.number("step")) for event in thinned],
             "curve_loss_nats": [round(event.number("loss_nats"), 4) for event in thinned],
         },

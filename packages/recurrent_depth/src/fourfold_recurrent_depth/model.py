@@ -265,6 +265,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         without, with_gradient, per_row = self._recurrences(num_steps, batch)
         steps = without + with_gradient
         criterion = None if exit is None else criterion_named(exit)
+        if criterion is not None and attention_mask is not None:
+            _refuse_empty_rows(attention_mask[:, -tokens:])
         if past_key_values is None and use_cache:
             past_key_values = RecurrentCache(self.config, steps=steps, budget=kv_budget)
         memory = past_key_values
@@ -547,6 +549,16 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the head."""
         self.lm_head = new_embeddings
+
+
+def _refuse_empty_rows(mask: Tensor) -> None:
+    """An exit criterion cannot judge a row without a token."""
+    empty = (~mask.bool().any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"rows {empty} of the batch hold padding alone, which no exit criterion can judge; "
+            "leave them out"
+        )
 
 
 def rotary_table(config: RecurrentDepthConfig) -> Float[Tensor, "1 position 1 half 2"]:
