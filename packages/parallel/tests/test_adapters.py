@@ -45,10 +45,10 @@ def adapted_model(*, targets: list[str], adapter: str = "default") -> PreTrained
 
 
 def tokens_of(rows: int) -> Tensor:
-    return torch.randint(0, 67, (rows, 9), generator=torch.Generator().manual_seed(3))
+    return torch.randint(0, 67, (rows, 8), generator=torch.Generator().manual_seed(3))
 
 
-def adapters_are_serial(grids: list[Sizes], overlaps: list[str]) -> None:
+def adapters_are_serial(grids: list[Sizes], overlaps: list[str], cuts_tokens: bool = False) -> None:
     serial = in_float64(adapted_model(targets=TARGETS))
     tokens = tokens_of(8)
     logits = serial(input_ids=tokens).logits[:, :-1]  # the model's own loss is in float32
@@ -60,7 +60,7 @@ def adapters_are_serial(grids: list[Sizes], overlaps: list[str]) -> None:
         mine = tokens.chunk(mesh.batch_size())[mesh.batch_rank()]
         for name in overlaps:
             model = adapted_model(targets=TARGETS)
-            parallel = parallelize(model, mesh, overlaps=OVERLAPS[name])
+            parallel = parallelize(model, mesh, overlaps=OVERLAPS[name], cuts_tokens=cuts_tokens)
             ours = parallel.model(input_ids=mine, labels=mine).loss
             ours.backward()
             close(ours, loss, what=f"{sizes}: loss", tolerance=MODEL)
@@ -78,6 +78,11 @@ def adapters_are_serial(grids: list[Sizes], overlaps: list[str]) -> None:
 def test_adapters_train_as_they_do_alone() -> None:
     grids = [(1, 2, 2, 1), (1, 1, 2, 2), (2, 1, 1, 2), (1, 1, 4, 1)]
     run_on_ranks(4, adapters_are_serial, grids=grids, overlaps=["all", "none"])
+
+
+def test_adapters_train_in_the_sequence_form() -> None:
+    grids = [(1, 1, 2, 2), (1, 1, 4, 1), (1, 2, 2, 1)]
+    run_on_ranks(4, adapters_are_serial, grids=grids, overlaps=["all"], cuts_tokens=True)
 
 
 @pytest.mark.slow

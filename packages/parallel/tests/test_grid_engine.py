@@ -290,3 +290,34 @@ def test_loading_holds_little_more_than_the_shard(tmp_path: Path) -> None:
         4, peak_of_loading, config=config, folder=tmp_path, sizes=(1, 2, 2, 1)
     ):
         assert peak <= 1.3 * shard
+
+
+def converting_is_refused() -> None:
+    mesh = mesh_of((2, 1, 1, 1))
+    parallel = parallelize(build(LLAMA), mesh)
+    watched = next(iter(parallel.model.parameters()))
+    parallel.model.to("cpu")
+    tokens = batch_of(0)[0].chunk(2)[mesh.batch_rank()]
+    parallel.model(input_ids=tokens, labels=tokens).loss.backward()
+    gradient = local(watched.grad)
+    assert torch.equal(mesh.data.all_reduce(gradient.clone()).wait(), 2 * gradient)  # summed
+    with pytest.raises(ValueError, match=r"float64 on cpu and cannot become torch.float32"):
+        parallel.model.float()
+
+
+def test_a_model_on_the_grid_stays_watched_when_it_is_moved_nowhere() -> None:
+    run_on_ranks(2, converting_is_refused)
+
+
+def only_elementwise_optimizers() -> None:
+    model = build(LLAMA)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    opened = engine_of((1, 1, 2, 1)).open(
+        model, torch.optim.Adafactor(matrices), precision="fp32", batch=ROWS, microbatch=ROWS
+    )
+    with pytest.raises(ValueError, match=r"piece of a matrix by itself.*Adafactor"), opened:
+        pass
+
+
+def test_an_optimizer_that_mixes_elements_is_refused() -> None:
+    run_on_ranks(2, only_elementwise_optimizers)

@@ -51,6 +51,8 @@ class Fourfold:
     """Which communication runs under computation."""
     shards_optimizer: bool = False
     """Cut the optimizer's state over data (ZeRO-1)."""
+    cuts_tokens: bool = False
+    """The sequence form: between blocks, cut the residual stream's tokens over row."""
 
     @contextmanager
     def open(
@@ -112,7 +114,9 @@ class GridSession:
         self.is_main: bool = dist.get_rank() == 0
         self.device: torch.device = device
         before = {id(p): name for name, p in model.named_parameters()}
-        self.parallel: Parallel = parallelize(model, mesh, overlaps=engine.overlaps)
+        self.parallel: Parallel = parallelize(
+            model, mesh, overlaps=engine.overlaps, cuts_tokens=engine.cuts_tokens
+        )
         self.model: nn.Module = model
         self.optimizer: torch.optim.Optimizer = optimizer
         owners = dict(model.named_parameters())

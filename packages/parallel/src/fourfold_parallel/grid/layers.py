@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fourfold_parallel.grid.collectives import Axis
+from fourfold_parallel.grid.collectives import ALONE, Axis
 from fourfold_parallel.grid.linear import Linear
 from fourfold_parallel.grid.mesh import Cut, Mesh
 from fourfold_parallel.grid.schedule import Layer, Schedule
@@ -146,6 +146,7 @@ class RMSNorm(Layer):
         gains_wide: Whether the gains multiply before the result returns to the input's number
             format (Gemma) rather than after (Llama).
         epsilon: Added to the mean square.
+        summed: The axes along which ranks feed it different tokens.
         mesh: The grid.
         name: What messages and traces call it.
         schedule: Shared by all layers of a model.
@@ -158,6 +159,7 @@ class RMSNorm(Layer):
         epsilon: float,
         offset: float,
         gains_wide: bool,
+        summed: Sequence[Axis],
         mesh: Mesh,
         name: str,
         schedule: Schedule,
@@ -165,7 +167,7 @@ class RMSNorm(Layer):
         super().__init__(mesh=mesh, name=name, schedule=schedule)
         self.width = weight.shape[0]
         self.epsilon, self.offset, self.gains_wide = epsilon, offset, gains_wide
-        self.hold_copied("weight", weight, summed=[mesh.depth])
+        self.hold_copied("weight", weight, summed=summed)
 
     def forward(
         self, hidden_states: Float[Tensor, "*batch piece"]
@@ -194,17 +196,18 @@ class LayerNorm(Layer):
         bias: nn.Parameter | None,
         *,
         epsilon: float,
+        summed: Sequence[Axis],
         mesh: Mesh,
         name: str,
         schedule: Schedule,
     ) -> None:
         super().__init__(mesh=mesh, name=name, schedule=schedule)
         self.width, self.epsilon = weight.shape[0], epsilon
-        self.hold_copied("weight", weight, summed=[mesh.depth])
+        self.hold_copied("weight", weight, summed=summed)
         if bias is None:
             self.bias = None
         else:
-            self.hold_copied("bias", bias, summed=[mesh.depth])
+            self.hold_copied("bias", bias, summed=summed)
 
     def forward(
         self, hidden_states: Float[Tensor, "*batch piece"]
@@ -271,22 +274,27 @@ class LowRankInput(Layer):
     """`A x`, the first factor of a low-rank adapter (Hu et al. 2021), beside another layer.
 
     Its inputs are cut as those of the layer beside it, its few outputs not at all: one sum of them
-    forward over `contracted`, and one backward over `produced`, whose ranks use them apart.
+    forward over the contracted axis, and one backward over the produced axis, whose ranks use them
+    apart. In the sequence form a block sums its inputs' gradients itself, and what is summed
+    backward beside a plain layer is A's gradient instead.
     """
 
     def __init__(
         self,
         weight: nn.Parameter,
         *,
-        contracted: Axis,
-        produced: Axis,
+        swapped: bool,
+        cuts_tokens: bool,
         mesh: Mesh,
         name: str,
         schedule: Schedule,
     ) -> None:
         super().__init__(mesh=mesh, name=name, schedule=schedule)
-        self.contracted, self.produced = contracted, produced
-        self.hold_copied("weight", weight, summed=[mesh.depth])
+        self.contracted, self.produced = (mesh.row, mesh.col) if swapped else (mesh.col, mesh.row)
+        summed = [mesh.depth]
+        if cuts_tokens and not swapped:
+            self.produced, summed = ALONE, [mesh.row, mesh.depth]
+        self.hold_copied("weight", weight, summed=summed)
 
     def forward(self, x: Float[Tensor, "*batch piece"]) -> Float[Tensor, "*batch rank"]:
         """The adapter's inner features, whole on every rank."""
@@ -297,13 +305,23 @@ class LowRankInput(Layer):
 class LowRankOutput(Layer):
     """`B (A x)`, the second factor of a low-rank adapter: its outputs cut as its neighbour's."""
 
-    def __init__(self, weight: nn.Parameter, *, mesh: Mesh, name: str, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        *,
+        swapped: bool,
+        cuts_tokens: bool,
+        mesh: Mesh,
+        name: str,
+        schedule: Schedule,
+    ) -> None:
         super().__init__(mesh=mesh, name=name, schedule=schedule)
+        self.tokens = mesh.row if cuts_tokens and swapped else ALONE
         self.hold_copied("weight", weight, summed=[mesh.depth])
 
-    def forward(self, x: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch piece_out"]:
-        """This rank's output features."""
-        return F.linear(x, self.use(self.visit(), "weight"))
+    def forward(self, x: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch2 piece_out"]:
+        """This rank's output features, of its tokens."""
+        return self.tokens.share(F.linear(x, self.use(self.visit(), "weight")), dim=-2)
 
 
 def vocabulary_cross_entropy(

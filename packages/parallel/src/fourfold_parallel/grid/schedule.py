@@ -5,9 +5,9 @@ order in which layers ask for their tiles during one forward and backward (recom
 activation checkpointing included), and in the next one starts the gather that will be asked for
 next. A wrong guess costs a gather and no more: a tile is used only for the request it was made for.
 
-The late end needs no list. Autograd runs first the backward of what was created last, so the node
-that waits for a layer's gradient (`_AwaitGradient`) is created before the preceding layer's
-product, together with the early gather, and its backward runs after that product's backward:
+The late end needs no list. Of the nodes that are ready, autograd runs first the one created last,
+so the node that waits for a layer's gradient (`_AwaitGradient`) is created before the preceding
+layer's product, together with the early gather, and its backward runs after that product's backward:
 **the backward of "start the gather early" is "wait for the gradient late".** Autograd passes the
 gradient on only after that node, so an accumulation hook never sees an unfinished one.
 """
@@ -15,7 +15,7 @@ gradient on only after that node, so an accumulation hook never sees an unfinish
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -59,7 +59,7 @@ class Late:
         self._shape = shape
         self._pending: deque[Pending] = deque()
 
-    def start(self, pending: Pending) -> Tensor:
+    def promise(self, pending: Pending) -> Tensor:
         """What to return to autograd for a gradient under way.
 
         The gradient itself if nobody waits for it later. Otherwise a placeholder, NaN everywhere
@@ -105,7 +105,7 @@ class Visit:
     made_for: tuple[Any, ...]
     """State of the parameters at the time; if it has changed, the visit is void."""
 
-    def start(self) -> None:
+    def start_gathers(self) -> None:
         """Start the gathers that are not yet under way."""
         layer = self.request.layer
         for name in layer.tiled:
@@ -115,7 +115,7 @@ class Visit:
                     held.piece.detach(), rows=layer.tile_rows(name), layer=layer.name
                 )
 
-    def tile(self, name: str) -> Tensor:
+    def wait_for_tile(self, name: str) -> Tensor:
         """The tile, waited for. The visit lets go of it: it may be asked for once."""
         held = self.held[name]
         gather, held.gather = held.gather, None
@@ -157,12 +157,12 @@ class Schedule:
         """The layer's parameters with their gathers under way, and the next layers' started."""
         if torch.compiler.is_compiling() or not request.layer.communicates:
             visit = self._prepare(request)
-            visit.start()
+            visit.start_gathers()
             return visit
         self._seen.append(request)
         self._advance(request)
         visit = self._take(request)
-        visit.start()
+        visit.start_gathers()
         if self.overlaps.weights or self.overlaps.weight_gradient:
             self._look_ahead()
         if not self.overlaps.weights:
@@ -200,7 +200,7 @@ class Schedule:
         while gathers < self.overlaps.gathers_ahead and following < len(expected):
             visit = self._prepare(expected[following])
             if self.overlaps.weights:
-                visit.start()
+                visit.start_gathers()
             self._ready.append(visit)
             gathers += bool(visit.request.layer.tiled)
             following += 1
@@ -246,6 +246,28 @@ class Layer(nn.Module):
         """Whether a use of the layer's parameters needs any collective."""
         self._summed: dict[str, tuple[Axis, ...]] = {}
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
+        """What `to`, `float` and the like call: nothing where nothing changes, and refused elsewhere.
+
+        Torch would exchange each parameter's inside for a new one that no hook watches any more, so
+        that gradients would not be summed over data.
+
+        Raises:
+            ValueError: The device or the number format would change.
+        """
+        del recurse
+        for name in self.parameter_names:
+            piece = getattr(self, name)._local_tensor  # noqa: SLF001 - to_local would build a graph node
+            before = torch.empty(0, dtype=piece.dtype, device=piece.device)
+            after = fn(before)
+            if (after.dtype, after.device) != (before.dtype, before.device):
+                raise ValueError(
+                    f"{self.name}.{name} lies on the grid as {before.dtype} on {before.device} and "
+                    f"cannot become {after.dtype} on {after.device}; convert the model before "
+                    "`parallelize`"
+                )
+        return self
+
     def hold_tiled(self, name: str, parameter: nn.Parameter) -> None:
         """Take a parameter that is cut over `depth`, and gathered whenever it is used."""
         self.register_parameter(name, parameter)
@@ -285,10 +307,6 @@ class Layer(nn.Module):
         if axes := self._summed[name]:
             return _Copied.apply(visit.held[name].piece, axes, visit.held[name].late, self.name)
         return visit.held[name].piece
-
-    def start_sum(self, name: str, gradient: Tensor) -> Pending:
-        """Start the sum of a copied parameter's gradient over the axes where it is partial."""
-        return _sum(gradient, self._summed[name] or (self.mesh.depth,), self.name)
 
     def tile_rows(self, name: str) -> int:
         """Rows of the tile of a parameter: its local rows, with the cut over `depth` undone."""
@@ -352,14 +370,14 @@ class _Tile(torch.autograd.Function):
     def forward(ctx: Context, piece: Tensor, layer: Layer, visit: Visit, name: str) -> Tensor:
         del piece  # autograd's end of the tile, which the visit has been gathering
         ctx.layer, ctx.late = layer, visit.held[name].late
-        tile = visit.tile(name)
+        tile = visit.wait_for_tile(name)
         return tile.view_as(tile)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         pending = ctx.layer.mesh.depth.reduce_scatter(gradient, layer=ctx.layer.name)
-        return ctx.late.start(pending), None, None, None
+        return ctx.late.promise(pending), None, None, None
 
 
 class _Copied(torch.autograd.Function):
@@ -375,7 +393,7 @@ class _Copied(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.late.start(_sum(gradient.clone(), ctx.axes, ctx.layer)), None, None, None
+        return ctx.late.promise(_sum(gradient.clone(), ctx.axes, ctx.layer)), None, None, None
 
 
 def _sum(gradient: Tensor, axes: Sequence[Axis], layer: str) -> Pending:

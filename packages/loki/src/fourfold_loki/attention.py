@@ -1,0 +1,167 @@
+"""Loki: attend to the few keys that matter, found by looking at a few coordinates of each.
+
+The keys of an attention head lie near a subspace of few dimensions. Turn queries and keys into a basis
+whose leading coordinates carry most of what scores are made of, rank all keys by those coordinates alone,
+and read in full only the keys that rank first (Singhania et al. 2024, Algorithm 1):
+
+    q', k' = q W, k W^-T            turning changes no score: q'·k' = q·k      `Rotation`
+    ŝ      = c q'[:d] · k'[:d]      d of D coordinates, every key              `approximate_scores`
+    I      = the keys with the largest ŝ, as many as the budget allows         `most_relevant`
+    out    = softmax(c q'·k'[I]) v[I]      all D coordinates, few keys          `attend`
+
+W is the matrix of principal components in the paper (orthonormal, so W^-T = W); `basis.py` fits it, and
+better ones. With d = D the ranking is exact; with every key kept, so is the output.
+
+Shapes: a key/value head serves `heads / kv_heads` query heads, neighbours in the order of heads. All
+functions are plain torch, on any device; `kernels/` holds the fast twins of the last three lines.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fourfold_loki.kernels.order import boundary
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rotation:
+    """The basis of one attention layer: one pair of maps a key/value head.
+
+    `query_map` is W and `key_map` is W^-T, acting on row vectors, leading coordinates first.
+    """
+
+    query_map: Float[Tensor, "kv_heads head_width head_width"]
+    key_map: Float[Tensor, "kv_heads head_width head_width"]
+
+    def turn_queries(
+        self, queries: Float[Tensor, "batch heads query head_width"]
+    ) -> Float[Tensor, "batch heads query head_width"]:
+        """Q' = q W, with the map of the key/value head that each query head reads."""
+        kv_heads = self.query_map.shape[0]
+        packed = rearrange(queries, "b (h g) q d -> b h (g q) d", h=kv_heads)
+        turned = packed @ self.query_map.to(queries.dtype)
+        return rearrange(turned, "b h (g q) d -> b (h g) q d", q=queries.shape[2])
+
+    def turn_keys(
+        self, keys: Float[Tensor, "batch kv_heads token head_width"]
+    ) -> Float[Tensor, "batch kv_heads token head_width"]:
+        """K' = k W^-T."""
+        return keys @ self.key_map.to(keys.dtype)
+
+
+def scores_of(
+    queries: Float[Tensor, "batch heads query coordinate"],
+    keys: Float[Tensor, "batch kv_heads token coordinate"],
+    *,
+    scaling: float,
+) -> Float[Tensor, "batch heads query token"]:
+    """C q·k of every query with every key of its key/value head."""
+    packed = rearrange(queries * scaling, "b (h g) q d -> b h (g q) d", h=keys.shape[1])
+    scores = packed @ keys.transpose(-1, -2)
+    return rearrange(scores, "b h (g q) t -> b (h g) q t", q=queries.shape[2])
+
+
+def approximate_scores(
+    turned_queries: Float[Tensor, "batch heads query head_width"],
+    turned_keys: Float[Tensor, "batch kv_heads token head_width"],
+    *,
+    width: int,
+    scaling: float,
+) -> Float[Tensor, "batch heads query token"]:
+    """ŝ: the scores as far as the first `width` coordinates tell.
+
+    Raises:
+        ValueError: for a width that the head does not have.
+    """
+    head_width = turned_keys.shape[-1]
+    if not 1 <= width <= head_width:
+        raise ValueError(
+            f"width={width} coordinates of a head of {head_width}; use 1 to {head_width}"
+        )
+    return scores_of(turned_queries[..., :width], turned_keys[..., :width], scaling=scaling)
+
+
+def shared_in_groups(
+    scores: Float[Tensor, "batch heads query token"],
+    visible: Bool[Tensor, " batch #heads query token"],
+    *,
+    kv_heads: int,
+) -> Float[Tensor, "batch kv_heads query token"]:
+    """One ranking for the query heads of a key/value head: the mean of their attention weights, as a log.
+
+    Without it each query head selects its own keys, and a group of G heads reads up to G times the budget
+    from the cache that it shares.
+    """
+    # The least finite number rather than -inf: a row that sees nothing must not become NaN.
+    weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).log_softmax(-1)
+    return rearrange(weights, "b (h g) q t -> b h g q t", h=kv_heads).logsumexp(2)
+
+
+def most_relevant(
+    scores: Float[Tensor, "batch ranked query token"],
+    visible: Bool[Tensor, " batch #ranked query token"],
+    counts: Int[Tensor, " batch #ranked query"],
+) -> Bool[Tensor, "batch ranked query token"]:
+    """The `counts` visible keys with the largest scores, for each query; of equal ones the earliest.
+
+    A score of -inf says "never", so fewer may be kept.
+    """
+    scores = scores.masked_fill(~visible, -torch.inf)
+    last, next_after = boundary(scores, counts.expand(scores.shape[:-1]))
+    keep = (scores >= last) & (scores > -torch.inf)
+    if torch.compiler.is_compiling() or bool((last == next_after).any()):
+        above, level = scores > last, scores == last
+        spare = counts[..., None] - above.sum(-1, keepdim=True)
+        keep &= above | (level & (level.cumsum(-1) <= spare))
+    return keep
+
+
+def attend(
+    queries: Float[Tensor, "batch heads query head_width"],
+    keys: Float[Tensor, "batch kv_heads token head_width"],
+    values: Float[Tensor, "batch kv_heads token value_width"],
+    keep: Bool[Tensor, "batch ranked query token"],
+    *,
+    scaling: float,
+) -> Float[Tensor, "batch heads query value_width"]:
+    """Exact attention over the kept keys; a query that keeps none gives zeros.
+
+    `keep` has one row a query head, a key/value head (shared in the group), or all heads.
+    """
+    kv_heads, heads = keys.shape[1], queries.shape[1]
+    packed = rearrange(queries, "b (h g) q d -> b h (g q) d", h=kv_heads)
+    if keep.shape[1] == heads:
+        mask = rearrange(keep, "b (h g) q t -> b h (g q) t", h=kv_heads)
+    else:
+        mask = repeat(keep, "b h q t -> b h (g q) t", g=heads // kv_heads)
+    output = F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)
+    return rearrange(output, "b h (g q) d -> b (h g) q d", q=queries.shape[2])
+
+
+def loki_attention(
+    queries: Float[Tensor, "batch heads query head_width"],
+    keys: Float[Tensor, "batch kv_heads token head_width"],
+    values: Float[Tensor, "batch kv_heads token value_width"],
+    *,
+    rotation: Rotation,
+    width: int,
+    counts: Int[Tensor, " batch #ranked query"],
+    visible: Bool[Tensor, " batch #ranked query token"],
+    scaling: float,
+    selection: Literal["per head", "shared in groups"],
+) -> Float[Tensor, "batch heads query value_width"]:
+    """Algorithm 1, whole: rotate, rank by the leading coordinates, keep, attend.
+
+    `selection="per head"` is the paper's; it is ours too where there is one query head a key/value head.
+    """
+    turned_queries, turned_keys = rotation.turn_queries(queries), rotation.turn_keys(keys)
+    scores = approximate_scores(turned_queries, turned_keys, width=width, scaling=scaling)
+    if selection == "shared in groups":
+        scores = shared_in_groups(scores, visible, kv_heads=keys.shape[1])
+    keep = most_relevant(scores, visible, counts)
+    return attend(turned_queries, turned_keys, values, keep, scaling=scaling)

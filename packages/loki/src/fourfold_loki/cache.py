@@ -1,0 +1,183 @@
+"""A cache that holds keys in the basis: rows for reading in full, and the leading coordinates apart.
+
+Room is made ahead and doubled when it is used up, since growing by concatenation reads and writes the whole
+cache at every token. The leading coordinates are kept as [kv_heads, width, token], so that ranking reads
+them in one sweep; they cost width / head_width of the keys' bytes on top.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from fourfold_loki.attention import Rotation
+from fourfold_loki.basis import Basis
+
+LARGEST_PAGE = 64
+"""Room is a multiple of it, so that pages of 16, 32 and 64 tokens are rows of a flattened view."""
+
+
+class LokiLayer(CacheLayerMixin):
+    """One layer's values and turned keys; `gave` are the keys that its last update returned."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(
+        self, rotation: Rotation, width: int, *, capacity: int, is_open: Callable[[], bool]
+    ) -> None:
+        super().__init__()
+        self.rotation = rotation
+        self.width = width
+        self.length = 0
+        self.gave: Tensor | None = None
+        self._capacity = capacity
+        self._is_open = is_open
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make room for the first tokens."""
+        kv_heads, head_width = self.rotation.key_map.shape[0], self.rotation.key_map.shape[-1]
+        if key_states.shape[1] != kv_heads or key_states.shape[-1] != head_width:
+            raise ValueError(
+                f"keys of {key_states.shape[1]} heads of width {key_states.shape[-1]} for a cache in a "
+                f"basis of {kv_heads} heads of width {head_width}; use the basis of this model"
+            )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+        batch, room = key_states.shape[0], max(self._capacity, key_states.shape[2])
+        self._allocate(batch, room, value_states.shape[-1])
+
+    def _allocate(self, batch: int, room: int, value_width: int) -> None:
+        room += -room % LARGEST_PAGE
+        kv_heads, head_width = self.rotation.key_map.shape[0], self.rotation.key_map.shape[-1]
+
+        def empty(*shape: int) -> Tensor:
+            # Zeros: the unused end of a page is multiplied by weights of zero.
+            return torch.zeros(batch, kv_heads, *shape, dtype=self.dtype, device=self.device)
+
+        self.keys = empty(room, head_width)
+        self.values = empty(room, value_width)
+        self.leading = empty(self.width, room)
+
+    def _grow(self, needed: int) -> None:
+        old = self.keys, self.values, self.leading
+        keys, values, leading = old
+        assert keys is not None
+        assert values is not None
+        self._allocate(keys.shape[0], max(needed, 2 * keys.shape[2]), values.shape[-1])
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys[:, :, : self.length] = keys[:, :, : self.length]
+        self.values[:, :, : self.length] = values[:, :, : self.length]
+        self.leading[..., : self.length] = leading[..., : self.length]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Float[Tensor, "b h t d"], Float[Tensor, "b h t v"]]:
+        """Turn the new keys, append, and give all keys (turned) and values."""
+        del args, kwargs
+        if not self._is_open():
+            raise ValueError(
+                "a LokiCache holds keys in the basis of its session's model, and is being filled from "
+                "elsewhere; use it inside `with loki(...)`, with that model"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        first, last = self.length, self.length + key_states.shape[2]
+        if last > self.room:
+            self._grow(last)
+        assert self.keys is not None
+        assert self.values is not None
+        turned = self.rotation.turn_keys(key_states)
+        self.keys[:, :, first:last] = turned
+        self.values[:, :, first:last] = value_states
+        self.leading[..., first:last] = turned[..., : self.width].mT
+        self.length = last
+        self.gave = self.keys[:, :, :last]
+        return self.gave, self.values[:, :, :last]
+
+    @property
+    def room(self) -> int:
+        """Tokens that fit before the next growth."""
+        return self.keys.shape[2] if self.keys is not None else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that the next mask covers, and their offset."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget the tokens and keep the room."""
+        self.length = 0
+        self.gave = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; a negative number, as in transformers."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): transformers counts what goes; pass a negative number"
+            )
+        self.length = max(0, self.length + tokens_to_remove)
+        self.gave = None
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.is_initialized:
+            assert self.keys is not None
+            assert self.values is not None
+            self.keys = change(self.keys)
+            self.values = change(self.values)
+            self.leading = change(self.leading)
+            self.gave = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Give every beam its parent's keys."""
+        self._each(lambda held: held.index_select(0, beam_idx.to(held.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        self._each(lambda held: held.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some sequences."""
+        self._each(lambda held: held[indices])
+
+    def offload(self) -> None:
+        """Move everything to the CPU."""
+        self._each(lambda held: held.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Bring everything back."""
+        self._each(lambda held: held.to(self.device, non_blocking=True))
+
+
+class LokiCache(Cache):
+    """Turned keys for the layers that select, ordinary ones for the others. Made by `session.cache()`."""
+
+    def __init__(
+        self,
+        basis: Basis,
+        widths: Sequence[int],
+        *,
+        capacity: int,
+        is_turned: Sequence[bool],
+        is_open: Callable[[], bool],
+    ) -> None:
+        layers: list[Any] = []  # theirs is an invariant list of a union
+        for layer, (width, turned) in enumerate(zip(widths, is_turned, strict=True)):
+            if turned:
+                layers.append(
+                    LokiLayer(basis.rotation(layer), width, capacity=capacity, is_open=is_open)
+                )
+            else:
+                layers.append(DynamicLayer())
+        super().__init__(layers=layers)

@@ -1,0 +1,161 @@
+"""What sparse attention costs: perplexity by two protocols, each arm beside full attention on the same text.
+
+`decode`: a dense prompt, then every scored token is predicted by a query that reads sparsely, as when
+generating with the text as given (one block of queries; causal, so it equals one at a time).
+`every query`: the whole window is masked, as in the published code, where a query early in the window sees
+fewer keys than the budget: the share of pairs kept is 2 k_f - k_f², not k_f. Both shares are recorded.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from fourfold_loki.huggingface import Session, attending
+from fourfold_loki.plan import Sparse
+from fourfold_loki.traffic import Reads
+
+FULL = "full"
+"""Name of the arm that reads everything."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Scored:
+    """One arm on one window."""
+
+    arm: str
+    window: int
+    nats: Float[Tensor, " scored"]
+    """Negative log-likelihood of each scored token."""
+    kept_share: float
+    """Visible keys that were read in full."""
+    read_share: float
+    """Elements read over those of dense attention."""
+
+
+@torch.no_grad()
+def score(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "window context"],
+    arms: Mapping[str, Sparse],
+    *,
+    prompt: int,
+    protocol: Literal["decode", "every query"] = "decode",
+) -> Iterator[Scored]:
+    """Full attention and every arm on every window, one after another.
+
+    The prompt is computed once a window and shared by all arms.
+
+    Args:
+        model: the model.
+        windows: token ids.
+        arms: how each arm reads.
+        prompt: tokens before the first scored one; those of a window after it are scored.
+        protocol: which queries read sparsely.
+
+    Raises:
+        ValueError: where the prompt leaves nothing to score.
+    """
+    context = windows.shape[1]
+    if not 2 <= prompt < context:
+        raise ValueError(
+            f"prompt={prompt} of windows of {context} tokens; use 2 to {context - 1}, "
+            "so that something is read and something is scored"
+        )
+    for index, window in enumerate(windows):
+        ids = window[None].to(model.device)
+        if protocol == "decode":
+            yield from _after_a_prompt(model, index, ids, arms, prompt)
+        else:
+            for name, plan in {FULL: None, **arms}.items():
+                with _attending(model, plan, {}) as reads:
+                    logits = model(ids[:, :-1], use_cache=False).logits[0, prompt - 1 :]
+                yield _scored(name, index, logits, ids[0, prompt:], reads)
+
+
+def _after_a_prompt(
+    model: PreTrainedModel, index: int, ids: Tensor, arms: Mapping[str, Sparse], prompt: int
+) -> Iterator[Scored]:
+    # The last token of the prompt predicts the first scored one, so it is part of the block.
+    cache = DynamicCache(config=model.config)
+    mass: dict[int, Tensor] = {}
+    counting = [plan for plan in arms.values() if plan.selector.keeps_count]
+    if counting:
+        with attending(model, replace(counting[0], reach="decode")) as session:
+            model.base_model(ids[:, : prompt - 1], past_key_values=cache, use_cache=True)
+            mass = session.mass
+    else:
+        model.base_model(ids[:, : prompt - 1], past_key_values=cache, use_cache=True)
+    block, targets = ids[:, prompt - 1 : -1], ids[0, prompt:]
+    for name, plan in {FULL: None, **arms}.items():
+        with _attending(model, plan, mass) as reads:
+            logits = model(block, past_key_values=cache, use_cache=True).logits[0]
+        cache.crop(-block.shape[1])
+        yield _scored(name, index, logits, targets, reads)
+
+
+@contextmanager
+def _attending(
+    model: PreTrainedModel, plan: Sparse | None, mass: Mapping[int, Tensor]
+) -> Iterator[Reads | None]:
+    """An arm's session, with the mass that a prompt gave to its keys; none for full attention."""
+    if plan is None:
+        yield None
+        return
+    with attending(model, replace(plan, reach="every query")) as session:
+        session.mass.update(mass)
+        yield session.reads
+
+
+def _scored(arm: str, window: int, logits: Tensor, targets: Tensor, reads: Reads | None) -> Scored:
+    nats = F.cross_entropy(logits.float(), targets, reduction="none").cpu()
+    kept, read = (1.0, 1.0) if reads is None else (reads.share, reads.read_share)
+    return Scored(arm=arm, window=window, nats=nats, kept_share=kept, read_share=read)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a selection did to one text."""
+
+    nats: float
+    """Added to the loss of a token, in the mean."""
+    standard_error: float
+    """Of that mean, over tokens."""
+    tokens: int
+
+    def __str__(self) -> str:
+        """As printed after `generate`."""
+        low, high = (self.nats + way * 1.96 * self.standard_error for way in (-1, 1))
+        return (
+            f"{math.expm1(self.nats):+.2%} perplexity ({math.expm1(low):+.2%} to "
+            f"{math.expm1(high):+.2%}) on {self.tokens} tokens"
+        )
+
+
+def cost(session: Session, ids: Int[Tensor, "one token"], *, prompt: int) -> Cost:
+    """What a session's selection costs on a text: its loss beside full attention's, token by token.
+
+    Args:
+        session: of `loki` or `attending`, after its block.
+        ids: the text.
+        prompt: tokens at its beginning that are read densely and not scored.
+
+    Raises:
+        ValueError: where the prompt leaves nothing to score.
+    """
+    if not isinstance(session.plan, Sparse):
+        raise ValueError("an observed model reads everything; pass the session of a selection")
+    full, ours = score(session.model, ids, {"selection": session.plan}, prompt=prompt)
+    added = (ours.nats - full.nats).double()
+    return Cost(
+        nats=float(added.mean()),
+        standard_error=float(added.std() / math.sqrt(len(added))),
+        tokens=len(added),
+    )

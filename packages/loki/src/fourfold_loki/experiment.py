@@ -1,0 +1,323 @@
+"""The reproduction of Singhania et al. 2024: calibrate, rank, score, diagnose; claims and figures."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import assert_never
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from fourfold_loki import figures, recipes
+from fourfold_loki.basis import Basis, fit
+from fourfold_loki.calibrate import calibrate, windows
+from fourfold_loki.claims import CLAIMS
+from fourfold_loki.doctor import diagnose
+from fourfold_loki.evaluate import score
+from fourfold_loki.plan import Sparse
+from fourfold_loki.recipes import (
+    Arm,
+    ByBasis,
+    ByLabelChannels,
+    Calibration,
+    Diagnoses,
+    Perplexity,
+    Ranks,
+)
+from fourfold_loki.selectors import DoubleSparsity, Loki, Selector
+from fourfold_loki.statistics import Statistics
+from fourfold_parallel.run.corpora import Corpus, Documents
+from fourfold_parallel.run.experiments import Drawing, Experiment, Stage, Workplace
+from fourfold_parallel.run.files import cache_folder, write_text
+from fourfold_parallel.run.models import Model, SmolLM2
+from fourfold_parallel.run.progress import Progress, silent
+from fourfold_parallel.run.recipe import Scale
+from fourfold_parallel.run.records import Material, RecordWriter, header, read_record
+from fourfold_parallel.run.values import digest
+
+
+def built(model: Model) -> PreTrainedModel:
+    """A model, ready to be read from."""
+    return model.build(seed=0).eval()
+
+
+@lru_cache(maxsize=2)
+def documents_of(corpus: Corpus) -> Documents:
+    """A corpus, read once: stripping the markup takes seconds."""
+    return corpus.load()
+
+
+def texts_of(corpus: Corpus, skip_characters: int) -> tuple[str, ...]:
+    """Documents after the first `skip_characters`, whole ones."""
+    kept, passed = [], 0
+    for text in documents_of(corpus).texts:
+        if passed >= skip_characters:
+            kept.append(text)
+        passed += len(text)
+    return tuple(kept)
+
+
+def tokenizer_of(model: Model):
+    """The tokenizer that belongs to a model's weights."""
+    if not isinstance(model, SmolLM2):
+        raise ValueError(f"model={model!r} has no tokenizer here; use SmolLM2")
+    return AutoTokenizer.from_pretrained(model.folder())
+
+
+def statistics_of(
+    recipe: Calibration, model: PreTrainedModel, progress: Progress = silent
+) -> Statistics:
+    """A calibration's statistics: from the cache, or measured and cached."""
+    path = cache_folder() / "loki" / f"{digest(recipe)[:32]}.safetensors"
+    if not path.exists():
+        measured = calibrate(
+            model,
+            tokenizer_of(recipe.model),
+            documents_of(recipe.corpus).texts,
+            tokens=recipe.tokens,
+            context=recipe.context,
+            progress=progress,
+        )
+        measured.save(path)
+    return Statistics.load(path)
+
+
+def planned(
+    arms: Sequence[Arm], model: PreTrainedModel, progress: Progress = silent
+) -> dict[str, Sparse]:
+    """Arms ready to run; a basis that several share is fitted once."""
+    held: dict[str, Basis] = {}
+
+    def selector(arm: Arm) -> Selector:
+        match arm.ranking:
+            case ByBasis(kind=kind, stage=stage, calibration=fitted, width=width):
+                key = f"{kind} {stage} {digest(fitted)}"
+                if key not in held:
+                    held[key] = fit(statistics_of(fitted, model, progress), kind, stage)
+                return Loki(basis=held[key], widths=(width,) * held[key].layers)
+            case ByLabelChannels(channels=channels, calibration=fitted):
+                return DoubleSparsity.from_statistics(
+                    statistics_of(fitted, model, progress), channels=channels
+                )
+            case Selector():
+                return arm.ranking
+            case _:
+                assert_never(arm.ranking)
+
+    return {arm.name: Sparse(selector=selector(arm), budget=arm.budget) for arm in arms}
+
+
+def measure_ranks(run: Ranks, workplace: Workplace) -> None:
+    """Events "rank" by corpus, layer, head and stage; "transfer" by pair of corpora and width."""
+    model = built(run.calibrations[0].model)
+    held = {
+        documents_of(fitted.corpus).material.name: statistics_of(fitted, model, workplace.progress)
+        for fitted in run.calibrations
+    }
+    with _record(run, run.calibrations[0].model, workplace, _corpora(run.calibrations)) as records:
+        for corpus, statistics in held.items():
+            for stage in ("before rotary", "after rotary"):
+                keys, _ = statistics.of(stage)
+                rank = keys.rank(run.share)
+                spectrum = keys.spectrum(centred=True)
+                mean = (keys.total / keys.count[..., None]).square().sum(-1)
+                power = keys.outer.diagonal(dim1=-2, dim2=-1).sum(-1) / keys.count
+                for layer in range(statistics.layers):
+                    records.write(
+                        "rank",
+                        corpus=corpus,
+                        stage=stage,
+                        layer=layer,
+                        rank=[int(value) for value in rank[layer]],
+                        head_width=int(spectrum.shape[-1]),
+                        mean_share=_rounded((mean / power)[layer]),
+                        held_by_width={
+                            str(width): _rounded(
+                                spectrum[layer, :, :width].sum(-1) / spectrum[layer].sum(-1)
+                            )
+                            for width in run.widths
+                        },
+                    )
+        _write_score_errors(run, held, records)
+        _write_transfer(run, held, records)
+        records.write("finished")
+
+
+def _write_score_errors(run: Ranks, held: dict[str, Statistics], records: RecordWriter) -> None:
+    """Expected squared error of scores, relative, by basis: tr(Cq R Ck R^T) / tr(Cq Ck)."""
+    for corpus, statistics in held.items():
+        queries = statistics.queries.covariance(centred=False)
+        keys = statistics.keys.covariance(centred=True)
+        whole = (queries * keys).sum((-2, -1))
+        for kind in ("pca", "pca_uncentred", "balanced"):
+            basis = fit(statistics, kind)
+            for width in run.widths:
+                seen = basis.query_maps[..., :width].double() @ (
+                    basis.key_maps[..., :width].double().mT
+                )
+                # What the leading coordinates leave of a score: q (I - A B^T) k^T.
+                rest = torch.eye(seen.shape[-1], dtype=seen.dtype) - seen
+                lost = (queries * (rest @ keys @ rest.mT)).sum((-2, -1))
+                records.write(
+                    "score_error",
+                    corpus=corpus,
+                    basis=kind,
+                    width=width,
+                    by_layer=_rounded((lost / whole).mean(-1)),
+                )
+
+
+def _write_transfer(run: Ranks, held: dict[str, Statistics], records: RecordWriter) -> None:
+    for fitted_on, source in held.items():
+        for stage in ("before rotary", "after rotary"):
+            basis = fit(source, "pca", stage)
+            for corpus, statistics in held.items():
+                covariance = statistics.of(stage)[0].covariance(centred=True)
+                total = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+                for width in run.widths:
+                    lead = basis.key_maps[..., :width].double()
+                    caught = torch.einsum("lhid,lhij,lhjd->lh", lead, covariance, lead) / total
+                    records.write(
+                        "transfer",
+                        stage=stage,
+                        fitted_on=fitted_on,
+                        corpus=corpus,
+                        width=width,
+                        held_by_layer=_rounded(caught.mean(-1)),
+                    )
+
+
+def measure_perplexity(run: Perplexity, workplace: Workplace) -> None:
+    """Events "scored": one a window and arm, full attention first. Goes on after the last whole window."""
+    model = built(run.model)
+    arms = planned(run.arms, model, workplace.progress)
+    ids = _windows(run.model, run.corpus, run.skip_characters, run.windows, run.context)
+    done = _whole_windows(workplace.record, len(arms) + 1)
+    each = len(arms) + 1
+    if done:
+        records = RecordWriter(workplace.record)
+    else:
+        records = _record(run, run.model, workplace, (run.corpus,))
+    with records:
+        scored = score(model, ids[done:], arms, prompt=run.prompt, protocol=run.protocol)
+        for count, one in enumerate(scored, start=done * each + 1):
+            records.write(
+                "scored",
+                arm=one.arm,
+                window=one.window + done,
+                tokens=len(one.nats),
+                loss_nats=float(one.nats.double().mean()),
+                kept_share=round(one.kept_share, 6),
+                read_share=round(one.read_share, 6),
+            )
+            workplace.progress(count, run.windows * each, one.arm)
+        records.write("finished")
+
+
+def _whole_windows(path: Path, each: int) -> int:
+    """Windows of which an interrupted record holds every arm; what is beyond them is cut off."""
+    if not path.exists():
+        return 0
+    whole = (len(read_record(path).of("scored")) // each) * each
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    write_text(path, "".join(lines[: 1 + whole]))
+    return whole // each
+
+
+def measure_diagnoses(run: Diagnoses, workplace: Workplace) -> None:
+    """Events "diagnosis": one a layer and arm."""
+    model = built(run.model)
+    arms = planned(run.arms, model, workplace.progress)
+    [window] = _windows(run.model, run.corpus, run.skip_characters, 1, run.context)
+    with _record(run, run.model, workplace, (run.corpus,)) as records:
+        for one in diagnose(model, window, arms, queries=run.queries):
+            records.write(
+                "diagnosis",
+                arm=one.arm,
+                layer=one.layer,
+                recall=round(one.recall, 5),
+                mass_recall=round(one.mass_recall, 5),
+                sink_kept=round(one.sink_kept, 5),
+                sink_mass=round(one.sink_mass, 5),
+                kept_share=round(one.kept_share, 5),
+            )
+        records.write("finished")
+
+
+def _windows(
+    model: Model, corpus: Corpus, skip: int, count: int, context: int
+) -> Int[Tensor, "window context"]:
+    texts = texts_of(corpus, skip)
+    return windows(tokenizer_of(model), texts, tokens=count * context, context=context)
+
+
+def _corpora(calibrations: Iterable[Calibration]) -> tuple[Corpus, ...]:
+    return tuple(fitted.corpus for fitted in calibrations)
+
+
+def _record(
+    run: object, model: Model, workplace: Workplace, corpora: Sequence[Corpus]
+) -> RecordWriter:
+    """A fresh record with its first line. Nothing here draws random numbers but the arm that says so."""
+    workplace.record.unlink(missing_ok=True)
+    materials: list[Material] = [
+        *model.materials(),
+        *(documents_of(one).material for one in corpora),
+    ]
+    records = RecordWriter(workplace.record)
+    records.write_header(header(run, seed=0, world_size=1, materials=materials, overrides=()))
+    return records
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(float(value), 5) for value in values]
+
+
+def _stages(scale: Scale) -> Sequence[Stage]:
+    match scale:
+        case "smoke":
+            makers = [recipes.ranks, recipes.perplexity, recipes.diagnoses]
+        case "laptop":
+            makers = [
+                recipes.ranks,
+                recipes.perplexity,
+                recipes.more_perplexity,
+                recipes.published_protocol,
+                recipes.other_corpus,
+                recipes.diagnoses,
+            ]
+        case "gpu" | "paper":
+            return ()
+    return tuple(_stage(maker(scale)) for maker in makers)
+
+
+def _stage(run: Ranks | Perplexity | Diagnoses) -> Stage:
+    perform: Callable[[Workplace], None]
+    match run:
+        case Ranks():
+            perform = partial(measure_ranks, run)
+        case Perplexity():
+            perform = partial(measure_perplexity, run)
+        case Diagnoses():
+            perform = partial(measure_diagnoses, run)
+        case _:
+            assert_never(run)
+    return Stage(name=run.name, run=run, perform=perform)
+
+
+def _drawings(scale: Scale) -> Sequence[Drawing]:
+    return figures.drawings(scale)
+
+
+EXPERIMENT = Experiment(
+    package="loki",
+    title="Loki: low-rank keys for efficient sparse attention",
+    paper="Singhania, Singh, He, Feizi, Bhatele: Loki: Low-rank Keys for Efficient Sparse Attention. "
+    "NeurIPS 2024",
+    claims=CLAIMS,
+    stages=_stages,
+    drawings=_drawings,
+    launches=lambda: (),
+)

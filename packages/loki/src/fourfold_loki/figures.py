@@ -1,0 +1,151 @@
+"""Figures: pure functions from records to figures."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from fourfold_loki.claims import (
+    AFTER,
+    BEFORE,
+    FULL,
+    added_percent,
+    diagnosed,
+    rank_events,
+    tokens_scored,
+)
+from fourfold_parallel.run.claims import Records
+from fourfold_parallel.run.experiments import Drawing
+from fourfold_parallel.run.figures import BASELINE, CONTROL, IDEAL, METHOD
+from fourfold_parallel.run.recipe import Scale
+from fourfold_parallel.run.records import Record
+
+
+def figure_2(records: Records) -> Figure:
+    """Rank at 90 % by layer, before and after the rotary embedding; a dot a head."""
+    figure = Figure(figsize=(6.4, 3.2))
+    axes = figure.subplots()
+    width = 0.0
+    for stage, color in ((BEFORE, CONTROL), (AFTER, METHOD)):
+        means = []
+        for layer, event in enumerate(rank_events(records["ranks"], stage)):
+            ranks = np.asarray(event.values["rank"], dtype=float)
+            width = event.number("head_width")
+            axes.plot([layer] * len(ranks), ranks, ".", color=color, alpha=0.35, markersize=4)
+            means.append(ranks.mean())
+        axes.plot(means, color=color, label=f"{stage} (mean {np.mean(means):.1f})")
+    axes.axhline(width, color=IDEAL, linestyle="--", linewidth=1.2, label="head width")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("directions for 90 % of the variance")
+    axes.set_ylim(bottom=0)
+    axes.set_title("Loki: keys span few dimensions")
+    axes.legend()
+    return figure
+
+
+def arms_of(record: Record) -> list[str]:
+    """Arms of a record but full attention, in order."""
+    return [
+        a for a in dict.fromkeys(str(e.values["arm"]) for e in record.of("scored")) if a != FULL
+    ]
+
+
+def quality(records: Records) -> Figure:
+    """Added perplexity of every arm, with its interval over windows."""
+    parts = [records[name] for name in ("perplexity", "variants") if name in records]
+    rows = [(arm, added_percent(record, arm)) for record in parts for arm in arms_of(record)]
+    rows.sort(key=lambda row: row[1].value, reverse=True)
+    figure = Figure(figsize=(6.4, 1.2 + 0.24 * len(rows)))
+    axes = figure.subplots()
+    for place, (arm, cost) in enumerate(rows):
+        color = METHOD if arm.startswith("loki") else BASELINE
+        axes.plot([cost.low, cost.high], [place, place], color=color)
+        axes.plot(cost.value, place, "o", color=color, markersize=5)
+    axes.set_yticks(range(len(rows)), [arm for arm, _ in rows])
+    axes.axvline(0, color=IDEAL, linestyle="--", linewidth=1.2)
+    axes.set_xscale("symlog", linthresh=2)
+    axes.set_xlabel(
+        f"added perplexity (%), log beyond ±2; {tokens_scored(parts[0])} tokens (variants: fewer)"
+    )
+    axes.set_title("Loki: what a quarter of the keys costs")
+    return figure
+
+
+def recall_and_damage(records: Records) -> Figure:
+    """Added perplexity against recall of keys, and against recall of attention mass."""
+    figure = Figure(figsize=(6.4, 3.2))
+    left, right = figure.subplots(1, 2, sharey=True)
+    parts = [records[name] for name in ("perplexity", "variants") if name in records]
+    doctor = records["diagnoses"]
+    for record in parts:
+        for arm in arms_of(record):
+            if not diagnosed(doctor, arm, "recall"):
+                continue
+            cost = added_percent(record, arm).value
+            color = METHOD if arm.startswith("loki") else BASELINE
+            for axes, key in ((left, "recall"), (right, "mass_recall")):
+                axes.plot(np.mean(diagnosed(doctor, arm, key)), cost, "o", color=color)
+                if cost > 10:
+                    axes.annotate(
+                        arm,
+                        (float(np.mean(diagnosed(doctor, arm, key))), cost),
+                        xytext=(4, 4),
+                        textcoords="offset points",
+                        fontsize=7.5,
+                    )
+    left.set_yscale("symlog", linthresh=2)
+    left.set_ylabel("added perplexity (%)")
+    left.set_xlabel("share of the exact top-k keys")
+    right.set_xlabel("share of the attention mass")
+    left.set_title("Loki: mass, not keys, foretells damage")
+    return figure
+
+
+def sinks(records: Records) -> Figure:
+    """How often each arm keeps the first token, layer by layer, under what it weighs."""
+    doctor = records["diagnoses"]
+    arms = list(dict.fromkeys(str(e.values["arm"]) for e in doctor.of("diagnosis")))
+    figure = Figure(figsize=(6.4, 1.6 + 0.22 * len(arms)))
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, max(1.0, len(arms) / 5)])
+    weight = diagnosed(doctor, arms[0], "sink_mass")
+    top.bar(range(len(weight)), weight, color=BASELINE)
+    top.set_ylabel("weight")
+    top.set_title("Loki: who keeps the attention sink")
+    kept = np.asarray([diagnosed(doctor, arm, "sink_kept") for arm in arms])
+    image = bottom.imshow(kept, aspect="auto", vmin=0, vmax=1, cmap="magma")
+    bottom.grid(visible=False)
+    bottom.set_yticks(range(len(arms)), arms, fontsize=7.5)
+    bottom.set_xlabel("layer")
+    figure.colorbar(image, ax=bottom, label="share of queries")
+    return figure
+
+
+def drawings(scale: Scale) -> Sequence[Drawing]:
+    """The figures of a scale."""
+    where = f"SmolLM2-135M on Wikipedia, {4 if scale == 'smoke' else 64} windows of 512 tokens"
+    return (
+        Drawing(
+            name="figure-2",
+            caption=f"Principal directions that hold 90 % of the keys' variance; {where}. One model, so no "
+            "seeds; dots are key/value heads.",
+            draw=figure_2,
+        ),
+        Drawing(
+            name="figure-quality",
+            caption=f"Perplexity added by each selector at the same number of keys; {where}. Bars: 95 % "
+            "intervals over windows.",
+            draw=quality,
+        ),
+        Drawing(
+            name="figure-recall",
+            caption=f"Added perplexity against recall of keys and of attention mass; {where}. One dot an "
+            "arm.",
+            draw=recall_and_damage,
+        ),
+        Drawing(
+            name="figure-sinks",
+            caption=f"Attention weight of the first token, and how often it is kept; {where}. Last 128 "
+            "queries of one window.",
+            draw=sinks,
+        ),
+    )

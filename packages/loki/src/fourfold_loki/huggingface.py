@@ -1,0 +1,433 @@
+"""Loki in any rotary model of transformers: `with loki(model, basis, budget): model.generate(...)`.
+
+transformers asks a registry for the attention function named by `config._attn_implementation`, and another
+registry for the mask that goes with it. This module adds the name "loki" to both when it is imported (with
+one of the two alone, models run without a causal mask), and changes nothing else. Keys arrive after the
+rotary embedding and after the cache was updated.
+
+With an ordinary cache the numbers are those of Loki and nothing is saved. `session.cache()` gives a
+`LokiCache`, which keeps keys in the basis, so that ranking reads only the leading coordinates.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from fourfold_loki.attention import attend, scores_of
+from fourfold_loki.basis import Basis
+from fourfold_loki.budget import Budget
+from fourfold_loki.cache import LokiCache, LokiLayer
+from fourfold_loki.kernels.dispatch import can_decode, decode
+from fourfold_loki.plan import Observe, Plan, Seen, Sparse
+from fourfold_loki.provenance import Calibrated, fingerprint
+from fourfold_loki.selectors import Candidates, Exact, Loki
+from fourfold_loki.traffic import Reads
+
+NAME = "loki"
+UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
+"""Arguments of other attention functions that would be ignored here, so they are refused."""
+BLOCK = 1 << 20
+"""Scores that are ranked at a time: 4 MB of float32."""
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """A model while it attends through this module."""
+
+    model: PreTrainedModel
+    plan: Plan
+    reads: Reads
+    mass: dict[int, Float[Tensor, "batch heads token"]] = field(default_factory=dict)
+    """For selectors that keep count: what each layer's keys have been given so far."""
+    is_inside: bool = False
+    """Whether the model is in its forward pass; its caches may be filled only then."""
+    caches: list[LokiCache] = field(default_factory=list)
+
+    def cache(self, *, capacity: int = 0) -> LokiCache:
+        """An empty cache in the basis of this session.
+
+        Args:
+            capacity: tokens to make room for at once; it grows by doubling.
+
+        Raises:
+            ValueError: where the selector is not Loki.
+        """
+        if not isinstance(self.plan, Sparse) or not isinstance(self.plan.selector, Loki):
+            raise ValueError(
+                "only Loki ranks by a basis, so only its session has a LokiCache; "
+                "pass no cache, or a cache of transformers"
+            )
+        self.caches.append(
+            LokiCache(
+                self.plan.selector.basis,
+                self.plan.selector.widths,
+                capacity=capacity,
+                is_turned=[not site.is_dense for site in sites(self.model, self.plan)],
+                is_open=lambda: self.is_inside,
+            )
+        )
+        return self.caches[-1]
+
+    def layer_that_gave(self, keys: Tensor, layer: int) -> LokiLayer | None:
+        """The cache layer that these very keys came from, if they came from a `LokiCache`."""
+        for cache in self.caches:
+            held = cache.layers[layer]
+            if isinstance(held, LokiLayer) and held.gave is keys:
+                return held
+        return None
+
+
+@dataclass(slots=True, eq=False)
+class Site:
+    """What an attention module is told while its model is in a session."""
+
+    module: nn.Module
+    layer: int
+    is_dense: bool
+    positions: tuple[Tensor, Tensor] | None = None
+
+
+_SESSIONS = "_fourfold_loki_session"
+_SITE = "_fourfold_loki_site"
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules of a model that ask for an attention function, in order of their layers."""
+    return [
+        module
+        for module in model.modules()
+        if type(module).__name__.endswith("Attention")
+        and isinstance(getattr(module, "layer_idx", None), int)
+        and getattr(module, "is_causal", True)
+    ]
+
+
+def sites(model: PreTrainedModel, plan: Plan) -> list[Site]:
+    """Every attention module with the role that a plan gives it."""
+    found = attention_modules(model)
+    types = getattr(model.config.get_text_config(), "layer_types", None)
+    dense = plan.dense_layers if isinstance(plan, Sparse) else ()
+    roles = []
+    for layer, module in enumerate(found):
+        slides = types is not None and types[layer] != "full_attention"
+        roles.append(Site(module=module, layer=layer, is_dense=slides or layer in dense))
+    return roles
+
+
+@contextmanager
+def attending(model: PreTrainedModel, plan: Plan) -> Iterator[Session]:
+    """Let a model attend by a plan, for the length of a block.
+
+    Raises:
+        ValueError: where the model would ignore the plan, has no rotary keys, or is not the plan's.
+    """
+    _check_model(model)
+    if isinstance(plan, Sparse):
+        _check_plan(model, plan)
+    if getattr(model, _SESSIONS, None) is not None:
+        raise ValueError(
+            "this model is in a session already; leave the inner `with` before entering another"
+        )
+    config = model.config.get_text_config()
+    watched = plan.selector if isinstance(plan, Sparse) else Exact()
+    session = Session(model=model, plan=plan, reads=Reads.of(config, watched))
+    before = model.config._attn_implementation  # noqa: SLF001 - transformers' own switch
+    assert before is not None
+    roles = sites(model, plan)
+    handles = [
+        model.base_model.register_forward_pre_hook(_enter(session), with_kwargs=True),
+        model.base_model.register_forward_hook(_leave(session), always_call=True),
+    ]
+    for site in roles:
+        setattr(site.module, _SITE, (session, site))
+        if isinstance(plan, Observe):
+            handles.append(
+                site.module.register_forward_pre_hook(_note_positions(site), with_kwargs=True)
+            )
+    setattr(model, _SESSIONS, session)
+    try:
+        model.set_attn_implementation(NAME)
+        yield session
+    finally:
+        model.set_attn_implementation(before)
+        delattr(model, _SESSIONS)
+        for handle in handles:
+            handle.remove()
+        for site in roles:
+            delattr(site.module, _SITE)
+        session.is_inside = False
+
+
+@contextmanager
+def loki(
+    model: PreTrainedModel,
+    basis: Basis,
+    budget: Budget,
+    *,
+    width: int | tuple[int, ...] | None = None,
+) -> Iterator[Session]:
+    """Let a model attend to few keys, found in `basis`, for the length of a block.
+
+    Args:
+        model: a causal language model of transformers with rotary keys.
+        basis: fitted to this model; see `calibrate` and `fit`.
+        budget: what each query may read.
+        width: coordinates that rank, one number or one a layer; without it a quarter of the head.
+
+    Raises:
+        ValueError: where basis, budget or model do not go together.
+    """
+    widths = basis.head_width // 4 if width is None else width
+    if isinstance(widths, int):
+        widths = (widths,) * basis.layers
+    selector = Loki(basis=basis.to(model.device), widths=widths)
+    with attending(model, Sparse(selector=selector, budget=budget)) as session:
+        yield session
+
+
+def loki_forward(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads query head_width"],
+    key: Float[Tensor, "batch kv_heads token head_width"],
+    value: Float[Tensor, "batch kv_heads token value_width"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "batch query heads value_width"], None]:
+    """The attention function that transformers calls under the name "loki"."""
+    held = module.__dict__.get(_SITE)
+    if held is None:
+        raise ValueError(
+            f"attn_implementation={NAME!r} of {type(module).__name__} without a basis; run the model "
+            "inside `with loki(model, basis, budget):`"
+        )
+    session, site = held
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    plan = session.plan
+    refused = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
+    if site.is_dense or isinstance(plan, Observe):
+        if isinstance(plan, Observe):
+            assert site.positions is not None
+            visible = visible_keys(module, query, key, attention_mask)
+            plan.observer(
+                Seen(
+                    layer=site.layer,
+                    queries=query,
+                    keys=key[:, :, : visible.shape[-1]],
+                    visible=visible,
+                    scaling=scale,
+                    positions=site.positions,
+                )
+            )
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scale, **kwargs
+        )
+    if refused or dropout:
+        raise ValueError(
+            f"{refused[0] if refused else f'dropout={dropout}'} of {type(module).__name__} would be "
+            f"ignored by {NAME!r}; list layer {site.layer} in dense_layers, or use model.eval()"
+        )
+    turned = session.layer_that_gave(key, site.layer)
+    if turned is not None:
+        query = turned.rotation.turn_queries(query)
+    if query.shape[2] > 1 and plan.reach == "decode":
+        if plan.selector.keeps_count:
+            _count_prompt(session, site, query, key, attention_mask, scale)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scale, **kwargs
+        )
+    if turned is not None and attention_mask is None and can_decode(plan, query, turned):
+        output, kept = decode(plan, query, turned, scaling=scale)
+        session.reads.add(kept=kept, seen=key.shape[2], rows=query.shape[0])
+        return output.transpose(1, 2).contiguous(), None
+    visible = visible_keys(module, query, key, attention_mask)
+    key, value = key[:, :, : visible.shape[-1]], value[:, :, : visible.shape[-1]]
+    mass = _past_mass(session, plan, site.layer, query, key)
+    outputs = []
+    # Blocks of queries whose scores fit a processor's cache; a prompt's whole square would not fit memory.
+    rows = max(1, BLOCK // (query.shape[0] * query.shape[1] * key.shape[2]))
+    for first in range(0, query.shape[2], rows):
+        among = Candidates(
+            queries=query[:, :, first : first + rows],
+            keys=key,
+            visible=visible[:, :, first : first + rows],
+            scaling=scale,
+            layer=site.layer,
+            turned=turned is not None,
+            past_mass=mass,
+            allowance=plan.budget.allowance(visible[:, :, first : first + rows]),
+        )
+        keep = plan.budget.keep(
+            plan.selector.scores(among), among.visible, kv_heads=key.shape[1], layer=site.layer
+        )
+        mass = plan.selector.account(among)
+        if not torch.compiler.is_compiling():
+            session.reads.add_masks(keep, among.visible)
+        outputs.append(attend(among.queries, key, value, keep, scaling=scale))
+    if plan.selector.keeps_count:
+        session.mass[site.layer] = mass
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _past_mass(
+    session: Session, plan: Sparse, layer: int, query: Tensor, key: Tensor
+) -> Float[Tensor, "batch heads token"]:
+    batch, heads, queries, _ = query.shape
+    if not plan.selector.keeps_count or key.shape[2] == queries:
+        return query.new_zeros(batch, heads, key.shape[2])
+    past = session.mass.get(layer)
+    length = 0 if past is None else past.shape[-1]
+    if past is None or batch != 1 or length != key.shape[2] - queries:
+        raise ValueError(
+            f"{type(plan.selector).__name__} counted {length} keys of layer {layer}, and the cache "
+            f"holds {key.shape[2] - queries} in a batch of {batch}; it follows one sequence from its "
+            "first token, without beams, cropping or padding"
+        )
+    return torch.cat([past, past.new_zeros(1, heads, queries)], dim=-1)
+
+
+def _count_prompt(
+    session: Session, site: Site, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+) -> None:
+    """Mass that a dense prompt gives to its keys."""
+    visible = visible_keys(site.module, query, key, mask)
+    scores = scores_of(query, key[:, :, : visible.shape[-1]], scaling=scaling)
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    session.mass[site.layer] = weights.sum(2)
+
+
+def visible_keys(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads query head_width"],
+    key: Float[Tensor, "batch kv_heads token head_width"],
+    attention_mask: Tensor | None,
+) -> Bool[Tensor, "batch mask_heads query token"]:
+    """What causality and padding allow, from the mask that transformers made for us (None: causal).
+
+    Raises:
+        ValueError: for a mask with values other than "keep" and "never", which a selection would lose.
+    """
+    batch, queries = query.shape[0], query.shape[2]
+    if attention_mask is None:
+        # As in transformers: several queries without a mask are the beginning of the sequence.
+        tokens = key.shape[2] if queries == 1 else queries
+        visible = torch.ones(queries, tokens, dtype=torch.bool, device=query.device)
+        if queries > 1 and getattr(module, "is_causal", True):
+            visible = visible.tril()
+        return visible.expand(batch, 1, queries, tokens)
+    if attention_mask.dtype == torch.bool:
+        return attention_mask.expand(batch, -1, -1, -1)
+    lowest = torch.finfo(attention_mask.dtype).min / 2
+    visible = attention_mask > lowest
+    if not torch.compiler.is_compiling() and bool((attention_mask[visible] != 0).any()):
+        raise ValueError(
+            "the attention mask adds a bias to scores, which a selection would lose; "
+            "pass a mask of zeros and the type's least value, or a boolean one"
+        )
+    return visible.expand(batch, -1, -1, -1)
+
+
+def _context(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config().max_position_embeddings)
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    if not model._can_set_attn_implementation():  # noqa: SLF001 - transformers has no public question
+        raise ValueError(
+            f"{name} does not ask transformers' registry for its attention, so a selection would be "
+            "ignored; use a model class that supports attention backends"
+        )
+    if not any(part.endswith("rotary_emb") for part, _ in model.named_modules()):
+        raise ValueError(
+            f"{name} has no rotary embedding, and bases are fitted to rotary keys; "
+            "use a rotary model (Llama, Qwen, Mistral, Gemma, ...)"
+        )
+    if not attention_modules(model):
+        raise ValueError(f"{name} has no attention modules with a layer_idx; use a decoder model")
+
+
+def _check_plan(model: PreTrainedModel, plan: Sparse) -> None:
+    plan.budget.check_fits(_context(model))
+    layers = len(attention_modules(model))
+    wrong = [layer for layer in plan.dense_layers if not 0 <= layer < layers]
+    if wrong:
+        raise ValueError(
+            f"dense_layers={wrong} of a model of {layers} layers; use 0 to {layers - 1}"
+        )
+    if isinstance(plan.selector, Loki):
+        check_basis(model, plan.selector.basis)
+
+
+def check_basis(model: PreTrainedModel, basis: Basis) -> None:
+    """Refuse a basis of another shape or another model.
+
+    Raises:
+        ValueError: naming both.
+    """
+    config = model.config.get_text_config()
+    first = attention_modules(model)[0]
+    width = getattr(first, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = config.num_key_value_heads
+    mine = (len(attention_modules(model)), heads, width)
+    theirs = (basis.layers, basis.kv_heads, basis.head_width)
+    if mine != theirs:
+        raise ValueError(
+            "basis of {} layers, {} key/value heads of width {} for ".format(*theirs)
+            + "a model of {} layers, {} key/value heads of width {}; ".format(*mine)
+            + "calibrate this model"
+        )
+    source = basis.label.source
+    if isinstance(source, Calibrated) and source.model != (own := fingerprint(model)):
+        raise ValueError(
+            f"basis of model {source.model[:12]} for model {own[:12]}; calibrate this model"
+        )
+
+
+def _enter(session: Session) -> Callable[..., None]:
+    def hook(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
+        del module, arguments
+        named = session.model.config._attn_implementation  # noqa: SLF001
+        if named != NAME:
+            raise ValueError(
+                f"attn_implementation was set to {named!r} inside a session of {NAME!r}, which would "
+                "ignore the selection; leave the session first"
+            )
+        cache = keywords.get("past_key_values")
+        if isinstance(cache, LokiCache) and cache not in session.caches:
+            raise ValueError(
+                "this LokiCache was filled in the basis of another session; use session.cache() of "
+                "this one, or the session that filled it"
+            )
+        session.is_inside = True
+
+    return hook
+
+
+def _leave(session: Session) -> Callable[..., None]:
+    def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+        del module, arguments, output
+        session.is_inside = False
+
+    return hook
+
+
+def _note_positions(site: Site) -> Callable[..., None]:
+    def hook(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
+        del module, arguments
+        site.positions = keywords.get("position_embeddings")
+
+    return hook
+
+
+AttentionInterface.register(NAME, loki_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,1 @@
+"""Fast twins of ranking, selecting and attending, for decoding one token; tested against `attention.py`."""

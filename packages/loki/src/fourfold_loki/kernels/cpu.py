@@ -1,0 +1,82 @@
+"""Decoding on a CPU: rank pages in one sweep, copy the best ones together, attend.
+
+What makes it fast, measured on two machines (benchmarks/loki_decode.py): the leading coordinates lie apart
+and transposed; the query heads of a group are one matrix; pages are rows of a flattened view, since
+`index_select` copies rows and `gather` moves single numbers, ten to a hundred times slower.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fourfold_loki.kernels.order import rank_in_groups
+
+
+def decode(
+    queries: Float[Tensor, "batch heads 1 head_width"],
+    keys: Float[Tensor, "batch kv_heads room head_width"],
+    values: Float[Tensor, "batch kv_heads room value_width"],
+    leading: Float[Tensor, "batch kv_heads width room"],
+    *,
+    length: int,
+    pages: int,
+    page: int,
+    sinks: int,
+    window: int,
+    scaling: float,
+) -> Float[Tensor, "batch heads 1 value_width"]:
+    """Loki for one query a sequence, with selection shared in groups.
+
+    Args:
+        queries: in the basis of the layer.
+        keys: in the basis, with room for more than `length` tokens; a multiple of `page`.
+        values: as cached.
+        leading: the first coordinates of the keys.
+        length: tokens held, at least one.
+        pages: how many pages to read.
+        page: tokens of a page.
+        sinks: first tokens whose pages are always read.
+        window: last tokens whose pages are always read.
+        scaling: of the scores.
+    """
+    batch, kv_heads, room, head_width = keys.shape
+    width, stacks = leading.shape[2], batch * kv_heads
+    packed = (queries * scaling).reshape(stacks, -1, head_width)
+    group = packed.shape[1]
+    whole = -(-length // page)
+    scores = packed[..., :width] @ leading.reshape(stacks, width, room)[..., : whole * page]
+    if whole * page != length:
+        scores[..., length:] = -torch.inf
+    ranked = rank_in_groups(scores.view(stacks, group, whole, page).amax(-1).float())
+    if sinks:
+        ranked[:, : -(-sinks // page)] = torch.inf
+    if window:
+        ranked[:, max(0, length - window) // page :] = torch.inf
+    chosen = ranked.topk(pages, dim=-1, sorted=False).indices.sort(-1).values
+    rows = (chosen + torch.arange(stacks, device=chosen.device)[:, None] * (room // page)).flatten()
+    some_keys = keys.view(-1, page * head_width).index_select(0, rows)
+    some_values = values.view(-1, page * values.shape[-1]).index_select(0, rows)
+    exact = packed @ some_keys.view(stacks, pages * page, head_width).mT
+    if whole * page != length:
+        ahead = chosen[..., None] * page + torch.arange(page, device=chosen.device) >= length
+        exact.masked_fill_(ahead.flatten(1)[:, None], -torch.inf)
+    weights = exact.softmax(-1, dtype=torch.float32).to(values.dtype)
+    output = weights @ some_values.view(stacks, pages * page, -1)
+    return output.view(batch, -1, 1, values.shape[-1])
+
+
+def dense(
+    queries: Float[Tensor, "batch heads 1 head_width"],
+    keys: Float[Tensor, "batch kv_heads room head_width"],
+    values: Float[Tensor, "batch kv_heads room value_width"],
+    *,
+    length: int,
+    scaling: float,
+) -> Float[Tensor, "batch heads 1 value_width"]:
+    """Full attention with the query heads of a group as one matrix."""
+    batch, kv_heads, room, head_width = keys.shape
+    packed = (queries * scaling).reshape(batch * kv_heads, -1, head_width)
+    held = keys.view(batch * kv_heads, room, head_width)[:, :length]
+    weights = (packed @ held.mT).softmax(-1, dtype=torch.float32).to(values.dtype)
+    output = weights @ values.view(batch * kv_heads, room, -1)[:, :length]
+    return output.view(batch, -1, 1, values.shape[-1])

@@ -1,0 +1,60 @@
+"""Which twin decodes: Triton on a GPU, plain torch elsewhere; the reference where neither can."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from fourfold_loki.budget import Mass
+from fourfold_loki.cache import LokiLayer
+from fourfold_loki.kernels import cpu
+from fourfold_loki.plan import Sparse
+from fourfold_loki.selectors import Loki
+
+
+def can_decode(plan: Sparse, queries: Tensor, layer: LokiLayer) -> bool:
+    """Whether a kernel computes what the reference would for this plan and cache."""
+    budget = plan.budget
+    group = queries.shape[1] // layer.rotation.query_map.shape[0]
+    return (
+        isinstance(plan.selector, Loki)
+        and queries.shape[2] == 1
+        and not isinstance(budget.amount, Mass)
+        and (budget.selection == "shared in groups" or group == 1)
+        and layer.room % budget.page == 0
+        # Where the forced pages alone fill the budget, the order of ties matters.
+        and budget.sinks + budget.window + 2 * budget.page
+        <= max(budget.units(layer.length) * budget.page, 2 * budget.page)
+    )
+
+
+def decode(
+    plan: Sparse,
+    queries: Float[Tensor, "batch heads 1 head_width"],
+    layer: LokiLayer,
+    *,
+    scaling: float,
+) -> tuple[Float[Tensor, "batch heads 1 value_width"], int]:
+    """Attention for one query a sequence, and how many keys it read."""
+    budget, length = plan.budget, layer.length
+    assert layer.keys is not None
+    assert layer.values is not None
+    pages = budget.units(length)
+    if length < budget.dense_below or pages * budget.page >= length:
+        return cpu.dense(queries, layer.keys, layer.values, length=length, scaling=scaling), length
+    if queries.device.type == "cuda":
+        # Triton is an extra, and its import needs a GPU's driver or the interpreter.
+        from fourfold_loki.kernels.triton import decode as decode_pages
+    else:
+        from fourfold_loki.kernels.cpu import decode as decode_pages
+    output = decode_pages(
+        queries,
+        layer.keys,
+        layer.values,
+        layer.leading,
+        length=length,
+        pages=pages,
+        page=budget.page,
+        sinks=budget.sinks,
+        window=budget.window,
+        scaling=scaling,
+    )
+    return output, pages * budget.page

@@ -1,0 +1,55 @@
+"""What every selector is asked, and what it may look at."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fourfold_loki.attention import scores_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Candidates:
+    """The queries of one layer and the keys they could read."""
+
+    queries: Float[Tensor, "batch heads query head_width"]
+    keys: Float[Tensor, "batch kv_heads token head_width"]
+    visible: Bool[Tensor, " batch #heads query token"]
+    """What causality and padding allow."""
+    scaling: float
+    layer: int
+    turned: bool
+    """Whether queries and keys are in the basis of the selector's layer already (from a `LokiCache`)."""
+    past_mass: Float[Tensor, "batch heads token"]
+    """Attention weights that earlier queries gave to each key, summed; zeros where nobody kept count."""
+    allowance: Int[Tensor, " batch #heads query"]
+    """Keys that the budget will let each query keep."""
+
+    def scores(self) -> Float[Tensor, "batch heads query token"]:
+        """Exact scores; not masked."""
+        return scores_of(self.queries, self.keys, scaling=self.scaling)
+
+
+class Selector(ABC):
+    """Ranks keys: the one method that a method of sparse attention overrides."""
+
+    keeps_count: ClassVar[bool] = False
+    """Whether it needs `Candidates.past_mass`."""
+
+    @abstractmethod
+    def scores(self, among: Candidates) -> Float[Tensor, "batch heads query token"]:
+        """How much each key seems to matter to each query; the budget keeps the largest, never -inf.
+
+        Values are logits, as far as selection is shared in groups: heads are averaged after a softmax.
+        """
+
+    def cost(self, *, head_width: int, group: int) -> float:
+        """Share of a full read of all keys that ranking them reads, a key/value head."""
+        del head_width, group
+        return 0.0
+
+    def account(self, among: Candidates) -> Float[Tensor, "batch heads token"]:
+        """`past_mass` for the next call, where the selector keeps count."""
+        return among.past_mass

@@ -1,0 +1,39 @@
+"""Quest: rank pages of keys by a bound on the best score inside (Tang et al. 2024)."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from fourfold_loki.attention import scores_of
+from fourfold_loki.selectors.base import Candidates, Selector
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quest(Selector):
+    """Each page of keys is known by its coordinate-wise smallest and largest values."""
+
+    page: int
+
+    def scores(self, among: Candidates) -> Float[Tensor, "batch heads query token"]:
+        """The bound: sum over coordinates of max(q_i min_i, q_i max_i); the same for a page's keys.
+
+        A page's bounds include keys that a query of a block may not see yet, as where pages are filled
+        before a block is scored.
+        """
+        tokens = among.keys.shape[2]
+        ahead = -tokens % self.page
+        keys = F.pad(among.keys, (0, 0, 0, ahead), value=float("nan"))
+        pages = keys.unflatten(2, (-1, self.page))
+        smallest = pages.nan_to_num(nan=float("inf")).amin(3)
+        largest = pages.nan_to_num(nan=float("-inf")).amax(3)
+        bound = scores_of(among.queries.clamp(min=0), largest, scaling=among.scaling) + scores_of(
+            among.queries.clamp(max=0), smallest, scaling=among.scaling
+        )
+        return bound.repeat_interleave(self.page, dim=-1)[..., :tokens]
+
+    def cost(self, *, head_width: int, group: int) -> float:
+        """Two vectors a page."""
+        del head_width, group
+        return 2 / self.page

@@ -1,0 +1,184 @@
+"""What calibration keeps of a corpus: second moments of queries and keys, and nothing else.
+
+A matrix a key/value head, however long the corpus. Moments add up, so corpora and ranks of a distributed
+run are merged with `+`.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fourfold_loki.provenance import Calibrated
+from fourfold_parallel.run.files import whole_file
+from fourfold_parallel.run.values import from_json, to_json
+
+Stage = Literal["before rotary", "after rotary"]
+"""Keys as projected, or as cached: after the rotary embedding has turned them by their position."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """Count, sum and sum of outer products of vectors, for every layer and key/value head, in float64."""
+
+    count: Float[Tensor, "layers kv_heads"]
+    total: Float[Tensor, "layers kv_heads head_width"]
+    outer: Float[Tensor, "layers kv_heads head_width head_width"]
+
+    @classmethod
+    def empty(cls, layers: int, kv_heads: int, head_width: int) -> "Moments":
+        """Of no vectors."""
+        return cls(
+            torch.zeros(layers, kv_heads, dtype=torch.float64),
+            torch.zeros(layers, kv_heads, head_width, dtype=torch.float64),
+            torch.zeros(layers, kv_heads, head_width, head_width, dtype=torch.float64),
+        )
+
+    def add_(self, layer: int, vectors: Float[Tensor, "batch kv_heads token head_width"]) -> None:
+        """Take in the vectors of one layer, in place."""
+        flat = vectors.detach().float().transpose(0, 1).flatten(1, 2)
+        self.count[layer] += flat.shape[1]
+        self.total[layer] += flat.double().sum(1).cpu()
+        self.outer[layer] += (flat.transpose(1, 2) @ flat).double().cpu()
+
+    def __add__(self, other: "Moments") -> "Moments":
+        if self.outer.shape != other.outer.shape:
+            raise ValueError(
+                f"moments of shape {tuple(self.outer.shape)} and {tuple(other.outer.shape)} are of "
+                "different models; merge statistics of one model"
+            )
+        return Moments(self.count + other.count, self.total + other.total, self.outer + other.outer)
+
+    def covariance(
+        self, *, centred: bool
+    ) -> Float[Tensor, "layers kv_heads head_width head_width"]:
+        """Covariance, or the second moment about zero."""
+        second = self.outer / self.count[..., None, None]
+        if not centred:
+            return second
+        mean = self.total / self.count[..., None]
+        return second - mean[..., :, None] * mean[..., None, :]
+
+    def spectrum(self, *, centred: bool) -> Float[Tensor, "layers kv_heads head_width"]:
+        """Variances along the principal directions, largest first."""
+        return torch.linalg.eigvalsh(self.covariance(centred=centred)).flip(-1).clamp(min=0)
+
+    def rank(
+        self, share: float, *, centred: bool = True, reference_index: bool = False
+    ) -> Int[Tensor, "layers kv_heads"]:
+        """Principal directions that together hold `share` of the variance.
+
+        Args:
+            share: above 0, at most 1.
+            centred: variance about the mean, as in the paper.
+            reference_index: give what the published plots show, the index (from zero) of the direction
+                that exceeds the share: one less.
+
+        Raises:
+            ValueError: for a share outside of (0, 1].
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"share={share} of the variance; use more than 0 and at most 1")
+        return rank_of(self.spectrum(centred=centred), share) - int(reference_index)
+
+
+def rank_of(spectrum: Float[Tensor, "*heads width"], share: float) -> Int[Tensor, "*heads"]:
+    """How many leading entries hold a share of the sum."""
+    held = spectrum.cumsum(-1) / spectrum.sum(-1, keepdim=True)
+    # The last partial sum may round below 1; all directions hold everything.
+    return ((held < share).sum(-1) + 1).clamp(max=spectrum.shape[-1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Statistics:
+    """Moments of queries and keys, on both sides of the rotary embedding."""
+
+    keys: Moments
+    queries: Moments
+    keys_before: Moments
+    queries_before: Moments
+    source: Calibrated
+
+    @property
+    def layers(self) -> int:
+        """Attention layers that were seen."""
+        return self.keys.outer.shape[0]
+
+    def of(self, stage: Stage) -> tuple[Moments, Moments]:
+        """Keys' and queries' moments at a stage."""
+        if stage == "after rotary":
+            return self.keys, self.queries
+        return self.keys_before, self.queries_before
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        return Statistics(
+            keys=self.keys + other.keys,
+            queries=self.queries + other.queries,
+            keys_before=self.keys_before + other.keys_before,
+            queries_before=self.queries_before + other.queries_before,
+            source=self.source + other.source,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file with its provenance, whole."""
+        tensors = {
+            f"{name}.{part}": getattr(getattr(self, name), part)
+            for name in ("keys", "queries", "keys_before", "queries_before")
+            for part in ("count", "total", "outer")
+        }
+        with whole_file(path) as partial:
+            save_file(
+                tensors, partial, metadata={"loki_statistics": json.dumps(to_json(self.source))}
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> "Statistics":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: for a file that holds something else.
+        """
+        with safe_open(path, "pt") as file:
+            source = stated(path, file.metadata(), "loki_statistics", "Statistics.save")
+            assert isinstance(source, Calibrated)
+
+            def moments(name: str) -> Moments:
+                return Moments(
+                    *(file.get_tensor(f"{name}.{part}") for part in ("count", "total", "outer"))
+                )
+
+            return cls(
+                keys=moments("keys"),
+                queries=moments("queries"),
+                keys_before=moments("keys_before"),
+                queries_before=moments("queries_before"),
+                source=source,
+            )
+
+
+def stated(path: Path, metadata: dict[str, str] | None, key: str, writer: str) -> object:
+    """The value in a file's metadata, or a refusal."""
+    if not metadata or key not in metadata:
+        raise ValueError(f"{path} was not written by {writer}; name a file that was")
+    return from_json(json.loads(metadata[key]))
+
+
+def merged(parts: Sequence[Statistics]) -> Statistics:
+    """All of them together.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    if not parts:
+        raise ValueError("no statistics to merge; calibrate on at least one corpus")
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = whole + part
+    return whole

@@ -1,0 +1,77 @@
+"""What is read from the cache, counted and predicted.
+
+Per layer and decoded token, in elements of the cache: dense attention reads keys and values of S tokens,
+2 H S D; Loki reads d coordinates of all keys and both vectors of the selected, H (S d + 2 n D).
+Singhania et al. 2024, section 4.2, give the ratio as d/(2D) + k_f.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from fourfold_loki.selectors import Selector
+
+
+@dataclass(slots=True, kw_only=True)
+class Reads:
+    """Keys that queries saw, and keys that they read in full, counted while a model ran."""
+
+    heads: int
+    kv_heads: int
+    head_width: int
+    ranking: float
+    """Share of a full read of the keys that ranking them takes (`Selector.cost`)."""
+    kept: float = 0.0
+    """Keys read, summed over queries and key/value heads (a key counts once for its group)."""
+    seen: float = 0.0
+    """Keys that could have been read, summed likewise."""
+    queries: int = 0
+    """Layer calls times queries."""
+
+    @classmethod
+    def of(cls, config: Any, selector: Selector) -> "Reads":
+        """For a model's (text) configuration and who ranks."""
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kv_heads = config.num_key_value_heads
+        ranking = selector.cost(head_width=width, group=heads // kv_heads)
+        return cls(heads=heads, kv_heads=kv_heads, head_width=width, ranking=ranking)
+
+    def add_masks(
+        self,
+        keep: Bool[Tensor, "batch ranked query token"],
+        visible: Bool[Tensor, " batch #ranked query token"],
+    ) -> None:
+        """Count one call of one layer: the union over the query heads of a group is what is read."""
+        ranked = keep.shape[1]
+        per_head = keep
+        if ranked > self.kv_heads:
+            per_head = keep.unflatten(1, (self.kv_heads, -1)).any(2)
+        self.kept += float(per_head.count_nonzero()) * self.kv_heads / per_head.shape[1]
+        self.seen += float(visible.count_nonzero()) * self.kv_heads / visible.shape[1]
+        self.queries += keep.shape[0] * keep.shape[2]
+
+    def add(self, *, kept: int, seen: int, rows: int) -> None:
+        """Count one decoding call of one layer: `rows` queries that each kept and saw so many keys."""
+        self.kept += kept * rows * self.kv_heads
+        self.seen += seen * rows * self.kv_heads
+        self.queries += rows
+
+    @property
+    def share(self) -> float:
+        """Share of the visible keys that was read in full."""
+        return self.kept / self.seen if self.seen else 1.0
+
+    @property
+    def read_share(self) -> float:
+        """Elements of the cache that were read over those of dense attention, ranking included."""
+        return self.share + self.ranking / 2
+
+    def __str__(self) -> str:
+        """As printed after `generate`."""
+        return (
+            f"read {self.share:.1%} of the keys in full, and {self.read_share:.1%} of the elements that "
+            f"dense attention reads, over {self.queries} queries and layers"
+        )

@@ -1,0 +1,25 @@
+"""Selection under torch.compile, over a static cache."""
+
+import pytest
+import torch
+from transformers import PreTrainedModel, StaticCache
+
+from fourfold_loki import Budget, Share, Statistics, fit, loki
+
+pytestmark = pytest.mark.compile
+
+
+def test_a_compiled_step_selects_as_the_plain_one(
+    llama: PreTrainedModel, statistics: Statistics
+) -> None:
+    """One decoding step of the reference, compiled as a whole but for the refusals around it."""
+    ids = torch.randint(2, 97, (1, 40), generator=torch.Generator().manual_seed(2))
+    budget = Budget(amount=Share(of_visible=0.25))
+    logits = []
+    for is_compiled in (False, True):
+        with loki(llama, fit(statistics), budget, width=4), torch.no_grad():
+            step = torch.compile(llama.forward, backend="eager") if is_compiled else llama.forward
+            cache = StaticCache(config=llama.config, max_cache_len=64)
+            llama(ids[:, :39], past_key_values=cache)
+            logits.append(step(ids[:, 39:], past_key_values=cache).logits)
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=0)

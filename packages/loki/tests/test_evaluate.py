@@ -1,0 +1,185 @@
+"""Measuring, diagnosing and tuning on a small model."""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fourfold_loki import Basis, Budget, Count, Share, Sparse, Statistics, cost, fit, loki
+from fourfold_loki.basis import Label
+from fourfold_loki.doctor import diagnose
+from fourfold_loki.evaluate import FULL, score
+from fourfold_loki.provenance import Imported
+from fourfold_loki.selectors import H2O, Exact, Loki, Random, Streaming
+from fourfold_loki.tune import allocate, autotune, calibrated_mass
+
+ALL = Budget(amount=Share(of_visible=1.0))
+SOME = Budget(amount=Count(keys=12), selection="per head")
+
+
+def test_an_arm_that_reads_everything_scores_as_full_attention(
+    llama: PreTrainedModel, tokens: Callable[..., Tensor]
+) -> None:
+    """By both protocols, and full attention scores as the plain model."""
+    ids = tokens(2, 48)
+    plain = llama(ids).logits[:, 31:-1]
+    expected = F.cross_entropy(plain.transpose(1, 2), ids[:, 32:], reduction="none")
+    for protocol in ("decode", "every query"):
+        scored = list(
+            score(llama, ids, {"all": Sparse(selector=Exact(), budget=ALL)}, prompt=32,
+                  protocol=protocol)  # type: ignore[arg-type]
+        )  # fmt: skip
+        assert [(one.arm, one.window) for one in scored] == [
+            (FULL, 0), ("all", 0), (FULL, 1), ("all", 1),
+        ]  # fmt: skip
+        for one in scored:
+            torch.testing.assert_close(one.nats, expected[one.window], atol=1e-4, rtol=0)
+            assert one.kept_share == 1.0
+
+
+def test_arms_do_not_disturb_one_another(
+    llama: PreTrainedModel, tokens: Callable[..., Tensor]
+) -> None:
+    """Each scores alone as it does among others, H2O with its account included."""
+    ids = tokens(1, 48)
+    arms = {
+        "h2o": Sparse(selector=H2O(), budget=SOME),
+        "exact": Sparse(selector=Exact(), budget=SOME),
+        "streaming": Sparse(selector=Streaming(sinks=2), budget=SOME),
+    }
+    together = {one.arm: one.nats for one in score(llama, ids, arms, prompt=32)}
+    for name, plan in arms.items():
+        alone = {one.arm: one.nats for one in score(llama, ids, {name: plan}, prompt=32)}
+        torch.testing.assert_close(alone[name], together[name], atol=1e-5, rtol=0)
+        assert not torch.allclose(alone[name], alone[FULL], atol=1e-3)
+
+
+def test_the_published_protocol_keeps_more_than_its_share(
+    llama: PreTrainedModel, tokens: Callable[..., Tensor]
+) -> None:
+    """2 k_f - k_f² of the pairs, since early queries see fewer keys than the budget."""
+    ids = tokens(1, 129)
+    plan = Sparse(
+        selector=Exact(), budget=Budget(amount=Count(keys=32), selection="shared in groups")
+    )
+    _, one = score(llama, ids, {"exact": plan}, prompt=2, protocol="every query")
+    assert one.kept_share == pytest.approx(2 / 4 - 1 / 16, abs=0.01)
+
+
+def test_the_cost_of_a_session_is_that_of_its_selection(
+    llama: PreTrainedModel, statistics: Statistics, tokens: Callable[..., Tensor]
+) -> None:
+    ids = tokens(1, 64)
+    with loki(llama, fit(statistics), ALL) as session:
+        pass
+    assert cost(session, ids, prompt=32).nats == pytest.approx(0, abs=1e-5)
+    with loki(llama, fit(statistics), Budget(amount=Count(keys=1))) as session:
+        pass
+    assert abs(cost(session, ids, prompt=32).nats) > 1e-3
+    assert "on 32 tokens" in str(cost(session, ids, prompt=32))
+    with pytest.raises(ValueError, match="prompt=64"):
+        cost(session, ids, prompt=64)
+
+
+def test_the_doctor_finds_a_perfect_ranking_perfect(
+    llama: PreTrainedModel, statistics: Statistics, tokens: Callable[..., Tensor]
+) -> None:
+    """And a ranking by all coordinates likewise, random keys at their share, in every layer."""
+    basis = fit(statistics)
+    quarter = Budget(amount=Share(of_visible=0.25), selection="per head")
+    found = diagnose(
+        llama,
+        tokens(1, 96)[0],
+        {
+            "exact": Sparse(selector=Exact(), budget=quarter),
+            "whole": Sparse(selector=Loki(basis=basis, widths=(16, 16)), budget=quarter),
+            "random": Sparse(selector=Random(seed=0), budget=quarter),
+        },
+        queries=32,
+    )
+    for one in found:
+        if one.arm == "random":
+            assert one.recall == pytest.approx(one.kept_share, abs=0.1)
+        else:
+            assert one.recall > 0.999
+    exact = [one for one in found if one.arm == "exact"]
+    random = [one for one in found if one.arm == "random"]
+    assert all(a.mass_recall > b.mass_recall for a, b in zip(exact, random, strict=True))
+    with pytest.raises(ValueError, match="keeps count"):
+        diagnose(llama, tokens(1, 20)[0], {"h2o": Sparse(selector=H2O(), budget=quarter)})
+
+
+def made_up(spectra: list[list[float]]) -> Basis:
+    spectrum = torch.tensor(spectra)[:, None]
+    maps = torch.eye(spectrum.shape[-1]).expand(len(spectra), 1, -1, -1)
+    label = Label(kind="pca", stage="after rotary", source=Imported(folder="made up"))
+    return Basis(query_maps=maps, key_maps=maps, spectra=spectrum, label=label)
+
+
+def test_no_division_of_the_same_coordinates_loses_less() -> None:
+    """Against every division of 3 layers' widths."""
+    basis = made_up([[8, 1, 1, 0.1], [4, 3, 2, 1], [5, 5, 5, 5]])
+
+    def lost(widths: tuple[int, ...]) -> float:
+        return sum(float(basis.lost(width)[layer, 0]) for layer, width in enumerate(widths))
+
+    for mean in (1, 2, 3, 4):
+        ours = allocate(basis, mean_width=mean)
+        assert sum(ours) == 3 * mean
+        every = itertools.product(range(1, 5), repeat=3)
+        best = min(lost(widths) for widths in every if sum(widths) == 3 * mean)
+        assert lost(ours) == pytest.approx(best, abs=1e-6)
+    with pytest.raises(ValueError, match="mean_width=5"):
+        allocate(basis, mean_width=5)
+
+
+def test_a_calibrated_mass_is_truly_held(
+    llama: PreTrainedModel, statistics: Statistics, tokens: Callable[..., Tensor]
+) -> None:
+    """On the text it was calibrated on, in the mean of every layer."""
+    basis, ids = fit(statistics), tokens(1, 96)[0]
+    mass = calibrated_mass(llama, ids, basis, widths=(4, 4), target=0.9, queries=32)
+    plan = Sparse(selector=Loki(basis=basis, widths=(4, 4)), budget=Budget(amount=mass))
+    for one in diagnose(llama, ids, {"loki": plan}, queries=32):
+        assert one.mass_recall >= 0.9 - 1e-4
+    with pytest.raises(ValueError, match="target=1"):
+        calibrated_mass(llama, ids, basis, widths=(4, 4), target=1.0)
+
+
+def test_autotune_takes_the_first_setting_that_is_good_enough(
+    llama: PreTrainedModel, statistics: Statistics, tokens: Callable[..., Tensor]
+) -> None:
+    ids, basis = tokens(2, 64), fit(statistics)
+    chosen, tried = autotune(
+        llama, ids, basis, max_loss=50.0, prompt=32, page=1, shares=(0.25, 1.0), divisors=(4,)
+    )
+    assert tried == (chosen,)
+    assert chosen.share == 0.25
+    strict, tried = autotune(
+        llama, ids, basis, max_loss=1e-4, prompt=32, page=1, shares=(0.05, 1.0), divisors=(4,)
+    )
+    assert strict.share == 1.0
+    assert strict.nats_bound <= math.log1p(1e-4)
+    assert len(tried) == 2
+    with pytest.raises(ValueError, match="no setting stays within"):
+        autotune(llama, ids, basis, max_loss=1e-9, prompt=32, page=1, shares=(0.05,), divisors=(8,))
+
+
+def test_bfloat16_costs_what_float32_costs(
+    make_llama: Callable[..., PreTrainedModel],
+    statistics: Statistics,
+    tokens: Callable[..., Tensor],
+) -> None:
+    """The selection itself adds nothing to what rounding does to full attention."""
+    model, ids = make_llama().bfloat16(), tokens(1, 64)
+    plan = Sparse(
+        selector=Loki(basis=fit(statistics), widths=(16, 16)), budget=replace(ALL, sinks=1)
+    )
+    full, ours = score(model, ids, {"loki": plan}, prompt=32)
+    torch.testing.assert_close(full.nats, ours.nats, atol=0.1, rtol=0)

@@ -1,0 +1,129 @@
+"""The fast twins against the reference, at shapes that are no powers of two."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from fourfold_loki.attention import approximate_scores, attend
+from fourfold_loki.budget import Budget, Count
+from fourfold_loki.kernels import cpu
+
+FLOAT32 = 2e-5
+SHAPES = [
+    # batch, heads, kv_heads, head width, width, tokens, keys, page
+    (1, 1, 1, 64, 8, 17, 7, 1),
+    (2, 6, 2, 64, 16, 255, 64, 16),
+    (1, 9, 3, 64, 16, 1000, 256, 16),
+    (1, 8, 2, 128, 32, 130, 32, 32),
+    (2, 4, 4, 32, 12, 100, 30, 1),
+    (1, 3, 1, 80, 20, 97, 48, 16),
+]
+LARGEST_PAGE = 64
+
+
+def scene(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, kv_heads, head_width, width, tokens, _, _ = shape
+    generator = torch.Generator().manual_seed(tokens)
+    room = tokens + -tokens % LARGEST_PAGE + LARGEST_PAGE
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    queries = normal(batch, heads, 1, head_width)
+    keys = normal(batch, kv_heads, room, head_width)
+    values = normal(batch, kv_heads, room, head_width - 16)
+    return queries, keys, values, keys[..., :width].mT.contiguous()
+
+
+def reference(shape: tuple[int, ...], *, sinks: int = 0, window: int = 0) -> Tensor:
+    _, _, kv_heads, head_width, width, tokens, count, page = shape
+    queries, keys, values, _ = scene(shape)
+    keys, values = keys[:, :, :tokens], values[:, :, :tokens]
+    scaling = head_width**-0.5
+    budget = Budget(amount=Count(keys=count), page=page, sinks=sinks, window=window)
+    visible = torch.ones(queries.shape[0], 1, 1, tokens, dtype=torch.bool)
+    scores = approximate_scores(queries, keys, width=width, scaling=scaling)
+    keep = budget.keep(scores, visible, kv_heads=kv_heads, layer=0)
+    return attend(queries, keys, values, keep, scaling=scaling)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("sinks", "window"), [(0, 0), (2, 4)])
+def test_the_cpu_twin_is_the_reference(shape: tuple[int, ...], sinks: int, window: int) -> None:
+    queries, keys, values, leading = scene(shape)
+    output = cpu.decode(
+        queries,
+        keys,
+        values,
+        leading,
+        length=shape[5],
+        pages=shape[6] // shape[7],
+        page=shape[7],
+        sinks=sinks,
+        window=window,
+        scaling=shape[3] ** -0.5,
+    )
+    torch.testing.assert_close(
+        output, reference(shape, sinks=sinks, window=window), atol=FLOAT32, rtol=FLOAT32
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_dense_twin_is_full_attention(shape: tuple[int, ...]) -> None:
+    queries, keys, values, _ = scene(shape)
+    output = cpu.dense(queries, keys, values, length=shape[5], scaling=0.1)
+    everything = torch.ones(queries.shape[0], 1, 1, shape[5], dtype=torch.bool)
+    expected = attend(
+        queries, keys[:, :, : shape[5]], values[:, :, : shape[5]], everything, scaling=0.1
+    )
+    torch.testing.assert_close(output, expected, atol=FLOAT32, rtol=FLOAT32)
+
+
+def test_triton_through_its_interpreter() -> None:
+    """In a process of its own, since the interpreter is chosen when triton is imported."""
+    pytest.importorskip("triton", reason="needs triton, the extra [triton] of this package")
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env={"TRITON_INTERPRET": "1", "PATH": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["equal"] * 7
+
+
+def interpret() -> None:
+    """Run the kernels on CPU tensors and compare; in float16 once."""
+    from fourfold_loki.kernels import triton
+
+    for shape in SHAPES:
+        queries, keys, values, leading = scene(shape)
+        output = triton.decode(
+            queries,
+            keys,
+            values,
+            leading,
+            length=shape[5],
+            pages=shape[6] // shape[7],
+            page=shape[7],
+            sinks=2,
+            window=4,
+            scaling=shape[3] ** -0.5,
+        )
+        expected = reference(shape, sinks=2, window=4)
+        torch.testing.assert_close(output, expected, atol=FLOAT32, rtol=FLOAT32)
+        sys.stdout.write("equal\n")
+    queries, keys, values, leading = (part.half() for part in scene(SHAPES[1]))
+    facts = {"length": 255, "pages": 4, "page": 16, "sinks": 0, "window": 0, "scaling": 0.125}
+    ours = triton.decode(queries, keys, values, leading, **facts)
+    theirs = cpu.decode(queries.float(), keys.float(), values.float(), leading.float(), **facts)
+    torch.testing.assert_close(ours.float(), theirs, atol=2e-3, rtol=2e-3)
+    sys.stdout.write("equal\n")
+
+
+if __name__ == "__main__":
+    interpret()

@@ -1,0 +1,81 @@
+"""What the recipes promise: fair budgets, text that no calibration saw, records that rebuild their run."""
+
+import pytest
+
+from fourfold_loki import recipes
+from fourfold_loki.budget import Count
+from fourfold_loki.experiment import EXPERIMENT, statistics_of, texts_of, tokenizer_of
+from fourfold_loki.recipes import Perplexity
+from fourfold_parallel.run.corpora import PythonManual, Wikipedia
+from fourfold_parallel.run.models import SmolLM2
+from fourfold_parallel.run.values import from_json, to_json
+
+
+@pytest.mark.parametrize("scale", ["smoke", "laptop"])
+def test_a_record_rebuilds_its_run(scale: str) -> None:
+    for stage in EXPERIMENT.stages(scale):  # type: ignore[arg-type]
+        assert from_json(to_json(stage.run)) == stage.run
+
+
+def test_every_selector_gets_the_same_number_of_keys() -> None:
+    """A quarter of the window, for 8,192 scored tokens."""
+    run = recipes.perplexity("laptop")
+    assert run.scored == 8192
+    kinds = {type(arm.ranking).__name__ for arm in run.arms}
+    assert kinds == {
+        "ByBasis", "ByLabelChannels", "Exact", "SparQ", "Quest", "H2O", "Streaming", "Random",
+    }  # fmt: skip
+    assert {arm.budget.amount for arm in run.arms} == {Count(keys=run.context // 4)}
+    assert not any(arm.budget.sinks or arm.budget.window for arm in run.arms)
+
+
+@pytest.mark.parametrize("corpus", [Wikipedia(), PythonManual()])
+def test_nothing_scored_was_calibrated_on(corpus: Wikipedia | PythonManual) -> None:
+    """Calibration stops long before the documents that are left to it end."""
+    fitted = recipes.calibration("laptop", corpus)
+    calibrated = 0
+    for text in corpus.load().texts:
+        calibrated += len(text)
+        if calibrated > fitted.tokens * 10:
+            break
+    for stage in EXPERIMENT.stages("laptop"):
+        if isinstance(stage.run, Perplexity) and stage.run.corpus == corpus:
+            assert stage.run.skip_characters > calibrated
+            assert sum(map(len, texts_of(corpus, stage.run.skip_characters))) > 100_000
+
+
+def test_a_scale_that_is_not_there_is_refused() -> None:
+    assert EXPERIMENT.stages("paper") == ()
+    with pytest.raises(ValueError, match="use smoke or laptop"):
+        recipes.calibration("paper")
+
+
+@pytest.mark.slow
+def test_the_published_basis_fails_and_the_balanced_one_does_not() -> None:
+    """The finding itself, on the real model: 12 windows, minutes on one core."""
+    from dataclasses import replace
+
+    import torch
+
+    from fourfold_loki.calibrate import windows
+    from fourfold_loki.evaluate import score
+    from fourfold_loki.experiment import built, planned
+
+    run = recipes.perplexity("laptop")
+    arms = [arm for arm in run.arms if arm.name in {"loki-pca", "loki-balanced-shared"}]
+    run = replace(run, arms=tuple(arms), windows=12)
+    model = built(SmolLM2())
+    statistics_of(recipes.calibration("laptop"), model)
+    ids = windows(
+        tokenizer_of(run.model),
+        texts_of(run.corpus, run.skip_characters),
+        tokens=run.windows * run.context,
+        context=run.context,
+    )
+    scored = list(score(model, ids, planned(run.arms, model), prompt=run.prompt))
+    nats = {
+        name: torch.cat([one.nats for one in scored if one.arm == name]).mean()
+        for name in ("full", "loki-pca", "loki-balanced-shared")
+    }
+    assert float((nats["loki-pca"] - nats["full"]).exp()) > 1.2
+    assert float((nats["loki-balanced-shared"] - nats["full"]).exp()) < 1.015
