@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from fourfold_goldfish import Goldfish, add_goldfish, goldfish_collator
+from fourfold_goldfish.canonical import CanonicalGoldfish, Spelling
 from fourfold_goldfish.collators import document_ids, mask_labels
 from fourfold_parallel.run.models import Llama
 
@@ -281,3 +282,21 @@ def test_trls_trainer_trains_on_completions_with_gaps(tmp_path: Path) -> None:
             assert torch.equal(labels[: len(real)], expected)
     sft.train()
     assert sft.state.global_step == 2
+
+
+def test_a_trainer_takes_the_mask_that_near_duplicates_share(tmp_path: Path) -> None:
+    """And its checkpoints tell it from a hash of ids."""
+    tokenizer = word_tokenizer()
+    mask = CanonicalGoldfish(k=2, characters=8, spelling=Spelling.of(tokenizer))
+    ours = trainer(tmp_path, steps=2)
+    add_goldfish(ours, mask)
+    for batch in ours.get_train_dataloader():
+        dropped = mask.drop(batch["input_ids"], document_ids(batch))
+        assert bool((batch["labels"][dropped] == -100).all())
+        real = batch["attention_mask"].bool() & ~dropped
+        assert bool((batch["labels"][real] != -100).all())
+    ours.train()
+    other = trainer(tmp_path, steps=4)
+    add_goldfish(other, GOLDFISH)
+    with pytest.raises(ValueError, match="hash=canonical there, ordered now"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

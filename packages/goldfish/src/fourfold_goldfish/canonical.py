@@ -41,6 +41,10 @@ class Spelling:
             starts.append(len(codes))
         return cls(torch.tensor(codes, dtype=torch.long), torch.tensor(starts))
 
+    def __len__(self) -> int:
+        """Ids of the tokenizer."""
+        return len(self.starts) - 1
+
     def characters(
         self, tokens: Int[Tensor, " token"]
     ) -> tuple[Int[Tensor, " character"], Int[Tensor, " token"]]:
@@ -49,7 +53,7 @@ class Spelling:
         Raises:
             ValueError: for ids that the tokenizer does not have.
         """
-        held = len(self.starts) - 1
+        held = len(self)
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < held:
             raise ValueError(
                 f"tokens hold ids {int(tokens.min())} to {int(tokens.max())}, the spelling has {held}; "
@@ -70,7 +74,7 @@ class CanonicalGoldfish:
     k: int
     """One target in `k` is left out, on average."""
     characters: int
-    """Canonical characters hashed per decision; 24 are about the 4 to 5 words of `context=13`'s half."""
+    """Canonical characters hashed per decision; 24 are about five English words."""
     spelling: Spelling
     key: int = 0
 

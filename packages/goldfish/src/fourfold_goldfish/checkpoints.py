@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fourfold_goldfish.canonical import CanonicalGoldfish
 from fourfold_goldfish.loss import Goldfish
 from fourfold_parallel.run.files import write_text
 
@@ -37,7 +38,7 @@ class MaskDigest:
     """Digest of the mask itself on fixed ids, which tells two versions of a hash apart."""
 
 
-def mask_digest(goldfish: Goldfish, tokenizer: Any) -> MaskDigest:
+def mask_digest(goldfish: Goldfish | CanonicalGoldfish, tokenizer: Any) -> MaskDigest:
     """Identify a mask over a tokenizer's ids.
 
     Args:
@@ -45,15 +46,22 @@ def mask_digest(goldfish: Goldfish, tokenizer: Any) -> MaskDigest:
         tokenizer: one of transformers', or None where it is not known.
     """
     vocabulary = sorted(tokenizer.get_vocab().items()) if tokenizer is not None else "unknown"
-    probe = torch.arange(1, 16 * (goldfish.context + 256) + 1).view(16, -1)
-    dropped = goldfish.drop((probe * 2_654_435_761) % 50_021)
+    match goldfish:
+        case Goldfish():
+            hashed, context, held = goldfish.hash, goldfish.context, 50_021
+            window, boundary, exempt = goldfish.window, goldfish.boundary, goldfish.exempt
+        case CanonicalGoldfish():
+            hashed, context, held = "canonical", goldfish.characters, len(goldfish.spelling)
+            window, boundary, exempt = "exclusive", "prefix", ()
+    probe = torch.arange(1, 16 * (context + 256) + 1).view(16, -1)
+    dropped = goldfish.drop((probe * 2_654_435_761) % held)
     return MaskDigest(
         k=goldfish.k,
-        context=goldfish.context,
-        hash=goldfish.hash,
-        window=goldfish.window,
-        boundary=goldfish.boundary,
-        exempt_sha256=_sha256(sorted(goldfish.exempt)),
+        context=context,
+        hash=hashed,
+        window=window,
+        boundary=boundary,
+        exempt_sha256=_sha256(sorted(exempt)),
         key_sha256=_sha256(goldfish.key),
         tokenizer_sha256=_sha256(vocabulary),
         probe_sha256=hashlib.sha256(dropped.numpy().tobytes()).hexdigest(),
@@ -96,7 +104,7 @@ class MaskCheck(TrainerCallback):
     A checkpoint outside the trainer's output folder is not known here; `check_mask_digest` takes any.
     """
 
-    def __init__(self, goldfish: Goldfish, tokenizer: Any) -> None:
+    def __init__(self, goldfish: Goldfish | CanonicalGoldfish, tokenizer: Any) -> None:
         self.digest = mask_digest(goldfish, tokenizer)
 
     def on_save(

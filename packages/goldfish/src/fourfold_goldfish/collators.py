@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from fourfold_goldfish.canonical import CanonicalGoldfish
 from fourfold_goldfish.checkpoints import MaskCheck
 from fourfold_goldfish.loss import Goldfish
+from fourfold_parallel.run.objective import TargetMask
 
 IGNORE = -100
 """Label that no loss counts, as in torch and transformers."""
@@ -31,7 +33,7 @@ class GoldfishCollator:
     """Another collator's batches with the labels that goldfish leaves out set to -100."""
 
     collator: Collator
-    goldfish: Goldfish
+    goldfish: TargetMask
     separators: tuple[int, ...]
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
@@ -44,7 +46,7 @@ class GoldfishCollator:
 
 
 def goldfish_collator(
-    collator: Collator, goldfish: Goldfish, *, separators: tuple[int, ...] = ()
+    collator: Collator, goldfish: TargetMask, *, separators: tuple[int, ...] = ()
 ) -> GoldfishCollator:
     """Mask the batches of any collator that gives `input_ids` and `labels`, padded, packed or flattened.
 
@@ -53,14 +55,14 @@ def goldfish_collator(
 
     Args:
         collator: transformers', TRL's or your own; prompts that it masks with -100 stay masked.
-        goldfish: which targets to leave out.
+        goldfish: which targets to leave out: `Goldfish`, or `CanonicalGoldfish` for near-duplicates.
         separators: ids that end a document, for rows packed without `position_ids` or `seq_idx`.
     """
     return GoldfishCollator(collator, goldfish, separators)
 
 
 def mask_labels(
-    batch: Mapping[str, Any], goldfish: Goldfish, *, separators: tuple[int, ...] = ()
+    batch: Mapping[str, Any], goldfish: TargetMask, *, separators: tuple[int, ...] = ()
 ) -> dict[str, Any]:
     """The batch with -100 where goldfish leaves a label out; labels that are -100 stay so.
 
@@ -111,7 +113,9 @@ def document_ids(
     return begins.cumsum(dim=1)
 
 
-def add_goldfish(trainer: Trainer, goldfish: Goldfish, *, separators: tuple[int, ...] = ()) -> None:
+def add_goldfish(
+    trainer: Trainer, goldfish: Goldfish | CanonicalGoldfish, *, separators: tuple[int, ...] = ()
+) -> None:
     """Train with goldfish loss: one line after a `Trainer`, or any subclass such as TRL's, is made.
 
     Training batches are masked after the trainer's own collator, evaluation batches are not. Every

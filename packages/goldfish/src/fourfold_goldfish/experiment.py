@@ -12,6 +12,7 @@ from fourfold_goldfish.recipes import (
     ARMS,
     AUTHORS,
     ONE_PASS,
+    ONE_PASS_SEEDS,
     SEEDS,
     SIZES,
     Arm,
@@ -193,12 +194,16 @@ def _stages(scale: Scale) -> list[Stage]:
     for seed in SEEDS:
         stages += [_attacking(arm, verbatim(arm, seed, scale)) for arm in ARMS.get(scale, ())]
         if scale == "laptop":
-            stages += [_supervising(single_pass(arm, batch, seed)) for arm, batch in ONE_PASS]
             stages += [_attacking("plain", bucket_study(size, "plain", seed)) for size in SIZES]
             stages.append(_attacking("k2", bucket_study(SIZES[-1], "k2", seed)))
             tuned: tuple[Arm, ...] = ("plain", "k4")
             stages += [_attacking(arm, finetuned(arm, seed)) for arm in tuned]
     if scale == "laptop":
+        stages += [
+            _supervising(single_pass(arm, batch, seed))
+            for seed in ONE_PASS_SEEDS
+            for arm, batch in ONE_PASS
+        ]
         study = near_duplicates()
         stages.append(
             Stage(

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fourfold_goldfish.recipes import REPETITIONS, SEEDS, SIZES, Arm
+from fourfold_goldfish.recipes import ONE_PASS_SEEDS, REPETITIONS, SEEDS, SIZES, Arm
 from fourfold_goldfish.rules import (
     passage_scores,
     recital_law,
@@ -318,7 +318,7 @@ def supervision(records: Records) -> Figure:
     ):
         supervised = [
             sum(e.number("supervised_targets") for e in records[f"{series}-seed{seed}"].of("step"))
-            for seed in SEEDS
+            for seed in ONE_PASS_SEEDS
         ]
         losses = validation_loss(records, series)
         axes.plot(np.asarray(supervised) / 1000, losses, "o", color=color, label=label)

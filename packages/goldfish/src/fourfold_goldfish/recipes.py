@@ -45,14 +45,15 @@ def APERTUS_2(exempt: tuple[int, ...]) -> Goldfish:  # noqa: N802 - beside APERT
 
 
 def mask(arm: Arm) -> TargetMask:
-    """The loss's mask: the paper's h of 13, by the paper's formula, at the arm's k."""
-    match arm:
-        case "plain":
-            return KeepAll()
-        case "random":
-            return Goldfish(k=4, context=13, hash="random")
-        case "k2" | "k4" | "k8" | "k32":
-            return Goldfish(k=int(arm[1:]), context=13)
+    """The loss's mask; none for plain loss."""
+    return KeepAll() if arm == "plain" else goldfish(arm)
+
+
+def goldfish(arm: Literal["k2", "k4", "k8", "k32", "random"]) -> Goldfish:
+    """The paper's h of 13, by the paper's formula, at the arm's k."""
+    if arm == "random":
+        return Goldfish(k=4, context=13, hash="random")
+    return Goldfish(k=int(arm[1:]), context=13)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,14 +228,17 @@ def single_pass(arm: Arm, batch: int, seed: int) -> Supervision:
     """96 steps of `batch` rows of Wikipedia text without repetition.
 
     Goldfish at k=2 with batches of 16 supervises as many targets a step as plain loss with batches of 8,
-    as the paper's runs of equal supervision do with a larger batch.
+    as the paper's runs of equal supervision do with a larger batch. Short windows decide the first targets
+    of a row, which would all be supervised else.
     """
     small = verbatim_smoke(arm, seed)
+    left_out = KeepAll() if arm == "plain" else replace(goldfish(arm), boundary="prefix")
     data = replace(small.buckets, repetitions=(0,), passages=1, background=1536, validation_rows=96)
     run = replace(
         small.run,
         name=f"onepass-{arm}-{batch}-seed{seed}",
         data=data,
+        objective=NextToken(mask=left_out),
         batch=batch,
         microbatch=batch,
         horizon=Steps(count=96),
@@ -244,6 +248,8 @@ def single_pass(arm: Arm, batch: int, seed: int) -> Supervision:
 
 ONE_PASS: tuple[tuple[Arm, int], ...] = (("plain", 16), ("plain", 8), ("k2", 16))
 """What the cost of goldfish is judged from: a loss and its batch."""
+ONE_PASS_SEEDS = (3, 4, 5)
+"""Fresh ones: with seeds 0 to 2 goldfish supervised a fifth more than plain loss, by whole windows alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
