@@ -93,9 +93,9 @@ def test_reads_follow_the_formula() -> None:
     scores, visible = scene()
     visible = torch.ones_like(visible)
     for selection, times in (("shared in groups", 1.0), ("per head", 3.0)):
-        reads = Reads(heads=6, kv_heads=2, head_width=64, ranking=0.25)
+        reads = Reads(ranking=0.25)
         budget = Budget(amount=Share(of_visible=0.25), selection=selection)  # type: ignore[arg-type]
-        reads.add_masks(budget.keep(scores, visible, kv_heads=2, layer=0), visible)
+        reads.add_masks(budget.keep(scores, visible, kv_heads=2, layer=0), visible, kv_heads=2)
         assert 0.25 <= reads.share <= 0.25 * times
         assert reads.read_share == pytest.approx(reads.share + 0.125)
 

@@ -13,7 +13,7 @@ expected squared error of a score is Σ_{i>d} σ_i², the least possible (Eckart
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fourfold_loki.attention import Rotation
-from fourfold_loki.provenance import Imported, Source
+from fourfold_loki.provenance import Imported, Part, Source
 from fourfold_loki.statistics import Stage, Statistics, rank_of, stated
 from fourfold_parallel.run.files import whole_file
 from fourfold_parallel.run.values import to_json
@@ -84,12 +84,23 @@ class Basis:
         )
 
     def heads(self, first: int, last: int) -> "Basis":
-        """The part that a rank needs which holds key/value heads `first` to `last` (exclusive)."""
+        """Key/value heads `first` to `last` (exclusive), for a rank that holds these of a split model.
+
+        Whether the basis is the model's is checked before it is split: a rank's weights do not tell.
+
+        Raises:
+            ValueError: for heads that the basis has not.
+        """
+        if not 0 <= first < last <= self.kv_heads:
+            raise ValueError(
+                f"heads {first} to {last} of a basis of {self.kv_heads} key/value heads; "
+                f"use a range within 0 to {self.kv_heads}"
+            )
         return Basis(
             query_maps=self.query_maps[:, first:last],
             key_maps=self.key_maps[:, first:last],
             spectra=self.spectra[:, first:last],
-            label=self.label,
+            label=replace(self.label, source=Part(first=first, last=last, kv_heads=self.kv_heads)),
         )
 
     def widths_for(self, share: float, *, reference_off_by_one: bool = False) -> tuple[int, ...]:

@@ -239,7 +239,7 @@ def _predicted_reads(records: Records) -> Finding:
     )
 
 
-_MODEL = "SmolLM2-135M (4-bit weights), 9 query and 3 key/value heads of 64, Wikipedia"
+_MODEL = "SmolLM2-135M (4-bit weights), 9 query and 3 key/value heads of 64; Wikipedia, windows of 512 tokens"
 _NOT_HERE = "a model that is above chance on these tasks (1 B parameters and more), a GPU"
 
 CLAIMS = (

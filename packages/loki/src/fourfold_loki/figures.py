@@ -97,7 +97,7 @@ def recall_and_damage(records: Records) -> Figure:
     left.set_ylabel("added perplexity (%)")
     left.set_xlabel("share of the exact top-k keys")
     right.set_xlabel("share of the attention mass")
-    left.set_title("Loki: mass, not keys, foretells damage")
+    left.set_title("Loki: recall and damage")
     return figure
 
 

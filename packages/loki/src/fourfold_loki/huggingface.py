@@ -27,7 +27,7 @@ from fourfold_loki.budget import Budget
 from fourfold_loki.cache import LokiCache, LokiLayer
 from fourfold_loki.kernels.dispatch import can_decode, decode
 from fourfold_loki.plan import Observe, Plan, Seen, Sparse
-from fourfold_loki.provenance import Calibrated, fingerprint
+from fourfold_loki.provenance import Calibrated, Part, fingerprint
 from fourfold_loki.selectors import Candidates, Exact, Loki
 from fourfold_loki.traffic import Reads
 
@@ -247,7 +247,8 @@ def loki_forward(
         )
     if turned is not None and attention_mask is None and can_decode(plan, query, turned):
         output, kept = decode(plan, query, turned, scaling=scale)
-        session.reads.add(kept=kept, seen=key.shape[2], rows=query.shape[0])
+        stacks = query.shape[0] * key.shape[1]
+        session.reads.add(kept=kept * stacks, seen=key.shape[2] * stacks, rows=query.shape[0])
         return output.transpose(1, 2).contiguous(), None
     visible = visible_keys(module, query, key, attention_mask)
     key, value = key[:, :, : visible.shape[-1]], value[:, :, : visible.shape[-1]]
@@ -271,7 +272,7 @@ def loki_forward(
         )
         mass = plan.selector.account(among)
         if not torch.compiler.is_compiling():
-            session.reads.add_masks(keep, among.visible)
+            session.reads.add_masks(keep, among.visible, kv_heads=key.shape[1])
         outputs.append(attend(among.queries, key, value, keep, scaling=scale))
     if plan.selector.keeps_count:
         session.mass[site.layer] = mass
@@ -377,16 +378,16 @@ def check_basis(model: PreTrainedModel, basis: Basis) -> None:
     config = model.config.get_text_config()
     first = attention_modules(model)[0]
     width = getattr(first, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = config.num_key_value_heads
-    mine = (len(attention_modules(model)), heads, width)
-    theirs = (basis.layers, basis.kv_heads, basis.head_width)
+    source = basis.label.source
+    heads = source.kv_heads if isinstance(source, Part) else basis.kv_heads
+    mine = (len(attention_modules(model)), config.num_key_value_heads, width)
+    theirs = (basis.layers, heads, basis.head_width)
     if mine != theirs:
         raise ValueError(
             "basis of {} layers, {} key/value heads of width {} for ".format(*theirs)
             + "a model of {} layers, {} key/value heads of width {}; ".format(*mine)
             + "calibrate this model"
         )
-    source = basis.label.source
     if isinstance(source, Calibrated) and source.model != (own := fingerprint(model)):
         raise ValueError(
             f"basis of model {source.model[:12]} for model {own[:12]}; calibrate this model"
