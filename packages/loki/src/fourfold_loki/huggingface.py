@@ -9,6 +9,7 @@ With an ordinary cache the numbers are those of Loki and nothing is saved. `sess
 `LokiCache`, which keeps keys in the basis, so that ranking reads only the leading coordinates.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ class Session:
     """For selectors that keep count: what each layer's keys have been given so far."""
     is_inside: bool = False
     """Whether the model is in its forward pass; its caches may be filled only then."""
-    caches: list[LokiCache] = field(default_factory=list)
+    caches: weakref.WeakSet[LokiCache] = field(default_factory=weakref.WeakSet)
 
     def cache(self, *, capacity: int = 0) -> LokiCache:
         """An empty cache in the basis of this session.
@@ -65,16 +66,15 @@ class Session:
                 "only Loki ranks by a basis, so only its session has a LokiCache; "
                 "pass no cache, or a cache of transformers"
             )
-        self.caches.append(
-            LokiCache(
-                self.plan.selector.basis,
-                self.plan.selector.widths,
-                capacity=capacity,
-                is_turned=[not site.is_dense for site in sites(self.model, self.plan)],
-                is_open=lambda: self.is_inside,
-            )
+        cache = LokiCache(
+            self.plan.selector.basis,
+            self.plan.selector.widths,
+            capacity=capacity,
+            is_turned=[not site.is_dense for site in sites(self.model, self.plan)],
+            is_open=lambda: self.is_inside,
         )
-        return self.caches[-1]
+        self.caches.add(cache)
+        return cache
 
     def layer_that_gave(self, keys: Tensor, layer: int) -> LokiLayer | None:
         """The cache layer that these very keys came from, if they came from a `LokiCache`."""
@@ -241,7 +241,7 @@ def loki_forward(
         query = turned.rotation.turn_queries(query)
     if query.shape[2] > 1 and plan.reach == "decode":
         if plan.selector.keeps_count:
-            _count_prompt(session, site, query, key, attention_mask, scale)
+            _count_block(session, plan, site, query, key, attention_mask, scale)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scale, **kwargs
         )
@@ -296,14 +296,21 @@ def _past_mass(
     return torch.cat([past, past.new_zeros(1, heads, queries)], dim=-1)
 
 
-def _count_prompt(
-    session: Session, site: Site, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+def _count_block(
+    session: Session,
+    plan: Sparse,
+    site: Site,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scaling: float,
 ) -> None:
-    """Mass that a dense prompt gives to its keys."""
+    """Add the mass that a dense block of queries gives to its keys."""
     visible = visible_keys(site.module, query, key, mask)
-    scores = scores_of(query, key[:, :, : visible.shape[-1]], scaling=scaling)
+    past = _past_mass(session, plan, site.layer, query, key)
+    scores = scores_of(query, key, scaling=scaling)
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-    session.mass[site.layer] = weights.sum(2)
+    session.mass[site.layer] = past + weights.sum(2)
 
 
 def visible_keys(
