@@ -3,8 +3,8 @@
 `pca` is the paper's: eigenvectors of the keys' covariance. Centring takes the keys' mean out of the
 leading directions, and with it what tells the attention sink from all other keys.
 `pca_uncentred`: eigenvectors of the keys' second moment, which keeps the mean's direction.
-`balanced`: looks at queries too. With Cq = E q^T q = Sq Sq^T, Ck = Cov k = Sk Sk^T (Cholesky factors) and
-the decomposition Sq^T Sk = U Σ V^T,
+`balanced`: looks at queries too. With Cq = E q^T q = Sq Sq^T, Ck = Cov k = Sk Sk^T and the
+decomposition Sq^T Sk = U Σ V^T,
 
     W = Sq^-T U Σ^½        W^-1 = Σ^-½ U^T Sq^T        q' = q W,  k' = k W^-T
 
@@ -32,7 +32,7 @@ from fourfold_parallel.run.values import to_json
 Kind = Literal["pca", "pca_uncentred", "balanced"]
 
 RIDGE = 1e-6
-"""Share of the mean variance that is added to every direction, so that none is of zero length."""
+"""Share of the mean variance that every direction has at least, so that maps can be inverted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,26 +168,24 @@ def fit(statistics: Statistics, kind: Kind = "balanced", stage: Stage = "after r
 
 def _balanced(key_covariance: Tensor, query_moment: Tensor, label: Label) -> Basis:
     """The derivation at the head of this file, for all heads at once, in float64."""
-    queries = torch.linalg.cholesky(_ridged(query_moment))
-    keys = torch.linalg.cholesky(_ridged(key_covariance))
+    queries, inverse = _factors(query_moment)
+    keys, _ = _factors(key_covariance)
     left, sizes, _ = torch.linalg.svd(queries.mT @ keys)
-    query_maps = (
-        torch.linalg.solve_triangular(queries.mT, left, upper=True) * sizes.sqrt()[..., None, :]
-    )
-    # W^-T: the columns of Sq U, each over the root of its singular value.
-    key_maps = queries @ left / sizes.sqrt()[..., None, :]
+    roots = sizes.sqrt()[..., None, :]
     return Basis(
-        query_maps=query_maps.float(),
-        key_maps=key_maps.float(),
+        query_maps=(inverse.mT @ left * roots).float(),
+        # W^-T: the columns of Sq U, each over the root of its singular value.
+        key_maps=(queries @ left / roots).float(),
         spectra=sizes.square().float(),
         label=label,
     )
 
 
-def _ridged(moment: Tensor) -> Tensor:
-    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
-    eye = torch.eye(moment.shape[-1], dtype=moment.dtype)
-    return moment + RIDGE * mean[..., None, None] * eye
+def _factors(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """S with S S^T = moment, and its inverse; directions without variance get a little."""
+    sizes, directions = torch.linalg.eigh(moment)
+    roots = sizes.clamp(min=RIDGE * sizes.mean(-1, keepdim=True)).sqrt()
+    return directions * roots[..., None, :], (directions / roots[..., None, :]).mT
 
 
 def read_published(folder: Path, *, stage: Stage = "after rotary") -> Basis:

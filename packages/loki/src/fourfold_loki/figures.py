@@ -122,7 +122,7 @@ def sinks(records: Records) -> Figure:
 
 def drawings(scale: Scale) -> Sequence[Drawing]:
     """The figures of a scale."""
-    where = f"SmolLM2-135M on Wikipedia, {4 if scale == 'smoke' else 64} windows of 512 tokens"
+    where = f"SmolLM2-135M on Wikipedia, {3 if scale == 'smoke' else 64} windows of 512 tokens"
     return (
         Drawing(
             name="figure-2",
