@@ -248,7 +248,7 @@ def more_perplexity(scale: Scale) -> Perplexity:
         skip_characters=base.skip_characters,
         context=base.context,
         prompt=base.prompt,
-        windows=16,
+        windows=8,
         protocol="decode",
         arms=variants(
             calibration(scale), calibration(scale, PythonManual()), keys=base.context // 4
@@ -282,7 +282,7 @@ def other_corpus(scale: Scale) -> Perplexity:
         skip_characters=1_000_000,
         context=base.context,
         prompt=base.prompt,
-        windows=16,
+        windows=8,
         protocol="decode",
         arms=tuple(
             arm
