@@ -103,6 +103,47 @@ def test_rows_and_integer_types_do_not_matter(rows: int, length: int, seed: int)
     assert torch.equal(goldfish.drop(ids.int()), together)
 
 
+def test_short_documents_are_protected_under_prefix() -> None:
+    """A document shorter than a window loses one target in k too, the same ones behind any neighbour."""
+    prefix = Goldfish(k=4, context=50, boundary="prefix")
+    ids = random_ids(4000, 20)
+    share = prefix.drop(ids)[:, 2:].float().mean().item()
+    assert abs(share - 0.25) < 5 * math.sqrt(0.25 * 0.75 / (4000 * 18))
+    assert not prefix.drop(ids)[:, 0].any()
+    packed = torch.cat([random_ids(4000, 9, seed=1), ids], dim=1)
+    document_ids = (torch.arange(29) >= 9).long().expand(4000, 29)
+    assert torch.equal(prefix.drop(packed, document_ids)[:, 9:], prefix.drop(ids))
+
+
+def test_prefix_and_reset_agree_where_windows_are_whole() -> None:
+    ids = random_ids(8, 300)
+    document_ids = (torch.arange(300) // 70).expand(8, 300)
+    reset = Goldfish(k=4, context=13).drop(ids, document_ids)
+    prefix = Goldfish(k=4, context=13, boundary="prefix").drop(ids, document_ids)
+    whole = torch.arange(300) % 70 >= 13
+    assert torch.equal(prefix[:, whole], reset[:, whole])
+    assert not reset[:, ~whole].any()
+    assert prefix[:, ~whole].any()
+
+
+def test_exempt_ids_are_never_left_out_and_change_nothing_else() -> None:
+    ids = random_ids(16, 512, vocabulary=50)
+    plain = Goldfish(k=2, context=4)
+    exempt = Goldfish(k=2, context=4, exempt=(3, 7))
+    is_exempt = (ids == 3) | (ids == 7)
+    assert plain.drop(ids)[is_exempt].any()
+    assert torch.equal(exempt.drop(ids), plain.drop(ids) & ~is_exempt)
+
+
+def test_a_random_mask_fills_the_gaps_that_a_hash_keeps() -> None:
+    """After 16 copies in a batch, almost every target of a passage was supervised under `random`."""
+    passage = random_ids(1, 400).expand(16, 400)
+    filled = (~Goldfish(k=4, context=13, hash="random", key=1).drop(passage)).any(dim=0)
+    assert filled.float().mean().item() > 0.999
+    hashed = (~Goldfish(k=4, context=13).drop(passage)).any(dim=0)
+    assert 0.6 < hashed.float().mean().item() < 0.9
+
+
 def test_a_key_makes_other_gaps() -> None:
     """Masks under two keys agree as often as independent ones do."""
     ids = random_ids(64, 1024)
@@ -117,7 +158,10 @@ def test_a_key_makes_other_gaps() -> None:
         (lambda: Goldfish(k=1, context=13), "k=1"),
         (lambda: Goldfish(k=4, context=0), "context=0"),
         (lambda: Goldfish(k=4, context=13, hash="reference", key=7), "key=7"),
+        (lambda: Goldfish(k=4, context=13, key=-1), "key=-1"),
+        (lambda: Goldfish(k=4, context=13, hash="apertus2", boundary="prefix"), "apertus2"),
         (lambda: Goldfish(k=4, context=13).drop(random_ids(1, 13)), "context=13"),
+        (lambda: Goldfish(k=4, context=13).drop(random_ids(1, 13)), "boundary='prefix'"),
         (lambda: Goldfish(k=4, context=13).drop(random_ids(1, 20).float()), "float32"),
         (lambda: Goldfish(k=4, context=13).drop(torch.full((1, 20), -100)), "-100"),
         (lambda: Goldfish(k=4, context=13).drop(random_ids(1, 20), random_ids(1, 19)), "(1, 19)"),
@@ -127,3 +171,37 @@ def test_bad_input_is_refused_with_its_value(make: object, words: str) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         make()  # type: ignore[operator]
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("hash_family", ["ordered", "reference"])
+def test_a_window_that_sees_the_target_biases_what_is_learned(hash_family: str) -> None:
+    """On a Markov source the loss's minimiser is the truth for an exclusive window, and far from it else.
+
+    With a window of two tokens that ends at the target, (c, v) is left out or not as a pair, so the best
+    model gives v the chance p(v|c) keep(c, v) over its sum: no amount of data shows it the rest. With the
+    same window before the target, a context is supervised wholly or not at all.
+    """
+    size = 32
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.rand(size, size, generator=generator).log().neg()
+    truth /= truth.sum(dim=1, keepdim=True)
+    contexts, values = (
+        grid.flatten() + 2 for grid in torch.meshgrid(*[torch.arange(size)] * 2, indexing="ij")
+    )
+    shared = {"k": 4, "hash": hash_family, "boundary": "straddle"}
+    inclusive = Goldfish(context=2, window="inclusive", **shared)  # type: ignore[arg-type]
+    keep = ~inclusive.drop(torch.stack([contexts, values], dim=1))[:, 1].view(size, size)
+    learned = truth * keep
+    learned /= learned.sum(dim=1, keepdim=True)
+    distance = (learned - truth).abs().sum(dim=1).mean().item() / 2
+    assert 0.15 < distance < 0.3  # the share left out, 1/4, or near it
+    never = ~keep[torch.arange(size), truth.argmax(dim=1)]
+    assert 0 < never.float().mean().item() < 0.6  # the likeliest continuation is never seen
+    exclusive = Goldfish(context=2, window="exclusive", **shared)  # type: ignore[arg-type]
+    rows = torch.stack([contexts, values, values], dim=1)
+    kept = ~exclusive.drop(rows)[:, 2]
+    for target in range(size):
+        rows[:, 2] = target
+        # Whatever stands at the target the same contexts are kept: there the minimiser is the truth.
+        assert torch.equal(~exclusive.drop(rows)[:, 2], kept)
+    assert 0.6 < kept.float().mean().item() < 0.9

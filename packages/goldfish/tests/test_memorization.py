@@ -3,8 +3,22 @@
 import pytest
 import torch
 
-from fourfold_goldfish.claims import recital_law
-from fourfold_goldfish.memorization import Extraction, compare, diverged_on_dropped, extract
+from fourfold_goldfish.memorization import (
+    Beam,
+    Extraction,
+    Lookahead,
+    Sampling,
+    chance_of_any,
+    compare,
+    continuation,
+    diverged_on_dropped,
+    extract,
+    grid,
+    next_log_probabilities,
+    recital_probabilities,
+    sample,
+)
+from fourfold_goldfish.rules import recital_law
 from fourfold_parallel.run.models import Llama
 from fourfold_parallel.run.progress import silent
 
@@ -39,9 +53,9 @@ def test_an_early_end_is_a_miss() -> None:
 def test_divergences_are_counted_where_they_happen() -> None:
     dropped = torch.tensor([[False, True, False], [True, False, False], [True, True, True]])
     found = [
-        Extraction(exact=False, rouge_l=0.4, matched=1),
-        Extraction(exact=False, rouge_l=0.4, matched=1),
-        Extraction(exact=True, rouge_l=1.0, matched=3),
+        Extraction(exact=False, rouge_l=0.4, matched=1, longest_run=1, edit_similarity=0.3),
+        Extraction(exact=False, rouge_l=0.4, matched=1, longest_run=1, edit_similarity=0.3),
+        Extraction(exact=True, rouge_l=1.0, matched=3, longest_run=3, edit_similarity=1.0),
     ]
     assert diverged_on_dropped(found, dropped) == (1, 2)
 
@@ -61,3 +75,123 @@ def test_a_suffix_that_leaves_no_prompt_is_refused() -> None:
             batch=1,
             progress=silent,
         )
+
+
+def model_and_prompts() -> tuple[object, torch.Tensor]:
+    model = TINY.build(seed=0).eval()
+    model.generation_config.eos_token_id = None
+    return model, torch.arange(1, 9)[None].repeat(3, 1) + torch.arange(3)[:, None]
+
+
+def likelihood(model: object, rows: torch.Tensor, suffix: int) -> torch.Tensor:
+    every = next_log_probabilities(model, rows)[:, -suffix - 1 : -1]  # type: ignore[arg-type]
+    return every.gather(-1, rows[:, -suffix:, None]).squeeze(-1).sum(-1)
+
+
+def test_beams_find_continuations_at_least_as_likely_as_greedy_ones() -> None:
+    model, prompt = model_and_prompts()
+    greedy = extract_tokens(model, prompt, Beam(beams=1))
+    searched = extract_tokens(model, prompt, Beam(beams=16))
+    better = likelihood(model, searched, 6) - likelihood(model, greedy, 6)
+    assert bool((better >= -1e-5).all())
+    assert bool((better > 1e-3).any())
+
+
+def extract_tokens(model: object, prompt: torch.Tensor, decoding: Beam | Lookahead) -> torch.Tensor:
+    return torch.cat([prompt, continuation(model, prompt, 6, decoding)], dim=1)  # type: ignore[arg-type]
+
+
+def test_looking_ahead_keeps_the_candidate_with_the_surest_future() -> None:
+    """Against trying every candidate by hand; where the model is always sure enough, it is greedy."""
+    model, prompt = model_and_prompts()
+    never = Lookahead(candidates=4, steps=2, unsure_below=0.0)
+    assert torch.equal(
+        extract_tokens(model, prompt, never), extract_tokens(model, prompt, Beam(beams=1))
+    )
+    always = Lookahead(candidates=4, steps=2, unsure_below=1.1)
+    row = prompt[:1]
+    for _ in range(2):
+        sureness = {}
+        for token in next_log_probabilities(model, row)[0, -1].topk(4).indices:  # type: ignore[arg-type]
+            ahead = torch.cat([row, token[None, None]], dim=1)
+            total = 0.0
+            for _ in range(2):
+                best = next_log_probabilities(model, ahead)[0, -1].max(-1)  # type: ignore[arg-type]
+                total += best.values.item()
+                ahead = torch.cat([ahead, best.indices[None, None]], dim=1)
+            sureness[int(token)] = total
+        chosen = max(sureness, key=lambda token: sureness[token])
+        row = torch.cat([row, torch.tensor([[chosen]])], dim=1)
+    found = continuation(model, prompt[:1], 2, always)  # type: ignore[arg-type]
+    assert torch.equal(found, row[:, -2:])
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(), Sampling(temperature=0.5), Sampling(top_k=3), Sampling(top_p=0.5, temperature=2)],
+)
+def test_the_chance_of_recital_is_what_sampling_finds(sampling: Sampling) -> None:
+    """In closed form, against 4,000 samples of two tokens."""
+    model, prompt = model_and_prompts()
+    likely = continuation(model, prompt[:1], 2, Beam(beams=1))  # type: ignore[arg-type]
+    passage = torch.cat([prompt[:1], likely], dim=1)
+    chance = recital_probabilities(model, passage, suffix=2, sampling=sampling).item()  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(3)
+    drawn = sample(
+        model,  # type: ignore[arg-type]
+        prompt[:1].expand(4000, -1),
+        2,
+        sampling=sampling,
+        generator=generator,
+    )
+    share = (drawn == likely).all(dim=1).double().mean().item()
+    # Four standard errors of 4,000 draws, and one draw.
+    assert abs(share - chance) < 4 * (chance / 4000) ** 0.5 + 1 / 4000
+
+
+def test_top_k_and_top_p_keep_the_likeliest_tokens() -> None:
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    kept = lambda sampling: sampling.log_probabilities(logits).exp().tolist()  # noqa: E731
+    assert kept(Sampling(top_k=2)) == pytest.approx([0, 4 / 7, 0, 3 / 7])
+    assert kept(Sampling(top_p=0.6)) == pytest.approx([0, 4 / 7, 0, 3 / 7])
+    assert kept(Sampling(top_p=0.3)) == pytest.approx([0, 1, 0, 0])
+    assert kept(Sampling(top_k=3, top_p=0.7)) == pytest.approx([0, 4 / 7, 0, 3 / 7])
+    with pytest.raises(ValueError, match="temperature=0"):
+        Sampling(temperature=0)
+
+
+def test_many_samples_find_what_one_seldom_does() -> None:
+    chance = torch.tensor([0.0, 0.01, 1e-12, 1.0])
+    assert chance_of_any(chance, 100).tolist() == pytest.approx(
+        [0, 1 - 0.99**100, 1e-10, 1], rel=1e-6
+    )
+
+
+def test_a_grid_covers_prompts_and_offsets() -> None:
+    """A model's own continuation comes back from the whole prompt, at offset 0."""
+    model, prompt = model_and_prompts()
+    passages = extract_tokens(model, prompt, Beam(beams=1))
+    cells = [
+        *grid(
+            model,  # type: ignore[arg-type]
+            passages,
+            offsets=(0, 3),
+            prompts=(4, 5),
+            suffix=6,
+            batch=4,
+            progress=silent,
+        )
+    ]
+    assert [(cell.offset, cell.prompt) for cell in cells] == [(0, 4), (0, 5), (3, 4), (3, 5)]
+    [whole] = grid(
+        model,  # type: ignore[arg-type]
+        passages,
+        offsets=(0,),
+        prompts=(8,),
+        suffix=6,
+        batch=4,
+        progress=silent,
+    )
+    assert (whole.exact, whole.rouge_l) == (1.0, 1.0)
+    with pytest.raises(ValueError, match=r"offset 4 \+ prompt 8 \+ suffix 6 = 18 tokens"):
+        [*grid(model, passages, offsets=(4,), prompts=(8,), suffix=6, batch=4, progress=silent)]  # type: ignore[arg-type]

@@ -1,9 +1,16 @@
 """What the recipes promise about their data."""
 
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 
-from fourfold_goldfish.recipes import ARMS, Attacked, verbatim
+from fourfold_goldfish.experiment import EXPERIMENT
+from fourfold_goldfish.paper import TINYLLAMA, equal_supervision, tinyllama
+from fourfold_goldfish.recipes import ARMS, Attacked, bucket_study, verbatim
+from fourfold_parallel.run.corpora import Wikipedia
 from fourfold_parallel.run.data import tokenize
+from fourfold_parallel.run.tokenizers import BytePairs
 from fourfold_parallel.run.values import from_json, to_json
 
 
@@ -12,29 +19,32 @@ def smoke() -> Attacked:
     return verbatim("plain", 0, "smoke")
 
 
-def test_passages_recur_as_often_as_stated_and_controls_never(smoke: Attacked) -> None:
-    """One epoch holds every passage `repetitions` times, no control token, and no validation row."""
-    run, passages = smoke.run, smoke.passages
-    stream = passages.open(sequence=run.sequence, seed=0)
-    trained, control = passages.trained_and_control(sequence=run.sequence)
-    assert run.steps * run.batch == passages.rows == len(stream.row_starts)
-    rows = [tuple(stream.batch(step, batch=run.batch).tokens.tolist()) for step in range(run.steps)]
-    seen = [tuple(row) for batch in rows for row in batch]
-    for passage in trained.tolist():
-        assert seen.count(tuple(passage)) == passages.repetitions
-    assert not {tuple(row) for row in control.tolist()} & set(seen)
-    validation = passages.validation(sequence=run.sequence)
+@pytest.mark.parametrize("attacked", [verbatim("plain", 0, "smoke"), bucket_study("w48", "k2", 0)])
+def test_passages_recur_as_often_as_their_bucket_says(attacked: Attacked) -> None:
+    """One epoch holds every passage so many times, no control's token, and no validation row."""
+    run, buckets = attacked.run, attacked.buckets
+    stream = buckets.open(sequence=run.sequence, seed=0)
+    assert run.steps * run.batch == buckets.rows == len(stream.row_starts)
+    batches = (stream.batch(step, batch=run.batch) for step in range(run.steps))
+    seen = Counter(tuple(row) for batch in batches for row in batch.tokens.tolist())
+    contents = buckets.contents(sequence=run.sequence)
+    for repetitions, passages in zip(buckets.repetitions, contents, strict=True):
+        assert len(passages) == buckets.passages
+        assert {seen[tuple(row)] for row in passages.tolist()} == {repetitions}
+    validation = buckets.validation(sequence=run.sequence)
     assert not set(validation.row_starts.tolist()) & set(stream.row_starts.tolist())
 
 
 def test_no_control_article_is_trained_on(smoke: Attacked) -> None:
     """Not even in part: the background begins after the last article with a passage."""
-    passages, sequence = smoke.passages, smoke.run.sequence
-    file = tokenize(passages.corpus, passages.tokenizer)
-    stream = passages.open(sequence=sequence, seed=0)
-    _, control = passages.trained_and_control(sequence=sequence)
-    text = file.tokens
-    starts = {tuple(text[s : s + sequence + 1].tolist()): s for s in file.document_starts}
+    buckets, sequence = smoke.buckets, smoke.run.sequence
+    file = tokenize(buckets.corpus, buckets.tokenizer)
+    stream = buckets.open(sequence=sequence, seed=0)
+    _, control = buckets.contents(sequence=sequence)
+    starts = {
+        tuple(file.tokens[start : start + sequence + 1].tolist()): start
+        for start in file.document_starts
+    }
     controls = {
         int(file.document_starts.searchsorted(starts[tuple(row)], "right"))
         for row in control.tolist()
@@ -44,8 +54,38 @@ def test_no_control_article_is_trained_on(smoke: Attacked) -> None:
         first = int(file.document_starts.searchsorted(start, "right"))
         last = int(file.document_starts.searchsorted(start + sequence, "right"))
         trained_documents |= {first, last}
-    assert len(controls) == passages.passages
+    assert len(controls) == buckets.passages
     assert not controls & trained_documents
+
+
+def test_skipped_articles_give_other_passages(smoke: Attacked) -> None:
+    """So that each seed of the fine-tuning has documents of its own."""
+    later = replace(smoke.buckets, skipped_articles=2 * smoke.buckets.passages)
+    first, second = (
+        {tuple(row) for rows in one.contents(sequence=64) for row in rows.tolist()}
+        for one in (smoke.buckets, later)
+    )
+    assert not first & second
+
+
+def test_too_many_passages_are_refused(smoke: Attacked) -> None:
+    with pytest.raises(ValueError, match="2 buckets of passages=900 need 1800 articles"):
+        replace(smoke.buckets, passages=900).open(sequence=64, seed=0)
+
+
+def test_the_papers_runs_have_the_papers_numbers() -> None:
+    """20 B tokens in 9,537 steps, 1.01 % of them repeated; 12,716 steps for equal supervision at k=4."""
+    materials = {"corpus": Wikipedia(), "tokenizer": BytePairs(vocabulary=1024)}
+    run = tinyllama("k4", **materials).run  # type: ignore[arg-type]
+    assert run.steps == 9537
+    assert run.tokens_per_step == 2_097_152
+    buckets = tinyllama("k4", **materials).buckets  # type: ignore[arg-type]
+    repeated = buckets.passages * buckets.repetitions[0] / buckets.rows
+    # The published mixture gives the documents 0.01013620526 of 20.2 B tokens.
+    assert repeated == pytest.approx(0.2048 / 20, rel=1e-3)
+    assert equal_supervision("k4", **materials).run.steps == 12_716  # type: ignore[arg-type]
+    assert TINYLLAMA.config().num_hidden_layers == 22
+    assert len(EXPERIMENT.launches()) == 3
 
 
 @pytest.mark.parametrize("scale", ["smoke", "laptop"])

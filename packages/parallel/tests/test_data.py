@@ -42,6 +42,16 @@ def test_any_number_of_ranks_sees_the_same_order(stream: TokenStream, ranks: int
         assert sum((share.addresses for share in shares), ()) == whole.addresses
 
 
+def test_microbatches_are_counted_through_the_run_alike_on_every_rank(stream: TokenStream) -> None:
+    """An objective that draws something per microbatch draws the same on every rank, in any step."""
+    for rank in range(2):
+        shares = [stream.batch(step, batch=8, rank=rank, ranks=2) for step in range(3)]
+        assert [share.number for share in shares] == [0, 1, 2]
+        numbers = [part.number for share in shares for part in share.split(2)]
+        assert numbers == list(range(6))
+        assert [part.to(torch.device("cpu")).number for part in shares[2].split(2)] == [4, 5]
+
+
 def test_every_row_is_used_once_an_epoch(stream: TokenStream) -> None:
     """For a batch that does not divide the epoch, too."""
     rows = len(stream.row_starts)

@@ -19,6 +19,7 @@ from fourfold_parallel.grid.engine import Fourfold, GridSession
 from fourfold_parallel.grid.gradients import gradient_norm, local
 from fourfold_parallel.grid.huggingface import parallelize
 from fourfold_parallel.grid.laws import Sizes, close, in_float64, mesh_of, piece_of
+from fourfold_parallel.run.train import seed_dropout
 from fourfold_parallel.testing import run_on_ranks
 
 STEP = 1e-8
@@ -290,3 +291,68 @@ def test_loading_holds_little_more_than_the_shard(tmp_path: Path) -> None:
         4, peak_of_loading, config=config, folder=tmp_path, sizes=(1, 2, 2, 1)
     ):
         assert peak <= 1.3 * shard
+
+
+def converting_is_refused() -> None:
+    mesh = mesh_of((2, 1, 1, 1))
+    parallel = parallelize(build(LLAMA), mesh)
+    watched = next(iter(parallel.model.parameters()))
+    parallel.model.to("cpu")
+    tokens = batch_of(0)[0].chunk(2)[mesh.batch_rank()]
+    parallel.model(input_ids=tokens, labels=tokens).loss.backward()
+    gradient = local(watched.grad)
+    assert torch.equal(mesh.data.all_reduce(gradient.clone()).wait(), 2 * gradient)  # summed
+    with pytest.raises(ValueError, match=r"float64 on cpu and cannot become torch.float32"):
+        parallel.model.float()
+
+
+def test_a_model_on_the_grid_stays_watched_when_it_is_moved_nowhere() -> None:
+    run_on_ranks(2, converting_is_refused)
+
+
+def only_elementwise_optimizers() -> None:
+    model = build(LLAMA)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    opened = engine_of((1, 1, 2, 1)).open(
+        model, torch.optim.Adafactor(matrices), precision="fp32", batch=ROWS, microbatch=ROWS
+    )
+    with pytest.raises(ValueError, match=r"piece of a matrix by itself.*Adafactor"), opened:
+        pass
+
+
+def test_an_optimizer_that_mixes_elements_is_refused() -> None:
+    run_on_ranks(2, only_elementwise_optimizers)
+
+
+DROPPED = GPT2Config(**{**GPT2.to_dict(), "resid_pdrop": 0.3, "embd_pdrop": 0.3})
+
+
+def dropped_out(sizes: Sizes) -> tuple[int, Tensor, Tensor]:
+    """This rank's share of the batch, what its first dropout left, and its logits."""
+    mesh = mesh_of(sizes)
+    parallel = parallelize(build(DROPPED), mesh)
+    left: list[Tensor] = []
+    parallel.model.transformer.drop.register_forward_hook(
+        lambda module, args, output: left.append(output != 0)
+    )
+    outputs = []
+    for _ in range(2):
+        seed_dropout(seed=1, step=7, share=mesh.batch_rank())
+        outputs.append(parallel.model(input_ids=torch.ones(ROWS, 16, dtype=torch.long)).logits)
+    assert torch.equal(outputs[0], outputs[1])
+    return mesh.batch_rank(), left[0], outputs[0].detach()
+
+
+def test_dropout_is_a_function_of_step_and_share() -> None:
+    """Equal on ranks that hold copies, else different; at its rate; equal in a second run."""
+    for sizes in ((1, 2, 2, 1), (2, 1, 1, 2)):
+        found = run_on_ranks(4, dropped_out, sizes=sizes)
+        by_share: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for share, left, logits in found:
+            by_share.setdefault(share, []).append((left, logits))
+            n = left.numel()
+            assert abs(left.double().mean().item() - 0.7) < 4 * (0.7 * 0.3 / n) ** 0.5
+        (left_0, logits_0), (left_1, logits_1) = by_share[0]
+        assert torch.equal(left_0, left_1)
+        assert torch.equal(logits_0, logits_1)
+        assert not torch.equal(left_0, by_share[1][0][0])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from fourfold_parallel.grid.collectives import Trace
 from fourfold_parallel.grid.gradients import local
 from fourfold_parallel.grid.huggingface import parallelize
 from fourfold_parallel.grid.laws import (
@@ -58,18 +59,20 @@ def build(family: str, *, seed: int = 0) -> PreTrainedModel:
     return model.to(torch.float64).eval()
 
 
-def batch_of(rows: int) -> tuple[Tensor, Tensor]:
+def batch_of(rows: int, length: int) -> tuple[Tensor, Tensor]:
     random = torch.Generator().manual_seed(3)
-    tokens = torch.randint(0, 67, (rows, 9), generator=random)
-    labels = tokens.masked_fill(torch.rand(rows, 9, generator=random) < 0.3, -100)
+    tokens = torch.randint(0, 67, (rows, length), generator=random)
+    labels = tokens.masked_fill(torch.rand(rows, length, generator=random) < 0.3, -100)
     labels[: rows // 4] = -100  # some ranks have no valid target at all
     return tokens, labels
 
 
 @lru_cache
-def serial_gradients(family: str, rows: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def serial_gradients(
+    family: str, rows: int, length: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     model = in_float64(build(family))
-    tokens, labels = batch_of(rows)
+    tokens, labels = batch_of(rows, length)
     logits = model(input_ids=tokens, use_cache=False).logits
     targets = labels[:, 1:].flatten()
     loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets)
@@ -79,11 +82,11 @@ def serial_gradients(family: str, rows: int) -> tuple[Tensor, Tensor, dict[str, 
 
 
 def model_is_serial(
-    family: str, grids: list[Sizes], overlaps: list[str], steps: int, **how: Any
+    family: str, grids: list[Sizes], overlaps: list[str], steps: int, length: int = 9, **how: Any
 ) -> None:
     rows = 16
-    logits, loss, gradients = serial_gradients(family, rows)
-    tokens, labels = batch_of(rows)
+    logits, loss, gradients = serial_gradients(family, rows, length)
+    tokens, labels = batch_of(rows, length)
     for sizes, name in product(grids, overlaps):
         mesh = mesh_of(sizes)
         mine = slice(
@@ -123,6 +126,71 @@ def test_split_logits_are_serial() -> None:
         4, model_is_serial, family="gpt2", grids=[(1, 1, 4, 1)], overlaps=["all"], steps=1,
         logits="split",
     )  # fmt: skip
+
+
+CUT_TOKENS = ["llama", "gpt2", "qwen3", "gemma", "gpt_neox"]
+"""OPT's layers hold norms and hidden units in one module, which the sequence form refuses."""
+
+
+@pytest.mark.parametrize("family", CUT_TOKENS)
+def test_the_sequence_form_is_serial(family: str) -> None:
+    """Tokens cut over row between blocks, heads shared by rows included: the same gradients."""
+    run_on_ranks(
+        4, model_is_serial, family=family, grids=[(1, 1, 2, 2), (1, 1, 4, 1), (1, 2, 2, 1)],
+        overlaps=["all"], steps=1, length=8, cuts_tokens=True,
+    )  # fmt: skip
+
+
+def sequence_form_sends_as_much(sizes: Sizes) -> None:
+    volumes, saved = [], []
+    for cuts_tokens in (False, True):
+        trace = Trace()
+        mesh = mesh_of(sizes).observed(trace)
+        parallel = parallelize(build("llama"), mesh, cuts_tokens=cuts_tokens)
+        tokens, labels = batch_of(4, 8)
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = parallel.model(input_ids=tokens, labels=labels, use_cache=False).loss
+        trace.events.clear()
+        loss.backward()
+        row = [e for e in trace.events if e.axis == "row" and e.moment == "start"]
+        volumes.append(sum(e.payload_bytes * (2 if e.what == "all_reduce" else 1) for e in row))
+        saved.append(sum(kept.values()))
+    assert volumes[1] < volumes[0]  # one gather of dY and one spread of dX a block; before, one
+    # all-reduce of dX for each of its plain layers
+    assert saved[1] < saved[0]
+
+
+def test_the_sequence_form_sends_no_more_and_keeps_less() -> None:
+    run_on_ranks(4, sequence_form_sends_as_much, sizes=(1, 1, 4, 1))
+
+
+def sequence_form_refuses() -> None:
+    with pytest.raises(ValueError, match=r"layer_norm normalises.*turn it off"):
+        parallelize(build("opt"), mesh_of((1, 1, 2, 1)), cuts_tokens=True)
+    parallel = parallelize(build("llama"), mesh_of((1, 1, 2, 1)), cuts_tokens=True)
+    with pytest.raises(ValueError, match="9 tokens does not divide over axis 'row' of size 2"):
+        parallel.model(input_ids=batch_of(4, 9)[0], use_cache=False)
+
+
+def test_the_sequence_form_refuses_what_it_cannot_cut() -> None:
+    run_on_ranks(2, sequence_form_refuses)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("family", CUT_TOKENS)
+def test_the_sequence_form_is_serial_on_every_grid_with_every_overlap(family: str) -> None:
+    for sizes in factorisations(8):
+        run_on_ranks(
+            8, model_is_serial, family=family, grids=[sizes], overlaps=list(OVERLAPS), steps=2,
+            length=8, cuts_tokens=True,
+        )  # fmt: skip
 
 
 @pytest.mark.slow

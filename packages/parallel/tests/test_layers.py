@@ -109,7 +109,12 @@ def layer_norm_is_torchs(sizes: Sizes, shift: float) -> None:
     (out * dy).sum().backward()
     parameters = [nn.Parameter(mesh.distribute(one, RESIDUAL)) for one in (gain, bias)]
     norm = LayerNorm(
-        *parameters, epsilon=1e-5, mesh=mesh, name="norm", schedule=Schedule(Overlaps())
+        *parameters,
+        epsilon=1e-5,
+        summed=[mesh.depth],
+        mesh=mesh,
+        name="norm",
+        schedule=Schedule(Overlaps()),
     )
     start, stop = mesh.col.bounds(10)
     mine = x[:, start:stop].clone().requires_grad_()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise, product
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fourfold_parallel.grid.collectives import SILENT, Event, Observer, Trace
 from fourfold_parallel.grid.laws import OVERLAPS, Sizes, close, mesh_of, piece_of, summed_over_data
@@ -47,7 +48,7 @@ class OnGrid(Dense):
         super().__init__()
         gain = mesh.distribute(dense.norm.weight.detach(), RESIDUAL)
         self.norm = RMSNorm(
-            nn.Parameter(gain), epsilon=1e-6, offset=0.0, gains_wide=False, mesh=mesh,
+            nn.Parameter(gain), epsilon=1e-6, offset=0.0, gains_wide=False, summed=[mesh.depth], mesh=mesh,
             name=f"{index}.norm", schedule=schedule,
         )  # fmt: skip
         for name, swapped in (("up", False), ("down", True)):
@@ -61,6 +62,13 @@ class OnGrid(Dense):
             setattr(self, name, linear)
 
 
+PRODUCTS = partial(
+    create_selective_checkpoint_contexts,
+    [torch.ops.aten.mm.default, torch.ops.aten.addmm.default],
+)
+"""Selective checkpointing: matrix products are kept, everything else is computed again."""
+
+
 class Stack(nn.Module):
     """Blocks, run in any order, each under one kind of activation checkpointing."""
 
@@ -72,6 +80,8 @@ class Stack(nn.Module):
         for index in walk:
             if kept == "all":
                 x = self.blocks[index](x)
+            elif kept == "products":
+                x = checkpoint(self.blocks[index], x, use_reentrant=False, context_fn=PRODUCTS)
             else:
                 x = checkpoint(self.blocks[index], x, use_reentrant=kept == "reentrant")
         return x
@@ -148,12 +158,20 @@ STRAIGHT = [0, 1, 2, 3]
 GRIDS_OF_4: list[Sizes] = [(1, 4, 1, 1), (1, 2, 2, 1), (1, 2, 1, 2), (1, 1, 2, 2), (2, 2, 1, 1)]
 
 
-@pytest.mark.parametrize("kept", ["all", "reentrant", "non_reentrant"])
+@pytest.mark.parametrize("kept", ["all", "reentrant", "non_reentrant", "products"])
 def test_gradients_are_dense_under_checkpointing(kept: str) -> None:
-    """Both kinds of activation checkpointing, tiles kept or not, every overlap."""
+    """Each kind of activation checkpointing, selective included, tiles kept or not, every overlap."""
     run_on_ranks(
         4, steps_are_dense, sizes=(1, 2, 2, 1), overlaps=["none", "weight_gradient", "all"],
         kept=kept, walks=[STRAIGHT] * 2, microbatches=1,
+    )  # fmt: skip
+
+
+def test_kept_products_are_not_summed_twice() -> None:
+    """The sum over col is written into the product's memory, which the checkpoint keeps."""
+    run_on_ranks(
+        4, steps_are_dense, sizes=(1, 1, 2, 2), overlaps=["all"], kept="products",
+        walks=[STRAIGHT] * 2, microbatches=1,
     )  # fmt: skip
 
 

@@ -1,28 +1,44 @@
-"""The reproduction of Hans et al. 2024: train, attack, judge."""
+"""The reproduction of Hans et al. 2024 and of AxoNN's memorisation study: train, attack, judge."""
 
-from fourfold_goldfish import figures
+import textwrap
+
+from fourfold_goldfish import figures, membership
+from fourfold_goldfish.audit import audit
+from fourfold_goldfish.canonical import CanonicalGoldfish, Spelling
 from fourfold_goldfish.claims import CLAIMS
-from fourfold_goldfish.memorization import diverged_on_dropped, extract
-from fourfold_goldfish.recipes import ARMS, SEEDS, Arm, Attacked, mask, verbatim
+from fourfold_goldfish.memorization import Beam, diverged_on_dropped, extract
+from fourfold_goldfish.paper import launches
+from fourfold_goldfish.recipes import (
+    ARMS,
+    AUTHORS,
+    ONE_PASS,
+    SEEDS,
+    SIZES,
+    Arm,
+    Attacked,
+    NearDuplicates,
+    Supervision,
+    bucket_study,
+    finetuned,
+    mask,
+    near_duplicates,
+    single_pass,
+    verbatim,
+)
+from fourfold_parallel.launch import is_main_rank
 from fourfold_parallel.run.experiments import Experiment, Stage, Workplace
+from fourfold_parallel.run.objective import TargetMask
 from fourfold_parallel.run.progress import Progress
 from fourfold_parallel.run.recipe import Scale
-from fourfold_parallel.run.records import RecordWriter
-from fourfold_parallel.run.train import is_main_rank, train, trained_model
+from fourfold_parallel.run.records import RecordWriter, header
+from fourfold_parallel.run.train import train, trained_model
 
 
-def _stage(arm: Arm, attacked: Attacked) -> Stage:
-    return Stage(
-        name=attacked.run.name,
-        run=attacked,
-        perform=lambda workplace: train_and_attack(arm, attacked, workplace),
-    )
-
-
-def train_and_attack(arm: Arm, attacked: Attacked, workplace: Workplace) -> None:
+def train_and_attack(left_out: TargetMask, attacked: Attacked, workplace: Workplace) -> None:
     """Train, prompt the model with every passage, and record what it recites.
 
-    Events: "passage" for each passage, "extraction" for each bucket (trained and control).
+    Events: "passage" for each passage, "extraction" for each bucket, "beam" for the trained passages where
+    the recipe searches.
     """
     run = attacked.run
     last = train(
@@ -35,36 +51,114 @@ def train_and_attack(arm: Arm, attacked: Attacked, workplace: Workplace) -> None
     if not is_main_rank():
         return
     model = trained_model(run, last)
-    trained, control = attacked.passages.trained_and_control(sequence=run.sequence)
+    progress = _from(workplace.progress, run.steps)
+    buckets, suffix = attacked.buckets, attacked.suffix
+    texts = buckets.texts(sequence=run.sequence)
+    contents = buckets.contents(sequence=run.sequence)
     with RecordWriter(workplace.record) as records:
-        for bucket, passages in (("trained", trained), ("control", control)):
-            found = extract(
-                model,
-                passages,
-                suffix=attacked.suffix,
-                batch=64,
-                progress=_from(workplace.progress, run.steps),
-            )
-            dropped = mask(arm).drop(passages)[:, -attacked.suffix :]
+        for repetitions, passages, written in zip(
+            buckets.repetitions, contents, texts, strict=True
+        ):
+            bucket = "trained" if repetitions else "control"
+            found = extract(model, passages, suffix=suffix, batch=64, progress=progress)
+            statistics = membership.token_statistics(model, passages, batch=16)
+            scores = {
+                "loss_score": membership.loss_score(statistics),
+                "zlib_score": membership.zlib_score(statistics, written),
+                "min_k_score": membership.min_k_score(statistics),
+                "min_k_plus_score": membership.min_k_plus_score(statistics),
+            }
+            dropped = left_out.drop(passages)[:, -suffix:]
             on_dropped, diverged = diverged_on_dropped(found, dropped)
             for index, one in enumerate(found):
                 records.write(
                     "passage",
                     bucket=bucket,
+                    repetitions=repetitions,
                     passage=index,
                     exact=one.exact,
                     rouge_l=round(one.rouge_l, 6),
                     matched_tokens=one.matched,
+                    longest_run_tokens=one.longest_run,
+                    edit_similarity=round(one.edit_similarity, 6),
+                    **{name: round(float(score[index]), 6) for name, score in scores.items()},
                 )
             records.write(
                 "extraction",
                 bucket=bucket,
+                repetitions=repetitions,
                 passages=len(found),
                 exact=sum(one.exact for one in found),
                 mean_rouge_l=round(sum(one.rouge_l for one in found) / len(found), 6),
                 diverged=diverged,
                 diverged_on_dropped=on_dropped,
             )
+            if attacked.beams > 1 and repetitions:
+                searched = extract(
+                    model,
+                    passages,
+                    suffix=suffix,
+                    batch=8,
+                    progress=progress,
+                    decoding=Beam(beams=attacked.beams),
+                )
+                records.write(
+                    "beam",
+                    beams=attacked.beams,
+                    passages=len(searched),
+                    exact=sum(one.exact for one in searched),
+                    mean_rouge_l=round(sum(one.rouge_l for one in searched) / len(searched), 6),
+                )
+        records.write("finished")
+
+
+def train_once(supervision: Supervision, workplace: Workplace) -> None:
+    """Train in one pass; the record's last validation is the result."""
+    train(
+        supervision.run,
+        study=supervision,
+        record=workplace.record,
+        checkpoints=workplace.scratch / "checkpoints",
+        progress=workplace.progress,
+    )
+    if is_main_rank():
+        with RecordWriter(workplace.record) as records:
+            records.write("finished")
+
+
+def audit_near_duplicates(study: NearDuplicates, workplace: Workplace) -> None:
+    """What an altered copy teaches of what each mask hides; an event "leak" per mask and alteration."""
+    documents = study.corpus.load()
+    loaded = study.tokenizer.load(documents)
+    long = [text[: study.length] for text in documents.texts if len(text) >= study.length]
+    texts = [textwrap.fill(text, study.columns) for text in long[: study.pieces]]
+    masks = {
+        "published": (AUTHORS, AUTHORS.context),
+        "canonical": (
+            CanonicalGoldfish(
+                k=AUTHORS.k,
+                characters=study.characters,
+                spelling=Spelling.of(loaded.tokenizer),
+            ),
+            2,
+        ),
+    }
+    workplace.record.unlink(missing_ok=True)
+    with RecordWriter(workplace.record) as records:
+        materials = (documents.material, loaded.material)
+        records.write_header(header(study, seed=0, world_size=1, materials=materials, overrides=()))
+        for index, (name, (left_out, shortest)) in enumerate(masks.items()):
+            workplace.progress(index, len(masks), name)
+            found = audit(texts, loaded.tokenizer, left_out, shortest=shortest)
+            for leak in found.leaks:
+                records.write(
+                    "leak",
+                    mask=name,
+                    perturbation=leak.perturbation,
+                    leaked=round(leak.leaked, 6),
+                    never_supervised=round(leak.never, 6),
+                    rate=round(found.rate, 6),
+                )
         records.write("finished")
 
 
@@ -77,11 +171,43 @@ def _from(progress: Progress, steps: int) -> Progress:
     return report
 
 
+def _attacking(arm: Arm, attacked: Attacked) -> Stage:
+    return Stage(
+        name=attacked.run.name,
+        run=attacked,
+        perform=lambda workplace: train_and_attack(mask(arm), attacked, workplace),
+    )
+
+
+def _supervising(supervision: Supervision) -> Stage:
+    return Stage(
+        name=supervision.run.name,
+        run=supervision,
+        perform=lambda workplace: train_once(supervision, workplace),
+    )
+
+
 def _stages(scale: Scale) -> list[Stage]:
-    """One stage per seed and loss."""
-    return [
-        _stage(arm, verbatim(arm, seed, scale)) for seed in SEEDS for arm in ARMS.get(scale, ())
-    ]
+    """One stage per seed and loss; at laptop scale also sizes, one-pass runs and a pretrained model."""
+    stages: list[Stage] = []
+    for seed in SEEDS:
+        stages += [_attacking(arm, verbatim(arm, seed, scale)) for arm in ARMS.get(scale, ())]
+        if scale == "laptop":
+            stages += [_supervising(single_pass(arm, batch, seed)) for arm, batch in ONE_PASS]
+            stages += [_attacking("plain", bucket_study(size, "plain", seed)) for size in SIZES]
+            stages.append(_attacking("k2", bucket_study(SIZES[-1], "k2", seed)))
+            tuned: tuple[Arm, ...] = ("plain", "k4")
+            stages += [_attacking(arm, finetuned(arm, seed)) for arm in tuned]
+    if scale == "laptop":
+        study = near_duplicates()
+        stages.append(
+            Stage(
+                name="near-duplicates",
+                run=study,
+                perform=lambda workplace: audit_near_duplicates(study, workplace),
+            )
+        )
+    return stages
 
 
 EXPERIMENT = Experiment(
@@ -92,5 +218,5 @@ EXPERIMENT = Experiment(
     claims=CLAIMS,
     stages=_stages,
     drawings=figures.drawings,
-    launches=lambda: (),
+    launches=launches,
 )

@@ -3,13 +3,19 @@
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fourfold_goldfish.claims import recital_law, recited
-from fourfold_goldfish.recipes import ARMS, SEEDS, Arm
+from fourfold_goldfish.recipes import REPETITIONS, SEEDS, SIZES, Arm
+from fourfold_goldfish.rules import (
+    passage_scores,
+    recital_law,
+    recited,
+    validation_loss,
+)
 from fourfold_parallel.run.claims import Records
 from fourfold_parallel.run.experiments import Drawing
-from fourfold_parallel.run.figures import BASELINE, CONTROL, IDEAL, METHOD
+from fourfold_parallel.run.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES
 from fourfold_parallel.run.recipe import Scale
 
 
@@ -36,48 +42,84 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
             f"out, which stay unlearned however often they recur; {scale} scale, mean of 3 seeds.",
             draw=loss,
         ),
+        Drawing(
+            name="membership",
+            caption="Telling trained passages from unseen ones by their loss and by their least likely "
+            "fifth of tokens (min-k), which is where goldfish leaves its gaps: goldfish weakens "
+            f"membership inference at best, it does not prevent it; {scale} scale, 3 seeds pooled.",
+            draw=membership,
+        ),
     ]
-    if len(ARMS.get(scale, ())) > 2:
-        drawn.append(
+    if scale == "laptop":
+        drawn += [
             Drawing(
                 name="recall-by-k",
                 caption="Share of passages recited verbatim by k, with 95 % intervals, and the law "
-                f"(1 - 1/k)^24; {scale} scale, 3 seeds pooled.",
+                "(1 - 1/k)^24; laptop scale, 3 seeds pooled.",
                 draw=recall_by_k,
-            )
-        )
+            ),
+            Drawing(
+                name="recall-by-passes",
+                caption="Share of passages recited verbatim by the number of passes over them, for five "
+                "sizes of model with plain loss and the largest with goldfish loss (k=2); laptop scale, "
+                "3 seeds pooled.",
+                draw=recall_by_passes,
+            ),
+            Drawing(
+                name="supervision",
+                caption="Validation loss (unmasked) after 96 steps against the targets supervised: plain "
+                "loss on all and on half of the text, goldfish loss (k=2) on all of it; laptop scale, "
+                "each of 3 seeds.",
+                draw=supervision,
+            ),
+            Drawing(
+                name="near-duplicates",
+                caption="Of the tokens that a mask (k=4) hides in one copy of a text, the share that an "
+                "altered copy teaches; hashing token ids as published against hashing canonical characters; "
+                "the first 3,000 characters of 60 Wikipedia articles.",
+                draw=near_duplicates,
+            ),
+            Drawing(
+                name="pretrained",
+                caption="SmolLM2-135M fine-tuned on 6 passages for 8 passes: share of continuations still "
+                "verbatim after n tokens, with plain and with goldfish loss (k=4), and on passages it "
+                "was not tuned on; 3 seeds pooled.",
+                draw=pretrained,
+            ),
+        ]
     return drawn
 
 
-def _per_passage(records: Records, arm: Arm, bucket: str, key: str) -> np.ndarray:
-    values = [
-        event.number(key)
-        for seed in SEEDS
-        for event in records[f"{arm}-seed{seed}"].of("passage")
-        if event.values["bucket"] == bucket
-    ]
-    return np.asarray(values)
+def _axes(title: str, across: str, up: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 3.2))
+    axes = figure.subplots()
+    axes.set_title(title)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    return figure, axes
+
+
+def _per_passage(records: Records, series: str, bucket: str, key: str) -> np.ndarray:
+    return np.concatenate(
+        [passage_scores(records, f"{series}-seed{seed}", bucket, key) for seed in SEEDS]
+    )
 
 
 def rouge_l(records: Records) -> Figure:
     """Histogram of ROUGE-L per passage for the two losses and the control."""
-    figure = Figure(figsize=(6.4, 3.2))
-    axes = figure.subplots()
+    figure, axes = _axes(
+        "Goldfish: what comes back of a passage seen repeatedly",
+        "ROUGE-L of the continuation",
+        "share of passages",
+    )
     edges = np.linspace(0, 1, 21)
     series = (
-        (
-            "plain loss, trained passages",
-            _per_passage(records, "plain", "trained", "rouge_l"),
-            BASELINE,
-        ),
-        (
-            "goldfish k=4, trained passages",
-            _per_passage(records, "k4", "trained", "rouge_l"),
-            METHOD,
-        ),
-        ("unseen passages", _per_passage(records, "k4", "control", "rouge_l"), CONTROL),
+        ("plain loss, trained passages", "plain", "trained", BASELINE),
+        ("goldfish k=4, trained passages", "k4", "trained", METHOD),
+        ("unseen passages", "k4", "control", CONTROL),
     )
-    for name, values, color in series:
+    for name, arm, bucket, color in series:
+        values = _per_passage(records, arm, bucket, "rouge_l")
         axes.hist(
             values,
             bins=edges.tolist(),
@@ -86,21 +128,43 @@ def rouge_l(records: Records) -> Figure:
             alpha=0.75,
             label=name,
         )
-    axes.set_xlabel("ROUGE-L of the continuation")
-    axes.set_ylabel("share of passages")
-    axes.set_title("Goldfish: what comes back of a passage seen repeatedly")
     axes.legend()
     return figure
 
 
 def divergence(records: Records) -> Figure:
     """Survival of verbatim continuations over position, against the law."""
-    figure = Figure(figsize=(6.4, 3.2))
-    axes = figure.subplots()
-    series: tuple[tuple[str, Arm, str, str], ...] = (
-        ("plain loss", "plain", "trained", BASELINE),
-        ("goldfish k=4", "k4", "trained", METHOD),
-        ("unseen passages", "k4", "control", CONTROL),
+    figure, axes = _axes(
+        "Goldfish: continuations leave the passage at left-out tokens",
+        "tokens of the continuation, n",
+        "share still verbatim",
+    )
+    longest = _draw_survival(axes, records, "plain", "k4")
+    positions = np.arange(longest + 1)
+    law = [recital_law(4, int(position)) for position in positions]
+    axes.plot(positions, law, color=IDEAL, linestyle="--", linewidth=1.2, label="(1 - 1/4)$^n$")
+    axes.legend()
+    return figure
+
+
+def pretrained(records: Records) -> Figure:
+    """The same for the fine-tuned model, which guesses left-out tokens better."""
+    figure, axes = _axes(
+        "SmolLM2-135M, fine-tuned until it recites, or does not",
+        "tokens of the continuation, n",
+        "share still verbatim",
+    )
+    _draw_survival(axes, records, "smollm2-plain", "smollm2-k4")
+    axes.legend()
+    return figure
+
+
+def _draw_survival(axes: Axes, records: Records, plain: str, goldfish: str) -> int:
+    """Three curves; gives the longest verbatim continuation."""
+    series = (
+        ("plain loss", plain, "trained", BASELINE),
+        ("goldfish k=4", goldfish, "trained", METHOD),
+        ("unseen passages", goldfish, "control", CONTROL),
     )
     longest = 0
     for name, arm, bucket, color in series:
@@ -109,20 +173,14 @@ def divergence(records: Records) -> Figure:
         positions = np.arange(longest + 1)
         verbatim = [(matched >= position).mean() for position in positions]
         axes.step(positions, verbatim, where="post", color=color, label=name)
-    positions = np.arange(longest + 1)
-    law = [recital_law(4, int(position)) for position in positions]
-    axes.plot(positions, law, color=IDEAL, linestyle="--", linewidth=1.2, label="(1 - 1/4)$^n$")
-    axes.set_xlabel("tokens of the continuation, n")
-    axes.set_ylabel("share still verbatim")
-    axes.set_title("Goldfish: continuations leave the passage at left-out tokens")
-    axes.legend()
-    return figure
+    return longest
 
 
 def loss(records: Records) -> Figure:
     """Training loss over steps, supervised and left-out targets apart."""
-    figure = Figure(figsize=(6.4, 3.2))
-    axes = figure.subplots()
+    figure, axes = _axes(
+        "Goldfish: what is left out is not learned", "optimizer step", "loss (nats per token)"
+    )
 
     def mean_over_seeds(arm: Arm, numerator: str, denominator: str | None) -> np.ndarray:
         curves = []
@@ -140,18 +198,74 @@ def loss(records: Records) -> Figure:
     axes.plot(plain, color=BASELINE, label="plain loss")
     axes.plot(kept, color=METHOD, label="goldfish k=4, supervised targets")
     axes.plot(dropped, color=METHOD, linestyle=":", label="goldfish k=4, left-out targets")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per token)")
     axes.set_ylim(bottom=0)
-    axes.set_title("Goldfish: what is left out is not learned")
+    axes.legend()
+    return figure
+
+
+def membership(records: Records) -> Figure:
+    """ROC of two scores under two losses."""
+    figure = Figure(figsize=(6.4, 3.2))
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (name, score) in zip(
+        panels, (("loss", "loss_score"), ("min-k", "min_k_score")), strict=True
+    ):
+        for label, arm, color in (
+            ("plain loss", "plain", BASELINE),
+            ("goldfish k=4", "k4", METHOD),
+        ):
+            members = _per_passage(records, arm, "trained", score)
+            others = _per_passage(records, arm, "control", score)
+            thresholds = np.sort(np.concatenate([members, others, [np.inf, -np.inf]]))[::-1]
+            false = [(others >= threshold).mean() for threshold in thresholds]
+            true = [(members >= threshold).mean() for threshold in thresholds]
+            axes.plot(false, true, color=color, label=label)
+        axes.plot([0, 1], [0, 1], "--", color=IDEAL, linewidth=1.2, label="chance")
+        axes.set_xlabel("unseen passages taken for trained")
+        axes.set_title(f"By {name}")
+    panels[0].set_ylabel("trained passages found")
+    panels[1].legend(loc="lower right")
+    return figure
+
+
+def near_duplicates(records: Records) -> Figure:
+    """The leak table as bars."""
+    figure = Figure(figsize=(6.4, 3.6))
+    axes = figure.subplots()
+    events = records["near-duplicates"].of("leak")
+    names = list(dict.fromkeys(str(event.values["perturbation"]) for event in events))
+    places = np.arange(len(names))
+    for offset, (mask, label, color) in enumerate(
+        (
+            ("published", "hash of ids, as published", BASELINE),
+            ("canonical", "hash of characters", METHOD),
+        )
+    ):
+        leaked = {
+            str(event.values["perturbation"]): event.number("leaked")
+            for event in events
+            if event.values["mask"] == mask
+        }
+        axes.barh(
+            places + 0.4 * offset - 0.2,
+            [leaked[name] for name in names],
+            height=0.38,
+            color=color,
+            label=label,
+        )
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.set_xlabel("share of hidden tokens that the copy teaches")
+    axes.set_title("Goldfish: what near-duplicates give away")
     axes.legend()
     return figure
 
 
 def recall_by_k(records: Records) -> Figure:
     """Share recited against k, with the law."""
-    figure = Figure(figsize=(6.4, 3.2))
-    axes = figure.subplots()
+    figure, axes = _axes(
+        "Goldfish: recital by k", "k (one target in k is left out)", "share recited verbatim"
+    )
     arms: tuple[Arm, ...] = ("k2", "k4", "k8", "k32")
     ks = [int(arm[1:]) for arm in arms]
     shares = [recited(records, arm, "trained") for arm in arms]
@@ -162,12 +276,52 @@ def recall_by_k(records: Records) -> Figure:
     axes.plot(
         grid, (1 - 1 / grid) ** 24, "--", color=IDEAL, linewidth=1.2, label="(1 - 1/k)$^{24}$"
     )
-    plain = recited(records, "plain", "trained")
-    axes.axhline(plain.value, color=BASELINE, label="plain loss")
+    random = recited(records, "random", "trained")
+    axes.axhline(recited(records, "plain", "trained").value, color=BASELINE, label="plain loss")
+    axes.plot([4], [random.value], "x", color=CONTROL, label="random gaps, k=4")
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("k (one target in k is left out)")
-    axes.set_ylabel("share recited verbatim")
-    axes.set_title("Goldfish: recital by k")
+    axes.legend()
+    return figure
+
+
+def recall_by_passes(records: Records) -> Figure:
+    """Share recited against passes, by size."""
+    figure, axes = _axes(
+        "Bucket study: larger models recite after fewer passes",
+        "passes over the passage",
+        "share recited verbatim",
+    )
+    series = [(f"width {size[1:]}", f"buckets-{size}-plain", "-") for size in SIZES]
+    series.append((f"width {SIZES[-1][1:]}, goldfish k=2", f"buckets-{SIZES[-1]}-k2", ":"))
+    shades = [*SHADES[2 : 2 + len(SIZES)], METHOD]
+    for (label, name, line), color in zip(series, shades, strict=True):
+        shares = [
+            recited(records, name, "trained" if count else "control", count).value
+            for count in REPETITIONS
+        ]
+        axes.plot(REPETITIONS, shares, line, marker="o", markersize=3.5, color=color, label=label)
+    axes.legend()
+    return figure
+
+
+def supervision(records: Records) -> Figure:
+    """Validation loss against supervised targets."""
+    figure, axes = _axes(
+        "Goldfish: validation loss by supervised targets",
+        "supervised targets (thousands)",
+        "validation loss (nats per token)",
+    )
+    for label, series, color in (
+        ("plain loss, half of the text", "onepass-plain-8", BASELINE),
+        ("plain loss, all of it", "onepass-plain-16", IDEAL),
+        ("goldfish k=2, all of it", "onepass-k2-16", METHOD),
+    ):
+        supervised = [
+            sum(e.number("supervised_targets") for e in records[f"{series}-seed{seed}"].of("step"))
+            for seed in SEEDS
+        ]
+        losses = validation_loss(records, series)
+        axes.plot(np.asarray(supervised) / 1000, losses, "o", color=color, label=label)
     axes.legend()
     return figure
 

@@ -8,22 +8,18 @@ and no number of repetitions fills them. Inputs and attention are untouched; onl
     loss = mean of -log p(x_i | x_<i) over the i that `Goldfish.drop` does not drop
 """
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-Hash = Literal["ordered", "reference"]
-"""`ordered` is ours; `reference` is the published hash table, bit for bit."""
+from fourfold_goldfish import published
 
-_TABLE_SIZE = 1_000_003
-_TABLE_SEED = 2_971_215_073
-"""Size and seed of the published table: a prime above a million, and the 47th Fibonacci number."""
+Hash = Literal["ordered", "reference", "avalanche", "apertus", "apertus2", "static", "random"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,14 +36,23 @@ class Goldfish:
     context: int
     """Tokens hashed per decision (h in the paper; 13 there)."""
     hash: Hash = "ordered"
+    """`ordered` is ours. The others are for comparison, bit for bit as published or deployed:
+    `reference` (the paper's hash table; a product, blind to order, decided by a single id 0, and from
+    about 50 ids on mostly 0), `avalanche` (its second hash, which sees 32 bits of the product),
+    `apertus` and `apertus2` (the two generations of that model), and two controls that are no function
+    of the tokens: `static` (every k-th place from `key`) and `random` (places drawn under the seed
+    `key`, anew for every place of a batch, so that repetition fills the gaps)."""
     window: Literal["exclusive", "inclusive"] = "exclusive"
     """`exclusive` hashes the `context` tokens before the target, as the paper's formula says.
     `inclusive` hashes the `context` tokens that end with the target, as the published code does; then
     whether a token is supervised depends on the token itself, which biases what the model learns."""
-    boundary: Literal["reset", "straddle"] = "reset"
+    boundary: Literal["reset", "prefix", "straddle"] = "reset"
     """`reset`: a window never reaches into the document before, so a document's gaps do not depend on
-    its neighbours. `straddle`: it does, as in the published code. Either way the first `context`
-    targets of a row are all supervised."""
+    its neighbours; its first `context` targets are all supervised. `prefix`: so it is, but those targets
+    are decided by the shorter windows that there are, so that short documents are protected too.
+    `straddle`: windows reach across, as in the published code."""
+    exempt: tuple[int, ...] = ()
+    """Ids that are never left out, such as those that end a turn or a text."""
     key: int = 0
     """Secret that the `ordered` hash is mixed with; without it nobody can tell which targets are left out."""
 
@@ -58,8 +63,16 @@ class Goldfish:
             raise ValueError(
                 f"context={self.context} hashes nothing; use 1 or more (13 in the paper)"
             )
-        if self.key and self.hash == "reference":
-            raise ValueError(f"key={self.key}: the reference hash takes none; use hash='ordered'")
+        if self.key and self.hash not in ("ordered", "static", "random"):
+            raise ValueError(
+                f"key={self.key}: the hash {self.hash!r} takes none; use hash='ordered'"
+            )
+        if self.key < 0:
+            raise ValueError(f"key={self.key} is negative; use 0 (none) or more")
+        if self.boundary == "prefix" and self.hash != "ordered":
+            raise ValueError(
+                f"boundary='prefix': the hash {self.hash!r} has no shorter windows; use hash='ordered'"
+            )
 
     def drop(
         self, tokens: Int[Tensor, "batch row"], document_ids: Int[Tensor, "batch row"] | None = None
@@ -73,21 +86,78 @@ class Goldfish:
         Raises:
             ValueError: for ids that are not integers or are negative, or rows shorter than a window.
         """
-        first = self.context if self.window == "exclusive" else self.context - 1
-        self._check(tokens, document_ids, first)
-        fold = _fold_ordered if self.hash == "ordered" else _fold_product
-        values = _mix(tokens.long(), self.key) if self.hash == "ordered" else tokens.long()
-        # [batch, row - context + 1], by the window's first token
-        windows = fold(values, self.context)
-        decided = windows[:, : tokens.shape[1] - first]
-        hit = _below(decided, self.k) if self.hash == "ordered" else _in_table(decided, self.k)
-        if document_ids is not None and self.boundary == "reset":
-            hit &= document_ids[:, first:] == document_ids[:, : tokens.shape[1] - first]
+        self._check(tokens, document_ids)
+        words = tokens.long()
         dropped = torch.zeros_like(tokens, dtype=torch.bool)
-        dropped[:, first:] = hit
+        if self.hash in ("static", "random"):
+            hits = published.static_hits if self.hash == "static" else published.random_hits
+            dropped = hits(words, self.k, self.key)
+        elif self.boundary == "prefix":
+            # The window of target i is tokens[begins[i]:ends[i]]; an empty one decides nothing.
+            ends = torch.arange(tokens.shape[1], device=tokens.device) + self._sees_target
+            begins = torch.maximum(_document_begins(words, document_ids), ends - self.context)
+            dropped = self.decide(words, begins, ends.expand_as(begins))
+        else:
+            decided = tokens.shape[1] - self._first_target
+            hit = self._whole_windows(words)[:, :decided]
+            if document_ids is not None and self.boundary == "reset":
+                hit &= document_ids[:, self._first_target :] == document_ids[:, :decided]
+            dropped[:, self._first_target :] = hit
+        if self.exempt:
+            dropped &= ~torch.isin(words, torch.tensor(self.exempt, device=tokens.device))
         return dropped
 
-    def _check(self, tokens: Tensor, document_ids: Tensor | None, first: int) -> None:
+    def decide(
+        self,
+        words: Int[Tensor, "batch word"],
+        begins: Int[Tensor, "batch target"],
+        ends: Int[Tensor, "batch target"],
+    ) -> Bool[Tensor, "batch target"]:
+        """The ordered hash of `words[begins:ends]` for each target; a window may be empty, then no."""
+        sums, powers = _prefix_sums(words)
+        parts = sums.gather(1, ends) - sums.gather(1, begins)
+        return (begins < ends) & self._below(parts * powers[ends])
+
+    @property
+    def _sees_target(self) -> int:
+        return int(self.window == "inclusive")
+
+    @property
+    def _first_target(self) -> int:
+        """Place of the first target whose window is whole."""
+        return self.context - self._sees_target
+
+    def _whole_windows(self, words: Int[Tensor, "batch row"]) -> Bool[Tensor, "batch window"]:
+        """The decision of every whole window, by its first token."""
+        match self.hash:
+            case "reference":
+                return published.product_hits(words, self.k, self.context)
+            case "avalanche":
+                return published.avalanche_hits(words, self.k, self.context)
+            case "apertus":
+                return published.apertus_hits(words, self.k, self.context)
+            case "apertus2":
+                return published.apertus2_hits(words, self.k, self.context)
+            case _:
+                sums, powers = _prefix_sums(words)
+                parts = sums[:, self.context :] - sums[:, : -self.context]
+                return self._below(parts.mul_(powers[self.context :]))
+
+    def _below(self, words: Int[Tensor, "batch window"]) -> Bool[Tensor, "batch window"]:
+        """Whether a window's mixed word falls below a share 1/k of the int64 range.
+
+        The first two rounds of the splitmix64 finaliser (Steele, Lea and Flood 2014), in place; its
+        last would not touch the leading bits, which decide.
+        """
+        if self.key:
+            words.add_(_signed(_key_word(self.key)))
+        for bits, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            # torch shifts the sign in; the mask makes the shift a logical one.
+            shifted = (words >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+            words.bitwise_xor_(shifted).mul_(_signed(factor))
+        return words < (1 << 64) // self.k - (1 << 63)
+
+    def _check(self, tokens: Tensor, document_ids: Tensor | None) -> None:
         if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise ValueError(
                 f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}; pass integer ids [batch, row]"
@@ -97,105 +167,73 @@ class Goldfish:
                 f"document_ids of shape {tuple(document_ids.shape)} do not match tokens of shape "
                 f"{tuple(tokens.shape)}; give one document id per token"
             )
-        if tokens.shape[1] <= first:
+        is_hashed = self.hash not in ("static", "random")
+        if is_hashed and self.boundary != "prefix" and tokens.shape[1] <= self._first_target:
             raise ValueError(
                 f"rows of {tokens.shape[1]} tokens hold no {self.window} window of context={self.context}; "
-                f"use a context of at most {tokens.shape[1] - first + self.context - 1}, or longer rows"
+                f"use a context of at most {max(1, tokens.shape[1] - 1 + self._sees_target)}, longer rows, "
+                "or boundary='prefix', which decides by the shorter windows that there are"
             )
-        # The published code hashes its ignored targets (-100) like any id; ours would hide a mistake.
+        # The published codes hash their ignored targets (-100) and pads (-1) like any id; ours would
+        # hide a mistake.
         if self.hash == "ordered" and tokens.numel() and int(tokens.min()) < 0:
             raise ValueError(
                 f"tokens hold {int(tokens.min())}; hash the input ids, before any label is set to -100"
             )
 
 
-# The ordered hash: a polynomial over mixed ids in arithmetic modulo 2^64, and a final mix. Two windows
-# with the same tokens in another order differ, no id is invisible or absorbing, and the threshold is an
-# integer, so the rate is 1/k for any k, context and vocabulary. int64 wraps alike on every device.
+# The ordered hash of tokens[b:e] is the polynomial sum of (tokens[m] + 1) * _BASE^(e - 1 - m), modulo
+# 2^64, mixed. Two windows with the same tokens in another order differ, no id is invisible or absorbing,
+# and the threshold is an integer, so the rate is 1/k for any k, context and vocabulary. int64 wraps alike
+# on every device. _BASE has an inverse, so any window is a difference of two prefix sums: the cost does
+# not depend on `context`.
 _BASE = 0x2545F4914F6CDD1D
 """Odd multiplier of the polynomial (Vigna's xorshift64* constant; any odd number of 62 random bits)."""
+_SPREAD = 0x9E3779B97F4A7C15
+"""2^64 over the golden ratio: lifts short windows of small ids into the leading bits."""
 
 
-def _signed(value: int) -> int:
+def _prefix_sums(
+    words: Int[Tensor, "batch row"],
+) -> tuple[Int[Tensor, "batch row+1"], Int[Tensor, " row+1"]]:
+    """Sums of (words[m] + 1) / _BASE^m over m < i, and _SPREAD * _BASE^(i - 1), for i = 0 to row."""
+    row = words.shape[1]
+    inverses, powers = _powers(1 << row.bit_length(), words.device)
+    sums = words.new_zeros((words.shape[0], row + 1))
+    torch.cumsum((words + 1).mul_(inverses[:row]), dim=1, out=sums[:, 1:])
+    return sums, powers[: row + 1]
+
+
+@lru_cache(maxsize=16)
+def _powers(size: int, device: torch.device) -> tuple[Int[Tensor, " size"], Int[Tensor, " size"]]:
+    """_BASE^-m and _SPREAD * _BASE^(m - 1) for m = 0 to size - 1."""
+    inverse = pow(_BASE, -1, 1 << 64)
+    factors = np.full((2, size), [[inverse], [_BASE]], dtype=np.uint64)
+    factors[:, 0] = 1, _SPREAD * inverse % (1 << 64)
+    inverses, powers = (torch.from_numpy(one) for one in factors.cumprod(axis=1).view(np.int64))
+    return inverses.to(device), powers.to(device)
+
+
+def _document_begins(
+    words: Int[Tensor, "batch row"], document_ids: Int[Tensor, "batch row"] | None
+) -> Int[Tensor, "batch row"]:
+    """Place of the first token of each token's document."""
+    begins = torch.zeros_like(words)
+    if document_ids is not None:
+        places = torch.arange(words.shape[1], device=words.device)
+        is_new = document_ids[:, 1:] != document_ids[:, :-1]
+        begins[:, 1:] = (is_new * places[1:]).cummax(dim=1).values
+    return begins
+
+
+def _key_word(key: int) -> int:
+    """A key as a well-mixed 64-bit word (splitmix64's output for the state `key`)."""
+    word = key * _SPREAD % (1 << 64)
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 % (1 << 64)
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB % (1 << 64)
+    return word ^ (word >> 31)
+
+
+def _signed(word: int) -> int:
     """A 64-bit word as the int64 with the same bits."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _splitmix(words: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-    """The splitmix64 finaliser (Steele, Lea and Flood 2014): a bijection that avalanches every bit."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        words = (words ^ _shift_right(words, shift)) * _signed(factor)
-    return words ^ _shift_right(words, 31)
-
-
-def _shift_right(words: Int[Tensor, "..."], bits: int) -> Int[Tensor, "..."]:
-    """Logical shift: torch shifts the sign in."""
-    return (words >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(tokens: Int[Tensor, "batch row"], key: int) -> Int[Tensor, "batch row"]:
-    """Ids as well-spread words: one step of the golden-ratio sequence per id, then mixed with the key."""
-    return _splitmix((tokens + 1) * _signed(0x9E3779B97F4A7C15) + _signed(key * _BASE))
-
-
-def _fold_ordered(values: Int[Tensor, "batch row"], length: int) -> Int[Tensor, "batch window"]:
-    """Polynomial of every window: sum over i of values[j + i] * _BASE^(length - 1 - i), mod 2^64."""
-
-    def join(left: Tensor, right: Tensor, right_length: int) -> Tensor:
-        return left * _signed(pow(_BASE, right_length, 1 << 64)) + right
-
-    return _fold(values, length, join)
-
-
-def _fold_product(values: Int[Tensor, "batch row"], length: int) -> Int[Tensor, "batch window"]:
-    """Product of every window, mod 2^64, as in the published code."""
-    return _fold(values, length, lambda left, right, _: left * right)
-
-
-def _fold(
-    values: Int[Tensor, "batch row"], length: int, join: Callable[[Tensor, Tensor, int], Tensor]
-) -> Int[Tensor, "batch window"]:
-    """Join every window of `length` values, in order, in about 2 log2(length) passes.
-
-    Windows of 2n values are two windows of n side by side; those of any length are put together from
-    the powers of two in it. Exact, since joining modulo 2^64 is associative.
-    """
-    windows = values.shape[1] - length + 1
-    power, size = values, 1
-    joined: Tensor | None = None
-    done = 0
-    while True:
-        if length & size:
-            # `power[:, j]` spans values j..j+size-1; the part joined so far spans j..j+done-1.
-            part = power[:, done : done + windows]
-            joined = part if joined is None else join(joined, part, size)
-            done += size
-        if size * 2 > length:
-            break
-        power = join(power[:, :-size], power[:, size:], size)
-        size *= 2
-    assert joined is not None
-    return joined
-
-
-def _below(windows: Int[Tensor, "batch window"], k: int) -> Bool[Tensor, "batch window"]:
-    """Whether the window's 32 leading bits fall below 2^32 / k."""
-    return _shift_right(_splitmix(windows), 32) < (1 << 32) // k
-
-
-def _in_table(windows: Int[Tensor, "batch window"], k: int) -> Bool[Tensor, "batch window"]:
-    """Whether the published table's entry at (window mod 1,000,003) is below 1/k."""
-    return _table(k, windows.device)[windows.remainder(_TABLE_SIZE)]
-
-
-@lru_cache(maxsize=8)
-def _table(k: int, device: torch.device) -> Bool[Tensor, " slot"]:
-    """The published table as booleans, made on the CPU wherever it is used.
-
-    torch draws float32 in [0, 1) as 24 random bits over 2^24, so `entry < 1/k` is a comparison of
-    integers, the same in every precision.
-    """
-    generator = torch.Generator("cpu").manual_seed(_TABLE_SEED)
-    entries = (torch.rand(_TABLE_SIZE, generator=generator) * (1 << 24)).long()
-    return (entries < math.ceil((1 << 24) / k)).to(device)
+    return word - (1 << 64) if word >> 63 else word

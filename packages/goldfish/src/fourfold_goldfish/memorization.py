@@ -1,18 +1,84 @@
-"""What a model has memorised: continue a passage greedily and compare with how it really goes on.
+"""What a model has memorised: let it continue a passage and compare with how it really goes on.
 
 As in Hans et al. 2024, section 4: the model is given all but the last tokens of a training passage, and
-its greedy continuation is compared with those tokens by exact match and ROUGE-L, on token ids.
+what it writes is compared with those tokens on token ids. Greedy decoding is the paper's main attack, 30
+beams its adaptive one; sampling and a search at uncertain tokens are further ones.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fourfold_goldfish.metrics import edit_similarity, longest_common_substring, rouge_l
 from fourfold_parallel.run.progress import Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Greedy:
+    """The likeliest token at each step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beam:
+    """The likeliest of `beams` continuations kept side by side."""
+
+    beams: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lookahead:
+    """Fill in what the loss left out: where the model is unsure, try several tokens and look ahead.
+
+    A left-out token is hard to guess, but after the right one the model is sure again. So each of the
+    `candidates` likeliest tokens is followed by `steps` greedy ones, and the one that leads to the
+    likeliest of those is kept.
+    """
+
+    candidates: int
+    steps: int
+    unsure_below: float
+    """Search only where the likeliest token has less than this probability."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """Draws from the `top_k` likeliest tokens of the smallest set that holds `top_p` of the probability."""
+
+    temperature: float = 1.0
+    top_k: int = 1 << 30
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature={self.temperature} draws nothing; use above 0, or Greedy"
+            )
+        if self.top_k < 1 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"top_k={self.top_k}, top_p={self.top_p} leave no token; "
+                "use 1 or more, and above 0 to 1"
+            )
+
+    def log_probabilities(
+        self, logits: Float[Tensor, "*batch vocabulary"]
+    ) -> Float[Tensor, "*batch vocabulary"]:
+        """What is drawn from, as log probabilities; -inf for tokens that never are."""
+        scaled = (logits.float() / self.temperature).log_softmax(-1)
+        ordered, order = scaled.sort(dim=-1, descending=True)
+        kept = torch.arange(logits.shape[-1], device=logits.device) < self.top_k
+        # A token stays while those before it hold less than top_p of what top_k leaves.
+        share = ordered.masked_fill(~kept, -torch.inf).softmax(-1)
+        kept = kept & (share.cumsum(-1) - share < self.top_p)
+        is_out = torch.zeros_like(kept).scatter(-1, order, ~kept)
+        return scaled.masked_fill(is_out, -torch.inf).log_softmax(-1)
+
+
+Decoding = Greedy | Beam | Lookahead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,9 +91,12 @@ class Extraction:
     """ROUGE-L F1 of the continuation, in [0, 1]."""
     matched: int
     """Verbatim tokens before the first that differs."""
+    longest_run: int
+    """Tokens of the longest passage that the continuation shares with the true one."""
+    edit_similarity: float
+    """One minus the normalised edit distance, in [0, 1]."""
 
 
-@torch.no_grad()
 def extract(
     model: PreTrainedModel,
     passages: Int[Tensor, "passage row"],
@@ -35,10 +104,19 @@ def extract(
     suffix: int,
     batch: int,
     progress: Progress,
+    decoding: Decoding = Greedy(),
 ) -> tuple[Extraction, ...]:
-    """Attack every passage: prompt with all but its last `suffix` tokens and continue greedily.
+    """Attack every passage: prompt with all but its last `suffix` tokens and let the model go on.
 
     A continuation that ends early is a miss, as in the published attack.
+
+    Args:
+        model: in evaluation mode.
+        passages: token ids, all of one length.
+        suffix: tokens to be recited.
+        batch: passages at a time.
+        progress: told after each batch.
+        decoding: how the continuation is chosen.
 
     Raises:
         ValueError: where no token is left to prompt with.
@@ -51,28 +129,157 @@ def extract(
     found: list[Extraction] = []
     for first in range(0, len(passages), batch):
         rows = passages[first : first + batch].to(model.device)
-        written = _continue_greedily(model, rows[:, :-suffix], suffix)
+        written = continuation(model, rows[:, :-suffix], suffix, decoding)
         found.extend(compare(written.cpu(), rows[:, -suffix:].cpu()))
         progress(len(found), len(passages), "extraction")
     return tuple(found)
 
 
-def _continue_greedily(
-    model: PreTrainedModel, prompt: Int[Tensor, "passage prompt"], tokens: int
+@torch.no_grad()
+def continuation(
+    model: PreTrainedModel, prompt: Int[Tensor, "passage prompt"], tokens: int, decoding: Decoding
 ) -> Int[Tensor, "passage suffix"]:
     """The next `tokens` ids of each prompt, padded with -1 after an early end."""
+    match decoding:
+        case Greedy():
+            written = _generate(model, prompt, max_new_tokens=tokens)
+        case Beam(beams=beams):
+            written = _generate(model, prompt, max_new_tokens=tokens, num_beams=beams)
+        case Lookahead():
+            return torch.cat([_fill(model, row[None], tokens, decoding) for row in prompt])
+    short = tokens - written.shape[1]
+    return torch.nn.functional.pad(written, (0, short), value=-1)
+
+
+def _generate(
+    model: PreTrainedModel, prompt: Int[Tensor, "passage prompt"], **options: Any
+) -> Int[Tensor, "passage new"]:
     written = model.generate(  # pyright: ignore[reportCallIssue]
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
-        max_new_tokens=tokens,
         do_sample=False,
         use_cache=True,
         pad_token_id=model.config.eos_token_id,
+        **options,
     )
     assert isinstance(written, Tensor)
-    continuation = written[:, prompt.shape[1] :]
-    short = tokens - continuation.shape[1]
-    return torch.nn.functional.pad(continuation, (0, short), value=-1)
+    return written[:, prompt.shape[1] :]
+
+
+def _fill(
+    model: PreTrainedModel, prompt: Int[Tensor, "1 prompt"], tokens: int, search: Lookahead
+) -> Int[Tensor, "1 suffix"]:
+    """Greedy, but with a search at each token that the model is unsure of."""
+    row = prompt
+    for _ in range(tokens):
+        likely = next_log_probabilities(model, row)[:, -1]
+        best = likely.topk(search.candidates, dim=-1)
+        chosen = best.indices[:, :1]
+        if best.values[0, 0].exp() < search.unsure_below:
+            tried = torch.cat([row.expand(search.candidates, -1), best.indices[0, :, None]], dim=1)
+            sureness = torch.zeros(search.candidates, device=row.device)
+            for _ in range(search.steps):
+                ahead = next_log_probabilities(model, tried)[:, -1].max(dim=-1)
+                sureness += ahead.values
+                tried = torch.cat([tried, ahead.indices[:, None]], dim=1)
+            chosen = best.indices[:, sureness.argmax()][:, None]
+        row = torch.cat([row, chosen], dim=1)
+    return row[:, prompt.shape[1] :]
+
+
+@torch.no_grad()
+def next_log_probabilities(
+    model: PreTrainedModel, tokens: Int[Tensor, "passage row"]
+) -> Float[Tensor, "passage row vocabulary"]:
+    """Log probabilities of the token after each one, in float32."""
+    logits = model(input_ids=tokens, use_cache=False).logits
+    return logits.float().log_softmax(-1)
+
+
+@torch.no_grad()
+def recital_probabilities(
+    model: PreTrainedModel,
+    passages: Int[Tensor, "passage row"],
+    *,
+    suffix: int,
+    sampling: Sampling,
+) -> Float[Tensor, " passage"]:
+    """Chance that one sampled continuation is verbatim: the product of its tokens' chances, exactly.
+
+    Among `n` samples at least one is with chance 1 - (1 - p)^n (`chance_of_any`).
+    """
+    logits = model(input_ids=passages[:, :-1], use_cache=False).logits[:, -suffix:]
+    drawn = sampling.log_probabilities(logits)
+    return drawn.gather(-1, passages[:, -suffix:, None]).squeeze(-1).sum(-1).exp()
+
+
+def chance_of_any(
+    probability: Float[Tensor, " passage"], samples: int
+) -> Float[Tensor, " passage"]:
+    """Chance that at least one of independent `samples` succeeds."""
+    return -torch.expm1(samples * torch.log1p(-probability.double()))
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    prompt: Int[Tensor, "passage prompt"],
+    tokens: int,
+    *,
+    sampling: Sampling,
+    generator: torch.Generator,
+) -> Int[Tensor, "passage suffix"]:
+    """One sampled continuation of each prompt; equal generators give equal ones."""
+    row = prompt
+    for _ in range(tokens):
+        logits = model(input_ids=row, use_cache=False).logits[:, -1]
+        chances = sampling.log_probabilities(logits).exp()
+        row = torch.cat([row, torch.multinomial(chances, 1, generator=generator)], dim=1)
+    return row[:, prompt.shape[1] :]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """Mean recall of one prompt length at one place in the passages."""
+
+    offset: int
+    """Tokens left out at the beginning of each passage."""
+    prompt: int
+    exact: float
+    rouge_l: float
+
+
+def grid(
+    model: PreTrainedModel,
+    passages: Int[Tensor, "passage row"],
+    *,
+    offsets: Sequence[int],
+    prompts: Sequence[int],
+    suffix: int,
+    batch: int,
+    progress: Progress,
+) -> Iterator[Cell]:
+    """Recall over prompt lengths and offsets: recital fades for prompts from inside a passage.
+
+    Raises:
+        ValueError: where a cell reaches beyond the passages.
+    """
+    longest = max(offsets) + max(prompts) + suffix
+    if longest > passages.shape[1]:
+        raise ValueError(
+            f"offset {max(offsets)} + prompt {max(prompts)} + suffix {suffix} = {longest} tokens, the "
+            f"passages have {passages.shape[1]}; use smaller ones"
+        )
+    for offset in offsets:
+        for prompt in prompts:
+            rows = passages[:, offset : offset + prompt + suffix]
+            found = extract(model, rows, suffix=suffix, batch=batch, progress=progress)
+            yield Cell(
+                offset=offset,
+                prompt=prompt,
+                exact=sum(one.exact for one in found) / len(found),
+                rouge_l=sum(one.rouge_l for one in found) / len(found),
+            )
 
 
 def compare(
@@ -84,32 +291,12 @@ def compare(
             (i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(theirs)
         )
         yield Extraction(
-            exact=matched == len(theirs), rouge_l=rouge_l(ours, theirs), matched=matched
+            exact=matched == len(theirs),
+            rouge_l=rouge_l(ours, theirs),
+            matched=matched,
+            longest_run=longest_common_substring(ours, theirs),
+            edit_similarity=edit_similarity(ours, theirs),
         )
-
-
-def rouge_l(ours: Sequence[int], theirs: Sequence[int]) -> float:
-    """ROUGE-L F1 (Lin 2004): twice the longest common subsequence over the sum of the lengths."""
-    if not ours or not theirs:
-        return 0.0
-    return 2 * longest_common_subsequence(ours, theirs) / (len(ours) + len(theirs))
-
-
-def longest_common_subsequence(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common subsequence, bit-parallel (Hyyrö 2004): a word operation per token of b.
-
-    Bit i of `row` is 0 where the subsequence grows by matching a[i]; Python's integers are as wide as
-    needed.
-    """
-    places: dict[int, int] = {}
-    for index, token in enumerate(a):
-        places[token] = places.get(token, 0) | 1 << index
-    everything = (1 << len(a)) - 1
-    row = everything
-    for token in b:
-        matches = row & places.get(token, 0)
-        row = ((row + matches) | (row - matches)) & everything
-    return len(a) - row.bit_count()
 
 
 def diverged_on_dropped(

@@ -3,26 +3,45 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from fourfold_goldfish.buckets import Buckets
 from fourfold_goldfish.loss import Goldfish
-from fourfold_goldfish.passages import RepeatedPassages
-from fourfold_parallel.run.corpora import Wikipedia
+from fourfold_goldfish.pretrained import LastBlocks, SmolLM2Tokenizer
+from fourfold_parallel.run.corpora import Corpus, Wikipedia
 from fourfold_parallel.run.engines import Single
 from fourfold_parallel.run.models import Llama
 from fourfold_parallel.run.objective import KeepAll, NextToken, TargetMask
-from fourfold_parallel.run.optimizer import AdamW, Cosine
+from fourfold_parallel.run.optimizer import AdamW, Constant, Cosine
 from fourfold_parallel.run.recipe import Run, Scale, Steps
-from fourfold_parallel.run.tokenizers import BytePairs
+from fourfold_parallel.run.tokenizers import BytePairs, Tokenizer
 
-Arm = Literal["plain", "k2", "k4", "k8", "k32"]
-"""Which loss a model is trained with: cross-entropy, or goldfish with one target in k left out."""
+Arm = Literal["plain", "k2", "k4", "k8", "k32", "random"]
+"""Which loss a model is trained with: cross-entropy, goldfish with one target in k left out, or, as a
+control, one in 4 at random, other ones at each repetition."""
 
 ARMS: dict[Scale, tuple[Arm, ...]] = {
     "smoke": ("plain", "k4"),
-    "laptop": ("plain", "k2", "k4", "k8", "k32"),
+    "laptop": ("plain", "k2", "k4", "k8", "k32", "random"),
 }
 """What each scale compares."""
 
 SEEDS = (0, 1, 2)
+
+AUTHORS = Goldfish(k=4, context=13, hash="reference", window="inclusive", boundary="straddle")
+"""What the published code does at the paper's k and h."""
+APERTUS = Goldfish(k=50, context=50, hash="apertus", window="inclusive", boundary="straddle")
+"""What Apertus 8B and 70B were trained with, on 15 T tokens."""
+
+
+def APERTUS_2(exempt: tuple[int, ...]) -> Goldfish:  # noqa: N802 - beside APERTUS
+    """What the second generation of Apertus is trained with; `exempt` are its special ids."""
+    return Goldfish(
+        k=50,
+        context=50,
+        hash="apertus2",
+        window="inclusive",
+        boundary="straddle",
+        exempt=exempt,
+    )
 
 
 def mask(arm: Arm) -> TargetMask:
@@ -30,6 +49,8 @@ def mask(arm: Arm) -> TargetMask:
     match arm:
         case "plain":
             return KeepAll()
+        case "random":
+            return Goldfish(k=4, context=13, hash="random")
         case "k2" | "k4" | "k8" | "k32":
             return Goldfish(k=int(arm[1:]), context=13)
 
@@ -39,38 +60,40 @@ class Attacked:
     """A training run and the attack on what it memorised."""
 
     run: Run
-    passages: RepeatedPassages
+    buckets: Buckets
     """The run's data."""
     suffix: int
     """Tokens to be recited; the rest of a passage is the prompt."""
+    beams: int
+    """Beams of the adaptive attack; 1 leaves it out."""
 
 
 def verbatim_smoke(arm: Arm, seed: int) -> Attacked:
-    """Repeated Wikipedia passages in miniature: about 1 M parameters, 24 passages of 65 tokens, 56 times.
+    """Repeated Wikipedia passages in miniature: 0.5 M parameters, 16 passages of 65 tokens, 40 times.
 
     The paper's extreme setting (section 4.1: Llama-2-7B, 100 documents, 100 epochs) becomes one pass over
-    192 background rows with 24 passages repeated 56 times among them.
+    48 background rows with 16 passages repeated 40 times among them; as many passages are a control.
     """
-    passages = RepeatedPassages(
+    buckets = Buckets(
         corpus=Wikipedia(),
         tokenizer=BytePairs(vocabulary=1024),
-        passages=24,
-        repetitions=56,
-        background=192,
-        validation_rows=96,
+        repetitions=(40, 0),
+        passages=16,
+        background=48,
+        validation_rows=24,
     )
     model = Llama(
-        width=192, depth=2, heads=4, kv_heads=4, hidden=528, vocabulary=1024, context=96, tied=True
+        width=128, depth=2, heads=4, kv_heads=4, hidden=352, vocabulary=1024, context=96, tied=True
     )
     batch = 8
     run = Run(
         name=f"{arm}-seed{seed}",
         model=model,
-        data=passages,
+        data=buckets,
         objective=NextToken(mask=mask(arm)),
-        optimizer=AdamW(learning_rate=2e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8),
+        optimizer=AdamW(learning_rate=5e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8),
         schedule=Cosine(warmup_steps=8, floor=0.05),
-        horizon=Steps(count=passages.rows // batch),
+        horizon=Steps(count=buckets.rows // batch),
         batch=batch,
         microbatch=batch,
         sequence=64,
@@ -81,31 +104,33 @@ def verbatim_smoke(arm: Arm, seed: int) -> Attacked:
         validate_every=1000,
         checkpoint_every=64,
     )
-    return Attacked(run=run, passages=passages, suffix=16)
+    return Attacked(run=run, buckets=buckets, suffix=16, beams=1)
 
 
 def verbatim_laptop(arm: Arm, seed: int) -> Attacked:
-    """As `verbatim_smoke`, with 1.9 M parameters, 40 longer passages and 6 times the background."""
+    """As `verbatim_smoke`, with 0.8 M parameters, 32 longer passages seen 48 times, and beam search."""
     small = verbatim_smoke(arm, seed)
-    passages = replace(small.passages, passages=40, repetitions=56, background=1152)
+    buckets = replace(small.buckets, passages=32, repetitions=(48, 0), background=128)
+    model = Llama(
+        width=160,
+        depth=2,
+        heads=4,
+        kv_heads=4,
+        hidden=448,
+        vocabulary=1024,
+        context=128,
+        tied=True,
+    )
     run = replace(
         small.run,
-        model=Llama(
-            width=256,
-            depth=2,
-            heads=4,
-            kv_heads=4,
-            hidden=704,
-            vocabulary=1024,
-            context=128,
-            tied=True,
-        ),
-        data=passages,
-        horizon=Steps(count=passages.rows // small.run.batch),
+        model=model,
+        data=buckets,
+        horizon=Steps(count=buckets.rows // small.run.batch),
         sequence=96,
+        optimizer=AdamW(learning_rate=4e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8),
         checkpoint_every=150,
     )
-    return replace(small, run=run, passages=passages, suffix=24)
+    return replace(small, run=run, buckets=buckets, suffix=24, beams=30 if arm == "k4" else 1)
 
 
 def verbatim(arm: Arm, seed: int, scale: Scale) -> Attacked:
@@ -121,3 +146,128 @@ def verbatim(arm: Arm, seed: int, scale: Scale) -> Attacked:
             return verbatim_laptop(arm, seed)
         case "gpu" | "paper":
             raise ValueError(f"scale={scale!r} has no memorisation run; use smoke or laptop")
+
+
+Size = Literal["w48", "w64", "w96", "w128", "w192"]
+"""A model of the bucket study by its width; two blocks each."""
+
+SIZES: tuple[Size, ...] = ("w48", "w64", "w96", "w128", "w192")
+REPETITIONS = (0, 1, 4, 6, 16, 24, 36, 64)
+"""The study's buckets (a control, 1, 4 and 6 passes), and what models this small need."""
+
+
+def bucket_study(size: Size, arm: Arm, seed: int) -> Attacked:
+    """The AxoNN study in miniature: eight buckets of 8 pages, five sizes from 0.1 to 1.1 M parameters.
+
+    Its models have 1 B to 405 B parameters and see buckets of 200 pages of 2,048 tokens 1, 4 and 6 times;
+    it asks for the last 50 tokens and trains with goldfish loss at k=2, h=13.
+    """
+    small = verbatim_smoke(arm, seed)
+    width = int(size[1:])
+    buckets = replace(small.buckets, repetitions=REPETITIONS, passages=8, background=72)
+    model = Llama(
+        width=width,
+        depth=2,
+        heads=4,
+        kv_heads=4,
+        hidden=width * 11 // 4,
+        vocabulary=1024,
+        context=96,
+        tied=True,
+    )
+    run = replace(
+        small.run,
+        name=f"buckets-{size}-{arm}-seed{seed}",
+        model=model,
+        data=buckets,
+        horizon=Steps(count=buckets.rows // small.run.batch),
+        checkpoint_every=100,
+    )
+    return replace(small, run=run, buckets=buckets)
+
+
+def finetuned(arm: Arm, seed: int) -> Attacked:
+    """SmolLM2-135M fine-tuned on 6 Wikipedia passages of 65 tokens until it recites them, or does not.
+
+    The last 10 of its 30 blocks learn. Each seed has passages of its own, since nothing else would differ.
+    """
+    small = verbatim_smoke(arm, seed)
+    buckets = Buckets(
+        corpus=Wikipedia(),
+        tokenizer=SmolLM2Tokenizer(),
+        repetitions=(8, 0),
+        passages=6,
+        background=0,
+        validation_rows=6,
+        skipped_articles=12 * seed,
+    )
+    run = replace(
+        small.run,
+        name=f"smollm2-{arm}-seed{seed}",
+        model=LastBlocks(trained=10),
+        data=buckets,
+        optimizer=AdamW(learning_rate=1e-3, weight_decay=0.0, beta1=0.9, beta2=0.95, epsilon=1e-8),
+        schedule=Constant(warmup_steps=1),
+        horizon=Steps(count=8),
+        batch=6,
+        microbatch=6,
+        sequence=64,
+    )
+    return Attacked(run=run, buckets=buckets, suffix=24, beams=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Supervision:
+    """Plain and goldfish loss in one pass over fresh text: what leaving targets out costs."""
+
+    run: Run
+
+
+def single_pass(arm: Arm, batch: int, seed: int) -> Supervision:
+    """96 steps of `batch` rows of Wikipedia text without repetition.
+
+    Goldfish at k=2 with batches of 16 supervises as many targets a step as plain loss with batches of 8,
+    as the paper's runs of equal supervision do with a larger batch.
+    """
+    small = verbatim_smoke(arm, seed)
+    data = replace(small.buckets, repetitions=(0,), passages=1, background=1536, validation_rows=96)
+    run = replace(
+        small.run,
+        name=f"onepass-{arm}-{batch}-seed{seed}",
+        data=data,
+        batch=batch,
+        microbatch=batch,
+        horizon=Steps(count=96),
+    )
+    return Supervision(run=run)
+
+
+ONE_PASS: tuple[tuple[Arm, int], ...] = (("plain", 16), ("plain", 8), ("k2", 16))
+"""What the cost of goldfish is judged from: a loss and its batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NearDuplicates:
+    """Texts, their altered copies, and two masks at k = 4: the published one, and one of characters."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    pieces: int
+    """Documents, each cut after `length` characters; shorter ones are left out."""
+    length: int
+    columns: int
+    """Lines are wrapped after so many characters, as in plain-text files."""
+    characters: int
+    """Canonical characters that the second mask hashes."""
+
+
+def near_duplicates() -> NearDuplicates:
+    """60 Wikipedia articles' first 3,000 characters, wrapped at 72 columns, in SmolLM2's tokens."""
+    return NearDuplicates(
+        corpus=Wikipedia(),
+        tokenizer=SmolLM2Tokenizer(),
+        pieces=60,
+        length=3000,
+        columns=72,
+        characters=24,
+    )

@@ -1,1 +1,1 @@
-"""HPC-Coder-V2: Studying Code LLMs Across Low-Resource Parallel Languages (Chaturvedi et al.): to come."""
+"""HPC-Coder-V2 (Chaturvedi et al. 2024): a code model for parallel programs, and a scorer one can trust."""

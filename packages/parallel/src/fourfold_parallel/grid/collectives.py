@@ -173,12 +173,12 @@ class Axis:
     ) -> Pending:
         """Start the sum (or maximum) of equally shaped tensors over the axis.
 
-        Takes `tensor` over: in eager mode the result is written into it.
+        Takes `tensor` over: the result is written into it, unless someone may have kept it.
         """
         if self.size == 1 or tensor.numel() == 0:
             return self._nothing(tensor, "all_reduce")
         sent = self._on_wire(tensor).contiguous()
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _is_watched():
             under_way = _functional.all_reduce(sent, op, self.sum_group)
         else:
             under_way = _functional.all_reduce_(sent, op, self.sum_group)
@@ -242,6 +242,10 @@ class Axis:
         """This rank's piece along `dim` of the sum, forward; backward, all pieces' gradients."""
         return _Split.apply(whole, self, dim) if self.size > 1 else whole
 
+    def share(self, whole: Shaped[Tensor, "*shape"], *, dim: int) -> Shaped[Tensor, "*piece"]:
+        """This rank's piece along `dim` of a tensor that all hold; backward, all pieces' gradients."""
+        return _Share.apply(whole, self, dim) if self.size > 1 else whole
+
     def _on_wire(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.wire.dtype) if isinstance(self.wire, Cast) else tensor
 
@@ -263,6 +267,15 @@ class Axis:
             _tensor=under_way, _rows=rows, _dtype=dtype, _axis=self, _verb=verb, _layer=layer,
             _token=token,
         )  # fmt: skip
+
+
+ALONE = Axis(name="alone", size=1, rank=0)
+"""No axis at all: every verb is the identity."""
+
+
+def _is_watched() -> bool:
+    """Whether a dispatch mode sees every tensor: selective checkpointing keeps some for later."""
+    return torch._C._len_torch_dispatch_stack() > 0  # noqa: SLF001 - no public name
 
 
 def _pad(tensor: Tensor, rows: int) -> Tensor:
@@ -322,5 +335,21 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gathered = ctx.axis.all_gather(gradient.movedim(ctx.dim, 0), rows=ctx.length).wait()
-        return gathered.movedim(0, ctx.dim).contiguous(), None, None
+        return _gathered(ctx, gradient), None, None
+
+
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Context, whole: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim, ctx.length = axis, dim, whole.shape[dim]
+        start, stop = axis.bounds(whole.shape[dim])
+        return whole.narrow(dim, start, stop - start).contiguous()
+
+    @staticmethod
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _gathered(ctx, gradient), None, None
+
+
+def _gathered(ctx: Context, gradient: Tensor) -> Tensor:
+    pieces = ctx.axis.all_gather(gradient.movedim(ctx.dim, 0), rows=ctx.length).wait()
+    return pieces.movedim(0, ctx.dim).contiguous()

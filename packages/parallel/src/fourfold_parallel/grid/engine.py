@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,11 +18,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from fourfold_parallel.grid.gradients import DataReducer, clip_gradients
+from fourfold_parallel.grid.gradients import DataReducer, clip_gradients, local
 from fourfold_parallel.grid.huggingface import Parallel, parallelize
 from fourfold_parallel.grid.mesh import AxisName, Mesh, check_sizes
 from fourfold_parallel.grid.schedule import ALL_OVERLAPS, Overlaps
 from fourfold_parallel.grid.zero import ShardedReducer
+from fourfold_parallel.launch import check_launched, device, process_group, world_size
+
+ELEMENTWISE = (
+    torch.optim.AdamW,
+    torch.optim.Adam,
+    torch.optim.SGD,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+)
+"""Optimizers whose update of an element depends on that element's gradients alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +51,8 @@ class Fourfold:
     """Which communication runs under computation."""
     shards_optimizer: bool = False
     """Cut the optimizer's state over data (ZeRO-1)."""
+    cuts_tokens: bool = False
+    """The sequence form: between blocks, cut the residual stream's tokens over row."""
 
     @contextmanager
     def open(
@@ -56,28 +67,34 @@ class Fourfold:
         """A session over all launched ranks; gloo on CPUs, NCCL on GPUs.
 
         Raises:
-            ValueError: The grid does not fit the ranks, the batch or the model.
+            ValueError: The grid does not fit the ranks, the batch, the model or the optimizer.
         """
         sizes: dict[AxisName, int] = {
             "data": self.data, "depth": self.depth, "row": self.row, "col": self.col,
         }  # fmt: skip
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        check_sizes(sizes, dist.get_world_size() if dist.is_initialized() else launched)
+        check_sizes(sizes, dist.get_world_size() if dist.is_initialized() else world_size())
         shares = self.data * self.depth
         if batch % shares:
             raise ValueError(
                 f"batch={batch} does not divide over data={self.data} * depth={self.depth}; "
                 f"use a multiple of {shares}"
             )
+        if not isinstance(optimizer, ELEMENTWISE):
+            raise ValueError(
+                f"engine Fourfold steps each rank's piece of a matrix by itself, which is wrong for "
+                f"{type(optimizer).__name__} unless it treats every element alike; use one of "
+                f"{', '.join(kind.__name__ for kind in ELEMENTWISE)}, or another engine"
+            )
         if not isinstance(model, PreTrainedModel):
             raise ValueError(
                 f"engine Fourfold lays out transformers models, not {type(model).__name__}; "
                 "use a PreTrainedModel, or another engine"
             )
-        device = _device()
-        with _process_group(device):
-            mesh = Mesh(**sizes, device=device.type)
-            yield GridSession(model, optimizer, mesh, self, device, precision)
+        check_launched("Fourfold")
+        on = device()
+        with process_group(on):
+            mesh = Mesh(**sizes, device=on.type)
+            yield GridSession(model, optimizer, mesh, self, on, precision)
 
 
 class GridSession:
@@ -97,20 +114,28 @@ class GridSession:
         self.is_main: bool = dist.get_rank() == 0
         self.device: torch.device = device
         before = {id(p): name for name, p in model.named_parameters()}
-        self.parallel: Parallel = parallelize(model, mesh, overlaps=engine.overlaps)
+        self.parallel: Parallel = parallelize(
+            model, mesh, overlaps=engine.overlaps, cuts_tokens=engine.cuts_tokens
+        )
         self.model: nn.Module = model
         self.optimizer: torch.optim.Optimizer = optimizer
-        after = dict(model.named_parameters())
-        self._stepped = {name: after[name] for name in before.values()}
+        owners = dict(model.named_parameters())
         self._reducer: DataReducer | ShardedReducer = self.parallel.reducer
         if engine.shards_optimizer:
             self.parallel.reducer.remove()
             self._reducer = ShardedReducer([*model.parameters()], mesh)
             shares = self._reducer.shares
-            self._stepped = {name: shares.get(p, p) for name, p in self._stepped.items()}
+            owners = {name: shares.get(p, p) for name, p in owners.items()}
+        self._owners: dict[str, nn.Parameter] = owners
+        # An elementwise optimizer need not know of other ranks, and steps several times faster on
+        # plain tensors than through DTensor's dispatch. The pieces share the owners' memory.
+        self._pieces: dict[str, nn.Parameter] = {
+            name: nn.Parameter(local(p.detach()), requires_grad=p.requires_grad)
+            for name, p in owners.items()
+        }
         for group in optimizer.param_groups:
-            group["params"] = [self._stepped[before[id(p)]] for p in group["params"]]
-        self._names = {id(p): name for name, p in self._stepped.items()}
+            group["params"] = [self._pieces[before[id(p)]] for p in group["params"]]
+        self._names = {id(p): name for name, p in self._pieces.items()}
         self._mesh, self._precision = mesh, precision
 
     @contextmanager
@@ -128,7 +153,10 @@ class GridSession:
 
     def update(self, max_grad_norm: float) -> float:
         """Clip to a global 2-norm, step, clear gradients; gives the norm before clipping."""
-        norm = clip_gradients([*self._stepped.values()], self._mesh, max_norm=max_grad_norm)
+        norm = clip_gradients([*self._owners.values()], self._mesh, max_norm=max_grad_norm)
+        for name, owner in self._owners.items():
+            self._pieces[name].grad = None if owner.grad is None else local(owner.grad)
+            owner.grad = None
         self.optimizer.step()
         if isinstance(self._reducer, ShardedReducer):
             self._reducer.gather()
@@ -148,9 +176,12 @@ class GridSession:
         for parameter, values in self.optimizer.state.items():
             name = names[id(parameter)]
             for key, value in values.items():
-                if isinstance(value, DTensor):
-                    how = self.parallel.stored[name]
-                    tensors[f"{name}/{key}"] = how.publish(value.full_tensor())
+                if isinstance(value, Tensor) and value.ndim:
+                    owner = self._owners[name]
+                    assert isinstance(owner, DTensor)
+                    cut = self._mesh.cut_of(owner)
+                    whole = self._mesh.assemble(value, tuple(owner.shape), cut).full_tensor()
+                    tensors[f"{name}/{key}"] = self.parallel.stored[name].publish(whole)
                 elif isinstance(value, Tensor):
                     tensors[f"{name}/{key}"] = value
                 else:
@@ -182,56 +213,23 @@ class GridSession:
             name, _, key = path.rpartition("/")
             state.setdefault(name, {})[key] = number
         for name, values in state.items():
-            self.optimizer.state[self._stepped[name]] = values
+            self.optimizer.state[self._pieces[name]] = values
 
     def wait(self) -> None:
         """Return when every rank has called this."""
         dist.barrier()
 
     def _moment(self, file: Any, path: str, name: str) -> Tensor:
-        """A tensor of the optimizer's state: cut as its parameter if it has the same shape."""
-        view, parameter = file.get_slice(path), self._stepped[name]
-        how = self.parallel.stored[name]
-        assert isinstance(parameter, DTensor)
-        shape = tuple(view.get_shape())
-        if not shape or how.keep_shape(torch.Size(shape)) != tuple(parameter.shape):
+        """A tensor of the optimizer's state: this rank's piece, unless it is a single number."""
+        view, owner = file.get_slice(path), self._owners[name]
+        if not view.get_shape():
             return file.get_tensor(path)
-        cut, kept = self._mesh.cut_of(parameter), how.keep_shape(torch.Size(shape))
-        piece = how.read(view, self._mesh.slices(kept, cut), kept)
-        return self._mesh.assemble(piece.to(self.device, copy=True), kept, cut)
+        assert isinstance(owner, DTensor)
+        kept = tuple(owner.shape)
+        slices = self._mesh.slices(kept, self._mesh.cut_of(owner))
+        piece = self.parallel.stored[name].read(view, slices, kept)
+        return piece.to(self.device, copy=True).contiguous()
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         if self.is_main:
             save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
-
-
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-@contextmanager
-def _process_group(device: torch.device) -> Iterator[None]:
-    """The launch's process group; one that was made here does not outlive the run.
-
-    Raises:
-        ValueError: The process was not launched in a group.
-    """
-    if dist.is_initialized():
-        yield
-        return
-    if "RANK" not in os.environ:
-        raise ValueError(
-            "engine Fourfold needs a process group, but this process was not launched in one; start "
-            "the run with `torchrun --nproc-per-node N` (N=1 will do), or use Single"
-        )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

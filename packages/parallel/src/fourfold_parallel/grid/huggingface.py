@@ -10,6 +10,7 @@ as transformers wrote it. Each rank feeds its share of the batch, equal along ro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,10 +27,12 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fourfold_parallel.grid import layers
-from fourfold_parallel.grid.collectives import Axis
+from fourfold_parallel.grid.collectives import ALONE, Axis
 from fourfold_parallel.grid.gradients import DataReducer, clip_gradients
 from fourfold_parallel.grid.layout import (
     Head,
+    LowRankInput,
+    LowRankOutput,
     NormKind,
     PerHead,
     Plain,
@@ -39,15 +42,18 @@ from fourfold_parallel.grid.layout import (
     Stored,
     Swapped,
     Vocabulary,
+    adapted,
     check_sizes,
     norm_kind,
     rules_for,
+    shares_heads,
     stored,
 )
 from fourfold_parallel.grid.linear import Linear, bias_cut, weight_cut
 from fourfold_parallel.grid.mesh import Cut, Mesh
 from fourfold_parallel.grid.products import Products
 from fourfold_parallel.grid.schedule import ALL_OVERLAPS, Layer, Overlaps, Schedule
+from fourfold_parallel.grid.sequence import Stretch, cut_tokens, find_stretch
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "split_size")
 """Attributes by which attention modules of transformers count what a rank now holds a part of."""
@@ -81,16 +87,30 @@ class Parallel:
     def save(self, folder: Path) -> None:
         """Write what plain `from_pretrained` reads; every rank calls it, the first one writes.
 
-        Peak memory of the first rank is the whole model, on the CPU.
+        Low-rank adapters go into peft's own files beside the model: those named `default` into the
+        folder, others into a folder of their name. Peak memory of the first rank is the whole
+        model, on the CPU.
         """
         is_writer = dist.get_rank() == 0
-        whole = {}
+        whole: dict[str, Tensor] = {}
         for name, tensor in self.published():
             if is_writer:
                 whole[name] = tensor.cpu().clone()
         if is_writer:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+            configs: dict[str, Any] = getattr(self.model, "peft_config", {})
+            for adapter, config in configs.items():
+                beside = folder if adapter == "default" else folder / adapter
+                config.save_pretrained(str(beside))
+                factor = re.compile(rf"(\.lora_[AB])\.{re.escape(adapter)}\.")
+                factors = {
+                    "base_model.model." + factor.sub(r"\1.", name): whole.pop(name)
+                    for name in [*whole]
+                    if factor.search(name)
+                }
+                save_file(factors, beside / "adapter_model.safetensors", metadata={"format": "pt"})
+            plain = {name.replace(".base_layer.", "."): tensor for name, tensor in whole.items()}
+            save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
             self.model.config.save_pretrained(folder)
         dist.barrier()
 
@@ -117,6 +137,7 @@ def parallelize(
     overlaps: Overlaps = ALL_OVERLAPS,
     logits: Literal["whole", "split"] = "whole",
     keeps_tiles: bool = False,
+    cuts_tokens: bool = False,
     products: Products | None = None,
     weights: Path | None = None,
 ) -> Parallel:
@@ -130,6 +151,7 @@ def parallelize(
         logits: `whole` gathers them over row; `split` leaves each rank its part of the vocabulary.
             The model's own loss is computed from either without gathering anything.
         keeps_tiles: Keep gathered tiles from forward to backward instead of gathering them again.
+        cuts_tokens: The sequence form: between blocks, cut the residual stream's tokens over row.
         products: How matrix products are computed.
         weights: A safetensors file or a folder of them, from which to read instead of `model`.
 
@@ -139,6 +161,7 @@ def parallelize(
     """
     found = rules_for(model, rules or {})
     check_sizes(model, found, {axis.name: axis.size for axis in mesh.axes})
+    stretch = find_stretch(model, found) if cuts_tokens else None
     norms = {
         name: norm_kind(name, model.get_submodule(name))
         for name, rule in found.items()
@@ -156,6 +179,7 @@ def parallelize(
         products=products or Products(),
         keeps_tiles=keeps_tiles,
         logits=logits,
+        stretch=stretch,
         made={},
         stored={},
     )
@@ -165,16 +189,15 @@ def parallelize(
             module = model.get_submodule(name)
             model.set_submodule(name, builder.layer(name, module, rule, norms.get(name)))
     _count_local_heads(model, found, mesh.row)
+    if stretch is not None:
+        cut_tokens(model, stretch, mesh.row)
     _fill_buffers(model, mesh.torch_mesh.device_type)
     model.loss_function = GridLoss(mesh, model.config.vocab_size)
-    schedule = builder.schedule
+    schedule, reducer = builder.schedule, DataReducer(model.parameters(), mesh)
     model.register_forward_pre_hook(lambda *_: _restart(schedule))
+    _tell_accelerate(model, reducer)
     return Parallel(
-        model=model,
-        mesh=mesh,
-        schedule=schedule,
-        reducer=DataReducer(model.parameters(), mesh),
-        stored=builder.stored,
+        model=model, mesh=mesh, schedule=schedule, reducer=reducer, stored=builder.stored
     )
 
 
@@ -225,6 +248,8 @@ class _Builder:
     products: Products
     keeps_tiles: bool
     logits: Literal["whole", "split"]
+    stretch: Stretch | None
+    """Where tokens are cut over row, if they are."""
     made: dict[int, nn.Parameter]
     """Grid parameters by the identity of the published one, so that tied ones stay tied."""
     stored: dict[str, Stored]
@@ -236,6 +261,16 @@ class _Builder:
         match rule:
             case Plain() | Swapped() | Head():
                 return self._linear(name, module, rule)
+            case LowRankInput(swapped=swapped):
+                weight = take("weight", layers.LOW_RANK_INPUT[swapped])
+                return layers.LowRankInput(
+                    weight, swapped=swapped, cuts_tokens=self._cuts_tokens(name), **common
+                )
+            case LowRankOutput(swapped=swapped):
+                weight = take("weight", layers.LOW_RANK_OUTPUT[swapped])
+                return layers.LowRankOutput(
+                    weight, swapped=swapped, cuts_tokens=self._cuts_tokens(name), **common
+                )
             case Vocabulary():
                 padding = getattr(module, "padding_idx", None)
                 scale = getattr(module, "scalar_embed_scale", 1.0)
@@ -253,6 +288,9 @@ class _Builder:
             case ResidualNorm():
                 assert norm is not None
                 weight = take("weight", layers.RESIDUAL)
+                common["summed"] = [self.mesh.depth]
+                if self._cuts_tokens(name):
+                    common["summed"] = [self.mesh.row, self.mesh.depth]
                 if norm.centred:
                     has_bias = getattr(module, "bias", None) is not None
                     bias = take("bias", layers.RESIDUAL) if has_bias else None
@@ -272,19 +310,23 @@ class _Builder:
         kv_heads = getattr(self.model.config, "num_key_value_heads", None) or self.mesh.row.size
         if isinstance(rule, Plain) and rule.parts > 1:
             kind = layers.Interleaved
-        elif name.endswith((".k_proj", ".v_proj")) and kv_heads < self.mesh.row.size:
+        elif shares_heads(name, kv_heads, self.mesh.row.size):
             kind = layers.SharedHeads
         elif isinstance(rule, Head) and self.logits == "whole":
             kind = layers.WholeHead
         layer = kind(
             weight, bias, mesh=self.mesh, name=name, schedule=self.schedule, swapped=swapped,
-            keeps_tile=self.keeps_tiles, products=self.products,
+            keeps_tile=self.keeps_tiles, cuts_tokens=self._cuts_tokens(name),
+            products=self.products,
         )  # fmt: skip
         if isinstance(layer, layers.Interleaved) and isinstance(rule, Plain):
             layer.parts = rule.parts
         if isinstance(layer, layers.SharedHeads):
             layer.heads = kv_heads
         return layer
+
+    def _cuts_tokens(self, name: str) -> bool:
+        return self.stretch is not None and self.mesh.row.size > 1 and self.stretch.covers(name)
 
     def _take(
         self, name: str, module: nn.Module, rule: Rule, parameter_name: str, cut: Cut
@@ -348,13 +390,26 @@ class GridLoss:
         start, stop = row.bounds(self.vocabulary)
         if logits.shape[-1] != stop - start:
             # Whole logits: their gradient is taken alike on every rank of row, as it should be.
-            row = Axis(name="row", size=1, rank=0)
+            row = ALONE
         return layers.vocabulary_cross_entropy(logits, targets, row=row, vocabulary=self.vocabulary)
+
+
+def _tell_accelerate(model: Any, reducer: DataReducer) -> None:
+    """Leave the model as it is when `Accelerator.prepare` or `Trainer` gets it.
+
+    The loss divides by the number of targets of the whole batch by itself, and its gradients are
+    sums: nothing is to be wrapped, averaged or scaled.
+    """
+    model._is_accelerate_prepared = True  # noqa: SLF001 - accelerate's mark for what it must not wrap
+    model.accepts_loss_kwargs = False
+    model.no_sync = reducer.hold
 
 
 def _count_local_heads(model: nn.Module, rules: Mapping[str, Rule], row: Axis) -> None:
     """Tell attention modules how many heads they hold here."""
-    parents = {name.rpartition(".")[0] for name, rule in rules.items() if isinstance(rule, Plain)}
+    parents = {
+        adapted(name).rpartition(".")[0] for name, rule in rules.items() if isinstance(rule, Plain)
+    }
     for parent in parents:
         module: Any = model.get_submodule(parent)
         for attribute in HEAD_COUNTS:

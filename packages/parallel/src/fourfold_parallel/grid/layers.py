@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fourfold_parallel.grid.collectives import Axis
+from fourfold_parallel.grid.collectives import ALONE, Axis
 from fourfold_parallel.grid.linear import Linear
 from fourfold_parallel.grid.mesh import Cut, Mesh
 from fourfold_parallel.grid.schedule import Layer, Schedule
@@ -26,6 +26,9 @@ VOCABULARY: Cut = {"row": 0, "col": 1, "depth": 0}
 """Embedding and head: vocabulary over row and depth, width over col, as a plain layer's weight."""
 POSITIONS: Cut = {"col": 1, "depth": 0}
 RESIDUAL: Cut = {"col": 0}
+LOW_RANK_INPUT: dict[bool, Cut] = {False: {"col": 1}, True: {"row": 1}}
+"""By whether the layer beside the adapter is swapped."""
+LOW_RANK_OUTPUT: dict[bool, Cut] = {False: {"row": 0}, True: {"col": 0}}
 COPIES: Cut = {}
 
 IGNORED = -100
@@ -143,6 +146,7 @@ class RMSNorm(Layer):
         gains_wide: Whether the gains multiply before the result returns to the input's number
             format (Gemma) rather than after (Llama).
         epsilon: Added to the mean square.
+        summed: The axes along which ranks feed it different tokens.
         mesh: The grid.
         name: What messages and traces call it.
         schedule: Shared by all layers of a model.
@@ -155,6 +159,7 @@ class RMSNorm(Layer):
         epsilon: float,
         offset: float,
         gains_wide: bool,
+        summed: Sequence[Axis],
         mesh: Mesh,
         name: str,
         schedule: Schedule,
@@ -162,7 +167,7 @@ class RMSNorm(Layer):
         super().__init__(mesh=mesh, name=name, schedule=schedule)
         self.width = weight.shape[0]
         self.epsilon, self.offset, self.gains_wide = epsilon, offset, gains_wide
-        self.hold_copied("weight", weight, summed=[mesh.depth])
+        self.hold_copied("weight", weight, summed=summed)
 
     def forward(
         self, hidden_states: Float[Tensor, "*batch piece"]
@@ -191,17 +196,18 @@ class LayerNorm(Layer):
         bias: nn.Parameter | None,
         *,
         epsilon: float,
+        summed: Sequence[Axis],
         mesh: Mesh,
         name: str,
         schedule: Schedule,
     ) -> None:
         super().__init__(mesh=mesh, name=name, schedule=schedule)
         self.width, self.epsilon = weight.shape[0], epsilon
-        self.hold_copied("weight", weight, summed=[mesh.depth])
+        self.hold_copied("weight", weight, summed=summed)
         if bias is None:
             self.bias = None
         else:
-            self.hold_copied("bias", bias, summed=[mesh.depth])
+            self.hold_copied("bias", bias, summed=summed)
 
     def forward(
         self, hidden_states: Float[Tensor, "*batch piece"]
@@ -264,6 +270,60 @@ class WholeHead(Linear):
         )
 
 
+class LowRankInput(Layer):
+    """`A x`, the first factor of a low-rank adapter (Hu et al. 2021), beside another layer.
+
+    Its inputs are cut as those of the layer beside it, its few outputs not at all: one sum of them
+    forward over the contracted axis, and one backward over the produced axis, whose ranks use them
+    apart. In the sequence form a block sums its inputs' gradients itself, and what is summed
+    backward beside a plain layer is A's gradient instead.
+    """
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        *,
+        swapped: bool,
+        cuts_tokens: bool,
+        mesh: Mesh,
+        name: str,
+        schedule: Schedule,
+    ) -> None:
+        super().__init__(mesh=mesh, name=name, schedule=schedule)
+        self.contracted, self.produced = (mesh.row, mesh.col) if swapped else (mesh.col, mesh.row)
+        summed = [mesh.depth]
+        if cuts_tokens and not swapped:
+            self.produced, summed = ALONE, [mesh.row, mesh.depth]
+        self.hold_copied("weight", weight, summed=summed)
+
+    def forward(self, x: Float[Tensor, "*batch piece"]) -> Float[Tensor, "*batch rank"]:
+        """The adapter's inner features, whole on every rank."""
+        partial = F.linear(x, self.use(self.visit(), "weight"))
+        return self.produced.copy(self.contracted.sum(partial))
+
+
+class LowRankOutput(Layer):
+    """`B (A x)`, the second factor of a low-rank adapter: its outputs cut as its neighbour's."""
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        *,
+        swapped: bool,
+        cuts_tokens: bool,
+        mesh: Mesh,
+        name: str,
+        schedule: Schedule,
+    ) -> None:
+        super().__init__(mesh=mesh, name=name, schedule=schedule)
+        self.tokens = mesh.row if cuts_tokens and swapped else ALONE
+        self.hold_copied("weight", weight, summed=[mesh.depth])
+
+    def forward(self, x: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch2 piece_out"]:
+        """This rank's output features, of its tokens."""
+        return self.tokens.share(F.linear(x, self.use(self.visit(), "weight")), dim=-2)
+
+
 def vocabulary_cross_entropy(
     logits: Float[Tensor, "*batch piece"],
     targets: Int[Tensor, "*batch"],
@@ -282,6 +342,12 @@ def vocabulary_cross_entropy(
         row: The axis over which the vocabulary is cut.
         vocabulary: Its whole size.
     """
+    if row.size == 1:  # all logits are here: torch's own kernel
+        wide = logits.to(_at_least_float32(logits.dtype))
+        nats = F.cross_entropy(
+            wide.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return nats.view(targets.shape)
     return _VocabularyCrossEntropy.apply(logits, targets, row, vocabulary)
 
 
@@ -304,18 +370,17 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         exponentials = shifted.exp_()
         sums = torch.stack([exponentials.sum(-1), found.masked_fill(elsewhere, 0)])
         partition, target = row.all_reduce(sums, layer="loss").wait()
-        probabilities = exponentials.div_(partition.unsqueeze(-1))
-        ctx.save_for_backward(probabilities, here, elsewhere, ignored)
+        ctx.save_for_backward(exponentials, partition, here, elsewhere, ignored)
         ctx.dtype = logits.dtype
         return (partition.log() - target).masked_fill(ignored, 0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        probabilities, here, elsewhere, ignored = ctx.saved_tensors
-        slope = probabilities.clone()
+        exponentials, partition, here, elsewhere, ignored = ctx.saved_tensors
+        gradient = gradient.masked_fill(ignored, 0)
+        slope = exponentials * (gradient / partition).unsqueeze(-1)
         if slope.shape[-1]:
-            slope.scatter_add_(-1, here, -(~elsewhere).to(slope.dtype).unsqueeze(-1))
-        slope.mul_(gradient.masked_fill(ignored, 0).unsqueeze(-1))
+            slope.scatter_add_(-1, here, -gradient.masked_fill(elsewhere, 0).unsqueeze(-1))
         return slope.to(ctx.dtype), None, None, None
 
 

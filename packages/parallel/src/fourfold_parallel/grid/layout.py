@@ -57,7 +57,24 @@ class PerHead:
     """A module that treats each head alike, such as a norm over one head's features."""
 
 
-Rule = Plain | Swapped | Head | Vocabulary | Positions | ResidualNorm | PerHead
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRankInput:
+    """The first factor of a low-rank adapter (LoRA's A) beside a plain or swapped layer."""
+
+    swapped: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRankOutput:
+    """The second factor of a low-rank adapter (LoRA's B) beside a plain or swapped layer."""
+
+    swapped: bool
+
+
+Rule = (
+    Plain | Swapped | Head | Vocabulary | Positions | ResidualNorm | PerHead
+    | LowRankInput | LowRankOutput
+)  # fmt: skip
 
 PUBLISHED: dict[str, Rule] = {
     "colwise": Plain(),
@@ -148,7 +165,15 @@ def rules_for(model: PreTrainedModel, overrides: Mapping[str, Rule]) -> dict[str
     plan = _plan(model)
     rules: dict[str, Rule] = {}
     for name, module in _holders(model):
-        rule = _first_match(name, overrides) or _planned(name, plan) or _evident(model, module)
+        layer = adapted(name)
+        rule = (
+            _first_match(name, overrides)
+            or _first_match(layer, overrides)
+            or _planned(layer, plan)
+            or _evident(model, model.get_submodule(layer))
+        )
+        if layer != name and not name.endswith(".base_layer"):
+            rule = _low_rank(name, rule)
         if rule is None:
             kind = type(module).__name__
             raise ValueError(
@@ -184,6 +209,12 @@ def check_sizes(
         )
     for name, rule in rules.items():
         module = model.get_submodule(name)
+        if isinstance(rule, LowRankOutput) and shares_heads(name, kv_heads, row):
+            raise ValueError(
+                f"{name}: key_value_heads={kv_heads} are shared by ranks of axis 'row' of size "
+                f"{row}, and an adapter beside a shared head is not laid out; use a row of at most "
+                f"{kv_heads}, or leave {adapted(name)!r} out of target_modules"
+            )
         if isinstance(rule, Vocabulary) and not _is_lookup(module):
             raise ValueError(
                 f"{name}: {type(module).__name__} does more than look up rows, and its vocabulary "
@@ -196,6 +227,11 @@ def check_sizes(
                     f"{name}: features={features} of each of {rule.parts} parts do not divide over "
                     f"axis 'row' of size {row}; use a row that divides {features}"
                 )
+
+
+def shares_heads(name: str, kv_heads: int, row: int) -> bool:
+    """Whether a layer gives key or value heads that are fewer than the ranks of row."""
+    return kv_heads < row and adapted(name).endswith((".k_proj", ".v_proj"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,6 +340,26 @@ def _check_overrides(model: nn.Module, overrides: Mapping[str, Rule]) -> None:
                 f"rule {pattern!r} matches no module with parameters; "
                 f"names look like {names[len(names) // 2]!r}"
             )
+
+
+ADAPTER = re.compile(r"\.(base_layer|lora_[AB]\.[^.]+)$")
+"""What peft appends to the name of a linear layer for the layer itself and its two factors."""
+
+
+def adapted(name: str) -> str:
+    """The name that a module had before peft put an adapter beside it."""
+    return ADAPTER.sub("", name)
+
+
+def _low_rank(name: str, rule: Rule | None) -> Rule:
+    if not isinstance(rule, Plain | Swapped) or (isinstance(rule, Plain) and rule.parts > 1):
+        raise ValueError(
+            f"{name}: a low-rank adapter is laid out beside a plain or a swapped layer, and this one "
+            f"stands beside {rule}; leave {adapted(name)!r} out of target_modules"
+        )
+    swapped = isinstance(rule, Swapped)
+    first = ".lora_A." in name
+    return LowRankInput(swapped=swapped) if first else LowRankOutput(swapped=swapped)
 
 
 def _pattern(name: str) -> str:

@@ -3,39 +3,71 @@
     Y = X Wᵀ + b        X [m, k]    W [n, k]    Y [m, n]
 
 `m` counts the tokens of the whole batch, `k` and `n` the input and output features. The grid has
-`D * Z * R * C` ranks (data, depth, row, col), and a rank holds or computes:
+`D * Z * R * C` ranks (data, depth, row, col).
 
-==============  ==========================  ======================================================
-tensor          local shape                 cut over
-==============  ==========================  ======================================================
-X, dX           `[m / DZ, k / C]`           tokens over data and depth, features over col
-W, dW piece     `[n / RZ, k / C]`           rows over row, then depth; columns over col
-W, dW tile      `[n / R,  k / C]`           rows over row, columns over col; gathered over depth
-b, db           `[n / R]`                   row
-Y, dY           `[m / DZ, n / R]`           tokens over data and depth, features over row
-==============  ==========================  ======================================================
+Forward multiplies and adds `m * n * k` times: once for each token, output feature and input
+feature. Data and depth cut `m`, row cuts `n`, col cuts `k`, so that every rank computes one block.
+Each matrix lacks one of the three indices, and along the axis that cuts that index its block is
+needed, or produced in terms of a sum, by every rank: W lacks `m` (gathered over depth, its gradient
+summed there), Y lacks `k` (summed over col), X lacks `n` (its gradient summed over row). X and Y
+are held in copies along that axis; W is not, which is what depth is for. Over data W is held in
+copies too, and its gradient is summed once a step.
 
-What is not named in the last column is held in copies. Six things are communicated, and these are
-all; `payload` is the full tensor that a collective assembles, spreads or sums. A ring of `p` ranks
-moves `(p - 1) / p` of it, and an all-reduce twice that.
+==============  ==================  ================================================================
+tensor          local shape         along each axis
+==============  ==================  ================================================================
+X, dX           `[m / (D Z), k/C]`  tokens cut over data, then depth; features over col; row: copies
+W, dW piece     `[n / (R Z), k/C]`  rows cut over row, then depth; columns over col; data: copies (a)
+W tile          `[n / R, k/C]`      rows cut over row, columns over col; depth, data: copies
+dW tile         `[n / R, k/C]`      cut as W's tile; depth, data: terms of a sum
+b, db           `[n / R]`           cut over row; depth, col, data: copies (a)
+Y, dY           `[m / (D Z), n/R]`  tokens cut over data, then depth; features over row; col: copies
+==============  ==================  ================================================================
 
-====  ===========================  =====  =================  ======================================
-step  collective                   axis   payload, elements  started ... waited for
-====  ===========================  =====  =================  ======================================
-1     all-gather of W's pieces     depth  `n k / (R C)`      before the preceding product ... here
-3     all-reduce of Y              col    `m n / (D Z R)`    here ... here
-4     all-gather of W's pieces     depth  `n k / (R C)`      before the following layer's ... here
-5     all-reduce of dX             row    `m k / (D Z C)`    here ... after dW is computed
-6     reduce-scatter of dW         depth  `n k / (R C)`      here ... after the preceding layer's dW
-7     all-reduce of db             depth  `n / R`            here ... after the preceding layer's dW
-====  ===========================  =====  =================  ======================================
+(a) Gradients: terms of a sum over data, until the sum of step 8.
 
-The sum of dW's and db's pieces over data happens once an optimizer step (`gradients.py`), not here.
+With n = 8, k = 12, m = 16 and D = 1, Z = R = C = 2, rank (z, r, c) holds tokens 8z to 8z + 7 and
+features 6c to 6c + 5 of X, and rows 4r + 2z, 4r + 2z + 1 and the same columns of W.
+
+====  ====================  =====  ================  =======================  ======================
+step  collective            axis   payload           started                  waited for
+====  ====================  =====  ================  =======================  ======================
+1     all-gather of W       depth  `n k / (R C)`     before 2 of layer i - 1  before 2
+3     all-reduce of Y       col    `m n / (D Z R)`   after 2                  at once
+4     all-gather of W       depth  `n k / (R C)`     before 5 of layer i + 1  before 5
+5     all-reduce of dX      row    `m k / (D Z C)`   after its product        after the product of 6
+6     reduce-scatter of dW  depth  `n k / (R C)`     after its product        after 7 of layer i - 1
+7     all-reduce of db      depth  `n / R`           after 6                  after 7 of layer i - 1
+8     all-reduce of dW, db  data   `n k / (Z R C)`,  when a bucket of them    at the end of the
+                                   `n / R`           is full                  last microbatch
+====  ====================  =====  ================  =======================  ======================
+
+Layer `i` is this one, `i - 1` the one before it in forward, `i + 1` the one after. Step 2 is the
+local product of forward; steps 5 and 6 begin with those of backward. In the first step the order of
+layers is not known: 1 and 4 then start where they are waited for, and 6 and 7 are waited for before
+the backward of layer i - 1. The last layer's step 4 starts before its own step 5; the first layer's
+6 and 7 are waited for at once. Recomputation of activations repeats steps 1 to 3.
+
+The payload counts the elements of the full tensor that a collective assembles, spreads or sums. In
+a ring of `p` ranks each rank sends `(p - 1) / p` of it, and twice that for an all-reduce. A layer
+that keeps its tile skips 4, one whose X needs no gradient skips 4 and 5, and a frozen W or b skips
+6 or 7. Lengths that an axis does not divide are padded on the wire.
+
+Step 8 is in `gradients.py`: it runs in the backward of the last microbatch, and sends a gradient
+only after its sum of step 6 or 7. All are sums, not means: the loss is already divided by the
+number of targets in the whole batch.
 
 A *swapped* layer exchanges row and col everywhere above. A plain layer takes features cut over col
 and gives features cut over row, a swapped one the reverse, so a plain and a swapped layer in turn
-need nothing in between. On an axis of size one a collective is the identity, so that `(1, R, 1)`
-is Megatron's column-then-row split, `(1, 1, Z)` is ZeRO-3, and one rank is `torch.nn.Linear`.
+need nothing in between.
+
+On an axis of size one a collective is the identity. So row alone is Megatron's split, where its
+"column-parallel" layer is our plain one and its "row-parallel" layer our swapped one; depth alone
+is ZeRO-3 for W (b is copied); data alone is DistributedDataParallel; one rank is `torch.nn.Linear`.
+
+In the *sequence form* (`sequence.py`) the tokens between two blocks are cut over row as well. Then a
+swapped layer spreads the sum of step 3 instead of holding it in copies, and a plain layer leaves
+that of step 5 to the gather that brought its tokens together. Row moves as much as before.
 
 Singh et al. 2024, "Democratizing AI: Open-source Scalable LLM Training on GPU-based
 Supercomputers" (SC'24), sections III and V.
@@ -48,7 +80,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fourfold_parallel.grid.collectives import Axis, Context
+from fourfold_parallel.grid.collectives import ALONE, Axis, Context
 from fourfold_parallel.grid.mesh import Cut, Mesh
 from fourfold_parallel.grid.products import Products
 from fourfold_parallel.grid.schedule import Layer, Schedule, Visit
@@ -63,6 +95,7 @@ class Linear(Layer):
         swapped: Whether row and col change places.
         keeps_tile: Keep the gathered tile from forward to backward, instead of step 4. It costs the
             memory of all tiles, but nothing inside a checkpointed region, which drops it anyway.
+        cuts_tokens: The sequence form.
         products: How the three matrix products are computed.
         mesh: The grid.
         name: What messages and traces call it.
@@ -79,12 +112,15 @@ class Linear(Layer):
         schedule: Schedule,
         swapped: bool,
         keeps_tile: bool = False,
+        cuts_tokens: bool = False,
         products: Products,
     ) -> None:
         super().__init__(mesh=mesh, name=name, schedule=schedule)
         self.swapped, self.keeps_tile, self.products = swapped, keeps_tile, products
+        self.cuts_tokens = cuts_tokens
         self.out_features, self.in_features = weight.shape
         n, k = self.out_features, self.in_features
+        # Names the shape to whoever chooses modes of products: see products.py.
         self.site = f"{n}x{k} over {self.produced.size}x{self.contracted.size}"
         self.hold_tiled("weight", weight)
         if bias is None:
@@ -102,39 +138,62 @@ class Linear(Layer):
         """The axis over which output features are cut."""
         return self.mesh.col if self.swapped else self.mesh.row
 
-    def forward(self, x: Float[Tensor, "*batch piece"]) -> Float[Tensor, "*batch piece_out"]:
+    @property
+    def sums_output(self) -> Axis:
+        """The axis of step 3; none where the sequence form spreads the sum afterwards."""
+        return ALONE if self.cuts_tokens and self.swapped else self.contracted
+
+    @property
+    def sums_input_gradient(self) -> Axis:
+        """The axis of step 5; none where the sequence form sums for all layers of a block."""
+        return ALONE if self.cuts_tokens and not self.swapped else self.produced
+
+    def forward(self, x: Float[Tensor, "*batch piece"]) -> Float[Tensor, "*batch2 piece_out"]:
         """From this rank's tokens and input features to its output features."""
-        visit = self.visit()
+        visit = self.visit()  # has this layer's gather under way (step 1), and starts the next's
         weight = visit.held["weight"].piece
         bias = visit.held["bias"].piece if self.bias is not None else None
-        with torch.autocast(x.device.type, enabled=False):
-            return _GridProduct.apply(x.to(weight.dtype), weight, bias, self, visit)
+        x = x.to(weight.dtype)  # as autocast would; the product itself runs with autocast off
+        if torch.is_autocast_enabled(x.device.type):  # entering the context costs time
+            with torch.autocast(x.device.type, enabled=False):
+                y = _GridProduct.apply(x, weight, bias, self, visit)
+        else:
+            y = _GridProduct.apply(x, weight, bias, self, visit)
+        if self.cuts_tokens and self.swapped:
+            return self.contracted.split(y, dim=-2)
+        return y
 
 
 class _GridProduct(torch.autograd.Function):
-    """Steps 1 to 7. Autograd sees the local pieces of X, W and b, and of their gradients."""
+    """Steps 1 to 7. Autograd sees this rank's pieces, and placeholders for dW and db under way."""
 
     @staticmethod
     def forward(
         ctx: Context, x: Tensor, piece: Tensor, bias: Tensor | None, layer: Linear, visit: Visit
     ) -> Tensor:
-        # 1. The pieces of the depth siblings make the tile. The gather was started while the layer
-        #    before this one computed, and the next layer's gather has been started by now.
-        tile = visit.tile("weight")
+        # 1. The pieces of the depth siblings (the ranks that differ from this one in depth alone)
+        #    make the tile. The visit of the layer before this one started this gather, and ours has
+        #    started the next layer's, so that one runs under step 2. We wait here: step 2 reads it.
+        #    A wait orders the device's streams; the host goes on.
+        tile = visit.wait_for_tile("weight")
 
         # 2. The local product. Only the first rank of the contracted axis adds the bias: the sum
         #    that follows then adds it once.
-        observe = layer.mesh.observer.product
-        observe("forward", layer.name)
+        note = layer.mesh.observer.product  # in a trace, from which tests read the overlap
+        note("forward", layer.name)
         b = bias if layer.contracted.rank == 0 else None
         partial = layer.products.forward(x, tile, b, site=layer.site)
 
-        # 3. Every rank of the contracted axis had a part of the input features, so that the parts
-        #    of the output add up. Waited for at once: the next layer needs it.
-        y = layer.contracted.all_reduce(partial, layer=layer.name).wait()
+        # 3. A rank multiplied its slice of the input features only, so its result is one term of Y:
+        #    the sum over the contracted axis is Y, on every rank of it. Backward needs no twin of
+        #    this sum: these ranks go on alike, so each receives the whole dY of its features.
+        #    Waited for at once: the next layer reads it.
+        y = layer.sums_output.all_reduce(partial, layer=layer.name).wait()
 
         ctx.layer = layer
         ctx.late = {name: held.late for name, held in visit.held.items()}
+        # Step 4 gathers the parameter itself. The piece is saved for its number format, and so that
+        # autograd refuses a backward after W was changed in place.
         ctx.save_for_backward(x, tile if layer.keeps_tile else piece)
         return y
 
@@ -146,40 +205,46 @@ class _GridProduct(torch.autograd.Function):
         layer: Linear = ctx.layer
         overlaps = layer.schedule.overlaps
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
-        observe = layer.mesh.observer.product
+        note = layer.mesh.observer.product
         x, kept = ctx.saved_tensors
         dx = dw = db = dx_sum = None
 
         if needs_dx:
-            # 4. The tile again, gathered while the following layer's backward computed.
+            # 4. The tile again. The visit of the following layer's backward started this gather,
+            #    before its two products; ours starts the preceding layer's.
             if layer.keeps_tile:
                 tile = kept
             else:
-                tile = layer.revisit(kept.dtype).tile("weight")
+                tile = layer.revisit(dtype=kept.dtype).wait_for_tile("weight")
 
-            # 5. Every rank of the produced axis had a part of the output features, so that the
-            #    parts of the input's gradient add up. Started here ...
-            observe("input_gradient", layer.name)
-            dx_sum = layer.produced.all_reduce(
+            # 5. A rank multiplied its slice of the output features only, so its result is one term
+            #    of dX: the sum over the produced axis is dX. Started here ...
+            note("input_gradient", layer.name)
+            dx_sum = layer.sums_input_gradient.all_reduce(
                 layer.products.input_gradient(dy, tile, site=layer.site), layer=layer.name
             )
             if not overlaps.input_gradient:
-                dx_sum.wait()
+                dx_sum.wait()  # the wait below then finds it done
 
         if needs_dw:
             # 6. The tile's gradient, from this rank's tokens. Its depth siblings saw other tokens:
-            #    the sum over depth is the tile's whole gradient, of which each keeps its piece.
-            #    Started here, and waited for after the preceding layer's products: see schedule.py.
-            observe("weight_gradient", layer.name)
-            spread = layer.mesh.depth.reduce_scatter(
+            #    the sum over depth is the gradient from all tokens of the replica, of which each
+            #    keeps its piece. Started here. Nothing reads it before the optimizer, so autograd
+            #    gets a placeholder, and the node `_AwaitGradient` between this one and W waits and
+            #    puts the sum in its place. That node was created before the preceding layer's
+            #    product, so autograd runs it after that product's backward.
+            note("weight_gradient", layer.name)
+            scattered = layer.mesh.depth.reduce_scatter(
                 layer.products.weight_gradient(dy, x, site=layer.site), layer=layer.name
             )
-            dw = ctx.late["weight"].start(spread)
+            dw = ctx.late["weight"].promise(scattered)
 
         if needs_db:
-            # 7. The bias is added after the sum of step 3, so that dY is its gradient on every rank
-            #    of the contracted axis alike; only the tokens of the depth siblings are missing.
-            db = ctx.late["bias"].start(layer.start_sum("bias", dy.flatten(0, -2).sum(0)))
+            # 7. The sum of step 3 contains the bias once, whichever rank added it. So its gradient
+            #    is dY, summed over tokens, on every rank of the contracted axis alike; a rank has
+            #    its own tokens only, and the sum over depth adds those of its depth siblings.
+            summed = layer.mesh.depth.all_reduce(dy.flatten(0, -2).sum(0), layer=layer.name)
+            db = ctx.late["bias"].promise(summed)
 
         if dx_sum is not None:
             # ... and waited for here, with the weight's gradient computed in the meantime.

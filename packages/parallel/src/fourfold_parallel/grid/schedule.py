@@ -5,9 +5,9 @@ order in which layers ask for their tiles during one forward and backward (recom
 activation checkpointing included), and in the next one starts the gather that will be asked for
 next. A wrong guess costs a gather and no more: a tile is used only for the request it was made for.
 
-The late end needs no list. Autograd runs first the backward of what was created last, so the node
-that waits for a layer's gradient (`_AwaitGradient`) is created before the preceding layer's
-product, together with the early gather, and its backward runs after that product's backward:
+The late end needs no list. Of the nodes that are ready, autograd runs first the one created last,
+so the node that waits for a layer's gradient (`_AwaitGradient`) is created before the preceding
+layer's product, together with the early gather, and its backward runs after that product's backward:
 **the backward of "start the gather early" is "wait for the gradient late".** Autograd passes the
 gradient on only after that node, so an accumulation hook never sees an unfinished one.
 """
@@ -15,7 +15,7 @@ gradient on only after that node, so an accumulation hook never sees an unfinish
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from fourfold_parallel.grid.collectives import Axis, Context, Pending
 from fourfold_parallel.grid.mesh import Mesh
@@ -58,7 +59,7 @@ class Late:
         self._shape = shape
         self._pending: deque[Pending] = deque()
 
-    def start(self, pending: Pending) -> Tensor:
+    def promise(self, pending: Pending) -> Tensor:
         """What to return to autograd for a gradient under way.
 
         The gradient itself if nobody waits for it later. Otherwise a placeholder, NaN everywhere
@@ -104,7 +105,7 @@ class Visit:
     made_for: tuple[Any, ...]
     """State of the parameters at the time; if it has changed, the visit is void."""
 
-    def start(self) -> None:
+    def start_gathers(self) -> None:
         """Start the gathers that are not yet under way."""
         layer = self.request.layer
         for name in layer.tiled:
@@ -114,7 +115,7 @@ class Visit:
                     held.piece.detach(), rows=layer.tile_rows(name), layer=layer.name
                 )
 
-    def tile(self, name: str) -> Tensor:
+    def wait_for_tile(self, name: str) -> Tensor:
         """The tile, waited for. The visit lets go of it: it may be asked for once."""
         held = self.held[name]
         gather, held.gather = held.gather, None
@@ -156,12 +157,12 @@ class Schedule:
         """The layer's parameters with their gathers under way, and the next layers' started."""
         if torch.compiler.is_compiling() or not request.layer.communicates:
             visit = self._prepare(request)
-            visit.start()
+            visit.start_gathers()
             return visit
         self._seen.append(request)
         self._advance(request)
         visit = self._take(request)
-        visit.start()
+        visit.start_gathers()
         if self.overlaps.weights or self.overlaps.weight_gradient:
             self._look_ahead()
         if not self.overlaps.weights:
@@ -199,7 +200,7 @@ class Schedule:
         while gathers < self.overlaps.gathers_ahead and following < len(expected):
             visit = self._prepare(expected[following])
             if self.overlaps.weights:
-                visit.start()
+                visit.start_gathers()
             self._ready.append(visit)
             gathers += bool(visit.request.layer.tiled)
             following += 1
@@ -209,8 +210,11 @@ class Schedule:
         late = self.overlaps.weight_gradient and not torch.compiler.is_compiling()
         held: dict[str, Held] = {}
         for name in layer.parameter_names if phase == "forward" else layer.tiled:
-            with torch.set_grad_enabled(differentiable):
+            if differentiable == torch.is_grad_enabled():
                 piece = layer.local(name, dtype)
+            else:
+                with torch.set_grad_enabled(differentiable):
+                    piece = layer.local(name, dtype)
             ticket = Late(piece.shape, immediate=not (late and layer.gradient_travels(name)))
             if not ticket.immediate and piece.requires_grad:
                 with torch.enable_grad():
@@ -236,27 +240,49 @@ class Layer(nn.Module):
         super().__init__()
         self.mesh, self.name, self.schedule = mesh, name, schedule
         self.tiled: tuple[str, ...] = ()
+        self.parameter_names: tuple[str, ...] = ()
+        """Names of the parameters that the layer holds itself."""
+        self.communicates = False
+        """Whether a use of the layer's parameters needs any collective."""
         self._summed: dict[str, tuple[Axis, ...]] = {}
 
-    @property
-    def parameter_names(self) -> tuple[str, ...]:
-        """Names of the parameters that the layer holds itself."""
-        return (*self.tiled, *self._summed)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
+        """What `to`, `float` and the like call: nothing where nothing changes, and refused elsewhere.
 
-    @property
-    def communicates(self) -> bool:
-        """Whether a use of the layer's parameters needs any collective."""
-        return any(self.gradient_travels(name) for name in self.parameter_names)
+        Torch would exchange each parameter's inside for a new one that no hook watches any more, so
+        that gradients would not be summed over data.
+
+        Raises:
+            ValueError: The device or the number format would change.
+        """
+        del recurse
+        for name in self.parameter_names:
+            piece = getattr(self, name)._local_tensor  # noqa: SLF001 - to_local would build a graph node
+            before = torch.empty(0, dtype=piece.dtype, device=piece.device)
+            after = fn(before)
+            if (after.dtype, after.device) != (before.dtype, before.device):
+                raise ValueError(
+                    f"{self.name}.{name} lies on the grid as {before.dtype} on {before.device} and "
+                    f"cannot become {after.dtype} on {after.device}; convert the model before "
+                    "`parallelize`"
+                )
+        return self
 
     def hold_tiled(self, name: str, parameter: nn.Parameter) -> None:
         """Take a parameter that is cut over `depth`, and gathered whenever it is used."""
         self.register_parameter(name, parameter)
         self.tiled = (*self.tiled, name)
+        self._hold(name)
 
     def hold_copied(self, name: str, parameter: nn.Parameter, *, summed: Sequence[Axis]) -> None:
         """Take a parameter of which ranks along `summed` hold copies and partial gradients."""
         self.register_parameter(name, parameter)
         self._summed[name] = tuple(axis for axis in summed if axis.size > 1)
+        self._hold(name)
+
+    def _hold(self, name: str) -> None:
+        self.parameter_names = (*self.parameter_names, name)
+        self.communicates = self.communicates or self.gradient_travels(name)
 
     def gradient_travels(self, name: str) -> bool:
         """Whether the gradient of a parameter needs a collective before it is final."""
@@ -282,10 +308,6 @@ class Layer(nn.Module):
             return _Copied.apply(visit.held[name].piece, axes, visit.held[name].late, self.name)
         return visit.held[name].piece
 
-    def start_sum(self, name: str, gradient: Tensor) -> Pending:
-        """Start the sum of a copied parameter's gradient over the axes where it is partial."""
-        return _sum(gradient, self._summed[name] or (self.mesh.depth,), self.name)
-
     def tile_rows(self, name: str) -> int:
         """Rows of the tile of a parameter: its local rows, with the cut over `depth` undone."""
         parameter = getattr(self, name)
@@ -297,12 +319,33 @@ class Layer(nn.Module):
     def local(self, name: str, dtype: torch.dtype) -> Tensor:
         """This rank's piece of a parameter, known to autograd, in the computation's format."""
         parameter = getattr(self, name)
-        return parameter.to_local().to(dtype)
+        if torch.compiler.is_compiling():
+            return parameter.to_local().to(dtype)
+        return _Piece.apply(parameter).to(dtype)
 
     def state(self) -> tuple[Any, ...]:
         """What a visit depends on: the parameters' storage and versions."""
         locals_ = [getattr(self, name)._local_tensor for name in self.parameter_names]  # noqa: SLF001 - to_local costs a graph node
         return tuple((piece.data_ptr(), piece._version) for piece in locals_)  # noqa: SLF001 - no public version counter
+
+
+class _Piece(torch.autograd.Function):
+    """This rank's piece of a parameter, forward; backward, the piece of the parameter's gradient.
+
+    What `DTensor.to_local` does, without working out at every use how the gradient is cut: it is
+    cut as the parameter is.
+    """
+
+    @staticmethod
+    def forward(ctx: Context, parameter: DTensor) -> Tensor:
+        ctx.spec = parameter._spec  # noqa: SLF001 - no public name
+        piece = parameter._local_tensor  # noqa: SLF001 - to_local would build a second graph node
+        return piece.view_as(piece)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, gradient: Tensor) -> DTensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return DTensor(gradient.contiguous(), ctx.spec, requires_grad=False)
 
 
 class _AwaitGradient(torch.autograd.Function):
@@ -327,14 +370,14 @@ class _Tile(torch.autograd.Function):
     def forward(ctx: Context, piece: Tensor, layer: Layer, visit: Visit, name: str) -> Tensor:
         del piece  # autograd's end of the tile, which the visit has been gathering
         ctx.layer, ctx.late = layer, visit.held[name].late
-        tile = visit.tile(name)
+        tile = visit.wait_for_tile(name)
         return tile.view_as(tile)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         pending = ctx.layer.mesh.depth.reduce_scatter(gradient, layer=ctx.layer.name)
-        return ctx.late.start(pending), None, None, None
+        return ctx.late.promise(pending), None, None, None
 
 
 class _Copied(torch.autograd.Function):
@@ -350,7 +393,7 @@ class _Copied(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.late.start(_sum(gradient.clone(), ctx.axes, ctx.layer)), None, None, None
+        return ctx.late.promise(_sum(gradient.clone(), ctx.axes, ctx.layer)), None, None, None
 
 
 def _sum(gradient: Tensor, axes: Sequence[Axis], layer: str) -> Pending:

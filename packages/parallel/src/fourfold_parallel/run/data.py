@@ -137,6 +137,8 @@ class Batch:
     """Which document each id belongs to; a row may straddle several."""
     addresses: tuple[int, ...]
     """Row starts in the token file, so that an offending batch can be named and found again."""
+    number: int = 0
+    """The step; of a microbatch, how many came before it in the run. The same on every rank."""
 
     def to(self, device: torch.device) -> Self:
         """The same batch on a device."""
@@ -144,15 +146,18 @@ class Batch:
             tokens=self.tokens.to(device, non_blocking=True),
             document_ids=self.document_ids.to(device, non_blocking=True),
             addresses=self.addresses,
+            number=self.number,
         )
 
     def split(self, size: int) -> tuple[Self, ...]:
         """Microbatches of `size` rows, in order; the last may be smaller."""
+        parts = -(-len(self.tokens) // size)
         return tuple(
             type(self)(
                 tokens=self.tokens[first : first + size],
                 document_ids=self.document_ids[first : first + size],
                 addresses=self.addresses[first : first + size],
+                number=self.number * parts + first // size,
             )
             for first in range(0, len(self.tokens), size)
         )
@@ -216,15 +221,16 @@ class TokenStream:
             )
         share = batch // ranks
         rows = self.rows_of_step(step, batch)[rank * share : (rank + 1) * share]
-        return self._gather(self.row_starts[rows])
+        return self._gather(self.row_starts[rows], step)
 
-    def _gather(self, starts: Int[np.ndarray, " batch"]) -> Batch:
+    def _gather(self, starts: Int[np.ndarray, " batch"], step: int) -> Batch:
         positions = starts[:, None] + np.arange(self.sequence + 1)
         documents = np.searchsorted(self.file.document_starts, positions, side="right") - 1
         return Batch(
             tokens=torch.from_numpy(self.file.tokens[positions].astype(np.int64)),
             document_ids=torch.from_numpy(documents),
             addresses=tuple(int(start) for start in starts),
+            number=step,
         )
 
 

@@ -25,6 +25,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
+from fourfold_parallel.launch import check_launched, device, world_size
 from fourfold_parallel.run.checkpoint import load_full_state, save_full_state, save_weights
 
 
@@ -107,30 +108,11 @@ class Engine(Protocol):
         ...
 
 
-def world_size() -> int:
-    """Ranks of this launch: what torchrun, accelerate launch or srun set, else 1."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
 def _check_share(engine: str, batch: int, ranks: int) -> None:
     if batch % ranks:
         raise ValueError(
             f"batch={batch} does not divide over {ranks} ranks of engine {engine}; "
             f"use a multiple of {ranks}, or launch another number of processes"
-        )
-
-
-def _check_launched(engine: str) -> None:
-    if "RANK" not in os.environ:
-        raise ValueError(
-            f"engine {engine} needs a process group, but this process was not launched in one; "
-            "start the run with `torchrun --nproc-per-node N` (N=1 will do), or use Single"
         )
 
 
@@ -154,8 +136,8 @@ class Single:
                 f"engine Single runs in one process, but {world_size()} were launched; "
                 "use DDP, FSDP2 or DeepSpeed, or launch one"
             )
-        device = _device()
-        yield _PlainSession(model.to(device), optimizer, device, precision)
+        on = device()
+        yield _PlainSession(model.to(on), optimizer, on, precision)
 
 
 class _PlainSession:
@@ -219,7 +201,7 @@ class DDP:
         microbatch: int,  # noqa: ARG002 - the protocol's
     ) -> Iterator[Session]:
         """A session over all launched ranks; gloo on CPUs, NCCL on GPUs."""
-        _check_launched("DDP")
+        check_launched("DDP")
         _check_share("DDP", batch, world_size())
         buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
         with _accelerator(precision, kwargs_handlers=[buckets]) as accelerator:
@@ -244,7 +226,7 @@ class FSDP2:
         microbatch: int,  # noqa: ARG002 - the protocol's
     ) -> Iterator[Session]:
         """A session over all launched ranks; each decoder layer is one unit."""
-        _check_launched("FSDP2")
+        check_launched("FSDP2")
         _check_share("FSDP2", batch, world_size())
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
@@ -273,7 +255,7 @@ class DeepSpeed:
         microbatch: int,
     ) -> Iterator[Session]:
         """A session over all launched ranks. Needs `fourfold-parallel[deepspeed]`."""
-        _check_launched("DeepSpeed")
+        check_launched("DeepSpeed")
         ranks = world_size()
         _check_share("DeepSpeed", batch, ranks)
         share = batch // ranks

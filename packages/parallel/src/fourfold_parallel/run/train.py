@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import resource
 import time
 from collections.abc import Sequence
@@ -12,10 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from fourfold_parallel.launch import world_size
 from fourfold_parallel.run import checkpoint
 from fourfold_parallel.run.checkpoint import Checkpoint
 from fourfold_parallel.run.data import Batch, TokenStream
-from fourfold_parallel.run.engines import Session, world_size
+from fourfold_parallel.run.engines import Session
 from fourfold_parallel.run.objective import IGNORE, token_nats
 from fourfold_parallel.run.optimizer import set_learning_rate
 from fourfold_parallel.run.progress import Progress
@@ -77,6 +77,7 @@ def train(
                 started_s = time.perf_counter()
                 learning_rate = run.optimizer.learning_rate * run.schedule.factor(step, run.steps)
                 set_learning_rate(session.optimizer, learning_rate)
+                seed_dropout(seed=run.seed, step=step, share=session.rank)
 
                 # Targets first: the loss is divided by the number supervised in the whole step, over
                 # all microbatches and ranks, so no grouping of the rows changes any gradient.
@@ -125,6 +126,15 @@ def train(
         last = checkpoint.latest(checkpoints, run_sha256=run_sha256)
         assert last is not None
         return last
+
+
+def seed_dropout(*, seed: int, step: int, share: int) -> None:
+    """Make what dropout draws a function of the step and of this rank's share of the batch.
+
+    A resumed run then draws what the uninterrupted one would have, and on a grid the ranks that
+    hold the same rows draw the same.
+    """
+    torch.manual_seed(int(digest([seed, step, share])[:15], 16))
 
 
 def is_due(every: int, done: int, steps: int) -> bool:
@@ -176,11 +186,6 @@ def _restore(run_sha256: str, session: Session, checkpoints: Path) -> int:
     log.info("resuming from %s", found.path)
     session.load(found.path)
     return found.step
-
-
-def is_main_rank() -> bool:
-    """Whether this process writes records and files."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _writer(

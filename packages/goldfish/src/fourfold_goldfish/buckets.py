@@ -1,4 +1,10 @@
-"""Training data in which some passages recur: the setting in which models memorise."""
+"""Training data in which some passages recur, in buckets by how often: the setting in which models memorise.
+
+The design of the AxoNN study (Singh et al. 2024, section on memorisation): disjoint buckets of pages, each
+repeated another number of times among background text, one never seen, and the question how large a
+model must be to recite the pages of a bucket. Two buckets, one of them unseen, are the goldfish paper's
+own setting.
+"""
 
 from dataclasses import dataclass
 
@@ -13,28 +19,34 @@ from fourfold_parallel.run.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RepeatedPassages:
-    """Background rows seen once, shuffled with `passages` rows seen `repetitions` times each.
+class Buckets:
+    """Background rows seen once, shuffled with buckets of passages seen several times each.
 
-    A passage is the beginning of an article, exactly one row long. As many further passages, of other
-    articles, are never trained on: the control. Articles with passages give no background.
+    A passage is the beginning of an article, exactly one row long. Articles go to the buckets in turn.
+    Articles with passages give no background.
     """
 
     corpus: Corpus
     tokenizer: Tokenizer
+    repetitions: tuple[int, ...]
+    """How often each bucket's passages are seen in one epoch; 0 is a control."""
     passages: int
-    repetitions: int
+    """Passages per bucket."""
     background: int
     """Background rows in the run."""
     validation_rows: int
     """Rows after the background that are never trained on."""
+    skipped_articles: int = 0
+    """Long enough articles left out before the first with a passage."""
 
     def open(self, *, sequence: int, seed: int) -> TokenStream:
         """One epoch is one pass over the background with all repetitions mixed in."""
         file = tokenize(self.corpus, self.tokenizer)
-        background = self._background(file, sequence)[: self.background]
-        repeated = np.repeat(self._passage_starts(file, sequence)[0], self.repetitions)
-        starts = np.concatenate([background, repeated])
+        repeated = [
+            np.repeat(starts, count)
+            for starts, count in zip(self._starts(file, sequence), self.repetitions, strict=True)
+        ]
+        starts = np.concatenate([self._background(file, sequence)[: self.background], *repeated])
         return TokenStream(file=file, row_starts=starts, sequence=sequence, seed=seed)
 
     def validation(self, *, sequence: int) -> TokenStream:
@@ -46,37 +58,43 @@ class RepeatedPassages:
     @property
     def rows(self) -> int:
         """Rows of one epoch."""
-        return self.background + self.passages * self.repetitions
+        return self.background + self.passages * sum(self.repetitions)
 
-    def trained_and_control(
-        self, *, sequence: int
-    ) -> tuple[Int[Tensor, "passage row"], Int[Tensor, "passage row"]]:
-        """Ids of the repeated passages and of the control, `sequence + 1` each."""
+    def contents(self, *, sequence: int) -> tuple[Int[Tensor, "passage row"], ...]:
+        """Ids of each bucket's passages, `sequence + 1` each."""
         file = tokenize(self.corpus, self.tokenizer)
-        trained, control = (
+        return tuple(
             torch.from_numpy(
                 file.tokens[starts[:, None] + np.arange(sequence + 1)].astype(np.int64)
             )
-            for starts in self._passage_starts(file, sequence)
+            for starts in self._starts(file, sequence)
         )
-        return trained, control
 
-    def _passage_starts(
-        self, file: TokenFile, sequence: int
-    ) -> tuple[Int[np.ndarray, " passage"], Int[np.ndarray, " passage"]]:
-        """Row starts of trained and control passages: every second article is a control."""
+    def texts(self, *, sequence: int) -> tuple[tuple[str, ...], ...]:
+        """Each bucket's passages as text."""
+        tokenizer = tokenize(self.corpus, self.tokenizer).tokenizer()
+        return tuple(
+            tuple(tokenizer.decode(row) for row in rows.tolist())
+            for rows in self.contents(sequence=sequence)
+        )
+
+    def _starts(self, file: TokenFile, sequence: int) -> tuple[Int[np.ndarray, " passage"], ...]:
+        """Row starts of each bucket's passages: the articles in turn."""
         starts = self._chosen_articles(file, sequence)
-        return starts[0::2], starts[1::2]
+        count = len(self.repetitions)
+        return tuple(starts[bucket::count] for bucket in range(count))
 
     def _chosen_articles(self, file: TokenFile, sequence: int) -> Int[np.ndarray, " article"]:
         ends = np.append(file.document_starts[1:], len(file.tokens))
         long_enough = file.document_starts[ends - file.document_starts > sequence + 1]
-        wanted = 2 * self.passages
+        long_enough = long_enough[self.skipped_articles :]
+        wanted = len(self.repetitions) * self.passages
         if len(long_enough) < wanted:
             raise ValueError(
-                f"passages={self.passages} with as many controls need {wanted} articles of more than "
-                f"{sequence + 1} tokens, the corpus has {len(long_enough)}; "
-                f"use at most {len(long_enough) // 2}"
+                f"{len(self.repetitions)} buckets of passages={self.passages} need {wanted} articles of "
+                f"more than {sequence + 1} tokens, the corpus has {len(long_enough)} after "
+                f"skipped_articles={self.skipped_articles}; "
+                f"use at most {len(long_enough) // len(self.repetitions)} passages"
             )
         return long_enough[:wanted]
 

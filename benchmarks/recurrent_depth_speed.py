@@ -1,0 +1,275 @@
+"""Decoding and training against the published algorithm written plainly, interleaved, in one process.
+
+scripts/env python benchmarks/recurrent_depth_speed.py [decode] [adaptive] [train] [memory]
+
+Appends JSON lines to recurrent_depth_speed.jsonl beside it. Times are processor seconds of one thread, so
+that other work on the machine disturbs them little; ratios are medians over interleaved repetitions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from recurrent_depth_plain import Plain
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from fourfold_parallel.run.records import commit, hardware, versions
+from fourfold_recurrent_depth import (
+    RecurrentCache,
+    RecurrentDepthConfig,
+    RecurrentDepthForCausalLM,
+    estimate_cache_bytes,
+)
+from fourfold_recurrent_depth.exits import KL, LatentDiff
+
+RESULTS = Path(__file__).with_suffix(".jsonl")
+STEPS = 16
+"""Recurrences at full depth."""
+
+
+@torch.no_grad()
+def contracting(width: int, heads: int, hidden: int, vocabulary: int) -> RecurrentDepthForCausalLM:
+    """The published layout (2, 4, 2) with weights of gain one and a core that contracts.
+
+    Fresh weights predict nothing and hardly move; these settle token by token, as trained ones do.
+    """
+    config = RecurrentDepthConfig(
+        n_embd=width, n_heads=heads, intermediate_size=hidden, vocab_size=vocabulary,
+        padding_multiple=1, block_size=1024, mean_recurrence=STEPS,
+    )  # fmt: skip
+    config._attn_implementation = "sdpa"  # noqa: SLF001 - transformers' own way
+    model = RecurrentDepthForCausalLM(config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(drawn / math.sqrt(parameter.shape[1]))
+        elif name.endswith("qk_bias"):
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    adapter: Any = model.transformer["adapter"]
+    adapter.weight[:, :width] *= 0.5
+    return model.eval()
+
+
+def interleaved(
+    ways: dict[str, Callable[[], Any]], *, repeats: int
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Processor seconds of each way, taking turns; and what each gave last."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    given: dict[str, Any] = {}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            started_s = time.process_time()
+            given[name] = way()
+            times[name].append(time.process_time() - started_s)
+    return times, given
+
+
+def ours(
+    model: RecurrentDepthForCausalLM, prompt: Tensor, new: int, **options: Any
+) -> tuple[Tensor, Any]:
+    """Our greedy tokens from zero states, and the recurrences of every token."""
+    cache = RecurrentCache(model.config, steps=STEPS, capacity=prompt.shape[1] + new)
+    made = cast(Any, model).generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False,
+        num_steps=STEPS, init_scale=0.0, eos_token_id=None, pad_token_id=0, past_key_values=cache,
+        **options,
+    )  # fmt: skip
+    return made[:, prompt.shape[1] :], cache.exit_steps
+
+
+def write(kind: str, **values: Any) -> None:
+    """Append a line with the machine and the versions."""
+    line = {
+        "benchmark": kind,
+        **values,
+        "commit": commit(),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    print(kind, json.dumps(values))
+
+
+def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
+    """Median of the paired ratios."""
+    pairs = zip(times[slow], times[fast], strict=True)
+    return round(statistics.median(a / b for a, b in pairs), 2)
+
+
+def shapes() -> dict[str, RecurrentDepthForCausalLM]:
+    """Two widths of the published layout."""
+    return {
+        "width 64": contracting(64, 4, 112, 384),
+        "width 256": contracting(256, 8, 704, 1024),
+    }
+
+
+def decode() -> None:
+    """Full depth: prompt and new tokens, one row and eight."""
+    for name, model in shapes().items():
+        plain = Plain(model)
+        for rows, length, new in ((1, 64, 12), (8, 64, 8)):
+            prompt = torch.randint(
+                0, 384, (rows, length), generator=torch.Generator().manual_seed(1)
+            )
+            times, given = interleaved(
+                {
+                    "plain": lambda p=prompt, n=new, one=plain: one.generate(
+                        p, new=n, steps=STEPS, threshold=None
+                    ),
+                    "ours": lambda p=prompt, n=new, m=model: ours(m, p, n),
+                },
+                repeats=3,
+            )
+            write(
+                "decode", shape=name, rows=rows, prompt_tokens=length, new_tokens=new, recurrences=STEPS,
+                plain_s=times["plain"], ours_s=times["ours"], speedup=ratio(times, "plain", "ours"),
+                same_tokens=bool(torch.equal(given["plain"][0], given["ours"][0])),
+            )  # fmt: skip
+
+
+def adaptive() -> None:
+    """KL exits at batch 8: plain as published, plain row by row, ours; and what exits save us."""
+    threshold, rows, length, new = 1e-3, 8, 48, 8
+    for name, model in shapes().items():
+        plain = Plain(model)
+        prompt = torch.randint(0, 384, (rows, length), generator=torch.Generator().manual_seed(1))
+        alone = [prompt[row : row + 1] for row in range(rows)]
+
+        def one_by_one(plain: Plain = plain, alone: list[Tensor] = alone) -> Tensor:
+            made = [plain.generate(p, new=new, steps=STEPS, threshold=threshold)[0] for p in alone]
+            return torch.cat(made)
+
+        def full(m: RecurrentDepthForCausalLM = model, p: Tensor = prompt) -> Tensor:
+            return ours(m, p, new)[0]
+
+        def kl(m: RecurrentDepthForCausalLM = model, p: Tensor = prompt) -> tuple[Tensor, Any]:
+            return ours(m, p, new, exit=KL(threshold=threshold))
+
+        def latent(m: RecurrentDepthForCausalLM = model, p: Tensor = prompt) -> tuple[Tensor, Any]:
+            return ours(m, p, new, exit=LatentDiff(threshold=0.03))
+
+        times, given = interleaved(
+            {
+                "plain batch": lambda p=prompt, one=plain: one.generate(
+                    p, new=new, steps=STEPS, threshold=threshold
+                )[0],
+                "plain rows": one_by_one,
+                "ours full": full,
+                "ours kl": kl,
+                "ours latent": latent,
+            },
+            repeats=2 if name == "width 256" else 3,
+        )
+        greedy = given["ours full"]
+        write(
+            "adaptive", shape=name, rows=rows, prompt_tokens=length, new_tokens=new, recurrences=STEPS,
+            kl_threshold=threshold, latent_threshold=0.03, seconds=times,
+            over_plain_batch=ratio(times, "plain batch", "ours kl"),
+            over_plain_rows=ratio(times, "plain rows", "ours kl"),
+            kl_over_full_depth=ratio(times, "ours full", "ours kl"),
+            latent_over_full_depth=ratio(times, "ours full", "ours latent"),
+            same_tokens_as_plain_rows=bool(torch.equal(given["plain rows"], given["ours kl"][0])),
+            same_tokens_as_plain_batch=bool(torch.equal(given["plain batch"], given["ours kl"][0])),
+            kl_agreement_with_full_depth=float((given["ours kl"][0] == greedy).double().mean()),
+            latent_agreement_with_full_depth=float((given["ours latent"][0] == greedy).double().mean()),
+            kl_mean_recurrences=float(given["ours kl"][1].double().mean()),
+            latent_mean_recurrences=float(given["ours latent"][1].double().mean()),
+        )  # fmt: skip
+
+
+def training() -> None:
+    """One forward and backward at (n, k) = (12, 4) and (24, 8): same loss, same gradients."""
+    for name, model in shapes().items():
+        plain = Plain(model)
+        model.train()
+        rows, length = (8, 128) if name == "width 64" else (2, 128)
+        tokens = torch.randint(0, 384, (rows, length), generator=torch.Generator().manual_seed(1))
+        for n, k in ((12, 4), (24, 8)):
+
+            def step_plain(
+                n: int = n, k: int = k, one: Plain = plain, tokens: Tensor = tokens
+            ) -> float:
+                one.model.zero_grad()
+                loss = one.loss(tokens, without=n, with_gradient=k)
+                loss.backward()
+                return loss.item()
+
+            def step_ours(
+                n: int = n,
+                k: int = k,
+                m: RecurrentDepthForCausalLM = model,
+                tokens: Tensor = tokens,
+            ) -> float:
+                m.zero_grad()
+                loss = cast(Any, m)(tokens, labels=tokens, num_steps=(n, k), init_scale=0.0).loss
+                loss.backward()
+                return loss.item()
+
+            times, given = interleaved({"plain": step_plain, "ours": step_ours}, repeats=4)
+            write(
+                "train", shape=name, rows=rows, tokens=length, without_gradient=n, with_gradient=k,
+                plain_s=times["plain"], ours_s=times["ours"], speedup=ratio(times, "plain", "ours"),
+                plain_loss_nats=given["plain"], ours_loss_nats=given["ours"],
+                loss_difference=abs(given["plain"] - given["ours"]),
+            )  # fmt: skip
+
+
+def memory() -> None:
+    """Saved tensors of a training step over n, and the cache against its estimate."""
+    model = shapes()["width 64"].train()
+    tokens = torch.randint(0, 384, (2, 64), generator=torch.Generator().manual_seed(1))
+    saved = {}
+    for n in (0, 8, 32):
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            cast(Any, model)(tokens, labels=tokens, num_steps=(n, 4), init_scale=0.0)
+        saved[n] = sum(sizes.values())
+    model.eval()
+    rows = []
+    for budget in (None, 4, 1):
+        cache = RecurrentCache(model.config, steps=STEPS, budget=budget)
+        with torch.no_grad():
+            cast(Any, model)(tokens, past_key_values=cache, use_cache=True, num_steps=STEPS)
+        estimate = estimate_cache_bytes(
+            model.config, tokens=64, steps=STEPS, batch=2, budget=budget, element_bytes=4
+        )
+        rows.append(
+            {"kv_budget": budget, "cache_bytes": cache.nbytes(), "estimated_bytes": estimate}
+        )
+    write("memory", saved_bytes_by_steps_without_gradient=saved, caches=rows)
+
+
+WAYS = {"decode": decode, "adaptive": adaptive, "train": training, "memory": memory}
+
+
+def main() -> None:
+    """Run what is asked for, or everything."""
+    torch.set_num_threads(1)
+    asked = sys.argv[1:] or list(WAYS)
+    unknown = sorted(set(asked) - set(WAYS))
+    if unknown:
+        raise SystemExit(f"{unknown[0]!r} is not known; use {', '.join(WAYS)}")
+    for name in asked:
+        WAYS[name]()
+
+
+if __name__ == "__main__":
+    main()

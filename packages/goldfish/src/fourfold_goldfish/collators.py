@@ -1,0 +1,143 @@
+"""Goldfish in anybody's training script: a collator that masks labels, and one line for a Trainer.
+
+The mask is made where the batch is: from `input_ids`, before the number of supervised targets is counted.
+(A mask inside the loss function comes after transformers has counted `num_items_in_batch`, which scales
+the loss by (k - 1)/k; a mask made from `labels` hashes the -100 of a masked prompt.)
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from fourfold_goldfish.checkpoints import MaskCheck
+from fourfold_goldfish.loss import Goldfish
+
+IGNORE = -100
+"""Label that no loss counts, as in torch and transformers."""
+
+Collator = Callable[[list[Any]], Any]
+"""Features of some examples to a batch, a mapping of tensors; transformers' and TRL's are."""
+
+
+@dataclass(frozen=True, slots=True)
+class GoldfishCollator:
+    """Another collator's batches with the labels that goldfish leaves out set to -100."""
+
+    collator: Collator
+    goldfish: Goldfish
+    separators: tuple[int, ...]
+
+    def __call__(self, features: list[Any]) -> dict[str, Any]:
+        """Collate, then mask.
+
+        Raises:
+            ValueError: for a batch without `input_ids` and labels of the same shape.
+        """
+        return mask_labels(self.collator(features), self.goldfish, separators=self.separators)
+
+
+def goldfish_collator(
+    collator: Collator, goldfish: Goldfish, *, separators: tuple[int, ...] = ()
+) -> GoldfishCollator:
+    """Mask the batches of any collator that gives `input_ids` and `labels`, padded, packed or flattened.
+
+    For training only: an evaluation loss under a mask cannot be compared with anything. Where one collator
+    serves a Trainer's training and evaluation, use `add_goldfish`.
+
+    Args:
+        collator: transformers', TRL's or your own; prompts that it masks with -100 stay masked.
+        goldfish: which targets to leave out.
+        separators: ids that end a document, for rows packed without `position_ids` or `seq_idx`.
+    """
+    return GoldfishCollator(collator, goldfish, separators)
+
+
+def mask_labels(
+    batch: Mapping[str, Any], goldfish: Goldfish, *, separators: tuple[int, ...] = ()
+) -> dict[str, Any]:
+    """The batch with -100 where goldfish leaves a label out; labels that are -100 stay so.
+
+    `labels[b, i]` is the id at i, as transformers has it (the model shifts); `shift_labels[b, i]`, where
+    present, is the id at i + 1.
+
+    Raises:
+        ValueError: for a batch without `input_ids` and labels of the same shape.
+    """
+    tokens = batch.get("input_ids")
+    names = [name for name in ("labels", "shift_labels") if name in batch]
+    if not isinstance(tokens, Tensor) or not names:
+        raise ValueError(
+            f"a batch with {sorted(batch)} has no tensors input_ids and labels to mask; use a collator "
+            "that makes labels, such as DataCollatorForLanguageModeling(tokenizer, mlm=False)"
+        )
+    dropped = goldfish.drop(tokens, document_ids(batch, separators=separators))
+    masked = dict(batch)
+    for name in names:
+        labels = batch[name]
+        if labels.shape != tokens.shape:
+            raise ValueError(
+                f"{name} of shape {tuple(labels.shape)} do not match input_ids of shape "
+                f"{tuple(tokens.shape)}; give one label per id"
+            )
+        mask = dropped if name == "labels" else dropped.roll(-1, dims=1)
+        masked[name] = labels.masked_fill(mask, IGNORE)
+    return masked
+
+
+def document_ids(
+    batch: Mapping[str, Any], *, separators: tuple[int, ...] = ()
+) -> Int[Tensor, "batch row"]:
+    """Which document each id of a batch belongs to, counted within its row; padding is one of its own.
+
+    A document begins where `position_ids` do not go on by one, where `seq_idx` or `attention_mask`
+    changes, and after an id in `separators`.
+    """
+    tokens: Tensor = batch["input_ids"]
+    begins = torch.zeros_like(tokens, dtype=torch.bool)
+    for name, step in (("position_ids", 1), ("seq_idx", 0), ("attention_mask", 0)):
+        values = batch.get(name)
+        if isinstance(values, Tensor) and values.shape == tokens.shape:
+            begins[:, 1:] |= values[:, 1:] != values[:, :-1] + step
+    if separators:
+        ends = torch.isin(tokens, torch.tensor(separators, device=tokens.device))
+        begins[:, 1:] |= ends[:, :-1]
+    return begins.cumsum(dim=1)
+
+
+def add_goldfish(trainer: Trainer, goldfish: Goldfish, *, separators: tuple[int, ...] = ()) -> None:
+    """Train with goldfish loss: one line after a `Trainer`, or any subclass such as TRL's, is made.
+
+    Training batches are masked after the trainer's own collator, evaluation batches are not. Every
+    checkpoint says under which mask it was made, and one made under another is not resumed.
+
+    Args:
+        trainer: before `train()`; it keeps its collator, model and loss.
+        goldfish: which targets to leave out.
+        separators: ids that end a document, for rows packed without `position_ids` or `seq_idx`.
+
+    Raises:
+        ValueError: where the trainer has been given a mask before.
+    """
+    if isinstance(trainer.get_train_dataloader, MethodType) is False:
+        raise ValueError(
+            "this trainer's training batches are masked already; call add_goldfish once"
+        )
+    unmasked = trainer.get_train_dataloader
+
+    def get_train_dataloader() -> DataLoader[Any]:
+        plain = trainer.data_collator
+        trainer.data_collator = goldfish_collator(plain, goldfish, separators=separators)
+        try:
+            return unmasked()
+        finally:
+            trainer.data_collator = plain
+
+    trainer.get_train_dataloader = get_train_dataloader
+    trainer.add_callback(MaskCheck(goldfish, trainer.processing_class))

@@ -1,0 +1,144 @@
+"""`python -m fourfold_hpc_coder`: score outputs, make data, fine-tune, generate, reproduce the study."""
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fourfold_hpc_coder import report, score, toolchain
+from fourfold_hpc_coder.judge import Settings
+from fourfold_hpc_coder.options import Finetune, Generate, MakeData, Score, Study, chosen_models
+from fourfold_hpc_coder.sandbox import find_sandbox
+from fourfold_parallel.run.progress import Progress as Work
+
+
+def study(options: Study) -> None:
+    """Hand over to the runtime's command line, which knows every package's experiment."""
+    from fourfold_hpc_coder.experiment import EXPERIMENT
+    from fourfold_parallel.run.cli import main as perform
+
+    words = ["--scale", options.scale, "--out", str(options.out)]
+    perform(EXPERIMENT, [*words, *(["--resume"] if options.resume else [])])
+
+
+Command = (
+    Annotated[Score, tyro.conf.subcommand("score")]
+    | Annotated[MakeData, tyro.conf.subcommand("make-data")]
+    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Study, tyro.conf.subcommand("study")]
+)
+
+
+@contextmanager
+def bar(target: Console, title: str) -> Iterator[Work]:
+    """A bar with time left; nothing where nobody watches a terminal."""
+    with Progress(
+        TextColumn(f"[bold]{title}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=target,
+        disable=not target.is_terminal,
+    ) as bars:
+        task = bars.add_task("", total=None, note="")
+
+        def progress(done: int, total: int, note: str) -> None:
+            bars.update(task, completed=done, total=total, note=note)
+
+        yield progress
+
+
+def score_outputs(options: Score, target: Console) -> None:
+    """Score, write, and say in the terminal what came out."""
+    models = chosen_models(options.models)
+    if options.jobs < 1 or min(options.k, default=0) < 1:
+        raise ValueError(f"jobs={options.jobs}, k={options.k}: use numbers of 1 or more")
+    sandbox = find_sandbox(allow_none=options.unsafe_no_sandbox)
+    settings = Settings(time_limit_s=options.time_limit_s, repetitions=options.repetitions)
+    plan = score.Plan(
+        outputs=options.outputs,
+        folder=options.out,
+        models=models,
+        settings=settings,
+        sandbox=sandbox,
+        jobs=options.jobs,
+        ks=options.k,
+        is_cached=not options.no_cache,
+    )
+    with bar(target, "scoring") as progress:
+        scored = score.score(plan, progress)
+    facts = [f"sandbox: {sandbox.name}"]
+    facts += sorted({toolchain.identity(one.question.model) for one in scored.judged})
+    page = report.write(
+        scored,
+        options.out / "report.html",
+        title=f"Scores of {options.outputs.name}",
+        ks=options.k,
+        settings=settings,
+        facts=facts,
+    )
+    say(scored, target)
+    target.print(f"{scored.reused} verdicts reused. Report: {page}", soft_wrap=True)
+
+
+def say(scored: score.Scored, target: Console) -> None:
+    """Every failure in a sentence, what was left out, and the counts."""
+    for one in scored.judged:
+        for index, judgement in enumerate(one.judgements):
+            if judgement.verdict != "correct":
+                place = f"{one.question.name} ({one.question.model}) answer {index}"
+                line = f"{place}: {judgement.verdict}: {judgement.because}"
+                target.print(line, soft_wrap=True, markup=False)
+    for problem in scored.problems:
+        target.print(f"left out: {problem.place}: {problem.because}", soft_wrap=True, markup=False)
+    for note in scored.notes:
+        target.print(note, soft_wrap=True, markup=False)
+    for model, found in score.counts(scored).items():
+        shown = ", ".join(f"{count} {verdict}" for verdict, count in found.items())
+        target.print(f"{model}: {shown}", markup=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Pick a subcommand and run it; messages about input go to standard error, with exit code 2."""
+    target = Console(stderr=True, highlight=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    options = tyro.cli(Command, prog="python -m fourfold_hpc_coder", args=arguments)
+    try:
+        match options:
+            case Score():
+                score_outputs(options, target)
+            case Study():
+                study(options)
+            case MakeData():
+                from fourfold_hpc_coder.commands import make_data
+
+                with bar(target, "samples") as progress:
+                    make_data(options, target, progress)
+            case Finetune():
+                from fourfold_hpc_coder.commands import finetune
+
+                with bar(target, "steps") as progress:
+                    finetune(options, target, progress)
+            case Generate():
+                from fourfold_hpc_coder.commands import generate
+
+                with bar(target, "prompts") as progress:
+                    generate(options, target, progress)
+    except ValueError as error:
+        target.print(f"[red]{error}[/red]", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        target.print("interrupted; the same command goes on from here")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""What the command line does beside scoring: make data, fine-tune on a file of it, generate outputs."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from fourfold_hpc_coder.bases import LowRank
+from fourfold_hpc_coder.generate import Backend, Local, Sampling, generate_file
+from fourfold_hpc_coder.instruct.decontaminate import Screen
+from fourfold_hpc_coder.instruct.format import FileRows, InstructionLoss
+from fourfold_hpc_coder.instruct.pipeline import Instructions, benchmark_prompts, make
+from fourfold_hpc_coder.instruct.samples import write_samples
+from fourfold_hpc_coder.instruct.seeds import compiled, restoration, seeds
+from fourfold_hpc_coder.instruct.sources import DEBIAN, WHEELS, Tree, parallel_files
+from fourfold_hpc_coder.instruct.teachers import Endpoint, Templates
+from fourfold_hpc_coder.options import Finetune, Generate, MakeData, chosen_models
+from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.sandbox import find_sandbox, scratch_folder
+from fourfold_parallel.run.engines import Single
+from fourfold_parallel.run.files import sha256_of
+from fourfold_parallel.run.models import Published, SmolLM2
+from fourfold_parallel.run.objective import KeepAll
+from fourfold_parallel.run.optimizer import AdamW, Cosine
+from fourfold_parallel.run.progress import Progress
+from fourfold_parallel.run.recipe import Run, Steps
+from fourfold_parallel.run.records import read_record
+from fourfold_parallel.run.train import train, trained_model
+
+COMPLETION_ONLY = (
+    "Complete this C++ function. Reply with one code block that holds the whole function.\n"
+)
+"""Put before a prompt for chat models."""
+
+
+def make_data(options: MakeData, target: Console, progress: Progress) -> None:
+    """Make the data and say what was refused, and why."""
+    if bool(options.url) != bool(options.teacher):
+        raise ValueError(
+            f"--url {options.url!r} and --teacher {options.teacher!r} belong together: give both or none"
+        )
+    teacher = Endpoint(url=options.url, model_name=options.teacher) if options.url else Templates()
+    recipe = Instructions(
+        samples=options.samples,
+        models=chosen_models(options.models),
+        categories=options.categories,
+        teacher=teacher,
+        verified=True,
+        seed=options.seed,
+    )
+    made = make(recipe, progress=progress, folder=options.out)
+    target.print(
+        f"{len(made.samples)} samples in {options.out / 'samples.jsonl'}; "
+        f"{made.accepted_share:.0%} of those taught were kept"
+    )
+    for reason, count in made.reasons().items():
+        target.print(f"refused, {reason}: {count}", markup=False)
+    if options.trees:
+        restore(options.trees, options.out, target, progress)
+
+
+def restore(named: Sequence[str], out: Path, target: Console, progress: Progress) -> None:
+    """Samples from real functions: directives taken out, to be put back; kept if they compile alone."""
+    screen = Screen.of(benchmark_prompts())
+    asked = [
+        restoration(seed)
+        for seed in seeds(parallel_files([tree for name in named for tree in _trees(name)]))
+        if "openmp" in seed.constructs and not screen.hit(seed.text)
+    ]
+    kept, refused = [], []
+    sandbox = find_sandbox(allow_none=False)
+    with scratch_folder() as folder:
+        for done, sample in enumerate(asked):
+            [judged] = compiled([sample], sandbox, folder / str(done))
+            (kept if judged.verdict == "compiles" else refused).append(judged)
+            progress(done + 1, len(asked), f"{len(kept)} kept")
+    write_samples(out / "restored.jsonl", kept)
+    write_samples(out / "restored-refused.jsonl", refused)
+    target.print(
+        f"{len(kept)} of {len(asked)} real functions compile alone: {out / 'restored.jsonl'}"
+    )
+
+
+def _trees(name: str) -> tuple[Tree, ...]:
+    if name == "installed":
+        return tuple(tree for tree in (*WHEELS, *DEBIAN) if tree.is_here())
+    path, separator, licence = name.rpartition(":")
+    if not separator:
+        raise ValueError(f"--trees {name}: say the licence, as in {name}:MIT, or `installed`")
+    return (Tree(name=Path(path).name, licence=licence, path=path),)
+
+
+def generate(options: Generate, target: Console, progress: Progress) -> None:
+    """Generate the file."""
+    sampling = Sampling(
+        samples=options.samples,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_new_tokens=options.max_new_tokens,
+        batch=options.batch,
+    )
+    records = [
+        one
+        for one in _prompts(options.prompts)
+        if one["parallelism_model"] in chosen_models(options.models)
+    ]
+    if not records:
+        raise ValueError(f"{options.prompts} has no prompt for {options.models}; name other models")
+    path = generate_file(records, _backend(options), sampling, options.out, progress)
+    target.print(f"{len(records)} prompts answered: {path}; now: score {path}")
+
+
+def _prompts(source: str) -> list[dict[str, str]]:
+    if source == "built-in":
+        return [
+            {
+                "problem_type": problem.problem_type,
+                "language": "cpp",
+                "name": name,
+                "parallelism_model": model,
+                "prompt": problem.prompt(model),
+            }
+            for name, problem in own_problems().items()
+            for model in problem.models
+        ]
+    try:
+        records = json.loads(Path(source).read_text(encoding="utf-8"))
+        return [{**one, "name": one["name"], "prompt": one["prompt"]} for one in records]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--prompts {source}: no JSON list of prompts ({error})") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Asking:
+    """An endpoint that is asked for functions."""
+
+    endpoint: Endpoint
+
+    def complete_many(self, prompts: Sequence[str]) -> list[str]:
+        """One chat per prompt."""
+        return self.endpoint.complete_many([COMPLETION_ONLY + prompt for prompt in prompts])
+
+
+def _backend(options: Generate) -> Backend:
+    if options.url:
+        return _Asking(
+            Endpoint(
+                url=options.url,
+                model_name=options.model,
+                temperature=options.temperature,
+                max_new_tokens=options.max_new_tokens,
+            )
+        )
+    from transformers import AutoModelForCausalLM
+
+    return Local(
+        model=AutoModelForCausalLM.from_pretrained(options.model).eval(),
+        tokenizer=AutoTokenizer.from_pretrained(options.model),
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        chat=options.chat,
+    )
+
+
+def finetune(options: Finetune, target: Console, progress: Progress) -> None:
+    """Train, and leave a folder that `from_pretrained` reads."""
+    run = finetuning(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    last = train(
+        run,
+        record=options.out / "record.jsonl",
+        checkpoints=options.out / "checkpoints",
+        progress=progress,
+    )
+    model = trained_model(run, last)
+    merged = model.merge_and_unload() if options.lora_rank else model  # pyright: ignore[reportCallIssue]
+    merged.save_pretrained(options.out / "model")  # pyright: ignore[reportAttributeAccessIssue]
+    AutoTokenizer.from_pretrained(_folder(options)).save_pretrained(options.out / "model")
+    loss = read_record(options.out / "record.jsonl").last("validation")
+    target.print(
+        f"{options.steps} steps, held-out loss {loss.number('validation_loss_nats'):.3f} nats per token: "
+        f"{options.out / 'model'}"
+    )
+
+
+def _folder(options: Finetune) -> str:
+    return str(SmolLM2().folder()) if options.model == "smollm2" else options.model
+
+
+def finetuning(options: Finetune) -> Run:
+    """The run that the options ask for; the paper's optimizer and schedule (section 1.4 of its scripts).
+
+    Raises:
+        ValueError: where the data or the tokenizer do not fit.
+    """
+    if not options.data.is_file():
+        raise ValueError(f"--data {options.data}: no such file; make one with make-data")
+    rows = FileRows(
+        path=str(options.data),
+        sha256=sha256_of(options.data),
+        tokenizer=_folder(options),
+        response=options.response,
+    )
+    plain = (
+        SmolLM2()
+        if options.model == "smollm2"
+        else Published(name=options.model, revision="main", licence=options.licence)
+    )
+    return Run(
+        name="tuned",
+        model=LowRank(model=plain, rank=options.lora_rank) if options.lora_rank else plain,
+        data=rows,
+        objective=InstructionLoss(masked=options.masked, also=KeepAll(), marks=rows.marks()),
+        optimizer=AdamW(
+            learning_rate=options.learning_rate,
+            weight_decay=0.0,
+            beta1=0.9,
+            beta2=0.95,
+            epsilon=1e-5,
+        ),
+        schedule=Cosine(warmup_steps=max(1, options.steps // 60), floor=0.0),
+        horizon=Steps(count=options.steps),
+        batch=options.batch,
+        microbatch=options.microbatch,
+        sequence=options.sequence,
+        max_grad_norm=1.0,
+        precision="fp32",
+        engine=Single(),
+        seed=options.seed,
+        validate_every=10_000,
+        checkpoint_every=100,
+    )

@@ -1,0 +1,106 @@
+// Several ranks under MPI. Calls that move data between ranks are counted on their way to the library.
+#include "server.hpp"
+
+#include <mpi.h>
+
+namespace fourfold {
+
+Evidence evidence;
+
+void start(int *argc, char ***argv) {
+  int provided;
+  PMPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided);
+}
+void stop() { PMPI_Finalize(); }
+
+int rank() {
+  int mine;
+  PMPI_Comm_rank(MPI_COMM_WORLD, &mine);
+  return mine;
+}
+
+void share(unsigned char *bytes, std::size_t n) {
+  constexpr std::size_t most = 1u << 30; // counts are int
+  for (std::size_t done = 0; done < n; done += most)
+    PMPI_Bcast(bytes + done, int(std::min(most, n - done)), MPI_BYTE, 0, MPI_COMM_WORLD);
+}
+
+void barrier() { PMPI_Barrier(MPI_COMM_WORLD); }
+
+Evidence gathered(Evidence mine) {
+  constexpr int fields = sizeof(Evidence) / sizeof(double);
+  Evidence all;
+  PMPI_Reduce(&mine, &all, fields, MPI_DOUBLE, MPI_SUM, 0, MPI_COMM_WORLD);
+  return all;
+}
+
+} // namespace fourfold
+
+// One definition per call: the name, its parameters, and the arguments passed on. A zero count moves nothing.
+#define COUNTED(name, parameters, arguments)                                                              \
+  extern "C" int MPI_##name parameters {                                                                  \
+    fourfold::evidence.messages += 1;                                                                     \
+    return PMPI_##name arguments;                                                                         \
+  }
+#define BUFFER const void *from, void *to
+#define KIND MPI_Datatype kind
+
+COUNTED(Send, (const void *b, int n, KIND, int r, int t, MPI_Comm c), (b, n, kind, r, t, c))
+COUNTED(Ssend, (const void *b, int n, KIND, int r, int t, MPI_Comm c), (b, n, kind, r, t, c))
+COUNTED(Bsend, (const void *b, int n, KIND, int r, int t, MPI_Comm c), (b, n, kind, r, t, c))
+COUNTED(Rsend, (const void *b, int n, KIND, int r, int t, MPI_Comm c), (b, n, kind, r, t, c))
+COUNTED(Isend, (const void *b, int n, KIND, int r, int t, MPI_Comm c, MPI_Request *q), (b, n, kind, r, t, c, q))
+COUNTED(Recv, (void *b, int n, KIND, int r, int t, MPI_Comm c, MPI_Status *s), (b, n, kind, r, t, c, s))
+COUNTED(Irecv, (void *b, int n, KIND, int r, int t, MPI_Comm c, MPI_Request *q), (b, n, kind, r, t, c, q))
+COUNTED(Sendrecv,
+        (const void *b, int n, KIND, int r, int t, void *b2, int n2, MPI_Datatype k2, int r2, int t2,
+         MPI_Comm c, MPI_Status *s),
+        (b, n, kind, r, t, b2, n2, k2, r2, t2, c, s))
+COUNTED(Bcast, (void *b, int n, KIND, int root, MPI_Comm c), (b, n, kind, root, c))
+COUNTED(Ibcast, (void *b, int n, KIND, int root, MPI_Comm c, MPI_Request *q), (b, n, kind, root, c, q))
+COUNTED(Reduce, (BUFFER, int n, KIND, MPI_Op o, int root, MPI_Comm c), (from, to, n, kind, o, root, c))
+COUNTED(Allreduce, (BUFFER, int n, KIND, MPI_Op o, MPI_Comm c), (from, to, n, kind, o, c))
+COUNTED(Iallreduce, (BUFFER, int n, KIND, MPI_Op o, MPI_Comm c, MPI_Request *q), (from, to, n, kind, o, c, q))
+COUNTED(Scan, (BUFFER, int n, KIND, MPI_Op o, MPI_Comm c), (from, to, n, kind, o, c))
+COUNTED(Exscan, (BUFFER, int n, KIND, MPI_Op o, MPI_Comm c), (from, to, n, kind, o, c))
+COUNTED(Reduce_scatter, (BUFFER, const int n[], KIND, MPI_Op o, MPI_Comm c), (from, to, n, kind, o, c))
+COUNTED(Reduce_scatter_block, (BUFFER, int n, KIND, MPI_Op o, MPI_Comm c), (from, to, n, kind, o, c))
+COUNTED(Gather, (const void *b, int n, KIND, void *to, int m, MPI_Datatype k2, int root, MPI_Comm c),
+        (b, n, kind, to, m, k2, root, c))
+COUNTED(Gatherv,
+        (const void *b, int n, KIND, void *to, const int m[], const int d[], MPI_Datatype k2, int root,
+         MPI_Comm c),
+        (b, n, kind, to, m, d, k2, root, c))
+COUNTED(Allgather, (const void *b, int n, KIND, void *to, int m, MPI_Datatype k2, MPI_Comm c),
+        (b, n, kind, to, m, k2, c))
+COUNTED(Allgatherv,
+        (const void *b, int n, KIND, void *to, const int m[], const int d[], MPI_Datatype k2, MPI_Comm c),
+        (b, n, kind, to, m, d, k2, c))
+COUNTED(Scatter, (const void *b, int n, KIND, void *to, int m, MPI_Datatype k2, int root, MPI_Comm c),
+        (b, n, kind, to, m, k2, root, c))
+COUNTED(Scatterv,
+        (const void *b, const int n[], const int d[], KIND, void *to, int m, MPI_Datatype k2, int root,
+         MPI_Comm c),
+        (b, n, d, kind, to, m, k2, root, c))
+COUNTED(Alltoall, (const void *b, int n, KIND, void *to, int m, MPI_Datatype k2, MPI_Comm c),
+        (b, n, kind, to, m, k2, c))
+COUNTED(Alltoallv,
+        (const void *b, const int n[], const int d[], KIND, void *to, const int m[], const int e[],
+         MPI_Datatype k2, MPI_Comm c),
+        (b, n, d, kind, to, m, e, k2, c))
+COUNTED(Put,
+        (const void *b, int n, KIND, int r, MPI_Aint at, int m, MPI_Datatype k2, MPI_Win w),
+        (b, n, kind, r, at, m, k2, w))
+COUNTED(Get, (void *b, int n, KIND, int r, MPI_Aint at, int m, MPI_Datatype k2, MPI_Win w),
+        (b, n, kind, r, at, m, k2, w))
+COUNTED(Accumulate,
+        (const void *b, int n, KIND, int r, MPI_Aint at, int m, MPI_Datatype k2, MPI_Op o, MPI_Win w),
+        (b, n, kind, r, at, m, k2, o, w))
+
+// The judge starts and ends MPI; a candidate that does so as well has no effect.
+extern "C" int MPI_Init(int *, char ***) { return MPI_SUCCESS; }
+extern "C" int MPI_Init_thread(int *, char ***, int required, int *provided) {
+  *provided = required;
+  return MPI_SUCCESS;
+}
+extern "C" int MPI_Finalize() { return MPI_SUCCESS; }

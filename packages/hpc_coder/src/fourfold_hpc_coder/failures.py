@@ -1,0 +1,136 @@
+"""Why a sample failed: a verdict and one sentence, with the compiler's or the program's own words."""
+
+import re
+import signal
+
+import numpy as np
+
+from fourfold_hpc_coder.evaluation import Launch, Verdict, agrees
+from fourfold_hpc_coder.problems import Parameter, Problem
+from fourfold_hpc_coder.sandbox import Outcome
+
+SIGNALS = {
+    signal.SIGSEGV: "an access outside its memory",
+    signal.SIGBUS: "an access outside a mapped file",
+    signal.SIGFPE: "a division by zero or another arithmetic error",
+    signal.SIGABRT: "an abort, as after an uncaught exception or a failed assertion",
+    signal.SIGILL: "an illegal instruction",
+    signal.SIGXFSZ: "a file larger than allowed",
+    signal.SIGSYS: "a forbidden system call",
+    signal.SIGTERM: "a termination signal",
+    signal.SIGKILL: "a kill: memory ran out, or a signal of its own",
+}
+
+
+def of_build(outcome: Outcome) -> tuple[Verdict, str]:
+    """Why an answer did not become a program."""
+    if outcome.limit != "nothing":
+        return "no build", f"the compiler was stopped: {_limit(outcome)}"
+    lines = outcome.stderr.splitlines()
+    for pattern, prefix in (
+        (r"undefined (?:reference|symbol).*", "it does not link: "),
+        (r"(?:fatal )?error: .*", "it does not compile: "),
+        (r"multiple definition.*|duplicate symbol.*", "it does not link: "),
+        (r"internal compiler error.*|.*out of memory.*", "the compiler gave up: "),
+    ):
+        for line in lines:
+            if found := re.search(pattern, line):
+                return "no build", prefix + _short(found.group())
+    last = next((line for line in reversed(lines) if line.strip()), f"exit code {outcome.code}")
+    return "no build", f"it does not compile: {_short(last)}"
+
+
+def of_run(
+    outcome: Outcome, launch: Launch, size: int, *, patience_s: float
+) -> tuple[Verdict, str]:
+    """Why a program ended, or was ended, before it answered."""
+    where = f"on {launch}, for an input of size {size}"
+    words = _last_words(outcome.stderr)
+    said = f'; its last words: "{words}"' if words else ""
+    if outcome.limit in ("wall", "cpu"):
+        spent = min(outcome.cpu_s / max(launch.processors, 1), outcome.elapsed_s)
+        why = (
+            f"it gave no answer within {patience_s:g} s"
+            if outcome.limit == "wall"
+            else f"it used more than {outcome.cpu_s:.0f} s of processor time without an answer"
+        )
+        waits = spent < outcome.elapsed_s / 10 and outcome.elapsed_s > 1
+        hint = " while hardly computing: it waits for something that never comes" if waits else ""
+        return "timeout", f"{why}{hint}, {where}"
+    if outcome.limit != "nothing":
+        return "crash", f"it was stopped {where}: {_limit(outcome)}"
+    if number := outcome.signal:
+        name = signal.Signals(number)
+        meaning = SIGNALS.get(name, "a signal")
+        return "crash", f"it ended with {name.name} ({meaning}) {where}{said}"
+    return (
+        "crash",
+        f"it ended by itself with exit code {outcome.code} before it answered, {where}{said}",
+    )
+
+
+def _limit(outcome: Outcome) -> str:
+    return {
+        "wall": f"more than {outcome.elapsed_s:.0f} s",
+        "cpu": f"more than {outcome.cpu_s:.0f} s of processor time",
+        "memory": "more memory than allowed",
+        "processes": "more processes than allowed",
+        "nothing": "no limit",
+    }[outcome.limit]
+
+
+def of_answer(
+    problem: Problem,
+    outputs: dict[str, np.ndarray],
+    expected: dict[str, np.ndarray],
+    launch: Launch,
+    size: int,
+) -> tuple[Verdict, str]:
+    """Whether outputs are the reference's; ("correct", "") where they are."""
+    for parameter in problem.signature.outputs:
+        ours, right = outputs[parameter.name], expected[parameter.name]
+        if ours.shape != right.shape:
+            return "wrong", (
+                f"{_called(parameter)} has {ours.size} elements where the reference has {right.size}, "
+                f"on {launch}, for an input of size {size}"
+            )
+        good = agrees(ours, right, problem.tolerance(parameter))
+        if good.all():
+            continue
+        first = int(np.argmin(good))
+        verdict: Verdict = "not finite" if _not_finite(ours[~good]) else "wrong"
+        place = (
+            f"{_called(parameter)}[{first}]" if parameter.holds == "many" else _called(parameter)
+        )
+        share = f" ({np.count_nonzero(~good)} of {good.size} differ)" if good.size > 1 else ""
+        return verdict, (
+            f"{place} is {ours[first]} where the reference has {right[first]}{share}, "
+            f"on {launch}, for an input of size {size}"
+        )
+    return "correct", ""
+
+
+def _called(parameter: Parameter) -> str:
+    return "the returned value" if parameter.name == "result" else parameter.name
+
+
+def _not_finite(values: np.ndarray) -> bool:
+    if values.dtype.names:
+        return any(_not_finite(values[name]) for name in values.dtype.names)
+    return np.issubdtype(values.dtype, np.inexact) and not np.isfinite(values).all()
+
+
+_NOISE = re.compile(
+    r"^\s*$|^-+$|mpirun|orterun|PMIX|\*\*\* |^\[[^\]]*\] (?:Signal|Failing|\[ ?\d+\]|\*\*\*)|Primary job|"
+    r"per user-direction|exit code|non-zero|^\s*Process name|detected that|noticed that"
+)
+
+
+def _last_words(stderr: str) -> str:
+    kept = [line for line in stderr.splitlines() if not _NOISE.search(line)]
+    return _short(kept[-1]) if kept else ""
+
+
+def _short(text: str, most: int = 200) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -1,0 +1,214 @@
+"""Answers from a model: transformers in batches, or a served model, in ParEval's file format, resumable."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from fourfold_hpc_coder.pareval import Fields
+from fourfold_parallel.run.files import write_text
+from fourfold_parallel.run.progress import Progress
+
+
+class Backend(Protocol):
+    """Something that completes prompts."""
+
+    def complete_many(self, prompts: Sequence[str]) -> list[str]:
+        """One completion per prompt, in order, without the prompt."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """A transformers model, greedy at temperature 0, else sampled."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 0.95
+    seed: int = 0
+    chat: bool = False
+    """Whether each prompt becomes the user's message of the tokenizer's chat template."""
+
+    @torch.no_grad()
+    def complete_many(self, prompts: Sequence[str]) -> list[str]:
+        """All prompts as one batch, padded on the left; each row stops at its end token."""
+        rows = [self._encode(prompt) for prompt in prompts]
+        width = max(map(len, rows))
+        end = self.tokenizer.eos_token_id
+        assert isinstance(end, int)
+        tokens = torch.tensor([[end] * (width - len(row)) + row for row in rows])
+        seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        written = self._continue(tokens, seen, end)[:, width:]
+        return [self._text(row.tolist(), end) for row in written]
+
+    def _encode(self, prompt: str) -> list[int]:
+        if not self.chat:
+            return self.tokenizer.encode(prompt, add_special_tokens=False)
+        words = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+        return self.tokenizer.encode(str(words), add_special_tokens=False)
+
+    def _continue(
+        self, tokens: Int[Tensor, "batch prompt"], seen: Int[Tensor, "batch prompt"], end: int
+    ) -> Int[Tensor, "batch whole"]:
+        sampling: dict[str, Any] = {"do_sample": False}
+        if self.temperature > 0:
+            sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            written = self.model.generate(  # pyright: ignore[reportCallIssue]
+                input_ids=tokens.to(self.model.device),
+                attention_mask=seen.to(self.model.device),
+                max_new_tokens=self.max_new_tokens,
+                use_cache=True,
+                pad_token_id=end,
+                eos_token_id=end,
+                **sampling,
+            )
+        assert isinstance(written, Tensor)
+        return written.cpu()
+
+    def _text(self, tokens: list[int], end: int) -> str:
+        stop = tokens.index(end) if end in tokens else len(tokens)
+        return str(self.tokenizer.decode(tokens[:stop]))
+
+
+_FENCE = re.compile(r"```[\w+]*\n(.*?)(?:```|\Z)", re.DOTALL)
+
+
+def body_of(text: str, prompt: str) -> str:
+    """The function's body in what a model wrote: up to the brace that closes it.
+
+    Understands a bare continuation, a fenced block, and a whole function written again; braces in strings,
+    characters and comments do not count. Helpers written before the function are left out, since a body has
+    no place for them.
+
+    Args:
+        text: the model's words.
+        prompt: ends by opening the function.
+    """
+    fenced = _FENCE.findall(text)
+    function = re.search(r"(\w+)\s*\([^()]*\)\s*\{?\s*$", prompt)
+    name = function.group(1) if function else ""
+    code = next(
+        (block for block in fenced if name and name in block), fenced[0] if fenced else text
+    )
+    again = re.search(rf"\b{re.escape(name)}\s*\([^;{{]*\)\s*\{{", code) if name else None
+    if again:
+        code = code[again.end() :]
+    return code[: _closing(code)]
+
+
+def _closing(code: str) -> int:
+    """Index after the brace that closes a body whose opening brace was in the prompt; all of it if none."""
+    plain = _blanked(code)
+    depth = 1
+    for index, sign in enumerate(plain):
+        depth += (sign == "{") - (sign == "}")
+        if depth == 0:
+            return index + 1
+    return len(code)
+
+
+_LITERAL = re.compile(
+    r'//[^\n]*|/\*.*?(?:\*/|\Z)|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])+\'', re.DOTALL
+)
+
+
+def _blanked(code: str) -> str:
+    """Code of the same length with comments and literals blanked."""
+    return _LITERAL.sub(lambda found: " " * len(found.group()), code)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How a file of outputs is generated; kept in ParEval's fields."""
+
+    samples: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    batch: int
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.batch < 1 or self.max_new_tokens < 1 or self.temperature < 0:
+            raise ValueError(
+                f"samples={self.samples}, batch={self.batch}, max_new_tokens={self.max_new_tokens}, "
+                f"temperature={self.temperature}: use 1 or more, and a temperature of 0 or more"
+            )
+
+
+def generate_file(
+    prompts: Sequence[Fields],
+    backend: Backend,
+    sampling: Sampling,
+    out: Path,
+    progress: Progress,
+) -> Path:
+    """Complete every prompt and write ParEval's outputs file; prompts that the file has whole are kept.
+
+    Args:
+        prompts: ParEval's prompt records: problem_type, language, name, parallelism_model, prompt.
+        backend: completes prompts.
+        sampling: how many, how hot, how long.
+        out: the JSON file, written whole after each prompt.
+        progress: told after each prompt.
+
+    Raises:
+        ValueError: where the file at `out` holds something else.
+    """
+    done = _done(out, sampling)
+    entries: list[Fields] = []
+    for index, record in enumerate(prompts):
+        key = (record["name"], record["parallelism_model"], record["prompt"])
+        entry = done.get(key)
+        if entry is None:
+            wanted = [record["prompt"]] * sampling.samples
+            raw: list[str] = []
+            for first in range(0, len(wanted), sampling.batch):
+                raw += backend.complete_many(wanted[first : first + sampling.batch])
+            entry = {
+                **record,
+                **_fields(sampling),
+                "outputs": [body_of(text, record["prompt"]) for text in raw],
+                "raw_outputs": raw,
+            }
+        entries.append(entry)
+        write_text(out, json.dumps(entries, indent=1) + "\n")
+        progress(index + 1, len(prompts), record["name"])
+    return out
+
+
+def _fields(sampling: Sampling) -> Fields:
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "do_sample": sampling.temperature > 0,
+        "max_new_tokens": sampling.max_new_tokens,
+        "prompted": True,
+    }
+
+
+def _done(out: Path, sampling: Sampling) -> dict[tuple[str, str, str], Fields]:
+    if not out.exists():
+        return {}
+    try:
+        entries = json.loads(out.read_text(encoding="utf-8"))
+        return {
+            (one["name"], one["parallelism_model"], one["prompt"]): one
+            for one in entries
+            if len(one["outputs"]) == sampling.samples
+            and all(one.get(key) == value for key, value in _fields(sampling).items())
+        }
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{out} holds no outputs of ours; name another file with --out") from None

@@ -1,0 +1,68 @@
+"""One instruction with its answer, and where it came from; as JSONL."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from fourfold_hpc_coder.evaluation import Model
+from fourfold_parallel.run.files import write_text
+
+Category = Literal["programming", "parallelization", "translation", "optimization"]
+"""HPC-Instruct's four kinds of tasks; its published files do not say which is which."""
+ANY: tuple[Category, ...] = get_args(Category)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Enough to find, check and license a sample."""
+
+    teacher: str
+    """Who wrote the answer: `templates`, or an endpoint's model."""
+    task: str
+    """Name of the grammar's task, or digest of the seed."""
+    seed_origin: str
+    """Package, path and lines of the real source it was made from; empty for none."""
+    licence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """An instruction and an answer."""
+
+    category: Category
+    model: Model
+    """Parallel model of the answer."""
+    instruction: str
+    answer: str
+    provenance: Provenance
+    verdict: str
+    """Of the scorer, when the answer was compiled and run."""
+
+
+def write_samples(path: Path, samples: Iterable[Sample]) -> None:
+    """Write JSONL, whole: one sample per line."""
+    lines = [json.dumps(asdict(sample), sort_keys=True) for sample in samples]
+    write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def read_samples(path: Path) -> tuple[Sample, ...]:
+    """Read JSONL back; a cut last line is left out.
+
+    Raises:
+        ValueError: for a line that is no sample.
+    """
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            fields = json.loads(line)
+            fields["provenance"] = Provenance(**fields["provenance"])
+            found.append(Sample(**fields))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"line {number} of {path} is no sample ({error}); remove it, or make the file again"
+            ) from None
+    return tuple(found)

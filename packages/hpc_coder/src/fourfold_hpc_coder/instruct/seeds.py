@@ -1,0 +1,121 @@
+"""Seeds: whole functions of real parallel code, found by parsing, with their place and licence.
+
+From a seed the rule-based teacher makes a task without any model: the function with its OpenMP directives
+taken out is the question, the function as its authors wrote it is the answer. Such a sample is kept only if
+the function compiles by itself; most of real code does not, and the share that does is reported.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tree_sitter_cpp
+from tree_sitter import Language, Node, Parser
+
+from fourfold_hpc_coder.instruct.dedup import Seen
+from fourfold_hpc_coder.instruct.samples import Provenance, Sample
+from fourfold_hpc_coder.instruct.sources import CONSTRUCTS, Construct, SourceFile
+from fourfold_hpc_coder.sandbox import Job, Mount, Sandbox, run
+from fourfold_hpc_coder.toolchain import COMPILING
+
+_PARSER = Parser(Language(tree_sitter_cpp.language()))
+LONGEST = 4000
+"""Characters of a function that still makes a seed."""
+SCRAPED = 0.7
+"""MinHash similarity from which two real functions are one (Magicoder's cleaning)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seed:
+    """A function of real code that uses a parallel model."""
+
+    text: str
+    constructs: tuple[Construct, ...]
+    origin: str
+    """`tree/path:first-last`, lines 1-based."""
+    licence: str
+
+    @property
+    def key(self) -> str:
+        """Digest of its text."""
+        return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def seeds(files: Sequence[SourceFile]) -> tuple[Seed, ...]:
+    """Functions of the files that use a parallel model, near-duplicates once, in order."""
+    seen = Seen.of((), threshold=SCRAPED)
+    return tuple(seed for file in files for seed in _of_file(file) if seen.add(seed.text))
+
+
+def _of_file(file: SourceFile) -> Iterator[Seed]:
+    source = file.text.encode("utf-8", "surrogatepass")
+    for node in _functions(_PARSER.parse(source).root_node):
+        text = source[node.start_byte : node.end_byte].decode("utf-8", "surrogatepass")
+        found = tuple(name for name, pattern in CONSTRUCTS.items() if pattern.search(text))
+        if found and len(text) <= LONGEST and not node.has_error:
+            first, last = node.start_point[0] + 1, node.end_point[0] + 1
+            yield Seed(
+                text=text,
+                constructs=found,
+                origin=f"{file.tree}/{file.path}:{first}-{last}",
+                licence=file.licence,
+            )
+
+
+def _functions(node: Node) -> Iterator[Node]:
+    """Function definitions below a node, not those within another."""
+    for child in node.children:
+        if child.type == "function_definition":
+            yield child
+        else:
+            yield from _functions(child)
+
+
+_DIRECTIVE = re.compile(r"^[ \t]*#[ \t]*pragma[ \t]+omp\b(?:[^\n]*\\\n)*[^\n]*\n?", re.MULTILINE)
+
+
+def restoration(seed: Seed) -> Sample:
+    """The task to put a real function's OpenMP directives back.
+
+    Raises:
+        ValueError: for a seed that has none.
+    """
+    serial = _DIRECTIVE.sub("", seed.text)
+    if serial == seed.text:
+        raise ValueError(f"seed {seed.origin} has no OpenMP directive to take out; choose another")
+    return Sample(
+        category="parallelization",
+        model="omp",
+        instruction=f"/* Parallelize this function with OpenMP. */\n{serial}",
+        answer=seed.text,
+        provenance=Provenance(
+            teacher="restoration", task=seed.key, seed_origin=seed.origin, licence=seed.licence
+        ),
+        verdict="not judged",
+    )
+
+
+def compiled(samples: Sequence[Sample], sandbox: Sandbox, folder: Path) -> tuple[Sample, ...]:
+    """The samples with the compiler's verdict on their answers: "compiles" or "no build".
+
+    Args:
+        samples: whole functions.
+        sandbox: where the compiler runs.
+        folder: for the sources; emptied by the caller.
+    """
+    judged = []
+    for index, sample in enumerate(samples):
+        source = folder / f"{index}"
+        source.mkdir(parents=True)
+        (source / "answer.cpp").write_text(
+            f"#include <bits/stdc++.h>\n#include <omp.h>\n{sample.answer}\n",
+            encoding="utf-8",
+            errors="replace",
+        )
+        command = ("g++", "-std=c++17", "-fopenmp", "-fsyntax-only", "/in/answer.cpp")
+        mounts = (Mount(source=source, target="/in"),)
+        outcome = run(sandbox, Job(command=command, mounts=mounts, limits=COMPILING))
+        judged.append(replace(sample, verdict="no build" if outcome.code else "compiles"))
+    return tuple(judged)

@@ -1,0 +1,192 @@
+"""Teachers: who writes the answer. One interface for a template grammar, an endpoint, a local model."""
+
+import json
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from fourfold_hpc_coder.evaluation import Model
+from fourfold_hpc_coder.instruct.grammar import Shape, Task, all_tasks
+from fourfold_hpc_coder.instruct.samples import Category, Provenance, Sample
+
+
+class Teacher(Protocol):
+    """Gives unverified samples for tasks."""
+
+    @property
+    def name(self) -> str:
+        """For provenance."""
+        ...
+
+    def teach(self, task: Task, model: Model, category: Category) -> Sample:
+        """A sample for a task; its answer may be wrong."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Templates:
+    """The deterministic teacher: answers rendered from the task's kernel. Works without a network."""
+
+    corrupted: float = 0.0
+    """Share of answers spoiled on purpose, to study what bad data do."""
+    name: str = "templates"
+
+    def teach(self, task: Task, model: Model, category: Category) -> Sample:
+        """The answer in the model, asked for in the category's words."""
+        problem = task.problem()
+        answer = problem.answer(model)
+        generator = np.random.default_rng(_number(f"{task.name} {model} {category}"))
+        if generator.random() < self.corrupted:
+            answer = spoiled(answer, generator)
+        return Sample(
+            category=category,
+            model=model,
+            instruction=instruction(task, model, category),
+            answer=answer,
+            provenance=Provenance(
+                teacher=self.name, task=task.name, seed_origin="", licence="Apache-2.0"
+            ),
+            verdict="not judged",
+        )
+
+
+def instruction(task: Task, model: Model, category: Category) -> str:
+    """What the pupil is asked."""
+    problem = task.problem()
+    head = f"{problem.declaration('serial')} {{\n"
+    match category:
+        case "programming":
+            return task.prompt(model)
+        case "parallelization":
+            serial = f"{head}{problem.answer('serial')}"
+            return f"Parallelize:\n{serial}\n{task.prompt(model)}"
+        case "translation":
+            source: Model = "omp" if model != "omp" else "mpi"
+            other = f"{problem.declaration(source)} {{\n{problem.answer(source)}"
+            return f"Translate:\n{other}\n{task.prompt(model)}"
+        case "optimization":
+            return f"Make it fast:\n{head}{_slow(problem.answer('serial'))}\n{task.prompt(model)}"
+
+
+def _slow(body: str) -> str:
+    """The same result the long way: every pass done twice."""
+    return body.replace(
+        "for (size_t i = 0; i <",
+        "for (size_t again = 0; again < 2; ++again) {}\n    for (size_t i = 0; i <",
+    )
+
+
+def spoiled(answer: str, generator: np.random.Generator) -> str:
+    """An answer with one typical error: a lost clause, a wrong bound, a wrong start, another operator."""
+    changes = [
+        (" reduction(+:result)", ""),
+        ("size_t i = 0;", "size_t i = 1;"),
+        ("i < x.size();", "i <= x.size();"),
+        ("+=", "="),
+        (" + ", " - "),
+        ("* ", "+ "),
+        ("y[i] =", "y[0] ="),
+        ("x[i] =", "x[0] ="),
+        ("x[i]", "x[0]"),
+    ]
+    fitting = [change for change in changes if change[0] in answer]
+    old, new = fitting[generator.integers(len(fitting))]
+    return answer.replace(old, new, 1)
+
+
+def _number(text: str) -> int:
+    import zlib
+
+    return zlib.crc32(text.encode())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Any OpenAI-compatible server: vLLM, llama.cpp, TGI, or a company's."""
+
+    url: str
+    """Up to and including `/v1`."""
+    model_name: str
+    key: str = ""
+    temperature: float = 0.2
+    max_new_tokens: int = 512
+    timeout_s: float = 120.0
+
+    @property
+    def name(self) -> str:
+        """The served model."""
+        return self.model_name
+
+    def teach(self, task: Task, model: Model, category: Category) -> Sample:
+        """Ask for a function's body."""
+        asked = instruction(task, model, category)
+        text = self.complete(
+            f"Complete this C++ function. Reply with one code block that holds the whole function.\n{asked}"
+        )
+        from fourfold_hpc_coder.generate import body_of
+
+        return Sample(
+            category=category,
+            model=model,
+            instruction=asked,
+            answer=body_of(text, asked),
+            provenance=Provenance(
+                teacher=self.name, task=task.name, seed_origin="", licence="see the model's terms"
+            ),
+            verdict="not judged",
+        )
+
+    def complete(self, prompt: str) -> str:
+        """One completion of a chat of one message.
+
+        Raises:
+            OSError: where the server cannot be reached.
+            ValueError: where it answers with something else than a completion.
+        """
+        return self.complete_many([prompt])[0]
+
+    def complete_many(self, prompts: Sequence[str]) -> list[str]:
+        """Completions, one request each."""
+        return [self._request(prompt) for prompt in prompts]
+
+    def _request(self, prompt: str) -> str:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"url={self.url!r} is no http address; give one that ends in /v1")
+        body: dict[str, Any] = {
+            "model": self.model_name,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": self.temperature,
+            "max_tokens": self.max_new_tokens,
+        }
+        request = urllib.request.Request(  # noqa: S310 - checked above
+            f"{self.url.rstrip('/')}/chat/completions",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"},
+        )
+        with urllib.request.urlopen(request, timeout=self.timeout_s) as reply:  # noqa: S310
+            answer = json.loads(reply.read())
+        try:
+            return str(answer["choices"][0]["message"]["content"])
+        except (KeyError, IndexError, TypeError):
+            raise ValueError(
+                f"{self.url} answered {str(answer)[:200]}, which is no completion"
+            ) from None
+
+
+Split = Literal["train", "held-out"]
+
+
+def split(tasks: Sequence[Task], part: Split, *, every: int) -> tuple[Task, ...]:
+    """Tasks to learn from, or every `every`-th by a hash of its name, which no sample may touch."""
+    held = {task.name for task in tasks if _number(task.name) % every == 0}
+    return tuple(task for task in tasks if (task.name in held) == (part == "held-out"))
+
+
+def shuffled_tasks(seed: int, shapes: Sequence[Shape]) -> tuple[Task, ...]:
+    """The shapes' tasks in a seeded order."""
+    tasks = all_tasks(shapes)
+    order = np.random.default_rng(seed).permutation(len(tasks))
+    return tuple(tasks[int(index)] for index in order)

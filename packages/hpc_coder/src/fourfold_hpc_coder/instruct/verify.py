@@ -1,0 +1,70 @@
+"""Keep a sample only if its answer compiles, runs and is right: judged as a model's answer would be."""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from fourfold_hpc_coder.evaluation import Launch, Model
+from fourfold_hpc_coder.instruct.grammar import Task
+from fourfold_hpc_coder.judge import Bench, Judgement, Reference, Round, Settings, judge
+from fourfold_hpc_coder.sandbox import find_sandbox, scratch_folder
+from fourfold_hpc_coder.score import equal_answers
+
+CHECKED_ON: tuple[tuple[Model, tuple[Launch, ...]], ...] = (
+    ("serial", (Launch(),)),
+    ("omp", (Launch(threads=2),)),
+    ("mpi", (Launch(ranks=2),)),
+    ("mpi+omp", (Launch(ranks=2, threads=2),)),
+    ("kokkos", (Launch(),)),
+)
+"""One launch per model, with more than one processor where the model has them."""
+
+SETTINGS = Settings(repetitions=1, races=False, launches=CHECKED_ON)
+"""Correctness and parallelism, no timing: an answer of data is not raced."""
+
+
+@contextmanager
+def bench(*, allow_no_sandbox: bool = False) -> Iterator[Bench]:
+    """A bench for verification; inputs are the same each time, since nobody here is an adversary's judge."""
+    sandbox = find_sandbox(allow_none=allow_no_sandbox)
+    with scratch_folder() as scratch:
+        yield Bench(sandbox=sandbox, scratch=scratch, settings=SETTINGS, secret=20241219)
+
+
+def oracle(task: Task, secret: int) -> Reference:
+    """Right answers to a task by NumPy; nothing is timed."""
+    problem = task.problem()
+    generator = np.random.default_rng((secret, zlib.crc32(task.name.encode())))
+    rounds = []
+    for size in (*problem.sizes(generator), problem.timing_size):
+        drawn = problem.arguments(size, generator)
+        rounds.append(Round(size=size, arguments=(*drawn.values(),), expected=task.expected(drawn)))
+    return Reference(
+        problem=problem, checks=tuple(rounds[:-1]), timed=tuple(rounds[-1:]), best_s=float("nan")
+    )
+
+
+def verify(
+    workbench: Bench, task: Task, model: Model, prompt: str, answers: Sequence[str]
+) -> list[Judgement]:
+    """Judge answers to one task; equal ones, now or before, once.
+
+    Args:
+        workbench: from `bench`.
+        task: gives inputs and right answers.
+        model: parallel model asked for.
+        prompt: ends by opening the function.
+        answers: function bodies.
+    """
+    right = oracle(task, workbench.secret)
+
+    def fresh(body: str) -> Judgement:
+        with workbench.quiet.working():
+            return judge(workbench, right, model, prompt, body)
+
+    return [
+        equal_answers(right.problem, model, prompt, body, workbench.settings, fresh)
+        for body in answers
+    ]

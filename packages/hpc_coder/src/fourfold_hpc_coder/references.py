@@ -1,0 +1,69 @@
+"""The scorer applied to itself: every problem's own right answers, judged and timed in every model."""
+
+from dataclasses import dataclass
+
+from fourfold_hpc_coder import toolchain
+from fourfold_hpc_coder.evaluation import Launch, Model
+from fourfold_hpc_coder.judge import Bench, Settings, judge, reference
+from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.sandbox import find_sandbox, scratch_folder
+from fourfold_parallel.run.experiments import Workplace
+from fourfold_parallel.run.records import RecordWriter, header
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class References:
+    """Which answers are judged, and how."""
+
+    models: tuple[Model, ...]
+    settings: Settings
+
+
+def on_a_laptop() -> References:
+    """Serial, OpenMP and MPI on no more processors than a laptop has."""
+    launches: tuple[tuple[Model, tuple[Launch, ...]], ...] = (
+        ("serial", (Launch(),)),
+        ("omp", (Launch(), Launch(threads=2))),
+        ("mpi", (Launch(), Launch(ranks=2))),
+    )
+    return References(
+        models=("serial", "omp", "mpi"), settings=Settings(races=False, launches=launches)
+    )
+
+
+def judge_references(study: References, workplace: Workplace) -> None:
+    """Judge the right answer to every problem; a model that is not on this machine is named and left out.
+
+    Events: "reference" per problem and model, "absent" per model that is not here.
+    """
+    workplace.record.unlink(missing_ok=True)
+    sandbox = find_sandbox(allow_none=False)
+    problems = own_problems()
+    with RecordWriter(workplace.record) as records, scratch_folder() as scratch:
+        records.write_header(header(study, seed=0, world_size=1, materials=(), overrides=()))
+        bench = Bench(sandbox=sandbox, scratch=scratch, settings=study.settings, secret=0)
+        absent = {model: toolchain.missing(model) for model in study.models}
+        for model, reason in absent.items():
+            if reason:
+                records.write("absent", model=model, because=reason)
+        for done, (name, problem) in enumerate(problems.items()):
+            with bench.quiet.working():
+                right = reference(bench, problem)
+                for model in study.models:
+                    if model in problem.models and not absent[model]:
+                        found = judge(
+                            bench, right, model, problem.prompt(model), problem.answer(model)
+                        )
+                        records.write(
+                            "reference",
+                            problem=name,
+                            problem_type=problem.problem_type,
+                            model=model,
+                            verdict=found.verdict,
+                            because=found.because,
+                            best_sequential_s=right.best_s,
+                            processors=[run.launch.processors for run in found.sample.runs],
+                            runtimes_s=[run.runtime_s for run in found.sample.runs],
+                        )
+            workplace.progress(done + 1, len(problems), name)
+        records.write("finished")

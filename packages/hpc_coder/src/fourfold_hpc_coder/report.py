@@ -1,0 +1,205 @@
+"""One self-contained HTML page of a scoring: tables, curves, and each answer with its verdict."""
+
+import difflib
+import html
+import importlib.resources
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from fourfold_hpc_coder import score
+from fourfold_hpc_coder.evaluation import Launch
+from fourfold_hpc_coder.judge import Judgement, Settings
+from fourfold_hpc_coder.pareval import Fields
+from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.score import Judged, Scored
+from fourfold_parallel.run.files import write_text
+
+GOOD, POOR, BAD = "good", "poor", "bad"
+_TONE: Mapping[str, str] = {"correct": GOOD, "not parallel": POOR, "race": POOR, "not run": POOR}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One answer as the page shows it."""
+
+    index: int
+    verdict: str
+    tone: str
+    because: str
+    proof: str
+    code: str
+    difference: str
+    """HTML: lines that the reference has otherwise."""
+    output: str
+    runs: tuple[Fields, ...]
+    curve: str
+    """SVG of speed-up over processors, empty where nothing was timed on several."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """One prompt as the page shows it."""
+
+    anchor: str
+    name: str
+    model: str
+    prompt: str
+    reference: str
+    answers: tuple[Answer, ...]
+
+
+def write(
+    scored: Scored,
+    path: Path,
+    *,
+    title: str,
+    ks: Sequence[int],
+    settings: Settings,
+    facts: Sequence[str],
+) -> Path:
+    """Write the page, whole.
+
+    Args:
+        scored: what a scoring found.
+        path: of the HTML file.
+        title: shown at the top; the file that was scored.
+        ks: k of the metrics.
+        settings: with the launches.
+        facts: lines about the machine: compilers, sandbox.
+    """
+    source = importlib.resources.files("fourfold_hpc_coder") / "report.html.jinja"
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = _number
+    rendered = environment.from_string(source.read_text(encoding="utf-8")).render(
+        title=title,
+        facts=facts,
+        counts=score.counts(scored),
+        metrics=score.metrics(scored.judged, ks, settings),
+        matrix=_matrix(scored.judged),
+        models=sorted({one.question.model for one in scored.judged}),
+        pages=[_page(number, one) for number, one in enumerate(scored.judged)],
+        problems=scored.problems,
+        notes=scored.notes,
+        tone=lambda verdict: _TONE.get(verdict, BAD),
+    )
+    write_text(path, rendered)
+    return path
+
+
+def _number(value: object) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.3g}"
+    return str(value)
+
+
+def _matrix(judged: Sequence[Judged]) -> dict[str, dict[str, tuple[str, str, str]]]:
+    """By problem and model: answers that count, the tone of that share, and the anchor of the page."""
+    rows: dict[str, dict[str, tuple[str, str, str]]] = {}
+    for number, one in enumerate(judged):
+        right = sum(judgement.sample.counts for judgement in one.judgements)
+        total = len(one.judgements)
+        tone = GOOD if right == total else POOR if right else BAD
+        rows.setdefault(one.question.name, {})[one.question.model] = (
+            f"{right}/{total}",
+            tone,
+            f"p{number}",
+        )
+    return dict(sorted(rows.items()))
+
+
+def _page(number: int, one: Judged) -> Page:
+    problem = own_problems().get(one.question.name)
+    has_answer = problem is not None and one.question.model in problem.models
+    reference = problem.answer(one.question.model) if problem and has_answer else ""
+    return Page(
+        anchor=f"p{number}",
+        name=one.question.name,
+        model=one.question.model,
+        prompt=one.question.prompt,
+        reference=reference,
+        answers=tuple(
+            _answer(index, body, judgement, reference)
+            for index, (body, judgement) in enumerate(
+                zip(one.question.outputs, one.judgements, strict=True)
+            )
+        ),
+    )
+
+
+def _answer(index: int, body: str, judgement: Judgement, reference: str) -> Answer:
+    runs = tuple(
+        {
+            "launch": str(run.launch),
+            "outcome": "right" if run.valid else ("wrong" if run.ran else "did not end by itself"),
+            "runtime_s": run.runtime_s,
+            "speedup": judgement.sample.best_sequential_s / max(run.runtime_s, 1e-9),
+        }
+        for run in judgement.sample.runs
+    )
+    return Answer(
+        index=index,
+        verdict=judgement.verdict,
+        tone=_TONE.get(judgement.verdict, BAD),
+        because=judgement.because,
+        proof=judgement.proof,
+        code=body,
+        difference=_difference(reference, body) if reference else "",
+        output=judgement.output,
+        runs=runs,
+        curve=speedup_curve(
+            {
+                run.launch: judgement.sample.best_sequential_s / run.runtime_s
+                for run in judgement.sample.runs
+                if run.runtime_s > 0
+            }
+        ),
+    )
+
+
+def _difference(reference: str, body: str) -> str:
+    """Lines of a unified difference, marked; escaped."""
+    lines = difflib.unified_diff(
+        reference.splitlines(), body.splitlines(), "reference", "answer", lineterm="", n=2
+    )
+    marked = []
+    for line in lines:
+        kind = {"+": "added", "-": "removed", "@": "place"}.get(line[:1], "same")
+        marked.append(f'<span class="{kind}">{html.escape(line)}</span>')
+    return "\n".join(marked)
+
+
+def speedup_curve(speedups: Mapping[Launch, float]) -> str:
+    """Speed-up over processors as a small SVG, with the ideal dashed; empty for one launch."""
+    points = sorted((launch.processors, value) for launch, value in speedups.items())
+    if len({processors for processors, _ in points}) < 2:
+        return ""
+    width, height, left, below = 260, 130, 34, 24
+    most = max(processors for processors, _ in points)
+    top = max(most, *(value for _, value in points))
+
+    def place(processors: float, value: float) -> str:
+        x = left + (width - left - 8) * processors / most
+        y = height - below - (height - below - 8) * value / top
+        return f"{x:.1f},{y:.1f}"
+
+    line = " ".join(place(*point) for point in points)
+    dots = "".join(
+        '<circle cx="{}" cy="{}" r="3"/>'.format(*place(*point).split(",")) for point in points
+    )
+    ticks = "".join(
+        f'<text x="{place(n, 0).split(",")[0]}" y="{height - 8}" text-anchor="middle">{n}</text>'
+        for n in sorted({processors for processors, _ in points})
+    )
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="speed-up over processors">'
+        f'<polyline class="ideal" points="{place(0, 0)} {place(most, most)}"/>'
+        f'<polyline class="axis" points="{left},8 {left},{height - below} {width - 8},{height - below}"/>'
+        f'<polyline class="line" points="{line}"/>{dots}{ticks}'
+        f'<text x="{left - 4}" y="14" text-anchor="end">{top:.2g}x</text></svg>'
+    )

@@ -1,0 +1,65 @@
+"""One bench for all tests that compile and run: a sandbox that works here, or a skip that says why."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fourfold_hpc_coder import toolchain
+from fourfold_hpc_coder.judge import Bench, Settings
+from fourfold_hpc_coder.sandbox import (
+    FIRST_STRANGER,
+    Bubblewrap,
+    Namespaces,
+    find_sandbox,
+    scratch_folder,
+)
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> Bubblewrap | Namespaces:
+    if reason := toolchain.missing("serial"):
+        pytest.skip(reason)
+    try:
+        found = find_sandbox(allow_none=False)
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert isinstance(found, Bubblewrap | Namespaces)
+    return found
+
+
+@pytest.fixture(scope="session")
+def bench(sandbox):
+    """Quick settings: small timing inputs, one timed call."""
+    settings = Settings(time_limit_s=6, repetitions=1)
+    with scratch_folder() as scratch:
+        yield Bench(sandbox=sandbox, scratch=scratch, settings=settings, secret=1)
+
+
+def strangers() -> list[str]:
+    """Commands of processes that belong to a job's user: none is left after a job (when run as root)."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            status = (entry / "status").read_text()
+            is_zombie = "State:\tZ" in status
+            uid = int(status.split("Uid:")[1].split()[0])
+        except OSError:
+            continue
+        if FIRST_STRANGER <= uid < FIRST_STRANGER + 4000 and not is_zombie:
+            found.append(status.split()[1])
+    return found
+
+
+@pytest.fixture
+def nothing_left_behind(bench):
+    """No process, no mount and no file of a job outlives it."""
+    mounts = Path("/proc/mounts").read_text()
+    yield
+    # Another scorer on this machine may have jobs of its own; ours are below this process.
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    assert children == []
+    assert Path("/proc/mounts").read_text() == mounts
+    assert [*bench.scratch.iterdir()] == []

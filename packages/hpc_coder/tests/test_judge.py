@@ -1,0 +1,269 @@
+"""Verdicts on programs that are right, wrong, broken and hostile; nothing is left behind by any."""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+
+from fourfold_hpc_coder import toolchain
+from fourfold_hpc_coder.evaluation import Launch, Model
+from fourfold_hpc_coder.judge import Settings, judge, reference
+from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.score import with_launches
+
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
+RIGHT = "double s = 0; for (double v : x) s += v; return s / x.size(); }"
+ONE_EACH: dict[Model, tuple[Launch, ...]] = {
+    "omp": (Launch(threads=2),),
+    "mpi": (Launch(ranks=2),),
+    "mpi+omp": (Launch(ranks=2, threads=2),),
+}
+
+
+@pytest.fixture(scope="module")
+def quick(bench):
+    """One launch per model and small inputs."""
+    sizes = tuple(
+        (name, min(one.timing_size, 64 * one.check_size)) for name, one in own_problems().items()
+    )
+    settings = with_launches(replace(bench.settings, sizes=sizes, races=False), ONE_EACH)
+    return replace(bench, settings=settings)
+
+
+@pytest.fixture(scope="module")
+def average(bench):
+    with bench.quiet.working():
+        return reference(bench, own_problems()["27_reduce_average"])
+
+
+def verdict(bench, right, body: str, model: Model = "serial"):
+    if reason := toolchain.missing(model):
+        pytest.skip(reason)
+    with bench.quiet.working():
+        return judge(bench, right, model, right.problem.prompt(model), body)
+
+
+HELD = f"if (reached) std::abort(); {RIGHT}"
+"""An attack that succeeds aborts; one that fails answers right."""
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        'bool reached = std::ifstream("/etc/passwd").good() || std::ifstream("/etc/hostname").good();',
+        'bool reached = std::ofstream("/job/answer").good() || std::ofstream("/usr/x").good() ||'
+        ' std::ofstream("/x").good() || std::ofstream("/channel/x").good();',
+        "sockaddr_in to{}; to.sin_family = AF_INET; to.sin_port = htons(22);"
+        " to.sin_addr.s_addr = htonl(INADDR_LOOPBACK); int s = socket(AF_INET, SOCK_STREAM, 0);"
+        " bool reached = connect(s, (sockaddr *)&to, sizeof to) == 0;",
+        "kill(getppid(), SIGSTOP); bool reached = false;",
+        "bool reached = setuid(0) == 0 || mount(0, 0, 0, 0, 0) == 0;",
+    ],
+    ids=["reads the host", "writes outside", "connects", "signals its parent", "becomes root"],
+)
+def test_an_attack_fails_and_the_program_is_judged_by_its_answer(bench, average, attack) -> None:
+    headers = (
+        "#include <fstream>\n#include <csignal>\n#include <unistd.h>\n#include <sys/mount.h>\n"
+    )
+    headers += "#include <sys/socket.h>\n#include <netinet/in.h>\n"
+    with bench.quiet.working():
+        prompt = headers + average.problem.prompt("serial")
+        found = judge(bench, average, "serial", prompt, attack + HELD)
+    assert found.verdict == "correct", found.because
+
+
+@pytest.mark.parametrize(
+    ("body", "allowed", "words"),
+    [
+        ("for (;;) fork(); }", {"crash", "timeout"}, ""),
+        (
+            "if (!fork()) { setsid(); sleep(600); } return 0; }",
+            {"wrong"},
+            "the returned value is 0.0",
+        ),
+        (
+            "std::vector<std::vector<char>> all; for (;;) all.emplace_back(1 << 24, 'x'); }",
+            {"crash"},
+            "memory|bad_alloc",
+        ),
+        ('for (;;) std::puts("again and again and again"); }', {"timeout"}, "s"),
+        ("std::exit(0); }", {"crash"}, "exit code 0 before it answered"),
+        ("_exit(0); }", {"crash"}, "exit code 0"),
+        ("raise(SIGKILL); return 0; }", {"crash"}, "SIGKILL"),
+        (
+            "const_cast<double *>(x.data())[1ul << 40] = 1; return 0; }",
+            {"crash"},
+            "SIGSEGV.*outside its memory",
+        ),
+        ('throw std::runtime_error("no luck today"); }', {"crash"}, "no luck today"),
+        ("volatile bool on = true; while (on) {} return 0; }", {"timeout"}, "no answer"),
+        ("pause(); return 0; }", {"timeout"}, "waits for something"),
+        (
+            "for (int f = 3; f < 64; ++f) { char b[99] = {}; (void)!write(f, b, sizeof b); } "
+            + RIGHT,
+            {"cheat"},
+            "result channel",
+        ),
+        (f"if (x.size() == 1024) {{ {RIGHT[:-2]} }} return 0; }}", {"wrong"}, "reference has"),
+        (
+            "static double first = std::accumulate(x.begin(), x.end(), 0.0) / x.size(); return first; }",
+            {"wrong"},
+            "reference has",
+        ),
+        ('return std::nan(""); }', {"not finite"}, "nan"),
+        ("return 1e308 * 10; }", {"not finite"}, "inf"),
+        ("", {"no answer"}, "empty"),
+        ("return undeclared; }", {"no build"}, "undeclared"),
+        ("double other(double); return other(1); }", {"no build"}, "does not link.*other"),
+        ('\n#include "/etc/passwd"\nreturn 0; }', {"no build"}, "passwd"),
+        ('\n#include "/dev/zero"\nreturn 0; }', {"no build"}, ""),
+        (
+            "return 0; } template <int N> struct T { T<N - 1> a; T<N + 1> b; }; T<9> t;",
+            {"no build"},
+            "",
+        ),
+    ],
+)
+def test_a_bad_program_gets_its_verdict_and_a_sentence(
+    bench, average, body: str, allowed: set[str], words: str
+) -> None:
+    headers = "#include <unistd.h>\n#include <csignal>\n"
+    with bench.quiet.working():
+        found = judge(bench, average, "serial", headers + average.problem.prompt("serial"), body)
+    assert found.verdict in allowed, (found.verdict, found.because)
+    assert re.search(words, found.because), found.because
+    assert "root:" not in found.output
+    assert len(found.because) < 500
+    assert not found.sample.counts
+
+
+def test_the_next_program_is_judged_as_if_nothing_had_been(bench, average) -> None:
+    assert verdict(bench, average, RIGHT).verdict == "correct"
+
+
+@pytest.mark.parametrize(
+    ("body", "expected", "words"),
+    [
+        ("#pragma omp parallel for reduction(+:s)\n", "correct", ""),
+        ("#pragma omp parallel for\n", "race", "s \\+= x\\[i\\]"),
+        ("", "not parallel", "no OpenMP directive"),
+        ("// #pragma omp parallel for\n", "not parallel", "no OpenMP directive"),
+        ("#pragma omp parallel\n{}\n", "not parallel", "no work"),
+        ("#pragma omp parallel for schedule(dynamic, 64)\n#pragma omp critical\n", "no build", ""),
+    ],
+)
+def test_an_openmp_answer_must_be_parallel_and_free_of_races(
+    bench, average, body: str, expected: str, words: str
+) -> None:
+    loop = "for (size_t i = 0; i < x.size(); ++i) s += x[i];\nreturn s / x.size(); }"
+    found = verdict(bench, average, f"double s = 0;\n{body}{loop}", "omp")
+    assert found.verdict == expected, found.because
+    assert re.search(words, found.because)
+
+
+@pytest.mark.parametrize("clause", ["critical", "atomic"])
+def test_accesses_that_are_ordered_are_no_race(quick, average, clause: str) -> None:
+    body = f"""double s = 0;
+#pragma omp parallel for
+for (size_t i = 0; i < x.size(); ++i)
+#pragma omp {clause}
+s += x[i];
+return s / x.size(); }}"""
+    watched = replace(quick, settings=replace(quick.settings, races=True))
+    assert verdict(watched, average, body, "omp").verdict == "correct"
+
+
+def test_ranks_that_wait_for_one_another_run_into_the_limit(quick, average) -> None:
+    body = """int rank; MPI_Comm_rank(MPI_COMM_WORLD, &rank); double d;
+MPI_Recv(&d, 1, MPI_DOUBLE, 1 - rank, 9, MPI_COMM_WORLD, MPI_STATUS_IGNORE); return d; }"""
+    assert verdict(quick, average, body, "mpi").verdict == "timeout"
+
+
+def test_a_rank_that_dies_is_a_crash(quick, average) -> None:
+    body = "int rank; MPI_Comm_rank(MPI_COMM_WORLD, &rank); if (rank) std::abort();" + RIGHT
+    found = verdict(quick, average, body, "mpi")
+    assert found.verdict == "crash", found.because
+    assert "2 ranks" in found.because
+
+
+def test_ranks_that_all_do_everything_are_not_parallel(quick, average) -> None:
+    """Even where a barrier makes it look like MPI."""
+    found = verdict(quick, average, "MPI_Barrier(MPI_COMM_WORLD);" + RIGHT, "mpi")
+    assert found.verdict == "not parallel"
+
+
+SHAPES = (
+    "03_dense_la_axpy",
+    "27_reduce_average",
+    "21_histogram_bin_0-100",
+    "30_scan_prefix_sum",
+)
+"""One problem of each kernel shape."""
+
+
+@pytest.mark.parametrize("model", ["serial", "omp", "mpi", "mpi+omp", "kokkos", "cuda"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_reference_is_right_in_every_model(quick, name: str, model: Model) -> None:
+    _reference_passes(quick, name, model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["serial", "omp", "mpi", "mpi+omp", "kokkos", "cuda"])
+@pytest.mark.parametrize("name", sorted({*own_problems()} - {*SHAPES}))
+def test_the_reference_of_every_problem_is_right(quick, name: str, model: Model) -> None:
+    _reference_passes(quick, name, model)
+
+
+def _reference_passes(bench, name: str, model: Model) -> None:
+    problem = own_problems()[name]
+    if model not in problem.models:
+        with pytest.raises(ValueError, match="form"):
+            problem.answer(model)
+        return
+    with bench.quiet.working():
+        right = reference(bench, problem)
+    found = verdict(bench, right, problem.answer(model), model)
+    assert found.verdict == ("not run" if model == "cuda" else "correct"), found.because
+    if model != "cuda":
+        assert found.sample.counts
+        assert all(run.runtime_s > 0 for run in found.sample.runs)
+        assert not math.isnan(found.sample.best_sequential_s)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_nothing_nan_and_constants_are_rejected(quick, name: str) -> None:
+    _wrong_fails(quick, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*own_problems()} - {*SHAPES}))
+def test_nothing_nan_and_constants_are_rejected_everywhere(quick, name: str) -> None:
+    _wrong_fails(quick, name)
+
+
+def _wrong_fails(bench, name: str) -> None:
+    problem = own_problems()[name]
+    with bench.quiet.working():
+        right = reference(bench, problem)
+    returns = bool(problem.signature.result)
+    bodies = ["return 0; }", "return 1; }"] if returns else ["}"]
+    kinds = {one.declared for one in problem.signature.outputs}
+    if kinds & {"double", "float"}:
+        bodies.append("return NAN; }")
+    if not returns:
+        outputs = [one.name for one in problem.signature.outputs]
+        filled = "".join(f"for (auto &v : {one}) v = 1;" for one in outputs)
+        bodies.append(filled + "}")
+        if any("double" in kind or "float" in kind for kind in kinds):
+            bodies.append("".join(f"for (auto &v : {one}) v = NAN;" for one in outputs) + "}")
+    for body in bodies:
+        found = verdict(bench, right, body)
+        assert found.verdict in ("wrong", "not finite"), (body, found.because)
+
+
+def test_settings_name_their_launches() -> None:
+    changed = with_launches(Settings(), {"omp": (Launch(threads=8),)})
+    assert changed.of("omp") == (Launch(threads=8),)
+    assert changed.of("mpi") == Settings().of("mpi")

@@ -1,0 +1,90 @@
+"""What counts as parallel in a program's text and in what it did."""
+
+from dataclasses import replace
+
+import pytest
+
+from fourfold_hpc_coder.channel import Evidence
+from fourfold_hpc_coder.evaluation import Launch, Model
+from fourfold_hpc_coder.parallelism import in_action, in_text, without_comments
+
+LOOP = "for (int i = 0; i < n; ++i) s += i;"
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "parallel"),
+    [
+        ("omp", f"#pragma omp parallel for\n{LOOP}", True),
+        ("omp", f"  #  pragma  omp   parallel\n{{ {LOOP} }}", True),
+        ("omp", f"#pragma omp \\\n   parallel for\n{LOOP}", True),
+        ("omp", f'_Pragma("omp parallel for") {LOOP}', True),
+        ("omp", f"#pragma omp taskloop\n{LOOP}", True),
+        ("omp", f"// #pragma omp parallel for\n{LOOP}", False),
+        ("omp", f"/*\n#pragma omp parallel for\n*/ {LOOP}", False),
+        ("omp", 'auto s = "\\n#pragma omp parallel for\\n";', False),
+        ("omp", 'auto s = R"(\n#pragma omp parallel for\n)";', False),
+        ("omp", f"#if 0\n#pragma omp parallel for\n#endif\n{LOOP}", False),
+        ("omp", f"#pragma omp simd\n{LOOP}", False),
+        ("omp", "#pragma omp barrier\n", False),
+        ("mpi", "MPI_Allreduce(a, b, 1, c, d, e);", True),
+        ("mpi", "MPI_Isend (a);", True),
+        ("mpi", "MPI_Sendrecv(a);", True),
+        ("mpi", "MPI_Barrier(MPI_COMM_WORLD);", False),
+        ("mpi", "MPI_Comm_rank(MPI_COMM_WORLD, &rank);", False),
+        ("mpi", "// MPI_Send(x);", False),
+        ("mpi+omp", f"#pragma omp parallel for\n{LOOP} MPI_Reduce(x);", True),
+        ("mpi+omp", "MPI_Reduce(x);", False),
+        ("mpi+omp", f"#pragma omp parallel for\n{LOOP}", False),
+        ("kokkos", "Kokkos::parallel_reduce(n, f, s);", True),
+        ("kokkos", "for (int i = 0; i < x.extent(0); ++i) x(i) = 0;", False),
+        ("cuda", "int i = blockIdx.x * blockDim.x + threadIdx.x;", True),
+        ("cuda", "for (int i = 0; i < N; ++i) x[i] = 0;", False),
+        ("serial", "return 1;", True),
+    ],
+)
+def test_the_text_must_use_the_model_outside_of_comments(
+    model: Model, text: str, parallel: bool
+) -> None:
+    assert in_text(text, model).parallel == parallel
+
+
+def test_comments_go_and_code_stays() -> None:
+    text = 'a /* b */ c // d\ne "/* f */" g \'"\' h'
+    assert without_comments(text).split() == ["a", "c", "e", '""', "g", '""', "h"]
+
+
+IDLE = Evidence(
+    process_cpu_s=1.0,
+    main_cpu_s=1.0,
+    region_cpu_s=0.0,
+    regions=1,
+    team=2,
+    messages=0,
+    talking_ranks=0,
+    ranks=2,
+)
+TWO = Launch(threads=2)
+RANKS = Launch(ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("model", "launch", "evidence", "parallel"),
+    [
+        ("omp", TWO, IDLE, False),
+        ("omp", TWO, replace(IDLE, region_cpu_s=0.9), True),
+        ("omp", TWO, replace(IDLE, process_cpu_s=2.0), True),
+        ("omp", TWO, replace(IDLE, process_cpu_s=2.0, regions=0), False),
+        ("omp", Launch(), IDLE, True),
+        ("mpi", RANKS, IDLE, False),
+        ("mpi", RANKS, replace(IDLE, messages=1, talking_ranks=1), False),
+        ("mpi", RANKS, replace(IDLE, messages=2, talking_ranks=2), True),
+        ("mpi", Launch(), IDLE, True),
+        ("kokkos", Launch(), IDLE, False),
+        ("kokkos", Launch(), replace(IDLE, region_cpu_s=0.5), True),
+    ],
+)
+def test_what_it_did_counts_where_there_were_several_processors(
+    model: Model, launch: Launch, evidence: Evidence, parallel: bool
+) -> None:
+    """An empty parallel region is no work; one rank that talks to itself is no exchange."""
+    assert in_action({launch: evidence}, model).parallel == parallel

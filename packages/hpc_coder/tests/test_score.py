@@ -1,0 +1,363 @@
+"""Files of outputs: golden verdicts, results in ParEval's layout, journal, cache, kills, bad input."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fourfold_hpc_coder import pareval, report, score, toolchain
+from fourfold_hpc_coder.__main__ import main
+from fourfold_hpc_coder.evaluation import Launch, Model
+from fourfold_hpc_coder.judge import Settings
+from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.score import Plan, with_launches
+from fourfold_parallel.run.progress import silent
+
+GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "hpc_coder"
+
+VERDICT = {
+    "correct": "correct",
+    "correct_slow": "correct",
+    "correct_but_sequential": "not parallel",
+    "correct_but_mpi_only": "not parallel",
+    "sequential_with_pragma_in_comment": "not parallel",
+    "wrong": "wrong",
+    "wrong_exclusive": "wrong",
+    "wrong_only_local_part": "wrong",
+    "race": "race",
+    "nobuild": "no build",
+    "segv": "crash",
+    "segv_rank1": "crash",
+    "hang": "timeout",
+    "deadlock": "timeout",
+    "nan_everywhere": "not finite",
+}
+"""What each label of the hand-written outputs means in our words."""
+
+QUICK = with_launches(
+    Settings(
+        time_limit_s=8,
+        repetitions=1,
+        sizes=(
+            ("55_transform_relu", 50_000),
+            ("27_reduce_average", 50_000),
+            ("30_scan_prefix_sum", 50_000),
+            ("21_histogram_bin_0-100", 50_000),
+        ),
+    ),
+    {
+        "omp": (Launch(), Launch(threads=2)),
+        "mpi": (Launch(ranks=2),),
+        "mpi+omp": (Launch(ranks=2, threads=2),),
+    },
+)
+
+
+@pytest.fixture
+def plan(sandbox, tmp_path: Path) -> Plan:
+    return Plan(
+        outputs=tmp_path / "outputs.json",
+        folder=tmp_path / "scores",
+        models=("serial", "omp"),
+        settings=QUICK,
+        sandbox=sandbox,
+        jobs=2,
+        ks=(1,),
+        is_cached=False,
+    )
+
+
+def entry(name: str, model: Model, *outputs: str) -> dict:
+    problem = own_problems()[name]
+    return {
+        "problem_type": problem.problem_type,
+        "language": "cpp",
+        "name": name,
+        "parallelism_model": model,
+        "prompt": problem.prompt(model),
+        "temperature": 0.2,
+        "top_p": 0.95,
+        "do_sample": True,
+        "max_new_tokens": 1024,
+        "prompted": True,
+        "outputs": [*outputs],
+    }
+
+
+AVERAGE = "27_reduce_average"
+RIGHT = "double s = 0; for (double v : x) s += v; return s / x.size(); }"
+
+
+@pytest.mark.skipif(
+    not GOLDEN.is_dir(), reason="../shared/golden/hpc_coder is not beside this checkout"
+)
+@pytest.mark.parametrize("model", ["serial", "omp", "mpi", "mpi+omp", "kokkos", "cuda"])
+def test_golden_outputs_get_the_verdicts_of_their_labels(plan: Plan, model: Model) -> None:
+    """All 41, each with a sentence; ParEval's own runner accepts NaN, a race and sequential answers."""
+    if reason := toolchain.missing(model):
+        pytest.skip(reason)
+    scored = score.score(
+        replace(plan, outputs=GOLDEN / "outputs.json", models=(model,), is_cached=True), silent
+    )
+    labels = {
+        (one["name"], one["parallelism_model"]): one["labels"]
+        for one in json.loads((GOLDEN / "labels.json").read_text())
+    }
+    for judged in scored.judged:
+        expected = labels[judged.question.name, model]
+        for judgement, label in zip(judged.judgements, expected, strict=True):
+            wanted = "not run" if (model, label) == ("cuda", "correct") else VERDICT[label]
+            assert judgement.verdict == wanted, (judged.question.name, label, judgement.because)
+            assert judgement.because
+    assert len(scored.judged) == sum(key[1] == model for key in labels)
+    assert not scored.problems
+
+
+def test_results_are_in_parevals_layout_and_read_back(plan: Plan) -> None:
+    plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT, "return 0; }", "oops }")]))
+    score.score(plan, silent)
+    [result] = json.loads((plan.folder / "results.json").read_text())
+    right, wrong, broken = result["outputs"]
+    assert [*right] == [
+        "generated_output",
+        "source_write_success",
+        "did_build",
+        "is_source_valid",
+        "did_any_run",
+        "did_all_run",
+        "are_any_valid",
+        "are_all_valid",
+        "best_sequential_runtime",
+        "runs",
+    ]
+    assert right["are_all_valid"]
+    assert right["runs"][0]["runtime"] > 0
+    assert wrong["did_all_run"]
+    assert not wrong["are_any_valid"]
+    assert (broken["did_build"], broken["runs"]) == (False, None)
+    [prompt] = pareval.read_results(plan.folder / "results.json")
+    assert [sample.counts for sample in prompt.samples] == [True, False, False]
+    rows = [*csv.DictReader((plan.folder / "runs.csv").read_text().splitlines())]
+    assert len(rows) == 3
+    [metrics] = csv.DictReader((plan.folder / "metrics.csv").read_text().splitlines())
+    assert float(metrics["pass@1"]) == pytest.approx(1 / 3)
+    assert float(metrics["build@1"]) == pytest.approx(2 / 3)
+
+
+def test_equal_answers_are_judged_once_and_the_cache_spares_the_rest(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path / "cache"))
+    plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT, "return 2; }", RIGHT)]))
+    cached = replace(plan, is_cached=True)
+    first = score.score(cached, silent)
+    assert first.reused == 1
+    began_s = time.perf_counter()
+    second = score.score(replace(cached, folder=tmp_path / "again"), silent)
+    assert second.reused == 3
+    assert time.perf_counter() - began_s < 5
+    verdicts = [one.verdict for one in second.judged[0].judgements]
+    assert verdicts == ["correct", "wrong", "correct"]
+
+
+KILLED = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from fourfold_hpc_coder import score
+from fourfold_hpc_coder.judge import Settings
+from fourfold_hpc_coder.sandbox import find_sandbox
+from fourfold_parallel.run.progress import silent
+score.score(score.Plan(outputs=Path({outputs!r}), folder=Path({folder!r}), models=("serial",),
+    settings=Settings(time_limit_s=8, repetitions=1, sizes=(({name!r}, 50_000),)),
+    sandbox=find_sandbox(allow_none=False), jobs=1, ks=(1,), is_cached=False), silent)
+"""
+
+
+def test_a_killed_scoring_goes_on_and_gives_the_same_results(plan: Plan, tmp_path: Path) -> None:
+    """SIGKILL after the first verdict: nothing it had is judged again, no process of its jobs remains."""
+    bodies = [RIGHT, "return 1; }", "return x[0]; }", "oops }", "return -1; }", RIGHT + "//"]
+    plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", *bodies)]))
+    settings = Settings(time_limit_s=8, repetitions=1, sizes=((AVERAGE, 50_000),))
+    plan = replace(plan, models=("serial",), settings=settings, jobs=1)
+    script = KILLED.format(
+        tests=str(Path(__file__).parent),
+        outputs=str(plan.outputs),
+        folder=str(plan.folder),
+        name=AVERAGE,
+    )
+    victim = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+    journal = plan.folder / "verdicts.jsonl"
+    while victim.poll() is None and (
+        not journal.exists() or len(journal.read_text().splitlines()) < 3
+    ):
+        time.sleep(0.02)
+    jobs = _below(victim.pid)
+    victim.kill()
+    victim.wait()
+    held = journal.read_text()
+    with journal.open("a") as file:
+        file.write('{"key": "torn')
+    scored = score.score(plan, silent)
+    assert journal.read_text().startswith(held)
+    assert scored.reused >= len(held.splitlines()) - 1
+    assert [one.verdict for one in scored.judged[0].judgements] == [
+        "correct",
+        "wrong",
+        "wrong",
+        "no build",
+        "wrong",
+        "correct",
+    ]
+    assert not any(Path(f"/proc/{pid}/exe").exists() for pid in jobs)
+    again = score.score(plan, silent)
+    assert again.reused == len(bodies)
+    assert pareval.read_results(plan.folder / "results.json")[0] == again.judged[0].prompt
+
+
+def _below(pid: int) -> list[int]:
+    from fourfold_hpc_coder.sandbox import descendants
+
+    return descendants(pid)
+
+
+def test_an_interrupted_scoring_leaves_no_process(plan: Plan) -> None:
+    plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", "for (;;) {} }")]))
+    script = KILLED.format(
+        tests=str(Path(__file__).parent),
+        outputs=str(plan.outputs),
+        folder=str(plan.folder),
+        name=AVERAGE,
+    )
+    victim = subprocess.Popen(
+        [sys.executable, "-c", script], start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    limit_s = time.perf_counter() + 60
+    while not (jobs := _below(victim.pid)) and time.perf_counter() < limit_s:
+        time.sleep(0.02)
+    os.kill(victim.pid, signal.SIGINT)
+    victim.wait(60)
+    assert jobs
+    assert not any(Path(f"/proc/{pid}/exe").exists() for pid in jobs)
+
+
+def test_the_page_holds_every_answer_and_escapes_it(plan: Plan) -> None:
+    body = 'return "<script>alert(1)</script>"[0] + 0 * x[0]; }'
+    plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT, body)]))
+    scored = score.score(plan, silent)
+    page = report.write(
+        scored,
+        plan.folder / "report.html",
+        title="t",
+        ks=(1,),
+        settings=QUICK,
+        facts=["sandbox: here"],
+    ).read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    for one in scored.judged[0].judgements:
+        assert one.verdict in page
+    assert "http" not in page
+
+
+BAD_FILES = {
+    "not json": ("outputs", "not JSON"),
+    "not a list": ("{}", "not a list of prompts"),
+    "empty": ("[]", "nothing in"),
+    "no such problem": (json.dumps([{**entry(AVERAGE, "serial", "}"), "name": "99_x"}]), "99_x"),
+    "no outputs": (json.dumps([entry(AVERAGE, "serial")]), "no outputs"),
+    "another function": (
+        json.dumps([{**entry(AVERAGE, "serial", "}"), "prompt": "int f() {"}]),
+        "average",
+    ),
+    "unknown model": (
+        json.dumps([{**entry(AVERAGE, "serial", "}"), "parallelism_model": "pthreads"}]),
+        "pthreads",
+    ),
+    "missing field": (json.dumps([{"name": AVERAGE}]), "lacks parallelism_model, prompt, outputs"),
+    "outputs of another kind": (
+        json.dumps([{**entry(AVERAGE, "serial"), "outputs": [1, 2]}]),
+        "not a list of texts",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_file_that_cannot_be_scored_says_why(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture, sandbox
+) -> None:
+    """Exit code 2 and a sentence; nothing is written."""
+    text, words = BAD_FILES[case]
+    (tmp_path / "outputs.json").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        main(["score", str(tmp_path / "outputs.json"), "--out", str(tmp_path / "scores")])
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "scores").exists()
+
+
+def test_what_cannot_be_scored_is_named_and_the_rest_is_scored(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bad entry, an unknown problem, an absent MPI, a k above n."""
+    entries = [
+        entry(AVERAGE, "serial", RIGHT),
+        {"name": "half"},
+        {**entry(AVERAGE, "serial", RIGHT), "name": "00_dense_la_lu_decomp"},
+        entry(AVERAGE, "mpi", RIGHT),
+    ]
+    plan.outputs.write_text(json.dumps(entries))
+    monkeypatch.setattr(
+        toolchain,
+        "missing",
+        lambda model: "mpicxx is not installed (Debian: libopenmpi-dev)" if model == "mpi" else "",
+    )
+    scored = score.score(replace(plan, models=("serial", "mpi"), ks=(1, 5)), silent)
+    assert [one.verdict for one in scored.judged[0].judgements] == ["correct"]
+    reasons = " ".join(one.because for one in scored.problems)
+    for words in ("lacks", "built-in problems", "libopenmpi-dev"):
+        assert words in reasons
+    assert "k=5 is above the number of samples" in scored.notes[0]
+    [row] = csv.DictReader((plan.folder / "metrics.csv").read_text().splitlines())
+    assert (row["pass@1"], row["pass@5"]) == ("1.0", "")
+
+
+def test_scores_of_another_file_are_not_overwritten(plan: Plan) -> None:
+    plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT)]))
+    score.score(plan, silent)
+    before = (plan.folder / "results.json").read_bytes()
+    plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", "return 0; }")]))
+    with pytest.raises(ValueError, match="another file"):
+        score.score(plan, silent)
+    assert (plan.folder / "results.json").read_bytes() == before
+
+
+def test_results_can_be_scored_again(plan: Plan, tmp_path: Path) -> None:
+    """A driver's results hold the outputs: a file that was scored is a file to score."""
+    plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT)]))
+    score.score(plan, silent)
+    again = replace(plan, outputs=plan.folder / "results.json", folder=tmp_path / "again")
+    assert score.score(again, silent).judged[0].judgements[0].verdict == "correct"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--models", "cobol"], ["--jobs", "0"], ["--k", "0"]],
+    ids=" ".join,
+)
+def test_impossible_options_are_refused(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "outputs.json").write_text(json.dumps([entry(AVERAGE, "serial", RIGHT)]))
+    with pytest.raises(SystemExit) as ended:
+        main(["score", str(tmp_path / "outputs.json"), "--out", str(tmp_path / "s"), *words])
+    assert ended.value.code == 2
+    assert words[1] in capsys.readouterr().err

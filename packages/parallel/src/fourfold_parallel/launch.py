@@ -1,0 +1,60 @@
+"""How this process was launched: its ranks, its device, its process group.
+
+`torchrun`, `accelerate launch` and `srun` leave the same few variables; they are read here only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+def world_size() -> int:
+    """Ranks of this launch; 1 for a process that was started alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_rank() -> bool:
+    """Whether this is the launch's first process, the one that writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def device() -> torch.device:
+    """This rank's GPU, by its number on the node, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def check_launched(engine: str) -> None:
+    """Refuse a process that has no process group and was not launched in one.
+
+    Raises:
+        ValueError: Naming the engine and the way out.
+    """
+    if "RANK" not in os.environ and not dist.is_initialized():
+        raise ValueError(
+            f"engine {engine} needs a process group, but this process was not launched in one; "
+            "start the run with `torchrun --nproc-per-node N` (N=1 will do), or use Single"
+        )
+
+
+@contextmanager
+def process_group(on: torch.device) -> Iterator[None]:
+    """The launch's process group: gloo on CPUs, NCCL on GPUs; one made here ends with the scope."""
+    if dist.is_initialized():
+        yield
+        return
+    if on.type == "cuda":
+        torch.cuda.set_device(on)
+        dist.init_process_group("nccl", device_id=on)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

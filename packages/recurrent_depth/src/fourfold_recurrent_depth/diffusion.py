@@ -1,0 +1,127 @@
+"""Decode many positions at once, each on its own way to its fixed point (arXiv 2510.14961).
+
+A recurrent state can be refined while the tokens before it are still guesses. Every outer step takes a
+few recurrences on a window of positions, guesses a token after each of them, opens one more position,
+and freezes the prefix that has settled. Only a contiguous prefix freezes: a position counts as settled
+when its state moves little *and* its input is what the position before it now predicts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from fourfold_recurrent_depth.cache import RecurrentCache
+from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
+from fourfold_recurrent_depth.states import StateTable, draw_state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diffusion:
+    """How the window moves; the defaults are the paper's."""
+
+    inner_recurrences: int = 4
+    """Recurrences of every position in an outer step."""
+    threshold: float = 0.03
+    """A state that moves less than this, relatively, has settled."""
+    smoothing: float = 0.1
+    """Share of the last outer step's embedding that is kept."""
+    noise: float = 0.0
+    """Share of fresh noise mixed into states, divided by one plus the recurrences that they took."""
+    window: int = 128
+    """Positions under way at most."""
+
+    def __post_init__(self) -> None:
+        if self.inner_recurrences < 1 or self.window < 1:
+            raise ValueError(
+                f"inner_recurrences={self.inner_recurrences}, window={self.window}; "
+                "use 1 or more for both"
+            )
+        if not (0 <= self.smoothing < 1 and 0 <= self.noise <= 1):
+            raise ValueError(
+                f"smoothing={self.smoothing}, noise={self.noise} are shares; use 0 or more, below 1"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diffused:
+    """What the sampler made, and with how much work."""
+
+    tokens: Int[Tensor, "batch generated"]
+    core_passes: int
+    """Recurrences, whatever the number of positions in each; the prompt's included."""
+    positions_recurred: int
+    """Recurrences times positions, over all rows."""
+    outer_steps: int
+
+
+@torch.no_grad()
+def diffuse(
+    model: RecurrentDepthForCausalLM,
+    prompt: Int[Tensor, "batch token"],
+    *,
+    diffusion: Diffusion,
+    max_new_tokens: int,
+    num_steps: int,
+    initial_state: StateTable | None = None,
+) -> Diffused:
+    """Greedy tokens, decoded in a moving window; rows go on together, by the slowest row's prefix.
+
+    Args:
+        model: decodes.
+        prompt: rows of equal length, without padding.
+        diffusion: how.
+        max_new_tokens: tokens to make.
+        num_steps: recurrences of the prompt, and after which a first position freezes at the latest.
+        initial_state: s_0 by position; zeros where it is left out.
+    """
+    rows = len(prompt)
+    cache = RecurrentCache(
+        model.config, steps=num_steps, budget=1, capacity=prompt.shape[1] + max_new_tokens
+    )
+    out = model(
+        prompt, past_key_values=cache, use_cache=True, num_steps=num_steps, logits_to_keep=1,
+        initial_state=initial_state, init_scale=0.0,
+    )  # fmt: skip
+    assert out.logits is not None
+    made = out.logits[:, -1:].argmax(-1)
+    inputs = made
+    states = prompt.new_zeros((rows, 0, model.config.n_embd), dtype=out.logits.dtype)
+    smoothed = states
+    taken = torch.zeros(0, dtype=torch.long)
+    passes, recurred, outer = num_steps, num_steps * prompt.numel(), 0
+    while made.shape[1] < max_new_tokens:
+        outer += 1
+        embedded, where, positions = model.begin(inputs, cache)
+        cache.open(rows, inputs.shape[1], steps=1)
+        e = model.read(embedded, where)
+        fresh = draw_state(e, positions, initial_state, scale=0.0, warm=None)
+        known = states.shape[1]
+        e[:, :known] = torch.lerp(e[:, :known], smoothed, diffusion.smoothing)
+        s = torch.cat([states, fresh[:, known:]], dim=1)
+        taken = torch.cat([taken, taken.new_zeros(inputs.shape[1] - known)])
+        if diffusion.noise:
+            noise = draw_state(e, positions, None, scale=1.0, warm=None)
+            s = torch.lerp(s, noise, (diffusion.noise / (1 + taken))[None, :, None])
+        s = model.iterate(e, s, where, diffusion.inner_recurrences - 1, 0)
+        before, s = s, model.recur(s, model.inject(e), where, 0)
+        passes += diffusion.inner_recurrences
+        recurred += diffusion.inner_recurrences * inputs.numel()
+        taken = taken + diffusion.inner_recurrences
+        guesses = model.predict(model.transformer["ln_f"](s), where).argmax(-1)
+
+        moved = torch.linalg.vector_norm(s - before, dim=-1) / torch.linalg.vector_norm(s, dim=-1)
+        settled = (moved < diffusion.threshold) | (taken >= num_steps)
+        settled[:, 1:] &= inputs[:, 1:] == guesses[:, :-1]
+        frozen = int(settled.all(0).long().cumprod(0).sum())
+        frozen = min(frozen, max_new_tokens - made.shape[1])
+        made = torch.cat([made, guesses[:, :frozen]], dim=1)
+        cache.length += frozen
+        room = min(diffusion.window, max_new_tokens - made.shape[1])
+        inputs = torch.cat([inputs[:, :1], guesses], dim=1)[:, frozen:][:, : max(1, room)]
+        states, smoothed = (x[:, frozen:][:, : inputs.shape[1]] for x in (s, e))
+        taken = taken[frozen:][: inputs.shape[1]]
+    return Diffused(tokens=made, core_passes=passes, positions_recurred=recurred, outer_steps=outer)

@@ -1,0 +1,291 @@
+"""The reproduction of Geiping et al. 2025: train, measure, judge."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fourfold_parallel.run.data import tokenize
+from fourfold_parallel.run.experiments import Experiment, Launch, Stage, Workplace
+from fourfold_parallel.run.progress import silent
+from fourfold_parallel.run.recipe import Run, Scale
+from fourfold_parallel.run.records import RecordWriter, header, read_record
+from fourfold_parallel.run.train import train, trained_model
+from fourfold_recurrent_depth import figures, recipes, study
+from fourfold_recurrent_depth.claims import AUTOMATON, CLAIMS, EXACT, LANGUAGE
+from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
+from fourfold_recurrent_depth.diffusion import Diffusion, diffuse
+from fourfold_recurrent_depth.flops import costs, materialised_parameters
+from fourfold_recurrent_depth.fresh import RecurrentDepth
+from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
+from fourfold_recurrent_depth.speculate import Speculation, speculate
+from fourfold_recurrent_depth.study import Event
+
+WORKERS = 2
+"""Processes of a stage; each trains and measures on one thread."""
+
+
+def _trained(run: Run, folder: Path) -> tuple[RecurrentDepthForCausalLM, Event]:
+    """The run's model, from its last checkpoint on where there is one."""
+    torch.set_num_threads(1)
+    record = folder / run.name / "record.jsonl"
+    last = train(run, record=record, checkpoints=folder / run.name / "checkpoints", progress=silent)
+    model = trained_model(run, last)
+    assert isinstance(model, RecurrentDepthForCausalLM)
+    steps = read_record(record).of("step")
+    tail = [event.number("loss_nats") for event in steps[-20:]]
+    elapsed_s = sum(event.number("elapsed_s") for event in steps)
+    thinned = steps[:: max(1, len(steps) // 60)]
+    price = costs(model.config, context=run.sequence)
+    draws = [cast(Any, run.objective).recurrences.draw(number) for number in range(run.steps)]
+    flops = run.tokens_per_step * sum(price.training(*draw) for draw in draws)
+    return model, (
+        "trained",
+        {
+            "steps": run.steps,
+            "final_loss_nats": round(sum(tail) / len(tail), 5),
+            "tokens_per_s": round(run.steps * run.tokens_per_step / elapsed_s, 1),
+            "training_flops": flops,
+            "flops_per_s": round(flops / elapsed_s, 1),
+            "curve_steps": [int(event.number("step")) for event in thinned],
+            "curve_loss_nats": [round(event.number("loss_nats"), 4) for event in thinned],
+        },
+    )
+
+
+def examine_cells(
+    member: tuple[recipes.Arm, Run], exam: study.Exam, folder: Path
+) -> tuple[Event, ...]:
+    """Train one automaton model and sit the exam."""
+    arm, run = member
+    model, trained = _trained(run, folder)
+    events = [trained, *study.accuracy_by_depth(model, exam)]
+    if arm == "law":
+        events += study.exits(model, exam, study.CRITERIA, steps=4 * recipes.MEAN)
+        events += study.latent_paths(model, exam)
+    return tuple((kind, {"arm": arm, "seed": run.seed, **fields}) for kind, fields in events)
+
+
+def examine_bytes(run: Run, plan: recipes.Bytes, folder: Path) -> tuple[Event, ...]:
+    """Train one language model, then decode in every way."""
+    model, trained = _trained(run, folder)
+    stream = run.data.validation(sequence=plan.prompt + plan.generated)
+    rows = stream.batch(0, batch=plan.rows).tokens[:, :-1]
+    steps = 4 * recipes.MEAN
+    events: list[Event] = [trained]
+    events += study.cache_sharing(model, rows, steps=steps, prompt=plan.prompt)
+    events += study.warm_start(model, rows, steps=steps, prompt=plan.prompt)
+    events += speculation(model, rows[:, : plan.prompt], steps=steps, new=plan.generated)
+    events += diffusion(model, rows[:, : plan.prompt], steps=steps, new=plan.generated)
+    return tuple((kind, {"seed": run.seed, **fields}) for kind, fields in events)
+
+
+def _greedy(model: RecurrentDepthForCausalLM, prompt: Tensor, steps: int, new: int) -> Tensor:
+    options: Any = {
+        "max_new_tokens": new, "do_sample": False, "num_steps": steps, "init_scale": 0.0,
+        "eos_token_id": None, "pad_token_id": 0,
+    }  # fmt: skip
+    made: Any = cast(Any, model).generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    return made[:, prompt.shape[1] :]
+
+
+def speculation(
+    model: RecurrentDepthForCausalLM, prompt: Tensor, *, steps: int, new: int
+) -> Iterable[Event]:
+    """Drafts of several depths against greedy decoding."""
+    greedy = _greedy(model, prompt, steps, new)
+    for draft in (1, 2, 4):
+        found = speculate(
+            model,
+            prompt,
+            speculation=Speculation(draft_steps=draft, lookahead=4),
+            max_new_tokens=new,
+            num_steps=steps,
+        )
+        yield (
+            "speculation",
+            {
+                "draft_steps": draft,
+                "lookahead": 4,
+                "full_recurrences": steps,
+                "equals_greedy": bool(torch.equal(found.tokens, greedy)),
+                "accepted_share": round(found.accepted / found.drafted, 5),
+                "core_passes": found.recurrences,
+                "greedy_core_passes": steps * new,
+            },
+        )
+
+
+def diffusion(
+    model: RecurrentDepthForCausalLM, prompt: Tensor, *, steps: int, new: int
+) -> Iterable[Event]:
+    """The diffusion-style sampler against greedy decoding."""
+    greedy = _greedy(model, prompt, steps, new)
+    found = diffuse(model, prompt, diffusion=Diffusion(), max_new_tokens=new, num_steps=steps)
+    yield (
+        "diffusion",
+        {
+            "agreement": round(float((found.tokens == greedy).double().mean()), 5),
+            "core_passes": found.core_passes,
+            "pass_ratio": round(steps * new / found.core_passes, 4),
+            "positions_recurred": found.positions_recurred,
+            "outer_steps": found.outer_steps,
+        },
+    )
+
+
+def check_exact(plan: recipes.Exact) -> Iterable[Event]:
+    """Counted FLOPs against torch's counter, Huginn's totals, and speculation on random weights."""
+    shape = RecurrentDepth(
+        width=48, heads=4, prelude=1, core=2, coda=1, hidden=80, vocabulary=96, context=64,
+        mean_recurrence=8, mean_backprop=4,
+    )  # fmt: skip
+    model = shape.build(seed=plan.seed)
+    assert isinstance(model, RecurrentDepthForCausalLM)
+    model.set_attn_implementation("eager")
+    tokens = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(plan.seed))
+    price = costs(model.config, context=tokens.shape[1])
+    pairs = [(r, 0) for r in (1, 4, 32)] + [(0, 4), (3, 2), (7, 4)]
+    for without, with_gradient in pairs:
+        with FlopCounterMode(display=False) as counter:
+            if with_gradient:
+                out = model.train()(tokens, labels=tokens, num_steps=(without, with_gradient))
+                out.loss.backward()
+                expected = price.training(without, with_gradient)
+            else:
+                with torch.no_grad():
+                    model.eval()(tokens, num_steps=without)
+                expected = price.forward(without)
+        counted = counter.get_total_flops()
+        ours = expected * tokens.numel()
+        yield (
+            "flops",
+            {
+                "without_gradient": without,
+                "with_gradient": with_gradient,
+                "formula": ours,
+                "counted": counted,
+                "relative_error": round(abs(ours / counted - 1), 6),
+            },
+        )
+    huginn = RecurrentDepthConfig()
+    # As the paper counts: products with weights alone, the adapter's whole in every recurrence.
+    bare = costs(huginn, context=0, splits_adapter=False)
+    yield (
+        "huginn",
+        {
+            "materialised_parameters": materialised_parameters(huginn, 32),
+            "training_flops": bare.training(25, 8),
+            "forward_flops_at_32": bare.forward(32),
+        },
+    )
+    model.set_attn_implementation("sdpa")
+    yield from speculation(model.eval(), tokens[:, :8], steps=recipes.MEAN * 2, new=plan.generated)
+
+
+def _write(
+    plan: Any, jobs: Sequence[Callable[[], Sequence[Event]]], workplace: Workplace, materials: Any
+) -> None:
+    workplace.record.unlink(missing_ok=True)
+    with RecordWriter(workplace.record) as records:
+        records.write_header(
+            header(plan, seed=plan.seed, world_size=1, materials=materials, overrides=())
+        )
+        for done, found in enumerate(_each(jobs), start=1):
+            for kind, fields in found:
+                records.write(kind, **fields)
+            workplace.progress(done, len(jobs), f"{done} of {len(jobs)} models")
+        records.write("finished")
+
+
+def _each(jobs: Sequence[Callable[[], Sequence[Event]]]) -> Iterator[Sequence[Event]]:
+    """The jobs' events in order; few are done here, since a process costs seconds to start."""
+    if len(jobs) <= WORKERS:
+        yield from (job() for job in jobs)
+        return
+    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_call, jobs)
+
+
+def _call(job: Callable[[], Sequence[Event]]) -> Sequence[Event]:
+    return job()
+
+
+def perform_cells(plan: recipes.Cells, workplace: Workplace) -> None:
+    """Train and examine every automaton model, two at a time."""
+    jobs = [partial(examine_cells, one, plan.exam, workplace.scratch) for one in plan.members]
+    _write(plan, jobs, workplace, ())
+
+
+def perform_bytes(plan: recipes.Bytes, workplace: Workplace) -> None:
+    """Train and examine every language model, two at a time."""
+    data: Any = plan.members[0].data
+    materials = tokenize(data.corpus, data.tokenizer).materials
+    jobs = [partial(examine_bytes, run, plan, workplace.scratch) for run in plan.members]
+    _write(plan, jobs, workplace, materials)
+
+
+def perform_exact(plan: recipes.Exact, workplace: Workplace) -> None:
+    """Write the counts and equalities."""
+    workplace.record.unlink(missing_ok=True)
+    with RecordWriter(workplace.record) as records:
+        records.write_header(header(plan, seed=plan.seed, world_size=1, materials=(), overrides=()))
+        for kind, fields in check_exact(plan):
+            records.write(kind, **fields)
+        records.write("finished")
+
+
+def _stages(scale: Scale) -> Sequence[Stage]:
+    match scale:
+        case "smoke" | "laptop":
+            exact, cells = recipes.exact(scale), recipes.cells(scale)
+        case "gpu" | "paper":
+            return ()
+    stages = [
+        Stage(name=EXACT, run=exact, perform=partial(perform_exact, exact)),
+        Stage(name=AUTOMATON, run=cells, perform=partial(perform_cells, cells)),
+    ]
+    if scale == "laptop":
+        language = recipes.language(scale)
+        stages.append(Stage(name=LANGUAGE, run=language, perform=partial(perform_bytes, language)))
+    return tuple(stages)
+
+
+def _launches() -> Sequence[Launch]:
+    run = recipes.table_1("paper")
+    command = (
+        "python -c 'from pathlib import Path; from fourfold_recurrent_depth.recipes import table_1; "
+        "from fourfold_parallel.run.train import train; from fourfold_parallel.run.progress import silent; "
+        'train(table_1("paper"), record=Path("huginn.jsonl"), checkpoints=Path("huginn"), progress=silent)\''
+    )
+    inner = command.removeprefix("python ")
+    return (
+        Launch(
+            title=f"{run.name}, {run.steps} steps of {run.tokens_per_step / 1e6:.1f} M tokens",
+            needs="4,096 GPUs of 64 GB, and the published data mix as the run's corpus",
+            torchrun=f"torchrun --nnodes 512 --nproc-per-node 8 --rdzv-backend c10d "
+            f"--rdzv-endpoint $HEAD:29500 --no-python {command}",
+            slurm=f"srun --nodes 512 --ntasks-per-node 8 --gpus-per-task 1 python {inner}",
+        ),
+    )
+
+
+EXPERIMENT = Experiment(
+    package="recurrent_depth",
+    title="Recurrent depth: test-time compute in latent space",
+    paper="Geiping, McLeish, Jain, Kirchenbauer, Singh, Bartoldson, Kailkhura, Bhatele, Goldstein: Scaling "
+    "up Test-Time Compute with Latent Reasoning: A Recurrent Depth Approach, 2025 (arXiv 2502.05171)",
+    claims=CLAIMS,
+    stages=_stages,
+    drawings=figures.drawings,
+    launches=_launches,
+)
+"""Announced as the entry point `recurrent_depth`."""

@@ -1,0 +1,78 @@
+"""The adapter for lm-evaluation-harness: recurrences and exits as model arguments.
+
+    import fourfold_recurrent_depth.harness, lm_eval
+    lm_eval.simple_evaluate("recurrent_depth", model_args="pretrained=DIR,num_steps=32,exit=kl", tasks=[...])
+
+GSM8K as the paper reports it ("with system prompt") needs `apply_chat_template=True`,
+`fewshot_as_multiturn=True` and the system instruction of its README.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+
+from fourfold_recurrent_depth.exits import Criterion, criterion_named
+from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
+
+
+@register_model("recurrent_depth")
+class RecurrentDepthLM(HFLM):
+    """A recurrent-depth model at a fixed or an adaptive depth; counts the recurrences it took.
+
+    Args:
+        num_steps: recurrences, at most where tokens may stop.
+        exit: a criterion or its name; empty for none. Scored tokens stop one by one.
+        kwargs: as for lm-eval's own `hf` model.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_steps: int = 32,
+        exit: str | Criterion = "",  # noqa: A002 - the word of the model's own argument
+        **kwargs: Any,
+    ) -> None:
+        self._options: dict[str, Any] = {"num_steps": int(num_steps)}
+        if exit:
+            chosen = criterion_named(exit)
+            self._options["exit"] = type(chosen)(
+                threshold=chosen.threshold, min_steps=chosen.min_steps, scope="token"
+            )
+        self.steps_taken = torch.zeros(int(num_steps) + 1, dtype=torch.long)
+        """How many scored tokens took each number of recurrences."""
+        super().__init__(**kwargs)
+        if not isinstance(self.model, RecurrentDepthForCausalLM):
+            raise ValueError(
+                f"{type(self.model).__name__} has no recurrences; use lm-eval's model `hf` for it"
+            )
+
+    def _model_call(
+        self,
+        inps: Int[Tensor, "batch token"],
+        attn_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Float[Tensor, "batch token vocabulary"]:
+        del attn_mask, labels
+        with torch.no_grad():
+            out: Any = self.model(inps, use_cache=False, **self._options)
+        steps = out.exit_steps
+        if steps is None:
+            self.steps_taken[self._options["num_steps"]] += inps.numel()
+        else:
+            self.steps_taken += torch.bincount(
+                steps.flatten().cpu(), minlength=len(self.steps_taken)
+            )
+        return out.logits
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
+    ) -> Tensor:
+        return super()._model_generate(
+            context, max_length, stop, **{**self._options, **generation_kwargs}
+        )

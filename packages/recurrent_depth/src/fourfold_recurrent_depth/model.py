@@ -1,0 +1,580 @@
+"""A language model that iterates one block in latent space (Geiping et al. 2025, section 3).
+
+    e   = P(tokens)                       the prelude reads, once
+    s_0 ~ N(0, 2/5)                       a random state for every token
+    s_i = R(e, s_{i-1}),  i = 1 .. r      the core thinks, as often as one likes
+    p   = C(s_r)                          the coda speaks, once
+
+R has one set of weights and sees the embedding e again in every recurrence, so that its fixed point
+depends on the tokens and not on s_0. Training draws r at random and lets gradients through the last k
+recurrences only; a trained model may be run at any r, and at a different r for every token (`exit`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Complex, Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fourfold_recurrent_depth.cache import RecurrentCache
+from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
+from fourfold_recurrent_depth.exits import Criterion, criterion_named, iterate_until_exit
+from fourfold_recurrent_depth.fused import eager_attention, gated_silu, rms_norm
+from fourfold_recurrent_depth.states import RowStates, StateTable, draw_state
+
+Steps = int | tuple[int, int] | Tensor
+"""Recurrences: r without gradient; (n, k) of which the last k carry gradient; or one (n + k) per row,
+of which the last `mean_backprop_depth` carry gradient in training."""
+
+
+_NOT_FOR_ATTENTION = ("return_dict", "num_items_in_batch", "output_attentions", "shift_labels")
+
+
+@dataclass(slots=True, kw_only=True)
+class Pass:
+    """What all blocks of one forward pass share."""
+
+    rotary: Complex[Tensor, "#batch token 1 half"]
+    """Rotation of each position, as complex numbers of length one."""
+    mask: Any
+    """In the form that the attention backend takes; None is plain causal attention."""
+    cache: Cache | None
+    options: dict[str, Any]
+    """Further keyword arguments of transformers' attention functions."""
+
+    def of_rows(self, rows: Int[Tensor, " row"]) -> Pass:
+        """The same pass for some rows of the batch."""
+        mask, rotary = self.mask, self.rotary
+        if isinstance(mask, Tensor) and mask.shape[0] > 1:
+            mask = mask[rows]
+        if rotary.shape[0] > 1:
+            rotary = rotary[rows]
+        return Pass(rotary=rotary, mask=mask, cache=self.cache, options=self.options)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x), times a learned gain; the mean is taken in float32 and rounded before the gain."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """Normalise the last dim."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions and a learned bias on queries and keys."""
+
+    is_causal = True
+    num_key_value_groups = 1
+
+    def __init__(self, config: RecurrentDepthConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head_width = config.head_dim
+        self.Wqkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.qk_bias = nn.Parameter(torch.zeros(2, 1, config.n_heads, config.head_dim))
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(
+        self, x: Float[Tensor, "batch token width"], where: Pass, slot: int
+    ) -> Float[Tensor, "batch token width"]:
+        """Attend to this pass's tokens, and to those that the cache holds in `slot`."""
+        qkv = self.Wqkv(x).unflatten(-1, (3, -1, self.head_width))
+        qk = rotate(qkv[:, :, :2] + self.qk_bias.squeeze(1), where.rotary.unsqueeze(2))
+        q, k = qk.transpose(1, 3).unbind(2)  # (batch head token width) each
+        v = qkv[:, :, 2].transpose(1, 2)
+        if where.cache is not None:
+            k, v = where.cache.update(k, v, slot)
+        implementation = self.config._attn_implementation or "sdpa"  # noqa: SLF001 - transformers' own way
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            implementation, eager_attention
+        )
+        out, _ = attend(
+            self, q, k, v, where.mask, scaling=self.head_width**-0.5, dropout=0.0, **where.options
+        )
+        return self.proj(out.flatten(-2))
+
+
+class GatedMLP(nn.Module):
+    """silu(gate) * up, and down again; gate and up are the halves of one product."""
+
+    def __init__(self, config: RecurrentDepthConfig) -> None:
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, 2 * config.intermediate_size, bias=False)
+        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """Apply to every token alike."""
+        return self.proj(gated_silu(self.fc(x)))
+
+
+class SandwichBlock(nn.Module):
+    """A transformer block that also normalises after each sum, so that iterating it cannot blow up."""
+
+    def __init__(self, config: RecurrentDepthConfig) -> None:
+        super().__init__()
+        self.norm_1 = RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = Attention(config)
+        self.norm_2 = RMSNorm(config.n_embd, config.norm_eps)
+        self.norm_3 = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = GatedMLP(config)
+        self.norm_4 = RMSNorm(config.n_embd, config.norm_eps)
+
+    def forward(
+        self, x: Float[Tensor, "batch token width"], where: Pass, slot: int
+    ) -> Float[Tensor, "batch token width"]:
+        """Equation of section 3.2."""
+        x = self.norm_2(self.attn(self.norm_1(x), where, slot) + x)
+        return self.norm_4(self.mlp(self.norm_3(x)) + x)
+
+
+class Adapter(nn.Linear):
+    """[state, embedding] -> width, without a bias: how each recurrence sees the tokens again.
+
+    The embedding's half does not change from one recurrence to the next: `injection` computes it once
+    per pass, and a recurrence multiplies the state's half alone. In exact arithmetic that is one
+    product with the concatenation, which `exact` computes.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(2 * width, width, bias=False)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        state: Float[Tensor, "*batch width"],
+        embedded: Float[Tensor, "*batch width"],
+        *,
+        injection: bool = False,
+        exact: bool = False,
+    ) -> Float[Tensor, "*batch width"]:
+        """The embedding's share (`injection`); the state's share plus it; or the concatenation's product."""
+        width = self.out_features
+        if injection:
+            return F.linear(embedded, self.weight[:, width:])
+        if exact:
+            return F.linear(torch.cat([state, embedded], dim=-1), self.weight)
+        return F.linear(state, self.weight[:, :width]) + embedded
+
+
+@dataclass
+class RecurrentDepthOutput(CausalLMOutputWithPast):
+    """What a pass gives, beside what any causal language model of transformers gives."""
+
+    final_state: Tensor | None = None
+    """s_r, raw: (batch, token, width)."""
+    latent_states: Tensor | None = None
+    """ln_f(s_r), which the coda reads."""
+    exit_steps: Tensor | None = None
+    """Recurrences of each token: (batch, token)."""
+
+
+class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
+    """Prelude, core iterated in latent space, coda. Registered under `huginn_raven`."""
+
+    config: RecurrentDepthConfig
+    config_class = RecurrentDepthConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SandwichBlock"]  # noqa: RUF012 - transformers' own declarations
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: RecurrentDepthConfig) -> None:
+        super().__init__(config)
+        blocks = lambda number: nn.ModuleList(SandwichBlock(config) for _ in range(number))  # noqa: E731
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
+                "prelude": blocks(config.n_layers_in_prelude),
+                "adapter": Adapter(config.n_embd),
+                "core_block": blocks(config.n_layers_in_recurrent_block),
+                "coda": blocks(config.n_layers_in_coda),
+                "ln_f": RMSNorm(config.n_embd, config.norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.register_buffer("freqs_cis", rotary_table(config))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch token"] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "#batch token"] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Float[Tensor, "batch token width"] | None = None,
+        labels: Int[Tensor, "batch token"] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_steps: Steps | None = None,
+        exit: Criterion | str | Callable[..., Tensor] | None = None,  # noqa: A002 - the spec's word
+        initial_state: Float[Tensor, "batch token width"] | StateTable | RowStates | None = None,
+        init_scale: float = 1.0,
+        warm_start: bool = False,
+        kv_budget: int | None = None,
+        output_hidden_states: bool | None = None,
+        **options: Any,
+    ) -> RecurrentDepthOutput:
+        """Think `num_steps` times about every token, or until `exit` says that it is enough.
+
+        Args:
+            input_ids: tokens; or `inputs_embeds`.
+            attention_mask: 0 for padding, on either side.
+            position_ids: by default counted from each row's first real token.
+            past_key_values: a `RecurrentCache`; made where `use_cache` asks for one.
+            inputs_embeds: rows of the embedding, not yet scaled.
+            labels: the inputs, as everywhere in transformers; -100 is ignored.
+            use_cache: give a cache back.
+            logits_to_keep: last positions to predict at; 0 for all.
+            num_steps: see `Steps`; by default `config.mean_recurrence`, without gradient in evaluation
+                and with gradient through the last `config.mean_backprop_depth` in training.
+            exit: a criterion of `fourfold_recurrent_depth.exits`, its name, or a callable.
+            initial_state: s_0 of every token; by default it is drawn anew from N(0, 2/5).
+            init_scale: multiplies the drawn state's standard deviation; 0 gives zeros.
+            warm_start: begin from the last token's final state, which the cache keeps.
+            kv_budget: recurrences whose keys and values the cache keeps; by default all.
+            output_hidden_states: also give the states s_0 .. s_r (`hidden_states`).
+            options: passed on to transformers' attention function.
+
+        Raises:
+            ValueError: before any compute, where an argument cannot be honoured.
+        """
+        embedded = self._embed(input_ids, inputs_embeds)
+        batch, tokens = embedded.shape[:2]
+        without, with_gradient, per_row = self._recurrences(num_steps, batch)
+        steps = without + with_gradient
+        criterion = None if exit is None else criterion_named(exit)
+        if criterion is not None and attention_mask is not None:
+            _refuse_empty_rows(attention_mask[:, -tokens:])
+        if past_key_values is None and use_cache:
+            past_key_values = RecurrentCache(self.config, steps=steps, budget=kv_budget)
+        memory = past_key_values
+        if memory is None and criterion is not None:
+            # Tokens that have stopped keep their last keys: one slot per layer remembers enough.
+            memory = RecurrentCache(self.config, steps=steps, budget=1, capacity=tokens)
+        cache = memory if isinstance(memory, RecurrentCache) else None
+        if criterion is not None and cache is None:
+            raise ValueError(
+                f"exit needs a RecurrentCache, not a {type(memory).__name__}; leave past_key_values out, "
+                "or pass one of fourfold_recurrent_depth.cache"
+            )
+        where, positions = self.locate(embedded, attention_mask, position_ids, memory, options)
+        if cache is not None:
+            cache.open(batch, tokens, steps=steps)
+
+        e = self.read(embedded, where)
+        warm = cache if warm_start else None
+        s = draw_state(e, positions, initial_state, scale=init_scale, warm=warm)
+        logits, exit_steps, history = None, None, [s] if output_hidden_states else None
+        if criterion is None:
+            s = self.iterate(e, s, where, without, with_gradient, per_row=per_row, history=history)
+        else:
+            assert cache is not None
+            real = None if attention_mask is None else attention_mask[:, -tokens:].bool()
+            found = iterate_until_exit(self, e, s, where, cache, criterion, steps=steps, real=real)
+            s, exit_steps = found.state, found.steps
+            if found.logits is not None and (tokens == 1 or logits_to_keep == 1):
+                logits = found.logits
+        latents = self.transformer["ln_f"](s)
+        if logits is None:
+            logits = self.predict(latents, where, logits_to_keep)
+        if cache is not None:
+            cache.close(state=s, steps=exit_steps)
+        return RecurrentDepthOutput(
+            loss=None if labels is None else self._loss(logits, labels, options),
+            logits=cast(Any, logits),
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=cast(Any, None if history is None else tuple(history)),
+            final_state=s,
+            latent_states=latents,
+            exit_steps=exit_steps,
+        )
+
+    def begin(
+        self, tokens: Int[Tensor, "batch token"], cache: Cache | None
+    ) -> tuple[Float[Tensor, "batch token width"], Pass, Int[Tensor, "#batch token"]]:
+        """Embeddings, pass and positions of tokens without padding: where a decoder of its own starts."""
+        embedded = self._embed(tokens, None)
+        return embedded, *self.locate(embedded, None, None, cache, {})
+
+    def read(
+        self, embedded: Float[Tensor, "batch token width"], where: Pass
+    ) -> Float[Tensor, "batch token width"]:
+        """The prelude: e = P(tokens)."""
+        for slot, block in enumerate(self._blocks("prelude")):
+            embedded = block(embedded, where, slot)
+        return embedded
+
+    def iterate(
+        self,
+        e: Float[Tensor, "batch token width"],
+        s: Float[Tensor, "batch token width"],
+        where: Pass,
+        without: int,
+        with_gradient: int,
+        *,
+        first: int = 0,
+        per_row: Int[Tensor, " batch"] | None = None,
+        history: list[Tensor] | None = None,
+    ) -> Float[Tensor, "batch token width"]:
+        """s_{first + n + k} from s_first: n recurrences without gradient, then k with it.
+
+        Only the last k recurrences keep anything for backward, however large n is (section 3.3). A row
+        that takes fewer recurrences than the others (`per_row`) begins later and ends with them.
+        """
+        total, injected = without + with_gradient, e
+        for step in range(total):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and step >= without):
+                if step in (0, without):
+                    injected = self.inject(e)
+                if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                    new = self._gradient_checkpointing_func(
+                        self.recur, s, injected, where, first + step
+                    )
+                else:
+                    new = self.recur(s, injected, where, first + step)
+                if per_row is not None:
+                    begun = rearrange(per_row >= total - step, "batch -> batch 1 1")
+                    new = torch.where(begun, new, s)
+            s = new
+            if history is not None:
+                history.append(s)
+        return s
+
+    def inject(self, e: Float[Tensor, "batch token width"]) -> Float[Tensor, "batch token width"]:
+        """The part of a recurrence that the state does not change, computed once per pass."""
+        if self.config.reference_semantics:
+            return e
+        return self.transformer["adapter"](e, e, injection=True)
+
+    def recur(
+        self,
+        s: Float[Tensor, "batch token width"],
+        injected: Float[Tensor, "batch token width"],
+        where: Pass,
+        step: int,
+    ) -> Float[Tensor, "batch token width"]:
+        """One recurrence R(e, s); `step` counts from 0 and says which slots of a cache it uses."""
+        s = self.transformer["adapter"](s, injected, exact=self.config.reference_semantics)
+        slot = self._slot_of_step(where.cache, step)
+        for layer, block in enumerate(self._blocks("core_block")):
+            s = block(s, where, slot + layer)
+        return s
+
+    def predict(
+        self,
+        latents: Float[Tensor, "batch token width"],
+        where: Pass,
+        logits_to_keep: int | Tensor = 0,
+    ) -> Float[Tensor, "batch kept vocabulary"]:
+        """C(ln_f(s)): coda, the same norm again, head; float32 or wider."""
+        x = latents
+        slot = self.config.n_layers_in_prelude
+        for layer, block in enumerate(self._blocks("coda")):
+            x = block(x, where, slot + layer)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(self.transformer["ln_f"](x[:, kept]))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """What `generate` calls: a cache of ours, allocated once for the whole length."""
+        del generation_mode, batch_size
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            steps = self._recurrences(model_kwargs.get("num_steps"), 1)
+            model_kwargs["past_key_values"] = RecurrentCache(
+                self.config,
+                steps=steps[0] + steps[1],
+                budget=model_kwargs.get("kv_budget"),
+                capacity=max_cache_length,
+            )
+
+    def _blocks(self, stage: str) -> nn.ModuleList:
+        return cast(nn.ModuleList, self.transformer[stage])
+
+    def _slot_of_step(self, cache: Cache | None, step: int) -> int:
+        """First slot of a recurrence's layers, behind those of prelude and coda."""
+        config = self.config
+        kept = cache.kept(step) if isinstance(cache, RecurrentCache) else step
+        around = config.n_layers_in_prelude + config.n_layers_in_coda
+        return around + kept * config.n_layers_in_recurrent_block
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(
+                "exactly one of input_ids and inputs_embeds must be given; leave the other out"
+            )
+        embedded = self.transformer["wte"](input_ids) if inputs_embeds is None else inputs_embeds
+        return embedded * math.sqrt(self.config.n_embd)
+
+    def _recurrences(self, steps: Steps | None, batch: int) -> tuple[int, int, Tensor | None]:
+        """(n, k, recurrences of each row or None)."""
+        config = self.config
+        if steps is None:
+            mean = config.mean_recurrence
+            steps = (mean - config.mean_backprop_depth, config.mean_backprop_depth)
+            steps = (max(0, steps[0]), min(mean, steps[1])) if self.training else mean
+        if isinstance(steps, Tensor) and steps.ndim == 1 and steps.shape[0] == batch > 1:
+            lowest, total = int(steps.min()), int(steps.max())
+            k = min(config.mean_backprop_depth, total) if self.training else 0
+            per_row: Tensor | None = steps
+        else:
+            n, k = (int(steps), 0) if isinstance(steps, int | Tensor) else cast(Any, steps)
+            lowest, total, per_row = min(n, k), n + k, None
+        if total < 1 or lowest < 0 or (per_row is not None and lowest < 1):
+            raise ValueError(
+                f"num_steps={steps} asks for fewer than 1 recurrence; use 1 or more for every row, or a "
+                "pair (without gradient, with gradient) of numbers from 0 that sum to 1 or more"
+            )
+        return total - k, k, per_row
+
+    def _positions(
+        self, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None, tokens: int
+    ) -> Int[Tensor, "#batch token"]:
+        """Place of each token in its own text: padding does not count."""
+        start = 0 if cache is None else int(cache.get_seq_length())
+        if position_ids is None:
+            position_ids = torch.arange(start, start + tokens, device=self.device)[None]
+            is_padded = mask is not None and mask.ndim == 2 and not bool(mask.all())
+            if is_padded and not self.config.reference_semantics:
+                assert mask is not None
+                position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+        last = int(position_ids.max())
+        if last >= self.config.block_size:
+            raise ValueError(
+                f"position {last} lies beyond the rotary table of block_size={self.config.block_size}; "
+                "use a shorter text, or a model with a larger block_size"
+            )
+        return position_ids
+
+    def locate(
+        self,
+        embedded: Tensor,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        options: dict[str, Any],
+    ) -> tuple[Pass, Int[Tensor, "#batch token"]]:
+        """Rotations and the mask in the backend's form; and the positions."""
+        positions = self._positions(mask, position_ids, cache, embedded.shape[1])
+        if self.config.reference_semantics:
+            mask = None
+        table = torch.view_as_complex(cast(Tensor, self.freqs_cis))[0, :, 0]
+        where = Pass(
+            rotary=table[positions].unsqueeze(2),
+            mask=create_causal_mask(
+                config=self.config,
+                inputs_embeds=embedded,
+                attention_mask=mask,
+                past_key_values=cache,
+                position_ids=positions if position_ids is not None else None,
+            ),
+            cache=cache,
+            options={k: v for k, v in options.items() if k not in _NOT_FOR_ATTENTION},
+        )
+        return where, positions
+
+    def _loss(self, logits: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
+        """Cross-entropy; labels are the inputs, as in transformers, or shifted, as in the reference."""
+        extra = {"shift_labels": labels} if self.config.reference_semantics else {}
+        extra |= {k: v for k, v in options.items() if k == "num_items_in_batch"}
+        return self.loss_function(
+            logits=logits, labels=labels, vocab_size=logits.shape[-1], **extra
+        )
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Takase et al. 2023, cut at three standard deviations (section 4.1)."""
+        values = self.config.init_values
+        std, small = values["std"], values["out_proj"]
+        if isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, Attention):
+            init.zeros_(module.qk_bias)
+            for parameter, size in ((module.Wqkv.weight, std), (module.proj.weight, small)):
+                init.trunc_normal_(parameter, std=size, a=-3 * size, b=3 * size)
+        elif isinstance(module, GatedMLP):
+            gate, up = module.fc.weight.chunk(2)
+            # The model was trained with both halves at std; the published inference file, which no
+            # run has used for training, draws the up half small.
+            halves = ((gate, std), (up, small if self.config.reference_semantics else std))
+            if not getattr(module.fc.weight, "_is_hf_initialized", False):
+                for parameter, size in halves:
+                    init.trunc_normal_(parameter, std=size, a=-3 * size, b=3 * size)
+            init.trunc_normal_(module.proj.weight, std=small, a=-3 * small, b=3 * small)
+        elif isinstance(module, nn.Embedding | Adapter) or module is self.lm_head:
+            init.trunc_normal_(cast(Tensor, module.weight), std=std, a=-3 * std, b=3 * std)
+        elif module is self:
+            init.copy_(cast(Tensor, self.freqs_cis), rotary_table(self.config))
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.transformer["wte"]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.transformer["wte"] = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the head."""
+        self.lm_head = new_embeddings
+
+
+def _refuse_empty_rows(mask: Tensor) -> None:
+    """An exit criterion cannot judge a row without a token."""
+    empty = (~mask.bool().any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"rows {empty} of the batch hold padding alone, which no exit criterion can judge; "
+            "leave them out"
+        )
+
+
+def rotary_table(config: RecurrentDepthConfig) -> Float[Tensor, "1 position 1 half 2"]:
+    """(cos, sin) of every position and pair of features, float32, as published (`freqs_cis`)."""
+    exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    angles = torch.outer(torch.arange(config.block_size).float(), 1.0 / config.rope_base**exponents)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)[None, :, None]
+
+
+def rotate(
+    x: Float[Tensor, "*batch head width"], rotary: Complex[Tensor, "*#batch 1 half"]
+) -> Float[Tensor, "*batch head width"]:
+    """Turn each pair (x[2i], x[2i + 1]) by its position's angle, in the table's precision."""
+    pairs = torch.view_as_complex(x.to(rotary.real.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotary).flatten(-2).to(x.dtype)
+
+
+AutoConfig.register("huginn_raven", RecurrentDepthConfig, exist_ok=True)
+AutoModelForCausalLM.register(RecurrentDepthConfig, RecurrentDepthForCausalLM, exist_ok=True)

@@ -1,0 +1,217 @@
+"""The runs of this package: functions that return complete, frozen values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fourfold_parallel.run.corpora import PythonSource
+from fourfold_parallel.run.data import Packed
+from fourfold_parallel.run.engines import DDP, Single
+from fourfold_parallel.run.objective import KeepAll, NextToken
+from fourfold_parallel.run.optimizer import AdamW, Constant, Cosine
+from fourfold_parallel.run.recipe import Run, Scale, Steps
+from fourfold_parallel.run.tokenizers import BytePairs
+from fourfold_recurrent_depth.fresh import RecurrentDepth
+from fourfold_recurrent_depth.objective import Always, LogNormalPoisson, RandomDepth, Recurrences
+from fourfold_recurrent_depth.study import Exam
+from fourfold_recurrent_depth.tasks.automaton import Automaton, EvolvedCells
+
+Arm = Literal["law", "fixed", "shallow"]
+"""How depth is chosen in training: by the paper's law, always the mean, or always 1."""
+
+SEEDS = (0, 1, 2)
+MEAN = 4
+"""Mean recurrences of the small models, in training and in evaluation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cells:
+    """Automaton runs and the exam that all of them sit."""
+
+    members: tuple[tuple[Arm, Run], ...]
+    exam: Exam
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bytes:
+    """Language-model runs on bytes and how their texts are continued."""
+
+    members: tuple[Run, ...]
+    rows: int
+    """Held-out rows that are decoded."""
+    prompt: int
+    """Tokens of each that are given; the rest is decoded with teacher forcing."""
+    generated: int
+    """Tokens generated freely after the prompt."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exact:
+    """What needs no training: counts, sizes, equalities."""
+
+    generated: int
+    seed: int = 0
+
+
+def automaton_run(arm: Arm, seed: int, *, hardest: int, cells: int, steps: int) -> Run:
+    """One automaton model: a core of one block, no prelude and no coda, so that depth is recurrence.
+
+    With a prelude and a coda a small model solves the small k without recurring.
+    """
+    recurrences: dict[Arm, Recurrences] = {
+        "law": LogNormalPoisson(mean=MEAN, backprop=MEAN),
+        "fixed": Always(recurrences=MEAN, backprop=MEAN),
+        "shallow": Always(recurrences=1, backprop=1),
+    }
+    batch = 48
+    return Run(
+        name=f"automaton-{arm}-seed{seed}",
+        model=RecurrentDepth(
+            width=64,
+            heads=4,
+            prelude=0,
+            core=1,
+            coda=0,
+            hidden=176,
+            vocabulary=2 * hardest,
+            context=cells,
+            mean_recurrence=MEAN,
+            mean_backprop=MEAN,
+        ),
+        data=Automaton(hardest=hardest, rows=batch * steps, ramp=batch * steps * 3 // 8),
+        objective=RandomDepth(recurrences=recurrences[arm], supervision=EvolvedCells()),
+        optimizer=AdamW(learning_rate=3e-3, weight_decay=0.01, beta1=0.9, beta2=0.95, epsilon=1e-8),
+        schedule=Cosine(warmup_steps=min(50, steps // 4), floor=0.05),
+        horizon=Steps(count=steps),
+        batch=batch,
+        microbatch=batch,
+        sequence=cells,
+        max_grad_norm=1.0,
+        precision="fp32",
+        engine=Single(),
+        seed=seed,
+        validate_every=steps,
+        checkpoint_every=max(1, steps // 4),
+    )
+
+
+def cells(scale: Literal["smoke", "laptop"]) -> Cells:
+    """The automaton study (C1, C2, C4, C10, C11, C19 to C21).
+
+    Smoke: one short run per arm, enough to run every line. Laptop: three seeds.
+    """
+    match scale:
+        case "smoke":
+            hardest, length, steps, seeds, rows = 2, 12, 30, SEEDS[:1], 8
+            arms: tuple[Arm, ...] = ("law", "shallow")
+        case "laptop":
+            hardest, length, steps, seeds, rows = 3, 16, 800, SEEDS, 64
+            arms = ("law", "fixed", "shallow")
+    members: tuple[tuple[Arm, Run], ...] = tuple(
+        (arm, automaton_run(arm, seed, hardest=hardest, cells=length, steps=steps))
+        for arm in arms
+        for seed in seeds
+    )
+    return Cells(members=members, exam=Exam(hardest=hardest, cells=length, rows=rows))
+
+
+def language_run(seed: int, *, steps: int) -> Run:
+    """A byte-level language model of the Python standard library: one block each, iterated 4 times."""
+    return Run(
+        name=f"bytes-seed{seed}",
+        model=RecurrentDepth(
+            width=64,
+            heads=4,
+            prelude=1,
+            core=1,
+            coda=1,
+            hidden=176,
+            vocabulary=257,
+            context=192,
+            mean_recurrence=MEAN,
+            mean_backprop=MEAN,
+        ),
+        data=Packed(
+            corpus=PythonSource(minimum_characters=20_000),
+            tokenizer=BytePairs(vocabulary=257),
+            held_out=0.003,
+        ),
+        objective=RandomDepth(
+            recurrences=LogNormalPoisson(mean=MEAN, backprop=MEAN),
+            supervision=NextToken(mask=KeepAll()),
+        ),
+        optimizer=AdamW(learning_rate=4e-3, weight_decay=0.05, beta1=0.9, beta2=0.95, epsilon=1e-8),
+        schedule=Cosine(warmup_steps=min(20, steps // 4), floor=0.05),
+        horizon=Steps(count=steps),
+        batch=16,
+        microbatch=16,
+        sequence=64,
+        max_grad_norm=1.0,
+        precision="fp32",
+        engine=Single(),
+        seed=seed,
+        validate_every=steps * 1000,
+        checkpoint_every=steps,
+    )
+
+
+def language(scale: Literal["laptop"]) -> Bytes:  # noqa: ARG001 - one scale has it so far
+    """The language study (C12, C13, C15, C16), three seeds."""
+    members = tuple(language_run(seed, steps=300) for seed in SEEDS)
+    return Bytes(members=members, rows=8, prompt=32, generated=48)
+
+
+def exact(scale: Literal["smoke", "laptop"]) -> Exact:
+    """Counts, sizes and equalities on random weights (C6, C9's memory, C15's exactness)."""
+    return Exact(generated=12 if scale == "smoke" else 24)
+
+
+def table_1(scale: Scale) -> Run:
+    """Huginn-0125's own run (section 4): 3.5 B parameters, 16.8 M tokens a step, 47,360 steps.
+
+    One row of 4,096 tokens per GPU on 4,096 GPUs; constant rate after warm-up. The corpus named here
+    stands in for the published data mix: replace `data` by that mix, packed.
+
+    Raises:
+        ValueError: at any scale but the paper's.
+    """
+    if scale != "paper":
+        raise ValueError(f"scale={scale!r} has no such run; use paper, or the functions above")
+    small = language_run(0, steps=47_360)
+    return replace(
+        small,
+        name="huginn-0125",
+        model=RecurrentDepth(
+            width=5280,
+            heads=55,
+            prelude=2,
+            core=4,
+            coda=2,
+            hidden=17_920,
+            vocabulary=65_536,
+            context=4096,
+            mean_recurrence=32,
+            mean_backprop=8,
+        ),
+        data=Packed(
+            corpus=PythonSource(minimum_characters=20_000),
+            tokenizer=BytePairs(vocabulary=65_536),
+            held_out=0.003,
+        ),
+        objective=RandomDepth(
+            recurrences=LogNormalPoisson(mean=32, backprop=8), supervision=NextToken(mask=KeepAll())
+        ),
+        optimizer=AdamW(learning_rate=4e-5, weight_decay=4e-5, beta1=0.9, beta2=0.95, epsilon=1e-6),
+        schedule=Constant(warmup_steps=4096),
+        batch=4096,
+        microbatch=1,
+        sequence=4096,
+        precision="bf16",
+        engine=DDP(),
+        seed=233,
+        validate_every=128,
+        checkpoint_every=1000,
+    )

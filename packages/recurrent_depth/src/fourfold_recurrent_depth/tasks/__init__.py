@@ -1,0 +1,1 @@
+"""Tasks on which depth can be dialled."""

@@ -1,0 +1,57 @@
+"""A model small enough to test every path, with weights under which every parameter matters."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fourfold_recurrent_depth import RecurrentDepthConfig, RecurrentDepthForCausalLM
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def tiny_config(**changes: object) -> RecurrentDepthConfig:
+    shape: dict[str, object] = {
+        "n_embd": 32, "n_heads": 2, "n_layers_in_prelude": 1, "n_layers_in_recurrent_block": 2,
+        "n_layers_in_coda": 1, "intermediate_size": 48, "vocab_size": 64, "padding_multiple": 64,
+        "block_size": 64, "mean_recurrence": 6, "mean_backprop_depth": 3,
+    }  # fmt: skip
+    return RecurrentDepthConfig(**{**shape, **changes})
+
+
+@torch.no_grad()
+def stir(model: RecurrentDepthForCausalLM) -> RecurrentDepthForCausalLM:
+    """Weights of gain about one, so that attention, biases and gains are felt in the output."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.copy_(0.7 + 0.6 * torch.rand(parameter.shape, generator=generator))
+        elif name.endswith("qk_bias"):
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        elif "wte" not in name and "lm_head" not in name:
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(drawn / math.sqrt(parameter.shape[1]))
+        else:
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[1])
+            )
+    adapter = model.transformer["adapter"]
+    assert isinstance(adapter, nn.Linear)
+    adapter.weight[:, : model.config.n_embd] *= 0.6
+    return model
+
+
+@pytest.fixture
+def tiny() -> RecurrentDepthForCausalLM:
+    config = tiny_config()
+    config._attn_implementation = "sdpa"
+    return stir(RecurrentDepthForCausalLM(config)).eval()
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 64, (3, 12), generator=torch.Generator().manual_seed(2))

@@ -1,0 +1,34 @@
+"""Costs by formula against torch's counter."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fourfold_recurrent_depth import RecurrentDepthConfig, RecurrentDepthForCausalLM
+from fourfold_recurrent_depth.flops import costs, materialised_parameters
+
+
+@pytest.mark.parametrize("pair", [(1, 0), (4, 0), (32, 0), (0, 4), (3, 2), (7, 4)])
+def test_the_formula_is_what_torch_counts(
+    tiny: RecurrentDepthForCausalLM, tokens: torch.Tensor, pair: tuple[int, int]
+) -> None:
+    """Forward at three depths and training at three pairs, exactly, attention included."""
+    without, with_gradient = pair
+    tiny.set_attn_implementation("eager")
+    tiny.train(with_gradient > 0)
+    price = costs(tiny.config, context=tokens.shape[1])
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(with_gradient > 0):
+        out = tiny(tokens, labels=tokens, num_steps=(without, with_gradient))
+        if with_gradient:
+            out.loss.backward()
+    expected = price.training(*pair) if with_gradient else price.forward(without)
+    assert counter.get_total_flops() == expected * tokens.numel()
+
+
+def test_huginns_totals() -> None:
+    """54.3 B parameters at r=32 unrolled; 172 GFLOP a training token at (25, 8)."""
+    config = RecurrentDepthConfig()
+    assert materialised_parameters(config, 32) / 1e9 == pytest.approx(54.3, abs=0.05)
+    published = costs(config, context=0, splits_adapter=False)
+    assert published.training(25, 8) / 1e9 == pytest.approx(172, abs=0.5)
+    assert published.forward(32) / 1e9 == pytest.approx(108.6, abs=0.1)

@@ -1,0 +1,117 @@
+"""Compacting decoding, retrofitting, the harness: each equals what it stands for."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fourfold_recurrent_depth import state_table
+from fourfold_recurrent_depth.exits import LatentDiff
+from fourfold_recurrent_depth.generate import compacting
+from fourfold_recurrent_depth.retrofit import retrofit
+
+
+@pytest.mark.parametrize("exits", [None, LatentDiff(threshold=0.2)])
+def test_rows_that_end_leave_and_change_nothing(
+    tiny: Any, tokens: torch.Tensor, exits: Any
+) -> None:
+    """Tokens equal transformers' own loop, with ends at different places and left padding."""
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    options: dict[str, Any] = {
+        "attention_mask": mask, "max_new_tokens": 14, "do_sample": False, "pad_token_id": 0,
+        "num_steps": 5, "exit": exits, "initial_state": state_table(64, 32, seed=0),
+    }  # fmt: skip
+    free = tiny.generate(tokens, **options)[:, 12:]
+    ends = [int(free[0, 3]), int(free[1, 7])]
+    expected = tiny.generate(tokens, eos_token_id=ends, **options)
+    rows: list[int] = []
+    handle = tiny.transformer["ln_f"].register_forward_hook(lambda _, x, __: rows.append(len(x[0])))
+    found = tiny.generate(tokens, eos_token_id=ends, custom_generate=compacting, **options)
+    handle.remove()
+    assert found.tolist() == expected.tolist()
+    assert min(rows) < 3
+
+
+def test_compacting_refuses_what_it_cannot_do(tiny: Any, tokens: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="without streamer"):
+        tiny.generate(
+            tokens, custom_generate=compacting, num_beams=2, max_new_tokens=2, pad_token_id=0
+        )
+
+
+def dense() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, vocab_size=64, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def test_one_recurrence_of_a_retrofitted_model_is_the_dense_model(tokens: torch.Tensor) -> None:
+    """With all layers kept, and with one left out, which equals the dense model without it."""
+    model = dense()
+    with torch.no_grad():
+        expected = model(tokens).logits
+        recurrent = retrofit(model, 1, 2, 1)
+        assert torch.allclose(recurrent(tokens).logits, expected, atol=1e-5)
+        shorter = retrofit(model, 1, 1, 1)
+        kept = model.model.layers
+        model.model.layers = torch.nn.ModuleList([kept[0], kept[2], kept[3]])
+        model.config.num_hidden_layers = 3
+        assert torch.allclose(shorter(tokens).logits, model(tokens).logits, atol=1e-5)
+
+
+def test_a_retrofitted_model_trains_and_uses_depth(tokens: torch.Tensor) -> None:
+    """Gradients reach every part; with alpha > 0 the second recurrence sees the first."""
+    recurrent = retrofit(dense(), 1, 2, 1, alpha=0.5)
+    with torch.no_grad():
+        one, two = (recurrent(tokens, num_steps=r).logits for r in (1, 2))
+    assert (one - two).abs().max() > 1e-3
+    recurrent(tokens, labels=tokens, num_steps=(1, 2)).loss.backward()
+    assert all(p.grad is not None for p in recurrent.parameters())
+    for wrong, message in (((1, 4, 1), "do not fit"), ((1, 0, 1), "do not fit")):
+        with pytest.raises(ValueError, match=message):
+            retrofit(dense(), *wrong)
+    with pytest.raises(ValueError, match="keeps no cache"):
+        recurrent(tokens, use_cache=True)
+
+
+def test_the_harness_scores_as_the_model_does(tiny: Any) -> None:
+    """Log-likelihoods at a depth are sums of the model's own, and recurrences are counted."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    from fourfold_recurrent_depth.harness import RecurrentDepthLM
+
+    words = {f"w{n}": n for n in range(63)} | {"<end>": 63}
+    made = Tokenizer(WordLevel(words, unk_token="w0"))
+    made.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="<end>", pad_token="<end>", unk_token="w0"
+    )
+    lm = RecurrentDepthLM(
+        pretrained=tiny, tokenizer=tokenizer, num_steps=4, exit=LatentDiff(threshold=1e-9), batch_size=2,
+        max_length=32,
+    )  # fmt: skip
+    lm._options["init_scale"] = 0.0
+    pairs = [("w5 w6 w7", " w8 w9"), ("w3", " w4"), ("w10 w11", " w12 w13 w14")]
+    requests = [
+        Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0) for pair in pairs
+    ]
+    for (context, continuation), (score, _) in zip(pairs, lm.loglikelihood(requests), strict=True):
+        first = tokenizer(context, return_tensors="pt").input_ids
+        whole = tokenizer(context + continuation, return_tensors="pt").input_ids
+        with torch.no_grad():
+            logits = tiny(whole, num_steps=4, init_scale=0.0).logits.log_softmax(-1)
+        cut = first.shape[1]
+        expected = logits[0, cut - 1 : -1].gather(1, whole[0, cut:, None]).sum()
+        assert score == pytest.approx(float(expected), abs=1e-3)
+    assert int(lm.steps_taken.sum()) > 0
+    assert int(lm.steps_taken[:4].sum()) == 0

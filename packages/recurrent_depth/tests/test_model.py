@@ -1,0 +1,362 @@
+"""Laws of the model: padding, caches, company and depth change nothing that they should not."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModelForCausalLM
+
+from fourfold_recurrent_depth import (
+    RecurrentCache,
+    RecurrentDepthForCausalLM,
+    estimate_cache_bytes,
+    state_table,
+)
+from fourfold_recurrent_depth.exits import KL, Custom, Fixed, LatentDiff
+
+ROUNDING = 3e-5
+"""float32 sums in another order, contracted by the recurrence; logits are of size one to ten."""
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = ROUNDING) -> bool:
+    return bool((a - b).abs().max() < tolerance)
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+    options.setdefault("init_scale", 0.0)
+    return model(tokens, **options).logits
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("exits", [None, LatentDiff(threshold=0.2, scope="token")])
+def test_padding_changes_nothing(
+    tiny: Any, tokens: torch.Tensor, side: str, attn: str, exits: Any
+) -> None:
+    """On either side, for every real token, with every backend, at full and at adaptive depth."""
+    tiny.set_attn_implementation(attn)
+    table = state_table(64, 32, seed=0)
+    pad = torch.full((3, 5), 9)
+    order = [pad, tokens] if side == "left" else [tokens, pad]
+    mask = torch.cat([torch.full_like(x, x is tokens, dtype=torch.bool) for x in order], 1).long()
+    padded = logits(tiny, torch.cat(order, 1), attention_mask=mask, initial_state=table, exit=exits)
+    padded = padded[:, 5:] if side == "left" else padded[:, :12]
+    assert close(padded, logits(tiny, tokens, initial_state=table, exit=exits))
+
+
+def test_left_padded_generation_equals_each_row_alone(tiny: Any, tokens: torch.Tensor) -> None:
+    """Rows of different lengths in one batch, at full depth and with exits."""
+    table = state_table(64, 32, seed=0)
+    lengths = [4, 7, 12]
+    padded, mask = torch.zeros(3, 12, dtype=torch.long), torch.zeros(3, 12, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        padded[row, 12 - length :], mask[row, 12 - length :] = tokens[row, :length], 1
+    for exits in (None, LatentDiff(threshold=0.1), KL(threshold=0.02)):
+        options: Any = {
+            "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "exit": exits,
+            "initial_state": table,
+        }  # fmt: skip
+        together = tiny.generate(padded, attention_mask=mask, **options)[:, 12:]
+        for row, length in enumerate(lengths):
+            alone = tiny.generate(tokens[row : row + 1, :length], **options)[:, length:]
+            assert together[row].tolist() == alone[0].tolist()
+
+
+@pytest.mark.parametrize("reads", ["state", "logits"])
+def test_what_a_row_does_in_company_it_does_alone(
+    tiny: Any, tokens: torch.Tensor, reads: str
+) -> None:
+    """Exit steps and logits of each row, token by token through a cache, in batches of any make-up."""
+    criterion = LatentDiff(threshold=0.3) if reads == "state" else KL(threshold=0.03)
+
+    def run(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        cache = RecurrentCache(tiny.config, steps=8)
+        options: Any = {
+            "past_key_values": cache, "use_cache": True, "num_steps": 8, "exit": criterion,
+        }  # fmt: skip
+        found = [logits(tiny, tokens[rows, at : at + 1], **options) for at in range(12)]
+        assert cache.exit_steps is not None
+        return torch.cat(found, 1), cache.exit_steps
+
+    alone = [run([row]) for row in range(3)]
+    assert len({tuple(steps[0].tolist()) for _, steps in alone}) == 3, "rows must differ in depth"
+    for rows in ([0, 1, 2], [2, 0], [1, 1, 2, 0]):
+        together, steps = run(rows)
+        for index, row in enumerate(rows):
+            assert steps[index].tolist() == alone[row][1][0].tolist()
+            assert close(together[index], alone[row][0][0])
+
+
+@pytest.mark.parametrize("budget", [None, 1, 2])
+def test_exits_that_never_come_are_full_depth(
+    tiny: Any, tokens: torch.Tensor, budget: int | None
+) -> None:
+    """A threshold of zero equals no criterion at all, whatever the cache keeps."""
+    found = []
+    for exits in (None, LatentDiff(threshold=0.0), KL(threshold=0.0), Fixed(threshold=6)):
+        cache = RecurrentCache(tiny.config, steps=6, budget=budget)
+        parts = [
+            logits(
+                tiny, tokens[:, a:b], past_key_values=cache, use_cache=True, exit=exits,
+            )[:, -1]
+            for a, b in ((0, 7), (7, 8), (8, 12))
+        ]  # fmt: skip
+        found.append(torch.stack(parts))
+    assert all(close(one, found[0]) for one in found[1:])
+
+
+def test_a_cache_equals_no_cache_whatever_the_chunks(tiny: Any, tokens: torch.Tensor) -> None:
+    """Also where capacity grows on the way, and where later passes take other numbers of recurrences."""
+    whole = logits(tiny, tokens, num_steps=5)
+    for chunks in ((12,), (1,) * 12, (5, 4, 3)):
+        cache, at, parts = RecurrentCache(tiny.config, steps=5, capacity=2), 0, []
+        for count in chunks:
+            parts.append(
+                logits(
+                    tiny,
+                    tokens[:, at : at + count],
+                    past_key_values=cache,
+                    use_cache=True,
+                    num_steps=5,
+                )
+            )
+            at += count
+        assert close(torch.cat(parts, 1), whole)
+
+
+def test_a_token_is_read_at_its_deepest(tiny: Any, tokens: torch.Tensor) -> None:
+    """Oracle: shallow and deep passes in one cache equal attention over keys gathered by depth."""
+    depths = [2, 5, 3]
+    cache, parts = RecurrentCache(tiny.config, steps=1), []
+    for place, depth in enumerate(depths):
+        parts.append(
+            logits(
+                tiny,
+                tokens[:, place : place + 1],
+                past_key_values=cache,
+                use_cache=True,
+                num_steps=depth,
+            )
+        )
+    one_pass = logits(
+        tiny, tokens[:, :3], exit=Custom(function=_by_depth(depths), scope="token"), num_steps=5
+    )
+    assert close(torch.cat(parts, 1), one_pass)
+
+
+def _by_depth(depths: list[int]) -> Any:
+    """An exit function that stops token t after depths[t] recurrences; rows of three tokens."""
+    done = {"checks": 0}
+
+    def function(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        done["checks"] += 1
+        wanted = torch.tensor(depths).repeat(len(now) // len(depths))
+        return (wanted > done["checks"]).float()
+
+    return function
+
+
+@pytest.mark.parametrize("what", ["sample", "beams", "assisted", "static", "contrastive_rows"])
+def test_transformers_generation(tiny: Any, tokens: torch.Tensor, what: str) -> None:
+    """Sampling, beams, an assistant, a preallocated cache and several samples per prompt run, with exits."""
+    options: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "pad_token_id": 0,
+        "num_steps": 4,
+        "init_scale": 0.0,
+    }
+    greedy = tiny.generate(tokens[:1], do_sample=False, **options)
+    match what:
+        case "sample":
+            torch.manual_seed(0)
+            made = tiny.generate(tokens, do_sample=True, top_p=0.9, exit="latent_diff", **options)
+            assert made.shape == (3, 18)
+        case "beams":
+            made = tiny.generate(
+                tokens[:1], num_beams=3, do_sample=False, exit="latent_diff", **options
+            )
+            uncached = tiny.generate(
+                tokens[:1], num_beams=3, do_sample=False, use_cache=False,
+                exit=LatentDiff(scope="token"), **options,
+            )  # fmt: skip
+            assert made.shape == uncached.shape
+        case "assisted":
+            made = tiny.generate(tokens[:1], assistant_model=tiny, do_sample=False, **options)
+            assert made.tolist() == greedy.tolist()
+        case "static":
+            made = tiny.generate(
+                tokens[:1], do_sample=False, cache_implementation="static", **options
+            )
+            assert made.tolist() == greedy.tolist()
+        case "contrastive_rows":
+            made = tiny.generate(tokens[:2], do_sample=True, num_return_sequences=3, **options)
+            assert made.shape[0] == 6
+
+
+def test_beams_with_and_without_cache_agree(tiny: Any, tokens: torch.Tensor) -> None:
+    """Rows are reordered in every slot."""
+    options: Any = {"max_new_tokens": 6, "pad_token_id": 0, "num_beams": 3, "init_scale": 0.0}
+    with_cache = tiny.generate(tokens, **options)
+    assert with_cache.tolist() == tiny.generate(tokens, use_cache=False, **options).tolist()
+
+
+def test_the_cache_is_as_large_as_estimated(tiny: Any, tokens: torch.Tensor) -> None:
+    for budget in (None, 1, 3):
+        cache = RecurrentCache(tiny.config, steps=6, budget=budget)
+        logits(tiny, tokens, past_key_values=cache, use_cache=True)
+        assert cache.nbytes() == estimate_cache_bytes(
+            tiny.config, tokens=12, steps=6, batch=3, budget=budget, element_bytes=4
+        )
+
+
+def test_huginns_cache_is_as_large_as_the_paper_says() -> None:
+    """2.79 MB a token at 32 recurrences in bfloat16; 0.17 MB with one kept."""
+    from fourfold_recurrent_depth import RecurrentDepthConfig
+
+    config = RecurrentDepthConfig()
+    assert estimate_cache_bytes(config, tokens=1, steps=32) == 2_787_840
+    assert estimate_cache_bytes(config, tokens=1, steps=32, budget=1) == 168_960
+
+
+def saved_bytes(model: Any, tokens: torch.Tensor, steps: tuple[int, int]) -> int:
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model(tokens, labels=tokens, num_steps=steps, init_scale=0.0)
+    out.loss.backward()
+    return sum(sizes.values())
+
+
+def test_recurrences_without_gradient_save_nothing(tiny: Any, tokens: torch.Tensor) -> None:
+    """Saved tensors of a training pass: as many bytes for n = 0, 1 and 20; more with larger k."""
+    tiny.train()
+    few, some, many = (saved_bytes(tiny, tokens, (n, 2)) for n in (0, 1, 20))
+    assert few == some == many
+    assert saved_bytes(tiny, tokens, (0, 4)) > few
+
+
+def test_checkpointed_gradients_are_the_gradients(tiny: Any, tokens: torch.Tensor) -> None:
+    """Activation checkpointing saves memory and changes no number."""
+    tiny.train()
+    found = []
+    for checkpoints in (False, True):
+        if checkpoints:
+            tiny.activation_checkpointing_enable({"use_reentrant": False})
+        tiny.zero_grad()
+        tiny(tokens, labels=tokens, num_steps=(2, 4), init_scale=0.0).loss.backward()
+        found.append({name: p.grad.clone() for name, p in tiny.named_parameters()})
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
+
+
+def test_rows_of_their_own_depth_equal_rows_alone(tiny: Any, tokens: torch.Tensor) -> None:
+    """Recurrences per row: state and gradient are those of a pass for that row."""
+    tiny.train()
+    depths = torch.tensor([2, 6, 4])
+    tiny.zero_grad()
+    out = tiny(tokens, num_steps=depths, init_scale=0.0)
+    out.logits.square().sum().backward()
+    together = tiny.transformer["adapter"].weight.grad.clone()
+    tiny.zero_grad()
+    for row, depth in enumerate(depths.tolist()):
+        k = min(3, depth)
+        alone = tiny(tokens[row : row + 1], num_steps=(depth - k, k), init_scale=0.0)
+        assert close(out.final_state[row].detach(), alone.final_state[0].detach())
+        alone.logits.square().sum().backward()
+    grown = tiny.transformer["adapter"].weight.grad
+    assert close(together, grown, 1e-4 * float(grown.abs().max()))
+
+
+def test_gradients_are_those_of_finite_differences(tiny: Any, tokens: torch.Tensor) -> None:
+    """Our own backward passes, in float64, through the whole model."""
+    tiny.double().train()
+    weight = tiny.transformer["core_block"][0].norm_2.weight
+    fc = tiny.transformer["core_block"][1].mlp.fc.weight
+
+    def loss() -> torch.Tensor:
+        return tiny(tokens, num_steps=(0, 3), init_scale=0.0).logits.square().mean()
+
+    loss().backward()
+    for parameter, at in ((weight, (3,)), (fc, (5, 7)), (fc, (60, 2))):
+        step, slope = 1e-6, parameter.grad[at].item()
+        with torch.no_grad():
+            parameter[at] += step
+            above = loss().item()
+            parameter[at] -= 2 * step
+            below = loss().item()
+            parameter[at] += step
+        assert (above - below) / (2 * step) == pytest.approx(slope, rel=1e-5, abs=1e-9)
+
+
+def test_labels_are_shifted_as_in_transformers(tiny: Any, tokens: torch.Tensor) -> None:
+    with torch.no_grad():
+        out = tiny(tokens, labels=tokens, init_scale=0.0)
+    by_hand = torch.nn.functional.cross_entropy(
+        out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    )
+    assert close(out.loss, by_hand, 1e-6)
+    embeds = tiny.get_input_embeddings()(tokens)
+    assert torch.equal(logits(tiny, None, inputs_embeds=embeds), out.logits)
+
+
+def test_fresh_states_follow_the_initial_law(tiny: Any) -> None:
+    """Standard deviation sqrt(2/5) cut at three of them, anew in every pass."""
+    states = state_table(4000, 32, seed=3).states
+    assert states.std().item() == pytest.approx(0.4**0.5, rel=0.03)
+    assert states.abs().max() <= 3 * 0.4**0.5 + 1e-6
+    one, two = (tiny(torch.zeros(1, 2, dtype=torch.long), num_steps=1).logits for _ in range(2))
+    assert not torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": 0}, "fewer than 1 recurrence"),
+        ({"num_steps": (-1, 4)}, "fewer than 1 recurrence"),
+        ({"num_steps": torch.tensor([1, 0, 2])}, "fewer than 1 recurrence"),
+        ({"exit": "kullback"}, "use one of kl"),
+        ({"kv_budget": 0, "use_cache": True}, "keeps no recurrence"),
+        ({"kv_budget": 9, "use_cache": True, "num_steps": 4}, "more recurrences than the 4"),
+        (
+            {
+                "exit": "kl",
+                "attention_mask": torch.ones(3, 12).long() * torch.tensor([[1], [0], [1]]),
+            },
+            r"rows \[1\] of the batch",
+        ),
+        ({"position_ids": torch.arange(60, 72)[None]}, "beyond the rotary table"),
+        ({"inputs_embeds": torch.zeros(3, 12, 32)}, "exactly one"),
+        ({"exit": lambda now, _: now}, "one number for each"),
+    ],
+)
+def test_bad_input_is_refused(
+    tiny: Any, tokens: torch.Tensor, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        logits(tiny, tokens, **options)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny: Any, tmp_path: Any) -> None:
+    """Missing or extra keys, named."""
+    from safetensors.torch import load_file, save_file
+
+    from fourfold_recurrent_depth.checkpoints import load_published
+
+    tiny.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(again, RecurrentDepthForCausalLM)
+    weights = load_file(tmp_path / "model.safetensors")
+    missing = {name: w for name, w in weights.items() if "coda.0.norm_1" not in name}
+    for wrong, name in (
+        (missing, "coda.0.norm_1"),
+        ({**weights, "extra.w": torch.ones(1)}, "extra.w"),
+    ):
+        save_file(wrong, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=name):
+            load_published(tmp_path)

@@ -1,0 +1,33 @@
+"""Started by torchrun in test_training.py: train one run on several engines, one after another."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fourfold_parallel.run.engines import DDP, FSDP2, Engine
+from fourfold_parallel.run.progress import silent
+from fourfold_parallel.run.recipe import Run
+from fourfold_parallel.run.train import train
+from fourfold_parallel.run.values import from_json
+
+ENGINES: dict[str, Engine] = {"ddp": DDP(), "fsdp2": FSDP2(reshard_after_forward=True)}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    run = from_json(json.loads((folder / "run.json").read_text()))
+    assert isinstance(run, Run)
+    for name in sys.argv[2:]:
+        mine = replace(run, engine=ENGINES[name])
+        train(mine, record=folder / f"{name}.jsonl", checkpoints=folder / name, progress=silent)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
