@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -57,7 +57,7 @@ class RecurrentDepthOutput(CausalLMOutputWithPast):
     """Recurrences of each token: (batch, token)."""
 
 
-class RecurrentDepthPreTrainedModel(PreTrainedModel, GenerationMixin):
+class RecurrentDepthPreTrainedModel(PreTrainedModel):
     """The interface with transformers."""
 
     config: RecurrentDepthConfig

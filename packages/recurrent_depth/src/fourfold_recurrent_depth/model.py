@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -148,7 +148,7 @@ class Adapter(nn.Linear):
         return F.linear(state, self.weight[:, :width]) + embedded
 
 
-class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel):
+class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
     """Prelude, core iterated in latent space, coda. Registered under `huginn_raven`."""
 
     def __init__(self, config: RecurrentDepthConfig) -> None:
