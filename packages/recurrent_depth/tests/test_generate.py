@@ -83,7 +83,9 @@ def test_one_recurrence_of_a_retrofitted_model_is_the_dense_model(tokens: torch.
         kept = model.model.layers
         model.model.layers = torch.nn.ModuleList([kept[0], kept[2], kept[3]])
         model.config.num_hidden_layers = 3
-        assert torch.allclose(shorter(tokens).logits, model(tokens).logits, atol=1e-5)
+        assert torch.allclose(
+            shorter(tokens).logits, model(tokens, use_cache=False).logits, atol=1e-5
+        )
 
 
 def test_a_retrofitted_model_trains_and_uses_depth(tokens: torch.Tensor) -> None:
