@@ -138,7 +138,7 @@ def adopt(folder: Path) -> None:
     if not folder.is_dir():
         raise StepError(f"--wheelhouse {folder}: no such folder; name one that holds wheels")
     for file in sorted(folder.iterdir()):
-        if file.suffix not in {".whl", ".gz"} or (WHEELHOUSE / file.name).exists():
+        if file.suffix not in {".whl", ".gz", ".zip"} or (WHEELHOUSE / file.name).exists():
             continue
         partial = WORK / file.name
         partial.unlink(missing_ok=True)
