@@ -155,7 +155,7 @@ def _needs_weights(identifier: str, statement: str, value: str) -> Claim:
         statement=statement,
         paper_value=value,
         conditions="not run: needs the published weights and prompts",
-        rule_text="score the model with this package, --pareval PATH, and compare",
+        rule_text="score the model's answers to ParEval's prompts with ParEval's drivers, and compare",
         rule=_untested,
         scales=(),
         needs="a GPU, the published weights and a ParEval checkout",

@@ -431,8 +431,8 @@ def find_problem(name: str, prompt: str) -> Problem:
     problem = own_problems().get(name)
     if problem is None:
         raise ValueError(
-            f"{name} is not among the {len(own_problems())} built-in problems; "
-            "--pareval PATH runs the drivers of a ParEval checkout"
+            f"{name} is not among the {len(own_problems())} built-in problems "
+            f"({', '.join([*own_problems()][:3])}, ...); outputs of other problems need their drivers"
         )
     function = problem.signature.function
     if not re.search(
