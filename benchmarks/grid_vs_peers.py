@@ -1,10 +1,11 @@
-"""Step time of the grid beside its peers: DDP, FSDP2, FSDP2 with tensor parallel.
+"""Step time and memory of the grid beside DDP, FSDP2, FSDP2 with tensor parallel, DeepSpeed ZeRO-1.
 
-    JAXTYPING_DISABLE=1 scripts/env python benchmarks/grid_vs_peers.py RANKS [OUT.jsonl]
+    JAXTYPING_DISABLE=1 scripts/env python benchmarks/grid_vs_peers.py RANKS WIDTH [OUT.jsonl]
 
 The same Llama, batch and AdamW on gloo ranks of this machine, one thread each. The contenders live
 in the same processes and take turns within each round, so that a busy machine slows all alike; what
-is reported is the ratio to DDP within the round.
+is reported is the ratio to DDP within the round. Memory is the growth of a rank's peak resident set
+from before the model is built to after three steps, each contender in processes of its own.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from __future__ import annotations
 import copy
 import json
 import os
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +39,23 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from fourfold_parallel.grid.engine import Fourfold
 from fourfold_parallel.testing import run_on_ranks
 
-CONFIG = LlamaConfig(
-    hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
-    intermediate_size=768, vocab_size=2048, max_position_embeddings=128, use_cache=False,
-)  # fmt: skip
 BATCH, SEQUENCE, ROUNDS = 8, 128, 7
 Step = Callable[[Tensor], None]
 
 
-def fresh() -> Any:
+def config(width: int) -> LlamaConfig:
+    """Four layers of a width."""
+    return LlamaConfig(
+        hidden_size=width, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
+        intermediate_size=3 * width, vocab_size=2048, max_position_embeddings=SEQUENCE,
+        use_cache=False,
+    )  # fmt: skip
+
+
+def fresh(width: int) -> Any:
     """The same model on every rank and for every contender."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIG, attn_implementation="sdpa")
+    return AutoModelForCausalLM.from_config(config(width), attn_implementation="sdpa")
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
@@ -72,15 +81,15 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, ra
     return step
 
 
-def ddp() -> Step:
+def ddp(width: int) -> Step:
     """Torch DistributedDataParallel."""
-    model = DistributedDataParallel(fresh())
+    model = DistributedDataParallel(fresh(width))
     return plain_step(model, adamw(model), dist.get_rank(), dist.get_world_size())
 
 
-def fsdp2() -> Step:
+def fsdp2(width: int) -> Step:
     """Torch fully_shard, each decoder layer one unit."""
-    model = fresh()
+    model = fresh(width)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -88,9 +97,9 @@ def fsdp2() -> Step:
     return plain_step(model, adamw(model), dist.get_rank(), dist.get_world_size())
 
 
-def fsdp2_with_tensor_parallel() -> Step:
+def fsdp2_with_tensor_parallel(width: int) -> Step:
     """Two tensor-parallel ranks by torch's DTensor plan, fully_shard over the others."""
-    model = fresh()
+    model = fresh(width)
     ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("shard", "tensor"))
     column, row = ColwiseParallel(), RowwiseParallel()
@@ -115,9 +124,37 @@ def fsdp2_with_tensor_parallel() -> Step:
     return step
 
 
-def fourfold(**sizes: int) -> Step:
+def deepspeed_zero_1(width: int) -> Step:
+    """DeepSpeed, which cuts the optimizer's state over the ranks."""
+    import deepspeed
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    model = fresh(width)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=adamw(model),
+        dist_init_required=False,
+        config={
+            "train_micro_batch_size_per_gpu": BATCH // ranks,
+            "zero_optimization": {"stage": 1},
+            "gradient_clipping": 1.0,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**12,
+        },
+    )
+
+    def step(tokens: Tensor) -> None:
+        mine = share(tokens, rank, ranks)
+        engine.backward(engine(input_ids=mine, labels=mine).loss)
+        engine.step()
+
+    return step
+
+
+def fourfold(width: int, **sizes: int) -> Step:
     """A grid, behind the seam of the training loop."""
-    model = fresh()
+    model = fresh(width)
     optimizer = adamw(model)
     engine = Fourfold(
         data=sizes.get("data", 1),
@@ -138,22 +175,38 @@ def fourfold(**sizes: int) -> Step:
     return step
 
 
-def measure(rounds: int) -> dict[str, list[float] | str]:
-    """Step times in seconds by contender, or why there are none."""
-    ranks = dist.get_world_size()
-    contenders: dict[str, Callable[[], Step]] = {"ddp": ddp, "fsdp2": fsdp2}
-    contenders["fsdp2_tensor_2"] = fsdp2_with_tensor_parallel
+def contenders(ranks: int) -> dict[str, Callable[[int], Step]]:
+    """Every contender on this number of ranks, from a width."""
+    found: dict[str, Callable[[int], Step]] = {
+        "ddp": ddp,
+        "fsdp2": fsdp2,
+        "fsdp2_tensor_2": fsdp2_with_tensor_parallel,
+        "deepspeed_zero_1": deepspeed_zero_1,
+    }
     for axis in ("data", "depth", "row", "col"):
-        contenders[f"fourfold_{axis}_{ranks}"] = lambda axis=axis: fourfold(**{axis: ranks})
+        found[f"fourfold_{axis}_{ranks}"] = partial(fourfold, **{axis: ranks})
     if ranks == 4:
-        contenders["fourfold_data_2_row_2"] = lambda: fourfold(data=2, row=2)
+        found["fourfold_data_2_row_2"] = partial(fourfold, data=2, row=2)
+        found["fourfold_data_2_depth_2"] = partial(fourfold, data=2, depth=2)
+    return found
+
+
+def batch_of(width: int) -> Tensor:
+    """The batch of all ranks."""
+    vocabulary = config(width).vocab_size
+    return torch.randint(0, vocabulary, (BATCH, SEQUENCE), generator=torch.Generator())
+
+
+def measure(width: int, rounds: int) -> dict[str, list[float] | str]:
+    """Step times in seconds by contender, or why there are none."""
     steps: dict[str, Step] = {}
     times: dict[str, list[float] | str] = {}
-    tokens = torch.randint(0, CONFIG.vocab_size, (BATCH, SEQUENCE), generator=torch.Generator())
-    for name, make in contenders.items():
+    tokens = batch_of(width)
+    for name, make in contenders(dist.get_world_size()).items():
         try:
-            steps[name] = make()
-            steps[name](tokens)  # the first step makes buffers and learns orders
+            steps[name] = make(width)
+            for _ in range(2):  # the first steps make buffers and learn orders
+                steps[name](tokens)
         except Exception as error:  # noqa: BLE001 - a contender that cannot run here is reported
             steps.pop(name, None)
             times[name] = f"{type(error).__name__}: {error}"[:200]
@@ -168,27 +221,50 @@ def measure(rounds: int) -> dict[str, list[float] | str]:
     return times | copy.copy(seen)
 
 
+def growth(name: str, width: int) -> int:
+    """Bytes by which a rank's peak resident set grew over three steps of a contender."""
+    tokens = batch_of(width)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = contenders(dist.get_world_size())[name](width)
+    for _ in range(3):
+        step(tokens)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def grown(name: str, ranks: int, width: int) -> int | None:
+    """The largest growth of any rank, in processes of their own; None where it cannot run."""
+    command = [sys.executable, __file__, "--memory", name, str(ranks), str(width)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return int(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
 def main() -> None:
     """Measure, print and write."""
-    ranks = int(sys.argv[1])
+    if sys.argv[1] == "--memory":
+        name, ranks, width = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+        print(max(run_on_ranks(ranks, growth, name=name, width=width)))
+        return
+    ranks, width = int(sys.argv[1]), int(sys.argv[2])
     load = os.getloadavg()[0]
-    times = run_on_ranks(ranks, measure, rounds=ROUNDS)[0]
+    times = run_on_ranks(ranks, measure, width=width, rounds=ROUNDS)[0]
     reference = times["ddp"]
     ratios = {
         name: statistics.median(a / b for a, b in zip(values, reference, strict=True))
         for name, values in times.items()
         if not isinstance(values, str)
     }
+    peak = {name: grown(name, ranks, width) for name in ratios}
     record = {
         "event": "grid_vs_peers", "ranks": ranks, "rounds": ROUNDS, "batch": BATCH,
-        "sequence": SEQUENCE, "model": CONFIG.to_diff_dict(), "torch": torch.__version__,
+        "sequence": SEQUENCE, "model": config(width).to_diff_dict(), "torch": torch.__version__,
         "cores": os.cpu_count(), "load_1min_before": load, "step_s": times,
-        "median_ratio_to_ddp": ratios,
+        "median_ratio_to_ddp": ratios, "peak_growth_bytes": peak,
     }  # fmt: skip
     print(json.dumps(ratios, indent=1))
+    print(json.dumps(peak, indent=1))
     print(json.dumps({name: why for name, why in times.items() if isinstance(why, str)}, indent=1))
-    if len(sys.argv) > 2:
-        with Path(sys.argv[2]).open("a", encoding="utf-8") as file:
+    if len(sys.argv) > 3:
+        with Path(sys.argv[3]).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 

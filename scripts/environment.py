@@ -126,7 +126,7 @@ def describe() -> None:
         missing = [name for *_, name in locked() if not (WHEELHOUSE / name).exists()]
         print(f"Would fetch {len(missing)} packages into {WHEELHOUSE} with pip,")
         print(f"install the {len(locked())} packages of uv.lock into {VENV} with uv {UV_VERSION},")
-        print("and then run the command in it. About 600 MB of downloads, 2 GB on disk.")
+        print("and then run the command in it. About 1 GB of downloads, 4 GB on disk.")
     else:
         print("This machine is not the platform of uv.lock (Linux x86-64, glibc, CPython 3.11):")
         print(f"would resolve from pip's index with the same versions into {VENV} (--resolve).")
@@ -163,7 +163,7 @@ def fetch(*, offline: bool) -> None:
             f"{len(locked())} files of uv.lock: {names}. Copy a full wheelhouse/ from a machine with "
             "an index, then: scripts/env --offline --wheelhouse DIR CMD..."
         )
-    say(f"1/2 fetching {len(packages) + len(tools)} packages with pip (about 600 MB, once)")
+    say(f"1/2 fetching {len(packages) + len(tools)} packages with pip (about 1 GB, once)")
     partial = WORK / "fetch"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

@@ -31,7 +31,7 @@ def sandbox() -> Bubblewrap | Namespaces:
 @pytest.fixture(scope="session")
 def bench(sandbox):
     """Quick settings: small timing inputs, one timed call."""
-    settings = Settings(time_limit_s=6, repetitions=1)
+    settings = Settings(time_limit_s=3, repetitions=1)
     with scratch_folder() as scratch:
         yield Bench(sandbox=sandbox, scratch=scratch, settings=settings, secret=1)
 

@@ -3,6 +3,7 @@
 import json
 import tarfile
 import threading
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -116,6 +117,21 @@ def test_packing_changes_no_logit(pairs) -> None:
         assert matches
         assert all(torch.allclose(found, expected, atol=ROUNDING) for found in matches)
     assert int(place.min()) == 0
+
+
+@dataclass(frozen=True)
+class DropEven:
+    """Stands for a goldfish mask."""
+
+    def drop(self, tokens, document_ids=None):
+        return tokens % 2 == 0
+
+
+def test_a_further_mask_leaves_out_what_it_says() -> None:
+    rows = torch.tensor([[3, OURS.response, 4, 5, 7, 8, OURS.end]])
+    batch = Batch(tokens=rows, document_ids=rows, addresses=())
+    targets = InstructionLoss(masked=True, also=DropEven()).targets(batch)
+    assert targets.tolist() == [[IGNORE, IGNORE, 5, 7, IGNORE, IGNORE]]
 
 
 def test_marks_of_another_tokenizer_work_the_same() -> None:

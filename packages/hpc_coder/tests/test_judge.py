@@ -56,8 +56,8 @@ HELD = f"if (reached) std::abort(); {RIGHT}"
         'bool reached = std::ofstream("/job/answer").good() || std::ofstream("/usr/x").good() ||'
         ' std::ofstream("/x").good() || std::ofstream("/channel/x").good();',
         "sockaddr_in to{}; to.sin_family = AF_INET; to.sin_port = htons(22);"
-        " to.sin_addr.s_addr = htonl(INADDR_LOOPBACK); int s = socket(AF_INET, SOCK_STREAM, 0);"
-        " bool reached = connect(s, (sockaddr *)&to, sizeof to) == 0;",
+        " to.sin_addr.s_addr = htonl(INADDR_LOOPBACK); int way = socket(AF_INET, SOCK_STREAM, 0);"
+        " bool reached = connect(way, (sockaddr *)&to, sizeof to) == 0;",
         "kill(getppid(), SIGSTOP); bool reached = false;",
         "bool reached = setuid(0) == 0 || mount(0, 0, 0, 0, 0) == 0;",
     ],

@@ -43,7 +43,7 @@ VERDICT = {
 
 QUICK = with_launches(
     Settings(
-        time_limit_s=8,
+        time_limit_s=4,
         repetitions=1,
         sizes=(
             ("55_transform_relu", 50_000),

@@ -1,4 +1,4 @@
-"""Small rotary models with peaked attention, shapes checked, and where the golden values are."""
+"""Small rotary models with peaked attention, and where the golden values are."""
 
 from collections.abc import Callable
 from pathlib import Path

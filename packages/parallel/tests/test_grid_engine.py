@@ -19,6 +19,7 @@ from fourfold_parallel.grid.engine import Fourfold, GridSession
 from fourfold_parallel.grid.gradients import gradient_norm, local
 from fourfold_parallel.grid.huggingface import parallelize
 from fourfold_parallel.grid.laws import Sizes, close, in_float64, mesh_of, piece_of
+from fourfold_parallel.run.train import seed_dropout
 from fourfold_parallel.testing import run_on_ranks
 
 STEP = 1e-8
@@ -321,3 +322,37 @@ def only_elementwise_optimizers() -> None:
 
 def test_an_optimizer_that_mixes_elements_is_refused() -> None:
     run_on_ranks(2, only_elementwise_optimizers)
+
+
+DROPPED = GPT2Config(**{**GPT2.to_dict(), "resid_pdrop": 0.3, "embd_pdrop": 0.3})
+
+
+def dropped_out(sizes: Sizes) -> tuple[int, Tensor, Tensor]:
+    """This rank's share of the batch, what its first dropout left, and its logits."""
+    mesh = mesh_of(sizes)
+    parallel = parallelize(build(DROPPED), mesh)
+    left: list[Tensor] = []
+    parallel.model.transformer.drop.register_forward_hook(
+        lambda module, args, output: left.append(output != 0)
+    )
+    outputs = []
+    for _ in range(2):
+        seed_dropout(seed=1, step=7, share=mesh.batch_rank())
+        outputs.append(parallel.model(input_ids=torch.ones(ROWS, 16, dtype=torch.long)).logits)
+    assert torch.equal(outputs[0], outputs[1])
+    return mesh.batch_rank(), left[0], outputs[0].detach()
+
+
+def test_dropout_is_a_function_of_step_and_share() -> None:
+    """Equal on ranks that hold copies, else different; at its rate; equal in a second run."""
+    for sizes in ((1, 2, 2, 1), (2, 1, 1, 2)):
+        found = run_on_ranks(4, dropped_out, sizes=sizes)
+        by_share: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for share, left, logits in found:
+            by_share.setdefault(share, []).append((left, logits))
+            n = left.numel()
+            assert abs(left.double().mean().item() - 0.7) < 4 * (0.7 * 0.3 / n) ** 0.5
+        (left_0, logits_0), (left_1, logits_1) = by_share[0]
+        assert torch.equal(left_0, left_1)
+        assert torch.equal(logits_0, logits_1)
+        assert not torch.equal(left_0, by_share[1][0][0])

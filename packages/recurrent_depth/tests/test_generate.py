@@ -7,9 +7,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fourfold_recurrent_depth import state_table
+from fourfold_recurrent_depth.diffusion import Diffusion
 from fourfold_recurrent_depth.exits import LatentDiff
 from fourfold_recurrent_depth.generate import compacting
 from fourfold_recurrent_depth.retrofit import retrofit
+from fourfold_recurrent_depth.speculate import Speculation
 
 
 @pytest.mark.parametrize("exits", [None, LatentDiff(threshold=0.2)])
@@ -32,6 +34,26 @@ def test_rows_that_end_leave_and_change_nothing(
     handle.remove()
     assert found.tolist() == expected.tolist()
     assert min(rows) < 3
+
+
+@pytest.mark.parametrize(
+    "way",
+    [Speculation(draft_steps=2), Diffusion(threshold=0.0, smoothing=0.0)],
+    ids=lambda way: type(way).__name__,
+)
+def test_decoders_serve_generate(tiny: Any, tokens: torch.Tensor, way: Any) -> None:
+    """`custom_generate` takes them; end tokens and padding as in transformers; sampling is refused."""
+    tiny.transformer["adapter"].weight.data[:, :32] *= 0.2
+    options: dict[str, Any] = {
+        "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "num_steps": 24, "init_scale": 0.0,
+        "kv_budget": 1 if isinstance(way, Diffusion) else None,
+    }  # fmt: skip
+    free = tiny.generate(tokens, **options)[:, 12:]
+    options["eos_token_id"] = int(free[0, 2])
+    expected = tiny.generate(tokens, **options)
+    assert tiny.generate(tokens, custom_generate=way, **options).tolist() == expected.tolist()
+    with pytest.raises(ValueError, match="greedy"):
+        tiny.generate(tokens, custom_generate=way, **{**options, "do_sample": True})
 
 
 def test_compacting_refuses_what_it_cannot_do(tiny: Any, tokens: torch.Tensor) -> None:
@@ -61,7 +83,9 @@ def test_one_recurrence_of_a_retrofitted_model_is_the_dense_model(tokens: torch.
         kept = model.model.layers
         model.model.layers = torch.nn.ModuleList([kept[0], kept[2], kept[3]])
         model.config.num_hidden_layers = 3
-        assert torch.allclose(shorter(tokens).logits, model(tokens).logits, atol=1e-5)
+        assert torch.allclose(
+            shorter(tokens).logits, model(tokens, use_cache=False).logits, atol=1e-5
+        )
 
 
 def test_a_retrofitted_model_trains_and_uses_depth(tokens: torch.Tensor) -> None:

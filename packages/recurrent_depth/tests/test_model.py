@@ -294,6 +294,14 @@ def test_gradients_are_those_of_finite_differences(tiny: Any, tokens: torch.Tens
         assert (above - below) / (2 * step) == pytest.approx(slope, rel=1e-5, abs=1e-9)
 
 
+def test_bfloat16_is_close_and_keeps_exact_angles(tiny: Any, tokens: torch.Tensor) -> None:
+    """Logits within rounding of bfloat16 (8 bits, tens of roundings); angles stay float32."""
+    wide = logits(tiny, tokens, num_steps=2)
+    narrow = logits(tiny.to(torch.bfloat16), tokens, num_steps=2)
+    assert narrow.dtype == torch.float32
+    assert (wide - narrow).abs().mean() < 0.03 * wide.std()
+
+
 def test_labels_are_shifted_as_in_transformers(tiny: Any, tokens: torch.Tensor) -> None:
     with torch.no_grad():
         out = tiny(tokens, labels=tokens, init_scale=0.0)

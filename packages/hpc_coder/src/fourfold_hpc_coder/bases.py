@@ -1,6 +1,7 @@
 """Weights that an earlier run gave, as a value: where fine-tuning begins."""
 
 import logging
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +75,9 @@ class LowRank:
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # peft asks transformers for gradient checkpointing by a name that 6.0 will drop.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
             torch.manual_seed(seed)
             return get_peft_model(self.model.build(seed=seed), settings)  # pyright: ignore[reportReturnType]
 

@@ -16,7 +16,7 @@ from fourfold_hpc_coder.instruct.pipeline import Instructions, benchmark_prompts
 from fourfold_hpc_coder.instruct.samples import write_samples
 from fourfold_hpc_coder.instruct.seeds import compiled, restoration, seeds
 from fourfold_hpc_coder.instruct.sources import DEBIAN, WHEELS, Tree, parallel_files
-from fourfold_hpc_coder.instruct.teachers import Endpoint, Templates
+from fourfold_hpc_coder.instruct.teachers import Endpoint, Teacher, Templates, Transformers
 from fourfold_hpc_coder.options import Finetune, Generate, MakeData, chosen_models
 from fourfold_hpc_coder.problems import own_problems
 from fourfold_hpc_coder.sandbox import find_sandbox, scratch_folder
@@ -38,11 +38,13 @@ COMPLETION_ONLY = (
 
 def make_data(options: MakeData, target: Console, progress: Progress) -> None:
     """Make the data and say what was refused, and why."""
-    if bool(options.url) != bool(options.teacher):
-        raise ValueError(
-            f"--url {options.url!r} and --teacher {options.teacher!r} belong together: give both or none"
-        )
-    teacher = Endpoint(url=options.url, model_name=options.teacher) if options.url else Templates()
+    if options.url and not options.teacher:
+        raise ValueError(f"--url {options.url} needs --teacher, the name of the model it serves")
+    teacher: Teacher = Templates()
+    if options.url:
+        teacher = Endpoint(url=options.url, model_name=options.teacher)
+    elif options.teacher:
+        teacher = Transformers(model_name=options.teacher)
     recipe = Instructions(
         samples=options.samples,
         models=chosen_models(options.models),

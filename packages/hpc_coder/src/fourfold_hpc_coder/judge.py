@@ -311,6 +311,7 @@ _SILENT = Evidence(
     region_cpu_s=0,
     regions=0,
     team=0,
+    message_cpu_s=0,
     messages=0,
     talking_ranks=0,
     ranks=1,
@@ -329,14 +330,16 @@ class _Launched:
 def _run_one(
     bench: Bench, right: Reference, model: Model, launch: Launch, folder: Path
 ) -> _Launched:
-    problem, size = right.problem, right.checks[0].size
+    problem, size = right.problem, right.checks[-1].size
     verdict: Verdict = "correct"
     because, output, runtime_s, evidence = "", "", math.nan, _SILENT
     ran = True
     with _launched(bench, folder, model, launch) as channel:
         try:
             channel.connect()
-            for one in right.checks:
+            for one in reversed(
+                right.checks
+            ):  # the largest first: the smallest is the special case
                 size = one.size
                 answer = _call(channel, problem, one.arguments)
                 verdict, because = failures.of_answer(

@@ -63,9 +63,9 @@ class MakeData:
     out: Path = Path("data")
     """Folder for samples.jsonl and refused.jsonl."""
     url: str = ""
-    """OpenAI-compatible endpoint of the teacher, up to /v1; empty for the deterministic templates."""
+    """OpenAI-compatible endpoint of the teacher, up to /v1."""
     teacher: str = ""
-    """Name of the endpoint's model."""
+    """Model that writes the answers: the endpoint's, or a hub id or folder; empty for templates."""
     seed: int = 0
     """Order of the tasks."""
     trees: tuple[str, ...] = ()

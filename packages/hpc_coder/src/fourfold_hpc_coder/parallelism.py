@@ -125,8 +125,10 @@ def _worked(evidence: Mapping[Launch, Evidence], otherwise: str) -> Proof:
             parallel=True, because="no launch had several threads, so nothing was observed"
         )
     for launch, one in evidence.items():
-        inside = one.region_cpu_s / max(one.main_cpu_s, 1e-9)
-        others = (one.process_cpu_s - one.main_cpu_s) / max(one.process_cpu_s, 1e-9)
+        inside = one.region_cpu_s / max(one.main_cpu_s - one.message_cpu_s, 1e-9)
+        others = (one.process_cpu_s - one.main_cpu_s) / max(
+            one.process_cpu_s - one.message_cpu_s, 1e-9
+        )
         if one.regions and max(inside, others) >= WORKING_SHARE:
             return Proof(
                 parallel=True,

@@ -10,6 +10,7 @@ import importlib.resources
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,6 +227,11 @@ def prepare(flavoured: Flavour, driver: str, sandbox: Sandbox) -> tuple[Kept, Ke
     return runtime, own
 
 
+_LOCKS: dict[str, threading.Lock] = {}
+_LOCKS_GUARD = threading.Lock()
+"""Two jobs that need one thing build it once."""
+
+
 def _kept(
     flavoured: Flavour,
     texts: dict[str, str],
@@ -238,7 +244,11 @@ def _kept(
     words = [_version(), *flavoured.flags, *(word for step in steps for word in step)]
     key = hashlib.sha256("\0".join([*words, *texts, *texts.values()]).encode()).hexdigest()[:24]
     folder = cache_folder() / "hpc_coder" / "built" / key
-    if not folder.exists():
+    with _LOCKS_GUARD:
+        lock = _LOCKS.setdefault(key, threading.Lock())
+    with lock:
+        if folder.exists():
+            return Kept(folder=folder, flavour=flavoured, linked=linked)
         with whole_folder(folder) as partial:
             inputs = partial / "in"
             inputs.mkdir()

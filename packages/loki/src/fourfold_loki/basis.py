@@ -3,8 +3,8 @@
 `pca` is the paper's: eigenvectors of the keys' covariance. Centring takes the keys' mean out of the
 leading directions, and with it what tells the attention sink from all other keys.
 `pca_uncentred`: eigenvectors of the keys' second moment, which keeps the mean's direction.
-`balanced`: looks at queries too. With Cq = E q^T q = Sq Sq^T, Ck = Cov k = Sk Sk^T (Cholesky factors) and
-the decomposition Sq^T Sk = U Σ V^T,
+`balanced`: looks at queries too. With Cq = E q^T q = Sq Sq^T, Ck = Cov k = Sk Sk^T and the
+decomposition Sq^T Sk = U Σ V^T,
 
     W = Sq^-T U Σ^½        W^-1 = Σ^-½ U^T Sq^T        q' = q W,  k' = k W^-T
 
@@ -13,7 +13,7 @@ expected squared error of a score is Σ_{i>d} σ_i², the least possible (Eckart
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fourfold_loki.attention import Rotation
-from fourfold_loki.provenance import Imported, Source
+from fourfold_loki.provenance import Imported, Part, Source
 from fourfold_loki.statistics import Stage, Statistics, rank_of, stated
 from fourfold_parallel.run.files import whole_file
 from fourfold_parallel.run.values import to_json
@@ -32,7 +32,7 @@ from fourfold_parallel.run.values import to_json
 Kind = Literal["pca", "pca_uncentred", "balanced"]
 
 RIDGE = 1e-6
-"""Share of the mean variance that is added to every direction, so that none is of zero length."""
+"""Share of the mean variance that every direction has at least, so that maps can be inverted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,12 +84,23 @@ class Basis:
         )
 
     def heads(self, first: int, last: int) -> "Basis":
-        """The part that a rank needs which holds key/value heads `first` to `last` (exclusive)."""
+        """Key/value heads `first` to `last` (exclusive), for a rank that holds these of a split model.
+
+        Whether the basis is the model's is checked before it is split: a rank's weights do not tell.
+
+        Raises:
+            ValueError: for heads that the basis has not.
+        """
+        if not 0 <= first < last <= self.kv_heads:
+            raise ValueError(
+                f"heads {first} to {last} of a basis of {self.kv_heads} key/value heads; "
+                f"use a range within 0 to {self.kv_heads}"
+            )
         return Basis(
             query_maps=self.query_maps[:, first:last],
             key_maps=self.key_maps[:, first:last],
             spectra=self.spectra[:, first:last],
-            label=self.label,
+            label=replace(self.label, source=Part(first=first, last=last, kv_heads=self.kv_heads)),
         )
 
     def widths_for(self, share: float, *, reference_off_by_one: bool = False) -> tuple[int, ...]:
@@ -157,26 +168,24 @@ def fit(statistics: Statistics, kind: Kind = "balanced", stage: Stage = "after r
 
 def _balanced(key_covariance: Tensor, query_moment: Tensor, label: Label) -> Basis:
     """The derivation at the head of this file, for all heads at once, in float64."""
-    queries = torch.linalg.cholesky(_ridged(query_moment))
-    keys = torch.linalg.cholesky(_ridged(key_covariance))
+    queries, inverse = _factors(query_moment)
+    keys, _ = _factors(key_covariance)
     left, sizes, _ = torch.linalg.svd(queries.mT @ keys)
-    query_maps = (
-        torch.linalg.solve_triangular(queries.mT, left, upper=True) * sizes.sqrt()[..., None, :]
-    )
-    # W^-T: the columns of Sq U, each over the root of its singular value.
-    key_maps = queries @ left / sizes.sqrt()[..., None, :]
+    roots = sizes.sqrt()[..., None, :]
     return Basis(
-        query_maps=query_maps.float(),
-        key_maps=key_maps.float(),
+        query_maps=(inverse.mT @ left * roots).float(),
+        # W^-T: the columns of Sq U, each over the root of its singular value.
+        key_maps=(queries @ left / roots).float(),
         spectra=sizes.square().float(),
         label=label,
     )
 
 
-def _ridged(moment: Tensor) -> Tensor:
-    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
-    eye = torch.eye(moment.shape[-1], dtype=moment.dtype)
-    return moment + RIDGE * mean[..., None, None] * eye
+def _factors(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """S with S S^T = moment, and its inverse; directions without variance get a little."""
+    sizes, directions = torch.linalg.eigh(moment)
+    roots = sizes.clamp(min=RIDGE * sizes.mean(-1, keepdim=True)).sqrt()
+    return directions * roots[..., None, :], (directions / roots[..., None, :]).mT
 
 
 def read_published(folder: Path, *, stage: Stage = "after rotary") -> Basis:

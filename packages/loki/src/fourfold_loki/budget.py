@@ -123,7 +123,7 @@ class Budget:
             allowed, forced = self._paged(visible), self._paged(forced)
         if self.selection == "shared in groups" and scores.shape[1] != kv_heads:
             scores = shared_in_groups(scores, allowed, kv_heads=kv_heads)
-        counts = self._counts(scores, seen[..., 0], layer)
+        counts = self._counts(scores, allowed, seen[..., 0], layer)
         if self.sinks or self.window:
             scores = scores.masked_fill(forced, torch.inf)
         keep = most_relevant(scores, allowed, counts)
@@ -167,6 +167,7 @@ class Budget:
     def _counts(
         self,
         scores: Float[Tensor, "batch ranked query unit"],
+        allowed: Bool[Tensor, " batch #ranked query unit"],
         seen: Int[Tensor, " batch #ranked query"],
         layer: int,
     ) -> Int[Tensor, " batch #ranked query"]:
@@ -176,7 +177,8 @@ class Budget:
             case Count(keys=keys):
                 return torch.full_like(seen, keys) // self.page
             case Mass(claimed=claimed, floor=floor):
-                ordered = scores.softmax(-1).sort(-1, descending=True).values
+                weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+                ordered = weights.sort(-1, descending=True).values
                 short = (ordered.cumsum(-1) < claimed[layer]).sum(-1)
                 return (short + 1).clamp(min=-(-floor // self.page))
             case _:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Int
-from rich.table import Table
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -30,6 +29,12 @@ from fourfold_parallel.run.corpora import TextFiles, Wikipedia
 from fourfold_parallel.run.models import SmolLM2
 
 console = cli.console()
+
+
+def say(*cells: str) -> None:
+    """One line of a table: the first column wide, the others narrow."""
+    first, *others = cells
+    console.print(f"{first:<10}" + "".join(f"{cell:>16}" for cell in others), markup=False)
 
 
 def model_of(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -74,10 +79,9 @@ def run_rank(options: argparse.Namespace) -> None:
         model, tokenizer, texts_of(options), tokens=options.tokens, context=options.context
     )
     before, after = statistics.keys_before.rank(0.9), statistics.keys.rank(0.9)
-    table = Table("layer", "before rotary", "after rotary")
+    say("layer", "before rotary", "after rotary")
     for layer in range(statistics.layers):
-        table.add_row(str(layer), str(before[layer].tolist()), str(after[layer].tolist()))
-    console.print(table)
+        say(str(layer), str(before[layer].tolist()), str(after[layer].tolist()))
     console.print(
         f"mean {float(before.double().mean()):.1f} before, {float(after.double().mean()):.1f} after"
     )
@@ -100,13 +104,12 @@ def run_doctor(options: argparse.Namespace) -> None:
     basis = Basis.load(options.basis)
     [window] = text_windows(options, tokenizer)[:1]
     arms = {"loki": arms_of(options, basis)["loki"]}
-    table = Table("layer", "keys recalled", "mass recalled", "sink kept", "sink's mass")
+    say("layer", "keys recalled", "mass recalled", "sink kept", "sink's mass")
     worst = 1.0
     for one in diagnose(model, window, arms):
         numbers = (one.recall, one.mass_recall, one.sink_kept, one.sink_mass)
-        table.add_row(str(one.layer), *(f"{number:.3f}" for number in numbers))
+        say(str(one.layer), *(f"{number:.3f}" for number in numbers))
         worst = min(worst, one.mass_recall)
-    console.print(table)
     console.print(f"least attention mass kept in a layer: {worst:.3f}")
 
 
@@ -118,14 +121,13 @@ def run_ppl(options: argparse.Namespace) -> None:
     arms = arms_of(options, basis)
     scored = list(score(model, ids, arms, prompt=options.context // 2))
     full = torch.cat([one.nats for one in scored if one.arm == FULL])
-    table = Table("arm", "perplexity", "added", "read of dense")
+    say("arm", "perplexity", "added", "read of dense")
     for arm in (FULL, *arms):
         mine = [one for one in scored if one.arm == arm]
         nats = torch.cat([one.nats for one in mine])
         added = math.expm1(float((nats - full).mean()))
         read = sum(one.read_share for one in mine) / len(mine)
-        table.add_row(arm, f"{math.exp(float(nats.mean())):.3f}", f"{added:+.2%}", f"{read:.1%}")
-    console.print(table)
+        say(arm, f"{math.exp(float(nats.mean())):.3f}", f"{added:+.2%}", f"{read:.1%}")
     console.print(f"{len(full)} tokens after prompts of {options.context // 2}")
 
 

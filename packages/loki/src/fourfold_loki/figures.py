@@ -97,7 +97,7 @@ def recall_and_damage(records: Records) -> Figure:
     left.set_ylabel("added perplexity (%)")
     left.set_xlabel("share of the exact top-k keys")
     right.set_xlabel("share of the attention mass")
-    left.set_title("Loki: mass, not keys, foretells damage")
+    left.set_title("Loki: recall and damage")
     return figure
 
 
@@ -122,7 +122,7 @@ def sinks(records: Records) -> Figure:
 
 def drawings(scale: Scale) -> Sequence[Drawing]:
     """The figures of a scale."""
-    where = f"SmolLM2-135M on Wikipedia, {4 if scale == 'smoke' else 64} windows of 512 tokens"
+    where = f"SmolLM2-135M on Wikipedia, {3 if scale == 'smoke' else 64} windows of 512 tokens"
     return (
         Drawing(
             name="figure-2",

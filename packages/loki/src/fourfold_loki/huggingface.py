@@ -9,6 +9,7 @@ With an ordinary cache the numbers are those of Loki and nothing is saved. `sess
 `LokiCache`, which keeps keys in the basis, so that ranking reads only the leading coordinates.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from fourfold_loki.budget import Budget
 from fourfold_loki.cache import LokiCache, LokiLayer
 from fourfold_loki.kernels.dispatch import can_decode, decode
 from fourfold_loki.plan import Observe, Plan, Seen, Sparse
-from fourfold_loki.provenance import Calibrated, fingerprint
+from fourfold_loki.provenance import Calibrated, Part, fingerprint
 from fourfold_loki.selectors import Candidates, Exact, Loki
 from fourfold_loki.traffic import Reads
 
@@ -49,7 +50,7 @@ class Session:
     """For selectors that keep count: what each layer's keys have been given so far."""
     is_inside: bool = False
     """Whether the model is in its forward pass; its caches may be filled only then."""
-    caches: list[LokiCache] = field(default_factory=list)
+    caches: weakref.WeakSet[LokiCache] = field(default_factory=weakref.WeakSet)
 
     def cache(self, *, capacity: int = 0) -> LokiCache:
         """An empty cache in the basis of this session.
@@ -65,16 +66,15 @@ class Session:
                 "only Loki ranks by a basis, so only its session has a LokiCache; "
                 "pass no cache, or a cache of transformers"
             )
-        self.caches.append(
-            LokiCache(
-                self.plan.selector.basis,
-                self.plan.selector.widths,
-                capacity=capacity,
-                is_turned=[not site.is_dense for site in sites(self.model, self.plan)],
-                is_open=lambda: self.is_inside,
-            )
+        cache = LokiCache(
+            self.plan.selector.basis,
+            self.plan.selector.widths,
+            capacity=capacity,
+            is_turned=[not site.is_dense for site in sites(self.model, self.plan)],
+            is_open=lambda: self.is_inside,
         )
-        return self.caches[-1]
+        self.caches.add(cache)
+        return cache
 
     def layer_that_gave(self, keys: Tensor, layer: int) -> LokiLayer | None:
         """The cache layer that these very keys came from, if they came from a `LokiCache`."""
@@ -241,13 +241,14 @@ def loki_forward(
         query = turned.rotation.turn_queries(query)
     if query.shape[2] > 1 and plan.reach == "decode":
         if plan.selector.keeps_count:
-            _count_prompt(session, site, query, key, attention_mask, scale)
+            _count_block(session, plan, site, query, key, attention_mask, scale)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scale, **kwargs
         )
     if turned is not None and attention_mask is None and can_decode(plan, query, turned):
         output, kept = decode(plan, query, turned, scaling=scale)
-        session.reads.add(kept=kept, seen=key.shape[2], rows=query.shape[0])
+        stacks = query.shape[0] * key.shape[1]
+        session.reads.add(kept=kept * stacks, seen=key.shape[2] * stacks, rows=query.shape[0])
         return output.transpose(1, 2).contiguous(), None
     visible = visible_keys(module, query, key, attention_mask)
     key, value = key[:, :, : visible.shape[-1]], value[:, :, : visible.shape[-1]]
@@ -271,7 +272,7 @@ def loki_forward(
         )
         mass = plan.selector.account(among)
         if not torch.compiler.is_compiling():
-            session.reads.add_masks(keep, among.visible)
+            session.reads.add_masks(keep, among.visible, kv_heads=key.shape[1])
         outputs.append(attend(among.queries, key, value, keep, scaling=scale))
     if plan.selector.keeps_count:
         session.mass[site.layer] = mass
@@ -295,14 +296,21 @@ def _past_mass(
     return torch.cat([past, past.new_zeros(1, heads, queries)], dim=-1)
 
 
-def _count_prompt(
-    session: Session, site: Site, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+def _count_block(
+    session: Session,
+    plan: Sparse,
+    site: Site,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scaling: float,
 ) -> None:
-    """Mass that a dense prompt gives to its keys."""
+    """Add the mass that a dense block of queries gives to its keys."""
     visible = visible_keys(site.module, query, key, mask)
-    scores = scores_of(query, key[:, :, : visible.shape[-1]], scaling=scaling)
+    past = _past_mass(session, plan, site.layer, query, key)
+    scores = scores_of(query, key, scaling=scaling)
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-    session.mass[site.layer] = weights.sum(2)
+    session.mass[site.layer] = past + weights.sum(2)
 
 
 def visible_keys(
@@ -377,16 +385,16 @@ def check_basis(model: PreTrainedModel, basis: Basis) -> None:
     config = model.config.get_text_config()
     first = attention_modules(model)[0]
     width = getattr(first, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = config.num_key_value_heads
-    mine = (len(attention_modules(model)), heads, width)
-    theirs = (basis.layers, basis.kv_heads, basis.head_width)
+    source = basis.label.source
+    heads = source.kv_heads if isinstance(source, Part) else basis.kv_heads
+    mine = (len(attention_modules(model)), config.num_key_value_heads, width)
+    theirs = (basis.layers, heads, basis.head_width)
     if mine != theirs:
         raise ValueError(
             "basis of {} layers, {} key/value heads of width {} for ".format(*theirs)
             + "a model of {} layers, {} key/value heads of width {}; ".format(*mine)
             + "calibrate this model"
         )
-    source = basis.label.source
     if isinstance(source, Calibrated) and source.model != (own := fingerprint(model)):
         raise ValueError(
             f"basis of model {source.model[:12]} for model {own[:12]}; calibrate this model"

@@ -37,7 +37,18 @@ class Imported:
     """Name of the folder the transform was in: `Llama-2-7b-PCA/wikitext`."""
 
 
-Source = Calibrated | Imported
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Some of the heads of a basis, for a rank that holds these heads of a model."""
+
+    first: int
+    last: int
+    """Exclusive."""
+    kv_heads: int
+    """Of the whole basis."""
+
+
+Source = Calibrated | Imported | Part
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -107,10 +107,8 @@ WIDTH = 16
 SMOKE_ARMS = (
     "exact",
     "loki-pca",
-    "loki-pca-uncentred",
     "loki-balanced",
     "loki-balanced-shared",
-    "streaming",
 )
 
 
@@ -119,7 +117,7 @@ def calibration(scale: Scale, corpus: Corpus | None = None) -> Calibration:
     corpus = Wikipedia() if corpus is None else corpus
     match scale:
         case "smoke":
-            return Calibration(model=SmolLM2(), corpus=corpus, tokens=3072, context=512)
+            return Calibration(model=SmolLM2(), corpus=corpus, tokens=2048, context=512)
         case "laptop":
             return Calibration(model=SmolLM2(), corpus=corpus, tokens=8192, context=512)
         case "gpu" | "paper":
@@ -234,7 +232,7 @@ def perplexity(scale: Scale) -> Perplexity:
         skip_characters=1_000_000,
         context=context,
         prompt=3 * context // 4,
-        windows=4 if scale == "smoke" else 64,
+        windows=3 if scale == "smoke" else 64,
         protocol="decode",
         arms=arms,
     )
@@ -250,7 +248,7 @@ def more_perplexity(scale: Scale) -> Perplexity:
         skip_characters=base.skip_characters,
         context=base.context,
         prompt=base.prompt,
-        windows=16,
+        windows=8,
         protocol="decode",
         arms=variants(
             calibration(scale), calibration(scale, PythonManual()), keys=base.context // 4
@@ -284,7 +282,7 @@ def other_corpus(scale: Scale) -> Perplexity:
         skip_characters=1_000_000,
         context=base.context,
         prompt=base.prompt,
-        windows=16,
+        windows=8,
         protocol="decode",
         arms=tuple(
             arm

@@ -18,9 +18,6 @@ from fourfold_loki.selectors import Selector
 class Reads:
     """Keys that queries saw, and keys that they read in full, counted while a model ran."""
 
-    heads: int
-    kv_heads: int
-    head_width: int
     ranking: float
     """Share of a full read of the keys that ranking them takes (`Selector.cost`)."""
     kept: float = 0.0
@@ -35,28 +32,28 @@ class Reads:
         """For a model's (text) configuration and who ranks."""
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kv_heads = config.num_key_value_heads
-        ranking = selector.cost(head_width=width, group=heads // kv_heads)
-        return cls(heads=heads, kv_heads=kv_heads, head_width=width, ranking=ranking)
+        group = heads // config.num_key_value_heads
+        return cls(ranking=selector.cost(head_width=width, group=group))
 
     def add_masks(
         self,
         keep: Bool[Tensor, "batch ranked query token"],
         visible: Bool[Tensor, " batch #ranked query token"],
+        *,
+        kv_heads: int,
     ) -> None:
         """Count one call of one layer: the union over the query heads of a group is what is read."""
-        ranked = keep.shape[1]
         per_head = keep
-        if ranked > self.kv_heads:
-            per_head = keep.unflatten(1, (self.kv_heads, -1)).any(2)
-        self.kept += float(per_head.count_nonzero()) * self.kv_heads / per_head.shape[1]
-        self.seen += float(visible.count_nonzero()) * self.kv_heads / visible.shape[1]
+        if keep.shape[1] > kv_heads:
+            per_head = keep.unflatten(1, (kv_heads, -1)).any(2)
+        self.kept += float(per_head.count_nonzero()) * kv_heads / per_head.shape[1]
+        self.seen += float(visible.count_nonzero()) * kv_heads / visible.shape[1]
         self.queries += keep.shape[0] * keep.shape[2]
 
     def add(self, *, kept: int, seen: int, rows: int) -> None:
-        """Count one decoding call of one layer: `rows` queries that each kept and saw so many keys."""
-        self.kept += kept * rows * self.kv_heads
-        self.seen += seen * rows * self.kv_heads
+        """Count one decoding call of one layer: `rows` queries; keys over all key/value heads."""
+        self.kept += kept
+        self.seen += seen
         self.queries += rows
 
     @property

@@ -2,7 +2,8 @@
 
 from fourfold_recurrent_depth.cache import RecurrentCache, estimate_cache_bytes
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
-from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM, RecurrentDepthOutput
+from fourfold_recurrent_depth.interface import RecurrentDepthOutput
+from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.objective import Always, LogNormalPoisson, RandomDepth
 from fourfold_recurrent_depth.states import StateTable, state_table
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from fourfold_recurrent_depth.cache import RecurrentCache
-    from fourfold_recurrent_depth.model import Pass, RecurrentDepthForCausalLM
+    from fourfold_recurrent_depth.interface import Pass
+    from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
 
 Memory = tuple[Tensor, ...]
 """What a criterion carries from check to check; every tensor is (token, ...)."""

@@ -81,7 +81,7 @@ def accuracy_by_recurrences(records: Records) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_xlabel("recurrences r at test time")
     axes.set_ylabel("share of cells predicted")
-    axes.set_title("Recurrent depth: harder questions need more recurrences")
+    axes.set_title("Recurrent depth: accuracy by recurrences and difficulty")
     axes.legend(ncols=2, loc="lower right")
     return figure
 
@@ -140,7 +140,7 @@ def path_independence(records: Records) -> Figure:
     axes.set_yscale("log")
     axes.set_xlabel("share of tokens")
     axes.set_ylabel("relative distance")
-    axes.set_title("Recurrent depth: the end forgets the beginning")
+    axes.set_title("Recurrent depth: what is left of the beginning")
     axes.legend()
     return figure
 

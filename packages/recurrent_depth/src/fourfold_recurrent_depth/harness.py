@@ -47,9 +47,9 @@ class RecurrentDepthLM(HFLM):
         self.steps_taken = torch.zeros(int(num_steps) + 1, dtype=torch.long)
         """How many scored tokens took each number of recurrences."""
         super().__init__(**kwargs)
-        if not isinstance(self.model, RecurrentDepthForCausalLM):
+        if not isinstance(self._held().model, RecurrentDepthForCausalLM):
             raise ValueError(
-                f"{type(self.model).__name__} has no recurrences; use lm-eval's model `hf` for it"
+                f"{type(self._held().model).__name__} has no recurrences; use lm-eval's model `hf` for it"
             )
 
     def _model_call(
@@ -60,7 +60,7 @@ class RecurrentDepthLM(HFLM):
     ) -> Float[Tensor, "batch token vocabulary"]:
         del attn_mask, labels
         with torch.no_grad():
-            out: Any = self.model(inps, use_cache=False, **self._options)
+            out: Any = self._held().model(inps, use_cache=False, **self._options)
         steps = out.exit_steps
         if steps is None:
             self.steps_taken[self._options["num_steps"]] += inps.numel()
@@ -73,6 +73,10 @@ class RecurrentDepthLM(HFLM):
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> Tensor:
-        return super()._model_generate(
-            context, max_length, stop, **{**self._options, **generation_kwargs}
-        )
+        above: Any = super()
+        options = {**self._options, **generation_kwargs}
+        return above._model_generate(context, max_length, stop, **options)  # noqa: SLF001 - overridden
+
+    def _held(self) -> Any:
+        """Itself, with the attributes that lm-eval sets where no type checker sees them."""
+        return self

@@ -9,6 +9,7 @@ are right. Verification therefore takes r - d further recurrences on all drafted
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fourfold_recurrent_depth.cache import RecurrentCache
 from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
+from fourfold_recurrent_depth.requests import greedy_request, with_prompt
 from fourfold_recurrent_depth.states import StateTable, draw_state
 
 
@@ -32,6 +34,22 @@ class Speculation:
             raise ValueError(
                 f"draft_steps={self.draft_steps}, lookahead={self.lookahead}; use 1 or more for both"
             )
+
+    def __call__(
+        self,
+        model: RecurrentDepthForCausalLM,
+        input_ids: Int[Tensor, "batch token"],
+        *,
+        generation_config: Any,
+        **options: Any,
+    ) -> Int[Tensor, "batch longer"]:
+        """For `model.generate(prompt, custom_generate=Speculation(...))`."""
+        asked = greedy_request(model, input_ids, generation_config, options)
+        found = speculate(
+            model, input_ids, speculation=self, max_new_tokens=asked.max_new_tokens,
+            num_steps=asked.num_steps, initial_state=asked.initial_state,
+        )  # fmt: skip
+        return with_prompt(input_ids, found.tokens, generation_config)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,11 +36,23 @@ Evidence gathered(Evidence mine) {
 
 } // namespace fourfold
 
+template <class Call> static int timed(Call call) {
+  double began_s = fourfold::seconds(CLOCK_THREAD_CPUTIME_ID);
+  int code = call();
+  fourfold::evidence.message_cpu_s += fourfold::seconds(CLOCK_THREAD_CPUTIME_ID) - began_s;
+  return code;
+}
+
 // One definition per call: the name, its parameters, and the arguments passed on. A zero count moves nothing.
 #define COUNTED(name, parameters, arguments)                                                              \
   extern "C" int MPI_##name parameters {                                                                  \
     fourfold::evidence.messages += 1;                                                                     \
-    return PMPI_##name arguments;                                                                         \
+    return timed([&] { return PMPI_##name arguments; });                                                  \
+  }
+// The same without the count, for calls that only wait.
+#define WAITED(name, parameters, arguments)                                                               \
+  extern "C" int MPI_##name parameters {                                                                  \
+    return timed([&] { return PMPI_##name arguments; });                                                  \
   }
 #define BUFFER const void *from, void *to
 #define KIND MPI_Datatype kind
@@ -96,6 +108,10 @@ COUNTED(Get, (void *b, int n, KIND, int r, MPI_Aint at, int m, MPI_Datatype k2, 
 COUNTED(Accumulate,
         (const void *b, int n, KIND, int r, MPI_Aint at, int m, MPI_Datatype k2, MPI_Op o, MPI_Win w),
         (b, n, kind, r, at, m, k2, o, w))
+
+WAITED(Barrier, (MPI_Comm c), (c))
+WAITED(Wait, (MPI_Request * q, MPI_Status *s), (q, s))
+WAITED(Waitall, (int n, MPI_Request q[], MPI_Status s[]), (n, q, s))
 
 // The judge starts and ends MPI; a candidate that does so as well has no effect.
 extern "C" int MPI_Init(int *, char ***) { return MPI_SUCCESS; }

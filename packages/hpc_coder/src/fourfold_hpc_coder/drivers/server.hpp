@@ -40,6 +40,7 @@ struct Evidence {
   double region_cpu_s = 0;     // of the calling thread inside parallel regions
   double regions = 0;          // parallel regions entered
   double team = 0;             // most threads that entered one region
+  double message_cpu_s = 0;    // of the calling thread inside MPI, which waits by spinning
   double messages = 0;         // calls that move data between ranks
   double talking_ranks = 0;    // ranks that made such a call
   double ranks = 1;

@@ -2,15 +2,20 @@
 
 import json
 import urllib.request
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from fourfold_hpc_coder.evaluation import Model
 from fourfold_hpc_coder.instruct.grammar import Shape, Task, all_tasks
 from fourfold_hpc_coder.instruct.samples import Category, Provenance, Sample
+
+if TYPE_CHECKING:
+    from fourfold_hpc_coder.generate import Local
 
 
 class Teacher(Protocol):
@@ -98,8 +103,6 @@ def spoiled(answer: str, generator: np.random.Generator) -> str:
 
 
 def _number(text: str) -> int:
-    import zlib
-
     return zlib.crc32(text.encode())
 
 
@@ -174,6 +177,49 @@ class Endpoint:
             raise ValueError(
                 f"{self.url} answered {str(answer)[:200]}, which is no completion"
             ) from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transformers:
+    """A model on this machine, by hub id or folder, asked like an endpoint."""
+
+    model_name: str
+    max_new_tokens: int = 512
+
+    @property
+    def name(self) -> str:
+        """The model."""
+        return self.model_name
+
+    def teach(self, task: Task, model: Model, category: Category) -> Sample:
+        """Have the function completed, greedily."""
+        from fourfold_hpc_coder.generate import body_of
+
+        asked = instruction(task, model, category)
+        [text] = _local(self.model_name, self.max_new_tokens).complete_many([asked])
+        return Sample(
+            category=category,
+            model=model,
+            instruction=asked,
+            answer=body_of(text, asked),
+            provenance=Provenance(
+                teacher=self.name, task=task.name, seed_origin="", licence="see the model's terms"
+            ),
+            verdict="not judged",
+        )
+
+
+@lru_cache(maxsize=1)
+def _local(model_name: str, max_new_tokens: int) -> "Local":
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fourfold_hpc_coder.generate import Local
+
+    return Local(
+        model=AutoModelForCausalLM.from_pretrained(model_name).eval(),
+        tokenizer=AutoTokenizer.from_pretrained(model_name),
+        max_new_tokens=max_new_tokens,
+    )
 
 
 Split = Literal["train", "held-out"]

@@ -77,6 +77,7 @@ def train(
                 started_s = time.perf_counter()
                 learning_rate = run.optimizer.learning_rate * run.schedule.factor(step, run.steps)
                 set_learning_rate(session.optimizer, learning_rate)
+                seed_dropout(seed=run.seed, step=step, share=session.rank)
 
                 # Targets first: the loss is divided by the number supervised in the whole step, over
                 # all microbatches and ranks, so no grouping of the rows changes any gradient.
@@ -125,6 +126,15 @@ def train(
         last = checkpoint.latest(checkpoints, run_sha256=run_sha256)
         assert last is not None
         return last
+
+
+def seed_dropout(*, seed: int, step: int, share: int) -> None:
+    """Make what dropout draws a function of the step and of this rank's share of the batch.
+
+    A resumed run then draws what the uninterrupted one would have, and on a grid the ranks that
+    hold the same rows draw the same.
+    """
+    torch.manual_seed(int(digest([seed, step, share])[:15], 16))
 
 
 def is_due(every: int, done: int, steps: int) -> bool:

@@ -1,0 +1,50 @@
+"""Loki on a model whose heads are split over the grid's row axis."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fourfold_loki import Budget, Count, Sparse, attending, fit
+from fourfold_loki.calibrate import calibrate_tokens
+from fourfold_loki.selectors import Loki
+from fourfold_parallel.grid.huggingface import parallelize
+from fourfold_parallel.grid.mesh import Mesh
+from fourfold_parallel.testing import run_on_ranks
+
+FLOAT64 = 1e-6
+"""The basis is float32; logits are of order one."""
+
+
+def splitting_changes_nothing() -> None:
+    """Each rank selects for its own heads, with its part of the basis."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        vocab_size=96,
+        max_position_embeddings=64,
+        attn_implementation="sdpa",
+    )
+    model = LlamaForCausalLM(config).double().eval()
+    ids = torch.randint(2, 96, (2, 48), generator=torch.Generator().manual_seed(1))
+    basis = fit(calibrate_tokens(model, ids))
+    budget = Budget(amount=Count(keys=12))
+
+    def logits(model, basis) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        plan = Sparse(selector=Loki(basis=basis, widths=(4, 4)), budget=budget, reach="every query")
+        with attending(model, plan), torch.no_grad():
+            return model(ids, use_cache=False).logits
+
+    expected = logits(model, basis)
+    mesh = Mesh(row=2)
+    split = parallelize(model, mesh).model
+    rank = mesh.row.rank
+    torch.testing.assert_close(
+        logits(split, basis.heads(rank, rank + 1)), expected, atol=FLOAT64, rtol=0
+    )
+
+
+def test_a_model_split_over_two_ranks_selects_as_the_whole_model() -> None:
+    run_on_ranks(2, splitting_changes_nothing)
