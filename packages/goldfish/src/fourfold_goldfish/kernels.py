@@ -53,5 +53,12 @@ def losses_and_slopes(
     nats = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
         block = min(_BLOCK, triton.next_power_of_2(vocabulary))
-        _softmax_slope[(rows,)](logits, targets, nats, logits.stride(0), vocabulary, block=block)
+        _softmax_slope[(rows,)](
+            logits,
+            targets,
+            nats,
+            logits.stride(0),
+            vocabulary,
+            block=block,  # pyright: ignore[reportArgumentType] - Triton wraps it
+        )
     return nats
