@@ -1,6 +1,7 @@
 """How this process was launched: its ranks, its device, its process group.
 
-`torchrun`, `accelerate launch` and `srun` leave the same few variables; they are read here only.
+`torchrun` and `accelerate launch` leave the same few variables, `srun` others, which `adopt_slurm`
+translates; they are read here only.
 """
 
 from __future__ import annotations
@@ -11,6 +12,24 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+
+
+def adopt_slurm() -> None:
+    """Take ranks and meeting point from Slurm, where `srun` started several tasks by itself.
+
+    Does nothing under another launcher, or for a single task.
+    """
+    environ = os.environ
+    if "RANK" in environ or int(environ.get("SLURM_NTASKS", "1")) == 1:
+        return
+    if "SLURM_PROCID" not in environ:
+        return
+    environ["RANK"] = environ["SLURM_PROCID"]
+    environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
+    environ["WORLD_SIZE"] = environ["SLURM_NTASKS"]
+    environ.setdefault("MASTER_ADDR", environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+    # The same on every rank, and another for a second job on the same node.
+    environ.setdefault("MASTER_PORT", str(20000 + int(environ["SLURM_JOB_ID"]) % 20000))
 
 
 def world_size() -> int:
@@ -24,10 +43,13 @@ def is_main_rank() -> bool:
 
 
 def device() -> torch.device:
-    """This rank's GPU, by its number on the node, or the CPU."""
+    """This rank's GPU, by its number on the node, or the CPU.
+
+    Where the launcher shows each rank its own GPU only, that one is number 0.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def check_launched(engine: str) -> None:

@@ -22,7 +22,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
-from fourfold_parallel.launch import is_main_rank
+from fourfold_parallel.launch import adopt_slurm, is_main_rank
 from fourfold_parallel.run.claims import LedgerRow
 from fourfold_parallel.run.experiments import Experiment, Launch, Stage, perform
 from fourfold_parallel.run.progress import Progress, silent
@@ -42,7 +42,8 @@ def console() -> Console:
 
 
 def start(target: Console) -> None:
-    """Send log lines to the console, and keep libraries from drawing bars of their own."""
+    """Take the ranks that srun started, send log lines to the console, keep libraries' bars away."""
+    adopt_slurm()
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
