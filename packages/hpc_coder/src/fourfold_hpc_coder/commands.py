@@ -180,7 +180,7 @@ def finetune(options: Finetune, target: Console, progress: Progress) -> None:
     )
     model = trained_model(run, last)
     merged = model.merge_and_unload() if options.lora_rank else model  # pyright: ignore[reportCallIssue]
-    merged.save_pretrained(options.out / "model")  # pyright: ignore[reportAttributeAccessIssue]
+    merged.save_pretrained(options.out / "model")
     AutoTokenizer.from_pretrained(_folder(options)).save_pretrained(options.out / "model")
     loss = read_record(options.out / "record.jsonl").last("validation")
     target.print(

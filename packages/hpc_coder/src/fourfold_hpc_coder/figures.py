@@ -187,7 +187,7 @@ def reference_speedup(records: Records) -> Figure:
     left, right = figure.subplots(1, 2)
     most = 1
     for model, color in (("omp", METHOD), ("mpi", CONTROL)):
-        curves = []
+        curves, processors = [], np.zeros(0)
         for event in _references(records):
             if event.values["model"] == model and event.values["verdict"] == "correct":
                 processors = np.asarray(event.values["processors"], dtype=float)

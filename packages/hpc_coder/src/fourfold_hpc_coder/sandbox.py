@@ -12,6 +12,7 @@ A supervisor outside measures, caps the output, and kills what exceeds its time,
 import contextlib
 import itertools
 import os
+import select
 import selectors
 import shutil
 import signal
@@ -27,6 +28,8 @@ STRANGERS = itertools.count(os.getpid() * 7 % 4000)
 """Users that own nothing, one per job, so that no job's process count adds to another's (root only)."""
 FIRST_STRANGER = 61184
 """systemd's range of users made on the fly: no system gives them to anyone."""
+LEAVE_S = 5.0
+"""How long the kernel gets to take a dead job's processes away; without a namespace some may stay."""
 WATCH_S = 0.05
 """Period at which the supervisor looks at a job's memory and processes."""
 
@@ -381,14 +384,24 @@ def started(sandbox: Sandbox, job: Job) -> Iterator[Process]:
         for mount in job.mounts:
             if mount.writable:
                 os.chown(mount.source, stranger, stranger)
-    handle = subprocess.Popen(  # noqa: S603 - the sandbox is what makes this safe
-        sandbox.arguments(job, stranger),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        cwd="/",
-    )
+    # The job's processes hold the writing end of a pipe: its end of file says that the last of them is
+    # gone, which the starter's own exit does not (the kernel may still be killing what it left).
+    lifeline, held = os.pipe()
+    try:
+        handle = subprocess.Popen(  # noqa: S603 - the sandbox is what makes this safe
+            sandbox.arguments(job, stranger),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            pass_fds=(held,),
+            cwd="/",
+        )
+    except OSError:
+        os.close(lifeline)
+        raise
+    finally:
+        os.close(held)
     process = Process(
         job=job,
         handle=handle,
@@ -409,6 +422,19 @@ def started(sandbox: Sandbox, job: Job) -> Iterator[Process]:
             if stream is not None:
                 stream.close()
         process.selector.close()
+        _await_end(lifeline)
+
+
+def _await_end(lifeline: int) -> None:
+    """Return when nobody holds the other end of the pipe any more, or after `LEAVE_S`."""
+    latest_s = time.perf_counter() + LEAVE_S
+    try:
+        while (left_s := latest_s - time.perf_counter()) > 0:
+            ready, _, _ = select.select([lifeline], [], [], left_s)
+            if ready and not os.read(lifeline, 1 << 16):
+                return
+    finally:
+        os.close(lifeline)
 
 
 def run(sandbox: Sandbox, job: Job) -> Outcome:
