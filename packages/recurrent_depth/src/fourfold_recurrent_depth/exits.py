@@ -7,6 +7,7 @@ Huginn's shape costs 69 % of a recurrence (section 6.1 uses the KL divergence).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -26,7 +27,7 @@ Memory = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Criterion:
+class Criterion(ABC):
     """What all criteria share."""
 
     reads: ClassVar[Literal["state", "logits"]]
@@ -46,15 +47,15 @@ class Criterion:
                 f"min_steps={self.min_steps}, every={self.every}; use 1 or more for both"
             )
 
+    @abstractmethod
     def begin(self, features: Float[Tensor, "token features"]) -> Memory:
         """The memory before the first check, given s_0 or, for readers of logits, zeros like them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measure(
         self, now: Float[Tensor, "token features"], before: Memory
     ) -> tuple[Float[Tensor, " token"], Memory]:
         """The value that is compared with the threshold, and the memory for the next check."""
-        raise NotImplementedError
 
     def stops(self, value: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
         """Below the threshold, unless a criterion says otherwise."""

@@ -127,8 +127,8 @@ class GridSession:
             shares = self._reducer.shares
             owners = {name: shares.get(p, p) for name, p in owners.items()}
         self._owners: dict[str, nn.Parameter] = owners
-        # An elementwise optimizer need not know of other ranks, and steps several times faster on
-        # plain tensors than through DTensor's dispatch. The pieces share the owners' memory.
+        # An elementwise optimizer need not know of other ranks, and on plain tensors its operations
+        # do not pass DTensor's dispatch. The pieces share the owners' memory.
         self._pieces: dict[str, nn.Parameter] = {
             name: nn.Parameter(local(p.detach()), requires_grad=p.requires_grad)
             for name, p in owners.items()
