@@ -4,8 +4,9 @@ import pytest
 
 from fourfold_loki import recipes
 from fourfold_loki.budget import Count
-from fourfold_loki.experiment import EXPERIMENT, statistics_of, texts_of, tokenizer_of
+from fourfold_loki.experiment import EXPERIMENT
 from fourfold_loki.recipes import Perplexity
+from fourfold_loki.text import windows_of
 from fourfold_parallel.run.corpora import PythonManual, Wikipedia
 from fourfold_parallel.run.models import SmolLM2
 from fourfold_parallel.run.values import from_json, to_json
@@ -31,17 +32,27 @@ def test_every_selector_gets_the_same_number_of_keys() -> None:
 
 @pytest.mark.parametrize("corpus", [Wikipedia(), PythonManual()])
 def test_nothing_scored_was_calibrated_on(corpus: Wikipedia | PythonManual) -> None:
-    """Calibration stops long before the documents that are left to it end."""
+    """No window of a stage holds a token that a calibration saw."""
     fitted = recipes.calibration("laptop", corpus)
-    calibrated = 0
-    for text in corpus.load().texts:
-        calibrated += len(text)
-        if calibrated > fitted.tokens * 10:
-            break
+    seen = windows_of(
+        corpus, SmolLM2(), count=fitted.tokens // fitted.context, context=fitted.context
+    ).flatten()
     for stage in EXPERIMENT.stages("laptop"):
         if isinstance(stage.run, Perplexity) and stage.run.corpus == corpus:
-            assert stage.run.skip_characters > calibrated
-            assert sum(map(len, texts_of(corpus, stage.run.skip_characters))) > 100_000
+            run = stage.run
+            ids = windows_of(
+                corpus,
+                run.model,
+                skip_tokens=run.skip_tokens,
+                count=run.windows,
+                context=run.context,
+            ).flatten()
+            assert run.skip_tokens > fitted.tokens
+            # Documents differ; a run of 24 equal tokens would be the same place.
+            places = {tuple(seen[i : i + 24].tolist()) for i in range(len(seen) - 23)}
+            assert not any(
+                tuple(ids[i : i + 24].tolist()) in places for i in range(0, len(ids) - 23, 24)
+            )
 
 
 def test_a_scale_that_is_not_there_is_refused() -> None:
@@ -57,7 +68,6 @@ def test_the_published_basis_fails_and_the_balanced_one_does_not() -> None:
 
     import torch
 
-    from fourfold_loki.calibrate import windows
     from fourfold_loki.evaluate import score
     from fourfold_loki.experiment import built, planned
 
@@ -65,12 +75,8 @@ def test_the_published_basis_fails_and_the_balanced_one_does_not() -> None:
     arms = [arm for arm in run.arms if arm.name in {"loki-pca", "loki-balanced-shared"}]
     run = replace(run, arms=tuple(arms), windows=12)
     model = built(SmolLM2())
-    statistics_of(recipes.calibration("laptop"), model)
-    ids = windows(
-        tokenizer_of(run.model),
-        texts_of(run.corpus, run.skip_characters),
-        tokens=run.windows * run.context,
-        context=run.context,
+    ids = windows_of(
+        run.corpus, run.model, skip_tokens=run.skip_tokens, count=run.windows, context=run.context
     )
     scored = list(score(model, ids, planned(run.arms, model), prompt=run.prompt))
     nats = {

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fourfold_loki.attention import most_relevant, shared_in_groups
+from fourfold_loki.attention import most_relevant, shared_in_groups, shut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +119,7 @@ class Budget:
         forced = visible & ((position <= self.sinks) | (position > seen - self.window))
         allowed = visible
         if self.page > 1:
-            scores = self._paged(scores.masked_fill(~visible, -torch.inf))
+            scores = self._paged(scores + shut(visible, scores.dtype))
             allowed, forced = self._paged(visible), self._paged(forced)
         if self.selection == "shared in groups" and scores.shape[1] != kv_heads:
             scores = shared_in_groups(scores, allowed, kv_heads=kv_heads)

@@ -35,9 +35,9 @@ class Scored:
     nats: Float[Tensor, " scored"]
     """Negative log-likelihood of each scored token."""
     kept_share: float
-    """Visible keys that were read in full."""
+    """Visible keys that were read in full; mean over the windows that were scored together."""
     read_share: float
-    """Elements read over those of dense attention."""
+    """Elements read over those of dense attention; mean likewise."""
 
 
 @torch.no_grad()
@@ -48,10 +48,12 @@ def score(
     *,
     prompt: int,
     protocol: Literal["decode", "every query"] = "decode",
+    batch: int = 4,
 ) -> Iterator[Scored]:
-    """Full attention and every arm on every window, one after another.
+    """Full attention and every arm on every window.
 
-    The prompt is computed once a window and shared by all arms.
+    A prompt is computed once for all arms. Windows are independent: a batch of them is one larger matrix
+    for the model's weights, and changes no number beyond rounding.
 
     Args:
         model: the model.
@@ -59,6 +61,7 @@ def score(
         arms: how each arm reads.
         prompt: tokens before the first scored one; those of a window after it are scored.
         protocol: which queries read sparsely.
+        batch: windows that are scored together; their results come arm by arm.
 
     Raises:
         ValueError: where the prompt leaves nothing to score.
@@ -69,20 +72,32 @@ def score(
             f"prompt={prompt} of windows of {context} tokens; use 2 to {context - 1}, "
             "so that something is read and something is scored"
         )
-    for index, window in enumerate(windows):
-        ids = window[None].to(model.device)
-        if protocol == "decode":
-            yield from _after_a_prompt(model, index, ids, arms, prompt)
-        else:
-            for name, plan in {FULL: None, **arms}.items():
-                with _attending(model, plan, {}) as reads:
-                    logits = model(ids[:, :-1], use_cache=False).logits[0, prompt - 1 :]
-                yield _scored(name, index, logits, ids[0, prompt:], reads)
+    for first in range(0, len(windows), batch):
+        ids = windows[first : first + batch].to(model.device)
+        targets = ids[:, prompt:]
+        for name, reads, logits in _read(model, ids, arms, prompt, protocol):
+            kept, read = (1.0, 1.0) if reads is None else (reads.share, reads.read_share)
+            for place, own in enumerate(logits):
+                nats = F.cross_entropy(own.float(), targets[place], reduction="none").cpu()
+                yield Scored(
+                    arm=name, window=first + place, nats=nats, kept_share=kept, read_share=read
+                )
 
 
-def _after_a_prompt(
-    model: PreTrainedModel, index: int, ids: Tensor, arms: Mapping[str, Sparse], prompt: int
-) -> Iterator[Scored]:
+def _read(
+    model: PreTrainedModel,
+    ids: Tensor,
+    arms: Mapping[str, Sparse],
+    prompt: int,
+    protocol: Literal["decode", "every query"],
+) -> Iterator[tuple[str, Reads | None, Float[Tensor, "window scored vocabulary"]]]:
+    """Each arm's name, what it read, and the logits of the scored tokens."""
+    if protocol == "every query":
+        for name, plan in {FULL: None, **arms}.items():
+            with _attending(model, plan, {}) as reads:
+                logits = model(ids[:, :-1], use_cache=False).logits[:, prompt - 1 :]
+            yield name, reads, logits
+        return
     # The last token of the prompt predicts the first scored one, so it is part of the block.
     cache = DynamicCache(config=model.config)
     mass: dict[int, Tensor] = {}
@@ -93,12 +108,12 @@ def _after_a_prompt(
             mass = session.mass
     else:
         model.base_model(ids[:, : prompt - 1], past_key_values=cache, use_cache=True)
-    block, targets = ids[:, prompt - 1 : -1], ids[0, prompt:]
+    block = ids[:, prompt - 1 : -1]
     for name, plan in {FULL: None, **arms}.items():
         with _attending(model, plan, mass) as reads:
-            logits = model(block, past_key_values=cache, use_cache=True).logits[0]
+            logits = model(block, past_key_values=cache, use_cache=True).logits
         cache.crop(-block.shape[1])
-        yield _scored(name, index, logits, targets, reads)
+        yield name, reads, logits
 
 
 @contextmanager
@@ -112,12 +127,6 @@ def _attending(
     with attending(model, replace(plan, reach="every query")) as session:
         session.mass.update(mass)
         yield session.reads
-
-
-def _scored(arm: str, window: int, logits: Tensor, targets: Tensor, reads: Reads | None) -> Scored:
-    nats = F.cross_entropy(logits.float(), targets, reduction="none").cpu()
-    kept, read = (1.0, 1.0) if reads is None else (reads.share, reads.read_share)
-    return Scored(arm=arm, window=window, nats=nats, kept_share=kept, read_share=read)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,24 +1,25 @@
 """The reproduction of Singhania et al. 2024: calibrate, rank, score, diagnose; claims and figures."""
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import assert_never
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fourfold_loki import figures, recipes
-from fourfold_loki.basis import Basis, fit
-from fourfold_loki.calibrate import calibrate, windows
+from fourfold_loki.basis import Basis, Kind, fit
+from fourfold_loki.calibrate import calibrate_tokens
 from fourfold_loki.claims import CLAIMS
 from fourfold_loki.doctor import diagnose
 from fourfold_loki.evaluate import score
 from fourfold_loki.plan import Sparse
 from fourfold_loki.recipes import (
     Arm,
+    ByApproximateScores,
     ByBasis,
     ByLabelChannels,
     Calibration,
@@ -26,12 +27,14 @@ from fourfold_loki.recipes import (
     Perplexity,
     Ranks,
 )
-from fourfold_loki.selectors import DoubleSparsity, Loki, Selector
+from fourfold_loki.selectors import DoubleSparsity, Loki, PcaAttention, Selector
+from fourfold_loki.statistics import Stage as When
 from fourfold_loki.statistics import Statistics
-from fourfold_parallel.run.corpora import Corpus, Documents
+from fourfold_loki.text import tokenized, windows_of
+from fourfold_parallel.run.corpora import Corpus
 from fourfold_parallel.run.experiments import Drawing, Experiment, Stage, Workplace
 from fourfold_parallel.run.files import cache_folder, write_text
-from fourfold_parallel.run.models import Model, SmolLM2
+from fourfold_parallel.run.models import Model
 from fourfold_parallel.run.progress import Progress, silent
 from fourfold_parallel.run.recipe import Scale
 from fourfold_parallel.run.records import Material, RecordWriter, header, read_record
@@ -43,44 +46,15 @@ def built(model: Model) -> PreTrainedModel:
     return model.build(seed=0).eval()
 
 
-@lru_cache(maxsize=2)
-def documents_of(corpus: Corpus) -> Documents:
-    """A corpus, read once: stripping the markup takes seconds."""
-    return corpus.load()
-
-
-def texts_of(corpus: Corpus, skip_characters: int) -> tuple[str, ...]:
-    """Documents after the first `skip_characters`, whole ones."""
-    kept, passed = [], 0
-    for text in documents_of(corpus).texts:
-        if passed >= skip_characters:
-            kept.append(text)
-        passed += len(text)
-    return tuple(kept)
-
-
-def tokenizer_of(model: Model):
-    """The tokenizer that belongs to a model's weights."""
-    if not isinstance(model, SmolLM2):
-        raise ValueError(f"model={model!r} has no tokenizer here; use SmolLM2")
-    return AutoTokenizer.from_pretrained(model.folder())
-
-
 def statistics_of(
     recipe: Calibration, model: PreTrainedModel, progress: Progress = silent
 ) -> Statistics:
     """A calibration's statistics: from the cache, or measured and cached."""
     path = cache_folder() / "loki" / f"{digest(recipe)[:32]}.safetensors"
     if not path.exists():
-        measured = calibrate(
-            model,
-            tokenizer_of(recipe.model),
-            documents_of(recipe.corpus).texts,
-            tokens=recipe.tokens,
-            context=recipe.context,
-            progress=progress,
-        )
-        measured.save(path)
+        count = recipe.tokens // recipe.context
+        ids = windows_of(recipe.corpus, recipe.model, count=count, context=recipe.context)
+        calibrate_tokens(model, ids, progress=progress).save(path)
     return Statistics.load(path)
 
 
@@ -90,17 +64,24 @@ def planned(
     """Arms ready to run; a basis that several share is fitted once."""
     held: dict[str, Basis] = {}
 
+    def fitted_basis(kind: Kind, stage: When, fitted: Calibration) -> Basis:
+        key = f"{kind} {stage} {digest(fitted)}"
+        if key not in held:
+            held[key] = fit(statistics_of(fitted, model, progress), kind, stage)
+        return held[key]
+
     def selector(arm: Arm) -> Selector:
         match arm.ranking:
             case ByBasis(kind=kind, stage=stage, calibration=fitted, width=width):
-                key = f"{kind} {stage} {digest(fitted)}"
-                if key not in held:
-                    held[key] = fit(statistics_of(fitted, model, progress), kind, stage)
-                return Loki(basis=held[key], widths=(width,) * held[key].layers)
+                basis = fitted_basis(kind, stage, fitted)
+                return Loki(basis=basis, widths=(width,) * basis.layers)
             case ByLabelChannels(channels=channels, calibration=fitted):
                 return DoubleSparsity.from_statistics(
                     statistics_of(fitted, model, progress), channels=channels
                 )
+            case ByApproximateScores(calibration=fitted, width=width):
+                basis = fitted_basis("pca", "after rotary", fitted)
+                return PcaAttention(basis=basis, widths=(width,) * basis.layers)
             case Selector():
                 return arm.ranking
             case _:
@@ -113,10 +94,13 @@ def measure_ranks(run: Ranks, workplace: Workplace) -> None:
     """Events "rank" by corpus, layer, head and stage; "transfer" by pair of corpora and width."""
     model = built(run.calibrations[0].model)
     held = {
-        documents_of(fitted.corpus).material.name: statistics_of(fitted, model, workplace.progress)
+        tokenized(fitted.corpus, fitted.model).materials[0].name: statistics_of(
+            fitted, model, workplace.progress
+        )
         for fitted in run.calibrations
     }
-    with _record(run, run.calibrations[0].model, workplace, _corpora(run.calibrations)) as records:
+    corpora = [fitted.corpus for fitted in run.calibrations]
+    with _record(run, run.calibrations[0].model, workplace, corpora) as records:
         for corpus, statistics in held.items():
             for stage in ("before rotary", "after rotary"):
                 keys, _ = statistics.of(stage)
@@ -193,15 +177,17 @@ def measure_perplexity(run: Perplexity, workplace: Workplace) -> None:
     """Events "scored": one a window and arm, full attention first. Goes on after the last whole window."""
     model = built(run.model)
     arms = planned(run.arms, model, workplace.progress)
-    ids = _windows(run.model, run.corpus, run.skip_characters, run.windows, run.context)
-    done = _whole_windows(workplace.record, len(arms) + 1)
+    ids = _windows(run, run.windows)
     each = len(arms) + 1
+    done = _whole_batches(workplace.record, each * run.batch) * run.batch
     if done:
         records = RecordWriter(workplace.record)
     else:
         records = _record(run, run.model, workplace, (run.corpus,))
     with records:
-        scored = score(model, ids[done:], arms, prompt=run.prompt, protocol=run.protocol)
+        scored = score(
+            model, ids[done:], arms, prompt=run.prompt, protocol=run.protocol, batch=run.batch
+        )
         for count, one in enumerate(scored, start=done * each + 1):
             records.write(
                 "scored",
@@ -216,21 +202,21 @@ def measure_perplexity(run: Perplexity, workplace: Workplace) -> None:
         records.write("finished")
 
 
-def _whole_windows(path: Path, each: int) -> int:
-    """Windows of which an interrupted record holds every arm; what is beyond them is cut off."""
+def _whole_batches(path: Path, lines_each: int) -> int:
+    """Batches of windows of which an interrupted record holds every arm; what is beyond them is cut off."""
     if not path.exists():
         return 0
-    whole = (len(read_record(path).of("scored")) // each) * each
+    whole = len(read_record(path).of("scored")) // lines_each
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    write_text(path, "".join(lines[: 1 + whole]))
-    return whole // each
+    write_text(path, "".join(lines[: 1 + whole * lines_each]))
+    return whole
 
 
 def measure_diagnoses(run: Diagnoses, workplace: Workplace) -> None:
     """Events "diagnosis": one a layer and arm."""
     model = built(run.model)
     arms = planned(run.arms, model, workplace.progress)
-    [window] = _windows(run.model, run.corpus, run.skip_characters, 1, run.context)
+    [window] = _windows(run, 1)
     with _record(run, run.model, workplace, (run.corpus,)) as records:
         for one in diagnose(model, window, arms, queries=run.queries):
             records.write(
@@ -246,15 +232,10 @@ def measure_diagnoses(run: Diagnoses, workplace: Workplace) -> None:
         records.write("finished")
 
 
-def _windows(
-    model: Model, corpus: Corpus, skip: int, count: int, context: int
-) -> Int[Tensor, "window context"]:
-    texts = texts_of(corpus, skip)
-    return windows(tokenizer_of(model), texts, tokens=count * context, context=context)
-
-
-def _corpora(calibrations: Iterable[Calibration]) -> tuple[Corpus, ...]:
-    return tuple(fitted.corpus for fitted in calibrations)
+def _windows(run: Perplexity | Diagnoses, count: int) -> Int[Tensor, "window context"]:
+    return windows_of(
+        run.corpus, run.model, skip_tokens=run.skip_tokens, count=count, context=run.context
+    )
 
 
 def _record(
@@ -264,7 +245,7 @@ def _record(
     workplace.record.unlink(missing_ok=True)
     materials: list[Material] = [
         *model.materials(),
-        *(documents_of(one).material for one in corpora),
+        *dict.fromkeys(part for one in corpora for part in tokenized(one, model).materials),
     ]
     records = RecordWriter(workplace.record)
     records.write_header(header(run, seed=0, world_size=1, materials=materials, overrides=()))
@@ -284,6 +265,7 @@ def _stages(scale: Scale) -> Sequence[Stage]:
                 recipes.ranks,
                 recipes.perplexity,
                 recipes.more_perplexity,
+                recipes.budgets,
                 recipes.published_protocol,
                 recipes.other_corpus,
                 recipes.diagnoses,

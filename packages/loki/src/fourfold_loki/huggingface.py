@@ -267,13 +267,12 @@ def loki_forward(
             past_mass=mass,
             allowance=plan.budget.allowance(visible[:, :, first : first + rows]),
         )
-        keep = plan.budget.keep(
-            plan.selector.scores(among), among.visible, kv_heads=key.shape[1], layer=site.layer
-        )
-        mass = plan.selector.account(among)
+        scores, mass = plan.selector.follow(among)
+        keep = plan.budget.keep(scores, among.visible, kv_heads=key.shape[1], layer=site.layer)
         if not torch.compiler.is_compiling():
             session.reads.add_masks(keep, among.visible, kv_heads=key.shape[1])
-        outputs.append(attend(among.queries, key, value, keep, scaling=scale))
+        queries, keys = plan.selector.compared(among)
+        outputs.append(attend(queries, keys, value, keep, scaling=scale))
     if plan.selector.keeps_count:
         session.mass[site.layer] = mass
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
@@ -287,13 +286,15 @@ def _past_mass(
         return query.new_zeros(batch, heads, key.shape[2])
     past = session.mass.get(layer)
     length = 0 if past is None else past.shape[-1]
-    if past is None or batch != 1 or length != key.shape[2] - queries:
+    # Beams change places between single queries, and nobody tells the account.
+    may_reorder = batch > 1 and queries == 1
+    if past is None or may_reorder or length != key.shape[2] - queries or len(past) != batch:
         raise ValueError(
             f"{type(plan.selector).__name__} counted {length} keys of layer {layer}, and the cache "
             f"holds {key.shape[2] - queries} in a batch of {batch}; it follows one sequence from its "
             "first token, without beams, cropping or padding"
         )
-    return torch.cat([past, past.new_zeros(1, heads, queries)], dim=-1)
+    return torch.cat([past, past.new_zeros(batch, heads, queries)], dim=-1)
 
 
 def _count_block(

@@ -1,10 +1,10 @@
 """The runs of this package: functions that return complete, frozen values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, assert_never
 
 from fourfold_loki.basis import Kind
-from fourfold_loki.budget import Budget, Count
+from fourfold_loki.budget import Budget, Count, Share
 from fourfold_loki.selectors import H2O, Exact, Quest, Random, SparQ, Streaming
 from fourfold_loki.statistics import Stage
 from fourfold_parallel.run.corpora import Corpus, PythonManual, Wikipedia
@@ -42,7 +42,25 @@ class ByLabelChannels:
     calibration: Calibration
 
 
-Ranking = ByBasis | ByLabelChannels | Exact | SparQ | Quest | H2O | Streaming | Random
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByApproximateScores:
+    """PCAAttn: the leading coordinates of the published basis weigh all values."""
+
+    calibration: Calibration
+    width: int
+
+
+Ranking = (
+    ByBasis
+    | ByApproximateScores
+    | ByLabelChannels
+    | Exact
+    | SparQ
+    | Quest
+    | H2O
+    | Streaming
+    | Random
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +91,15 @@ class Perplexity:
     name: str
     model: Model
     corpus: Corpus
-    skip_characters: int
-    """Whole documents at the beginning of the corpus that are left to calibration."""
+    skip_tokens: int
+    """At least as many, in whole documents at the beginning of the corpus, are left to calibration."""
     context: int
     """Tokens a window."""
     prompt: int
     """Dense tokens at the beginning of each window; the others are scored."""
     windows: int
+    batch: int
+    """Windows that are scored together: one larger matrix for the weights."""
     protocol: Literal["decode", "every query"]
     arms: tuple[Arm, ...]
 
@@ -96,7 +116,7 @@ class Diagnoses:
     name: str
     model: Model
     corpus: Corpus
-    skip_characters: int
+    skip_tokens: int
     context: int
     queries: int
     arms: tuple[Arm, ...]
@@ -104,6 +124,8 @@ class Diagnoses:
 
 WIDTH = 16
 """d_f = 1/4 of SmolLM2's heads of 64."""
+SKIP = 200_000
+"""Tokens at the beginning of a corpus that no window comes from; calibrations take the first 8,192."""
 SMOKE_ARMS = (
     "exact",
     "loki-pca",
@@ -201,6 +223,11 @@ def variants(fitted: Calibration, foreign: Calibration, *, keys: int) -> tuple[A
         loki_arm("loki-balanced-foreign", "balanced", foreign, keys=keys),
         loki_arm("loki-balanced-eighth", "balanced", fitted, keys=keys, width=WIDTH // 2),
         loki_arm("loki-balanced-pages", "balanced", fitted, keys=keys, page=16, is_shared=True),
+        Arm(
+            name="pca-attention-half",
+            ranking=ByApproximateScores(calibration=fitted, width=2 * WIDTH),
+            budget=Budget(amount=Share(of_visible=1.0), selection="per head"),
+        ),
     )
 
 
@@ -229,66 +256,65 @@ def perplexity(scale: Scale) -> Perplexity:
         name="perplexity",
         model=SmolLM2(),
         corpus=Wikipedia(),
-        skip_characters=1_000_000,
+        skip_tokens=SKIP,
         context=context,
         prompt=3 * context // 4,
         windows=3 if scale == "smoke" else 64,
+        batch=3 if scale == "smoke" else 4,
         protocol="decode",
         arms=arms,
     )
 
 
 def more_perplexity(scale: Scale) -> Perplexity:
-    """Variants of Loki on the first windows of `perplexity`."""
+    """Variants of Loki, and PCAAttn, on the first windows of `perplexity`."""
     base = perplexity(scale)
-    return Perplexity(
-        name="variants",
-        model=base.model,
-        corpus=base.corpus,
-        skip_characters=base.skip_characters,
-        context=base.context,
-        prompt=base.prompt,
-        windows=8,
-        protocol="decode",
-        arms=variants(
-            calibration(scale), calibration(scale, PythonManual()), keys=base.context // 4
-        ),
-    )
+    foreign = calibration(scale, PythonManual())
+    arms = variants(calibration(scale), foreign, keys=base.context // 4)
+    return replace(base, name="variants", windows=8, arms=arms)
+
+
+BUDGETS = (16, 8, 2)
+"""Keys of a window over the keys that are kept; a quarter is `perplexity`."""
+
+
+def budgets(scale: Scale) -> Perplexity:
+    """Every selector at a sixteenth, an eighth and half of the keys, on the first windows of `perplexity`."""
+    base, fitted = perplexity(scale), calibration(scale)
+    arms = [
+        replace(arm, name=f"{arm.name}:{divisor}")
+        for divisor in BUDGETS
+        for keys in (base.context // divisor,)
+        for arm in (*bases(fitted, keys=keys), *baselines(fitted, keys=keys))
+    ]
+    return replace(base, name="budgets", windows=4, arms=tuple(arms))
 
 
 def published_protocol(scale: Scale) -> Perplexity:
     """The published measurement: every query of the window is masked, prompt included."""
     base = perplexity(scale)
-    return Perplexity(
+    names = {"exact", "loki-pca", "loki-balanced"}
+    return replace(
+        base,
         name="published-protocol",
-        model=base.model,
-        corpus=base.corpus,
-        skip_characters=base.skip_characters,
-        context=base.context,
         prompt=2,
         windows=4,
+        batch=2,
         protocol="every query",
-        arms=tuple(arm for arm in base.arms if arm.name in {"exact", "loki-pca", "loki-balanced"}),
+        arms=tuple(arm for arm in base.arms if arm.name in names),
     )
 
 
 def other_corpus(scale: Scale) -> Perplexity:
     """Bases from Wikipedia on technical prose."""
     base = perplexity(scale)
-    return Perplexity(
+    names = {"exact", "loki-pca", "loki-balanced-shared", "streaming"}
+    return replace(
+        base,
         name="other-corpus",
-        model=base.model,
         corpus=PythonManual(),
-        skip_characters=1_000_000,
-        context=base.context,
-        prompt=base.prompt,
         windows=8,
-        protocol="decode",
-        arms=tuple(
-            arm
-            for arm in base.arms
-            if arm.name in {"exact", "loki-pca", "loki-balanced-shared", "streaming"}
-        ),
+        arms=tuple(arm for arm in base.arms if arm.name in names),
     )
 
 
@@ -300,8 +326,8 @@ def diagnoses(scale: Scale) -> Diagnoses:
         name="diagnoses",
         model=base.model,
         corpus=base.corpus,
-        skip_characters=base.skip_characters,
+        skip_tokens=base.skip_tokens,
         context=base.context,
         queries=128,
-        arms=tuple(arm for arm in arms if not isinstance(arm.ranking, H2O)),
+        arms=tuple(arm for arm in arms if not isinstance(arm.ranking, H2O | ByApproximateScores)),
     )

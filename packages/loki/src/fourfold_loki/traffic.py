@@ -6,8 +6,10 @@ Singhania et al. 2024, section 4.2, give the ratio as d/(2D) + k_f.
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -45,7 +47,8 @@ class Reads:
         """Count one call of one layer: the union over the query heads of a group is what is read."""
         per_head = keep
         if keep.shape[1] > kv_heads:
-            per_head = keep.unflatten(1, (kv_heads, -1)).any(2)
+            # `any` over an inner dim takes forty times as long on a CPU.
+            per_head = reduce(torch.logical_or, keep.unflatten(1, (kv_heads, -1)).unbind(2))
         self.kept += float(per_head.count_nonzero()) * kv_heads / per_head.shape[1]
         self.seen += float(visible.count_nonzero()) * kv_heads / visible.shape[1]
         self.queries += keep.shape[0] * keep.shape[2]

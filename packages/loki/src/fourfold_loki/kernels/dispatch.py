@@ -15,7 +15,7 @@ def can_decode(plan: Sparse, queries: Tensor, layer: LokiLayer) -> bool:
     budget = plan.budget
     group = queries.shape[1] // layer.rotation.query_map.shape[0]
     return (
-        isinstance(plan.selector, Loki)
+        type(plan.selector) is Loki
         and queries.shape[2] == 1
         and not isinstance(budget.amount, Mass)
         and (budget.selection == "shared in groups" or group == 1)

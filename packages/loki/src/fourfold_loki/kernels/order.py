@@ -16,15 +16,9 @@ def boundary(
     tokens = scores.shape[-1]
     counts = counts.clamp(1, tokens)
     if scores.device.type == "cpu" and not torch.compiler.is_compiling():
-        # numpy's vectorised partition takes a tenth of the time of torch's topk on a CPU.
+        # numpy's vectorised sort of a whole row takes a fifth of the time of torch's topk on a CPU.
         wide = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).numpy()
-        first = int(counts.flatten()[0]) if counts.numel() else 1
-        if bool((counts == first).all()):
-            places = sorted({max(tokens - first - 1, 0), tokens - first})
-            ascending = torch.from_numpy(np.partition(wide, places, axis=-1))
-        else:
-            ascending = torch.from_numpy(np.sort(wide, axis=-1))
-        ascending = ascending.to(scores.dtype)
+        ascending = torch.from_numpy(np.sort(wide, axis=-1)).to(scores.dtype)
     else:
         ascending = scores.sort(-1).values
     last = ascending.gather(-1, (tokens - counts)[..., None])

@@ -5,6 +5,7 @@ from fourfold_loki.selectors.double_sparsity import DoubleSparsity
 from fourfold_loki.selectors.exact import Exact
 from fourfold_loki.selectors.h2o import H2O
 from fourfold_loki.selectors.loki import Loki
+from fourfold_loki.selectors.pca_attention import PcaAttention
 from fourfold_loki.selectors.quest import Quest
 from fourfold_loki.selectors.random import Random
 from fourfold_loki.selectors.sparq import SparQ
@@ -16,6 +17,7 @@ __all__ = [
     "DoubleSparsity",
     "Exact",
     "Loki",
+    "PcaAttention",
     "Quest",
     "Random",
     "Selector",

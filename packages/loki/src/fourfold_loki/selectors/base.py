@@ -50,6 +50,17 @@ class Selector(ABC):
         del head_width, group
         return 0.0
 
-    def account(self, among: Candidates) -> Float[Tensor, "batch heads token"]:
-        """`past_mass` for the next call, where the selector keeps count."""
-        return among.past_mass
+    def follow(
+        self, among: Candidates
+    ) -> tuple[Float[Tensor, "batch heads query token"], Float[Tensor, "batch heads token"]]:
+        """The scores, and `past_mass` for the next call where the selector keeps count."""
+        return self.scores(among), among.past_mass
+
+    def compared(
+        self, among: Candidates
+    ) -> tuple[
+        Float[Tensor, "batch heads query coordinate"],
+        Float[Tensor, "batch kv_heads token coordinate"],
+    ]:
+        """The queries and keys that weigh the values of what was kept: the whole ones."""
+        return among.queries, among.keys

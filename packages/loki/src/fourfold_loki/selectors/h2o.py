@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fourfold_loki.attention import shut
 from fourfold_loki.selectors.base import Candidates, Selector
 
 
@@ -22,14 +23,13 @@ class H2O(Selector):
 
     def scores(self, among: Candidates) -> Float[Tensor, "batch heads query token"]:
         """+1 for kept keys and -inf for evicted ones, query by query in their order."""
-        return self._followed(among)[0]
+        return self.follow(among)[0]
 
-    def account(self, among: Candidates) -> Float[Tensor, "batch heads token"]:
-        """What survives, with its mass; -inf marks what was evicted."""
-        return self._followed(among)[1]
-
-    def _followed(self, among: Candidates) -> tuple[Tensor, Tensor]:
-        weights = among.scores().masked_fill(~among.visible, -torch.inf).softmax(-1).float()
+    def follow(
+        self, among: Candidates
+    ) -> tuple[Float[Tensor, "batch heads query token"], Float[Tensor, "batch heads token"]]:
+        """The scores, and what survives with its mass; -inf marks what was evicted."""
+        weights = (among.scores() + shut(among.visible, among.queries.dtype)).softmax(-1).float()
         batch, heads, queries, tokens = weights.shape
         position = among.visible.cumsum(-1)
         seen = position[..., -1]

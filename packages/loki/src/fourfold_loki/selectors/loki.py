@@ -32,13 +32,22 @@ class Loki(Selector):
 
     def scores(self, among: Candidates) -> Float[Tensor, "batch heads query token"]:
         """ŝ of every key."""
-        queries, keys = among.queries, among.keys
-        if not among.turned:
-            rotation = self.basis.rotation(among.layer)
-            queries, keys = rotation.turn_queries(queries), rotation.turn_keys(keys)
+        queries, keys = self.turned(among)
         return approximate_scores(
             queries, keys, width=self.widths[among.layer], scaling=among.scaling
         )
+
+    def turned(
+        self, among: Candidates
+    ) -> tuple[
+        Float[Tensor, "batch heads query head_width"],
+        Float[Tensor, "batch kv_heads token head_width"],
+    ]:
+        """Queries and keys in the basis."""
+        if among.turned:
+            return among.queries, among.keys
+        rotation = self.basis.rotation(among.layer)
+        return rotation.turn_queries(among.queries), rotation.turn_keys(among.keys)
 
     def cost(self, *, head_width: int, group: int) -> float:
         """D of D coordinates, mean over layers."""
