@@ -75,7 +75,7 @@ def score(
     for first in range(0, len(windows), batch):
         ids = windows[first : first + batch].to(model.device)
         targets = ids[:, prompt:]
-        for name, reads, logits in _read(model, ids, arms, prompt, protocol):
+        for name, reads, logits in each_arm(model, ids, arms, prompt=prompt, protocol=protocol):
             kept, read = (1.0, 1.0) if reads is None else (reads.share, reads.read_share)
             for place, own in enumerate(logits):
                 nats = F.cross_entropy(own.float(), targets[place], reduction="none").cpu()
@@ -84,14 +84,16 @@ def score(
                 )
 
 
-def _read(
+@torch.no_grad()
+def each_arm(
     model: PreTrainedModel,
-    ids: Tensor,
+    ids: Int[Tensor, "window context"],
     arms: Mapping[str, Sparse],
+    *,
     prompt: int,
-    protocol: Literal["decode", "every query"],
+    protocol: Literal["decode", "every query"] = "decode",
 ) -> Iterator[tuple[str, Reads | None, Float[Tensor, "window scored vocabulary"]]]:
-    """Each arm's name, what it read, and the logits of the scored tokens."""
+    """Name, reads and logits of the tokens after the prompt, for full attention and then every arm."""
     if protocol == "every query":
         for name, plan in {FULL: None, **arms}.items():
             with _attending(model, plan, {}) as reads:

@@ -12,10 +12,12 @@ from transformers import PreTrainedModel
 
 from fourfold_loki import figures, recipes
 from fourfold_loki.basis import Basis, Kind, fit
+from fourfold_loki.bench import contenders, timed
 from fourfold_loki.calibrate import calibrate_tokens
 from fourfold_loki.claims import CLAIMS
 from fourfold_loki.doctor import diagnose
 from fourfold_loki.evaluate import score
+from fourfold_loki.passkey import hide, retrieve
 from fourfold_loki.plan import Sparse
 from fourfold_loki.recipes import (
     Arm,
@@ -23,7 +25,9 @@ from fourfold_loki.recipes import (
     ByBasis,
     ByLabelChannels,
     Calibration,
+    Decoding,
     Diagnoses,
+    Passkeys,
     Perplexity,
     Ranks,
 )
@@ -31,6 +35,7 @@ from fourfold_loki.selectors import DoubleSparsity, Loki, PcaAttention, Selector
 from fourfold_loki.statistics import Stage as When
 from fourfold_loki.statistics import Statistics
 from fourfold_loki.text import tokenized, windows_of
+from fourfold_loki.traffic import Shape
 from fourfold_parallel.run.corpora import Corpus
 from fourfold_parallel.run.experiments import Drawing, Experiment, Stage, Workplace
 from fourfold_parallel.run.files import cache_folder, write_text
@@ -232,6 +237,74 @@ def measure_diagnoses(run: Diagnoses, workplace: Workplace) -> None:
         records.write("finished")
 
 
+def measure_passkeys(run: Passkeys, workplace: Workplace) -> None:
+    """Events "passkey": one a window and arm, full attention first."""
+    model = built(run.model)
+    arms = planned(run.arms, model, workplace.progress)
+    many = len(run.depths) * len(run.keys)
+    filling = windows_of(
+        run.corpus, run.model, skip_tokens=run.skip_tokens, count=many, context=run.context
+    )
+    tokenizer = tokenized(run.corpus, run.model).tokenizer().tokenizer
+    hidden = hide(
+        tokenizer, filling.flatten(), context=run.context, depths=run.depths, keys=run.keys
+    )
+    with _record(run, run.model, workplace, (run.corpus,)) as records:
+        for count, one in enumerate(retrieve(model, hidden, arms), start=1):
+            records.write(
+                "passkey",
+                arm=one.arm,
+                depth=one.depth,
+                is_found=one.is_found,
+                read_share=round(one.read_share, 6),
+            )
+            workplace.progress(count, many * (len(arms) + 1), one.arm)
+        records.write("finished")
+
+
+def measure_decoding(run: Decoding, workplace: Workplace) -> None:
+    """Events "decoding": times of a context's contenders, round by round, and the bytes they read."""
+    shape = Shape(
+        layers=1,
+        heads=run.heads,
+        kv_heads=run.kv_heads,
+        head_width=run.head_width,
+        weights=0,
+        bytes_each=4,
+    )
+    workplace.record.unlink(missing_ok=True)
+    with RecordWriter(workplace.record) as records:
+        records.write_header(header(run, seed=0, world_size=1, materials=[], overrides=()))
+        for length in run.lengths:
+            found = timed(
+                contenders(
+                    run.heads,
+                    run.kv_heads,
+                    run.head_width,
+                    tokens=length,
+                    dtype=torch.float32,
+                    share=run.share,
+                    page=run.page,
+                    divisor=run.divisor,
+                ),
+                rounds=run.rounds,
+            )
+            records.write(
+                "decoding",
+                tokens=length,
+                threads=torch.get_num_threads(),
+                dense_bytes=shape.cache_bytes(length),
+                loki_bytes=shape.cache_bytes(
+                    length, share=run.share, width=run.head_width // run.divisor
+                ),
+                **{
+                    f"{name.replace(' ', '_')}_ms": [round(time, 4) for time in times]
+                    for name, times in found.items()
+                },
+            )
+        records.write("finished")
+
+
 def _windows(run: Perplexity | Diagnoses, count: int) -> Int[Tensor, "window context"]:
     return windows_of(
         run.corpus, run.model, skip_tokens=run.skip_tokens, count=count, context=run.context
@@ -269,13 +342,15 @@ def _stages(scale: Scale) -> Sequence[Stage]:
                 recipes.published_protocol,
                 recipes.other_corpus,
                 recipes.diagnoses,
+                recipes.passkeys,
+                recipes.decoding,
             ]
         case "gpu" | "paper":
             return ()
     return tuple(_stage(maker(scale)) for maker in makers)
 
 
-def _stage(run: Ranks | Perplexity | Diagnoses) -> Stage:
+def _stage(run: Ranks | Perplexity | Diagnoses | Passkeys | Decoding) -> Stage:
     perform: Callable[[Workplace], None]
     match run:
         case Ranks():
@@ -284,6 +359,10 @@ def _stage(run: Ranks | Perplexity | Diagnoses) -> Stage:
             perform = partial(measure_perplexity, run)
         case Diagnoses():
             perform = partial(measure_diagnoses, run)
+        case Passkeys():
+            perform = partial(measure_passkeys, run)
+        case Decoding():
+            perform = partial(measure_decoding, run)
         case _:
             assert_never(run)
     return Stage(name=run.name, run=run, perform=perform)

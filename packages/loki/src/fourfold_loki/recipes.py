@@ -122,6 +122,37 @@ class Diagnoses:
     arms: tuple[Arm, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passkeys:
+    """Numbers hidden in a text, at several depths."""
+
+    name: str
+    model: Model
+    corpus: Corpus
+    skip_tokens: int
+    context: int
+    depths: tuple[float, ...]
+    keys: tuple[int, ...]
+    arms: tuple[Arm, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """Attention of one decoded token, timed on this CPU in float32."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    head_width: int
+    lengths: tuple[int, ...]
+    share: float
+    """Of the keys."""
+    page: int
+    divisor: int
+    """Head width over the coordinates that rank."""
+    rounds: int
+
+
 WIDTH = 16
 """d_f = 1/4 of SmolLM2's heads of 64."""
 SKIP = 200_000
@@ -330,4 +361,34 @@ def diagnoses(scale: Scale) -> Diagnoses:
         context=base.context,
         queries=128,
         arms=tuple(arm for arm in arms if not isinstance(arm.ranking, H2O | ByApproximateScores)),
+    )
+
+
+def passkeys(scale: Scale) -> Passkeys:
+    """Every selector of `perplexity` on passkeys, with a quarter of the keys."""
+    fitted, context = calibration(scale), 1024
+    return Passkeys(
+        name="passkeys",
+        model=SmolLM2(),
+        corpus=Wikipedia(),
+        skip_tokens=SKIP,
+        context=context,
+        depths=(0.0, 0.25, 0.5, 0.75, 1.0),
+        keys=(71432, 50986),
+        arms=(*bases(fitted, keys=context // 4), *baselines(fitted, keys=context // 4)),
+    )
+
+
+def decoding(scale: Scale) -> Decoding:
+    """SmolLM2's heads."""
+    return Decoding(
+        name="decoding",
+        heads=9,
+        kv_heads=3,
+        head_width=64,
+        lengths=(2048, 4096, 8192) if scale == "smoke" else (2048, 4096, 8192, 16384),
+        share=0.25,
+        page=16,
+        divisor=4,
+        rounds=15,
     )

@@ -1,11 +1,13 @@
 """Decoding on a CPU: rank pages in one sweep, copy the best ones together, attend.
 
-What makes it fast, measured on two machines (benchmarks/loki_decode.py): the leading coordinates lie apart
-and transposed; the query heads of a group are one matrix; pages are rows of a flattened view, since
-`index_select` copies rows and `gather` moves single numbers, ten to a hundred times slower.
+What makes it fast (benchmarks/loki_decode.py): the leading coordinates lie apart and transposed; the query
+heads of a group are one matrix; pages are rows of a flattened view, since `index_select` copies rows and
+`gather` moves single numbers, ten to a hundred times slower; a head's pages are copied into the same small
+buffer as those of the head before, so that they are still in the processor's cache when they are multiplied.
 """
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -47,22 +49,34 @@ def decode(
     scores = packed[..., :width] @ leading.reshape(stacks, width, room)[..., : whole * page]
     if whole * page != length:
         scores[..., length:] = -torch.inf
-    ranked = rank_in_groups(scores.view(stacks, group, whole, page).amax(-1).float())
+    # Pooling takes half of the time of `amax` over a dim of 16.
+    ranked = rank_in_groups(F.max_pool1d(scores.float(), page))
     if sinks:
         ranked[:, : -(-sinks // page)] = torch.inf
     if window:
         ranked[:, max(0, length - window) // page :] = torch.inf
     chosen = ranked.topk(pages, dim=-1, sorted=False).indices.sort(-1).values
-    rows = (chosen + torch.arange(stacks, device=chosen.device)[:, None] * (room // page)).flatten()
-    some_keys = keys.view(-1, page * head_width).index_select(0, rows)
-    some_values = values.view(-1, page * values.shape[-1]).index_select(0, rows)
-    exact = packed @ some_keys.view(stacks, pages * page, head_width).mT
-    if whole * page != length:
-        ahead = chosen[..., None] * page + torch.arange(page, device=chosen.device) >= length
-        exact.masked_fill_(ahead.flatten(1)[:, None], -torch.inf)
-    weights = exact.softmax(-1, dtype=torch.float32).to(values.dtype)
-    output = weights @ some_values.view(stacks, pages * page, -1)
-    return output.view(batch, -1, 1, values.shape[-1])
+    value_width = values.shape[-1]
+    some_keys = keys.new_empty(pages, page * head_width)
+    some_values = values.new_empty(pages, page * value_width)
+    output = values.new_empty(stacks, group, value_width)
+    for stack, (own, all_keys, all_values) in enumerate(
+        zip(
+            chosen,
+            keys.view(stacks, -1, page * head_width),
+            values.view(stacks, -1, page * value_width),
+            strict=True,
+        )
+    ):
+        torch.index_select(all_keys, 0, own, out=some_keys)
+        exact = packed[stack] @ some_keys.view(-1, head_width).mT
+        # Sorted, so that only the last page can reach beyond the end.
+        if ahead := max(0, (int(own[-1]) + 1) * page - length):
+            exact[:, -ahead:] = -torch.inf
+        weights = exact.softmax(-1, dtype=torch.float32).to(values.dtype)
+        torch.index_select(all_values, 0, own, out=some_values)
+        torch.mm(weights, some_values.view(-1, value_width), out=output[stack])
+    return output.view(batch, -1, 1, value_width)
 
 
 def dense(

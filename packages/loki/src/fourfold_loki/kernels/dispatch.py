@@ -17,6 +17,8 @@ def can_decode(plan: Sparse, queries: Tensor, layer: LokiLayer) -> bool:
     return (
         type(plan.selector) is Loki
         and queries.shape[2] == 1
+        # They write into buffers, which autograd cannot follow.
+        and not queries.requires_grad
         and not isinstance(budget.amount, Mass)
         and (budget.selection == "shared in groups" or group == 1)
         and layer.room % budget.page == 0
