@@ -35,14 +35,14 @@ def place(
     return folder
 
 
-def call(place: Path, command: str, *more: str, tokens: int = 256) -> None:
+def call(place: Path, command: str, *more: str, tokens: int = 256, context: int = 64) -> None:
     texts = [str(text) for text in sorted(place.glob("text-*.txt"))]
-    sizes = ["--tokens", str(tokens), "--context", "64"]
+    sizes = ["--tokens", str(tokens), "--context", str(context)]
     main([command, str(place), "--text", *texts, *sizes, *more])
 
 
 def test_from_calibration_to_a_setting(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """calibrate, rank, doctor, ppl, autotune: each prints what the next one needs."""
+    """calibrate, rank, doctor, ppl, passkey, autotune: each prints what the next one needs."""
     file = place / "basis.safetensors"
     call(place, "calibrate", "--out", str(file))
     assert Basis.load(file).layers == 2
@@ -53,8 +53,34 @@ def test_from_calibration_to_a_setting(place: Path, capsys: pytest.CaptureFixtur
     assert "least attention mass" in capsys.readouterr().err
     call(place, "ppl", *basis, "--share", "0.5")
     assert "128 tokens after prompts of 32" in capsys.readouterr().err
+    call(
+        place,
+        "passkey",
+        *basis,
+        "--share",
+        "1.0",
+        "--passkeys",
+        "12",
+        "34",
+        tokens=4096,
+        context=192,
+    )
+    rows = [line.split() for line in capsys.readouterr().err.splitlines()]
+    full, ours = (
+        next(row[1:] for row in rows if row and row[0] == arm) for arm in ("full", "loki")
+    )
+    assert full == ours  # everything is read
     call(place, "autotune", *basis, "--max-loss", "400")
     assert "use Share(of_visible=0.0625)" in capsys.readouterr().err
+
+
+def test_the_bench_prints_what_bytes_say(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Dense reads 2 D numbers a key, Loki d and a share of them: 32 to 4 + 8."""
+    main(["bench", str(place), "--lengths", "64", "--page", "4"])
+    told = capsys.readouterr().err
+    [row] = [line for line in told.splitlines() if line.startswith("64 ")]
+    assert row.split()[-1] == "2.67"
+    assert "H100" in told
 
 
 def test_what_is_wrong_is_said_in_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """`python -m fourfold_loki`: reproduce the paper, or try Loki on a model of yours.
 
 python -m fourfold_loki --scale smoke
-python -m fourfold_loki calibrate | rank | doctor | ppl | autotune MODEL ...
+python -m fourfold_loki calibrate | rank | doctor | ppl | passkey | tasks | bench | autotune MODEL ...
 """
 
 import sys

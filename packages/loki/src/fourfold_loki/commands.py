@@ -1,15 +1,19 @@
-"""Commands for a model of yours: calibrate, rank, doctor, ppl, autotune."""
+"""Commands for a model of yours: calibrate, rank, doctor, ppl, passkey, tasks, bench, autotune."""
 
 import argparse
 import math
+import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -17,18 +21,24 @@ from transformers import (
 )
 
 from fourfold_loki.basis import Basis, fit
+from fourfold_loki.bench import contenders, timed
 from fourfold_loki.budget import Budget, Share
 from fourfold_loki.calibrate import calibrate, windows
 from fourfold_loki.doctor import diagnose
 from fourfold_loki.evaluate import FULL, score
+from fourfold_loki.passkey import hide, retrieve
 from fourfold_loki.plan import Sparse
 from fourfold_loki.selectors import Exact, Loki, Streaming
+from fourfold_loki.traffic import DEVICES, Shape, predict
 from fourfold_loki.tune import autotune
 from fourfold_parallel.run import cli
 from fourfold_parallel.run.corpora import TextFiles, Wikipedia
 from fourfold_parallel.run.models import SmolLM2
 
 console = cli.console()
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Where passkeys are hidden: in front of the text to behind it."""
 
 
 def say(*cells: str) -> None:
@@ -62,10 +72,10 @@ def text_windows(
 def run_calibrate(options: argparse.Namespace) -> None:
     """Write a basis."""
     model, tokenizer = model_of(options.model)
-    statistics = calibrate(
+    measured = calibrate(
         model, tokenizer, texts_of(options), tokens=options.tokens, context=options.context
     )
-    basis = fit(statistics, options.kind)
+    basis = fit(measured, options.kind)
     basis.save(options.out)
     console.print(
         f"{basis.label.kind} basis of {basis.layers} layers from {options.tokens} tokens: {options.out}"
@@ -75,12 +85,12 @@ def run_calibrate(options: argparse.Namespace) -> None:
 def run_rank(options: argparse.Namespace) -> None:
     """Print the rank at 90 % by layer."""
     model, tokenizer = model_of(options.model)
-    statistics = calibrate(
+    measured = calibrate(
         model, tokenizer, texts_of(options), tokens=options.tokens, context=options.context
     )
-    before, after = statistics.keys_before.rank(0.9), statistics.keys.rank(0.9)
+    before, after = measured.keys_before.rank(0.9), measured.keys.rank(0.9)
     say("layer", "before rotary", "after rotary")
-    for layer in range(statistics.layers):
+    for layer in range(measured.layers):
         say(str(layer), str(before[layer].tolist()), str(after[layer].tolist()))
     console.print(
         f"mean {float(before.double().mean()):.1f} before, {float(after.double().mean()):.1f} after"
@@ -131,6 +141,87 @@ def run_ppl(options: argparse.Namespace) -> None:
     console.print(f"{len(full)} tokens after prompts of {options.context // 2}")
 
 
+def run_passkey(options: argparse.Namespace) -> None:
+    """Print at which depths a number is found."""
+    model, tokenizer = model_of(options.model)
+    arms = arms_of(options, Basis.load(options.basis))
+    filling = text_windows(options, tokenizer).flatten()
+    hidden = hide(tokenizer, filling, context=options.context, depths=DEPTHS, keys=options.passkeys)
+    found = list(retrieve(model, hidden, arms))
+    say("arm", *(f"depth {depth:.0%}" for depth in DEPTHS))
+    for arm in (FULL, *arms):
+        told = [
+            [one.is_found for one in found if (one.arm, one.depth) == (arm, depth)]
+            for depth in DEPTHS
+        ]
+        say(arm, *(f"{sum(each)} of {len(each)}" for each in told))
+
+
+def run_tasks(options: argparse.Namespace) -> None:
+    """Print lm-evaluation-harness's scores of full attention and Loki on a task of local text."""
+    # The harness is the extra [evaluation] of this package.
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from fourfold_loki.harness import LokiLM, continuations
+
+    model, tokenizer = model_of(options.model)
+    task = continuations(tokenizer, text_windows(options, tokenizer), answer=options.context // 8)
+    shared = {"pretrained": model, "tokenizer": tokenizer, "batch_size": 4}
+    ours = LokiLM(
+        basis=str(options.basis),
+        share=options.share,
+        page=options.page,
+        divisor=options.divisor,
+        **shared,
+    )
+    say("arm", "accuracy", "by length", "questions")
+    for name, lm in ((FULL, HFLM(**shared)), ("loki", ours)):
+        found: Any = simple_evaluate(lm, tasks=[task], bootstrap_iters=0)
+        scores = found["results"]["continuations"]
+        questions = found["n-samples"]["continuations"]["effective"]
+        say(name, f"{scores['acc,none']:.3f}", f"{scores['acc_norm,none']:.3f}", str(questions))
+    console.print(str(ours.reads))
+
+
+def run_bench(options: argparse.Namespace) -> None:
+    """Print the time of a token's attention on this CPU, and what the traffic model says of others."""
+    place = str(SmolLM2().folder()) if options.model == "smollm2" else options.model
+    config = AutoConfig.from_pretrained(place).get_text_config()
+    shape = Shape.of(config, weights=0, bytes_each=4)
+    width = max(1, shape.head_width // options.divisor)
+    say("tokens", "sdpa ms", "packed ms", "loki ms", "packed / loki", "bytes say")
+    for tokens in options.lengths:
+        run = contenders(
+            shape.heads,
+            shape.kv_heads,
+            shape.head_width,
+            tokens=tokens,
+            dtype=torch.float32,
+            share=options.share,
+            page=options.page,
+            divisor=options.divisor,
+        )
+        ms = {name: statistics.median(times) for name, times in timed(run, rounds=9).items()}
+        packed = min(ms["packed"], ms["packed sdpa"])
+        bytes_say = shape.cache_bytes(tokens) / shape.cache_bytes(
+            tokens, share=options.share, width=width
+        )
+        numbers = (ms["sdpa"], packed, ms["loki"], packed / ms["loki"], bytes_say)
+        say(str(tokens), *(f"{number:.2f}" for number in numbers))
+    console.print(
+        "a layer's attention, one sequence, float32; below: a batch of 8, 16 bits, by bytes alone"
+    )
+    half = replace(shape, bytes_each=2)
+    for device in DEVICES:
+        for tokens in options.lengths:
+            told = predict(half, device, tokens=tokens, batch=8, share=options.share, width=width)
+            console.print(
+                f"{device.name}, {tokens} tokens: {1e6 * told.dense_s:.0f} us of attention a token, "
+                f"{1e6 * told.sparse_s:.0f} with Loki"
+            )
+
+
 def run_autotune(options: argparse.Namespace) -> None:
     """Print the cheapest setting within the loss."""
     model, tokenizer = model_of(options.model)
@@ -156,6 +247,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "rank": run_rank,
     "doctor": run_doctor,
     "ppl": run_ppl,
+    "passkey": run_passkey,
+    "tasks": run_tasks,
+    "bench": run_bench,
     "autotune": run_autotune,
 }
 
@@ -167,22 +261,27 @@ def parser() -> argparse.ArgumentParser:
     for name, run in COMMANDS.items():
         one = some.add_parser(name, help=run.__doc__)
         one.add_argument("model", help="a hub id, a folder, or smollm2")
-        one.add_argument("--text", nargs="*", default=[], help="files; without: Wikipedia")
-        one.add_argument(
-            "--tokens", type=int, default=8192 if name in {"calibrate", "rank"} else 2048
-        )
-        one.add_argument("--context", type=int, default=1024, help="tokens a window")
+        if name != "bench":
+            one.add_argument("--text", nargs="*", default=[], help="files; without: Wikipedia")
+            tokens = {"calibrate": 8192, "rank": 8192, "passkey": 16384}.get(name, 2048)
+            one.add_argument("--tokens", type=int, default=tokens, help="of the text")
+            one.add_argument("--context", type=int, default=1024, help="tokens a window")
         if name == "calibrate":
             one.add_argument(
                 "--kind", choices=["pca", "pca_uncentred", "balanced"], default="balanced"
             )
             one.add_argument("--out", type=Path, default=Path("basis.safetensors"))
-        if name in {"doctor", "ppl", "autotune"}:
+        if name in {"doctor", "ppl", "passkey", "tasks", "autotune"}:
             one.add_argument("--basis", type=Path, required=True, help="written by calibrate")
+        if name in {"doctor", "ppl", "passkey", "tasks", "bench", "autotune"}:
             one.add_argument("--page", type=int, default=16, help="keys are read in pages")
-        if name in {"doctor", "ppl"}:
+        if name in {"doctor", "ppl", "passkey", "tasks", "bench"}:
             one.add_argument("--share", type=float, default=0.25, help="of the keys")
             one.add_argument("--divisor", type=int, default=4, help="head width over width")
+        if name == "passkey":
+            one.add_argument("--passkeys", type=int, nargs="+", default=[71432, 50986, 26817])
+        if name == "bench":
+            one.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
         if name == "autotune":
             one.add_argument("--max-loss", type=float, default=1.0, help="percent of perplexity")
     return text

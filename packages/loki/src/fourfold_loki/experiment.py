@@ -112,7 +112,7 @@ def measure_ranks(run: Ranks, workplace: Workplace) -> None:
                 rank = keys.rank(run.share)
                 spectrum = keys.spectrum(centred=True)
                 mean = (keys.total / keys.count[..., None]).square().sum(-1)
-                power = keys.outer.diagonal(dim1=-2, dim2=-1).sum(-1) / keys.count
+                channels = keys.outer.diagonal(dim1=-2, dim2=-1) / keys.count[..., None]
                 for layer in range(statistics.layers):
                     records.write(
                         "rank",
@@ -121,7 +121,8 @@ def measure_ranks(run: Ranks, workplace: Workplace) -> None:
                         layer=layer,
                         rank=[int(value) for value in rank[layer]],
                         head_width=int(spectrum.shape[-1]),
-                        mean_share=_rounded((mean / power)[layer]),
+                        mean_share=_rounded((mean / channels.sum(-1))[layer]),
+                        largest_channel=_rounded((channels.amax(-1) / channels.mean(-1))[layer]),
                         held_by_width={
                             str(width): _rounded(
                                 spectrum[layer, :, :width].sum(-1) / spectrum[layer].sum(-1)

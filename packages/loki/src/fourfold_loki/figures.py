@@ -43,6 +43,33 @@ def figure_2(records: Records) -> Figure:
     return figure
 
 
+def outliers(records: Records) -> Figure:
+    """How far keys are from a round cloud: what their mean holds, and their largest channel."""
+    figure = Figure(figsize=(6.4, 3.2))
+    for axes, key, label in zip(
+        figure.subplots(1, 2),
+        ("mean_share", "largest_channel"),
+        ("power of the mean over power of keys", "largest channel's power over the mean's"),
+        strict=True,
+    ):
+        for stage, color in ((BEFORE, CONTROL), (AFTER, METHOD)):
+            rows = [
+                np.asarray(event.values[key], dtype=float)
+                for event in rank_events(records["ranks"], stage)
+            ]
+            axes.plot([row.mean() for row in rows], color=color, label=stage)
+            for layer, row in enumerate(rows):
+                axes.plot([layer] * len(row), row, ".", color=color, alpha=0.35, markersize=4)
+        axes.set_xlabel("layer")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+    figure.axes[0].set_title("Loki: keys lie off centre")
+    figure.axes[1].set_yscale("log")
+    figure.axes[1].set_ylim(bottom=1)
+    figure.axes[0].legend()
+    return figure
+
+
 def arms_of(record: Record) -> list[str]:
     """Arms of a record but full attention, in order."""
     return [
@@ -68,6 +95,76 @@ def quality(records: Records) -> Figure:
         f"added perplexity (%), log beyond ±2; {tokens_scored(parts[0])} tokens (variants: fewer)"
     )
     axes.set_title("Loki: what a quarter of the keys costs")
+    return figure
+
+
+def budgets(records: Records) -> Figure:
+    """Added perplexity of every selector against the share of keys that it keeps, on the same windows."""
+    many, quarter = records["budgets"], records["perplexity"]
+    windows = {e.values["window"] for e in many.of("scored")}
+    figure = Figure(figsize=(6.4, 4.0))
+    axes = figure.subplots()
+    names = arms_of(quarter)
+    for place, name in enumerate(names):
+        costs = []
+        for divisor in (16, 8, 4, 2):
+            record, arm = (quarter, name) if divisor == 4 else (many, f"{name}:{divisor}")
+            nats = [
+                e.number("loss_nats") - base.number("loss_nats")
+                for e in record.of("scored")
+                for base in record.of("scored")
+                if e.values["arm"] == arm
+                and base.values["arm"] == FULL
+                and e.values["window"] == base.values["window"]
+                and e.values["window"] in windows
+            ]
+            costs.append(100 * np.expm1(np.mean(nats)))
+        is_ours = name.startswith("loki")
+        axes.plot(
+            [1 / 16, 1 / 8, 1 / 4, 1 / 2],
+            costs,
+            color=METHOD if is_ours else BASELINE,
+            linestyle=("-", "--", ":", "-.")[place % 4],
+            marker="os^vDPX"[place % 7],
+            markersize=4,
+            label=name,
+        )
+    axes.axhline(0, color=IDEAL, linestyle="--", linewidth=1.2)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([1 / 16, 1 / 8, 1 / 4, 1 / 2], ["1/16", "1/8", "1/4", "1/2"])
+    axes.set_yscale("symlog", linthresh=2)
+    axes.set_xlabel("keys kept, over the window")
+    axes.set_ylabel("added perplexity (%), log beyond 2")
+    axes.set_title("Loki: quality against budget")
+    axes.legend(fontsize=7, ncols=2)
+    return figure
+
+
+def decoding(records: Records) -> Figure:
+    """Bytes that a layer's attention reads for a token, and the time it takes, against the context."""
+    events = records["decoding"].of("decoding")
+    tokens = [e.number("tokens") for e in events]
+    figure = Figure(figsize=(6.4, 3.2))
+    left, right = figure.subplots(1, 2)
+    left.plot(
+        tokens, [e.number("dense_bytes") / 1e6 for e in events], color=BASELINE, label="dense"
+    )
+    left.plot(tokens, [e.number("loki_bytes") / 1e6 for e in events], color=METHOD, label="Loki")
+    left.set_ylabel("megabytes read (model)")
+    for name, color, line, label in (
+        ("sdpa_ms", BASELINE, "-", "transformers' sdpa"),
+        ("packed_sdpa_ms", CONTROL, "-", "sdpa, heads packed"),
+        ("loki_ms", METHOD, "-", "Loki, pages of 16"),
+    ):
+        medians = [np.median(np.asarray(e.values[name], dtype=float)) for e in events]
+        right.plot(tokens, medians, line, marker="o", markersize=4, color=color, label=label)
+    right.set_ylabel("milliseconds (median)")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("tokens of context")
+        axes.legend(fontsize=7.5)
+    left.set_title("Loki: bytes and time of a token")
     return figure
 
 
@@ -123,12 +220,18 @@ def sinks(records: Records) -> Figure:
 def drawings(scale: Scale) -> Sequence[Drawing]:
     """The figures of a scale."""
     where = f"SmolLM2-135M on Wikipedia, {3 if scale == 'smoke' else 64} windows of 512 tokens"
-    return (
+    always = (
         Drawing(
             name="figure-2",
             caption=f"Principal directions that hold 90 % of the keys' variance; {where}. One model, so no "
             "seeds; dots are key/value heads.",
             draw=figure_2,
+        ),
+        Drawing(
+            name="figure-outliers",
+            caption="What the keys' mean holds of their power, and the largest channel over the mean "
+            f"channel; {where}. Dots are key/value heads.",
+            draw=outliers,
         ),
         Drawing(
             name="figure-quality",
@@ -147,5 +250,22 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
             caption=f"Attention weight of the first token, and how often it is kept; {where}. Last 128 "
             "queries of one window.",
             draw=sinks,
+        ),
+    )
+    if scale == "smoke":
+        return always
+    return (
+        *always,
+        Drawing(
+            name="figure-budgets",
+            caption="Perplexity added by each selector at a sixteenth to half of the keys; SmolLM2-135M on "
+            "Wikipedia, the first 4 windows of 512 tokens (512 scored).",
+            draw=budgets,
+        ),
+        Drawing(
+            name="figure-decoding",
+            caption="One token's attention in one layer, SmolLM2's heads, float32, one CPU: bytes by the "
+            "traffic model, medians of 15 rounds in turns.",
+            draw=decoding,
         ),
     )

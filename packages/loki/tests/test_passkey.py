@@ -1,0 +1,72 @@
+"""Passkeys: where they are hidden, and that an arm that reads everything finds what full attention finds."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Digits, Sequence, Whitespace
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from fourfold_loki import Budget, Share, Sparse
+from fourfold_loki.evaluate import FULL
+from fourfold_loki.passkey import NEEDLE, QUESTION, TASK, hide, retrieve
+from fourfold_loki.selectors import Exact
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """Words, and digits one by one."""
+    words = sorted({*(TASK + NEEDLE + QUESTION).replace("?", " ?").replace(".", " .").split()})
+    known = {word: place for place, word in enumerate(["?w", *words, *"0123456789"])}
+    made = Tokenizer(WordLevel(known, unk_token="?w"))
+    made.pre_tokenizer = Sequence([Whitespace(), Digits(individual_digits=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?w", eos_token="?w")
+
+
+def test_a_key_lies_at_its_depth_and_the_answer_at_the_end(
+    tokenizer: Any, tokens: Callable[..., Tensor]
+) -> None:
+    hidden = hide(
+        tokenizer, tokens(1, 600)[0] + 50, context=120, depths=(0.0, 0.5, 1.0), keys=(123, 456)
+    )
+    assert hidden.ids.shape == (6, 120)
+    assert hidden.depths == (0.0, 0.0, 0.5, 0.5, 1.0, 1.0)
+    for window, key in zip(hidden.ids, (123, 456) * 3, strict=True):
+        digits = tokenizer.encode(str(key))
+        assert window[hidden.prompt :].tolist() == digits
+    places = []
+    for window in hidden.ids[::2]:
+        at = [i for i in range(118) if window[i : i + 3].tolist() == tokenizer.encode("123")]
+        places.append(at[0])
+    begin = len(tokenizer.encode(TASK))
+    assert places[0] < begin + 10
+    assert abs(places[1] - (places[0] + places[2]) / 2) <= 1
+
+
+def test_reading_everything_finds_what_full_attention_finds(
+    llama: PreTrainedModel, tokenizer: Any, tokens: Callable[..., Tensor]
+) -> None:
+    """A model of random weights "says" what its own greedy decoding says, so let that be the answer."""
+    hidden = hide(tokenizer, tokens(1, 600)[0], context=100, depths=(0.5,), keys=(123, 456))
+    prompts = hidden.ids[:1, : hidden.prompt]
+    said = llama.generate(
+        prompts, max_new_tokens=3, do_sample=False, attention_mask=torch.ones_like(prompts)
+    )
+    hidden.ids[0] = said[0]
+    arms = {"all": Sparse(selector=Exact(), budget=Budget(amount=Share(of_visible=1.0)))}
+    found = [(one.arm, one.is_found) for one in retrieve(llama, hidden, arms)]
+    assert (FULL, True) in found
+    assert [told for arm, told in found if arm == FULL] == [
+        told for arm, told in found if arm == "all"
+    ]
+
+
+def test_too_little_text_is_refused(tokenizer: Any, tokens: Callable[..., Tensor]) -> None:
+    with pytest.raises(ValueError, match="longer context, or more text"):
+        hide(tokenizer, tokens(1, 50)[0], context=120, depths=(0.5,), keys=(123,))
+    with pytest.raises(ValueError, match="as many digits"):
+        hide(tokenizer, tokens(1, 600)[0], context=120, depths=(0.5,), keys=(1, 23))
