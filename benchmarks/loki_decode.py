@@ -2,12 +2,11 @@
 
     scripts/env python benchmarks/loki_decode.py [OUT.jsonl] [SECONDS]
 
-One thread, one sequence, three head shapes, 4k to 32k tokens, bfloat16 (and float32 where the processor has
-no bfloat16 arithmetic). Contenders take turns within each round, so that a busy machine slows all alike;
-ratios are of medians over rounds. "sdpa" is transformers' own function on an ordinary cache without a mask;
-"packed" is the same attention with the query heads of a group as one matrix; "loki" reads a quarter of the
-keys in pages of 16, ranked by a quarter of the coordinates and shared in groups. The last line decodes
-whole tokens with SmolLM2-135M over a cache of 16k tokens.
+One thread, one sequence, three head shapes, 4k to 32k tokens, bfloat16 and float32. Contenders take turns
+within each round, so that a busy machine slows all alike; ratios are of medians over rounds. "loki" reads a
+quarter of the keys in pages of 16, ranked by a quarter of the coordinates and shared in groups; the ratio to
+the best dense form is the one that counts. The last line is `generate` with SmolLM2-135M over caches of 16k
+tokens, with the elements that Loki read beside what the traffic model predicts.
 """
 
 from __future__ import annotations
@@ -17,20 +16,18 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fourfold_loki.basis import Basis, Label
+from fourfold_loki.bench import contenders, timed
 from fourfold_loki.budget import Budget, Share
 from fourfold_loki.huggingface import loki
-from fourfold_loki.kernels import cpu
 from fourfold_loki.provenance import Imported
+from fourfold_loki.traffic import Shape
 from fourfold_parallel.run.models import SmolLM2
 from fourfold_parallel.run.records import hardware, versions
 
@@ -41,92 +38,52 @@ SHAPES = {
 }
 """Query heads, key/value heads, head width."""
 LENGTHS = (4096, 8192, 16384, 32768)
-PAGE, SHARE = 16, 0.25
-Contender = Callable[[], torch.Tensor]
+PAGE, SHARE, DIVISOR = 16, 0.25, 4
+TOKENS = 8
+"""Generated a round, end to end."""
 
 
-def contenders(heads: int, kv_heads: int, width: int, length: int, dtype: torch.dtype) -> dict:
-    """Every contender on the same cache of random numbers."""
-    generator = torch.Generator().manual_seed(length)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    queries = normal(1, heads, 1, width)
-    keys, values = normal(1, kv_heads, length, width), normal(1, kv_heads, length, width)
-    leading = keys[..., : width // 4].mT.contiguous()
-    group, scaling = heads // kv_heads, width**-0.5
-    module = SimpleNamespace(num_key_value_groups=group, is_causal=True)
-    packed = queries.view(1, kv_heads, group, width)
-    return {
-        "sdpa": lambda: sdpa_attention_forward(module, queries, keys, values, None)[0],  # type: ignore[arg-type]
-        "packed_sdpa": lambda: F.scaled_dot_product_attention(packed, keys, values),
-        "packed": lambda: cpu.dense(queries, keys, values, length=length, scaling=scaling),
-        "loki": lambda: cpu.decode(
-            queries,
-            keys,
-            values,
-            leading,
-            length=length,
-            pages=int(length * SHARE) // PAGE,
-            page=PAGE,
-            sinks=0,
-            window=0,
-            scaling=scaling,
-        ),
-    }
-
-
-def timed(run: dict[str, Contender], *, seconds: float, skip: float) -> dict[str, list[float]]:
-    """Milliseconds of each contender, round by round; one slower than `skip` is timed three times only."""
-    found: dict[str, list[float]] = {name: [] for name in run}
-    for call in run.values():
-        call()
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(found["loki"]) < 5:
-        for name, call in run.items():
-            if len(found[name]) >= 3 and min(found[name]) > skip:
-                continue
-            started = time.perf_counter()
-            call()
-            found[name].append(1e3 * (time.perf_counter() - started))
-    return found
-
-
-def medians(found: dict[str, list[float]]) -> dict[str, float]:
-    """A number a contender."""
-    return {name: round(statistics.median(times), 4) for name, times in found.items()}
-
-
-def end_to_end(length: int, *, rounds: int) -> dict[str, float]:
-    """Milliseconds a decoded token of the whole model, over caches of random numbers."""
-    model = AutoModelForCausalLM.from_pretrained(SmolLM2().folder(), dtype=torch.float32).eval()
-    config = model.config
-    maps = torch.linalg.qr(torch.randn(config.num_hidden_layers, 3, 64, 64)).Q
+def end_to_end(length: int, *, rounds: int) -> dict[str, Any]:
+    """`generate` beside `generate`, over caches of random numbers."""
+    place = SmolLM2().folder()
+    plain, ours = (
+        AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval() for _ in range(2)
+    )
+    config = plain.config
+    layers, kv_heads, width = config.num_hidden_layers, config.num_key_value_heads, 64
+    maps = torch.linalg.qr(torch.randn(layers, kv_heads, width, width)).Q
     label = Label(kind="pca", stage="after rotary", source=Imported(folder="random rotation"))
     basis = Basis(query_maps=maps, key_maps=maps, spectra=torch.ones(maps.shape[:-1]), label=label)
-    token = torch.zeros(1, 1, dtype=torch.long)
-    budget = Budget(amount=Share(of_visible=SHARE), page=PAGE)
+    ids = torch.zeros(1, length + 1, dtype=torch.long)
+    options = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": TOKENS,
+        "min_new_tokens": TOKENS,
+        "do_sample": False,
+    }
     times: dict[str, list[float]] = {"dense": [], "loki": []}
     dense = DynamicCache(config=config)
-    with torch.no_grad(), loki(model, basis, budget) as session:
+    with loki(ours, basis, Budget(amount=Share(of_visible=SHARE), page=PAGE)) as session:
         sparse = session.cache(capacity=length + 64)
         session.is_inside = True
-        for layer in range(config.num_hidden_layers):
-            keys, values = torch.randn(2, 1, 3, length, 64)
+        for layer in range(layers):
+            keys, values = torch.randn(2, 1, kv_heads, length, width)
             dense.update(keys, values, layer)
             sparse.update(keys, values, layer)
         session.is_inside = False
         for _ in range(rounds):
-            started = time.perf_counter()
-            model(token, past_key_values=sparse)
-            times["loki"].append(1e3 * (time.perf_counter() - started))
-    with torch.no_grad():
-        for _ in range(rounds):
-            started = time.perf_counter()
-            model(token, past_key_values=dense)
-            times["dense"].append(1e3 * (time.perf_counter() - started))
-    return medians(times)
+            for name, model, cache in (("dense", plain, dense), ("loki", ours, sparse)):
+                started_s = time.perf_counter()
+                model.generate(ids, past_key_values=cache, **options)
+                times[name].append(1e3 * (time.perf_counter() - started_s) / TOKENS)
+                cache.crop(length - cache.get_seq_length())
+        predicted = SHARE + 1 / DIVISOR / 2
+        return {
+            "median_ms": {name: round(statistics.median(each), 3) for name, each in times.items()},
+            "read_share": round(session.reads.read_share, 5),
+            "predicted_share": predicted,
+            "read_over_predicted": round(session.reads.read_share / predicted, 4),
+        }
 
 
 def main() -> None:
@@ -134,41 +91,53 @@ def main() -> None:
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "benchmarks/loki_decode.jsonl")
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 1.5
     torch.set_num_threads(1)
-    dtypes = [torch.bfloat16, torch.float32]
     load_before = os.getloadavg()[0]
-    lines = []
-    with torch.no_grad():
-        for dtype in dtypes:
-            for shape, (heads, kv_heads, width) in SHAPES.items():
-                for length in LENGTHS:
-                    if kv_heads == 32 and (length > 8192 or dtype == torch.float32):
-                        continue  # a cache of a gigabyte a layer says no more
-                    run = contenders(heads, kv_heads, width, length, dtype)
-                    found = timed(run, seconds=seconds, skip=1e3 * seconds / 6)
-                    ms = medians(found)
-                    best = min(ms["packed"], ms["packed_sdpa"])
-                    lines.append(
-                        {
-                            "event": "loki_decode",
-                            "shape": shape,
-                            "dtype": str(dtype).removeprefix("torch."),
-                            "tokens": length,
-                            "rounds": {name: len(times) for name, times in found.items()},
-                            "median_ms": ms,
-                            "over_sdpa": round(ms["sdpa"] / ms["loki"], 3),
-                            "over_packed_sdpa": round(ms["packed_sdpa"] / ms["loki"], 3),
-                            "over_best_dense": round(best / ms["loki"], 3),
-                        }
-                    )
-                    print(json.dumps(lines[-1]), flush=True)
-    ms = end_to_end(16384, rounds=7)
+    lines: list[dict[str, Any]] = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape, (heads, kv_heads, width) in SHAPES.items():
+            for length in LENGTHS:
+                if kv_heads == 32 and (length > 16384 or dtype == torch.float32):
+                    continue  # a cache of a gigabyte a layer says no more
+                run = contenders(heads, kv_heads, width, tokens=length, dtype=dtype)
+                found = timed(run, seconds=seconds, patience_s=seconds / 6)
+                ms = {name: round(statistics.median(each), 4) for name, each in found.items()}
+                best = min(ms["packed"], ms["packed sdpa"])
+                traffic = Shape(
+                    layers=1,
+                    heads=heads,
+                    kv_heads=kv_heads,
+                    head_width=width,
+                    weights=0,
+                    bytes_each=dtype.itemsize,
+                )
+                lines.append(
+                    {
+                        "event": "loki_decode",
+                        "shape": shape,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "tokens": length,
+                        "rounds": {name: len(each) for name, each in found.items()},
+                        "median_ms": ms,
+                        "dense_bytes": traffic.cache_bytes(length),
+                        "loki_bytes": traffic.cache_bytes(
+                            length, share=SHARE, width=width // DIVISOR
+                        ),
+                        "over_sdpa": round(ms["sdpa"] / ms["loki"], 3),
+                        "over_packed_sdpa": round(ms["packed sdpa"] / ms["loki"], 3),
+                        "over_best_dense": round(best / ms["loki"], 3),
+                    }
+                )
+                print(json.dumps(lines[-1]), flush=True)
+    ends = end_to_end(16384, rounds=5)
+    over = round(ends["median_ms"]["dense"] / ends["median_ms"]["loki"], 3)
     lines.append(
         {
             "event": "loki_end_to_end",
             "tokens": 16384,
             "dtype": "float32",
-            "median_ms": ms,
-            "over_dense": round(ms["dense"] / ms["loki"], 3),
+            "generated": TOKENS,
+            **ends,
+            "over_dense": over,
         }
     )
     print(json.dumps(lines[-1]))

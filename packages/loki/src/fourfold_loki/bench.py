@@ -66,13 +66,22 @@ def contenders(
 
 @torch.no_grad()
 def timed(
-    run: Mapping[str, Contender], *, rounds: int, patience_s: float = 0.5
+    run: Mapping[str, Contender], *, seconds: float, patience_s: float = 0.5
 ) -> dict[str, list[float]]:
-    """Milliseconds by contender, round by round; what takes longer than `patience_s` is timed three times."""
+    """Milliseconds by contender, round by round, at least five rounds.
+
+    Args:
+        run: the contenders.
+        seconds: after which no further round begins.
+        patience_s: a contender that takes longer is timed three times only.
+    """
     found: dict[str, list[float]] = {name: [] for name in run}
     for call in run.values():
         call()
-    for _ in range(rounds):
+    until_s = time.perf_counter() + seconds
+    rounds = 0
+    while time.perf_counter() < until_s or rounds < 5:
+        rounds += 1
         for name, call in run.items():
             if len(found[name]) >= 3 and min(found[name]) > 1e3 * patience_s:
                 continue

@@ -202,7 +202,7 @@ def run_bench(options: argparse.Namespace) -> None:
             page=options.page,
             divisor=options.divisor,
         )
-        ms = {name: statistics.median(times) for name, times in timed(run, rounds=9).items()}
+        ms = {name: statistics.median(times) for name, times in timed(run, seconds=1.5).items()}
         packed = min(ms["packed"], ms["packed sdpa"])
         bytes_say = shape.cache_bytes(tokens) / shape.cache_bytes(
             tokens, share=options.share, width=width

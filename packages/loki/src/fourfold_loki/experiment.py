@@ -288,7 +288,7 @@ def measure_decoding(run: Decoding, workplace: Workplace) -> None:
                     page=run.page,
                     divisor=run.divisor,
                 ),
-                rounds=run.rounds,
+                seconds=run.seconds,
             )
             records.write(
                 "decoding",

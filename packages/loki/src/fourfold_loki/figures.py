@@ -265,7 +265,7 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
         Drawing(
             name="figure-decoding",
             caption="One token's attention in one layer, SmolLM2's heads, float32, one CPU: bytes by the "
-            "traffic model, medians of 15 rounds in turns.",
+            "traffic model, medians over rounds in turns.",
             draw=decoding,
         ),
     )

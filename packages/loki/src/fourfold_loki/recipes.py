@@ -150,7 +150,8 @@ class Decoding:
     page: int
     divisor: int
     """Head width over the coordinates that rank."""
-    rounds: int
+    seconds: float
+    """For each length; contenders take turns until then."""
 
 
 WIDTH = 16
@@ -390,5 +391,5 @@ def decoding(scale: Scale) -> Decoding:
         share=0.25,
         page=16,
         divisor=4,
-        rounds=15,
+        seconds=2.0,
     )
