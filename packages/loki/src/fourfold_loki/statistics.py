@@ -6,7 +6,7 @@ run are merged with `+`.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fourfold_loki.provenance import Calibrated
+from fourfold_parallel.grid.mesh import Mesh
 from fourfold_parallel.run.files import whole_file
 from fourfold_parallel.run.values import from_json, to_json
 
@@ -55,6 +56,14 @@ class Moments:
                 "different models; merge statistics of one model"
             )
         return Moments(self.count + other.count, self.total + other.total, self.outer + other.outer)
+
+    def over(self, mesh: Mesh) -> "Moments":
+        """Summed over the ranks that share a batch; every one of them must ask."""
+        return Moments(
+            mesh.sum_over_batch(self.count),
+            mesh.sum_over_batch(self.total),
+            mesh.sum_over_batch(self.outer),
+        )
 
     def covariance(
         self, *, centred: bool
@@ -124,6 +133,34 @@ class Statistics:
             keys_before=self.keys_before + other.keys_before,
             queries_before=self.queries_before + other.queries_before,
             source=self.source + other.source,
+        )
+
+    def over(self, mesh: Mesh) -> "Statistics":
+        """Of all ranks that share a batch, each of which calibrated on windows of its own.
+
+        Raises:
+            ValueError: where this rank's statistics are of several corpora.
+        """
+        if len(self.source.corpora) != 1:
+            raise ValueError(
+                f"statistics of {len(self.source.corpora)} corpora on one rank; merge over the ranks first, "
+                "then over corpora"
+            )
+        # Hashes are gathered as a sum in which every rank fills its own row.
+        rows = torch.zeros(mesh.batch_size(), 33, dtype=torch.int64)
+        digest = bytes.fromhex(self.source.corpora[0])
+        rows[mesh.batch_rank()] = torch.tensor([*digest, self.source.tokens])
+        rows = mesh.sum_over_batch(rows)
+        return Statistics(
+            keys=self.keys.over(mesh),
+            queries=self.queries.over(mesh),
+            keys_before=self.keys_before.over(mesh),
+            queries_before=self.queries_before.over(mesh),
+            source=replace(
+                self.source,
+                corpora=tuple(sorted({bytes(row[:-1].tolist()).hex() for row in rows})),
+                tokens=int(rows[:, -1].sum()),
+            ),
         )
 
     def save(self, path: Path) -> None:
