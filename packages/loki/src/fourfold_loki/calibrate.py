@@ -8,9 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fourfold_loki.huggingface import attending, attention_modules
+from fourfold_loki.huggingface import attending
 from fourfold_loki.plan import Observe, Seen
 from fourfold_loki.provenance import Calibrated, fingerprint
+from fourfold_loki.sites import attention_modules, is_iterated
 from fourfold_loki.statistics import Moments, Statistics
 from fourfold_parallel.run.progress import Progress, silent
 
@@ -79,7 +80,7 @@ def calibrate_tokens(
             f"windows of {ids.shape[1]} tokens exceed the model's context of "
             f"{config.max_position_embeddings}; use shorter ones"
         )
-    layers, kv_heads = len(attention_modules(model)), config.num_key_value_heads
+    layers, kv_heads = layers_of(model), config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys, queries, keys_before, queries_before = (
         Moments.empty(layers, kv_heads, width) for _ in range(4)
@@ -87,9 +88,11 @@ def calibrate_tokens(
 
     def take(seen: Seen) -> None:
         queries_of = seen.queries.unflatten(1, (kv_heads, -1)).flatten(2, 3)
-        before = unrotated(seen.queries, seen.positions).unflatten(1, (kv_heads, -1)).flatten(2, 3)
         keys.add_(seen.layer, seen.keys)
         queries.add_(seen.layer, queries_of)
+        if seen.positions is None:
+            return  # then nothing is known of keys before rotary, and `fit` refuses that stage
+        before = unrotated(seen.queries, seen.positions).unflatten(1, (kv_heads, -1)).flatten(2, 3)
         keys_before.add_(seen.layer, unrotated(seen.keys, seen.positions))
         queries_before.add_(seen.layer, before)
 
@@ -108,6 +111,17 @@ def calibrate_tokens(
             tokens=ids.numel(),
         ),
     )
+
+
+@torch.no_grad()
+def layers_of(model: PreTrainedModel) -> int:
+    """Attention layers; of a model that iterates them, the attention calls of a pass at its default depth."""
+    if not is_iterated(model):
+        return len(attention_modules(model))
+    calls: list[int] = []
+    with attending(model, Observe(observer=lambda seen: calls.append(seen.layer))):
+        model.base_model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    return len(calls)
 
 
 def unrotated(

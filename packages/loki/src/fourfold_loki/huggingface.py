@@ -28,8 +28,8 @@ from fourfold_loki.budget import Budget
 from fourfold_loki.cache import LokiCache, LokiLayer
 from fourfold_loki.kernels.dispatch import can_decode, decode
 from fourfold_loki.plan import Observe, Plan, Seen, Sparse
-from fourfold_loki.provenance import Calibrated, Part, fingerprint
 from fourfold_loki.selectors import Candidates, Exact, Loki
+from fourfold_loki.sites import Site, check_model, check_plan, is_iterated, sites
 from fourfold_loki.traffic import Reads
 
 NAME = "loki"
@@ -46,8 +46,12 @@ class Session:
     model: PreTrainedModel
     plan: Plan
     reads: Reads
+    iterates: bool
+    """Whether the model's layers are calls of iterated modules."""
     mass: dict[int, Float[Tensor, "batch heads token"]] = field(default_factory=dict)
     """For selectors that keep count: what each layer's keys have been given so far."""
+    calls: int = 0
+    """Attention calls of the forward pass so far."""
     is_inside: bool = False
     """Whether the model is in its forward pass; its caches may be filled only then."""
     caches: weakref.WeakSet[LokiCache] = field(default_factory=weakref.WeakSet)
@@ -66,15 +70,53 @@ class Session:
                 "only Loki ranks by a basis, so only its session has a LokiCache; "
                 "pass no cache, or a cache of transformers"
             )
+        if self.iterates:
+            raise ValueError(
+                f"{type(self.model).__name__} iterates its layers and has a cache of its own for them; "
+                "pass that one"
+            )
         cache = LokiCache(
             self.plan.selector.basis,
             self.plan.selector.widths,
             capacity=capacity,
-            is_turned=[not site.is_dense for site in sites(self.model, self.plan)],
+            is_turned=[not self.is_dense(site, site.layer) for site in sites(self.model)],
             is_open=lambda: self.is_inside,
         )
         self.caches.add(cache)
         return cache
+
+    def is_dense(self, site: Site, layer: int) -> bool:
+        """Whether a layer keeps full attention."""
+        dense = self.plan.dense_layers if isinstance(self.plan, Sparse) else ()
+        return site.slides or layer in dense
+
+    def layer_of(self, site: Site) -> int:
+        """The layer of this call: the module's number, or how many calls of this pass came before.
+
+        Raises:
+            ValueError: for more calls than the basis has layers.
+        """
+        if not self.iterates:
+            return site.layer
+        layer = self.calls
+        self.calls += 1
+        self.check_calls(at_most=True)
+        return layer
+
+    def check_calls(self, *, at_most: bool = False) -> None:
+        """Refuse a pass of another depth than the basis was fitted to.
+
+        Raises:
+            ValueError: naming both.
+        """
+        if not isinstance(self.plan, Sparse) or not isinstance(self.plan.selector, Loki):
+            return
+        layers = self.plan.selector.basis.layers
+        if self.calls > layers or (self.calls < layers and not at_most):
+            raise ValueError(
+                f"{self.calls} attention calls in a pass, and a basis of {layers} layers and steps; "
+                "run as many recurrences as it was calibrated with"
+            )
 
     def layer_that_gave(self, keys: Tensor, layer: int) -> LokiLayer | None:
         """The cache layer that these very keys came from, if they came from a `LokiCache`."""
@@ -85,41 +127,8 @@ class Session:
         return None
 
 
-@dataclass(slots=True, eq=False)
-class Site:
-    """What an attention module is told while its model is in a session."""
-
-    module: nn.Module
-    layer: int
-    is_dense: bool
-    positions: tuple[Tensor, Tensor] | None = None
-
-
 _SESSIONS = "_fourfold_loki_session"
 _SITE = "_fourfold_loki_site"
-
-
-def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules of a model that ask for an attention function, in order of their layers."""
-    return [
-        module
-        for module in model.modules()
-        if type(module).__name__.endswith("Attention")
-        and isinstance(getattr(module, "layer_idx", None), int)
-        and getattr(module, "is_causal", True)
-    ]
-
-
-def sites(model: PreTrainedModel, plan: Plan) -> list[Site]:
-    """Every attention module with the role that a plan gives it."""
-    found = attention_modules(model)
-    types = getattr(model.config.get_text_config(), "layer_types", None)
-    dense = plan.dense_layers if isinstance(plan, Sparse) else ()
-    roles = []
-    for layer, module in enumerate(found):
-        slides = types is not None and types[layer] != "full_attention"
-        roles.append(Site(module=module, layer=layer, is_dense=slides or layer in dense))
-    return roles
 
 
 @contextmanager
@@ -129,19 +138,21 @@ def attending(model: PreTrainedModel, plan: Plan) -> Iterator[Session]:
     Raises:
         ValueError: where the model would ignore the plan, has no rotary keys, or is not the plan's.
     """
-    _check_model(model)
+    check_model(model)
     if isinstance(plan, Sparse):
-        _check_plan(model, plan)
+        check_plan(model, plan)
     if getattr(model, _SESSIONS, None) is not None:
         raise ValueError(
             "this model is in a session already; leave the inner `with` before entering another"
         )
     config = model.config.get_text_config()
     watched = plan.selector if isinstance(plan, Sparse) else Exact()
-    session = Session(model=model, plan=plan, reads=Reads.of(config, watched))
+    session = Session(
+        model=model, plan=plan, reads=Reads.of(config, watched), iterates=is_iterated(model)
+    )
     before = model.config._attn_implementation  # noqa: SLF001 - transformers' own switch
     assert before is not None
-    roles = sites(model, plan)
+    roles = sites(model)
     handles = [
         model.base_model.register_forward_pre_hook(_enter(session), with_kwargs=True),
         model.base_model.register_forward_hook(_leave(session), always_call=True),
@@ -211,16 +222,16 @@ def loki_forward(
             "inside `with loki(model, basis, budget):`"
         )
     session, site = held
+    layer = session.layer_of(site)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     plan = session.plan
     refused = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
-    if site.is_dense or isinstance(plan, Observe):
+    if session.is_dense(site, layer) or isinstance(plan, Observe):
         if isinstance(plan, Observe):
-            assert site.positions is not None
             visible = visible_keys(module, query, key, attention_mask)
             plan.observer(
                 Seen(
-                    layer=site.layer,
+                    layer=layer,
                     queries=query,
                     keys=key[:, :, : visible.shape[-1]],
                     visible=visible,
@@ -234,14 +245,14 @@ def loki_forward(
     if refused or dropout:
         raise ValueError(
             f"{refused[0] if refused else f'dropout={dropout}'} of {type(module).__name__} would be "
-            f"ignored by {NAME!r}; list layer {site.layer} in dense_layers, or use model.eval()"
+            f"ignored by {NAME!r}; list layer {layer} in dense_layers, or use model.eval()"
         )
-    turned = session.layer_that_gave(key, site.layer)
+    turned = session.layer_that_gave(key, layer)
     if turned is not None:
         query = turned.rotation.turn_queries(query)
     if query.shape[2] > 1 and plan.reach == "decode":
         if plan.selector.keeps_count:
-            _count_block(session, plan, site, query, key, attention_mask, scale)
+            _count_block(session, plan, layer, site.module, query, key, attention_mask, scale)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scale, **kwargs
         )
@@ -252,7 +263,7 @@ def loki_forward(
         return output.transpose(1, 2).contiguous(), None
     visible = visible_keys(module, query, key, attention_mask)
     key, value = key[:, :, : visible.shape[-1]], value[:, :, : visible.shape[-1]]
-    mass = _past_mass(session, plan, site.layer, query, key)
+    mass = _past_mass(session, plan, layer, query, key)
     outputs = []
     # Blocks of queries whose scores fit a processor's cache; a prompt's whole square would not fit memory.
     rows = max(1, BLOCK // (query.shape[0] * query.shape[1] * key.shape[2]))
@@ -262,19 +273,19 @@ def loki_forward(
             keys=key,
             visible=visible[:, :, first : first + rows],
             scaling=scale,
-            layer=site.layer,
+            layer=layer,
             turned=turned is not None,
             past_mass=mass,
             allowance=plan.budget.allowance(visible[:, :, first : first + rows]),
         )
         scores, mass = plan.selector.follow(among)
-        keep = plan.budget.keep(scores, among.visible, kv_heads=key.shape[1], layer=site.layer)
+        keep = plan.budget.keep(scores, among.visible, kv_heads=key.shape[1], layer=layer)
         if not torch.compiler.is_compiling():
             session.reads.add_masks(keep, among.visible, kv_heads=key.shape[1])
         queries, keys = plan.selector.compared(among)
         outputs.append(attend(queries, keys, value, keep, scaling=scale))
     if plan.selector.keeps_count:
-        session.mass[site.layer] = mass
+        session.mass[layer] = mass
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -300,18 +311,19 @@ def _past_mass(
 def _count_block(
     session: Session,
     plan: Sparse,
-    site: Site,
+    layer: int,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     mask: Tensor | None,
     scaling: float,
 ) -> None:
     """Add the mass that a dense block of queries gives to its keys."""
-    visible = visible_keys(site.module, query, key, mask)
-    past = _past_mass(session, plan, site.layer, query, key)
+    visible = visible_keys(module, query, key, mask)
+    past = _past_mass(session, plan, layer, query, key)
     scores = scores_of(query, key, scaling=scaling)
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-    session.mass[site.layer] = past + weights.sum(2)
+    session.mass[layer] = past + weights.sum(2)
 
 
 def visible_keys(
@@ -345,63 +357,6 @@ def visible_keys(
     return visible.expand(batch, -1, -1, -1)
 
 
-def _context(model: PreTrainedModel) -> int:
-    return int(model.config.get_text_config().max_position_embeddings)
-
-
-def _check_model(model: PreTrainedModel) -> None:
-    name = type(model).__name__
-    if not model._can_set_attn_implementation():  # noqa: SLF001 - transformers has no public question
-        raise ValueError(
-            f"{name} does not ask transformers' registry for its attention, so a selection would be "
-            "ignored; use a model class that supports attention backends"
-        )
-    if not any(part.endswith("rotary_emb") for part, _ in model.named_modules()):
-        raise ValueError(
-            f"{name} has no rotary embedding, and bases are fitted to rotary keys; "
-            "use a rotary model (Llama, Qwen, Mistral, Gemma, ...)"
-        )
-    if not attention_modules(model):
-        raise ValueError(f"{name} has no attention modules with a layer_idx; use a decoder model")
-
-
-def _check_plan(model: PreTrainedModel, plan: Sparse) -> None:
-    plan.budget.check_fits(_context(model))
-    layers = len(attention_modules(model))
-    wrong = [layer for layer in plan.dense_layers if not 0 <= layer < layers]
-    if wrong:
-        raise ValueError(
-            f"dense_layers={wrong} of a model of {layers} layers; use 0 to {layers - 1}"
-        )
-    if isinstance(plan.selector, Loki):
-        check_basis(model, plan.selector.basis)
-
-
-def check_basis(model: PreTrainedModel, basis: Basis) -> None:
-    """Refuse a basis of another shape or another model.
-
-    Raises:
-        ValueError: naming both.
-    """
-    config = model.config.get_text_config()
-    first = attention_modules(model)[0]
-    width = getattr(first, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    source = basis.label.source
-    heads = source.kv_heads if isinstance(source, Part) else basis.kv_heads
-    mine = (len(attention_modules(model)), config.num_key_value_heads, width)
-    theirs = (basis.layers, heads, basis.head_width)
-    if mine != theirs:
-        raise ValueError(
-            "basis of {} layers, {} key/value heads of width {} for ".format(*theirs)
-            + "a model of {} layers, {} key/value heads of width {}; ".format(*mine)
-            + "calibrate this model"
-        )
-    if isinstance(source, Calibrated) and source.model != (own := fingerprint(model)):
-        raise ValueError(
-            f"basis of model {source.model[:12]} for model {own[:12]}; calibrate this model"
-        )
-
-
 def _enter(session: Session) -> Callable[..., None]:
     def hook(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
         del module, arguments
@@ -418,14 +373,17 @@ def _enter(session: Session) -> Callable[..., None]:
                 "this one, or the session that filled it"
             )
         session.is_inside = True
+        session.calls = 0
 
     return hook
 
 
 def _leave(session: Session) -> Callable[..., None]:
     def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-        del module, arguments, output
+        del module, arguments
         session.is_inside = False
+        if output is not None and session.iterates:
+            session.check_calls()
 
     return hook
 

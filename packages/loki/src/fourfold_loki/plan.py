@@ -22,8 +22,8 @@ class Seen:
     keys: Float[Tensor, "batch kv_heads token head_width"]
     visible: Bool[Tensor, " batch #heads query token"]
     scaling: float
-    positions: tuple[Tensor, Tensor]
-    """Cosines and sines of the rotary embedding [batch, query, rotary width]."""
+    positions: tuple[Tensor, Tensor] | None
+    """Cosines and sines of the rotary embedding [batch, query, rotary width], where the model tells."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

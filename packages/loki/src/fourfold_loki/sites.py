@@ -1,0 +1,124 @@
+"""A model of transformers as a selection sees it: which modules attend, in which order, and what is refused.
+
+Most models number their attention modules (`layer_idx`), one call each in a forward pass. A recurrent-depth
+model iterates some of its blocks, and each iteration has keys of its own: there a "layer" is a call, counted
+from the start of the pass, so that a basis has a rotation for every layer and step.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fourfold_loki.basis import Basis
+from fourfold_loki.plan import Sparse
+from fourfold_loki.provenance import Calibrated, Part, fingerprint
+from fourfold_loki.selectors import Loki
+
+
+@dataclass(slots=True, eq=False)
+class Site:
+    """What an attention module is told while its model is in a session."""
+
+    module: nn.Module
+    layer: int
+    """Its number; of an iterated module, the place among all modules, which is not the layer."""
+    slides: bool
+    """Whether it sees a sliding window only, and stays dense."""
+    positions: tuple[Tensor, Tensor] | None = None
+    """Cosines and sines of the rotary embedding, where the model hands them to its modules."""
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules of a model that ask for an attention function, in order of their layers."""
+    found = [
+        module
+        for module in model.modules()
+        if type(module).__name__.endswith("Attention") and getattr(module, "is_causal", True)
+    ]
+    numbered = [module for module in found if isinstance(getattr(module, "layer_idx", None), int)]
+    return numbered or found
+
+
+def is_iterated(model: PreTrainedModel) -> bool:
+    """Whether layers are calls: the attention modules bear no number."""
+    return not any(hasattr(module, "layer_idx") for module in attention_modules(model))
+
+
+def sites(model: PreTrainedModel) -> list[Site]:
+    """Every attention module with what is known about it."""
+    types = getattr(model.config.get_text_config(), "layer_types", None)
+    return [
+        Site(
+            module=module,
+            layer=layer,
+            slides=types is not None and types[layer] != "full_attention",
+        )
+        for layer, module in enumerate(attention_modules(model))
+    ]
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse a model that would ignore a selection, or whose keys no basis fits.
+
+    Raises:
+        ValueError: naming it.
+    """
+    name = type(model).__name__
+    if not model._can_set_attn_implementation():  # noqa: SLF001 - transformers has no public question
+        raise ValueError(
+            f"{name} does not ask transformers' registry for its attention, so a selection would be "
+            "ignored; use a model class that supports attention backends"
+        )
+    parts = [*dict(model.named_modules()), *dict(model.named_buffers())]
+    if not any(part.endswith(("rotary_emb", "freqs_cis")) for part in parts):
+        raise ValueError(
+            f"{name} has no rotary embedding, and bases are fitted to rotary keys; "
+            "use a rotary model (Llama, Qwen, Mistral, Gemma, ...)"
+        )
+    if not attention_modules(model):
+        raise ValueError(f"{name} has no causal attention modules; use a decoder model")
+
+
+def check_plan(model: PreTrainedModel, plan: Sparse) -> None:
+    """Refuse a plan that a model cannot follow.
+
+    Raises:
+        ValueError: naming both.
+    """
+    plan.budget.check_fits(int(model.config.get_text_config().max_position_embeddings))
+    layers = len(attention_modules(model))
+    wrong = [layer for layer in plan.dense_layers if not 0 <= layer < layers]
+    if wrong and not is_iterated(model):
+        raise ValueError(
+            f"dense_layers={wrong} of a model of {layers} layers; use 0 to {layers - 1}"
+        )
+    if isinstance(plan.selector, Loki):
+        check_basis(model, plan.selector.basis)
+
+
+def check_basis(model: PreTrainedModel, basis: Basis) -> None:
+    """Refuse a basis of another shape or another model.
+
+    Raises:
+        ValueError: naming both.
+    """
+    config = model.config.get_text_config()
+    first = attention_modules(model)[0]
+    width = getattr(first, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    source = basis.label.source
+    heads = source.kv_heads if isinstance(source, Part) else basis.kv_heads
+    # Calls of an iterated model are counted when it runs; see `Session.layer_of`.
+    layers = basis.layers if is_iterated(model) else len(attention_modules(model))
+    mine = (layers, config.num_key_value_heads, width)
+    theirs = (basis.layers, heads, basis.head_width)
+    if mine != theirs:
+        raise ValueError(
+            "basis of {} layers, {} key/value heads of width {} for ".format(*theirs)
+            + "a model of {} layers, {} key/value heads of width {}; ".format(*mine)
+            + "calibrate this model"
+        )
+    if isinstance(source, Calibrated) and source.model != (own := fingerprint(model)):
+        raise ValueError(
+            f"basis of model {source.model[:12]} for model {own[:12]}; calibrate this model"
+        )
