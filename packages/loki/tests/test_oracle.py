@@ -1,11 +1,14 @@
-"""Algorithm 1 and the eviction of H2O as loops over single numbers, straight from the papers."""
+"""Algorithm 1 and PCAAttn as loops over single numbers, straight from the paper."""
 
 import math
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
-from fourfold_loki.attention import Rotation, loki_attention
+from fourfold_loki import Statistics, fit
+from fourfold_loki.attention import Rotation, attend, loki_attention
+from fourfold_loki.selectors import Candidates, PcaAttention
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2)])
@@ -48,3 +51,42 @@ def test_algorithm_1_in_loops(heads: int, kv_heads: int, count: int) -> None:
                 for weight, (_, _, token) in zip(weights, best, strict=True)
             ) / sum(weights)
             assert float(output[0, head, 0, place]) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("width", [3, 16])
+def test_pca_attention_in_loops(llama: PreTrainedModel, statistics: Statistics, width: int) -> None:
+    """softmax over c (q P)[:d] · (k P)[:d], all values, in the first layer of a model."""
+    basis = fit(statistics, "pca")
+    selector = PcaAttention(basis=basis, widths=(width,) * basis.layers)
+    generator = torch.Generator().manual_seed(width)
+    queries = torch.randn(1, 6, 1, 16, generator=generator)
+    keys, values = torch.randn(2, 1, 2, 7, 16, generator=generator)
+    visible = torch.ones(1, 1, 1, 7, dtype=torch.bool)
+    among = Candidates(
+        queries=queries,
+        keys=keys,
+        visible=visible,
+        scaling=0.25,
+        layer=0,
+        turned=False,
+        past_mass=torch.zeros(1, 6, 7),
+        allowance=visible.sum(-1),
+    )
+    output = attend(*selector.compared(among), values, visible.expand(1, 2, 1, 7), scaling=0.25)
+    for head in range(6):
+        p = basis.key_maps[0, head // 3].tolist()
+        q = queries[0, head, 0].tolist()
+        weights = []
+        for token in range(7):
+            k = keys[0, head // 3, token].tolist()
+            score = sum(
+                sum(q[i] * p[i][j] for i in range(16)) * sum(k[i] * p[i][j] for i in range(16))
+                for j in range(width)
+            )
+            weights.append(math.exp(0.25 * score))
+        for place in range(16):
+            expected = sum(
+                weight * float(values[0, head // 3, token, place])
+                for token, weight in enumerate(weights)
+            ) / sum(weights)
+            assert float(output[0, head, 0, place]) == pytest.approx(expected, rel=1e-3, abs=1e-4)

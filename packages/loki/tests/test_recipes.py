@@ -1,11 +1,14 @@
 """What the recipes promise: fair budgets, text that no calibration saw, records that rebuild their run."""
 
+from pathlib import Path
+
 import pytest
 
 from fourfold_loki import recipes
 from fourfold_loki.budget import Count
 from fourfold_loki.experiment import EXPERIMENT
 from fourfold_loki.recipes import Perplexity
+from fourfold_loki.table import committed, selectors_table
 from fourfold_loki.text import windows_of
 from fourfold_parallel.run.corpora import PythonManual, Wikipedia
 from fourfold_parallel.run.models import SmolLM2
@@ -59,6 +62,12 @@ def test_a_scale_that_is_not_there_is_refused() -> None:
     assert EXPERIMENT.stages("paper") == ()
     with pytest.raises(ValueError, match="use smoke or laptop"):
         recipes.calibration("paper")
+
+
+def test_the_readmes_table_of_selectors_is_the_committed_records() -> None:
+    """Row by row, as `table.selectors_table` renders it."""
+    package = Path(__file__).parents[1]
+    assert selectors_table(committed(package / "results")) in (package / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -187,8 +187,10 @@ def run_tasks(options: argparse.Namespace) -> None:
 def run_bench(options: argparse.Namespace) -> None:
     """Print the time of a token's attention on this CPU, and what the traffic model says of others."""
     place = str(SmolLM2().folder()) if options.model == "smollm2" else options.model
-    config = AutoConfig.from_pretrained(place).get_text_config()
-    shape = Shape.of(config, weights=0, bytes_each=4)
+    config = AutoConfig.from_pretrained(place)
+    with torch.device("meta"):
+        weights = AutoModelForCausalLM.from_config(config).num_parameters()
+    shape = Shape.of(config.get_text_config(), weights=weights, bytes_each=4)
     width = max(1, shape.head_width // options.divisor)
     say("tokens", "sdpa ms", "packed ms", "loki ms", "packed / loki", "bytes say")
     for tokens in options.lengths:
@@ -209,16 +211,14 @@ def run_bench(options: argparse.Namespace) -> None:
         )
         numbers = (ms["sdpa"], packed, ms["loki"], packed / ms["loki"], bytes_say)
         say(str(tokens), *(f"{number:.2f}" for number in numbers))
-    console.print(
-        "a layer's attention, one sequence, float32; below: a batch of 8, 16 bits, by bytes alone"
-    )
+    console.print("one layer's attention for one sequence, float32, this CPU; below: predictions")
     half = replace(shape, bytes_each=2)
     for device in DEVICES:
         for tokens in options.lengths:
             told = predict(half, device, tokens=tokens, batch=8, share=options.share, width=width)
             console.print(
-                f"{device.name}, {tokens} tokens: {1e6 * told.dense_s:.0f} us of attention a token, "
-                f"{1e6 * told.sparse_s:.0f} with Loki"
+                f"{device.name}, {tokens} tokens, batch of 8, 16 bits: {1e3 * told.dense_s:.2f} ms a step, "
+                f"{1e3 * told.sparse_s:.2f} with Loki: {told.speedup:.2f} times as fast"
             )
 
 
