@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from fourfold_loki import Statistics, fit
 from fourfold_loki.attention import Rotation, attend, loki_attention
@@ -54,7 +53,7 @@ def test_algorithm_1_in_loops(heads: int, kv_heads: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("width", [3, 16])
-def test_pca_attention_in_loops(llama: PreTrainedModel, statistics: Statistics, width: int) -> None:
+def test_pca_attention_in_loops(statistics: Statistics, width: int) -> None:
     """softmax over c (q P)[:d] · (k P)[:d], all values, in the first layer of a model."""
     basis = fit(statistics, "pca")
     selector = PcaAttention(basis=basis, widths=(width,) * basis.layers)
