@@ -11,6 +11,7 @@ from fourfold_loki.rules import (
     FULL,
     added_percent,
     diagnosed,
+    losses,
     rank_events,
     tokens_scored,
 )
@@ -101,7 +102,7 @@ def quality(records: Records) -> Figure:
 def budgets(records: Records) -> Figure:
     """Added perplexity of every selector against the share of keys that it keeps, on the same windows."""
     many, quarter = records["budgets"], records["perplexity"]
-    windows = {e.values["window"] for e in many.of("scored")}
+    windows = len(losses(many, FULL))
     figure = Figure(figsize=(6.4, 4.0))
     axes = figure.subplots()
     names = arms_of(quarter)
@@ -109,15 +110,8 @@ def budgets(records: Records) -> Figure:
         costs = []
         for divisor in (16, 8, 4, 2):
             record, arm = (quarter, name) if divisor == 4 else (many, f"{name}:{divisor}")
-            nats = [
-                e.number("loss_nats") - base.number("loss_nats")
-                for e in record.of("scored")
-                for base in record.of("scored")
-                if e.values["arm"] == arm
-                and base.values["arm"] == FULL
-                and e.values["window"] == base.values["window"]
-                and e.values["window"] in windows
-            ]
+            pairs = zip(losses(record, arm)[:windows], losses(record, FULL)[:windows], strict=True)
+            nats = [mine - theirs for mine, theirs in pairs]
             costs.append(100 * np.expm1(np.mean(nats)))
         is_ours = name.startswith("loki")
         axes.plot(
