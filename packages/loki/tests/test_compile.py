@@ -23,3 +23,22 @@ def test_a_compiled_step_selects_as_the_plain_one(
             llama(ids[:, :39], past_key_values=cache)
             logits.append(step(ids[:, 39:], past_key_values=cache).logits)
     torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
+
+
+def test_compiled_steps_over_our_cache(llama: PreTrainedModel, statistics: Statistics) -> None:
+    """Three tokens, one after another: the cache is written and read inside what is compiled."""
+    ids = torch.randint(2, 97, (1, 40), generator=torch.Generator().manual_seed(2))
+    budget = Budget(amount=Share(of_visible=0.25))
+    logits = []
+    for is_compiled in (False, True):
+        with loki(llama, fit(statistics), budget, width=4) as session, torch.no_grad():
+            step = torch.compile(llama.forward, backend="eager") if is_compiled else llama.forward
+            cache = session.cache(capacity=64)
+            llama(ids[:, :37], past_key_values=cache)
+            found = [
+                step(ids[:, place : place + 1], past_key_values=cache).logits
+                for place in range(37, 40)
+            ]
+            assert cache.get_seq_length() == 40
+            logits.append(torch.cat(found, 1))
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=0)

@@ -341,7 +341,6 @@ def _stages(scale: Scale) -> Sequence[Stage]:
                 recipes.more_perplexity,
                 recipes.budgets,
                 recipes.published_protocol,
-                recipes.other_corpus,
                 recipes.diagnoses,
                 recipes.passkeys,
                 recipes.decoding,

@@ -108,14 +108,14 @@ def budgets(records: Records) -> Figure:
     names = arms_of(quarter)
     for place, name in enumerate(names):
         costs = []
-        for divisor in (16, 8, 4, 2):
+        for divisor in (8, 4, 2):
             record, arm = (quarter, name) if divisor == 4 else (many, f"{name}:{divisor}")
             pairs = zip(losses(record, arm)[:windows], losses(record, FULL)[:windows], strict=True)
             nats = [mine - theirs for mine, theirs in pairs]
             costs.append(100 * np.expm1(np.mean(nats)))
         is_ours = name.startswith("loki")
         axes.plot(
-            [1 / 16, 1 / 8, 1 / 4, 1 / 2],
+            [1 / 8, 1 / 4, 1 / 2],
             costs,
             color=METHOD if is_ours else BASELINE,
             linestyle=("-", "--", ":", "-.")[place % 4],
@@ -125,7 +125,7 @@ def budgets(records: Records) -> Figure:
         )
     axes.axhline(0, color=IDEAL, linestyle="--", linewidth=1.2)
     axes.set_xscale("log", base=2)
-    axes.set_xticks([1 / 16, 1 / 8, 1 / 4, 1 / 2], ["1/16", "1/8", "1/4", "1/2"])
+    axes.set_xticks([1 / 8, 1 / 4, 1 / 2], ["1/8", "1/4", "1/2"])
     axes.set_yscale("symlog", linthresh=2)
     axes.set_xlabel("keys kept, over the window")
     axes.set_ylabel("added perplexity (%), log beyond 2")
@@ -252,7 +252,7 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
         *always,
         Drawing(
             name="figure-budgets",
-            caption="Perplexity added by each selector at a sixteenth to half of the keys; SmolLM2-135M on "
+            caption="Perplexity added by each selector at an eighth to half of the keys; SmolLM2-135M on "
             "Wikipedia, the first 4 windows of 512 tokens (512 scored).",
             draw=budgets,
         ),

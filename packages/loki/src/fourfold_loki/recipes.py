@@ -306,12 +306,12 @@ def more_perplexity(scale: Scale) -> Perplexity:
     return replace(base, name="variants", windows=8, arms=arms)
 
 
-BUDGETS = (16, 8, 2)
+BUDGETS = (8, 2)
 """Keys of a window over the keys that are kept; a quarter is `perplexity`."""
 
 
 def budgets(scale: Scale) -> Perplexity:
-    """Every selector at a sixteenth, an eighth and half of the keys, on the first windows of `perplexity`."""
+    """Every selector at an eighth and half of the keys, on the first windows of `perplexity`."""
     base, fitted = perplexity(scale), calibration(scale)
     arms = [
         replace(arm, name=f"{arm.name}:{divisor}")
@@ -330,22 +330,9 @@ def published_protocol(scale: Scale) -> Perplexity:
         base,
         name="published-protocol",
         prompt=2,
-        windows=4,
+        windows=2,
         batch=2,
         protocol="every query",
-        arms=tuple(arm for arm in base.arms if arm.name in names),
-    )
-
-
-def other_corpus(scale: Scale) -> Perplexity:
-    """Bases from Wikipedia on technical prose."""
-    base = perplexity(scale)
-    names = {"exact", "loki-pca", "loki-balanced-shared", "streaming"}
-    return replace(
-        base,
-        name="other-corpus",
-        corpus=PythonManual(),
-        windows=8,
         arms=tuple(arm for arm in base.arms if arm.name in names),
     )
 

@@ -22,13 +22,13 @@ def committed(results: Path) -> Records:
 
 
 def selectors_table(records: Records) -> str:
-    """Every arm of `perplexity` and `variants` against full attention on the same tokens."""
+    """Every arm of each protocol against full attention on the same tokens."""
     lines = list(HEAD)
-    for name in ("perplexity", "variants"):
+    for name in ("perplexity", "variants", "published-protocol"):
         record = records[name]
         arms = dict.fromkeys(str(event.values["arm"]) for event in record.of("scored"))
+        lines.append(f"| *{name}, {tokens_scored(record)} tokens* | | | | | | |")
         lines.extend(_row(record, records["diagnoses"], arm) for arm in arms if arm != FULL)
-        lines.append(f"| *above: {tokens_scored(record)} tokens* | | | | | | |")
     return "\n".join(lines) + "\n"
 
 
