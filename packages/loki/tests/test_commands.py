@@ -62,7 +62,7 @@ def test_from_calibration_to_a_setting(place: Path, capsys: pytest.CaptureFixtur
         "--passkeys",
         "12",
         "34",
-        tokens=4096,
+        tokens=2048,
         context=192,
     )
     rows = [line.split() for line in capsys.readouterr().err.splitlines()]

@@ -33,10 +33,10 @@ def test_an_arm_that_reads_everything_scores_as_full_attention(
     for protocol in ("decode", "every query"):
         scored = list(
             score(llama, ids, {"all": Sparse(selector=Exact(), budget=ALL)}, prompt=32,
-                  protocol=protocol)  # type: ignore[arg-type]
+                  protocol=protocol, batch=2)  # type: ignore[arg-type]
         )  # fmt: skip
         assert [(one.arm, one.window) for one in scored] == [
-            (FULL, 0), ("all", 0), (FULL, 1), ("all", 1),
+            (FULL, 0), (FULL, 1), ("all", 0), ("all", 1),
         ]  # fmt: skip
         for one in scored:
             torch.testing.assert_close(one.nats, expected[one.window], atol=1e-4, rtol=0)
@@ -58,6 +58,22 @@ def test_arms_do_not_disturb_one_another(
         alone = {one.arm: one.nats for one in score(llama, ids, {name: plan}, prompt=32)}
         torch.testing.assert_close(alone[name], together[name], atol=1e-5, rtol=0)
         assert not torch.allclose(alone[name], alone[FULL], atol=1e-3)
+
+
+def test_windows_scored_together_score_as_alone(
+    llama: PreTrainedModel, statistics: Statistics, tokens: Callable[..., Tensor]
+) -> None:
+    """For every window and arm, H2O's account included; in the order of their numbers."""
+    ids = tokens(3, 48)
+    arms = {
+        "h2o": Sparse(selector=H2O(), budget=SOME),
+        "loki": Sparse(selector=Loki(basis=fit(statistics), widths=(4, 4)), budget=SOME),
+    }
+    together = {(one.arm, one.window): one.nats for one in score(llama, ids, arms, prompt=32)}
+    alone = {(one.arm, one.window): one.nats for one in score(llama, ids, arms, prompt=32, batch=1)}
+    assert together.keys() == alone.keys()
+    for place, nats in alone.items():
+        torch.testing.assert_close(together[place], nats, atol=1e-4, rtol=0)
 
 
 def test_the_published_protocol_keeps_more_than_its_share(

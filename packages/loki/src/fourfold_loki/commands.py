@@ -44,7 +44,7 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 def say(*cells: str) -> None:
     """One line of a table: the first column wide, the others narrow."""
     first, *others = cells
-    console.print(f"{first:<10}" + "".join(f"{cell:>16}" for cell in others), markup=False)
+    console.print(f"{first:<10}" + "".join(f"{cell:>14}" for cell in others), markup=False)
 
 
 def model_of(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
