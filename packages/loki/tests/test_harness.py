@@ -82,9 +82,7 @@ def test_a_task_of_local_text_runs_without_a_hub(
     lm: Any, tokenizer: Any, tokens: Callable[..., Tensor]
 ) -> None:
     """The right answer moves from choice to choice, and is the window's own end."""
-    from lm_eval import simple_evaluate
-
-    from fourfold_loki.harness import continuations
+    from fourfold_loki.harness import asked, continuations
 
     windows = tokens(5, 24)
     task = continuations(tokenizer, windows, answer=6, choices=3)
@@ -93,7 +91,7 @@ def test_a_task_of_local_text_runs_without_a_hub(
     for one, window in zip(documents, windows, strict=True):
         assert one["choices"][one["right"]] == words(window[-6:].tolist())
         assert len(set(one["choices"])) == 3
-    found: Any = simple_evaluate(lm, tasks=[task], bootstrap_iters=0)
+    found = asked(lm, task)
     assert 0 <= found["results"]["continuations"]["acc,none"] <= 1
     assert found["n-samples"]["continuations"]["effective"] == 5
     with pytest.raises(ValueError, match="at least as many windows"):

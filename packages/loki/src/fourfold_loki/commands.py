@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -160,10 +159,9 @@ def run_passkey(options: argparse.Namespace) -> None:
 def run_tasks(options: argparse.Namespace) -> None:
     """Print lm-evaluation-harness's scores of full attention and Loki on a task of local text."""
     # The harness is the extra [evaluation] of this package.
-    from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from fourfold_loki.harness import LokiLM, continuations
+    from fourfold_loki.harness import LokiLM, asked, continuations
 
     model, tokenizer = model_of(options.model)
     task = continuations(tokenizer, text_windows(options, tokenizer), answer=options.context // 8)
@@ -177,7 +175,7 @@ def run_tasks(options: argparse.Namespace) -> None:
     )
     say("arm", "accuracy", "by length", "questions")
     for name, lm in ((FULL, HFLM(**shared)), ("loki", ours)):
-        found: Any = simple_evaluate(lm, tasks=[task], bootstrap_iters=0)
+        found = asked(lm, task)
         scores = found["results"]["continuations"]
         questions = found["n-samples"]["continuations"]["effective"]
         say(name, f"{scores['acc,none']:.3f}", f"{scores['acc_norm,none']:.3f}", str(questions))

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from jaxtyping import Float, Int
+from lm_eval import simple_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -128,3 +130,11 @@ def continuations(
             {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
         ],
     }
+
+
+def asked(lm: HFLM, task: dict[str, Any]) -> Any:
+    """lm-eval's results on one task of ours, without reading the hundreds that it ships with."""
+    tasks: Any = [task]
+    return simple_evaluate(
+        lm, tasks=tasks, task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
+    )
