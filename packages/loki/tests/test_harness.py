@@ -21,10 +21,11 @@ FLOAT32 = 1e-3
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    made = Tokenizer(WordLevel({f"w{n}": n for n in range(97)}, unk_token="w0"))
+    known = {"<pad>": 0, "<end>": 1} | {f"w{n}": n for n in range(2, 97)}
+    made = Tokenizer(WordLevel(known, unk_token="<pad>"))
     made.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="w0", eos_token="w1", pad_token="w0"
+        tokenizer_object=made, unk_token="<pad>", eos_token="<end>", pad_token="<pad>"
     )
 
 
