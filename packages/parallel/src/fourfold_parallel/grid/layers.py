@@ -386,6 +386,8 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
 
 def _mean_over(axis: Axis, parts: Tensor, width: int) -> Tensor:
     """The mean over a width that is cut over `axis`, for every rank to use on its own part."""
+    if axis.size == 1:
+        return parts.mean(-1, keepdim=True)
     return axis.copy(axis.sum(parts.sum(-1, keepdim=True))) / width
 
 
