@@ -23,7 +23,7 @@ def committed(results: Path) -> Records:
 
 def selectors_table(records: Records) -> str:
     """Every arm of each protocol against full attention on the same tokens."""
-    lines = list(HEAD)
+    lines: list[str] = list(HEAD)
     for name in ("perplexity", "variants", "published-protocol"):
         record = records[name]
         arms = dict.fromkeys(str(event.values["arm"]) for event in record.of("scored"))
