@@ -210,8 +210,8 @@ CLAIMS = (
         conditions=_MINIATURE
         + ". The paper's bases are pretrained on trillions of tokens, ours on 0.2 M",
         rule_text="reproduced if the 95 % interval of the difference in pass@1 (Student, paired by seed) "
-        "lies within 5 points, contradicted if it lies beyond them; inconclusive otherwise, and where neither "
-        "arm answers any task right",
+        "lies within 5 points, contradicted if it lies beyond them; inconclusive otherwise, and where "
+        "neither arm answers any task right",
         rule=_little,
         scales=("laptop",),
         needs="the laptop scale, which has the masked arm",
