@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(
         ([*tuning, "--data", few, "--response", "<|nothing|>"], "is no token of"),
         (["generate", "--model", tiny, "--prompts", tmp_path / "none.json"], "no JSON list"),
         (["generate", "--model", tiny, "--models", "hip"], "name other models"),
-        (["generate", "--model", tmp_path / "nowhere"], "nowhere"),
+        (["generate", "--model", tmp_path / "nowhere"], "no such folder"),
         (["make-data", "--url", "http://localhost:1/v1"], "needs --teacher"),
         (["make-data", "--url", "http://localhost:1/v1", "--teacher", "m"], "gave no answer"),
         (["make-data", "--trees", tmp_path], "say the licence"),

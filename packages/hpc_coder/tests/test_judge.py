@@ -114,6 +114,7 @@ def test_an_attack_fails_and_the_program_is_judged_by_its_answer(bench, average,
         ),
         ('return std::nan(""); }', {"not finite"}, "nan"),
         ("return 1e308 * 10; }", {"not finite"}, "inf"),
+        ("return 0; } struct Early { Early() { _exit(7); } } early;", {"crash"}, "exit code 7"),
         ("kill(-1, SIGKILL); pause(); return 0; }", {"timeout"}, "waits"),
         (
             "std::function<double(int)> deep = [&](int n) { volatile char b[4096] = {};"

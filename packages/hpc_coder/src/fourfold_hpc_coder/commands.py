@@ -87,7 +87,8 @@ def restore(
 ) -> None:
     """Samples from real functions: directives taken out, to be put back; kept if they compile alone."""
     screen = Screen.of(benchmark_prompts())
-    found = [seed for seed in seeds(parallel_files(trees)) if "openmp" in seed.constructs]
+    sources = [one for one in parallel_files(trees) if "openmp" in one.constructs]
+    found = [seed for seed in seeds(sources) if "openmp" in seed.constructs]
     asked = [restoration(seed) for seed in found if not screen.hit(seed.text)]
     files = (out / "restored.jsonl", out / "restored-refused.jsonl")
     kept, refused = ([*read_samples(file)] if file.exists() else [] for file in files)
@@ -135,10 +136,13 @@ def generate(options: Generate, target: Console, progress: Progress) -> None:
     records = [
         one
         for one in _prompts(options.prompts)
-        if one["parallelism_model"] in chosen_models(options.models)
+        if one["parallelism_model"] in chosen_models(options.models) and options.only in one["name"]
     ]
     if not records:
-        raise ValueError(f"{options.prompts} has no prompt for {options.models}; name other models")
+        named = f" named like {options.only!r}" if options.only else ""
+        raise ValueError(
+            f"{options.prompts} has no prompt for {options.models}{named}; name other models"
+        )
     path = generate_file(records, _backend(options), sampling, options.out, progress)
     target.print(f"{len(records)} prompts answered: {path}; now: score {path}")
 
@@ -173,6 +177,8 @@ def _backend(options: Generate) -> Backend:
             temperature=options.temperature,
             max_new_tokens=options.max_new_tokens,
         )
+    if options.model.startswith(("/", ".", "~")) and not Path(options.model).is_dir():
+        raise ValueError(f"--model {options.model}: no such folder; name one, or a hub id")
     from transformers import AutoModelForCausalLM
 
     note = Path(options.model, RESPONSE_FILE)

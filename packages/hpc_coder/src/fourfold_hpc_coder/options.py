@@ -126,6 +126,8 @@ class Generate:
     """`built-in`, or a JSON file of ParEval's prompt records."""
     models: str = "serial,omp,mpi"
     """Parallel models to ask for."""
+    only: str = ""
+    """Only prompts of problems whose name holds this, such as `transform` or `27_`."""
     out: Path = Path("outputs.json")
     url: str = ""
     """OpenAI-compatible endpoint, such as vLLM's, up to /v1; empty for transformers on this machine."""
