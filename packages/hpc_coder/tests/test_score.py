@@ -411,6 +411,25 @@ def test_results_can_be_scored_again(plan: Plan, tmp_path: Path) -> None:
     assert score.score(again, silent).judged[0].judgements[0].verdict == "correct"
 
 
+def test_results_that_are_partly_there_are_read_as_outputs(tmp_path: Path) -> None:
+    """Entries that a driver finished, entries that it did not reach, and one that it left torn."""
+    done = [{"generated_output": RIGHT, "did_build": True, "runs": None}]
+    entries = [
+        {**entry(AVERAGE, "serial"), "outputs": done},
+        entry(AVERAGE, "omp", RIGHT),
+        {**entry(AVERAGE, "mpi"), "outputs": [*done, RIGHT]},
+        {**entry(AVERAGE, "kokkos"), "outputs": [{"did_build": False}]},
+    ]
+    (tmp_path / "half.json").write_text(json.dumps(entries))
+    questions, problems = pareval.read_outputs(tmp_path / "half.json")
+    assert [(one.model, one.outputs) for one in questions] == [
+        ("serial", (RIGHT,)),
+        ("omp", (RIGHT,)),
+        ("mpi", (RIGHT, RIGHT)),
+    ]
+    assert "not a list of texts" in problems[0].because
+
+
 @pytest.mark.parametrize(
     "words",
     [["--models", "cobol"], ["--jobs", "0"], ["--k", "0"], ["--threads", "0"], ["--ranks", "-1"]],

@@ -14,7 +14,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 
@@ -81,22 +80,22 @@ class Borrowed:
 
     name: str
     model: Model
+    size: str
+    """On which it is timed, as C++ text: `(1<<18)`."""
     text: str
     """The driver, made one text, from which only the answer is missing."""
     signature: Signature = REQUEST
 
     def unit(self, prompt: str, body: str) -> str:
-        """The driver with the answer in its place, whose lines count from 1.
-
-        Raises:
-            ValueError: where the prompt does not end by opening a function.
-        """
+        """The driver with the answer in its place, whose lines count from 1."""
         *above, opening = prompt.rstrip().splitlines()
         words = opening.lstrip().split(" ")
         # As ParEval does: otherwise the compiler may see through the timed calls.
         patched = "\n".join([*above, " ".join([words[0], "NO_INLINE", *words[1:]])])
         before, after = self.text.split(_GENERATED)
-        return f'{before}#line 1 "answer.cpp"\n{patched}\n{body}\n#line 1 "driver"\n{after}'
+        defined = f"#define {MACROS[self.model]} 1\n#define DRIVER_PROBLEM_SIZE {self.size}\n"
+        answer = f'#line 1 "answer.cpp"\n{patched}\n{body}\n#line 1 "driver"\n'
+        return f"{defined}{before}{answer}{after}"
 
     def driver(self, model: Model) -> str:  # noqa: ARG002 - the protocol's
         """Our server around the driver's functions."""
@@ -155,8 +154,7 @@ class Checkout:
             raise ValueError(
                 f"the size {size!r} of {name} is no constant; write one such as (1<<18)"
             )
-        defined = f"#define {MACROS[model]} 1\n#define DRIVER_PROBLEM_SIZE {size}\n"
-        return Borrowed(name=name, model=model, text=defined + self._whole(file))
+        return Borrowed(name=name, model=model, size=size, text=self._whole(file))
 
     def _whole(self, file: Path) -> str:
         """A driver with the checkout's own headers put where they are included."""
@@ -213,7 +211,6 @@ def borrowed_reference(bench: Bench, problem: Borrowed, prompt: str) -> Referenc
     """
     if not runs_here(problem.model):
         return Reference(exercise=problem, checks=(), timed=(), best_s=math.nan)
-    size = cast("re.Match[str]", re.search(r"DRIVER_PROBLEM_SIZE (.*)", problem.text)).group(1)
 
     def asked(what: np.int32, where: str, *, is_timed: bool = False) -> Round:
         return Round(
@@ -227,10 +224,9 @@ def borrowed_reference(bench: Bench, problem: Borrowed, prompt: str) -> Referenc
     validated = asked(VALIDATE, "in `validate`")
     timed = [
         asked(RESET, "while its inputs were drawn"),
-        asked(COMPUTE, f"for an input of size {size}", is_timed=True),
+        asked(COMPUTE, f"for an input of size {problem.size}", is_timed=True),
     ]
-    serial = problem.text.replace(f"#define {MACROS[problem.model]} 1", "#define USE_SERIAL 1")
-    alone = Borrowed(name=problem.name, model="serial", text=serial)
+    alone = replace(problem, model="serial")
     calls = [
         (np.asarray(what), np.asarray(False))
         for _ in range(bench.settings.repetitions)
