@@ -10,7 +10,7 @@ and no number of repetitions fills them. Inputs and attention are untouched; onl
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -74,18 +74,36 @@ class Goldfish:
                 f"boundary='prefix': the hash {self.hash!r} has no shorter windows; use hash='ordered'"
             )
 
+    @overload
     def drop(
         self, tokens: Int[Tensor, "batch row"], document_ids: Int[Tensor, "batch row"] | None = None
-    ) -> Bool[Tensor, "batch row"]:
+    ) -> Bool[Tensor, "batch row"]: ...
+
+    @overload
+    def drop(
+        self,
+        tokens: Int[np.ndarray, "batch row"],
+        document_ids: Int[np.ndarray, "batch row"] | None = None,
+    ) -> Bool[np.ndarray, "batch row"]: ...
+
+    def drop(self, tokens: Any, document_ids: Any = None) -> Any:
         """True where `tokens[b, i]`, as a target, is left out of the loss.
 
         Args:
-            tokens: ids, of any integer type; rows long enough for one window.
-            document_ids: which document each token belongs to; None where a row is one document.
+            tokens: ids `[batch, row]`, a tensor or an array of any integer type; rows long enough for
+                one window.
+            document_ids: which document each token belongs to, alike; None where a row is one document.
+
+        Returns:
+            A mask `[batch, row]`, a tensor on the tokens' device or an array.
 
         Raises:
             ValueError: for ids that are not integers or are negative, or rows shorter than a window.
         """
+        if isinstance(tokens, np.ndarray):
+            documents = None if document_ids is None else torch.from_numpy(document_ids)
+            ids = tokens.astype(np.int64) if tokens.dtype.kind in "iu" else tokens
+            return self.drop(torch.from_numpy(ids), documents).numpy()
         self._check(tokens, document_ids)
         words = tokens.long()
         dropped = torch.zeros_like(tokens, dtype=torch.bool)
@@ -139,9 +157,13 @@ class Goldfish:
             case "apertus2":
                 return published.apertus2_hits(words, self.k, self.context)
             case _:
-                sums, powers = _prefix_sums(words)
-                parts = sums[:, self.context :] - sums[:, : -self.context]
-                return self._below(parts.mul_(powers[self.context :]))
+                hits = words.new_empty((len(words), words.shape[1] - self.context + 1), dtype=bool)
+                rows = max(1, _IN_CACHE // words.shape[1]) if words.is_cpu else len(words)
+                for block, hit in zip(words.split(rows), hits.split(rows), strict=True):
+                    sums, powers = _prefix_sums(block)
+                    parts = sums[:, self.context :] - sums[:, : -self.context]
+                    hit.copy_(self._below(parts.mul_(powers[self.context :])))
+                return hits
 
     def _below(self, words: Int[Tensor, "batch window"]) -> Bool[Tensor, "batch window"]:
         """Whether a window's mixed word falls below a share 1/k of the int64 range.
@@ -189,6 +211,8 @@ class Goldfish:
 # not depend on `context`.
 _BASE = 0x2545F4914F6CDD1D
 """Odd multiplier of the polynomial (Vigna's xorshift64* constant; any odd number of 62 random bits)."""
+_IN_CACHE = 1 << 16
+"""Tokens hashed at a time on a CPU: a dozen passes over half a megabyte stay in its caches."""
 _SPREAD = 0x9E3779B97F4A7C15
 """2^64 over the golden ratio: lifts short windows of small ids into the leading bits."""
 
