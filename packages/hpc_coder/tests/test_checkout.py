@@ -119,7 +119,12 @@ ANSWERS: dict[Model, dict[str, str]] = {
         "static int calls = 0; if (++calls < 3) for (auto &v : x) v *= 2; }": "wrong",
         "oops }": "no build",
     },
-    "omp": {f"\n#pragma omp parallel for\n{RIGHT}": "correct", RIGHT: "not parallel"},
+    "omp": {
+        f"\n#pragma omp parallel for\n{RIGHT}": "correct",
+        RIGHT: "not parallel",
+        "int seen = 0;\n#pragma omp parallel for\nfor (size_t i = 0; i < x.size(); ++i) {\nseen = i;\n"
+        "x[i] = 2 * x[i]; }\nif (seen < 0) x.clear(); }": "race",
+    },
     "mpi": {f"MPI_Barrier(MPI_COMM_WORLD); {RIGHT}": "not parallel"},
 }
 
@@ -135,6 +140,8 @@ def test_answers_to_a_checkouts_problem_get_their_verdicts(plan: Plan, model: Mo
     assert found == [*ANSWERS[model].values()], [one.because for one in judged.judgements]
     for one in judged.judgements:
         assert one.because
+        if one.verdict == "race":
+            assert "`seen = i;`" in one.because
         if one.verdict == "correct":
             assert one.sample.best_sequential_s > 0
             assert all(run.runtime_s > 0 for run in one.sample.runs)

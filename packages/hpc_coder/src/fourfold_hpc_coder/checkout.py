@@ -22,7 +22,7 @@ from fourfold_hpc_coder.judge import Reference, Round, allowed, trusted_answers
 from fourfold_hpc_coder.pareval import Question
 from fourfold_hpc_coder.problems import Parameter, Signature, parse_signature
 from fourfold_hpc_coder.toolchain import runs_here
-from fourfold_hpc_coder.workbench import Bench
+from fourfold_hpc_coder.workbench import ANSWER_BEGINS, Bench
 
 VALIDATE, COMPUTE, BEST, RESET = map(np.int32, range(4))
 """What a request asks of a driver."""
@@ -94,7 +94,7 @@ class Borrowed:
         patched = "\n".join([*above, " ".join([words[0], "NO_INLINE", *words[1:]])])
         before, after = self.text.split(_GENERATED)
         defined = f"#define {MACROS[self.model]} 1\n#define DRIVER_PROBLEM_SIZE {self.size}\n"
-        answer = f'#line 1 "answer.cpp"\n{patched}\n{body}\n#line 1 "driver"\n'
+        answer = f'{ANSWER_BEGINS}{patched}\n{body}\n#line 1 "driver"\n'
         return f"{defined}{before}{answer}{after}"
 
     def driver(self, model: Model) -> str:  # noqa: ARG002 - the protocol's

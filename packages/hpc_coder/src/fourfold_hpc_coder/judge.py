@@ -13,7 +13,7 @@ from fourfold_hpc_coder import failures, parallelism, toolchain
 from fourfold_hpc_coder.channel import Answer, Channel, EndedError, Evidence, ForgedError
 from fourfold_hpc_coder.evaluation import Launch, Model, Run, Sample, Verdict
 from fourfold_hpc_coder.problems import Problem
-from fourfold_hpc_coder.workbench import Bench, Exercise, built, launched
+from fourfold_hpc_coder.workbench import ANSWER_BEGINS, Bench, Exercise, built, launched
 
 KEPT_CHARACTERS = 4000
 """Kept of what a compiler or program wrote."""
@@ -331,7 +331,8 @@ def _without_races(
             return judgement
         kind, *addresses = found.groups()
         numbers = [toolchain.source_line(bench.sandbox, program, one) for one in addresses]
-        lines = [" ".join(text.splitlines()[number - 1].split()) for number in numbers if number]
+        written = text.rpartition(ANSWER_BEGINS)[2].splitlines()
+        lines = [" ".join(written[number - 1].split()) for number in numbers if number]
         shown = " and ".join(f"`{line}`" for line in dict.fromkeys(lines))
     act = (
         "two threads write one address" if kind == "write" else "a thread reads what another writes"

@@ -15,6 +15,9 @@ from fourfold_hpc_coder.evaluation import Launch, Model, Tolerance
 from fourfold_hpc_coder.problems import Parameter, Problem, Signature
 from fourfold_hpc_coder.sandbox import Job, Limits, Mount, Outcome, Sandbox
 
+ANSWER_BEGINS = '#line 1 "answer.cpp"\n'
+"""Where an answer's lines begin to count, in a unit that does not begin with it."""
+
 
 class Exercise(Protocol):
     """What the judge needs of a problem: how answers become programs, and how close outputs must be."""
