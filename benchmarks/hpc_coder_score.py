@@ -1,12 +1,12 @@
-"""Time the scorer beside ParEval's way of running outputs, on the same outputs and machine.
+"""Time the scorer beside ParEval's own runner, on the same outputs, sizes, launches and machine.
 
-    scripts/env python benchmarks/hpc_coder_score.py
+    scripts/env python benchmarks/hpc_coder_score.py CHECKOUT
 
-No ParEval checkout is needed: its driver loop is written out below as its sources do it. One translation
-unit per output with answer, oracle and harness; one cold compilation; one output at a time; for every launch
-a process that checks on one size, then times five calls of the answer and five of the baseline, with fresh
-`rand()` data between. No sandbox, no cache. Four rounds run in turn: ParEval's loop, ours from an empty cache
-on one job and on two, ours again from the warm cache. Times are wall and processor seconds of each round.
+Needs a checkout of ParEval (MIT licence), of which `drivers/run-all.py` runs as it is, without a sandbox,
+after a `make` of its drivers that is not timed. Rounds, in turn: ParEval's runner; ours from an empty cache
+on its own problems, then on the checkout's, both with two jobs; ours again from the warm cache; then once
+more from the first. OpenMP answers are checked for races by ours only. Times are wall and processor seconds
+of each round, compilers and programs included.
 """
 
 import json
@@ -17,138 +17,82 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from fourfold_hpc_coder import score
+from fourfold_hpc_coder.checkout import open_checkout
 from fourfold_hpc_coder.evaluation import Launch, Model
-from fourfold_hpc_coder.judge import Settings
 from fourfold_hpc_coder.problems import own_problems
 from fourfold_hpc_coder.sandbox import find_sandbox
+from fourfold_hpc_coder.workbench import Settings
 from fourfold_parallel.run.progress import silent
 from fourfold_parallel.run.records import hardware
 
 NAMES = ("55_transform_relu", "27_reduce_average")
 MODELS: tuple[Model, ...] = ("serial", "omp")
-SAMPLES = 16
-"""Per prompt, of which about three in ten repeat another, as a code model's do at temperature 0.2."""
+SAMPLES = 10
+"""Per prompt, of which three repeat another, as a code model's do at temperature 0.2."""
+REPEATS = 2
+"""Of every round."""
 LAUNCHES: dict[Model, tuple[Launch, ...]] = {
     "serial": (Launch(),),
     "omp": (Launch(), Launch(threads=2), Launch(threads=4)),
 }
 
-LOOP = """
-#include <algorithm>
-#include <chrono>
-#include <cmath>
-#include <complex>
-#include <cstdio>
-#include <cstdlib>
-#include <iostream>
-#include <numeric>
-#include <random>
-#include <string>
-#include <vector>
-{prompt}
-{answer}
-namespace oracle {{
-{reference}
-}}
-static void fill(std::vector<double> &x) {{ for (auto &v : x) v = 20.0 * rand() / RAND_MAX - 10; }}
-static double seconds() {{
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}}
-int main() {{
-    for (int attempt = 0; attempt < 2; ++attempt) {{
-        std::vector<double> x(1024);
-        fill(x);
-        auto y = x;
-        if (!({compare})) {{ std::printf("Validation: FAIL\\n"); return 0; }}
-    }}
-    std::printf("Validation: PASS\\n");
-    std::vector<double> x({size});
-    fill(x);
-    double total = 0;
-    for (int i = 0; i < 5; ++i) {{
-        double began = seconds(); {call}; total += seconds() - began; fill(x);
-    }}
-    std::printf("Time: %.14f\\n", total / 5);
-    total = 0;
-    for (int i = 0; i < 5; ++i) {{
-        double began = seconds(); oracle::{call}; total += seconds() - began; fill(x);
-    }}
-    std::printf("BestSequential: %.14f\\n", total / 5);
-}}
-"""
-CALLS = {
-    "55_transform_relu": ("relu(x)", "(relu(x), oracle::relu(y), x == y)"),
-    "27_reduce_average": ("average(x)", "std::abs(average(x) - oracle::average(y)) < 1e-6"),
-}
-
 
 def answers(name: str, model: Model) -> list[str]:
-    """Right answers in different words, wrong ones, ones that do not build, and repetitions."""
-    problem = own_problems()[name]
-    right = problem.answer(model)
-    distinct = [right.replace("x.size()", f"x.size() + {n} - {n}") for n in range(7)]
-    distinct += [right.replace("x[i]", f"({n} + x[i])") for n in (1, 2)]
+    """Right answers in different words, a wrong one, two that do not build, and repetitions."""
+    right = own_problems()[name].answer(model)
+    distinct = [right.replace("x.size()", f"x.size() + {n} - {n}") for n in range(4)]
+    distinct += [right.replace("x[i]", "(1 + x[i])")]
     distinct += [right.replace("x[i]", "x[i", 1), right.replace("size_t i", "size_t j")]
     return [*distinct, *distinct[: SAMPLES - len(distinct)]]
 
 
-def pareval(folder: Path) -> list[bool]:
-    """Their loop; whether each output was found valid in every run."""
-    valid = []
-    for name in NAMES:
-        problem = own_problems()[name]
-        call, compare = CALLS[name]
-        reference = f"{problem.declaration('serial')} {{\n{problem.answer('serial')}"
-        for model in MODELS:
-            for answer in answers(name, model):
-                text = LOOP.format(
-                    prompt=problem.prompt(model),
-                    answer=answer,
-                    reference=reference,
-                    compare=compare,
-                    call=call,
-                    size=problem.timing_size,
-                )
-                (folder / "driver.cc").write_text(text)
-                flags = ["-std=c++17", "-O3", *(["-fopenmp"] if model == "omp" else [])]
-                built = subprocess.run(
-                    ["g++", *flags, "driver.cc", "-o", "driver"],
-                    cwd=folder,
-                    capture_output=True,
-                    check=False,
-                )
-                runs = []
-                for launch in LAUNCHES[model] if built.returncode == 0 else ():
-                    environment = {**os.environ, "OMP_NUM_THREADS": str(launch.threads)}
-                    found = subprocess.run(
-                        [folder / "driver"], env=environment, capture_output=True, check=False
-                    )
-                    runs.append(found.returncode == 0 and b"PASS" in found.stdout)
-                valid.append(bool(runs) and all(runs))
-    return valid
+def pareval(checkout: Path, outputs: Path, folder: Path) -> list[bool]:
+    """The real runner; whether each output was found valid in every run."""
+    folder.mkdir()
+    launches = {
+        "serial": {"format": "{exec_path} {args}", "params": [{}]},
+        "omp": {
+            "format": "{exec_path} {args} {num_threads}",
+            "params": [{"num_threads": one.threads} for one in LAUNCHES["omp"]],
+        },
+    }
+    (folder / "launches.json").write_text(json.dumps(launches))
+    words = ["run-all.py", str(outputs), "-o", str(folder / "results.json"), "--yes-to-all"]
+    words += ["--hide-progress", "--launch-configs", str(folder / "launches.json")]
+    words += ["--problem-sizes", str(outputs.with_name("sizes.json")), "--log", "ERROR"]
+    words += ["--scratch-dir", str(folder), "--include-models", *MODELS]
+    subprocess.run(
+        [sys.executable, *words], cwd=checkout / "drivers", check=True, capture_output=True
+    )
+    results = json.loads((folder / "results.json").read_text())
+    return [one["are_all_valid"] for entry in results for one in entry["outputs"]]
 
 
-def ours(outputs: Path, folder: Path, jobs: int, *, is_cached: bool) -> list[bool]:
+def ours(
+    outputs: Path, folder: Path, jobs: int, find: Callable[..., score.Asked] = score.built_in
+) -> list[bool]:
     """Our scorer on the same outputs and launches."""
-    settings = score.with_launches(Settings(), LAUNCHES)
     plan = score.Plan(
         outputs=outputs,
         folder=folder,
         models=MODELS,
-        settings=settings,
+        settings=Settings().with_launches(LAUNCHES),
         sandbox=find_sandbox(allow_none=False),
         jobs=jobs,
         ks=(1,),
-        is_cached=is_cached,
+        is_cached=True,
+        find=find,
     )
     scored = score.score(plan, silent)
     return [judgement.sample.right for one in scored.judged for judgement in one.judgements]
 
 
-def timed(work) -> tuple[list[bool], float, float]:
+def timed(work: Callable[[], list[bool]]) -> tuple[list[bool], float, float]:
     """Verdicts, wall seconds, processor seconds of this process and its children."""
 
     def cpu_s() -> float:
@@ -160,10 +104,9 @@ def timed(work) -> tuple[list[bool], float, float]:
     return found, time.perf_counter() - began_s, cpu_s() - began_cpu_s
 
 
-def main() -> None:
-    """Run the rounds, print ratios, append a record."""
-    root = Path(tempfile.mkdtemp(prefix="fourfold-benchmark-"))
-    entries = [
+def entries() -> list[dict[str, object]]:
+    """The outputs file."""
+    return [
         {
             "problem_type": own_problems()[name].problem_type,
             "language": "cpp",
@@ -175,39 +118,64 @@ def main() -> None:
         for name in NAMES
         for model in MODELS
     ]
+
+
+def main() -> None:
+    """Run the rounds, print ratios, append a record."""
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: {sys.argv[0]} CHECKOUT (of ParEval)")
+    checkout = Path(sys.argv[1]).resolve()
+    objects = [f"models/{model}-driver.o" for model in MODELS]
+    subprocess.run(
+        ["make", *objects], cwd=checkout / "drivers" / "cpp", check=True, capture_output=True
+    )
+    root = Path(tempfile.mkdtemp(prefix="fourfold-benchmark-"))
     outputs = root / "outputs.json"
-    outputs.write_text(json.dumps(entries))
-    rounds = {}
+    asked = entries()
+    outputs.write_text(json.dumps(asked))
+    sizes = {name: dict.fromkeys(MODELS, f"({own_problems()[name].timing_size})") for name in NAMES}
+    (root / "sizes.json").write_text(json.dumps(sizes))
+    find = open_checkout(checkout, root / "sizes.json").find
+    rounds: dict[str, list[tuple[float, float]]] = {}
+    verdicts: list[bool] = []
+
+    def work(title: str, jobs: int, cache: str, repeat: int) -> list[bool]:
+        if title.startswith("ParEval"):
+            return pareval(checkout, outputs, root / f"theirs-{repeat}")
+        os.environ["FOURFOLD_CACHE"] = str(root / f"{cache}-{repeat}")
+        folder = root / f"{title}-{repeat}".replace(" ", "-")
+        source = find if "checkout" in title else score.built_in
+        return ours(outputs, folder, jobs, source)
+
     try:
-        verdicts, *rounds["pareval's loop"] = timed(lambda: pareval(root))
-        for jobs in (1, 2):
-            os.environ["FOURFOLD_CACHE"] = str(root / f"cache-{jobs}")
-            title = f"ours, cold, {jobs} job{'s' * (jobs > 1)}"
-            found, *rounds[title] = timed(
-                lambda jobs=jobs: ours(outputs, root / f"scores-{jobs}", jobs, is_cached=True)
-            )
-            if found != verdicts:
-                sys.exit(f"verdicts differ: {found} and {verdicts}")
-        found, *rounds["ours, warm"] = timed(
-            lambda: ours(outputs, root / "scores-warm", 1, is_cached=True)
-        )
-        if found != verdicts:
-            sys.exit(f"verdicts differ: {found} and {verdicts}")
+        for repeat in range(REPEATS):
+            for title, jobs, cache in (
+                ("ParEval's runner", 1, ""),
+                ("ours, cold, 2 jobs", 2, "own"),
+                ("ours, the checkout's problems, cold, 2 jobs", 2, "theirs"),
+                ("ours, warm", 1, "own"),
+            ):
+                found, *spent = timed(partial(work, title, jobs, cache, repeat))
+                verdicts = verdicts or found
+                if found != verdicts:
+                    sys.exit(f"verdicts of {title} differ: {found} and {verdicts}")
+                rounds.setdefault(title, []).append((spent[0], spent[1]))
     finally:
         shutil.rmtree(root, ignore_errors=True)
-    wall_s, cpu_s = rounds["pareval's loop"]
-    for title, (ours_s, ours_cpu_s) in rounds.items():
+    best = {title: tuple(map(min, zip(*spent, strict=True))) for title, spent in rounds.items()}
+    wall_s, cpu_s = best["ParEval's runner"]
+    for title, (ours_s, ours_cpu_s) in best.items():
         print(
-            f"{title:22} {ours_s:7.2f} s wall, {ours_cpu_s:7.2f} s processor; "
+            f"{title:44} {ours_s:7.2f} s wall, {ours_cpu_s:7.2f} s processor; "
             f"{wall_s / ours_s:5.1f} and {cpu_s / max(ours_cpu_s, 1e-3):5.1f} times faster"
         )
     record = {
         "benchmark": "hpc_coder_score",
         "outputs": len(verdicts),
-        "distinct": sum(len(set(entry["outputs"])) for entry in entries),
+        "distinct": sum(len({*answers(name, model)}) for name in NAMES for model in MODELS),
         "rounds": {
-            title: {"elapsed_s": round(a, 3), "cpu_s": round(b, 3)}
-            for title, (a, b) in rounds.items()
+            title: [{"elapsed_s": round(a, 3), "cpu_s": round(b, 3)} for a, b in spent]
+            for title, spent in rounds.items()
         },
         "hardware": hardware(),
     }

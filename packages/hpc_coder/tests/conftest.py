@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from fourfold_hpc_coder import toolchain
-from fourfold_hpc_coder.judge import Bench, Settings
 from fourfold_hpc_coder.sandbox import (
     FIRST_STRANGER,
     Bubblewrap,
@@ -14,6 +13,7 @@ from fourfold_hpc_coder.sandbox import (
     find_sandbox,
     scratch_folder,
 )
+from fourfold_hpc_coder.workbench import Bench, Settings
 
 
 @pytest.fixture(scope="session")

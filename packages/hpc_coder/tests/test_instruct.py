@@ -3,7 +3,7 @@
 import json
 import tarfile
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from fourfold_hpc_coder.instruct.format import (
 from fourfold_hpc_coder.instruct.grammar import SHAPES, all_tasks
 from fourfold_hpc_coder.instruct.pipeline import (
     HELD_OUT_EVERY,
+    Budget,
     Instructions,
     benchmark_prompts,
     held_out,
@@ -309,7 +310,7 @@ def endpoint():
             else:
                 opened = asked[asked.rindex("*/\n") + 3 :]
                 text = f"Sure:\n```cpp\n{opened}\n    return 7;\n}}\n```\nDone."
-                reply = {"choices": [{"message": {"content": text}}]}
+                reply = {"choices": [{"message": {"content": text}}], "usage": {"total_tokens": 30}}
             data = json.dumps(reply).encode()
             self.send_response(200)
             self.end_headers()
@@ -334,11 +335,52 @@ def test_a_served_teacher_answers_like_any_other(endpoint: str) -> None:
     assert sample.provenance.teacher == "m"
 
 
+def test_a_budget_ends_the_teaching_and_a_larger_one_goes_on(endpoint: str, tmp_path: Path) -> None:
+    """Nothing is bought twice; every sample knows its tokens; a wrong answer costs as much as a right one."""
+    recipe = Instructions(
+        samples=9,
+        models=("serial",),
+        categories=("programming",),
+        teacher=Endpoint(url=endpoint, model_name="m"),
+        verified=False,
+        seed=0,
+    )
+    first = make(recipe, folder=tmp_path, budget=Budget(tokens=80))
+    taught = [*first.samples, *first.refused]
+    assert [one.provenance.tokens for one in taught] == [30] * 3
+    more = make(recipe, folder=tmp_path, budget=Budget(taught=5))
+    assert len(more.samples) + len(more.refused) == 5
+    assert more.samples[: len(first.samples)] == first.samples
+
+
+def test_an_error_of_the_teacher_loses_no_answer(tmp_path: Path) -> None:
+    """What was paid for is on disk, also where the batch was not full."""
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Failing:
+        name: str = "failing"
+
+        def teach(self, task, model, category):
+            if len(read_samples(tmp_path / "count.jsonl")) == 3:
+                raise ValueError("no more")
+            sample = Templates().teach(task, model, category)
+            write_samples(
+                tmp_path / "count.jsonl", [*read_samples(tmp_path / "count.jsonl"), sample]
+            )
+            return sample
+
+    write_samples(tmp_path / "count.jsonl", [])
+    recipe = replace(templates(9, verified=False), teacher=Failing())
+    with pytest.raises(ValueError, match="no more"):
+        make(recipe, folder=tmp_path)
+    assert len(read_samples(tmp_path / "samples.jsonl")) == 3
+
+
 def test_a_server_that_answers_otherwise_is_named(endpoint: str) -> None:
     with pytest.raises(ValueError, match="no completion"):
-        Endpoint(url=endpoint, model_name="broken").complete("x")
+        Endpoint(url=endpoint, model_name="broken").complete_many(["x"])
     with pytest.raises(ValueError, match="no http address"):
-        Endpoint(url="ftp://x", model_name="m").complete("x")
+        Endpoint(url="ftp://x", model_name="m").complete_many(["x"])
 
 
 def test_the_tokenizer_never_merges_across_the_end_of_the_prompt() -> None:

@@ -8,9 +8,9 @@ import pytest
 
 from fourfold_hpc_coder import toolchain
 from fourfold_hpc_coder.evaluation import Launch, Model
-from fourfold_hpc_coder.judge import Settings, judge, reference
+from fourfold_hpc_coder.judge import judge, reference
 from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.score import with_launches
+from fourfold_hpc_coder.workbench import Settings
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -28,8 +28,14 @@ def quick(bench):
     sizes = tuple(
         (name, min(one.timing_size, 64 * one.check_size)) for name, one in own_problems().items()
     )
-    settings = with_launches(replace(bench.settings, sizes=sizes, races=False), ONE_EACH)
+    settings = replace(bench.settings, sizes=sizes, races=False).with_launches(ONE_EACH)
     return replace(bench, settings=settings)
+
+
+@pytest.fixture(scope="module")
+def patient(quick):
+    """For answers that are known to end: a busy machine must not make them time out."""
+    return replace(quick, settings=replace(quick.settings, time_limit_s=30))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +48,7 @@ def verdict(bench, right, body: str, model: Model = "serial"):
     if reason := toolchain.missing(model):
         pytest.skip(reason)
     with bench.quiet.working():
-        return judge(bench, right, model, right.problem.prompt(model), body)
+        return judge(bench, right, model, right.exercise.prompt(model), body)
 
 
 HELD = f"if (reached) std::abort(); {RIGHT}"
@@ -69,7 +75,7 @@ def test_an_attack_fails_and_the_program_is_judged_by_its_answer(bench, average,
     )
     headers += "#include <sys/socket.h>\n#include <netinet/in.h>\n"
     with bench.quiet.working():
-        prompt = headers + average.problem.prompt("serial")
+        prompt = headers + average.exercise.prompt("serial")
         found = judge(bench, average, "serial", prompt, attack + HELD)
     assert found.verdict == "correct", found.because
 
@@ -114,6 +120,19 @@ def test_an_attack_fails_and_the_program_is_judged_by_its_answer(bench, average,
         ),
         ('return std::nan(""); }', {"not finite"}, "nan"),
         ("return 1e308 * 10; }", {"not finite"}, "inf"),
+        ("return 0; } struct Early { Early() { _exit(7); } } early;", {"crash"}, "exit code 7"),
+        ("kill(-1, SIGKILL); pause(); return 0; }", {"timeout"}, "waits"),
+        (
+            "std::function<double(int)> deep = [&](int n) { volatile char b[4096] = {};"
+            " return deep(n + 1) + b[n % 9]; }; return deep(0); }",
+            {"crash"},
+            "SIGSEGV",
+        ),
+        (
+            'FILE *f = std::fopen("/tmp/x", "w"); for (;;) std::fputs("more and more", f); }',
+            {"crash"},
+            "SIGXFSZ|file",
+        ),
         ("", {"no answer"}, "empty"),
         ("return undeclared; }", {"no build"}, "undeclared"),
         ("double other(double); return other(1); }", {"no build"}, "does not link.*other"),
@@ -131,7 +150,7 @@ def test_a_bad_program_gets_its_verdict_and_a_sentence(
 ) -> None:
     headers = "#include <unistd.h>\n#include <csignal>\n"
     with bench.quiet.working():
-        found = judge(bench, average, "serial", headers + average.problem.prompt("serial"), body)
+        found = judge(bench, average, "serial", headers + average.exercise.prompt("serial"), body)
     assert found.verdict in allowed, (found.verdict, found.because)
     assert re.search(words, found.because), found.because
     assert "root:" not in found.output
@@ -141,6 +160,41 @@ def test_a_bad_program_gets_its_verdict_and_a_sentence(
 
 def test_the_next_program_is_judged_as_if_nothing_had_been(bench, average) -> None:
     assert verdict(bench, average, RIGHT).verdict == "correct"
+
+
+HIDING = """#include <ctime>
+#include <sys/syscall.h>
+#include <unistd.h>
+static int until = -1;
+static double spent() {
+    timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+extern "C" ssize_t write(int where, const void *from, size_t n) {
+    if (until >= 0 && --until == 0) { double began = spent(); while (spent() - began < 0.06) {} }
+    return syscall(SYS_write, where, from, n);
+}
+"""
+"""Takes over the C library's `write` to compute for 60 ms at a later reply than the call's own."""
+
+
+@pytest.mark.parametrize("replies", [4, 7], ids=["late", "early"])
+def test_work_hidden_around_the_call_is_charged_to_it(bench, average, replies: int) -> None:
+    """Late: before the outputs are handed over. Early: while the next inputs are taken."""
+    with bench.quiet.working():
+        prompt = HIDING + average.exercise.prompt("serial")
+        found = judge(bench, average, "serial", prompt, f"until = {replies}; {RIGHT}")
+    assert found.verdict == "correct", found.because
+    [run] = found.sample.runs
+    assert run.runtime_s > 0.05
+
+
+def test_an_answer_that_names_the_judge_is_a_cheat(bench, average) -> None:
+    found = verdict(bench, average, f"fourfold::evidence.regions = 9; {RIGHT}")
+    assert found.verdict == "cheat"
+    assert "fourfold" in found.because
+    assert verdict(bench, average, f"// fourfold\n{RIGHT}").verdict == "correct"
 
 
 @pytest.mark.parametrize(
@@ -188,9 +242,9 @@ def test_a_rank_that_dies_is_a_crash(quick, average) -> None:
     assert "2 ranks" in found.because
 
 
-def test_ranks_that_all_do_everything_are_not_parallel(quick, average) -> None:
+def test_ranks_that_all_do_everything_are_not_parallel(patient, average) -> None:
     """Even where a barrier makes it look like MPI."""
-    found = verdict(quick, average, "MPI_Barrier(MPI_COMM_WORLD);" + RIGHT, "mpi")
+    found = verdict(patient, average, "MPI_Barrier(MPI_COMM_WORLD);" + RIGHT, "mpi")
     assert found.verdict == "not parallel"
 
 
@@ -200,20 +254,30 @@ SHAPES = (
     "21_histogram_bin_0-100",
     "30_scan_prefix_sum",
 )
-"""One problem of each kernel shape."""
+"""One problem of each kernel shape: in every model by default."""
+RUNNABLE: tuple[Model, ...] = ("serial", "omp", "mpi", "mpi+omp", "kokkos", "cuda")
+FIRST = {problem.problem_type: name for name, problem in reversed(own_problems().items())}
+"""A problem of each type: by default in one model, all models in turn."""
+QUICK = [(name, model) for name in SHAPES for model in RUNNABLE]
+QUICK += [
+    (name, RUNNABLE[number % len(RUNNABLE)])
+    for number, (_, name) in enumerate(sorted(FIRST.items()))
+    if name not in SHAPES
+]
 
 
-@pytest.mark.parametrize("model", ["serial", "omp", "mpi", "mpi+omp", "kokkos", "cuda"])
-@pytest.mark.parametrize("name", SHAPES)
-def test_the_reference_is_right_in_every_model(quick, name: str, model: Model) -> None:
-    _reference_passes(quick, name, model)
+@pytest.mark.parametrize(("name", "model"), QUICK)
+def test_the_reference_is_right_in_every_model(patient, name: str, model: Model) -> None:
+    _reference_passes(patient, name, model)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["serial", "omp", "mpi", "mpi+omp", "kokkos", "cuda"])
-@pytest.mark.parametrize("name", sorted({*own_problems()} - {*SHAPES}))
-def test_the_reference_of_every_problem_is_right(quick, name: str, model: Model) -> None:
-    _reference_passes(quick, name, model)
+@pytest.mark.parametrize(
+    ("name", "model"),
+    sorted({(name, model) for name in own_problems() for model in RUNNABLE} - {*QUICK}),
+)
+def test_the_reference_of_every_problem_is_right(patient, name: str, model: Model) -> None:
+    _reference_passes(patient, name, model)
 
 
 def _reference_passes(bench, name: str, model: Model) -> None:
@@ -225,7 +289,7 @@ def _reference_passes(bench, name: str, model: Model) -> None:
     with bench.quiet.working():
         right = reference(bench, problem)
     found = verdict(bench, right, problem.answer(model), model)
-    assert found.verdict == ("not run" if model == "cuda" else "correct"), found.because
+    assert found.verdict == ("compiled, not run" if model == "cuda" else "correct"), found.because
     if model != "cuda":
         assert found.sample.counts
         assert all(run.runtime_s > 0 for run in found.sample.runs)
@@ -264,6 +328,6 @@ def _wrong_fails(bench, name: str) -> None:
 
 
 def test_settings_name_their_launches() -> None:
-    changed = with_launches(Settings(), {"omp": (Launch(threads=8),)})
+    changed = Settings().with_launches({"omp": (Launch(threads=8),)})
     assert changed.of("omp") == (Launch(threads=8),)
     assert changed.of("mpi") == Settings().of("mpi")

@@ -15,9 +15,9 @@ import pytest
 from fourfold_hpc_coder import pareval, report, score, toolchain
 from fourfold_hpc_coder.__main__ import main
 from fourfold_hpc_coder.evaluation import Launch, Model
-from fourfold_hpc_coder.judge import Settings
 from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.score import Plan, with_launches
+from fourfold_hpc_coder.score import Plan
+from fourfold_hpc_coder.workbench import Settings
 from fourfold_parallel.run.progress import silent
 
 GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "hpc_coder"
@@ -41,22 +41,21 @@ VERDICT = {
 }
 """What each label of the hand-written outputs means in our words."""
 
-QUICK = with_launches(
-    Settings(
-        time_limit_s=4,
-        repetitions=1,
-        sizes=(
-            ("55_transform_relu", 50_000),
-            ("27_reduce_average", 50_000),
-            ("30_scan_prefix_sum", 50_000),
-            ("21_histogram_bin_0-100", 50_000),
-        ),
+QUICK = Settings(
+    time_limit_s=4,
+    repetitions=1,
+    sizes=(
+        ("55_transform_relu", 50_000),
+        ("27_reduce_average", 50_000),
+        ("30_scan_prefix_sum", 50_000),
+        ("21_histogram_bin_0-100", 50_000),
     ),
+).with_launches(
     {
         "omp": (Launch(), Launch(threads=2)),
         "mpi": (Launch(ranks=2),),
         "mpi+omp": (Launch(ranks=2, threads=2),),
-    },
+    }
 )
 
 
@@ -113,11 +112,27 @@ def test_golden_outputs_get_the_verdicts_of_their_labels(plan: Plan, model: Mode
     for judged in scored.judged:
         expected = labels[judged.question.name, model]
         for judgement, label in zip(judged.judgements, expected, strict=True):
-            wanted = "not run" if (model, label) == ("cuda", "correct") else VERDICT[label]
+            wanted = (
+                "compiled, not run" if (model, label) == ("cuda", "correct") else VERDICT[label]
+            )
             assert judgement.verdict == wanted, (judged.question.name, label, judgement.because)
             assert judgement.because
     assert len(scored.judged) == sum(key[1] == model for key in labels)
     assert not scored.problems
+
+
+def test_what_was_never_run_is_neither_right_nor_wrong(plan: Plan) -> None:
+    """A GPU kernel's build rate is known; its pass@1 is empty, not 0."""
+    if reason := toolchain.missing("cuda"):
+        pytest.skip(reason)
+    name = "55_transform_relu"
+    right = own_problems()[name].answer("cuda")
+    plan.outputs.write_text(json.dumps([entry(name, "cuda", right, "oops }")]))
+    [judged] = score.score(replace(plan, models=("cuda",), is_cached=True), silent).judged
+    assert [one.verdict for one in judged.judgements] == ["compiled, not run", "no build"]
+    assert "needs a GPU" in judged.judgements[0].because
+    [row] = csv.DictReader((plan.folder / "metrics.csv").read_text().splitlines())
+    assert (row["build@1"], row["pass@1"], row["speedup_n@1"]) == ("0.5", "", "")
 
 
 def test_results_are_in_parevals_layout_and_read_back(plan: Plan) -> None:
@@ -173,7 +188,7 @@ from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from fourfold_hpc_coder import score
-from fourfold_hpc_coder.judge import Settings
+from fourfold_hpc_coder.workbench import Settings
 from fourfold_hpc_coder.sandbox import find_sandbox
 from fourfold_parallel.run.progress import silent
 score.score(score.Plan(outputs=Path({outputs!r}), folder=Path({folder!r}), models=("serial",),
@@ -221,6 +236,57 @@ def test_a_killed_scoring_goes_on_and_gives_the_same_results(plan: Plan, tmp_pat
     again = score.score(plan, silent)
     assert again.reused == len(bodies)
     assert pareval.read_results(plan.folder / "results.json")[0] == again.judged[0].prompt
+
+
+def _untimed(folder: Path) -> list[dict]:
+    """The results without what a clock gave."""
+    entries = json.loads((folder / "results.json").read_text())
+    for entry in entries:
+        for output in entry["outputs"]:
+            output["best_sequential_runtime"] = output["best_sequential_runtime"] is not None
+            for run in output["runs"] or ():
+                run["runtime"] = run["runtime"] is not None
+    return entries
+
+
+@pytest.mark.parametrize(
+    "moment", [0.3, *(pytest.param(one, marks=pytest.mark.slow) for one in (0.1, 0.5, 0.7, 0.9))]
+)
+def test_killed_at_any_moment_the_result_file_is_the_same(
+    plan: Plan, tmp_path: Path, moment: float
+) -> None:
+    """Killed after a share of the time that it takes, twice, then left to end: as if nothing had been."""
+    bodies = [RIGHT, "return 1; }", "oops }", RIGHT + "//", "return x[0]; }"]
+    plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", *bodies)]))
+    settings = Settings(time_limit_s=8, repetitions=1, sizes=((AVERAGE, 50_000),))
+    plan = replace(plan, models=("serial",), settings=settings, jobs=1)
+    began_s = time.perf_counter()
+    score.score(replace(plan, folder=tmp_path / "whole"), silent)
+    whole_s = time.perf_counter() - began_s
+    script = KILLED.format(
+        tests=str(Path(__file__).parent),
+        outputs=str(plan.outputs),
+        folder=str(plan.folder),
+        name=AVERAGE,
+    )
+    for share in (moment, 1 - moment):
+        victim = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+        while victim.poll() is None and not plan.folder.exists():
+            time.sleep(0.02)
+        time.sleep(share * whole_s)
+        victim.kill()
+        victim.wait()
+    score.score(plan, silent)
+    assert _untimed(plan.folder) == _untimed(tmp_path / "whole")
+    # The sentences speak of inputs that are drawn for each scoring.
+    found, wanted = (
+        [
+            row["verdict"]
+            for row in csv.DictReader((folder / "verdicts.csv").read_text().splitlines())
+        ]
+        for folder in (plan.folder, tmp_path / "whole")
+    )
+    assert found == wanted
 
 
 def _below(pid: int) -> list[int]:
@@ -348,9 +414,28 @@ def test_results_can_be_scored_again(plan: Plan, tmp_path: Path) -> None:
     assert score.score(again, silent).judged[0].judgements[0].verdict == "correct"
 
 
+def test_results_that_are_partly_there_are_read_as_outputs(tmp_path: Path) -> None:
+    """Entries that a driver finished, entries that it did not reach, and one that it left torn."""
+    done = [{"generated_output": RIGHT, "did_build": True, "runs": None}]
+    entries = [
+        {**entry(AVERAGE, "serial"), "outputs": done},
+        entry(AVERAGE, "omp", RIGHT),
+        {**entry(AVERAGE, "mpi"), "outputs": [*done, RIGHT]},
+        {**entry(AVERAGE, "kokkos"), "outputs": [{"did_build": False}]},
+    ]
+    (tmp_path / "half.json").write_text(json.dumps(entries))
+    questions, problems = pareval.read_outputs(tmp_path / "half.json")
+    assert [(one.model, one.outputs) for one in questions] == [
+        ("serial", (RIGHT,)),
+        ("omp", (RIGHT,)),
+        ("mpi", (RIGHT, RIGHT)),
+    ]
+    assert "not a list of texts" in problems[0].because
+
+
 @pytest.mark.parametrize(
     "words",
-    [["--models", "cobol"], ["--jobs", "0"], ["--k", "0"]],
+    [["--models", "cobol"], ["--jobs", "0"], ["--k", "0"], ["--threads", "0"], ["--ranks", "-1"]],
     ids=" ".join,
 )
 def test_impossible_options_are_refused(

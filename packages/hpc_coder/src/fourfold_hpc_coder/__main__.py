@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated
 
@@ -11,9 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fourfold_hpc_coder import report, score, toolchain
-from fourfold_hpc_coder.judge import Settings
+from fourfold_hpc_coder.checkout import open_checkout
+from fourfold_hpc_coder.evaluation import Launch
 from fourfold_hpc_coder.options import Finetune, Generate, MakeData, Score, Study, chosen_models
+from fourfold_hpc_coder.pareval import Question
 from fourfold_hpc_coder.sandbox import find_sandbox
+from fourfold_hpc_coder.workbench import Settings
 from fourfold_parallel.run.progress import Progress as Work
 
 
@@ -59,10 +62,26 @@ def bar(target: Console, title: str) -> Iterator[Work]:
 def score_outputs(options: Score, target: Console) -> None:
     """Score, write, and say in the terminal what came out."""
     models = chosen_models(options.models)
-    if options.jobs < 1 or min(options.k, default=0) < 1:
-        raise ValueError(f"jobs={options.jobs}, k={options.k}: use numbers of 1 or more")
+    numbers = (options.k, options.threads, options.ranks, (options.jobs, options.repetitions))
+    if any(min(given, default=0) < 1 for given in numbers):
+        raise ValueError(
+            f"k={options.k}, threads={options.threads}, ranks={options.ranks}, jobs={options.jobs}, "
+            f"repetitions={options.repetitions}: use numbers of 1 or more"
+        )
+    if options.problem_sizes and not options.pareval:
+        raise ValueError("--problem-sizes belongs to --pareval PATH; name the checkout as well")
+    find: Callable[[Question], score.Asked] = score.built_in
+    if options.pareval:
+        find = open_checkout(options.pareval, options.problem_sizes).find
     sandbox = find_sandbox(allow_none=options.unsafe_no_sandbox)
-    settings = Settings(time_limit_s=options.time_limit_s, repetitions=options.repetitions)
+    settings = Settings(
+        time_limit_s=options.time_limit_s, repetitions=options.repetitions
+    ).with_launches(
+        {
+            "omp": tuple(Launch(threads=threads) for threads in options.threads),
+            "mpi": tuple(Launch(ranks=ranks) for ranks in options.ranks),
+        }
+    )
     plan = score.Plan(
         outputs=options.outputs,
         folder=options.out,
@@ -72,6 +91,7 @@ def score_outputs(options: Score, target: Console) -> None:
         jobs=options.jobs,
         ks=options.k,
         is_cached=not options.no_cache,
+        find=find,
     )
     with bar(target, "scoring") as progress:
         scored = score.score(plan, progress)
@@ -132,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
                 with bar(target, "prompts") as progress:
                     generate(options, target, progress)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         target.print(f"[red]{error}[/red]", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1,8 +1,9 @@
 """The judge's side of a candidate's process: inputs in, answers out, the clock in our hands.
 
 What is timed is the call alone, by our clock, from "go" to the reply. A program could do its work outside
-those two moments: early, while it receives its inputs, or late, before it hands over the outputs. Both are
-watched: what they take beyond an allowance for moving the bytes is added to the time of the call.
+those two moments: early, while it receives its inputs, or late, before it hands over the outputs, in threads
+or in functions of the C library that it replaced. Both are watched from outside: the kernel's count of the
+job's processor time, and the wall time, for the judge to charge.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ TOKEN = 16
 _PIPE_BYTES = 1 << 20
 _EVIDENCE = struct.Struct("<9d")
 ALLOWANCE_S = 0.1
-"""Time for a request's way there and back on a busy machine."""
+"""Wall time for a request's way there and back on a busy machine."""
 ALLOWANCE_BYTES_PER_S = 100e6
 """A tenth of what a pipe moves on an idle core."""
 
@@ -58,6 +59,11 @@ class Answer:
 
     outputs: dict[str, np.ndarray]
     runtime_s: float
+    """Of the call, from "go" to the reply."""
+    around_s: float
+    """Wall time of moving inputs and outputs beyond an allowance."""
+    moving_cpu_s: tuple[float, float]
+    """Processor time of the whole job while inputs and while outputs were moved."""
     evidence: Evidence
 
 
@@ -105,19 +111,25 @@ class Channel:
             ForgedError: where a reply is not our driver's.
         """
         payload = b"".join(map(_packed, arguments, parameters))
-        started_s = time.perf_counter()
+        idle_cpu_s, started_s = self.process.processor_s(), time.perf_counter()
         self._ask(b"L", payload)
-        loaded_s = time.perf_counter()
+        early_s = time.perf_counter() - started_s
+        early_cpu_s = self.process.processor_s() - idle_cpu_s
+        go_s = time.perf_counter()
         self._ask(b"G", b"")
         done_s = time.perf_counter()
+        done_cpu_s = self.process.processor_s()
+        dump_s = time.perf_counter()
         reply = self._ask(b"D", b"")
-        dumped_s = time.perf_counter()
-        early_s = loaded_s - started_s - _allowed_s(len(payload))
-        late_s = dumped_s - done_s - _allowed_s(len(reply))
+        late_s = time.perf_counter() - dump_s
+        late_cpu_s = self.process.processor_s() - done_cpu_s
         evidence = _EVIDENCE.unpack_from(reply)
         return Answer(
             outputs=_unpacked(memoryview(reply)[_EVIDENCE.size :], outputs),
-            runtime_s=done_s - loaded_s + max(0.0, early_s) + max(0.0, late_s),
+            runtime_s=done_s - go_s,
+            around_s=max(0.0, early_s - _allowed_s(len(payload)))
+            + max(0.0, late_s - _allowed_s(len(reply))),
+            moving_cpu_s=(early_cpu_s, late_cpu_s),
             evidence=Evidence(
                 **dict(zip(Evidence.__dataclass_fields__, map(float, evidence), strict=True))
             ),

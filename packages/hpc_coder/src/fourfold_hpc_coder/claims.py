@@ -90,7 +90,13 @@ def _little(records: Records) -> Finding:
             )
         ]
     )
-    if found.low >= -LITTLE and found.high <= LITTLE:
+    verdict: Verdict
+    if not any(shares(records, "full", "counted") + shares(records, "masked", "counted")):
+        verdict, because = (
+            "inconclusive",
+            "neither arm answered a task right, so pass@1 cannot tell them apart",
+        )
+    elif found.low >= -LITTLE and found.high <= LITTLE:
         verdict, because = (
             "reproduced",
             "the interval of the difference in pass@1 lies within 5 points",
@@ -204,7 +210,8 @@ CLAIMS = (
         conditions=_MINIATURE
         + ". The paper's bases are pretrained on trillions of tokens, ours on 0.2 M",
         rule_text="reproduced if the 95 % interval of the difference in pass@1 (Student, paired by seed) "
-        "lies within 5 points, contradicted if it lies beyond them, otherwise inconclusive",
+        "lies within 5 points, contradicted if it lies beyond them; inconclusive otherwise, and where "
+        "neither arm answers any task right",
         rule=_little,
         scales=("laptop",),
         needs="the laptop scale, which has the masked arm",

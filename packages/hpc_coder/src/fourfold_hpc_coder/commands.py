@@ -1,8 +1,8 @@
 """What the command line does beside scoring: make data, fine-tune on a file of it, generate outputs."""
 
 import json
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -12,16 +12,22 @@ from fourfold_hpc_coder.bases import LowRank
 from fourfold_hpc_coder.generate import Backend, Local, Sampling, generate_file
 from fourfold_hpc_coder.instruct.decontaminate import Screen
 from fourfold_hpc_coder.instruct.format import FileRows, InstructionLoss
-from fourfold_hpc_coder.instruct.pipeline import Instructions, benchmark_prompts, make
-from fourfold_hpc_coder.instruct.samples import write_samples
+from fourfold_hpc_coder.instruct.pipeline import Budget, Instructions, benchmark_prompts, make
+from fourfold_hpc_coder.instruct.samples import read_samples, write_samples
 from fourfold_hpc_coder.instruct.seeds import compiled, restoration, seeds
 from fourfold_hpc_coder.instruct.sources import DEBIAN, WHEELS, Tree, parallel_files
-from fourfold_hpc_coder.instruct.teachers import Endpoint, Teacher, Templates, Transformers
+from fourfold_hpc_coder.instruct.teachers import (
+    FUNCTION_ONLY,
+    Endpoint,
+    Teacher,
+    Templates,
+    Transformers,
+)
 from fourfold_hpc_coder.options import Finetune, Generate, MakeData, chosen_models
 from fourfold_hpc_coder.problems import own_problems
 from fourfold_hpc_coder.sandbox import find_sandbox, scratch_folder
 from fourfold_parallel.run.engines import Single
-from fourfold_parallel.run.files import sha256_of
+from fourfold_parallel.run.files import sha256_of, write_text
 from fourfold_parallel.run.models import Published, SmolLM2
 from fourfold_parallel.run.objective import KeepAll
 from fourfold_parallel.run.optimizer import AdamW, Cosine
@@ -30,19 +36,18 @@ from fourfold_parallel.run.recipe import Run, Steps
 from fourfold_parallel.run.records import read_record
 from fourfold_parallel.run.train import train, trained_model
 
-COMPLETION_ONLY = (
-    "Complete this C++ function. Reply with one code block that holds the whole function.\n"
-)
-"""Put before a prompt for chat models."""
+RESPONSE_FILE = "prompt.json"
+"""Beside a tuned model's weights: the token that ended prompts in training, which generation repeats."""
 
 
 def make_data(options: MakeData, target: Console, progress: Progress) -> None:
-    """Make the data and say what was refused, and why."""
+    """Make the data and say what was refused, and why, and what it cost."""
     if options.url and not options.teacher:
         raise ValueError(f"--url {options.url} needs --teacher, the name of the model it serves")
+    trees = [tree for name in options.trees for tree in _trees(name)]
     teacher: Teacher = Templates()
     if options.url:
-        teacher = Endpoint(url=options.url, model_name=options.teacher)
+        teacher = Endpoint(url=options.url, model_name=options.teacher, key_file=options.key_file)
     elif options.teacher:
         teacher = Transformers(model_name=options.teacher)
     recipe = Instructions(
@@ -53,36 +58,60 @@ def make_data(options: MakeData, target: Console, progress: Progress) -> None:
         verified=True,
         seed=options.seed,
     )
-    made = make(recipe, progress=progress, folder=options.out)
+    began_s = time.perf_counter()
+    made = make(
+        recipe,
+        progress=progress,
+        folder=options.out,
+        budget=Budget(taught=options.most_taught, tokens=options.most_tokens),
+    )
+    tokens = sum(one.provenance.tokens for one in (*made.samples, *made.refused))
+    cost = f" at {options.price:g} a million: {tokens * options.price / 1e6:.2f}" if tokens else ""
+    short = len(made.samples) < options.samples
     target.print(
         f"{len(made.samples)} samples in {options.out / 'samples.jsonl'}; "
-        f"{made.accepted_share:.0%} of those taught were kept"
+        f"{made.accepted_share:.0%} of those taught were kept; {tokens} tokens were bought{cost}; "
+        f"{time.perf_counter() - began_s:.0f} s"
+        + (f". The budget ended before {options.samples} were made" if short else ""),
+        markup=False,
+        soft_wrap=True,
     )
     for reason, count in made.reasons().items():
         target.print(f"refused, {reason}: {count}", markup=False)
-    if options.trees:
-        restore(options.trees, options.out, target, progress)
+    if trees:
+        restore(trees, options.out, options.samples, target, progress)
 
 
-def restore(named: Sequence[str], out: Path, target: Console, progress: Progress) -> None:
+def restore(
+    trees: Sequence[Tree], out: Path, most: int, target: Console, progress: Progress
+) -> None:
     """Samples from real functions: directives taken out, to be put back; kept if they compile alone."""
     screen = Screen.of(benchmark_prompts())
-    asked = [
-        restoration(seed)
-        for seed in seeds(parallel_files([tree for name in named for tree in _trees(name)]))
-        if "openmp" in seed.constructs and not screen.hit(seed.text)
-    ]
-    kept, refused = [], []
+    sources = [one for one in parallel_files(trees) if "openmp" in one.constructs]
+    found = [seed for seed in seeds(sources) if "openmp" in seed.constructs]
+    asked = [restoration(seed) for seed in found if not screen.hit(seed.text)]
+    files = (out / "restored.jsonl", out / "restored-refused.jsonl")
+    kept, refused = ([*read_samples(file)] if file.exists() else [] for file in files)
+    known = {one.provenance.task for one in (*kept, *refused)}
     sandbox = find_sandbox(allow_none=False)
-    with scratch_folder() as folder:
-        for done, sample in enumerate(asked):
-            [judged] = compiled([sample], sandbox, folder / str(done))
-            (kept if judged.verdict == "compiles" else refused).append(judged)
-            progress(done + 1, len(asked), f"{len(kept)} kept")
-    write_samples(out / "restored.jsonl", kept)
-    write_samples(out / "restored-refused.jsonl", refused)
+    try:
+        with scratch_folder() as folder:
+            for done, sample in enumerate(asked):
+                if len(kept) == most:
+                    break
+                if sample.provenance.task not in known:
+                    [judged] = compiled([sample], sandbox, folder / str(done))
+                    (kept if judged.verdict == "compiles" else refused).append(judged)
+                progress(done + 1, len(asked), f"{len(kept)} kept")
+    finally:
+        write_samples(files[0], kept)
+        write_samples(files[1], refused)
     target.print(
-        f"{len(kept)} of {len(asked)} real functions compile alone: {out / 'restored.jsonl'}"
+        f"{len(found)} real functions use OpenMP, near-duplicates counted once; "
+        f"{len(found) - len(asked)} resemble a benchmark's prompt; of {len(kept) + len(refused)} "
+        f"that were tried {len(kept)} compile alone: {files[0]}",
+        soft_wrap=True,
+        markup=False,
     )
 
 
@@ -107,10 +136,13 @@ def generate(options: Generate, target: Console, progress: Progress) -> None:
     records = [
         one
         for one in _prompts(options.prompts)
-        if one["parallelism_model"] in chosen_models(options.models)
+        if one["parallelism_model"] in chosen_models(options.models) and options.only in one["name"]
     ]
     if not records:
-        raise ValueError(f"{options.prompts} has no prompt for {options.models}; name other models")
+        named = f" named like {options.only!r}" if options.only else ""
+        raise ValueError(
+            f"{options.prompts} has no prompt for {options.models}{named}; name other models"
+        )
     path = generate_file(records, _backend(options), sampling, options.out, progress)
     target.print(f"{len(records)} prompts answered: {path}; now: score {path}")
 
@@ -130,40 +162,34 @@ def _prompts(source: str) -> list[dict[str, str]]:
         ]
     try:
         records = json.loads(Path(source).read_text(encoding="utf-8"))
-        return [{**one, "name": one["name"], "prompt": one["prompt"]} for one in records]
+        needed = ("name", "prompt", "parallelism_model")
+        return [{**one, **{key: one[key] for key in needed}} for one in records]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--prompts {source}: no JSON list of prompts ({error})") from None
 
 
-@dataclass(frozen=True, slots=True)
-class _Asking:
-    """An endpoint that is asked for functions."""
-
-    endpoint: Endpoint
-
-    def complete_many(self, prompts: Sequence[str]) -> list[str]:
-        """One chat per prompt."""
-        return self.endpoint.complete_many([COMPLETION_ONLY + prompt for prompt in prompts])
-
-
 def _backend(options: Generate) -> Backend:
     if options.url:
-        return _Asking(
-            Endpoint(
-                url=options.url,
-                model_name=options.model,
-                temperature=options.temperature,
-                max_new_tokens=options.max_new_tokens,
-            )
+        return Endpoint(
+            url=options.url,
+            model_name=options.model,
+            key_file=options.key_file,
+            temperature=options.temperature,
+            max_new_tokens=options.max_new_tokens,
         )
+    if options.model.startswith(("/", ".", "~")) and not Path(options.model).is_dir():
+        raise ValueError(f"--model {options.model}: no such folder; name one, or a hub id")
     from transformers import AutoModelForCausalLM
 
+    note = Path(options.model, RESPONSE_FILE)
     return Local(
         model=AutoModelForCausalLM.from_pretrained(options.model).eval(),
         tokenizer=AutoTokenizer.from_pretrained(options.model),
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
+        before=FUNCTION_ONLY if options.chat else "",
+        after=json.loads(note.read_text(encoding="utf-8"))["response"] if note.is_file() else "",
         chat=options.chat,
     )
 
@@ -182,6 +208,9 @@ def finetune(options: Finetune, target: Console, progress: Progress) -> None:
     merged = model.merge_and_unload() if options.lora_rank else model  # pyright: ignore[reportCallIssue]
     merged.save_pretrained(options.out / "model")
     AutoTokenizer.from_pretrained(_folder(options)).save_pretrained(options.out / "model")
+    write_text(
+        options.out / "model" / RESPONSE_FILE, json.dumps({"response": options.response}) + "\n"
+    )
     loss = read_record(options.out / "record.jsonl").last("validation")
     target.print(
         f"{options.steps} steps, held-out loss {loss.number('validation_loss_nats'):.3f} nats per token: "

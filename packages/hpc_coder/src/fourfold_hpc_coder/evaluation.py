@@ -40,7 +40,7 @@ Verdict = Literal[
     "cheat",
     "no answer",
     "no build",
-    "not run",
+    "compiled, not run",
 ]
 """What became of a sample. Only "correct" counts; the others say why not:
 

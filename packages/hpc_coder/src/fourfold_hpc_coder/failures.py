@@ -6,8 +6,9 @@ import signal
 import numpy as np
 
 from fourfold_hpc_coder.evaluation import Launch, Verdict, agrees
-from fourfold_hpc_coder.problems import Parameter, Problem
+from fourfold_hpc_coder.problems import Parameter
 from fourfold_hpc_coder.sandbox import Outcome
+from fourfold_hpc_coder.workbench import Exercise
 
 SIGNALS = {
     signal.SIGSEGV: "an access outside its memory",
@@ -41,10 +42,16 @@ def of_build(outcome: Outcome) -> tuple[Verdict, str]:
 
 
 def of_run(
-    outcome: Outcome, launch: Launch, size: int, *, patience_s: float
+    outcome: Outcome, launch: Launch, where: str, *, patience_s: float
 ) -> tuple[Verdict, str]:
-    """Why a program ended, or was ended, before it answered."""
-    where = f"on {launch}, for an input of size {size}"
+    """Why a program ended, or was ended, before it answered.
+
+    Args:
+        outcome: how it ended.
+        launch: on what it ran.
+        where: the call under way, as in "on 2 threads, for an input of size 17".
+        patience_s: longest that a call may take.
+    """
     words = _last_words(outcome.stderr)
     said = f'; its last words: "{words}"' if words else ""
     if outcome.limit in ("wall", "cpu"):
@@ -80,21 +87,20 @@ def _limit(outcome: Outcome) -> str:
 
 
 def of_answer(
-    problem: Problem,
+    exercise: Exercise,
     outputs: dict[str, np.ndarray],
     expected: dict[str, np.ndarray],
-    launch: Launch,
-    size: int,
+    where: str,
 ) -> tuple[Verdict, str]:
     """Whether outputs are the reference's; ("correct", "") where they are."""
-    for parameter in problem.signature.outputs:
+    for parameter in exercise.signature.outputs:
         ours, right = outputs[parameter.name], expected[parameter.name]
         if ours.shape != right.shape:
             return "wrong", (
                 f"{_called(parameter)} has {ours.size} elements where the reference has {right.size}, "
-                f"on {launch}, for an input of size {size}"
+                f"{where}"
             )
-        good = agrees(ours, right, problem.tolerance(parameter))
+        good = agrees(ours, right, exercise.tolerance(parameter))
         if good.all():
             continue
         first = int(np.argmin(good))
@@ -104,8 +110,7 @@ def of_answer(
         )
         share = f" ({np.count_nonzero(~good)} of {good.size} differ)" if good.size > 1 else ""
         return verdict, (
-            f"{place} is {ours[first]} where the reference has {right[first]}{share}, "
-            f"on {launch}, for an input of size {size}"
+            f"{place} is {ours[first]} where the reference has {right[first]}{share}, {where}"
         )
     return "correct", ""
 

@@ -35,6 +35,9 @@ class Local:
     temperature: float = 0.0
     top_p: float = 0.95
     seed: int = 0
+    before: str = ""
+    after: str = ""
+    """Put around each prompt: what the model was told in training, to the letter."""
     chat: bool = False
     """Whether each prompt becomes the user's message of the tokenizer's chat template."""
 
@@ -51,6 +54,7 @@ class Local:
         return [self._text(row.tolist(), end) for row in written]
 
     def _encode(self, prompt: str) -> list[int]:
+        prompt = f"{self.before}{prompt}{self.after}"
         if not self.chat:
             return self.tokenizer.encode(prompt, add_special_tokens=False)
         words = self.tokenizer.apply_chat_template(

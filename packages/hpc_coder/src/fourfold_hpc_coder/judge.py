@@ -1,60 +1,27 @@
 """One answer, from text to verdict: compile, launch, compare, time, and ask whether it is parallel."""
 
-import contextlib
 import math
 import re
-import shutil
-import threading
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from fourfold_hpc_coder import failures, parallelism, toolchain
-from fourfold_hpc_coder.channel import Answer, Channel, EndedError, Evidence, ForgedError, opened
+from fourfold_hpc_coder.channel import Answer, Channel, EndedError, Evidence, ForgedError
 from fourfold_hpc_coder.evaluation import Launch, Model, Run, Sample, Verdict
 from fourfold_hpc_coder.problems import Problem
-from fourfold_hpc_coder.sandbox import Job, Limits, Mount, Outcome, Sandbox
-
-LAUNCHES: dict[Model, tuple[Launch, ...]] = {
-    "serial": (Launch(),),
-    "omp": (Launch(), Launch(threads=2), Launch(threads=4)),
-    "mpi": (Launch(), Launch(ranks=2), Launch(ranks=3)),
-    "mpi+omp": (Launch(), Launch(ranks=2, threads=2)),
-    "kokkos": (Launch(),),
-    "cuda": (Launch(),),
-    "hip": (Launch(),),
-}
-"""What each model's programs are run on by default; three ranks divide few sizes."""
+from fourfold_hpc_coder.workbench import ANSWER_BEGINS, Bench, Exercise, built, launched
 
 KEPT_CHARACTERS = 4000
 """Kept of what a compiler or program wrote."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What decides a verdict, beside the answer and the problem."""
-
-    time_limit_s: float = 10.0
-    """Longest that one call may take, and the processor time of a process."""
-    memory_bytes: int = 1 << 30
-    repetitions: int = 3
-    """Timed calls, each on inputs of its own; the shortest counts, and every answer must be right."""
-    races: bool = True
-    """Whether OpenMP answers that are right are also checked for races."""
-    launches: tuple[tuple[Model, tuple[Launch, ...]], ...] = tuple(LAUNCHES.items())
-    sizes: tuple[tuple[str, int], ...] = ()
-    """Timing sizes that differ from the problems' own, by name."""
-
-    def of(self, model: Model) -> tuple[Launch, ...]:
-        """The launches of a model."""
-        return dict(self.launches)[model]
-
-    def timing_size(self, problem: Problem) -> int:
-        """The size on which a problem is timed."""
-        return dict(self.sizes).get(problem.name, problem.timing_size)
+PATIENCE = 6
+"""Times the limit of a call that a reference may take."""
+MOVING_S, MOVING_SHARE = 0.001, 1.25
+"""On moving its inputs, and again its outputs, a program may spend 1 ms more than 1.25 times what the
+reference spends: caches are shared with others. More is charged, where ranks do not wait by spinning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,84 +42,20 @@ class Judgement:
 class Round:
     """One call: its inputs and what the reference answers."""
 
-    size: int
+    where: str
+    """Ends a sentence about the call: `for an input of size 17`."""
     arguments: tuple[np.ndarray, ...]
     expected: dict[str, np.ndarray]
-
-
-class Quiet:
-    """Lets any number of jobs work, or one be timed: a timing waits until nothing else runs."""
-
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._working = 0
-        self._timing = False
-
-    @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
-        """While something is built or checked."""
-        with self._condition:
-            self._condition.wait_for(lambda: not self._timing)
-            self._working += 1
-        try:
-            yield
-        finally:
-            self._leave()
-
-    @contextlib.contextmanager
-    def timing(self) -> Iterator[None]:
-        """From within `working`: alone on the machine, as far as this scorer goes."""
-        with self._condition:
-            self._working -= 1
-            self._condition.notify_all()
-            self._condition.wait_for(lambda: not self._timing and self._working == 0)
-            self._timing = True
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._timing = False
-                self._working += 1
-                self._condition.notify_all()
-
-    def _leave(self) -> None:
-        with self._condition:
-            self._working -= 1
-            self._condition.notify_all()
-
-
-@dataclass(slots=True)
-class Bench:
-    """What the judgements of one scorer share."""
-
-    sandbox: Sandbox
-    scratch: Path
-    settings: Settings
-    secret: int
-    """Decides sizes and inputs; unknown to the candidates."""
-    quiet: Quiet = field(default_factory=Quiet)
-    _count: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @contextlib.contextmanager
-    def folder(self) -> Iterator[Path]:
-        """A private folder, gone after the block."""
-        with self._lock:
-            self._count += 1
-            number = self._count
-        path = self.scratch / f"job-{number}"
-        path.mkdir()
-        try:
-            yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
+    moving_cpu_s: tuple[float, float] = (math.inf, math.inf)
+    """Processor time that a program may spend on its inputs and on its outputs around the call."""
+    is_timed: bool = True
 
 
 @dataclass(slots=True)
 class Reference:
     """A problem's sequential reference at work: right answers, and T*."""
 
-    problem: Problem
+    exercise: Exercise
     checks: tuple[Round, ...]
     timed: tuple[Round, ...]
     best_s: float
@@ -166,36 +69,60 @@ def reference(bench: Bench, problem: Problem) -> Reference:
     """
     generator = np.random.default_rng((bench.secret, zlib.crc32(problem.name.encode())))
     sizes = problem.sizes(generator)
-    timed_size = bench.settings.timing_size(problem)
-    wanted = [*sizes, *[timed_size] * bench.settings.repetitions]
-    inputs = [problem.arguments(size, generator) for size in wanted]
-    rounds, times_s = [], []
+    wanted = [*sizes, *[bench.settings.timing_size(problem)] * bench.settings.repetitions]
+    calls = [(*problem.arguments(size, generator).values(),) for size in wanted]
+    text = problem.unit(problem.prompt("serial"), problem.answer("serial"))
+    answers = trusted_answers(bench, problem, text, calls)
+    rounds = [
+        Round(
+            where=f"for an input of size {size}",
+            arguments=arguments,
+            expected=answer.outputs,
+            moving_cpu_s=(allowed(answer.moving_cpu_s[0]), allowed(answer.moving_cpu_s[1])),
+        )
+        for size, arguments, answer in zip(wanted, calls, answers, strict=True)
+    ]
+    checks = len(sizes)
+    return Reference(
+        exercise=problem,
+        checks=tuple(rounds[:checks]),
+        timed=tuple(rounds[checks:]),
+        best_s=min(answer.runtime_s for answer in answers[checks:]),
+    )
+
+
+def allowed(moving_cpu_s: float) -> float:
+    """Processor time of moving data that is not charged, where the reference took so long."""
+    return MOVING_S + MOVING_SHARE * moving_cpu_s
+
+
+def trusted_answers(
+    bench: Bench, exercise: Exercise, text: str, calls: Sequence[Sequence[np.ndarray]]
+) -> list[Answer]:
+    """What a sequential program of ours answers, alone on the machine.
+
+    Raises:
+        RuntimeError: where it does not build or ends early.
+    """
     with bench.folder() as folder:
-        text = _unit(problem.prompt("serial"), problem.answer("serial"))
-        outcome = _build(bench, problem, "serial", text, folder)
+        outcome = built(bench, exercise, "serial", text, folder)
         if outcome.code:
-            raise RuntimeError(f"the reference of {problem.name} does not build: {outcome.stderr}")
-        with bench.quiet.timing(), _launched(bench, folder, "serial", Launch()) as channel:
+            raise RuntimeError(f"the reference of {exercise.name} does not build: {outcome.stderr}")
+        # A busy machine must not fail what is known to end.
+        patient = replace(bench.settings, time_limit_s=PATIENCE * bench.settings.time_limit_s)
+        with (
+            bench.quiet.timing(),
+            launched(bench, folder, "serial", Launch(), settings=patient) as channel,
+        ):
             try:
                 channel.connect()
-                for size, drawn in zip(wanted, inputs, strict=True):
-                    answer = _call(channel, problem, [*drawn.values()])
-                    rounds.append(
-                        Round(size=size, arguments=(*drawn.values(),), expected=answer.outputs)
-                    )
-                    times_s.append(answer.runtime_s)
+                return [_call(channel, exercise, arguments) for arguments in calls]
             except EndedError:
                 ended = channel.process.finish()
                 raise RuntimeError(
-                    f"the reference of {problem.name} ended early: {ended.code} {ended.stderr}"
+                    f"the reference of {exercise.name} ended early: exit code {ended.code}, limit "
+                    f"{ended.limit}, {ended.elapsed_s:.0f} s: {ended.stderr}"
                 ) from None
-    checks = len(sizes)
-    return Reference(
-        problem=problem,
-        checks=tuple(rounds[:checks]),
-        timed=tuple(rounds[checks:]),
-        best_s=min(times_s[checks:]),
-    )
 
 
 def judge(bench: Bench, right: Reference, model: Model, prompt: str, body: str) -> Judgement:
@@ -213,14 +140,18 @@ def judge(bench: Bench, right: Reference, model: Model, prompt: str, body: str) 
     written = parallelism.in_text(body, model)
     if not body.strip():
         return _failed("no answer", "the answer is empty", built=False)
+    own = {"fourfold", *right.exercise.forbidden()}
+    if used := sorted(own & set(re.findall(r"\w+", parallelism.without_comments(body)))):
+        because = f"it names {', '.join(used)}, which belongs to the judge"
+        return _failed("cheat", because, built=False)
     with bench.folder() as folder:
-        outcome = _build(bench, right.problem, model, _unit(prompt, body), folder)
+        outcome = built(bench, right.exercise, model, right.exercise.unit(prompt, body), folder)
         if outcome.code or outcome.limit != "nothing":
             verdict, because = failures.of_build(outcome)
             return _failed(verdict, because, built=False, output=outcome.stderr)
         if not toolchain.runs_here(model):
             return replace(
-                _failed("not run", "it builds; running it needs a GPU", built=True),
+                _failed("compiled, not run", "it builds; running it needs a GPU", built=True),
                 proof=written.because,
             )
         judgement, evidence = _run_all(bench, right, model, folder)
@@ -254,24 +185,6 @@ def _failed(verdict: Verdict, because: str, *, built: bool, output: str = "") ->
         output=output[:KEPT_CHARACTERS],
         proof="",
     )
-
-
-def _unit(prompt: str, body: str) -> str:
-    """The translation unit: the body follows the brace that ends the prompt."""
-    return f"{prompt}\n{body}\n"
-
-
-def _build(bench: Bench, problem: Problem, model: Model, text: str, folder: Path) -> Outcome:
-    source, program = folder / "in", folder / "out"
-    source.mkdir()
-    program.mkdir()
-    suffix = "cpp" if toolchain.runs_here(model) else "cu"
-    (source / f"answer.{suffix}").write_text(text, encoding="utf-8", errors="replace")
-    if not toolchain.runs_here(model):
-        return toolchain.compile_kernel(bench.sandbox, model, source, program)
-    flavoured = toolchain.flavour(model)
-    kept = toolchain.prepare(flavoured, problem.driver(model), bench.sandbox)
-    return toolchain.compile_candidate(bench.sandbox, kept, source, program)
 
 
 def _run_all(
@@ -318,6 +231,18 @@ _SILENT = Evidence(
 )
 
 
+def _charged_s(answer: Answer, one: Round, launch: Launch) -> float:
+    """Seconds of the call, and what the program did around it beyond moving its data.
+
+    Ranks wait for one another by spinning, so that their processor time says nothing; there the wall time
+    around the call is charged (`Answer.around_s`).
+    """
+    if launch.ranks > 1:
+        return answer.runtime_s + answer.around_s
+    moved = zip(answer.moving_cpu_s, one.moving_cpu_s, strict=True)
+    return answer.runtime_s + sum(max(0.0, spent_s - free_s) for spent_s, free_s in moved)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Launched:
     verdict: Verdict
@@ -330,35 +255,33 @@ class _Launched:
 def _run_one(
     bench: Bench, right: Reference, model: Model, launch: Launch, folder: Path
 ) -> _Launched:
-    problem, size = right.problem, right.checks[-1].size
+    exercise, where = right.exercise, f"on {launch}, {right.checks[-1].where}"
     verdict: Verdict = "correct"
-    because, output, runtime_s, evidence = "", "", math.nan, _SILENT
+    because, output, runtime_s, evidence = "", "", math.inf, _SILENT
     ran = True
-    with _launched(bench, folder, model, launch) as channel:
+    with launched(bench, folder, model, launch, settings=bench.settings) as channel:
         try:
             channel.connect()
-            for one in reversed(
-                right.checks
-            ):  # the largest first: the smallest is the special case
-                size = one.size
-                answer = _call(channel, problem, one.arguments)
-                verdict, because = failures.of_answer(
-                    problem, answer.outputs, one.expected, launch, size
-                )
+            # The largest first: the smallest is the special case.
+            for one in reversed(right.checks):
+                where = f"on {launch}, {one.where}"
+                answer = _call(channel, exercise, one.arguments)
+                verdict, because = failures.of_answer(exercise, answer.outputs, one.expected, where)
                 if verdict != "correct":
                     break
             else:
                 with bench.quiet.timing():
                     for one in right.timed:
-                        size = one.size
-                        answer = _call(channel, problem, one.arguments)
+                        where = f"on {launch}, {one.where}"
+                        answer = _call(channel, exercise, one.arguments)
                         verdict, because = failures.of_answer(
-                            problem, answer.outputs, one.expected, launch, size
+                            exercise, answer.outputs, one.expected, where
                         )
                         if verdict != "correct":
                             break
-                        if math.isnan(runtime_s) or answer.runtime_s < runtime_s:
-                            runtime_s = answer.runtime_s
+                        if not one.is_timed:
+                            continue
+                        runtime_s = min(_charged_s(answer, one, launch), runtime_s)
                         if answer.evidence.region_cpu_s >= evidence.region_cpu_s:
                             evidence = answer.evidence
             channel.quit()
@@ -367,7 +290,7 @@ def _run_one(
             ended = channel.process.finish()
             ran = False
             verdict, because = failures.of_run(
-                ended, launch, size, patience_s=bench.settings.time_limit_s
+                ended, launch, where, patience_s=bench.settings.time_limit_s
             )
             output = ended.stderr
         except ForgedError as error:
@@ -383,60 +306,8 @@ def _run_one(
     )
 
 
-def _call(channel: Channel, problem: Problem, arguments: Sequence[np.ndarray]) -> Answer:
-    return channel.call(arguments, problem.signature.parameters, problem.signature.outputs)
-
-
-@contextlib.contextmanager
-def _launched(bench: Bench, folder: Path, model: Model, launch: Launch) -> Iterator[Channel]:
-    with bench.folder() as own:
-        job = _job(bench.settings, folder / "out", model, launch)
-        with opened(bench.sandbox, job, own, patience_s=bench.settings.time_limit_s) as channel:
-            yield channel
-
-
-_OPEN_MPI = (
-    ("OMPI_MCA_btl", "self,vader"),
-    ("OMPI_MCA_btl_vader_backing_directory", "/tmp"),  # noqa: S108 - the job's own
-    ("OMPI_MCA_btl_vader_single_copy_mechanism", "none"),
-    ("OMPI_MCA_orte_tmpdir_base", "/tmp"),  # noqa: S108
-    ("OMPI_MCA_plm_rsh_agent", "false"),
-    ("OMPI_ALLOW_RUN_AS_ROOT", "1"),
-    ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"),
-)
-"""One machine, no network, no remote shell. Root is the case only where there is no sandbox."""
-
-
-def _job(settings: Settings, program: Path, model: Model, launch: Launch) -> Job:
-    command = ("/job/answer",)
-    if model in ("mpi", "mpi+omp"):
-        command = (
-            "mpirun",
-            "--oversubscribe",
-            "--bind-to",
-            "none",
-            "-n",
-            str(launch.ranks),
-            *command,
-        )
-    return Job(
-        command=command,
-        mounts=(Mount(source=program, target="/job"),),
-        limits=Limits(
-            wall_s=12 * settings.time_limit_s,
-            cpu_s=math.ceil(2 * settings.time_limit_s * launch.threads),
-            memory_bytes=settings.memory_bytes,
-            processes=64 + 4 * launch.processors,
-            file_bytes=64 << 20,
-        ),
-        environment=(
-            ("OMP_NUM_THREADS", str(launch.threads)),
-            ("OMP_DYNAMIC", "false"),
-            # A thread that waits by spinning looks like one that works.
-            ("OMP_WAIT_POLICY", "passive"),
-            *_OPEN_MPI,
-        ),
-    )
+def _call(channel: Channel, exercise: Exercise, arguments: Sequence[np.ndarray]) -> Answer:
+    return channel.call(arguments, exercise.signature.parameters, exercise.signature.outputs)
 
 
 _RACE = re.compile(r"^fourfold-race (write|read) 0x([0-9a-f]+) 0x([0-9a-f]+)$", re.MULTILINE)
@@ -446,13 +317,13 @@ def _without_races(
     bench: Bench, right: Reference, prompt: str, body: str, judgement: Judgement
 ) -> Judgement:
     """The judgement, or "race" where the checker saw two threads at one address."""
-    text = _unit(prompt, body)
+    text = right.exercise.unit(prompt, body)
     with bench.folder() as folder:
         source, program = folder / "in", folder / "out"
         source.mkdir()
         program.mkdir()
         (source / "answer.cpp").write_text(text, encoding="utf-8", errors="replace")
-        kept = toolchain.prepare(toolchain.racing(), right.problem.driver("omp"), bench.sandbox)
+        kept = toolchain.prepare(toolchain.racing(), right.exercise.driver("omp"), bench.sandbox)
         if toolchain.compile_candidate(bench.sandbox, kept, source, program).code:
             return judgement
         found = _RACE.search(_watched(bench, right, folder))
@@ -460,7 +331,8 @@ def _without_races(
             return judgement
         kind, *addresses = found.groups()
         numbers = [toolchain.source_line(bench.sandbox, program, one) for one in addresses]
-        lines = [" ".join(text.splitlines()[number - 1].split()) for number in numbers if number]
+        written = text.rpartition(ANSWER_BEGINS)[2].splitlines()
+        lines = [" ".join(written[number - 1].split()) for number in numbers if number]
         shown = " and ".join(f"`{line}`" for line in dict.fromkeys(lines))
     act = (
         "two threads write one address" if kind == "write" else "a thread reads what another writes"
@@ -482,10 +354,10 @@ def _without_races(
 def _watched(bench: Bench, right: Reference, folder: Path) -> str:
     """What the checker wrote while the program answered a small input; nothing if it did not get there."""
     one = right.checks[-1]
-    with _launched(bench, folder, "omp", Launch(threads=2)) as channel:
+    with launched(bench, folder, "omp", Launch(threads=2), settings=bench.settings) as channel:
         try:
             channel.connect()
-            _call(channel, right.problem, one.arguments)
+            _call(channel, right.exercise, one.arguments)
             channel.quit()
         except (EndedError, ForgedError):
             return ""

@@ -36,8 +36,16 @@ class Score:
     """Parallel models to score, separated by commas; the others of the file are left alone."""
     out: Path = Path("scores")
     """Folder for verdicts, results, metrics and report.html; a scoring that was killed goes on in it."""
+    pareval: Path | None = None
+    """A checkout of ParEval, whose problems are used instead of the built-in ones."""
+    problem_sizes: Path | None = None
+    """With --pareval: another file of sizes than the checkout's drivers/problem-sizes.json."""
     k: tuple[int, ...] = (1,)
     """k of build@k, pass@k, speedup_n@k."""
+    threads: tuple[int, ...] = (1, 2, 4)
+    """OpenMP answers are run on each of these."""
+    ranks: tuple[int, ...] = (1, 2, 3)
+    """MPI answers are run on each of these; three divide few sizes."""
     jobs: int = 2
     """Answers built and checked at once; timing is always done alone."""
     time_limit_s: float = 10.0
@@ -66,6 +74,14 @@ class MakeData:
     """OpenAI-compatible endpoint of the teacher, up to /v1."""
     teacher: str = ""
     """Model that writes the answers: the endpoint's, or a hub id or folder; empty for templates."""
+    key_file: str = ""
+    """File with the key that the endpoint wants."""
+    most_taught: int = 100_000
+    """Budget: answers that the teacher may be asked for, over all runs into the folder."""
+    most_tokens: int = 10_000_000
+    """Budget: tokens of an endpoint's requests and answers."""
+    price: float = 0.0
+    """Of a million of the endpoint's tokens, in any currency: shown multiplied."""
     seed: int = 0
     """Order of the tasks."""
     trees: tuple[str, ...] = ()
@@ -110,9 +126,13 @@ class Generate:
     """`built-in`, or a JSON file of ParEval's prompt records."""
     models: str = "serial,omp,mpi"
     """Parallel models to ask for."""
+    only: str = ""
+    """Only prompts of problems whose name holds this, such as `transform` or `27_`."""
     out: Path = Path("outputs.json")
     url: str = ""
     """OpenAI-compatible endpoint, such as vLLM's, up to /v1; empty for transformers on this machine."""
+    key_file: str = ""
+    """File with the key that the endpoint wants."""
     chat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Wrap each prompt in the tokenizer's chat template (endpoints always do)."""
     samples: int = 1

@@ -88,8 +88,8 @@ def _question(entry: object) -> Question:
             f"parallelism_model={entry['parallelism_model']!r} is none of {', '.join(MODELS)}"
         )
     outputs = entry["outputs"]
-    if isinstance(outputs, list) and all(isinstance(one, dict) for one in outputs) and outputs:
-        outputs = [one.get("generated_output") for one in outputs]
+    if isinstance(outputs, list):  # a driver's results hold their outputs
+        outputs = [one.get("generated_output") if isinstance(one, dict) else one for one in outputs]
     if not isinstance(outputs, list) or not all(isinstance(one, str) for one in outputs):
         raise ValueError("its outputs are not a list of texts; give function bodies")
     if not outputs:

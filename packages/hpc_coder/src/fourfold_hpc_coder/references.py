@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from fourfold_hpc_coder import toolchain
 from fourfold_hpc_coder.evaluation import Launch, Model
-from fourfold_hpc_coder.judge import Bench, Settings, judge, reference
+from fourfold_hpc_coder.judge import judge, reference
 from fourfold_hpc_coder.problems import own_problems
 from fourfold_hpc_coder.sandbox import find_sandbox, scratch_folder
+from fourfold_hpc_coder.workbench import Bench, Settings
 from fourfold_parallel.run.experiments import Workplace
 from fourfold_parallel.run.records import RecordWriter, header
 

@@ -12,14 +12,20 @@ import jinja2
 
 from fourfold_hpc_coder import score
 from fourfold_hpc_coder.evaluation import Launch
-from fourfold_hpc_coder.judge import Judgement, Settings
+from fourfold_hpc_coder.judge import Judgement
 from fourfold_hpc_coder.pareval import Fields
 from fourfold_hpc_coder.problems import own_problems
 from fourfold_hpc_coder.score import Judged, Scored
+from fourfold_hpc_coder.workbench import Settings
 from fourfold_parallel.run.files import write_text
 
 GOOD, POOR, BAD = "good", "poor", "bad"
-_TONE: Mapping[str, str] = {"correct": GOOD, "not parallel": POOR, "race": POOR, "not run": POOR}
+_TONE: Mapping[str, str] = {
+    "correct": GOOD,
+    "not parallel": POOR,
+    "race": POOR,
+    "compiled, not run": POOR,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

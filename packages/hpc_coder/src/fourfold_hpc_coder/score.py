@@ -11,21 +11,17 @@ import json
 import logging
 import math
 import os
-import secrets
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
 from fourfold_hpc_coder import pareval, published, toolchain
+from fourfold_hpc_coder.checkout import HOPELESS, Borrowed, borrowed_reference
 from fourfold_hpc_coder.evaluation import (
-    Launch,
     Model,
     Prompt,
-    Run,
-    Sample,
     build_at_k,
     conditional_speedup_at_1,
     efficiency_at_k,
@@ -33,17 +29,25 @@ from fourfold_hpc_coder.evaluation import (
     speedup_at_k,
     speedup_max_at_k,
 )
-from fourfold_hpc_coder.judge import Bench, Judgement, Reference, Settings, judge, reference
+from fourfold_hpc_coder.journal import Journal, cached, keep
+from fourfold_hpc_coder.judge import Judgement, Reference, judge, reference
 from fourfold_hpc_coder.pareval import Fields, Question
 from fourfold_hpc_coder.problems import Problem, find_problem
 from fourfold_hpc_coder.sandbox import Sandbox, scratch_folder
-from fourfold_parallel.run.files import cache_folder, write_text
+from fourfold_hpc_coder.workbench import Bench, Settings
+from fourfold_parallel.run.files import write_text
 from fourfold_parallel.run.progress import Progress
 from fourfold_parallel.run.values import digest
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+Asked = Problem | Borrowed
+"""A problem of this package, or of a checkout of ParEval."""
+
+
+def built_in(question: Question) -> Problem:
+    """This package's problem of the question's name."""
+    return find_problem(question.name, question.prompt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +65,8 @@ class Plan:
     ks: tuple[int, ...]
     is_cached: bool
     """Whether verdicts of equal answers in earlier scorings are used."""
+    find: Callable[[Question], Asked] = built_in
+    """The problem that a question is about; ValueError where there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +105,7 @@ class _Task:
     """One distinct answer, and every place of the file where it stands."""
 
     question: Question
-    problem: Problem
+    problem: Asked
     body: str
     key: str
     places: tuple[tuple[int, int], ...]
@@ -113,17 +119,17 @@ def score(plan: Plan, progress: Progress) -> Scored:
             in the file can be scored.
     """
     questions, problems = pareval.read_outputs(plan.outputs)
-    kept, left_out = _scorable(questions, plan.models)
+    kept, left_out = _scorable(questions, plan)
     problems = (*problems, *left_out)
     if not kept:
         reasons = "; ".join(f"{one.place}: {one.because}" for one in problems[:3])
         raise ValueError(f"nothing in {plan.outputs} can be scored. {reasons or 'It is empty'}")
     tasks = _tasks(kept, plan.settings)
-    with _Journal(plan) as journal, scratch_folder() as scratch:
+    with Journal(plan.outputs, plan.folder) as journal, scratch_folder() as scratch:
         found = {task.key: held for task in tasks if (held := journal.held.get(task.key))}
         if plan.is_cached:
             for task in tasks:
-                if task.key not in found and (held := _cached(task.key)):
+                if task.key not in found and (held := cached(task.key)):
                     found[task.key] = held
                     journal.write(task.key, held)
         answers = sum(len(question.outputs) for question, _ in kept)
@@ -147,10 +153,15 @@ def score(plan: Plan, progress: Progress) -> Scored:
         )
         if all(key in found for key in keys)
     )
+    borrowed = {q.name for q, one in kept if isinstance(one, Borrowed) and q.model != "cuda"}
+    hopeless = [
+        f"no answer to {name} passes with ParEval's driver: {HOPELESS[name]}"
+        for name in sorted(borrowed & {*HOPELESS})
+    ]
     scored = Scored(
         judged=judged,
         problems=(*problems, *failed),
-        notes=_notes(judged, plan.ks),
+        notes=(*_notes(judged, plan.ks), *hopeless),
         reused=answers - len(fresh),
     )
     write_results(scored, plan.folder, plan.ks, plan.settings)
@@ -158,16 +169,16 @@ def score(plan: Plan, progress: Progress) -> Scored:
 
 
 def _scorable(
-    questions: Sequence[Question], models: Sequence[Model]
-) -> tuple[list[tuple[Question, Problem]], list[pareval.Problem]]:
+    questions: Sequence[Question], plan: Plan
+) -> tuple[list[tuple[Question, Asked]], list[pareval.Problem]]:
     kept, left_out = [], []
-    absent = {model: toolchain.missing(model) for model in models}
+    absent = {model: toolchain.missing(model) for model in plan.models}
     for question in questions:
         place = f"{question.name} ({question.model})"
-        if question.model not in models:
+        if question.model not in plan.models:
             continue
         try:
-            problem = find_problem(question.name, question.prompt)
+            problem = plan.find(question)
         except ValueError as error:
             left_out.append(pareval.Problem(place=place, because=str(error)))
             continue
@@ -178,7 +189,7 @@ def _scorable(
     return kept, left_out
 
 
-def _tasks(kept: Sequence[tuple[Question, Problem]], settings: Settings) -> list[_Task]:
+def _tasks(kept: Sequence[tuple[Question, Asked]], settings: Settings) -> list[_Task]:
     """Distinct answers, those to one problem together."""
     found: dict[str, _Task] = {}
     for entry, (question, problem) in enumerate(kept):
@@ -196,6 +207,8 @@ def _machinery() -> str:
     whole = hashlib.sha256()
     package = importlib.resources.files("fourfold_hpc_coder")
     names = (
+        "checkout.py",
+        "workbench.py",
         "judge.py",
         "channel.py",
         "parallelism.py",
@@ -216,11 +229,11 @@ def _identity(model: Model) -> str:
     return toolchain.identity(model)
 
 
-def _key(question: Question, problem: Problem, body: str, settings: Settings) -> str:
+def _key(question: Question, problem: Asked, body: str, settings: Settings) -> str:
     return answer_key(problem, question.model, question.prompt, body, settings)
 
 
-def answer_key(problem: Problem, model: Model, prompt: str, body: str, settings: Settings) -> str:
+def answer_key(problem: Asked, model: Model, prompt: str, body: str, settings: Settings) -> str:
     """Equal keys are equal verdicts, on one machine."""
     facts = (
         _machinery(),
@@ -236,7 +249,7 @@ def answer_key(problem: Problem, model: Model, prompt: str, body: str, settings:
 
 
 def equal_answers(
-    problem: Problem,
+    problem: Asked,
     model: Model,
     prompt: str,
     body: str,
@@ -245,10 +258,10 @@ def equal_answers(
 ) -> Judgement:
     """The verdict of an equal answer from the cache, or a fresh one, which is kept."""
     key = answer_key(problem, model, prompt, body, settings)
-    held = _cached(key)
+    held = cached(key)
     if held is None:
         held = fresh(body)
-        _keep(key, held)
+        keep(key, held)
     return held
 
 
@@ -256,7 +269,7 @@ def _judge_all(
     bench: Bench,
     waiting: Sequence[_Task],
     plan: Plan,
-    journal: "_Journal",
+    journal: Journal,
     progress: Progress,
     answers: int,
 ) -> tuple[dict[str, Judgement], list[pareval.Problem]]:
@@ -265,13 +278,16 @@ def _judge_all(
     failed: list[pareval.Problem] = []
     groups: dict[str, list[_Task]] = {}
     for task in waiting:
-        groups.setdefault(task.problem.name, []).append(task)
+        place = task.problem.name
+        if isinstance(task.problem, Borrowed):
+            place += f" ({task.question.model})"
+        groups.setdefault(place, []).append(task)
 
     def one(task: _Task, right: Reference) -> None:
         with bench.quiet.working():
             judgement = judge(bench, right, task.question.model, task.question.prompt, task.body)
         journal.write(task.key, judgement)
-        _keep(task.key, judgement)
+        keep(task.key, judgement)
         found[task.key] = judgement
         note = f"{task.problem.name} {task.question.model}: {judgement.verdict}"
         progress(answers - len(waiting) + len(found), answers, note)
@@ -280,7 +296,7 @@ def _judge_all(
         for name, tasks in groups.items():
             try:
                 with bench.quiet.working():
-                    right = reference(bench, tasks[0].problem)
+                    right = _reference(bench, tasks[0])
             except RuntimeError as error:
                 failed.append(pareval.Problem(place=name, because=str(error)[:500]))
                 continue
@@ -289,127 +305,10 @@ def _judge_all(
     return found, failed
 
 
-class _Journal:
-    """Append-only verdicts of one scoring; its first line says of what."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.path = plan.folder / "verdicts.jsonl"
-        self.held: dict[str, Judgement] = {}
-        self._lock = threading.Lock()
-        self._of = hashlib.sha256(plan.outputs.read_bytes()).hexdigest()
-        self.secret = secrets.randbits(63)
-        whole = self._read(plan.outputs) if self.path.exists() else b""
-        plan.folder.mkdir(parents=True, exist_ok=True)
-        self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.ftruncate(self._handle, len(whole))
-        if not whole:
-            self._append({"schema": SCHEMA, "outputs_sha256": self._of, "secret": self.secret})
-
-    def _read(self, outputs: Path) -> bytes:
-        """Take the lines that are whole; refuse the journal of another file."""
-        content = self.path.read_bytes()
-        content = content[: content.rfind(b"\n") + 1]
-        lines = [json.loads(line) for line in content.splitlines()]
-        if not lines:
-            return b""
-        if lines[0].get("outputs_sha256") != self._of or lines[0].get("schema") != SCHEMA:
-            raise ValueError(
-                f"{self.path.parent} holds the scores of another file than {outputs}; "
-                "name another folder with --out, or remove that one"
-            )
-        self.secret = lines[0]["secret"]
-        self.held = {line["key"]: judgement_of(line) for line in lines[1:]}
-        return content
-
-    def write(self, key: str, judgement: Judgement) -> None:
-        """Append a verdict."""
-        with self._lock:
-            self._append({"key": key, **judgement_fields(judgement)})
-
-    def _append(self, fields: Fields) -> None:
-        os.write(self._handle, (json.dumps(fields) + "\n").encode())
-
-    def __enter__(self) -> "_Journal":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.fsync(self._handle)
-        os.close(self._handle)
-
-
-def judgement_fields(judgement: Judgement) -> Fields:
-    """A judgement as plain JSON; what is not a number is null."""
-    sample = judgement.sample
-    return {
-        "verdict": judgement.verdict,
-        "because": judgement.because,
-        "proof": judgement.proof,
-        "output": judgement.output,
-        "built": sample.built,
-        "parallel": sample.parallel,
-        "best_sequential_s": _null(sample.best_sequential_s),
-        "runs": [
-            {
-                "ranks": run.launch.ranks,
-                "threads": run.launch.threads,
-                "ran": run.ran,
-                "valid": run.valid,
-                "runtime_s": _null(run.runtime_s),
-            }
-            for run in sample.runs
-        ],
-    }
-
-
-def judgement_of(fields: Fields) -> Judgement:
-    """The judgement that `judgement_fields` wrote."""
-    runs = tuple(
-        Run(
-            launch=Launch(ranks=run["ranks"], threads=run["threads"]),
-            ran=run["ran"],
-            valid=run["valid"],
-            runtime_s=_nan(run["runtime_s"]),
-        )
-        for run in fields["runs"]
-    )
-    sample = Sample(
-        built=fields["built"],
-        parallel=fields["parallel"],
-        runs=runs,
-        best_sequential_s=_nan(fields["best_sequential_s"]),
-    )
-    return Judgement(
-        verdict=fields["verdict"],
-        because=fields["because"],
-        sample=sample,
-        output=fields["output"],
-        proof=fields["proof"],
-    )
-
-
-def _null(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _nan(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _cache_file(key: str) -> Path:
-    return cache_folder() / "hpc_coder" / "verdicts" / key[:2] / f"{key}.json"
-
-
-def _cached(key: str) -> Judgement | None:
-    try:
-        return judgement_of(json.loads(_cache_file(key).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def _keep(key: str, judgement: Judgement) -> None:
-    # A limit that was hit on a busy machine need not be hit again.
-    if judgement.verdict != "timeout":
-        write_text(_cache_file(key), json.dumps(judgement_fields(judgement)))
+def _reference(bench: Bench, task: _Task) -> Reference:
+    if isinstance(task.problem, Borrowed):
+        return borrowed_reference(bench, task.problem, task.question.prompt)
+    return reference(bench, task.problem)
 
 
 def _notes(judged: Iterable[Judged], ks: Sequence[int]) -> tuple[str, ...]:
@@ -448,6 +347,10 @@ def metrics(judged: Sequence[Judged], ks: Sequence[int], settings: Settings) -> 
             row[f"speedup_max@{k}"] = speedup_max_at_k(group, k)
             row[f"efficiency_n@{k}"] = efficiency_at_k(group, k, launch=launch)
         row["speedup_n of samples that count"] = conditional_speedup_at_1(group, launch=launch)
+        if not toolchain.runs_here(model):  # what was never run is not wrong
+            row |= {
+                key: math.nan for key in row if key.startswith(("pass", "speedup", "efficiency"))
+            }
         rows.append(row)
     return rows
 
@@ -497,12 +400,6 @@ def write_results(
     for name, text in texts.items():
         write_text(folder / name, text)
     return {name: folder / name for name in texts}
-
-
-def with_launches(settings: Settings, chosen: Mapping[Model, tuple[Launch, ...]]) -> Settings:
-    """Settings with other launches for some models."""
-    launches: dict[Model, tuple[Launch, ...]] = {**dict(settings.launches), **chosen}
-    return replace(settings, launches=tuple(launches.items()))
 
 
 def counts(scored: Scored) -> dict[str, dict[str, int]]:

@@ -6,6 +6,8 @@ Samples that were refused are kept beside the others with their verdict: the acc
 
 import hashlib
 import importlib.resources
+import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,14 +22,16 @@ from fourfold_hpc_coder.instruct.samples import Category, Sample, read_samples, 
 from fourfold_hpc_coder.instruct.teachers import Teacher, Templates, shuffled_tasks, split
 from fourfold_hpc_coder.instruct.verify import bench, verify
 from fourfold_hpc_coder.problems import own_problems
-from fourfold_parallel.run.files import cache_folder
+from fourfold_parallel.run.files import cache_folder, write_text
 from fourfold_parallel.run.progress import Progress, silent
-from fourfold_parallel.run.values import digest
+from fourfold_parallel.run.values import digest, to_json
 
 HELD_OUT_EVERY = 6
 """One task in six is never taught."""
 BATCH = 16
-"""Samples judged between two savings."""
+"""Samples taught between two savings."""
+DUPLICATE = "duplicate"
+"""Verdict on a sample that is too much like an earlier one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +61,16 @@ class Instructions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What a teacher may be asked for, over all runs of a recipe; what is made by then is kept."""
+
+    taught: float = math.inf
+    """Answers."""
+    tokens: float = math.inf
+    """Of an endpoint's requests and answers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
     """What a recipe gave."""
 
@@ -74,25 +88,46 @@ class Made:
         return dict(sorted(Counter(one.verdict for one in self.refused).items()))
 
 
-def make(recipe: Instructions, *, progress: Progress = silent, folder: Path | None = None) -> Made:
+def make(
+    recipe: Instructions,
+    *,
+    progress: Progress = silent,
+    folder: Path | None = None,
+    budget: Budget = Budget(),
+) -> Made:
     """The samples of a recipe, from the cache where it was made before; goes on where it was stopped.
 
     Args:
         recipe: what to make.
         progress: told after each batch.
         folder: where the JSONL files are kept; the package's cache by default.
+        budget: ends the teaching before the recipe is full.
 
     Raises:
-        ValueError: where the grammar has too few tasks for the recipe, or nothing on this machine can verify.
+        ValueError: where the grammar has too few tasks for the recipe, nothing on this machine can verify, or
+            the folder holds the samples of another recipe.
     """
     key = hashlib.sha256(f"{makers()} {digest(recipe)}".encode()).hexdigest()[:24]
     folder = folder or cache_folder() / "hpc_coder" / "data" / key
+    _claim(folder, replace(recipe, samples=1))
     kept_file, refused_file = folder / "samples.jsonl", folder / "refused.jsonl"
     kept = [*read_samples(kept_file)] if kept_file.exists() else []
     refused = [*read_samples(refused_file)] if refused_file.exists() else []
     if len(kept) < recipe.samples:
-        _extend(recipe, kept, refused, progress, (kept_file, refused_file))
+        _extend(recipe, kept, refused, progress, (kept_file, refused_file), budget)
     return Made(samples=tuple(kept), refused=tuple(refused))
+
+
+def _claim(folder: Path, recipe: Instructions) -> None:
+    """Mark a folder as a recipe's, of whatever number of samples; refuse another's."""
+    mark = folder / "recipe.json"
+    text = json.dumps(to_json(recipe), indent=1) + "\n"
+    if mark.exists() and mark.read_text(encoding="utf-8") != text:
+        raise ValueError(
+            f"{folder} holds the samples of other options (see {mark.name} in it); "
+            "name another folder, or repeat its options"
+        )
+    write_text(mark, text)
 
 
 @cache
@@ -110,14 +145,30 @@ def _extend(
     refused: list[Sample],
     progress: Progress,
     files: tuple[Path, Path],
+    budget: Budget,
 ) -> None:
-    """Teach, screen, verify; both lists and both files grow batch by batch."""
-    seen = Seen.of([one.instruction + one.answer for one in kept])
+    """Teach, screen, verify; both lists grow, and both files with them, also when something fails."""
+    judged = [one for one in refused if one.verdict != DUPLICATE]
+    seen = Seen.of([one.instruction + one.answer for one in (*kept, *judged)])
     screen = Screen.of(benchmark_prompts())
     plan = _plan(recipe)
+    taught, tokens = (
+        len(kept) + len(refused),
+        sum(one.provenance.tokens for one in (*kept, *refused)),
+    )
+
+    def save() -> None:
+        write_samples(files[1], refused)
+        write_samples(files[0], kept)
+
     with bench() as workbench:
-        for first in range(len(kept) + len(refused), len(plan), BATCH):
-            for task, model, category in plan[first : first + BATCH]:
+        try:
+            while (
+                len(kept) < recipe.samples
+                and taught < min(len(plan), budget.taught)
+                and tokens < budget.tokens
+            ):
+                task, model, category = plan[taught]
                 sample = recipe.teacher.teach(task, model, category)
                 reason = _refusal(sample, seen, screen)
                 if not reason and recipe.verified:
@@ -129,17 +180,19 @@ def _extend(
                     refused.append(replace(sample, verdict=reason))
                 else:
                     kept.append(sample)
-                if len(kept) == recipe.samples:
-                    break
-            write_samples(files[1], refused)
-            write_samples(files[0], kept)
-            progress(len(kept), recipe.samples, f"{len(refused)} refused")
-            if len(kept) == recipe.samples:
-                return
-    raise ValueError(
-        f"the grammar gave {len(kept)} samples where {recipe.samples} were asked for; "
-        "ask for fewer, or for more models or categories"
-    )
+                taught += 1
+                tokens += sample.provenance.tokens
+                if taught % BATCH == 0:
+                    save()
+                bought = f", {tokens} tokens" if tokens else ""
+                progress(len(kept), recipe.samples, f"{len(refused)} refused{bought}")
+        finally:
+            save()
+    if len(kept) < recipe.samples and taught == len(plan):
+        raise ValueError(
+            f"the grammar gave {len(kept)} samples where {recipe.samples} were asked for; "
+            "ask for fewer, or for more models or categories"
+        )
 
 
 def _plan(recipe: Instructions) -> list[tuple[Task, Model, Category]]:
@@ -157,7 +210,7 @@ def _plan(recipe: Instructions) -> list[tuple[Task, Model, Category]]:
 
 def _refusal(sample: Sample, seen: Seen, screen: Screen) -> str:
     if not seen.add(sample.instruction + sample.answer):
-        return "duplicate"
+        return DUPLICATE
     hit = screen.hit(sample.instruction)
     return f"contaminated: {hit}" if hit else ""
 

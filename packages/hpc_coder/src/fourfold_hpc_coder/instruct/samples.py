@@ -25,6 +25,8 @@ class Provenance:
     seed_origin: str
     """Package, path and lines of the real source it was made from; empty for none."""
     licence: str
+    tokens: int = 0
+    """Of the request and its answer, as the endpoint counted them; 0 for what costs nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

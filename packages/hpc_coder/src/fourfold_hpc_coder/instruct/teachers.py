@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -16,6 +17,12 @@ from fourfold_hpc_coder.instruct.samples import Category, Provenance, Sample
 
 if TYPE_CHECKING:
     from fourfold_hpc_coder.generate import Local
+
+
+FUNCTION_ONLY = (
+    "Complete this C++ function. Reply with one code block that holds the whole function.\n"
+)
+"""Put before a prompt for models that chat."""
 
 
 class Teacher(Protocol):
@@ -113,7 +120,8 @@ class Endpoint:
     url: str
     """Up to and including `/v1`."""
     model_name: str
-    key: str = ""
+    key_file: str = ""
+    """Holds the key that the server wants; empty for none."""
     temperature: float = 0.2
     max_new_tokens: int = 512
     timeout_s: float = 120.0
@@ -126,9 +134,7 @@ class Endpoint:
     def teach(self, task: Task, model: Model, category: Category) -> Sample:
         """Ask for a function's body."""
         asked = instruction(task, model, category)
-        text = self.complete(
-            f"Complete this C++ function. Reply with one code block that holds the whole function.\n{asked}"
-        )
+        text, tokens = self._request(FUNCTION_ONLY + asked)
         from fourfold_hpc_coder.generate import body_of
 
         return Sample(
@@ -137,25 +143,25 @@ class Endpoint:
             instruction=asked,
             answer=body_of(text, asked),
             provenance=Provenance(
-                teacher=self.name, task=task.name, seed_origin="", licence="see the model's terms"
+                teacher=self.name,
+                task=task.name,
+                seed_origin="",
+                licence="see the model's terms",
+                tokens=tokens,
             ),
             verdict="not judged",
         )
 
-    def complete(self, prompt: str) -> str:
-        """One completion of a chat of one message.
+    def complete_many(self, prompts: Sequence[str]) -> list[str]:
+        """Completions of functions, one chat of one message each.
 
         Raises:
-            OSError: where the server cannot be reached.
-            ValueError: where it answers with something else than a completion.
+            ValueError: where the server cannot be reached, or answers with something else than a completion.
         """
-        return self.complete_many([prompt])[0]
+        return [self._request(FUNCTION_ONLY + prompt)[0] for prompt in prompts]
 
-    def complete_many(self, prompts: Sequence[str]) -> list[str]:
-        """Completions, one request each."""
-        return [self._request(prompt) for prompt in prompts]
-
-    def _request(self, prompt: str) -> str:
+    def _request(self, prompt: str) -> tuple[str, int]:
+        """The words, and how many tokens the exchange took."""
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url={self.url!r} is no http address; give one that ends in /v1")
         body: dict[str, Any] = {
@@ -164,16 +170,23 @@ class Endpoint:
             "temperature": self.temperature,
             "max_tokens": self.max_new_tokens,
         }
+        key = Path(self.key_file).read_text(encoding="utf-8").strip() if self.key_file else ""
         request = urllib.request.Request(  # noqa: S310 - checked above
             f"{self.url.rstrip('/')}/chat/completions",
             data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"},
+            headers={"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
         )
-        with urllib.request.urlopen(request, timeout=self.timeout_s) as reply:  # noqa: S310
-            answer = json.loads(reply.read())
         try:
-            return str(answer["choices"][0]["message"]["content"])
-        except (KeyError, IndexError, TypeError):
+            with urllib.request.urlopen(request, timeout=self.timeout_s) as reply:  # noqa: S310
+                answer = json.loads(reply.read())
+        except OSError as error:
+            raise ValueError(
+                f"{self.url} gave no answer ({error}); when it does, the same command goes on from here"
+            ) from None
+        try:
+            text = str(answer["choices"][0]["message"]["content"])
+            return text, int(answer.get("usage", {}).get("total_tokens", 0))
+        except (KeyError, IndexError, TypeError, AttributeError):
             raise ValueError(
                 f"{self.url} answered {str(answer)[:200]}, which is no completion"
             ) from None

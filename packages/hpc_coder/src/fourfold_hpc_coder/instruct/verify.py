@@ -8,9 +8,10 @@ import numpy as np
 
 from fourfold_hpc_coder.evaluation import Launch, Model
 from fourfold_hpc_coder.instruct.grammar import Task
-from fourfold_hpc_coder.judge import Bench, Judgement, Reference, Round, Settings, judge
+from fourfold_hpc_coder.judge import Judgement, Reference, Round, judge
 from fourfold_hpc_coder.sandbox import find_sandbox, scratch_folder
 from fourfold_hpc_coder.score import equal_answers
+from fourfold_hpc_coder.workbench import Bench, Settings
 
 CHECKED_ON: tuple[tuple[Model, tuple[Launch, ...]], ...] = (
     ("serial", (Launch(),)),
@@ -40,9 +41,15 @@ def oracle(task: Task, secret: int) -> Reference:
     rounds = []
     for size in (*problem.sizes(generator), problem.timing_size):
         drawn = problem.arguments(size, generator)
-        rounds.append(Round(size=size, arguments=(*drawn.values(),), expected=task.expected(drawn)))
+        rounds.append(
+            Round(
+                where=f"for an input of size {size}",
+                arguments=(*drawn.values(),),
+                expected=task.expected(drawn),
+            )
+        )
     return Reference(
-        problem=problem, checks=tuple(rounds[:-1]), timed=tuple(rounds[-1:]), best_s=float("nan")
+        exercise=problem, checks=tuple(rounds[:-1]), timed=tuple(rounds[-1:]), best_s=float("nan")
     )
 
 
@@ -59,12 +66,12 @@ def verify(
         answers: function bodies.
     """
     right = oracle(task, workbench.secret)
+    problem = task.problem()
 
     def fresh(body: str) -> Judgement:
         with workbench.quiet.working():
             return judge(workbench, right, model, prompt, body)
 
     return [
-        equal_answers(right.problem, model, prompt, body, workbench.settings, fresh)
-        for body in answers
+        equal_answers(problem, model, prompt, body, workbench.settings, fresh) for body in answers
     ]

@@ -137,6 +137,10 @@ class Problem:
         parts = [includes, self.prelude.strip(), f"/* {comment}\n*/\n{self.declaration(model)} {{"]
         return "\n".join(part.strip("\n") + "\n" for part in parts if part).rstrip("\n")
 
+    def unit(self, prompt: str, body: str) -> str:
+        """The translation unit of an answer: the body follows the brace that ends the prompt."""
+        return f"{prompt}\n{body}\n"
+
     def driver(self, model: Model) -> str:
         """Source of the program that calls an answer: our server around a declaration."""
         declaration = self.declaration(model)
@@ -150,6 +154,10 @@ class Problem:
     def tolerance(self, parameter: Parameter) -> Tolerance:
         """How close an output must be."""
         return SINGLE if parameter.dtype == np.float32 else DOUBLE
+
+    def forbidden(self) -> frozenset[str]:
+        """Nothing: the reference is in another process."""
+        return frozenset()
 
     def sizes(self, generator: np.random.Generator) -> tuple[int, ...]:
         """Sizes at which an answer is checked: the smallest, some that nothing divides, one that many do."""

@@ -1,0 +1,141 @@
+"""What was judged, on disk: the journal of a scoring, and the cache that all scorings share."""
+
+import hashlib
+import json
+import math
+import os
+import secrets
+import threading
+from pathlib import Path
+
+from fourfold_hpc_coder.evaluation import Launch, Run, Sample
+from fourfold_hpc_coder.judge import Judgement
+from fourfold_hpc_coder.pareval import Fields
+from fourfold_parallel.run.files import cache_folder, write_text
+
+SCHEMA = 1
+
+
+class Journal:
+    """Append-only verdicts of one scoring; its first line says of what."""
+
+    def __init__(self, outputs: Path, folder: Path) -> None:
+        self.path = folder / "verdicts.jsonl"
+        self.held: dict[str, Judgement] = {}
+        self._lock = threading.Lock()
+        self._of = hashlib.sha256(outputs.read_bytes()).hexdigest()
+        self.secret = secrets.randbits(63)
+        whole = self._read(outputs) if self.path.exists() else b""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.ftruncate(self._handle, len(whole))
+        if not whole:
+            self._append({"schema": SCHEMA, "outputs_sha256": self._of, "secret": self.secret})
+
+    def _read(self, outputs: Path) -> bytes:
+        """Take the lines that are whole; refuse the journal of another file."""
+        content = self.path.read_bytes()
+        content = content[: content.rfind(b"\n") + 1]
+        lines = [json.loads(line) for line in content.splitlines()]
+        if not lines:
+            return b""
+        if lines[0].get("outputs_sha256") != self._of or lines[0].get("schema") != SCHEMA:
+            raise ValueError(
+                f"{self.path.parent} holds the scores of another file than {outputs}; "
+                "name another folder with --out, or remove that one"
+            )
+        self.secret = lines[0]["secret"]
+        self.held = {line["key"]: judgement_of(line) for line in lines[1:]}
+        return content
+
+    def write(self, key: str, judgement: Judgement) -> None:
+        """Append a verdict."""
+        with self._lock:
+            self._append({"key": key, **judgement_fields(judgement)})
+
+    def _append(self, fields: Fields) -> None:
+        os.write(self._handle, (json.dumps(fields) + "\n").encode())
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.fsync(self._handle)
+        os.close(self._handle)
+
+
+def judgement_fields(judgement: Judgement) -> Fields:
+    """A judgement as plain JSON; what is not a number is null."""
+    sample = judgement.sample
+    return {
+        "verdict": judgement.verdict,
+        "because": judgement.because,
+        "proof": judgement.proof,
+        "output": judgement.output,
+        "built": sample.built,
+        "parallel": sample.parallel,
+        "best_sequential_s": _null(sample.best_sequential_s),
+        "runs": [
+            {
+                "ranks": run.launch.ranks,
+                "threads": run.launch.threads,
+                "ran": run.ran,
+                "valid": run.valid,
+                "runtime_s": _null(run.runtime_s),
+            }
+            for run in sample.runs
+        ],
+    }
+
+
+def judgement_of(fields: Fields) -> Judgement:
+    """The judgement that `judgement_fields` wrote."""
+    runs = tuple(
+        Run(
+            launch=Launch(ranks=run["ranks"], threads=run["threads"]),
+            ran=run["ran"],
+            valid=run["valid"],
+            runtime_s=_nan(run["runtime_s"]),
+        )
+        for run in fields["runs"]
+    )
+    sample = Sample(
+        built=fields["built"],
+        parallel=fields["parallel"],
+        runs=runs,
+        best_sequential_s=_nan(fields["best_sequential_s"]),
+    )
+    return Judgement(
+        verdict=fields["verdict"],
+        because=fields["because"],
+        sample=sample,
+        output=fields["output"],
+        proof=fields["proof"],
+    )
+
+
+def _null(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _cache_file(key: str) -> Path:
+    return cache_folder() / "hpc_coder" / "verdicts" / key[:2] / f"{key}.json"
+
+
+def cached(key: str) -> Judgement | None:
+    """The verdict that an earlier scoring kept under a key."""
+    try:
+        return judgement_of(json.loads(_cache_file(key).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def keep(key: str, judgement: Judgement) -> None:
+    """Keep a verdict for later scorings."""
+    # A limit that was hit on a busy machine need not be hit again.
+    if judgement.verdict != "timeout":
+        write_text(_cache_file(key), json.dumps(judgement_fields(judgement)))

@@ -1,0 +1,227 @@
+"""Where answers are built and launched: limits, launches, private folders, and quiet for what is timed."""
+
+import contextlib
+import math
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from fourfold_hpc_coder import toolchain
+from fourfold_hpc_coder.channel import Channel, opened
+from fourfold_hpc_coder.evaluation import Launch, Model, Tolerance
+from fourfold_hpc_coder.problems import Parameter, Problem, Signature
+from fourfold_hpc_coder.sandbox import Job, Limits, Mount, Outcome, Sandbox
+
+ANSWER_BEGINS = '#line 1 "answer.cpp"\n'
+"""Where an answer's lines begin to count, in a unit that does not begin with it."""
+
+
+class Exercise(Protocol):
+    """What the judge needs of a problem: how answers become programs, and how close outputs must be."""
+
+    @property
+    def name(self) -> str:
+        """As in ParEval: `55_transform_relu`."""
+        ...
+
+    @property
+    def signature(self) -> Signature:
+        """Of what a request calls."""
+        ...
+
+    def unit(self, prompt: str, body: str) -> str:
+        """The translation unit of an answer."""
+        ...
+
+    def driver(self, model: Model) -> str:
+        """Source of the program around it."""
+        ...
+
+    def tolerance(self, parameter: Parameter) -> Tolerance:
+        """How close an output must be."""
+        ...
+
+    def forbidden(self) -> frozenset[str]:
+        """Names that an answer has no business with."""
+        ...
+
+
+LAUNCHES: dict[Model, tuple[Launch, ...]] = {
+    "serial": (Launch(),),
+    "omp": (Launch(), Launch(threads=2), Launch(threads=4)),
+    "mpi": (Launch(), Launch(ranks=2), Launch(ranks=3)),
+    "mpi+omp": (Launch(), Launch(ranks=2, threads=2)),
+    "kokkos": (Launch(),),
+    "cuda": (Launch(),),
+    "hip": (Launch(),),
+}
+"""What each model's programs are run on by default; three ranks divide few sizes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What decides a verdict, beside the answer and the problem."""
+
+    time_limit_s: float = 10.0
+    """Longest that one call may take, and the processor time of a process."""
+    memory_bytes: int = 1 << 30
+    repetitions: int = 3
+    """Timed calls, each on inputs of its own; the shortest counts, and every answer must be right."""
+    races: bool = True
+    """Whether OpenMP answers that are right are also checked for races."""
+    launches: tuple[tuple[Model, tuple[Launch, ...]], ...] = tuple(LAUNCHES.items())
+    sizes: tuple[tuple[str, int], ...] = ()
+    """Timing sizes that differ from the problems' own, by name."""
+
+    def of(self, model: Model) -> tuple[Launch, ...]:
+        """The launches of a model."""
+        return dict(self.launches)[model]
+
+    def with_launches(self, chosen: Mapping[Model, tuple[Launch, ...]]) -> "Settings":
+        """The same with other launches for some models."""
+        launches: dict[Model, tuple[Launch, ...]] = {**dict(self.launches), **chosen}
+        return replace(self, launches=tuple(launches.items()))
+
+    def timing_size(self, problem: Problem) -> int:
+        """The size on which a problem is timed."""
+        return dict(self.sizes).get(problem.name, problem.timing_size)
+
+
+class Quiet:
+    """Lets any number of jobs work, or one be timed: a timing waits until nothing else runs."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._working = 0
+        self._timing = False
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """While something is built or checked."""
+        with self._condition:
+            self._condition.wait_for(lambda: not self._timing)
+            self._working += 1
+        try:
+            yield
+        finally:
+            self._leave()
+
+    @contextlib.contextmanager
+    def timing(self) -> Iterator[None]:
+        """From within `working`: alone on the machine, as far as this scorer goes."""
+        with self._condition:
+            self._working -= 1
+            self._condition.notify_all()
+            self._condition.wait_for(lambda: not self._timing and self._working == 0)
+            self._timing = True
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._timing = False
+                self._working += 1
+                self._condition.notify_all()
+
+    def _leave(self) -> None:
+        with self._condition:
+            self._working -= 1
+            self._condition.notify_all()
+
+
+@dataclass(slots=True)
+class Bench:
+    """What the judgements of one scorer share."""
+
+    sandbox: Sandbox
+    scratch: Path
+    settings: Settings
+    secret: int
+    """Decides sizes and inputs; unknown to the candidates."""
+    quiet: Quiet = field(default_factory=Quiet)
+    _count: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextlib.contextmanager
+    def folder(self) -> Iterator[Path]:
+        """A private folder, gone after the block."""
+        with self._lock:
+            self._count += 1
+            number = self._count
+        path = self.scratch / f"job-{number}"
+        path.mkdir()
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def built(bench: Bench, exercise: Exercise, model: Model, text: str, folder: Path) -> Outcome:
+    """Compile a translation unit; the program is in the folder's `out`."""
+    source, program = folder / "in", folder / "out"
+    source.mkdir()
+    program.mkdir()
+    suffix = "cpp" if toolchain.runs_here(model) else "cu"
+    (source / f"answer.{suffix}").write_text(text, encoding="utf-8", errors="replace")
+    if not toolchain.runs_here(model):
+        return toolchain.compile_kernel(bench.sandbox, model, source, program)
+    flavoured = toolchain.flavour(model)
+    kept = toolchain.prepare(flavoured, exercise.driver(model), bench.sandbox)
+    return toolchain.compile_candidate(bench.sandbox, kept, source, program)
+
+
+@contextlib.contextmanager
+def launched(
+    bench: Bench, folder: Path, model: Model, launch: Launch, *, settings: Settings
+) -> Iterator[Channel]:
+    """Start the program in the folder's `out`; on leaving the block it is gone."""
+    with bench.folder() as own:
+        job = _job(settings, folder / "out", model, launch)
+        with opened(bench.sandbox, job, own, patience_s=settings.time_limit_s) as channel:
+            yield channel
+
+
+_OPEN_MPI = (
+    ("OMPI_MCA_btl", "self,vader"),
+    ("OMPI_MCA_btl_vader_backing_directory", "/tmp"),  # noqa: S108 - the job's own
+    ("OMPI_MCA_btl_vader_single_copy_mechanism", "none"),
+    ("OMPI_MCA_orte_tmpdir_base", "/tmp"),  # noqa: S108
+    ("OMPI_MCA_plm_rsh_agent", "false"),
+    ("OMPI_ALLOW_RUN_AS_ROOT", "1"),
+    ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"),
+)
+"""One machine, no network, no remote shell. Root is the case only where there is no sandbox."""
+
+
+def _job(settings: Settings, program: Path, model: Model, launch: Launch) -> Job:
+    command = ("/job/answer",)
+    if model in ("mpi", "mpi+omp"):
+        command = (
+            "mpirun",
+            "--oversubscribe",
+            "--bind-to",
+            "none",
+            "-n",
+            str(launch.ranks),
+            *command,
+        )
+    return Job(
+        command=command,
+        mounts=(Mount(source=program, target="/job"),),
+        limits=Limits(
+            wall_s=12 * settings.time_limit_s,
+            cpu_s=math.ceil(2 * settings.time_limit_s * launch.threads),
+            memory_bytes=settings.memory_bytes,
+            processes=64 + 4 * launch.processors,
+            file_bytes=64 << 20,
+        ),
+        environment=(
+            ("OMP_NUM_THREADS", str(launch.threads)),
+            ("OMP_DYNAMIC", "false"),
+            # A thread that waits by spinning looks like one that works.
+            ("OMP_WAIT_POLICY", "passive"),
+            *_OPEN_MPI,
+        ),
+    )

@@ -1,0 +1,261 @@
+"""Problems of a ParEval checkout: a tiny one in its layout, and what answers to it may and may not do."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fourfold_hpc_coder import score, toolchain
+from fourfold_hpc_coder.__main__ import main
+from fourfold_hpc_coder.checkout import HOPELESS, Checkout, open_checkout, strict
+from fourfold_hpc_coder.evaluation import Launch, Model
+from fourfold_hpc_coder.pareval import Question
+from fourfold_hpc_coder.score import Plan
+from fourfold_hpc_coder.workbench import Settings
+from fourfold_parallel.run.progress import silent
+
+NAME = "90_transform_twice"
+UTILITIES = """#pragma once
+#include <cmath>
+#include <cstdlib>
+#define NO_OPTIMIZE __attribute__((optimize("O0")))
+#define NO_INLINE __attribute__((noinline)) __attribute__((optimize("O3")))
+#if !defined(USE_SERIAL) && !defined(USE_OMP) && !defined(USE_MPI) && !defined(USE_CUDA)
+#error "no model"
+#endif
+#if defined(USE_MPI)
+#define SPREAD(values) MPI_Bcast((values).data(), (values).size(), MPI_DOUBLE, 0, MPI_COMM_WORLD)
+#else
+#define SPREAD(values)
+#endif
+template <class V> bool equal(V const &a, V const &b, double epsilon) {
+    for (size_t i = 0; i < a.size(); ++i) {
+        if (std::abs(a[i] - b[i]) > epsilon) return false;
+    }
+    return true;
+}
+"""
+BASELINE = """#pragma once
+void NO_INLINE correctTwice(std::vector<double> &x) { for (auto &v : x) v *= 2; }
+"""
+DRIVER = """#include <vector>
+#include "utilities.hpp"
+#include "baseline.hpp"
+#include "generated-code.hpp"   // the answer
+struct Context { std::vector<double> x; };
+void reset(Context *ctx) { for (auto &v : ctx->x) v = rand() / 1e6; }
+Context *init() {
+    auto *ctx = new Context();
+    ctx->x.resize(DRIVER_PROBLEM_SIZE);
+    reset(ctx);
+    return ctx;
+}
+void NO_OPTIMIZE compute(Context *ctx) { twice(ctx->x); }
+void NO_OPTIMIZE best(Context *ctx) { correctTwice(ctx->x); }
+bool validate(Context *) {
+    std::vector<double> right(100);
+    for (auto &v : right) v = rand() / 1e6;
+    SPREAD(right);
+    auto tested = right;
+    correctTwice(right);
+    twice(tested);
+    return equal(right, tested, 1e-6);
+}
+void destroy(Context *ctx) { delete ctx; }
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pareval")
+    folder = root / "drivers" / "cpp" / "benchmarks" / "transform" / NAME
+    folder.mkdir(parents=True)
+    (folder / "cpu.cc").write_text(DRIVER)
+    (folder / "baseline.hpp").write_text(BASELINE)
+    (root / "drivers" / "cpp" / "utilities.hpp").write_text(UTILITIES)
+    sizes = {NAME: {"serial": "(1<<14)", "omp": "(1<<20)", "mpi": "(1<<14)"}}
+    (root / "drivers" / "problem-sizes.json").write_text(json.dumps(sizes))
+    return root
+
+
+def entry(model: Model, *outputs: str) -> dict:
+    return {
+        "problem_type": "transform",
+        "language": "cpp",
+        "name": NAME,
+        "parallelism_model": model,
+        "prompt": "/* Double every element. */\nvoid twice(std::vector<double> &x) {",
+        "outputs": [*outputs],
+    }
+
+
+@pytest.fixture
+def plan(sandbox, checkout: Path, tmp_path: Path) -> Plan:
+    return Plan(
+        outputs=tmp_path / "outputs.json",
+        folder=tmp_path / "scores",
+        models=("serial", "omp", "mpi"),
+        settings=Settings(time_limit_s=10, repetitions=2).with_launches(
+            {"omp": (Launch(threads=2),), "mpi": (Launch(ranks=2),)}
+        ),
+        sandbox=sandbox,
+        jobs=1,
+        ks=(1,),
+        is_cached=False,
+        find=open_checkout(checkout).find,
+    )
+
+
+RIGHT = "for (size_t i = 0; i < x.size(); ++i) x[i] = 2 * x[i]; }"
+ANSWERS: dict[Model, dict[str, str]] = {
+    "serial": {
+        RIGHT: "correct",
+        "for (auto &v : x) v += 2; }": "wrong",
+        "for (auto &v : x) v = NAN; }": "wrong",
+        "correctTwice(x); }": "cheat",
+        "/* correctTwice */ for (auto &v : x) v *= 2; }": "correct",
+        'printf("Validation: PASS\\nTime: 0.1\\nBestSequential: 9\\n"); fflush(stdout); _Exit(0); }': "crash",
+        "static int calls = 0; if (++calls < 3) for (auto &v : x) v *= 2; }": "wrong",
+        "oops }": "no build",
+    },
+    "omp": {
+        f"\n#pragma omp parallel for\n{RIGHT}": "correct",
+        RIGHT: "not parallel",
+        "int seen = 0;\n#pragma omp parallel for\nfor (size_t i = 0; i < x.size(); ++i) {\nseen = i;\n"
+        "x[i] = 2 * x[i]; }\nif (seen < 0) x.clear(); }": "race",
+    },
+    "mpi": {f"MPI_Barrier(MPI_COMM_WORLD); {RIGHT}": "not parallel"},
+}
+
+
+@pytest.mark.parametrize("model", ["serial", "omp", "mpi"])
+def test_answers_to_a_checkouts_problem_get_their_verdicts(plan: Plan, model: Model) -> None:
+    """ParEval accepts NaN, its own answer called back, printed verdicts and sequential answers."""
+    if reason := toolchain.missing(model):
+        pytest.skip(reason)
+    plan.outputs.write_text(json.dumps([entry(model, *ANSWERS[model])]))
+    [judged] = score.score(plan, silent).judged
+    found = [one.verdict for one in judged.judgements]
+    assert found == [*ANSWERS[model].values()], [one.because for one in judged.judgements]
+    for one in judged.judgements:
+        assert one.because
+        if one.verdict == "race":
+            assert "`seen = i;`" in one.because
+        if one.verdict == "correct":
+            assert one.sample.best_sequential_s > 0
+            assert all(run.runtime_s > 0 for run in one.sample.runs)
+
+
+def test_a_compilers_words_count_the_answers_own_lines(plan: Plan) -> None:
+    plan.outputs.write_text(json.dumps([entry("serial", "\n\noops }")]))
+    [judged] = score.score(plan, silent).judged
+    assert "answer.cpp:5" in judged.judgements[0].output
+
+
+def test_a_driver_that_does_not_build_is_left_out_with_the_compilers_words(
+    plan: Plan, checkout: Path, tmp_path: Path
+) -> None:
+    """And the rest is scored."""
+    broken = tmp_path / "sizes.json"
+    broken.write_text(json.dumps({NAME: {"serial": "(1<<3", "mpi": "(1<<14)"}}))
+    plan = replace(plan, find=open_checkout(checkout, broken).find)
+    plan.outputs.write_text(json.dumps([entry("serial", RIGHT), entry("mpi", RIGHT)]))
+    scored = score.score(plan, silent)
+    assert [one.question.model for one in scored.judged] == ["mpi"]
+    assert "does not build" in scored.problems[0].because
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"parallelism_model": "kokkos"}, "Kokkos"),
+        ({"name": "91_transform_thrice"}, "the checkout has no cpp/benchmarks"),
+        ({"problem_type": "../../.."}, "is no name"),
+        ({"prompt": "void twice(std::vector<double> &x)"}, "does not end by opening"),
+    ],
+)
+def test_a_question_that_the_checkout_cannot_answer_says_why(
+    checkout: Path, changes: dict[str, str], words: str
+) -> None:
+    fields = {**entry("serial", RIGHT), **changes}
+    question = Question(
+        name=fields["name"],
+        problem_type=fields["problem_type"],
+        model=fields["parallelism_model"],
+        prompt=fields["prompt"],
+        outputs=(RIGHT,),
+        fields=fields,
+    )
+    with pytest.raises(ValueError, match=words):
+        open_checkout(checkout).find(question)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--pareval", "nowhere"], "name ParEval's checkout"),
+        (["--problem-sizes", "nowhere"], "--pareval"),
+        (["--pareval", "CHECKOUT", "--problem-sizes", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_folder_that_is_no_checkout_is_refused(
+    checkout: Path,
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    outputs = tmp_path / "outputs.json"
+    outputs.write_text(json.dumps([entry("serial", RIGHT)]))
+    words = [str(checkout) if word == "CHECKOUT" else word for word in words]
+    with pytest.raises(SystemExit) as ended:
+        main(["score", str(outputs), "--out", str(tmp_path / "scores"), *words])
+    assert ended.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "scores").exists()
+
+
+def test_sizes_are_constants_and_nothing_else(checkout: Path) -> None:
+    """They become C++ text."""
+    opened = open_checkout(checkout)
+    hostile = Checkout(
+        drivers=opened.drivers, sizes={NAME: {"serial": '1\n#include "/etc/passwd"'}}
+    )
+    with pytest.raises(ValueError, match="no constant"):
+        hostile.find(
+            Question(
+                name=NAME,
+                problem_type="transform",
+                model="serial",
+                prompt="void twice() {",
+                outputs=(RIGHT,),
+                fields={},
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "turned"),
+    [
+        ("if (std::abs(a[i] - b[i]) > epsilon) {", "if (!(std::abs(a[i] - b[i]) <= epsilon)) {"),
+        ("if (r && std::fabs(a - b) > 1e-4) {", "if (r && !(std::fabs(a - b) <= 1e-4)) {"),
+        (
+            "if (std::abs(a.real() - b.real()) > 1e-3 || x)",
+            "if (!(std::abs(a.real() - b.real()) <= 1e-3) || x)",
+        ),
+        ("if (std::abs(a) > std::abs(b))", "if (std::abs(a) > std::abs(b))"),
+        ("n = k + std::abs(a) > 3;", "n = k + std::abs(a) > 3;"),
+    ],
+)
+def test_nan_fails_a_comparison_that_was_turned_round(text: str, turned: str) -> None:
+    assert strict(text) == turned
+
+
+def test_problems_that_nothing_passes_are_named(plan: Plan, checkout: Path) -> None:
+    hopeless, *_ = HOPELESS
+    sibling = checkout / "drivers" / "cpp" / "benchmarks" / "transform"
+    if not (sibling / hopeless).exists():
+        (sibling / hopeless).symlink_to(sibling / NAME)
+    plan.outputs.write_text(json.dumps([{**entry("serial", RIGHT), "name": hopeless}]))
+    assert any(hopeless in note for note in score.score(plan, silent).notes)

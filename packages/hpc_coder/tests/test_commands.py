@@ -1,0 +1,141 @@
+"""The commands as a stranger runs them: data, tuning, answers, scores; stopped, continued, and bounded."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fourfold_hpc_coder.__main__ import main
+from fourfold_hpc_coder.instruct.format import RESPONSE, CodePairs
+from fourfold_hpc_coder.instruct.samples import read_samples, write_samples
+from fourfold_hpc_coder.problems import own_problems
+from fourfold_parallel.run.models import Llama
+
+AVERAGE = "27_reduce_average"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that transformers reads: a model of a few thousand weights and its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    CodePairs(vocabulary=300, samples=20).fast().save_pretrained(folder)
+    Llama(
+        width=16, depth=1, heads=2, kv_heads=2, hidden=24, vocabulary=300, context=2048, tied=True
+    ).build(seed=1).save_pretrained(folder)
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture, *words: object) -> str:
+    """What a command says; it must end well."""
+    main([*map(str, words)])
+    return " ".join(capsys.readouterr().err.split())
+
+
+def refused(capsys: pytest.CaptureFixture, *words: object) -> str:
+    """What a command says that ends with code 2."""
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, words)])
+    assert ended.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_from_data_to_scores(
+    sandbox, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Made and verified data tune a model, whose answers are scored."""
+    data, tuned = tmp_path / "data", tmp_path / "tuned"
+    making = ["make-data", "--models", "omp", "--categories", "programming", "--out", data]
+    said = run(capsys, *making, "--samples", 2, "--most-taught", 2)
+    assert "0 tokens were bought" in said
+    made = read_samples(data / "samples.jsonl")
+    assert [one.verdict for one in made] == ["correct"] * 2
+    # Ten are needed, of which one validates; making them would take ten compilations.
+    write_samples(data / "ten.jsonl", made * 5)
+    tuning = ["finetune", "--model", tiny, "--data", data / "ten.jsonl", "--response", RESPONSE]
+    small = ["--steps", 2, "--batch", 2, "--microbatch", 2, "--sequence", 1024, "--seed", 3]
+    assert "2 steps, held-out loss" in run(capsys, *tuning, *small, "--out", tuned)
+    prompts = tmp_path / "prompts.json"
+    problem = own_problems()[AVERAGE]
+    prompts.write_text(
+        json.dumps(
+            [
+                {
+                    "problem_type": "reduce",
+                    "language": "cpp",
+                    "name": AVERAGE,
+                    "parallelism_model": "omp",
+                    "prompt": problem.prompt("omp"),
+                }
+            ]
+        )
+    )
+    outputs = tmp_path / "outputs.json"
+    asking = ["generate", "--model", tuned / "model", "--prompts", prompts, "--models", "omp"]
+    run(capsys, *asking, "--max-new-tokens", 4, "--out", outputs)
+    [answered] = json.loads(outputs.read_text())
+    assert len(answered["outputs"]) == 1
+    said = run(capsys, "score", outputs, "--models", "omp", "--out", tmp_path / "scores")
+    assert f"{AVERAGE} (omp) answer 0: no" in said
+    assert (tmp_path / "scores" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_tuned_model_is_asked_in_the_words_of_its_training(
+    rank: int, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Whole and low-rank updates alike end as plain weights, with the token that ended prompts."""
+    from transformers import AutoModelForCausalLM
+
+    from fourfold_hpc_coder.commands import _backend
+    from fourfold_hpc_coder.instruct.pipeline import make, templates
+    from fourfold_hpc_coder.options import Generate
+
+    data = tmp_path / "data.jsonl"
+    write_samples(data, make(templates(20, verified=False)).samples)
+    words = ["--data", data, "--response", RESPONSE, "--lora-rank", rank, "--learning-rate", 0.01]
+    small = ["--steps", 3, "--batch", 2, "--microbatch", 2, "--sequence", 512]
+    out = tmp_path / "out"
+    run(capsys, "finetune", "--model", tiny, *words, *small, "--out", out)
+    before = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
+    assert before.keys() == after.keys()
+    assert any((before[key] != after[key]).any() for key in before)
+    backend = _backend(Generate(model=str(out / "model")))
+    assert backend.after == RESPONSE
+    tokens = backend._encode("int f() {")
+    assert tokens[-1] == backend.tokenizer.convert_tokens_to_ids(RESPONSE)
+    # The same command again has nothing left to do, and says the same.
+    record = (out / "record.jsonl").read_bytes()
+    run(capsys, "finetune", "--model", tiny, *words, *small, "--out", out)
+    assert (out / "record.jsonl").read_bytes().startswith(record)
+
+
+def test_what_does_not_fit_is_refused_in_a_sentence(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    few = tmp_path / "few.jsonl"
+    from fourfold_hpc_coder.instruct.pipeline import make, templates
+
+    write_samples(few, make(templates(3, verified=False)).samples)
+    tuning = ["finetune", "--model", tiny, "--out", tmp_path / "out"]
+    cases = [
+        ([*tuning, "--data", tmp_path / "none.jsonl"], "make one with make-data"),
+        ([*tuning, "--data", few, "--response", RESPONSE], "make at least 10"),
+        ([*tuning, "--data", few, "--response", "<|nothing|>"], "is no token of"),
+        (["generate", "--model", tiny, "--prompts", tmp_path / "none.json"], "no JSON list"),
+        (["generate", "--model", tiny, "--models", "hip"], "name other models"),
+        (["generate", "--model", tmp_path / "nowhere"], "no such folder"),
+        (["make-data", "--url", "http://localhost:1/v1"], "needs --teacher"),
+        (["make-data", "--url", "http://localhost:1/v1", "--teacher", "m"], "gave no answer"),
+        (["make-data", "--trees", tmp_path], "say the licence"),
+    ]
+    for words, message in cases:
+        extra = ["--out", tmp_path / "made"] if words[0] == "make-data" else []
+        assert message in refused(capsys, *words, *extra), words
+
+
+def test_data_of_other_options_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The budget stops the first command before it teaches; the second asks for another model."""
+    making = ["make-data", "--out", tmp_path, "--most-taught", 0, "--samples", 2]
+    assert "The budget ended before 2 were made" in run(capsys, *making, "--models", "omp")
+    assert "other options" in refused(capsys, *making, "--models", "mpi")
