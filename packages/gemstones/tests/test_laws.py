@@ -9,17 +9,8 @@ import numpy as np
 import pytest
 
 from fourfold_gemstones.counting import GEMSTONES, Architecture, Embeddings
-from fourfold_gemstones.laws import (
-    SHAPE_ONLY,
-    WIDTH_DEPTH,
-    Bins,
-    EnvelopeLaw,
-    IsoFlopLaw,
-    LawWarning,
-    ParametricLaw,
-    PowerLaw,
-    frontier,
-)
+from fourfold_gemstones.envelope import Bins, EnvelopeLaw, IsoFlopLaw, frontier
+from fourfold_gemstones.laws import SHAPE_ONLY, WIDTH_DEPTH, LawWarning, ParametricLaw, PowerLaw
 from fourfold_gemstones.null import noise_free
 from fourfold_gemstones.table import RunTable
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fourfold_gemstones import solve
-from fourfold_gemstones.laws import EnvelopeLaw, LawWarning, ParametricLaw, Target
+from fourfold_gemstones.envelope import EnvelopeLaw, Target
+from fourfold_gemstones.laws import LawWarning, ParametricLaw
 from fourfold_gemstones.null import EPOCH, HALF, design_null
 from fourfold_gemstones.published import (
     PublishedFit,

@@ -14,14 +14,11 @@ from fourfold_gemstones.allocate import (
 )
 from fourfold_gemstones.compare import Split, compare
 from fourfold_gemstones.counting import GEMSTONES, Architecture, Embeddings
+from fourfold_gemstones.envelope import Bins, EnvelopeLaw, Hull, IsoFlopLaw
 from fourfold_gemstones.laws import (
     CHINCHILLA,
     SHAPE_ONLY,
     WIDTH_DEPTH,
-    Bins,
-    EnvelopeLaw,
-    Hull,
-    IsoFlopLaw,
     LawWarning,
     ParametricFit,
     ParametricLaw,

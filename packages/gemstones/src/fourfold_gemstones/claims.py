@@ -6,25 +6,11 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
-from fourfold_gemstones.laws import EnvelopeLaw
-from fourfold_gemstones.null import balanced, design_null
-from fourfold_gemstones.suite import suite_table
-from fourfold_gemstones.uncertainty import bootstrap, slope
-from fourfold_parallel.run.claims import Claim, Finding, Records, Verdict, over_seeds
+from fourfold_gemstones.judging import ABSENT, PUBLISHED
+from fourfold_parallel.run.claims import Claim, Finding, Records, Verdict
 from fourfold_parallel.run.recipe import Scale
 from fourfold_parallel.run.records import Event, Record
 
-PUBLISHED = "published"
-"""Name of the stage that analyses the published measurements."""
-SUITE = "suite"
-"""Name of the stage that trains our own suite."""
-ABSENT = {
-    PUBLISHED: "needs: a copy of the paper's repository at ./gemstone-scaling-laws",
-    SUITE: "needs: the stage that trains our own suite",
-}
-"""Why a rule has no record to judge."""
 OPTIMUM = 0.03
 """Per cent above the global optimum from which a published fit counts as not at its optimum."""
 THRESHOLD_SPREAD = 0.02
@@ -666,138 +652,5 @@ PUBLISHED_CLAIMS: tuple[Claim, ...] = (
         "1e-6",
         threshold_instability,
         scales=("laptop",),
-    ),
-)
-
-
-OURS = "bytes of Python source, 16 to 150 thousand parameters, half a million bytes each"
-"""Conditions of our own suite."""
-
-
-def cooldown_gains(record: Record) -> Finding:
-    """S1: loss before less after a cooldown, over seeds of the shape with the most."""
-    before, after = (suite_table(record, schedule=name) for name in ("constant", "cooled"))
-    gains: dict[str, list[float]] = {}
-    for run in sorted(set(after.run)):
-        cooled = after.where(after.run == run)
-        hot = before.where(before.run == run)
-        # The fork's own step count is a tenth more; the constant run's last point is the fork.
-        gain = hot.column("loss_nats")[-1] - cooled.column("loss_nats")[-1]
-        gains.setdefault(run.split("-")[0], []).append(float(gain))
-    seeded = {shape: values for shape, values in gains.items() if len(values) > 1}
-    intervals = {shape: over_seeds(values) for shape, values in seeded.items()}
-    event = record.of("point")[-1]
-    below = all(value > 0 for values in gains.values() for value in values)
-    sure = all(one.low > 0 for one in intervals.values())
-    return _finding(
-        "reproduced" if below and sure else "inconclusive" if below else "contradicted",
-        "; ".join(f"{shape} {one} nats" for shape, one in intervals.items()),
-        SUITE,
-        event,
-        f"the last cooldown of each of {len(gains)} shapes ends lower than its fork: "
-        f"{'all' if below else 'not all'}; every interval over seeds above zero: "
-        f"{'yes' if sure else 'no'}",
-    )
-
-
-def wide_is_faster(record: Record) -> Finding:
-    """S2: tokens per second of a wide and a deep shape of nearly equal size."""
-    table = suite_table(record, schedule="constant")
-    width, depth = table.column("width"), table.column("depth")
-
-    def rates(w: int, d: int) -> list[float]:
-        """Tokens per second of each run of a shape, over its whole length."""
-        shape = table.where((width == w) & (depth == d))
-        ends = [np.flatnonzero(shape.run == run)[-1] for run in sorted(set(shape.run))]
-        speed = shape.column("tokens") / shape.column("seconds")
-        return [float(speed[end]) for end in ends]
-
-    ratio = float(np.median(rates(64, 1)) / np.median(rates(32, 4)))
-    same = [rates(w, d) for w, d in ((16, 2), (32, 2), (64, 1))]
-    noise = max(max(one) / min(one) for one in same)
-    clear = ratio > 1.1 and ratio > noise
-    return _finding(
-        "reproduced" if clear else "contradicted" if 1 / ratio > noise else "inconclusive",
-        f"64x1 trains {ratio:.2f} times the tokens per second of 32x4",
-        SUITE,
-        record.of("point")[-1],
-        f"94 against 78 thousand parameters, one CPU thread each; seeds of one shape differ by up to "
-        f"{noise:.1f} times in speed, which is how evenly the machine ran",
-    )
-
-
-def own_hull(record: Record) -> Finding:
-    """S3: our hull's slope beside its design null."""
-    table = suite_table(record, schedule="constant")
-    law = EnvelopeLaw()
-    fit = law.fit(table)
-    drawn = bootstrap(fit, draws=200, generator=np.random.default_rng(0), groups="run")
-    interval = drawn.interval(slope)
-    truths = [balanced(table, alpha=a, beta=b) for a, b in ((0.34, 0.34), (0.25, 0.58))]
-    null = [one.estimated_slope for one in design_null(table, law, truths)]
-    apart = max(null) - min(null)
-    blind = any(interval.contains(one) for one in null) or apart > 0.1
-    return _finding(
-        "inconclusive" if blind else "reproduced",
-        f"{fit.estimate.slope:.3f} {interval}; null " + ", ".join(f"{one:.3f}" for one in null),
-        SUITE,
-        record.of("point")[-1],
-        "laws of slope .50 and .70, noise-free on the same runs, give the null values; a hull "
-        "tells of the law only where its interval excludes them and they agree",
-    )
-
-
-def _own(
-    identity: str,
-    section: str,
-    statement: str,
-    paper: str,
-    text: str,
-    rule: Callable[[Record], Finding],
-    scales: tuple[Scale, ...],
-) -> Claim:
-    return Claim(
-        id=identity,
-        section=section,
-        statement=statement,
-        paper_value=paper,
-        conditions=OURS,
-        rule_text=text,
-        rule=_rule(SUITE, rule),
-        scales=scales,
-        needs="the laptop scale",
-    )
-
-
-SUITE_CLAIMS: tuple[Claim, ...] = (
-    _own(
-        "S1",
-        "5",
-        "Cooling down lowers the loss of every shape",
-        "-.087 nats per token on average",
-        "reproduced if every shape gains and every interval over seeds lies above zero",
-        cooldown_gains,
-        ("laptop",),
-    ),
-    _own(
-        "S2",
-        "4.1",
-        "Of two shapes of one size the wider trains faster",
-        "a figure: GPU-hours fall with width",
-        "reproduced if 64x1 trains more than 1.1 times the tokens per second of 32x4, and by more "
-        "than seeds of one shape differ",
-        wide_is_faster,
-        ("laptop",),
-    ),
-    _own(
-        "S3",
-        "4.1",
-        "The hull's slope tells of the law",
-        "slope .499",
-        "inconclusive if the interval over runs holds a noise-free law's value on the same runs, "
-        "or "
-        "if such values differ by more than .1",
-        own_hull,
-        ("laptop",),
     ),
 )

@@ -8,18 +8,18 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from fourfold_gemstones import figures, recipes, revisit
-from fourfold_gemstones.claims import PUBLISHED, PUBLISHED_CLAIMS, SUITE, SUITE_CLAIMS
+from fourfold_gemstones import figures, recipes, revisit, suite_claims
+from fourfold_gemstones.claims import PUBLISHED_CLAIMS
+from fourfold_gemstones.judging import LAWS, PUBLISHED, SUITE
 from fourfold_gemstones.revisit import Revisit
-from fourfold_gemstones.suite import train_suite
+from fourfold_gemstones.suite import train_suite, workers
+from fourfold_gemstones.suite_laws import analyse_suite
 from fourfold_parallel.run.experiments import Drawing, Experiment, Stage, Workplace
 from fourfold_parallel.run.recipe import Scale
 from fourfold_parallel.run.records import Material, RecordWriter, header
 
 COPIES = (Path("../shared/data/gemstones"), Path("gemstone-scaling-laws"))
 """Where a copy of the paper's repository is looked for, from the folder one works in."""
-WORKERS = 2
-"""Processes of the analysis; each runs on one core."""
 
 
 def published_copy() -> Iterator[Path]:
@@ -42,7 +42,7 @@ def analyse_published(run: Revisit, folder: Path, workplace: Workplace) -> None:
     )
     with (
         RecordWriter(workplace.record) as records,
-        ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(workers(), mp_context=multiprocessing.get_context("spawn")) as pool,
     ):
         records.write_header(
             header(run, seed=run.seed, world_size=1, materials=(material,), overrides=())
@@ -56,7 +56,7 @@ def analyse_published(run: Revisit, folder: Path, workplace: Workplace) -> None:
 
 
 def _stages(scale: Scale) -> Sequence[Stage]:
-    """The published measurements where there is a copy of them, then our own suite."""
+    """The published measurements where there is a copy of them, then our own suite and its laws."""
     match scale:
         case "smoke" | "laptop":
             pass
@@ -70,6 +70,9 @@ def _stages(scale: Scale) -> Sequence[Stage]:
         )
     mine = recipes.suite(scale)
     stages.append(Stage(name=SUITE, run=mine, perform=partial(train_suite, mine)))
+    if scale == "laptop":
+        fitted = recipes.suite_laws(scale)
+        stages.append(Stage(name=LAWS, run=fitted, perform=partial(analyse_suite, fitted)))
     return tuple(stages)
 
 
@@ -89,7 +92,7 @@ EXPERIMENT = Experiment(
         "McLeish, Kirchenbauer, Miller, Singh, Bhatele, Goldblum, Panda, Goldstein: Gemstones: A "
         "Model Suite for Multi-Faceted Scaling Laws, NeurIPS 2025 (arXiv 2502.06857)"
     ),
-    claims=(*PUBLISHED_CLAIMS, *SUITE_CLAIMS),
+    claims=(*PUBLISHED_CLAIMS, *suite_claims.CLAIMS),
     stages=_stages,
     drawings=_drawings,
     launches=lambda: (),  # 163,000 device-hours: the paper's measurements are read instead

@@ -7,8 +7,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fourfold_gemstones.claims import PUBLISHED, SUITE
-from fourfold_gemstones.laws import Hull, frontier
+from fourfold_gemstones.envelope import Hull, frontier
+from fourfold_gemstones.judging import PUBLISHED, SUITE
 from fourfold_gemstones.suite import suite_table
 from fourfold_parallel.run.claims import Records
 from fourfold_parallel.run.experiments import Drawing

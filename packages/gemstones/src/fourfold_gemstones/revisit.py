@@ -24,17 +24,13 @@ from fourfold_gemstones import solve
 from fourfold_gemstones.allocate import Compute, Free, Planner
 from fourfold_gemstones.compare import GEMSTONE_SPLITS, mean_error
 from fourfold_gemstones.counting import GEMSTONES, Embeddings
+from fourfold_gemstones.envelope import Bins, EnvelopeLaw, Hull, Target, frontier
 from fourfold_gemstones.laws import (
     SHAPE_ONLY,
     WIDTH_DEPTH,
-    Bins,
-    EnvelopeLaw,
-    Hull,
     LawWarning,
     ParametricFit,
     ParametricLaw,
-    Target,
-    frontier,
 )
 from fourfold_gemstones.null import EPOCH, HALF, coverage, noise_free
 from fourfold_gemstones.published import (
