@@ -225,6 +225,23 @@ def test_a_law_without_a_floor_says_so() -> None:
 
 
 @pytest.mark.parametrize(
+    "law",
+    [
+        ParametricLaw(variables=WIDTH_DEPTH, delta=1e-3, embeddings=Embeddings.ONE),
+        EnvelopeLaw(method=Bins(count=20), target="tokens"),
+        IsoFlopLaw(budgets=(1e19, 1e20, 1e21)),
+    ],
+)
+def test_scikit_learn_copies_estimators(law: ParametricLaw | EnvelopeLaw | IsoFlopLaw) -> None:
+    """`clone` and the checks on settings pass; its other checks fit arrays, and a law fits a table."""
+    base = pytest.importorskip("sklearn.base", reason="scikit-learn's own checks")
+    checks = pytest.importorskip("sklearn.utils.estimator_checks")
+    assert base.clone(law) == law
+    checks.check_get_params_invariance(type(law).__name__, law)
+    checks.check_no_attributes_set_in_init(type(law).__name__, law)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"delta": 0.0}, "delta=0.0 is outside"),

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.spatial import ConvexHull
 
 from fourfold_gemstones.counting import Embeddings
+from fourfold_gemstones.settings import Settings
 from fourfold_gemstones.table import Resource, RunTable
 
 Target = Literal["parameters", "tokens", "tokens_per_parameter"]
@@ -83,7 +84,7 @@ def overspent(table: RunTable, kind: Resource) -> Float[np.ndarray, " row"]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EnvelopeLaw:
+class EnvelopeLaw(Settings):
     """Approach 1: a line through the models on the frontier of loss against a resource.
 
     It asks for no form of the law, but the frontier is that of the runs one has, and follows where
@@ -94,10 +95,6 @@ class EnvelopeLaw:
     target: Target = "parameters"
     method: Hull | Bins = field(default_factory=Hull)
     embeddings: Embeddings = Embeddings.BOTH
-
-    def get_params(self) -> dict[str, Any]:
-        """The settings by name."""
-        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
 
     def targets(self, table: RunTable) -> Float[np.ndarray, " row"]:
         """What is prescribed, at each row."""
@@ -166,7 +163,7 @@ class EnvelopeFit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class IsoFlopLaw:
+class IsoFlopLaw(Settings):
     """Approach 2: at each of several budgets, the vertex of a parabola of loss in log parameters.
 
     Runs that pass a budget on their way are read there by interpolating log loss in log resource.
@@ -177,10 +174,6 @@ class IsoFlopLaw:
     budgets: tuple[float, ...] = ()
     """Where to cut; empty cuts at ten budgets spread over those that at least five runs pass."""
     embeddings: Embeddings = Embeddings.BOTH
-
-    def get_params(self) -> dict[str, Any]:
-        """The settings by name."""
-        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
 
     def fit(self, table: RunTable) -> IsoFlopFit:
         """Cut, fit a parabola at every budget, and a line through the vertices.

@@ -43,6 +43,11 @@ class Judged:
     because: str
 
 
+def judged(verdict: Verdict, ours: str, event: Event, because: str) -> Judged:
+    """A finding, in the order in which ledgers show it."""
+    return Judged(verdict=verdict, ours=ours, event=event, because=because)
+
+
 def decide(*, reproduced: bool, contradicted: bool) -> Verdict:
     """The verdict of two conditions that exclude each other; neither leaves it open."""
     return "reproduced" if reproduced else "contradicted" if contradicted else "inconclusive"
@@ -127,7 +132,7 @@ def where(record: Record, kind: str, **fields: object) -> Event:
     return found[0]
 
 
-def worst(events: Sequence[Event], key: str) -> Event:
+def largest(events: Sequence[Event], key: str) -> Event:
     """The event with the largest value."""
     return max(events, key=lambda event: event.number(key))
 
@@ -147,8 +152,3 @@ def between(event: Event, low: str = "low", high: str = "high") -> str:
 def excludes_zero(event: Event, low: str = "low", high: str = "high") -> bool:
     """Whether an interval lies on one side of zero."""
     return event.number(low) > 0 or event.number(high) < 0
-
-
-def both_exclude_zero(events: Sequence[Event], *, sign: int) -> bool:
-    """Whether every interval lies on the side of zero that `sign` says."""
-    return all(min(sign * event.number("low"), sign * event.number("high")) > 0 for event in events)

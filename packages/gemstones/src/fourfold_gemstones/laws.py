@@ -24,17 +24,17 @@ is (`uncertainty`), how biased (`null`), and what it prescribes (`allocate`) are
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 
 from fourfold_gemstones import solve
 from fourfold_gemstones.counting import Embeddings
+from fourfold_gemstones.settings import Settings
 from fourfold_gemstones.table import RunTable
 
 Variable = Literal["parameters", "effective_parameters", "width", "depth", "tokens"]
@@ -125,7 +125,7 @@ class PowerLaw:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ParametricLaw:
+class ParametricLaw(Settings):
     """Approach 3: the power law of least Huber loss in log residuals, over all checkpoints.
 
     `fit` leaves this value unchanged and returns a `ParametricFit`, which predicts and scores.
@@ -151,10 +151,6 @@ class ParametricLaw:
             )
         if self.starts < 1:
             raise ValueError(f"starts={self.starts} must be at least 1; 24 is the default")
-
-    def get_params(self) -> dict[str, Any]:
-        """The settings by name, as scikit-learn's estimators give them."""
-        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
 
     def inputs(self, table: RunTable) -> dict[Variable, Float[np.ndarray, " row"]]:
         """The variables of each row, under this law's convention of counting embeddings."""

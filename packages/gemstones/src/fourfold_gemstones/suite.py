@@ -9,10 +9,8 @@ each shape trains.
 from __future__ import annotations
 
 import math
-import multiprocessing
 import shutil
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +18,7 @@ from pathlib import Path
 import torch
 
 from fourfold_gemstones.counting import Architecture
+from fourfold_gemstones.pool import each
 from fourfold_gemstones.table import RunTable
 from fourfold_parallel.run import checkpoint
 from fourfold_parallel.run.checkpoint import Checkpoint
@@ -39,11 +38,6 @@ SECOND_ROWS = 64
 """Rows of the second corpus on which every finished run is scored."""
 TIMED_STEPS = 3
 """Steps of each shape in each round of the timing, after one that is not counted."""
-
-
-def workers() -> int:
-    """Processes at a time, one thread each: at these widths two threads are slower than two runs."""
-    return min(2, torch.get_num_threads())
 
 
 def decoder(width: int, depth: int, architecture: Architecture) -> Llama:
@@ -259,22 +253,20 @@ def speeds(suite: Suite) -> list[Fields]:
     return found
 
 
-def train_suite(suite: Suite, workplace: Workplace) -> None:
-    """Train every member, as many at a time as there are `workers`, and write one record of all."""
+def train_suite(suite: Suite, workplace: Workplace, *, processes: int) -> None:
+    """Train every member, as many at a time as there are `processes`, and write one record of all."""
     workplace.record.unlink(missing_ok=True)
     first = suite.members[0].run
     # Tokenized once here, so that the workers find it in the cache.
     texts = [source.open(sequence=first.sequence, seed=0) for source in (first.data, suite.second)]
     materials = tuple(dict.fromkeys(one for text in texts for one in text.file.materials))
-    with (
-        RecordWriter(workplace.record) as records,
-        ProcessPoolExecutor(workers(), mp_context=multiprocessing.get_context("spawn")) as pool,
-    ):
+    with RecordWriter(workplace.record) as records:
         records.write_header(
             header(suite, seed=suite.seed, world_size=1, materials=materials, overrides=())
         )
         work = partial(train_member, folder=workplace.scratch, second=suite.second)
-        for done, events in enumerate(pool.map(work, suite.members), start=1):
+        trained = each(work, suite.members, processes=processes)
+        for done, events in enumerate(trained, start=1):
             for kind, fields in events:
                 records.write(kind, **fields)
             workplace.progress(done, len(suite.members), suite.members[done - 1].run.name)

@@ -15,9 +15,8 @@ from fourfold_gemstones.judging import (
     between,
     claim,
     decide,
-    excludes_zero,
-    where,
 )
+from fourfold_gemstones.revisit.slopes import EMBEDDINGS_MOVE, EMBEDDINGS_RULE, embedding_order
 from fourfold_gemstones.suite import Shape, Suite, shape_of, speed_rounds, suite_table
 from fourfold_gemstones.suite_laws import Spread, pooled, seed_spread
 from fourfold_parallel.run.records import Record
@@ -268,33 +267,6 @@ def hull_tells(record: Record) -> Judged:
 
 
 @claim(
-    "S8",
-    stage=LAWS,
-    section="5",
-    statement="Counting embeddings moves the slope",
-    paper=".458 to .569 (approach 1), .697 to .714 (approach 3)",
-    rule="contradicted if slopes do not rise from both to one to no table, for the law and the hull; "
-    "reproduced if they do and the paired interval of the law, none less both, excludes zero",
-)
-def embeddings_move(record: Record) -> Judged:
-    """Law and hull, paired over runs."""
-    events = [where(record, "embedding", counted=kind) for kind in ("both", "one", "none")]
-    laws, hulls = ([event.number(key) for event in events] for key in ("slope", "hull_slope"))
-    rises = laws == sorted(laws) and hulls == sorted(hulls)
-    sure = excludes_zero(events[-1], "above_both_low", "above_both_high")
-    return Judged(
-        verdict=decide(reproduced=rises and sure, contradicted=not rises),
-        ours="both/one/none: law "
-        + "/".join(f"{slope:.3f}" for slope in laws)
-        + ", hull "
-        + "/".join(f"{slope:.3f}" for slope in hulls),
-        event=events[-1],
-        because="law without less law with both tables, paired: "
-        + between(events[-1], "above_both_low", "above_both_high"),
-    )
-
-
-@claim(
     "S9",
     stage=LAWS,
     section="4.3",
@@ -323,6 +295,13 @@ CLAIMS = (
     one_base_rate,
     ranks_agree,
     hull_tells,
-    embeddings_move,
+    claim(
+        "S8",
+        stage=LAWS,
+        section="5",
+        statement="Counting embeddings moves the slope",
+        paper=EMBEDDINGS_MOVE,
+        rule=EMBEDDINGS_RULE,
+    )(embedding_order),
     aspect_grows,
 )
