@@ -18,8 +18,8 @@ Two of Hoffmann et al.'s (2022) three approaches are followed, and the third is 
   shapes apart; or (w, d, T), equation 3. It is fitted by the Huber loss of log residuals, and its
   least loss under a budget is the prescription.
 
-What each estimator does is in this file. How the third is solved (`solve`), how sure each estimate
-is (`uncertainty`), how biased (`null`), and what it prescribes (`allocate`) are its neighbours.
+The third is in this file, the others in `envelope`. How the law is solved (`solve`), how sure each
+estimate is (`uncertainty`), how biased (`null`), and what it prescribes (`allocate`) are its neighbours.
 """
 
 from __future__ import annotations
