@@ -26,8 +26,8 @@ LAPTOP: tuple[Scale, ...] = ("laptop",)
 THEIRS = "the paper's own measurements"
 """Conditions of a claim judged on what the paper measured."""
 OURS = (
-    "bytes of Python source, 17 shapes of 16 thousand to 1.1 million parameters, up to a third of a "
-    "million bytes each"
+    "bytes of Python source, 17 shapes of 16 thousand to 1.1 million parameters, up to 229 thousand "
+    "bytes each"
 )
 """Conditions of our own suite."""
 
