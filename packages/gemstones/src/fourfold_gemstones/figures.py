@@ -268,7 +268,7 @@ def figure_suite(records: Records) -> Figure:
         spent, loss = table.resource(kind), table.column("loss_nats")
         for run in range(len(names)):
             rows = np.flatnonzero(index == run)
-            width, depth = (table.column(name)[rows[0]] for name in ("width", "depth"))
+            width, depth = (float(table.column(name)[rows[0]]) for name in ("width", "depth"))
             axes.plot(spent[rows], loss[rows], color=_shade(width, depth), linewidth=1.0)
         hull = frontier(spent, loss, Hull())
         axes.plot(

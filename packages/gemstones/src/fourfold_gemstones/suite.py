@@ -168,6 +168,7 @@ def train_member(
     }
     events: list[tuple[str, Fields]] = []
     last: Checkpoint | None = None
+    points: list[Fields] = []
     for constant, cooled in segments(member):
         last, record = _train(constant, last, folder)
         points = _points(member.run, record)
