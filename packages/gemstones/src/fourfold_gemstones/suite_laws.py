@@ -14,7 +14,14 @@ from fourfold_gemstones.allocate import Compute, Free, Planner
 from fourfold_gemstones.counting import Embeddings
 from fourfold_gemstones.envelope import EnvelopeLaw
 from fourfold_gemstones.judging import SUITE
-from fourfold_gemstones.laws import WIDTH_DEPTH, LawWarning, ParametricFit, ParametricLaw, PowerLaw
+from fourfold_gemstones.laws import (
+    WIDTH_DEPTH,
+    LawWarning,
+    ParametricFit,
+    ParametricLaw,
+    PowerLaw,
+    Variable,
+)
 from fourfold_gemstones.null import balanced, noisy
 from fourfold_gemstones.suite import Suite, suite_table
 from fourfold_gemstones.table import RunTable
@@ -138,8 +145,9 @@ def _write_surface(records: RecordWriter, run: SuiteLaws, fit: ParametricFit) ->
     names, index = fit.table.groups("run")
     for number, name in enumerate(names):
         rows = np.flatnonzero(index == number)
-        tokens = np.geomspace(*fit.table.column("tokens")[rows[[0, -1]]], CURVE)
-        inputs = {
+        begun, ended = (float(fit.table.column("tokens")[rows[end]]) for end in (0, -1))
+        tokens = np.geomspace(begun, ended, CURVE)
+        inputs: dict[Variable, Float[np.ndarray, " point"]] = {
             "parameters": np.full(CURVE, fit.table.column("parameters")[rows[0]]),
             "tokens": tokens,
         }
