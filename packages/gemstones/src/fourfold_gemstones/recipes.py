@@ -143,25 +143,26 @@ def suite(scale: Literal["smoke", "laptop"]) -> Suite:
 
     Laptop: up to 229 thousand bytes a run; six shapes with a twin at half the rate and with cooldowns
     from four points in equal ratios between a fifth of the run and its end; three shapes with three
-    seeds. Smoke: the nine smallest, 16 thousand bytes, one seed; enough to run every line.
+    seeds. Smoke: the nine smallest, 8 thousand bytes, one seed, two twins; enough to run every line.
     """
     match scale:
         case "smoke":
             shapes = tuple(shape for group in SHAPES[3:] for shape in group)
-            seeds, tokens, cooldowns, rounds = (FIRST_SEED,), 16_384, slice(-1, None), 1
+            seeds, twinned = (FIRST_SEED,), TWINNED[:2]
+            tokens, cooldowns, rounds = 8_192, slice(-1, None), 1
         case "laptop":
             shapes = tuple(shape for group in SHAPES for shape in group)
-            seeds = (FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 2)
+            seeds, twinned = (FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 2), TWINNED
             tokens, cooldowns, rounds = MOST_TOKENS, slice(-13, None, 4), 5
 
     def runs(shape: tuple[int, int]) -> tuple[Member, ...]:
         steps = steps_of(*shape, most_tokens=tokens, most_flops=MOST_FLOPS)
-        forks = geometric(steps)[cooldowns] if shape in TWINNED else ()
+        forks = geometric(steps)[cooldowns] if shape in twinned else ()
         found = [
             member(*shape, seed=seed, steps=steps, forks=forks)
             for seed in (seeds if shape in SEEDED else seeds[:1])
         ]
-        if shape in TWINNED:
+        if shape in twinned:
             found.append(member(*shape, seed=FIRST_SEED, steps=steps, rate=0.5))
         return tuple(found)
 
