@@ -17,10 +17,10 @@ from fourfold_gemstones.allocate import (
     Shapes,
     SixNT,
     allocate,
-    suggest_next,
 )
 from fourfold_gemstones.compare import Split, compare, corrected_aic, mean_error
 from fourfold_gemstones.counting import GEMSTONES
+from fourfold_gemstones.design import suggest_next
 from fourfold_gemstones.laws import CHINCHILLA, WIDTH_DEPTH, LawWarning, ParametricLaw, PowerLaw
 from fourfold_gemstones.table import RunTable
 from fourfold_gemstones.uncertainty import bootstrap

@@ -9,17 +9,8 @@ import numpy as np
 import pytest
 
 from fourfold_gemstones.counting import GEMSTONES, Architecture, Embeddings
-from fourfold_gemstones.laws import (
-    SHAPE_ONLY,
-    WIDTH_DEPTH,
-    Bins,
-    EnvelopeLaw,
-    IsoFlopLaw,
-    LawWarning,
-    ParametricLaw,
-    PowerLaw,
-    frontier,
-)
+from fourfold_gemstones.envelope import Bins, EnvelopeLaw, IsoFlopLaw, frontier
+from fourfold_gemstones.laws import SHAPE_ONLY, WIDTH_DEPTH, LawWarning, ParametricLaw, PowerLaw
 from fourfold_gemstones.null import noise_free
 from fourfold_gemstones.table import RunTable
 
@@ -231,6 +222,22 @@ def test_a_law_without_a_floor_says_so() -> None:
         fit = ParametricLaw().fit(table)
     assert np.exp(fit.estimate.log_floor) < 1e-3
     assert fit.estimate.exponents == pytest.approx(truth.exponents, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        ParametricLaw(variables=WIDTH_DEPTH, delta=1e-3, embeddings=Embeddings.ONE),
+        EnvelopeLaw(method=Bins(count=20), target="tokens"),
+        IsoFlopLaw(budgets=(1e19, 1e20, 1e21)),
+    ],
+)
+def test_scikit_learn_copies_estimators(law: ParametricLaw | EnvelopeLaw | IsoFlopLaw) -> None:
+    """`clone` and its check of `get_params` pass; the other checks fit arrays, or need a `__dict__`."""
+    base = pytest.importorskip("sklearn.base", reason="scikit-learn's own checks")
+    checks = pytest.importorskip("sklearn.utils.estimator_checks")
+    assert base.clone(law) == law
+    checks.check_get_params_invariance(type(law).__name__, law)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_derivatives_are_those_of_finite_differences(suite: RunTable) -> None:
     """Gradient and Hessian at a point away from the kinks, by central differences."""
     problem = ParametricLaw(variables=WIDTH_DEPTH, delta=1.0).problem(suite)
     weights = np.random.default_rng(1).uniform(0.5, 2, (1, len(suite)))
-    descent = solve._Descent(problem.log_inputs - problem.centre, problem.log_loss, weights)
+    descent = solve.Descent(problem.log_inputs - problem.centre, problem.log_loss, weights)
     theta = np.asarray([[-1.5, -1.2, -1.0, -1.4, 0.3, 0.4, 0.35, 0.5, 0.5]])
     gradient, hessian, _ = descent.derivatives(theta, 1.0)
     for p, step in enumerate(1e-5 * np.eye(9)):
@@ -115,7 +115,7 @@ def test_differential_evolution_on_chinchilla(published: Path) -> None:
 def evolved(problem: solve.Problem) -> float:
     """Minimum by differential evolution in the centred coordinates."""
     m = problem.log_inputs.shape[1]
-    descent = solve._Descent(
+    descent = solve.Descent(
         problem.log_inputs - problem.centre,
         problem.log_loss,
         np.ones((1, len(problem.log_loss))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -9,14 +10,19 @@ import numpy as np
 import pytest
 
 from fourfold_gemstones import solve
-from fourfold_gemstones.laws import EnvelopeLaw, LawWarning, ParametricLaw, Target
+from fourfold_gemstones.envelope import EnvelopeLaw, Target
+from fourfold_gemstones.laws import LawWarning, ParametricLaw
 from fourfold_gemstones.null import EPOCH, HALF, design_null
 from fourfold_gemstones.published import (
+    TASKS,
     PublishedFit,
+    benchmark_accuracy,
     chinchilla_points,
     published_fits,
     published_frame,
     published_lines,
+    task_losses,
+    text_losses,
 )
 from fourfold_gemstones.uncertainty import bootstrap, slope
 
@@ -63,6 +69,28 @@ def test_the_42_objectives_of_approach_3(published: Path) -> None:
     worst = max(above, key=lambda name: above[name])
     assert worst.endswith("delta-4/approach_3_parameters_grid_search_0_hot_100b+_512x")
     assert above[worst] == pytest.approx(0.2844, abs=1e-4)
+
+
+def test_readers_find_a_checkpoint_under_every_name(published: Path, tmp_path: Path) -> None:
+    """Parquet and CSV of accuracies, and single answers and their means, give the same numbers."""
+    pandas = pytest.importorskip("pandas", reason="pandas writes the Parquet file")
+    accuracy = benchmark_accuracy(published)
+    assert len(accuracy) == 770
+    assert accuracy[1024, 28, 2385] == pytest.approx(0.3759, abs=1e-4)
+    (tmp_path / "benchmarks").mkdir()
+    frame = pandas.read_csv(published / "light_eval_df.csv", index_col=0)
+    frame.to_parquet(tmp_path / "benchmarks" / "light_eval_df.parquet")
+    assert benchmark_accuracy(tmp_path) == pytest.approx(accuracy)
+    for task, answers in zip(TASKS, ([1.0, 3.0], [4.0], [5.0], [6.0]), strict=True):
+        path = tmp_path / f"benchmarks/bhagia_task_losses/Gemstone-256x23/main/losses_{task}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"question": answers}))
+    assert task_losses(tmp_path) == {(256, 23, 83_475): pytest.approx(4.25)}
+    assert len(task_losses(published)) == 770
+    row = {"width": 256, "depth": 23, "step": 2385, "final_loss": 3.5}
+    (tmp_path / "benchmarks/fineweb_edu_losses_combined.jsonl").write_text(json.dumps(row))
+    assert text_losses(tmp_path, "fineweb_edu") == {(256, 23, 2385): 3.5}
+    assert text_losses(tmp_path, "fineweb_dclm") == {}
 
 
 @pytest.mark.parametrize(

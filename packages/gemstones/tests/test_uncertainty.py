@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fourfold_gemstones.laws import EnvelopeLaw, LawWarning, ParametricLaw, PowerLaw
+from fourfold_gemstones.envelope import EnvelopeLaw
+from fourfold_gemstones.laws import LawWarning, ParametricLaw, PowerLaw
 from fourfold_gemstones.null import coverage, design_null, noise_free
 from fourfold_gemstones.published import published_frame
 from fourfold_gemstones.table import RunTable

@@ -15,7 +15,7 @@ from fourfold_parallel.run.data import Batch
 from fourfold_parallel.run.engines import DDP, FSDP2, DeepSpeed, Engine, Single
 from fourfold_parallel.run.objective import IGNORE, KeepAll, MicrobatchLoss, NextToken
 from fourfold_parallel.run.progress import Progress, silent
-from fourfold_parallel.run.recipe import Run, Steps, Tokens
+from fourfold_parallel.run.recipe import At, Run, Steps, Tokens
 from fourfold_parallel.run.records import read_record
 from fourfold_parallel.run.train import train, trained_model
 
@@ -99,6 +99,16 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path, small_run: Run) -> N
     run_to(tmp_path, small_run)
     with pytest.raises(ValueError, match="was written by another run"):
         run_to(tmp_path, replace(small_run, seed=9))
+
+
+def test_a_run_is_validated_at_the_steps_it_names(tmp_path: Path, small_run: Run) -> None:
+    """After each step named and at the end; unsorted steps are refused."""
+    run_to(tmp_path, replace(small_run, validate_every=At(steps=(1, 4))))
+    record = read_record(tmp_path / "r.jsonl")
+    assert [event.number("step") for event in record.of("validation")] == [1, 4, 6]
+    assert record.run == replace(small_run, validate_every=At(steps=(1, 4)))
+    with pytest.raises(ValueError, match="not ascending from 1"):
+        At(steps=(4, 1))
 
 
 def test_the_record_says_what_was_run(tmp_path: Path, small_run: Run) -> None:

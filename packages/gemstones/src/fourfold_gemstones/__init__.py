@@ -10,18 +10,15 @@ from fourfold_gemstones.allocate import (
     Planner,
     SixNT,
     allocate,
-    suggest_next,
 )
 from fourfold_gemstones.compare import Split, compare
 from fourfold_gemstones.counting import GEMSTONES, Architecture, Embeddings
+from fourfold_gemstones.design import suggest_next
+from fourfold_gemstones.envelope import Bins, EnvelopeLaw, Hull, IsoFlopLaw
 from fourfold_gemstones.laws import (
     CHINCHILLA,
     SHAPE_ONLY,
     WIDTH_DEPTH,
-    Bins,
-    EnvelopeLaw,
-    Hull,
-    IsoFlopLaw,
     LawWarning,
     ParametricFit,
     ParametricLaw,

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from fourfold_gemstones import figures, recipes, revisit
-from fourfold_gemstones.claims import PUBLISHED, PUBLISHED_CLAIMS, SUITE, SUITE_CLAIMS
-from fourfold_gemstones.revisit import Revisit
+from fourfold_gemstones import figures, recipes
+from fourfold_gemstones.claims import CLAIMS
+from fourfold_gemstones.judging import LAWS, PUBLISHED, SUITE
+from fourfold_gemstones.pool import cores, each
+from fourfold_gemstones.revisit.parts import analyse, digest_of
+from fourfold_gemstones.revisit.run import Revisit
 from fourfold_gemstones.suite import train_suite
+from fourfold_gemstones.suite_laws import analyse_suite
 from fourfold_parallel.run.experiments import Drawing, Experiment, Stage, Workplace
 from fourfold_parallel.run.recipe import Scale
 from fourfold_parallel.run.records import Material, RecordWriter, header
 
-COPIES = (Path("../shared/data/gemstones"), Path("gemstone-scaling-laws"))
+COPIES = (Path("gemstone-scaling-laws"), Path("../shared/data/gemstones"))
 """Where a copy of the paper's repository is looked for, from the folder one works in."""
-WORKERS = 2
-"""Processes of the analysis; each runs on one core."""
 
 
 def published_copy() -> Iterator[Path]:
@@ -30,7 +30,7 @@ def published_copy() -> Iterator[Path]:
             return
 
 
-def analyse_published(run: Revisit, folder: Path, workplace: Workplace) -> None:
+def analyse_published(run: Revisit, folder: Path, workplace: Workplace, *, processes: int) -> None:
     """Write the record of every part of `revisit`."""
     workplace.record.unlink(missing_ok=True)
     material = Material(
@@ -40,14 +40,11 @@ def analyse_published(run: Revisit, folder: Path, workplace: Workplace) -> None:
         sha256=run.data_sha256,
         source="a copy of github.com/mcleish7/gemstone-scaling-laws",
     )
-    with (
-        RecordWriter(workplace.record) as records,
-        ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool,
-    ):
+    with RecordWriter(workplace.record) as records:
         records.write_header(
             header(run, seed=run.seed, world_size=1, materials=(material,), overrides=())
         )
-        found = pool.map(partial(revisit.analyse, run, folder), run.parts)
+        found = each(partial(analyse, run, folder), run.parts, processes=processes)
         for done, (name, events) in enumerate(zip(run.parts, found, strict=True), start=1):
             for kind, fields in events:
                 records.write(kind, **fields)
@@ -56,20 +53,31 @@ def analyse_published(run: Revisit, folder: Path, workplace: Workplace) -> None:
 
 
 def _stages(scale: Scale) -> Sequence[Stage]:
-    """The published measurements where there is a copy of them, then our own suite."""
+    """The published measurements where there is a copy of them, then our own suite and its laws."""
     match scale:
-        case "smoke" | "laptop":
-            pass
+        case "smoke":
+            processes = 1
+        case "laptop":
+            processes = cores()
         case "gpu" | "paper":
             return ()
     stages = []
     for folder in published_copy():
-        run = recipes.revisit(revisit.digest_of(folder), scale)
+        run = recipes.revisit(digest_of(folder), scale)
         stages.append(
-            Stage(name=PUBLISHED, run=run, perform=partial(analyse_published, run, folder))
+            Stage(
+                name=PUBLISHED,
+                run=run,
+                perform=partial(analyse_published, run, folder, processes=processes),
+            )
         )
     mine = recipes.suite(scale)
-    stages.append(Stage(name=SUITE, run=mine, perform=partial(train_suite, mine)))
+    stages.append(
+        Stage(name=SUITE, run=mine, perform=partial(train_suite, mine, processes=processes))
+    )
+    if scale == "laptop":
+        fitted = recipes.suite_laws(scale)
+        stages.append(Stage(name=LAWS, run=fitted, perform=partial(analyse_suite, fitted)))
     return tuple(stages)
 
 
@@ -79,7 +87,8 @@ def _drawings(scale: Scale) -> Sequence[Drawing]:
     drawn = figures.PUBLISHED_DRAWINGS if PUBLISHED in names else ()
     if scale != "laptop":
         drawn = tuple(one for one in drawn if one.name not in figures.SLOW)
-    return (*drawn, *(figures.SUITE_DRAWINGS if SUITE in names else ()))
+    mine = figures.SUITE_DRAWINGS if SUITE in names else ()
+    return (*drawn, *mine, *(figures.LAWS_DRAWINGS if LAWS in names else ()))
 
 
 EXPERIMENT = Experiment(
@@ -89,7 +98,7 @@ EXPERIMENT = Experiment(
         "McLeish, Kirchenbauer, Miller, Singh, Bhatele, Goldblum, Panda, Goldstein: Gemstones: A "
         "Model Suite for Multi-Faceted Scaling Laws, NeurIPS 2025 (arXiv 2502.06857)"
     ),
-    claims=(*PUBLISHED_CLAIMS, *SUITE_CLAIMS),
+    claims=CLAIMS,
     stages=_stages,
     drawings=_drawings,
     launches=lambda: (),  # 163,000 device-hours: the paper's measurements are read instead

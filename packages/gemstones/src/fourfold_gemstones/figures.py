@@ -7,9 +7,10 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fourfold_gemstones.claims import PUBLISHED, SUITE
-from fourfold_gemstones.laws import Hull, frontier
+from fourfold_gemstones.envelope import Hull, frontier
+from fourfold_gemstones.judging import LAWS, PUBLISHED, SUITE, numbers
 from fourfold_gemstones.suite import suite_table
+from fourfold_gemstones.table import Resource
 from fourfold_parallel.run.claims import Records
 from fourfold_parallel.run.experiments import Drawing
 from fourfold_parallel.run.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES
@@ -30,12 +31,6 @@ NAMES = {
 
 def _numbers(events: tuple[Event, ...], key: str) -> list[float]:
     return [event.number(key) for event in events]
-
-
-def _listed(event: Event, key: str) -> list[float]:
-    values = event.values[key]
-    assert isinstance(values, list)
-    return [float(value) for value in values if isinstance(value, int | float)]
 
 
 def figure_refits(records: Records) -> Figure:
@@ -134,11 +129,11 @@ def figure_null(records: Records) -> Figure:
             linewidth=0,
         )
         axes.plot(floors, _numbers(events, "slope"), "o-", color=METHOD, label="measured, 95 %")
-        true = _listed(events[0], "true_slopes")
+        true = numbers(events[0], "true_slopes")
         for number, slope in enumerate(true):
             axes.plot(
                 floors,
-                [_listed(event, "null_slopes")[number] for event in events],
+                [numbers(event, "null_slopes")[number] for event in events],
                 linestyle="--",
                 color=(BASELINE, CONTROL, IDEAL)[number],
                 linewidth=1.3,
@@ -252,53 +247,83 @@ def figure_overspending(records: Records) -> Figure:
     return figure
 
 
+def _shade(width: float, depth: float) -> tuple[float, float, float, float]:
+    """From dark, as deep as wide, to light, 256 times as wide as deep."""
+    return colormaps["viridis"](0.9 * float(np.clip(np.log(width / depth) / np.log(256), 0, 1)))
+
+
 def figure_suite(records: Records) -> Figure:
-    """Our own suite: loss against training FLOPs, its hull, and what cooling down gains."""
+    """Our own suite: loss against FLOPs and against seconds, both hulls, cooldowns, and seeds."""
     record = records[SUITE]
-    table = suite_table(record, schedule="constant")
-    figure = Figure(figsize=(7.6, 4.2))
-    axes = figure.add_subplot()
+    table, cooled = suite_table(record), suite_table(record, schedule="cooled")
     names, index = table.groups("run")
-    flops, loss = table.flops(), table.column("loss_nats")
-    aspect = table.column("width") / table.column("depth")
-    span = np.log(aspect.max() / aspect.min())
-    for run in range(len(names)):
-        rows = np.flatnonzero(index == run)
-        shade = float(np.log(aspect[rows[0]] / aspect.min()) / span)
-        axes.plot(flops[rows], loss[rows], color=colormaps["viridis"](0.9 * shade), linewidth=1.2)
-        label = names[run].split("-")[0]
-        if names[run].endswith("seed0"):
-            axes.annotate(
-                label,
-                (flops[rows[-1]], loss[rows[-1]]),
-                fontsize=7,
-                xytext=(3, 0),
-                textcoords="offset points",
-                va="center",
+    figure = Figure(figsize=(9.0, 4.2))
+    axes: Axes | None = None
+    kinds: tuple[tuple[Resource, str], ...] = (
+        ("flops", "training FLOPs (lines from deep, dark, to wide, light)"),
+        ("seconds", "seconds of one CPU thread"),
+    )
+    for column, (kind, label) in enumerate(kinds):
+        axes = figure.add_subplot(1, 2, column + 1, sharey=axes)
+        spent, loss = table.resource(kind), table.column("loss_nats")
+        for run in range(len(names)):
+            rows = np.flatnonzero(index == run)
+            width, depth = (float(table.column(name)[rows[0]]) for name in ("width", "depth"))
+            axes.plot(spent[rows], loss[rows], color=_shade(width, depth), linewidth=1.0)
+        hull = frontier(spent, loss, Hull())
+        axes.plot(
+            spent[hull], loss[hull], "o--", color=IDEAL, markersize=3.5, linewidth=1, label="hull"
+        )
+        axes.plot(
+            cooled.resource(kind),
+            cooled.column("loss_nats"),
+            "v",
+            color=METHOD,
+            markersize=4,
+            label="after cooldown",
+        )
+        axes.set_xscale("log")
+        axes.set_xlabel(label)
+        if column == 0:
+            axes.set_ylabel("validation loss (nats per byte)")
+            axes.legend(loc="upper right")
+    return figure
+
+
+def figure_surface(records: Records) -> Figure:
+    """The law in N and T fitted to our suite: curves of every shape, with bands, over its points."""
+    table = suite_table(records[SUITE])
+    figure = Figure(figsize=(9.0, 5.4))
+    shapes = sorted(
+        records[LAWS].of("curve"),
+        key=lambda event: table.column("parameters")[table.run == event.values["run"]][0],
+    )
+    groups = np.array_split(np.arange(len(shapes)), 6)
+    axes: Axes | None = None
+    for number, group in enumerate(groups):
+        axes = figure.add_subplot(2, 3, number + 1, sharex=axes, sharey=axes)
+        for place, which in enumerate(group):
+            event = shapes[which]
+            rows = table.run == event.values["run"]
+            colour = (METHOD, CONTROL, BASELINE)[place]
+            tokens = numbers(event, "tokens")
+            low, high = numbers(event, "low"), numbers(event, "high")
+            axes.fill_between(tokens, low, high, color=colour, alpha=0.2, linewidth=0)
+            axes.plot(tokens, numbers(event, "loss_nats"), color=colour, linewidth=1.3)
+            axes.plot(
+                table.column("tokens")[rows],
+                table.column("loss_nats")[rows],
+                ".",
+                color=colour,
+                markersize=3.5,
+                label=str(event.values["run"]).split("-")[0],
             )
-    hull = frontier(flops, loss, Hull())
-    axes.plot(
-        flops[hull],
-        loss[hull],
-        "o--",
-        color=IDEAL,
-        markersize=4,
-        linewidth=1.2,
-        label="convex hull",
-    )
-    cooled = suite_table(record, schedule="cooled")
-    axes.plot(
-        cooled.flops(),
-        cooled.column("loss_nats"),
-        "v",
-        color=METHOD,
-        markersize=5,
-        label="after cooldown",
-    )
-    axes.set_xscale("log")
-    axes.set_xlabel("training FLOPs (lines from deep, dark, to wide, light)")
-    axes.set_ylabel("validation loss (nats per byte)")
-    axes.legend(loc="upper right")
+        axes.set_xscale("log")
+        axes.legend(fontsize=7.5)
+        if number >= 3:
+            axes.set_xlabel("tokens (bytes)")
+        if number % 3 == 0:
+            axes.set_ylabel("nats per byte")
     return figure
 
 
@@ -307,9 +332,18 @@ SLOW = ("figure-prescriptions", "figure-held-out")
 SUITE_DRAWINGS = (
     Drawing(
         name="figure-suite",
-        caption="Our suite on bytes of the Python standard library: nine shapes of 16 to 150 "
-        "thousand parameters at a constant rate, three of them with several seeds, and cooldowns.",
+        caption="Our suite on bytes of the Python standard library at constant rates, against FLOPs and "
+        "against seconds of one CPU thread at the speed measured for each shape; at the laptop scale 17 "
+        "shapes of 16 thousand to 1.1 million parameters, three of them with three seeds.",
         draw=figure_suite,
+    ),
+)
+LAWS_DRAWINGS = (
+    Drawing(
+        name="figure-surface",
+        caption="The law in parameters and tokens fitted to our suite, with 95 % bands over its 17 runs; "
+        "points are measured. From the smallest shapes (upper left) to the largest; one seed.",
+        draw=figure_surface,
     ),
 )
 PUBLISHED_DRAWINGS = (

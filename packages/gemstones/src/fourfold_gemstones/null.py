@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from fourfold_gemstones.laws import EnvelopeLaw, IsoFlopLaw, ParametricLaw, PowerLaw
+from fourfold_gemstones.envelope import EnvelopeLaw, IsoFlopLaw
+from fourfold_gemstones.laws import ParametricLaw, PowerLaw
 from fourfold_gemstones.table import Grouping, RunTable
 from fourfold_gemstones.uncertainty import Functional, bootstrap, slope
 

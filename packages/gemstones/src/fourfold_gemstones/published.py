@@ -208,3 +208,79 @@ def preflight(folder: Path) -> tuple[tuple[int, int, float, float], ...]:
             loss = float(row["scaling/global_loss"])
             found.append((int(words[1]), int(words[2]), float(words[3]), loss))
     return tuple(found)
+
+
+Checkpoint = tuple[int, int, int]
+"""Width, depth and step of an evaluated checkpoint."""
+LAST_STEP = 83_475
+"""What the repository calls "main"."""
+TEXTS = ("fineweb_edu", "fineweb_dclm")
+"""Texts other than the suite's own on which every checkpoint was scored, as their files are named."""
+TASKS = ("mmlu", "arce", "arcc", "hellaswag")
+"""Tasks whose losses the paper averages."""
+
+
+def _either(folder: Path, *names: str) -> Path | None:
+    """The first of some files that is there, in the root of the copy or where the repository has it."""
+    places = [folder / at / name for name in names for at in ("benchmarks", ".")]
+    return next((path for path in places if path.is_file()), None)
+
+
+def _checkpoint(revision: str) -> Checkpoint:
+    """Of "Gemstone-256x23-main" or "Gemstone-256x23-step_00002385"."""
+    words = re.fullmatch(r"Gemstone-(\d+)x(\d+)[-/](?:step_(\d+)|main)", revision)
+    if words is None:
+        raise ValueError(
+            f"{revision!r} names no checkpoint; expected Gemstone-256x23-step_00002385 or -main"
+        )
+    return int(words[1]), int(words[2]), int(words[3]) if words[3] else LAST_STEP
+
+
+def benchmark_accuracy(folder: Path) -> dict[Checkpoint, float]:
+    """Mean accuracy of the nine benchmarks by checkpoint; empty where the file is not there."""
+    path = _either(folder, "light_eval_df.parquet", "light_eval_df.csv")
+    if path is None:
+        return {}
+    if path.suffix == ".parquet":
+        from fourfold_gemstones.parquet import read_parquet
+
+        columns = read_parquet(path)
+    else:
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+    revisions = next(values for name, values in columns.items() if "Gemstone" in str(values[0]))
+    scores = [values for values in columns.values() if values is not revisions]
+    means = np.asarray(scores, dtype=np.float64).mean(axis=0)
+    return {_checkpoint(str(at)): float(mean) for at, mean in zip(revisions, means, strict=True)}
+
+
+def task_losses(folder: Path) -> dict[Checkpoint, float]:
+    """Mean answer loss of four tasks by checkpoint; empty where the files are not there.
+
+    From the repository's 3,080 files of single answers, or from `task_losses_mean.csv`, a table of
+    their means.
+    """
+    path = _either(folder, "task_losses_mean.csv")
+    if path is not None:
+        means: dict[Checkpoint, float] = {}
+        for row in csv.DictReader(path.read_text().splitlines()):
+            width, depth = row["run"].split("x")
+            at = (int(width), int(depth), int(row["step"]))
+            means[at] = float(np.mean([float(row[task]) for task in TASKS]))
+        return means
+    found: dict[Checkpoint, list[float]] = {}
+    for one in sorted((folder / "benchmarks/bhagia_task_losses").glob("*/*/losses_*.json")):
+        if one.stem.removeprefix("losses_") in TASKS:
+            answers = [loss for losses in json.loads(one.read_text()).values() for loss in losses]
+            at = _checkpoint(f"{one.parent.parent.name}/{one.parent.name}")
+            found.setdefault(at, []).append(float(np.mean(answers)))
+    return {at: float(np.mean(means)) for at, means in found.items()}
+
+
+def text_losses(folder: Path, text: str) -> dict[Checkpoint, float]:
+    """Loss of every checkpoint on another text; empty where the file is not there."""
+    path = _either(folder, f"{text}_losses_combined.jsonl")
+    if path is None:
+        return {}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {(row["width"], row["depth"], row["step"]): row["final_loss"] for row in rows}

@@ -21,11 +21,10 @@ from fourfold_gemstones.allocate import (
     Lattice,
     Planner,
     SixNT,
-    Suggestion,
     allocate,
-    suggest_next,
 )
 from fourfold_gemstones.counting import Architecture
+from fourfold_gemstones.design import Suggestion, suggest_next
 from fourfold_gemstones.laws import (
     CHINCHILLA,
     SHAPE_ONLY,

@@ -13,7 +13,6 @@ Machinery of `laws.py`. The objective has many near-flat valleys, so three thing
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,12 +97,12 @@ def objective(
     problem: Problem, parameters: Parameters, weights: Float[np.ndarray, "draw row"]
 ) -> Float[np.ndarray, " start"]:
     """The objective at each row of `parameters` (inputs not centred); weights broadcast."""
-    descent = _Descent(problem.log_inputs, problem.log_loss, weights)
+    descent = Descent(problem.log_inputs, problem.log_loss, weights)
     return descent.value(parameters, problem.delta)
 
 
 @dataclass(frozen=True, slots=True)
-class _Descent:
+class Descent:
     """Values and derivatives of many starts at once, on whatever inputs it is given."""
 
     log_inputs: Float[np.ndarray, "row term"]
@@ -121,6 +120,7 @@ class _Descent:
         return np.exp(exponent, out=exponent)
 
     def value(self, theta: Parameters, delta: float) -> Float[np.ndarray, " start"]:
+        """The objective of every start."""
         residual = self.log_loss - np.log(self.terms(theta).sum(axis=1))
         return (self.weights * huber(residual, delta)).sum(axis=1)
 
@@ -171,14 +171,14 @@ class _Descent:
         scale = np.einsum("bpn,bpn,bn->bp", slope, slope, majorised)
         return gradient, hessian, scale + 1e-12 * scale.max(axis=1, keepdims=True) + 1e-300
 
-    def select(self, keep: Bool[np.ndarray, " start"]) -> _Descent:
+    def select(self, keep: Bool[np.ndarray, " start"]) -> Descent:
         """The same problem for some of the starts."""
         weights = self.weights if len(self.weights) == 1 else self.weights[keep]
-        return _Descent(self.log_inputs, self.log_loss, weights)
+        return Descent(self.log_inputs, self.log_loss, weights)
 
 
-def _descend(
-    descent: _Descent,
+def descend(
+    descent: Descent,
     theta: Parameters,
     delta: float,
     *,
@@ -246,7 +246,7 @@ def _damped_step(
     return step, 0.5 * np.einsum("bk,bk->b", along, along / steepness)
 
 
-def _bounds(
+def bounds(
     log_loss: Float[np.ndarray, " row"], terms: int
 ) -> tuple[Float[np.ndarray, " parameter"], Float[np.ndarray, " parameter"]]:
     """Exponents in [0, MAX_EXPONENT]; coefficients and floor may vanish but not below that."""
@@ -334,17 +334,17 @@ def follow(
     """Follow starts (inputs not centred) from the widest threshold to the target."""
     m = problem.log_inputs.shape[1]
     centre = problem.centre
-    lower, upper = _bounds(problem.log_loss, m)
+    lower, upper = bounds(problem.log_loss, m)
     theta = theta.copy()
     theta[:, :m] -= theta[:, m : 2 * m] * centre
     theta = np.clip(theta, lower, upper)
-    descent = _Descent(problem.log_inputs - centre, problem.log_loss, weights)
+    descent = Descent(problem.log_inputs - centre, problem.log_loss, weights)
     path = thresholds(problem.delta)
     for delta in path[:-1]:
-        theta, _ = _descend(
+        theta, _ = descend(
             descent, theta, delta, lower=lower, upper=upper, steps=25, tolerance=1e-5, patience=6
         )
-    theta, value = _descend(
+    theta, value = descend(
         descent,
         theta,
         path[-1],
@@ -405,7 +405,7 @@ def certify(
     for gap in excess:
         if gap > basins[-1] + AGREEMENT and np.isfinite(gap):
             basins.append(float(gap))
-    lower, _ = _bounds(problem.log_loss, m)
+    lower, _ = bounds(problem.log_loss, m)
     centred = parameters.copy()
     centred[:m] -= centred[m : 2 * m] * problem.centre
     labels = [
@@ -415,7 +415,7 @@ def certify(
     labels.append("floor")
     held = centred <= lower + 1e-9
     held[[*range(m), 2 * m]] |= centred[[*range(m), 2 * m]] <= lower[0] + 0.5 * VANISHED
-    descent = _Descent(
+    descent = Descent(
         problem.log_inputs - problem.centre, problem.log_loss, np.ones((1, len(problem.log_loss)))
     )
     gradient, _, _ = descent.derivatives(centred[None], problem.delta)
@@ -451,108 +451,3 @@ def refit(
         theta, _ = follow(problem, np.repeat(parameters[None], len(some), axis=0), some)
         found.append(theta)
     return np.concatenate(found)
-
-
-@dataclass(frozen=True, slots=True)
-class _Pinned(_Descent):
-    """The objective plus a spring that pulls a functional of each start towards its target.
-
-    The least of the sum is the least of the objective alone among all parameters with the value of
-    the functional that was reached, however stiff the spring.
-    """
-
-    functional: Callable[[Float[np.ndarray, " parameter"]], float]
-    targets: Float[np.ndarray, " start"]
-    stiffness: float
-
-    def value(self, theta: Parameters, delta: float) -> Float[np.ndarray, " start"]:
-        reached = np.asarray([self.functional(row) for row in theta])
-        free = _Descent(self.log_inputs, self.log_loss, self.weights).value(theta, delta)
-        total = free + 0.5 * self.stiffness * (reached - self.targets) ** 2
-        return np.where(np.isfinite(total), total, np.inf)
-
-    def derivatives(
-        self, theta: Parameters, delta: float
-    ) -> tuple[
-        Float[np.ndarray, "start parameter"],
-        Float[np.ndarray, "start parameter parameter"],
-        Float[np.ndarray, "start parameter"],
-    ]:
-        free = _Descent(self.log_inputs, self.log_loss, self.weights)
-        gradient, hessian, scale = free.derivatives(theta, delta)
-        step = 1e-5 * np.eye(theta.shape[1])
-        for start, row in enumerate(theta):
-            pull = self.functional(row) - self.targets[start]
-            slope = np.asarray(
-                [(self.functional(row + s) - self.functional(row - s)) / 2e-5 for s in step]
-            )
-            slope = np.where(np.isfinite(slope), slope, 0.0)
-            gradient[start] += self.stiffness * pull * slope
-            hessian[start] += self.stiffness * np.outer(slope, slope)
-            scale[start] += self.stiffness * slope**2
-        return gradient, hessian, scale
-
-    def select(self, keep: Bool[np.ndarray, " start"]) -> _Pinned:
-        return _Pinned(
-            self.log_inputs,
-            self.log_loss,
-            self.weights,
-            self.functional,
-            self.targets[keep],
-            self.stiffness,
-        )
-
-
-def pinned(
-    problem: Problem,
-    parameters: Float[np.ndarray, " parameter"],
-    functional: Callable[[Float[np.ndarray, " parameter"]], float],
-    targets: Float[np.ndarray, " start"],
-    *,
-    stiffness: float,
-) -> tuple[Float[np.ndarray, " start"], Float[np.ndarray, " start"]]:
-    """Values of `functional` that were reached, and the least objective at each of them.
-
-    The targets are approached one after another, away from `parameters`, each from the solution
-    of its neighbour.
-    """
-    m = problem.log_inputs.shape[1]
-    centre = problem.centre
-    lower, upper = _bounds(problem.log_loss, m)
-
-    def uncentred(theta: Float[np.ndarray, " parameter"]) -> Float[np.ndarray, " parameter"]:
-        moved = theta.copy()
-        moved[:m] += moved[m : 2 * m] * centre
-        return moved
-
-    ones = np.ones((1, len(problem.log_loss)))
-    start = parameters.copy()
-    start[:m] -= start[m : 2 * m] * centre
-    free = _Descent(problem.log_inputs - centre, problem.log_loss, ones)
-    origin = functional(parameters)
-    reached, least = np.empty(len(targets)), np.empty(len(targets))
-    for side in (targets >= origin, targets < origin):
-        theta = start[None]
-        for index in np.flatnonzero(side)[np.argsort(np.abs(targets[side] - origin))]:
-            spring = _Pinned(
-                free.log_inputs,
-                free.log_loss,
-                ones,
-                lambda row: functional(uncentred(row)),
-                targets[[index]],
-                stiffness,
-            )
-            for delta in thresholds(problem.delta)[-3:]:
-                theta, _ = _descend(
-                    spring,
-                    theta,
-                    delta,
-                    lower=lower,
-                    upper=upper,
-                    steps=80,
-                    tolerance=1e-10,
-                    patience=PATIENCE,
-                )
-            reached[index] = functional(uncentred(theta[0]))
-            least[index] = free.value(theta, problem.delta)[0]
-    return reached, least

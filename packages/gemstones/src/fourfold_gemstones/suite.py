@@ -1,90 +1,68 @@
-"""A suite of our own, trained through the runtime the way the paper trained its: Gemma-like decoders.
+"""A suite of our own, trained through the runtime the way the paper trained its own.
 
 One constant learning rate after a short warm-up, base / (width sqrt(depth)), so that every validation
 on the way is a point of the law; cooldowns fork from checkpoints of the constant run and fall linearly
-to zero over a tenth more tokens.
+to zero over a tenth more tokens. Beside the losses it measures what a time-optimal plan needs: how fast
+each shape trains.
 """
 
 from __future__ import annotations
 
 import math
-import multiprocessing
 import shutil
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GemmaConfig, PreTrainedModel
 
 from fourfold_gemstones.counting import Architecture
+from fourfold_gemstones.pool import each
 from fourfold_gemstones.table import RunTable
 from fourfold_parallel.run import checkpoint
 from fourfold_parallel.run.checkpoint import Checkpoint
+from fourfold_parallel.run.data import TokenSource
 from fourfold_parallel.run.experiments import Workplace
 from fourfold_parallel.run.files import sync
+from fourfold_parallel.run.models import Llama
+from fourfold_parallel.run.objective import token_nats
 from fourfold_parallel.run.optimizer import Cooldown
 from fourfold_parallel.run.progress import silent
 from fourfold_parallel.run.recipe import Run, Steps
-from fourfold_parallel.run.records import Material, Record, RecordWriter, header, read_record
-from fourfold_parallel.run.train import train
+from fourfold_parallel.run.records import Event, Record, RecordWriter, header, read_record
+from fourfold_parallel.run.train import train, trained_model
 from fourfold_parallel.run.values import digest
 
-WORKERS = 2
-"""Training processes at a time, one thread each: at these widths two threads are slower."""
+SECOND_ROWS = 64
+"""Rows of the second corpus on which every finished run is scored."""
+TIMED_STEPS = 3
+"""Steps of each shape in each round of the timing, after one that is not counted."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gem:
-    """A fresh Gemma-like decoder of a width and a depth (transformers' own implementation)."""
+def decoder(width: int, depth: int, architecture: Architecture) -> Llama:
+    """The architecture's decoder of one shape: heads in pairs that share keys, four times the width.
 
-    width: int
-    depth: int
-    architecture: Architecture
-
-    def config(self) -> GemmaConfig:
-        """The same shape in transformers' words: untied embeddings, four times the width in the MLP.
-
-        Raises:
-            ValueError: where heads do not tile the width.
-        """
-        head_width = self.architecture.head_width
-        if self.width % head_width:
-            raise ValueError(
-                f"width={self.width} is not a multiple of head_width={head_width}; "
-                f"use a multiple of {head_width}"
-            )
-        heads = self.width // head_width
-        groups = max(1, heads // 2)
-        return GemmaConfig(
-            vocab_size=self.architecture.vocabulary,
-            hidden_size=self.width,
-            num_hidden_layers=self.depth,
-            num_attention_heads=heads,
-            num_key_value_heads=groups if heads % groups == 0 else 1,
-            head_dim=head_width,
-            intermediate_size=4 * self.width,
-            max_position_embeddings=self.architecture.context,
-            tie_word_embeddings=False,
-            use_cache=False,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
+    Raises:
+        ValueError: where heads do not tile the width.
+    """
+    heads = width // architecture.head_width
+    if width % architecture.head_width:
+        raise ValueError(
+            f"width={width} is not a multiple of head_width={architecture.head_width}; use a "
+            f"multiple of {architecture.head_width}"
         )
-
-    def build(self, *, seed: int) -> PreTrainedModel:
-        """Weights drawn by transformers' initialisation under `seed`; the global state is put back."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(
-                self.config(), dtype=torch.float32, attn_implementation="sdpa"
-            )
-
-    def materials(self) -> tuple[Material, ...]:
-        """None: nothing published is used."""
-        return ()
+    groups = max(1, heads // 2)
+    return Llama(
+        width=width,
+        depth=depth,
+        heads=heads,
+        kv_heads=groups if heads % groups == 0 else 1,
+        hidden=4 * width,
+        vocabulary=architecture.vocabulary,
+        context=architecture.context,
+        tied=False,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,24 +70,35 @@ class Member:
     """A constant-rate run of the suite, and where cooldowns fork from it."""
 
     run: Run
-    """Its model is a `Gem`; its horizon the longest point."""
+    """Its model is a `Llama`; its horizon the longest point."""
+    rate: float
+    """Its learning rate over the rule's: one half for the twins."""
     forks: tuple[int, ...]
     """Steps after which a cooldown of a tenth as many steps is run beside the constant run."""
 
     @property
-    def gem(self) -> Gem:
+    def model(self) -> Llama:
         """The run's model."""
-        assert isinstance(self.run.model, Gem)
+        assert isinstance(self.run.model, Llama)
         return self.run.model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suite:
-    """All members."""
+    """All members, and what is measured of them beside their losses."""
 
     members: tuple[Member, ...]
     architecture: Architecture
+    second: TokenSource
+    """Text of another kind, on which every finished run is scored too."""
+    rounds: int
+    """How often the speed of each shape is measured, all shapes in turn."""
     seed: int
+
+    @property
+    def shapes(self) -> tuple[Llama, ...]:
+        """Each shape once."""
+        return tuple(dict.fromkeys(member.model for member in self.members))
 
 
 def scaled_rate(base: float, width: int, depth: int) -> float:
@@ -158,23 +147,43 @@ def segments(member: Member) -> tuple[tuple[Run, Run | None], ...]:
     return tuple(found)
 
 
-def train_member(member: Member, folder: Path) -> tuple[dict[str, float | str], ...]:
-    """Train one member and its forks; one point for every validation.
+Fields = dict[str, float | str]
+"""Values of one event of the record."""
+
+
+def train_member(
+    member: Member, folder: Path, second: TokenSource
+) -> tuple[tuple[str, Fields], ...]:
+    """Train one member and its forks; an event "point" for every validation, "second" at the end.
 
     A member that was finished before is read from its records; an interrupted one goes on.
     """
     torch.set_num_threads(1)
-    points: list[dict[str, float | str]] = []
+    about: Fields = {
+        "run": member.run.name,
+        "width": member.model.width,
+        "depth": member.model.depth,
+        "rate": member.rate,
+        "seed": member.run.seed,
+    }
+    events: list[tuple[str, Fields]] = []
     last: Checkpoint | None = None
-    elapsed_s = 0.0
+    points: list[Fields] = []
     for constant, cooled in segments(member):
         last, record = _train(constant, last, folder)
-        points += _points(member, record, "constant", elapsed_s)
-        elapsed_s += sum(event.number("elapsed_s") for event in record.of("step"))
+        points = _points(member.run, record)
+        events += [("point", about | {"schedule": "constant"} | point) for point in points]
         if cooled is not None:
             _, record = _train(cooled, last, folder)
-            points += _points(member, record, "cooled", elapsed_s)
-    return tuple(points)
+            forked: Fields = {"schedule": "cooled", "forked_at": constant.steps}
+            events += [("point", about | forked | point) for point in _points(member.run, record)]
+    assert last is not None
+    scored = replace(member.run, horizon=Steps(count=last.step))
+    second_nats = score(scored, last, second)
+    events.append(
+        ("second", about | {"loss_nats": points[-1]["loss_nats"], "second_nats": second_nats})
+    )
+    return tuple(events)
 
 
 def _train(run: Run, source: Checkpoint | None, folder: Path) -> tuple[Checkpoint, Record]:
@@ -186,66 +195,125 @@ def _train(run: Run, source: Checkpoint | None, folder: Path) -> tuple[Checkpoin
     return last, read_record(record)
 
 
-def _points(
-    member: Member, record: Record, schedule: str, before_s: float
-) -> list[dict[str, float | str]]:
-    steps = {int(event.number("step")): event for event in record.of("step")}
-    points: list[dict[str, float | str]] = []
+def _points(run: Run, record: Record) -> list[Fields]:
+    points: list[Fields] = []
     for event in record.of("validation"):
         step = int(event.number("step"))
-        spent_s = sum(one.number("elapsed_s") for at, one in steps.items() if at <= step)
         points.append(
             {
-                "run": member.run.name,
-                "schedule": schedule,
-                "width": member.gem.width,
-                "depth": member.gem.depth,
                 "step": step,
-                "tokens": step * member.run.tokens_per_step,
-                "learning_rate": member.run.optimizer.learning_rate,
-                "seed": member.run.seed,
+                "tokens": step * run.tokens_per_step,
+                "learning_rate": run.optimizer.learning_rate,
                 "loss_nats": event.number("validation_loss_nats"),
-                "seconds": before_s + spent_s,
             }
         )
     return points
 
 
-def train_suite(suite: Suite, workplace: Workplace) -> None:
-    """Train every member, `WORKERS` at a time, and write one record of all points."""
+@torch.no_grad()
+def score(run: Run, last: Checkpoint, text: TokenSource) -> float:
+    """Mean loss, in nats, of a trained model on the first `SECOND_ROWS` rows of another text."""
+    rows = text.open(sequence=run.sequence, seed=0).batch(0, batch=SECOND_ROWS).tokens
+    logits = trained_model(run, last)(input_ids=rows[:, :-1], use_cache=False).logits
+    return float(token_nats(logits, rows[:, 1:]).double().mean())
+
+
+def speeds(suite: Suite) -> list[Fields]:
+    """Tokens of training per second of one thread, every shape once in each round.
+
+    Seconds are the process's own, so that what else the machine does counts little, and rounds go
+    through all shapes in turn, so that what it does count falls on all alike.
+    """
+    torch.set_num_threads(1)
+    first = suite.members[0].run
+    tokens = torch.randint(
+        suite.architecture.vocabulary,
+        (first.batch, first.sequence + 1),
+        generator=torch.Generator().manual_seed(suite.seed),
+    )
+    found: list[Fields] = []
+    for number in range(suite.rounds):
+        for shape in suite.shapes:
+            model = shape.build(seed=number)
+            optimizer = first.optimizer.build(model)
+
+            def step() -> None:
+                logits = model(input_ids=tokens[:, :-1], use_cache=False).logits  # noqa: B023
+                token_nats(logits, tokens[:, 1:]).mean().backward()
+                optimizer.step()  # noqa: B023
+                optimizer.zero_grad(set_to_none=True)  # noqa: B023
+
+            step()
+            began_s = time.process_time()
+            for _ in range(TIMED_STEPS):
+                step()
+            elapsed_s = time.process_time() - began_s
+            rate = TIMED_STEPS * first.tokens_per_step / elapsed_s
+            about: Fields = {"width": shape.width, "depth": shape.depth, "round": number}
+            found.append(about | {"tokens_per_cpu_s": rate})
+    return found
+
+
+def train_suite(suite: Suite, workplace: Workplace, *, processes: int) -> None:
+    """Train every member, as many at a time as there are `processes`, and write one record of all."""
     workplace.record.unlink(missing_ok=True)
     first = suite.members[0].run
     # Tokenized once here, so that the workers find it in the cache.
-    stream = first.data.open(sequence=first.sequence, seed=first.seed)
-    with (
-        RecordWriter(workplace.record) as records,
-        ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool,
-    ):
+    texts = [source.open(sequence=first.sequence, seed=0) for source in (first.data, suite.second)]
+    materials = tuple(dict.fromkeys(one for text in texts for one in text.file.materials))
+    with RecordWriter(workplace.record) as records:
         records.write_header(
-            header(
-                suite, seed=suite.seed, world_size=1, materials=stream.file.materials, overrides=()
-            )
+            header(suite, seed=suite.seed, world_size=1, materials=materials, overrides=())
         )
-        trained = pool.map(partial(train_member, folder=workplace.scratch), suite.members)
-        for done, points in enumerate(trained, start=1):
-            for point in points:
-                records.write("point", **point)
+        work = partial(train_member, folder=workplace.scratch, second=suite.second)
+        trained = each(work, suite.members, processes=processes)
+        for done, events in enumerate(trained, start=1):
+            for kind, fields in events:
+                records.write(kind, **fields)
             workplace.progress(done, len(suite.members), suite.members[done - 1].run.name)
+        for fields in speeds(suite):
+            records.write("speed", **fields)
         records.write("finished")
 
 
-def suite_table(record: Record, *, schedule: str, names: Sequence[str] = ()) -> RunTable:
-    """The points of one schedule as a table; of some runs, where `names` is not empty."""
+def suite_table(record: Record, *, schedule: str = "constant", rate: float = 1.0) -> RunTable:
+    """The points of one schedule and one learning-rate rule, all seeds, as a table."""
     suite = record.run
     assert isinstance(suite, Suite)
     points = [
-        event.values
+        event
         for event in record.of("point")
-        if event.values["schedule"] == schedule and (not names or event.values["run"] in names)
+        if event.values["schedule"] == schedule and event.values["rate"] == rate
     ]
-    keys = ("run", "width", "depth", "tokens", "loss_nats", "seconds", "learning_rate", "seed")
+    keys = ("run", "width", "depth", "tokens", "loss_nats", "learning_rate", "seed")
+    speed = speed_of(record)
+    columns = {key: [event.values[key] for event in points] for key in keys}
+    seconds = [event.number("tokens") / speed[shape_of(event)] for event in points]
     return RunTable.from_columns(
-        {key: [point[key] for point in points] for key in keys},
+        {**columns, "seconds": seconds, "gpu_hours": [one / 3600 for one in seconds]},
         architecture=suite.architecture,
         source=f"{record.path.name}, {schedule}",
     )
+
+
+Shape = tuple[int, int]
+"""Width and depth."""
+
+
+def shape_of(event: Event) -> Shape:
+    """Width and depth of the model that an event is about."""
+    return int(event.number("width")), int(event.number("depth"))
+
+
+def speed_of(record: Record) -> dict[Shape, float]:
+    """Median over the rounds of the tokens per second of each shape."""
+    rounds = speed_rounds(record)
+    return {shape: sorted(found)[len(found) // 2] for shape, found in rounds.items()}
+
+
+def speed_rounds(record: Record) -> dict[Shape, list[float]]:
+    """Tokens per second of each shape, in the order of the rounds."""
+    found: dict[Shape, list[float]] = {}
+    for event in record.of("speed"):
+        found.setdefault(shape_of(event), []).append(event.number("tokens_per_cpu_s"))
+    return found

@@ -13,14 +13,17 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from fourfold_gemstones.claims import PUBLISHED
 from fourfold_gemstones.figures import NAMES
+from fourfold_gemstones.judging import PUBLISHED, between, numbers, where
+from fourfold_gemstones.revisit.optimum import OPTIMUM
 from fourfold_parallel.run.files import write_text
 from fourfold_parallel.run.records import Event, Record, read_record
 
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-DOCUMENTS = ("docs/revisited.md",)
+DOCUMENTS = ("README.md", "docs/revisited.md")
 """Files with tables, under the package's folder."""
+TERMS = {2: "N, T", 3: "w, d, T", 4: "w, d, N, T"}
+ONE_TABLE = {"both": "", "one": ", one table"}
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -29,35 +32,60 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *rows))
 
 
-def _interval(event: Event, low: str = "low", high: str = "high") -> str:
-    return f"[{event.number(low):.3f}, {event.number(high):.3f}]"
+def above_optimum(record: Record) -> Sequence[Event]:
+    """Published fits more than .03 % above the optimum."""
+    return [
+        event for event in record.of("refit") if event.number("published_above_percent") > OPTIMUM
+    ]
 
 
 def refits(record: Record) -> str:
-    """Published fits more than .03 % above the optimum."""
+    """Published fits above the optimum, and where the reference's descent goes from them."""
     rows = []
-    for event in record.of("refit"):
-        if event.number("published_above_percent") <= 0.03:
-            continue
-        terms = {2: "N, T", 3: "w, d, T", 4: "w, d, N, T"}[int(event.number("terms"))]
+    for event in above_optimum(record):
+        restart = where(record, "restart", name=event.values["name"])
+        optimum = event.number("objective")
         two = int(event.number("terms")) == 2
-        less = "" if event.values["embeddings"] == "both" else ", one table"
         rows.append(
             [
-                f"`{event.values['frame']}`{less}",
-                terms,
+                f"`{event.values['frame']}`" + ONE_TABLE[str(event.values["embeddings"])],
+                TERMS[int(event.number("terms"))],
                 f"{event.number('delta'):g}",
                 f"{event.number('published_objective'):.4e}",
                 f"{event.number('objective'):.4e}",
                 f"{event.number('published_above_percent'):.3f}",
+                *(
+                    f"{100 * (restart.number(f'{kind}_objective') / optimum - 1):.3f}"
+                    for kind in ("default", "scaled")
+                ),
                 f"{event.number('published_slope'):.3f}" if two else "",
                 f"{event.number('slope'):.3f}" if two else "",
                 f"{event.number('agreeing'):.0f}/{event.number('starts'):.0f}",
                 f"[{event.line}](../results/published.jsonl#L{event.line})",
             ]
         )
-    head = ["frame", "law", "δ", "published f", "optimum", "above, %", "a published", "a", "agree"]
-    return markdown([*head, "line"], rows)
+    head = ["frame", "law", "δ", "published f", "optimum", "above, %", "restarted, %", "scaled, %"]
+    return markdown([*head, "a published", "a", "agree", "line"], rows)
+
+
+def distances(record: Record) -> str:
+    """All published fits by frame, law and threshold: how far above the optimum, and the slopes."""
+    rows = []
+    for event in record.of("refit"):
+        two = int(event.number("terms")) == 2
+        far = event.number("published_above_percent")
+        slopes = (event.number("published_slope"), event.number("slope")) if two else ()
+        rows.append(
+            [
+                f"`{event.values['frame']}`" + ONE_TABLE[str(event.values["embeddings"])],
+                TERMS[int(event.number("terms"))],
+                f"{event.number('delta'):g}",
+                f"**{far:.3f}**" if far > OPTIMUM else f"{far:.4f}",
+                " to ".join(f"{slope:.3f}" for slope in slopes),
+                f"[{event.line}](results/published.jsonl#L{event.line})",
+            ]
+        )
+    return markdown(["frame", "law", "δ", "above, %", "slope, published to ours", "line"], rows)
 
 
 def coverage(record: Record) -> str:
@@ -82,9 +110,9 @@ def slopes(record: Record) -> str:
             f"{event.number('models'):.0f}",
             f"{event.number('published_slope'):.3f}",
             f"{event.number('slope'):.3f}",
-            _interval(event, "model_low", "model_high"),
-            _interval(event, "profile_low", "profile_high"),
-            _interval(event, "row_low", "row_high"),
+            between(event, "model_low", "model_high"),
+            between(where(record, "profile", frame=event.values["frame"])),
+            between(event, "row_low", "row_high"),
         ]
         for event in record.of("slope")
     ]
@@ -98,7 +126,7 @@ def differences(record: Record) -> str:
         [
             f"{NAMES[str(event.values['first'])]} less {NAMES[str(event.values['second'])]}",
             f"{event.number('difference'):+.3f}",
-            _interval(event),
+            between(event),
             f"{event.number('share_above_zero'):.2f}",
         ]
         for event in record.of("difference")
@@ -113,15 +141,13 @@ def null(record: Record) -> str:
         estimator = str(event.values["estimator"])
         if estimator == "20 bins":
             continue
-        nulls = event.values["null_slopes"]
-        assert isinstance(nulls, list)
         rows.append(
             [
                 str(event.values["selection"]),
                 {"hull": "the paper's", "hull, 6NT": "6 N T"}[estimator],
                 f"{event.number('slope'):.3f}",
-                _interval(event),
-                *(f"{value:.3f}" for value in nulls if isinstance(value, int | float)),
+                between(event),
+                *(f"{value:.3f}" for value in numbers(event, "null_slopes")),
             ]
         )
     head = ["tokens", "FLOPs", "measured", "95 % over models"]
@@ -133,6 +159,7 @@ def tables(results: Path) -> Mapping[str, str]:
     record = read_record(results / f"{PUBLISHED}.jsonl")
     of_record: Mapping[str, Callable[[Record], str]] = {
         "refits": refits,
+        "distances": distances,
         "coverage": coverage,
         "slopes": slopes,
         "differences": differences,

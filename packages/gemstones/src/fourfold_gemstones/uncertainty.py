@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import chi2
 
-from fourfold_gemstones import solve
 from fourfold_gemstones.laws import LawWarning, ParametricFit, PowerLaw
+from fourfold_gemstones.pinned import pinned
 from fourfold_gemstones.table import Grouping, RunTable
 
 Functional = Callable[[Any], float]
@@ -280,7 +280,7 @@ def profile(
         except UNDEFINED:
             return float("nan")
 
-    reached, least = solve.pinned(
+    reached, least = pinned(
         problem,
         fit.estimate.vector(),
         of_vector,

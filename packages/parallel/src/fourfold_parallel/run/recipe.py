@@ -34,6 +34,17 @@ Horizon = Steps | Tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class At:
+    """After each of these steps, ascending and counted from 1."""
+
+    steps: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if list(self.steps) != sorted(set(self.steps)) or any(step < 1 for step in self.steps):
+            raise ValueError(f"steps={self.steps} are not ascending from 1; sort them")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """Everything that decides a training run's numbers. The first line of its record rebuilds it."""
 
@@ -57,15 +68,16 @@ class Run:
     engine: Engine
     seed: int
     """Decides fresh weights and the order of the data."""
-    validate_every: int
-    """Steps between validations on the source's held-out rows; a last one is done at the end."""
+    validate_every: int | At
+    """Steps between validations on the source's held-out rows, or after which; a last one is done at the
+    end."""
     checkpoint_every: int
     """Steps between checkpoints; a last one is written at the end of the run."""
 
     def __post_init__(self) -> None:
         for field in ("batch", "microbatch", "sequence", "validate_every", "checkpoint_every"):
             value = getattr(self, field)
-            if value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ValueError(f"{field}={value} in run {self.name!r}; use 1 or more")
         if self.horizon.count < 1:
             raise ValueError(

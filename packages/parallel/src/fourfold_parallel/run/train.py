@@ -19,7 +19,7 @@ from fourfold_parallel.run.engines import Session
 from fourfold_parallel.run.objective import IGNORE, token_nats
 from fourfold_parallel.run.optimizer import set_learning_rate
 from fourfold_parallel.run.progress import Progress
-from fourfold_parallel.run.recipe import Run
+from fourfold_parallel.run.recipe import At, Run
 from fourfold_parallel.run.records import RecordWriter, header
 from fourfold_parallel.run.values import digest
 
@@ -137,9 +137,13 @@ def seed_dropout(*, seed: int, step: int, share: int) -> None:
     torch.manual_seed(int(digest([seed, step, share])[:15], 16))
 
 
-def is_due(every: int, done: int, steps: int) -> bool:
-    """Whether something with a period of `every` steps happens after step `done`: also at the end."""
-    return done % every == 0 or done == steps
+def is_due(every: int | At, done: int, steps: int) -> bool:
+    """Whether what happens every so many steps, or at some, does after step `done`: also at the end."""
+    match every:
+        case At(steps=chosen):
+            return done in chosen or done == steps
+        case period:
+            return done % period == 0 or done == steps
 
 
 @torch.no_grad()

@@ -1,0 +1,149 @@
+"""Rules decide what their words say, on records made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fourfold_gemstones import suite_claims
+from fourfold_gemstones.claims import CLAIMS
+from fourfold_gemstones.judging import LAWS, SUITE
+from fourfold_gemstones.revisit.downstream import texts_agree
+from fourfold_gemstones.revisit.slopes import bootstraps_cover
+from fourfold_gemstones.suite_laws import pooled
+from fourfold_parallel.run.claims import Claim
+from fourfold_parallel.run.records import read_record
+
+RULES = {claim.id: claim for claim in CLAIMS}
+
+
+def judge(claim: Claim, stage: str, events: list[dict], folder: Path) -> tuple[str, str]:
+    """Verdict and reason of a rule on a record of these events."""
+    lines = [{"event": "run", "schema": 1, "run": {}, "run_sha256": "", "seed": 0}, *events]
+    path = folder / f"{stage}.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = claim.rule({stage: read_record(path)})
+    return found.verdict, found.because
+
+
+def test_claims_have_names_of_their_own_and_wait_for_their_record() -> None:
+    """P, C and S in order; without any record nothing is judged."""
+    assert len(RULES) == len(CLAIMS)
+    assert {f"C{number}" for number in range(1, 15)} <= set(RULES)
+    assert [claim.id for claim in CLAIMS][:5] == ["P1", "P2", "P3", "P4", "C1"]
+    for claim in CLAIMS:
+        found = claim.rule({})
+        assert found.verdict == "not tested"
+        assert found.because.startswith("needs: ")
+
+
+def test_a_pooled_spread_is_that_within_groups() -> None:
+    """Groups apart do not add to it; without two of a kind there is none."""
+    found = pooled([[1.0, 3.0], [101.0, 103.0], [5.0]])
+    assert (found.sd, found.freedom) == (pytest.approx(2**0.5), 2)
+    with pytest.raises(ValueError, match="no shape has two seeds"):
+        pooled([[1.0], [2.0]])
+
+
+def points(gain: float, spread: float) -> list[dict]:
+    """A shape with three seeds and two forks, whose cooldowns gain about `gain`."""
+    found = []
+    for seed in range(3):
+        run = {"event": "point", "run": f"16x2-seed{seed}"}
+        for step in (10, 20):
+            cooled = 3.0 - gain + spread * (seed - 1)
+            found.append(run | {"schedule": "constant", "step": step, "loss_nats": 3.0})
+            found.append(run | {"schedule": "cooled", "forked_at": step, "loss_nats": cooled})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("gain", "spread", "verdict"),
+    [(0.1, 0.01, "reproduced"), (0.1, 0.2, "contradicted"), (0.1, 0.04, "inconclusive")],
+)
+def test_a_cooldown_counts_where_it_gains_more_than_seeds_differ(
+    gain: float, spread: float, verdict: str, tmp_path: Path
+) -> None:
+    found, because = judge(RULES["S1"], SUITE, points(gain, spread), tmp_path)
+    assert found == verdict
+    assert f"{spread:.4f} nats between seeds (4 degrees of freedom)" in because
+
+
+@pytest.mark.parametrize(
+    ("wide", "verdict"),
+    [((200, 210), "reproduced"), ((105, 210), "inconclusive"), ((50, 60), "contradicted")],
+)
+def test_wide_is_faster_where_rounds_do_not_overlap(
+    wide: tuple[int, int], verdict: str, tmp_path: Path
+) -> None:
+    events = [
+        {"event": "speed", "width": w, "depth": d, "round": number, "tokens_per_cpu_s": speed}
+        for pair in suite_claims.PAIRS
+        for (w, d), speeds in zip(pair, (wide, (100, 110)), strict=True)
+        for number, speed in enumerate(speeds)
+    ]
+    assert judge(RULES["S3"], SUITE, events, tmp_path)[0] == verdict
+
+
+@pytest.mark.parametrize(
+    ("half", "steep", "verdict"),
+    [
+        ((0.45, 0.55), (0.65, 0.75), "reproduced"),
+        ((0.45, 0.55), (0.50, 0.75), "contradicted"),
+        ((0.35, 0.40), (0.50, 0.60), "inconclusive"),
+    ],
+)
+def test_a_hull_tells_laws_apart_where_their_ranges_are(
+    half: tuple[float, float], steep: tuple[float, float], verdict: str, tmp_path: Path
+) -> None:
+    measured = {"measured": 0.5, "measured_low": 0.4, "measured_high": 0.6}
+    events = [
+        {"event": "null", "true_slope": true, "low": low, "high": high} | measured
+        for true, (low, high) in ((0.5, half), (0.7, steep))
+    ]
+    assert judge(RULES["S7"], LAWS, events, tmp_path)[0] == verdict
+
+
+@pytest.mark.parametrize(
+    ("runs", "rows", "verdict"),
+    [(38, 18, "reproduced"), (35, 18, "contradicted"), (38, 36, "contradicted"), (40, 30, None)],
+)
+def test_coverage_is_judged_as_its_rule_says(
+    runs: int, rows: int, verdict: str | None, tmp_path: Path
+) -> None:
+    events = [
+        {
+            "event": "coverage",
+            "groups": groups,
+            "suites": 40,
+            "covered": covered,
+            "share": covered / 40,
+            "mean_width": 0.1,
+        }
+        for groups, covered in (("run", runs), ("row", rows))
+    ]
+    found, _ = judge(bootstraps_cover, "published", events, tmp_path)
+    assert found == (verdict or "inconclusive")
+
+
+def test_the_text_that_agrees_least_decides(tmp_path: Path) -> None:
+    events = [
+        {
+            "event": "other_text",
+            "text": text,
+            "spearman": rho,
+            "spearman_at_end": 1.0,
+            "checkpoints": 770,
+            "models": 22,
+        }
+        for text, rho in (("one", 0.99), ("other", 0.90), ("third", 0.97))
+    ]
+    assert judge(texts_agree, "published", events, tmp_path)[0] == "contradicted"
+    assert judge(texts_agree, "published", events[::2], tmp_path)[0] == "reproduced"
+    verdict, because = judge(texts_agree, "published", [], tmp_path)
+    assert (verdict, because) == (
+        "not tested",
+        "needs: benchmarks/*_losses_combined.jsonl of the repository",
+    )
