@@ -423,7 +423,7 @@ CLAIMS: tuple[Claim, ...] = (
     _missing(
         "C9", "Backpropagating through the last 8 recurrences is enough", "k = 8",
         "accuracy at k >= 4 within 2 points of full; saved memory constant in n",
-        "twelve more automaton runs for the accuracy, a quarter of an hour; the memory is a law of the tests", "3.3",
+        "twelve more automaton runs, a quarter of an hour; the memory is a law of the tests", "3.3",
     ),
     _claim(
         "C10", "Random depth in training generalises over depth, fixed depth does not",
