@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from fourfold_goldfish.objective import CompactedNextToken
 from fourfold_parallel.grid.engine import Fourfold
 from fourfold_parallel.run.engines import DDP, FSDP2, Engine
 from fourfold_parallel.run.progress import silent
@@ -19,6 +20,7 @@ ENGINES: dict[str, Engine] = {
     "ddp": DDP(),
     "fsdp2": FSDP2(reshard_after_forward=True),
     "row": Fourfold(data=1, depth=1, row=2, col=1),
+    "col": Fourfold(data=1, depth=1, row=1, col=2),
     "depth": Fourfold(data=1, depth=2, row=1, col=1),
 }
 
@@ -29,9 +31,15 @@ def main() -> None:
     dist.init_process_group("gloo")
     run = from_json(json.loads((folder / "run.json").read_text()))
     assert isinstance(run, Run)
-    for name, engine in ENGINES.items():
+    compacted = CompactedNextToken(mask=run.objective.mask)
+    runs = {name: replace(run, engine=engine) for name, engine in ENGINES.items()}
+    runs |= {
+        f"{name}-compacted": replace(runs[name], objective=compacted)
+        for name in ("ddp", "row", "col", "depth")
+    }
+    for name, one in runs.items():
         train(
-            replace(run, engine=engine),
+            one,
             record=folder / f"{name}.jsonl",
             checkpoints=folder / name,
             progress=silent,

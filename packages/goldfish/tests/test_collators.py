@@ -20,6 +20,11 @@ from transformers import (
 
 from fourfold_goldfish import Goldfish, add_goldfish, goldfish_collator
 from fourfold_goldfish.canonical import CanonicalGoldfish, Spelling
+from fourfold_goldfish.checkpoints import (
+    check_mask_digest,
+    mask_digest,
+    write_mask_digest,
+)
 from fourfold_goldfish.collators import document_ids, mask_labels
 from fourfold_parallel.run.models import Llama
 
@@ -179,11 +184,11 @@ def test_a_trainer_divides_by_the_targets_that_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_mask_is_not_resumed(tmp_path: Path) -> None:
-    """The same mask goes on; another k, key or tokenizer, or no mask, is refused by name."""
+    """The same mask goes on; another k, key or no mask is refused by name, wherever it lies."""
     first = trainer(tmp_path, steps=2)
     add_goldfish(first, GOLDFISH)
     first.train()
-    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint = (tmp_path / "checkpoint-2").rename(tmp_path / "elsewhere")
     same = trainer(tmp_path, steps=4)
     add_goldfish(same, GOLDFISH)
     same.train(resume_from_checkpoint=str(checkpoint))
@@ -196,11 +201,22 @@ def test_a_checkpoint_of_another_mask_is_not_resumed(tmp_path: Path) -> None:
         add_goldfish(changed, other)
         with pytest.raises(ValueError, match=re.escape(words)):
             changed.train(resume_from_checkpoint=str(checkpoint))
-    (checkpoint / "goldfish.json").unlink()
-    unmasked = trainer(tmp_path, steps=4)
-    add_goldfish(unmasked, GOLDFISH)
-    with pytest.raises(ValueError, match=r"holds no goldfish\.json"):
-        unmasked.train(resume_from_checkpoint=str(checkpoint))
+    unmasked = trainer(tmp_path, steps=2)
+    unmasked.train()
+    masked = trainer(tmp_path, steps=4)
+    add_goldfish(masked, GOLDFISH)
+    with pytest.raises(ValueError, match="step 2 names no mask"):
+        masked.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_folder_says_which_mask_it_was_trained_under(tmp_path: Path) -> None:
+    """For loops that are no Trainer's."""
+    with pytest.raises(ValueError, match="names no mask"):
+        check_mask_digest(tmp_path, mask_digest(GOLDFISH, None))
+    write_mask_digest(tmp_path, mask_digest(GOLDFISH, None))
+    check_mask_digest(tmp_path, mask_digest(GOLDFISH, None))
+    with pytest.raises(ValueError, match="k=2 there, 3 now"):
+        check_mask_digest(tmp_path, mask_digest(Goldfish(k=3, context=4), None))
 
 
 def test_a_second_mask_on_one_trainer_is_refused(tmp_path: Path) -> None:

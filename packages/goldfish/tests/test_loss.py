@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,6 +27,22 @@ def test_a_passage_has_the_same_gaps_wherever_it_recurs(hash_family: str, window
     for offset in (1, 5, 64):
         embedded = torch.cat([random_ids(1, offset, seed=offset), passage], dim=1)
         assert torch.equal(goldfish.drop(embedded)[:, offset + 13 :], alone[:, 13:])
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint16, np.uint32, np.int64])
+def test_an_array_has_the_gaps_of_the_same_tensor(dtype: type) -> None:
+    """As memory-mapped token files have them."""
+    goldfish = Goldfish(k=3, context=5)
+    ids = random_ids(4, 60)
+    documents = ids.cumsum(1) // 400_000
+    ours = goldfish.drop(ids.numpy().astype(dtype), documents.numpy())
+    assert isinstance(ours, np.ndarray)
+    assert np.array_equal(ours, goldfish.drop(ids, documents).numpy())
+
+
+def test_an_array_that_holds_no_ids_is_refused() -> None:
+    with pytest.raises(ValueError, match="pass integer ids"):
+        Goldfish(k=3, context=5).drop(np.zeros((2, 20)))
 
 
 @pytest.mark.parametrize(

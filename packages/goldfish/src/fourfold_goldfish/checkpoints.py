@@ -6,12 +6,14 @@ gone without a sign.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from fourfold_goldfish.canonical import CanonicalGoldfish
 from fourfold_goldfish.loss import Goldfish
@@ -80,12 +82,16 @@ def check_mask_digest(folder: Path, digest: MaskDigest) -> None:
         ValueError: where the checkpoint names none, or another, with every field that differs.
     """
     path = folder / FILE
-    if not path.exists():
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    _check(saved, digest, str(folder))
+
+
+def _check(saved: Mapping[str, object] | None, digest: MaskDigest, where: str) -> None:
+    if saved is None:
         raise ValueError(
-            f"{folder} holds no {FILE}, so it was trained without goldfish, or without `add_goldfish`; "
+            f"{where} names no mask, so it was trained without goldfish, or without `add_goldfish`; "
             "start from its weights as a new run, or resume without goldfish"
         )
-    saved = json.loads(path.read_text(encoding="utf-8"))
     current = asdict(digest)
     differing = [name for name in current if saved.get(name) != current[name]]
     if differing:
@@ -93,19 +99,24 @@ def check_mask_digest(folder: Path, digest: MaskDigest) -> None:
             f"{name}={saved.get(name)} there, {current[name]} now" for name in differing
         )
         raise ValueError(
-            f"{folder} was trained under another mask ({pairs}); resume with the mask it was trained "
+            f"{where} was trained under another mask ({pairs}); resume with the mask it was trained "
             "under, or start from its weights as a new run"
         )
 
 
-class MaskCheck(TrainerCallback):
-    """Writes the digest into every checkpoint of a Trainer, and checks it on resuming from one of them.
+class MaskCheck(TrainerCallback, ExportableState):
+    """Writes the digest into every checkpoint of a Trainer, and checks it on resuming from any.
 
-    A checkpoint outside the trainer's output folder is not known here; `check_mask_digest` takes any.
+    It stands in the Trainer's own state, which a resuming Trainer has read before training begins,
+    and beside it as `goldfish.json` for everybody else.
     """
 
-    def __init__(self, goldfish: Goldfish | CanonicalGoldfish, tokenizer: Any) -> None:
-        self.digest = mask_digest(goldfish, tokenizer)
+    def __init__(self, **digest: Any) -> None:
+        self.digest = MaskDigest(**digest)
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer keeps of this callback."""
+        return {"args": asdict(self.digest), "attributes": {}}
 
     def on_save(
         self,
@@ -116,22 +127,21 @@ class MaskCheck(TrainerCallback):
     ) -> None:
         """Write beside what the Trainer has just saved."""
         if state.is_world_process_zero:
-            write_mask_digest(_folder(args, state), self.digest)
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            write_mask_digest(folder, self.digest)
 
     def on_train_begin(
         self,
-        args: TrainingArguments,
+        args: TrainingArguments,  # noqa: ARG002 - the callback's signature
         state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002 - the callback's signature
+        control: TrainerControl,  # noqa: ARG002
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
         """Refuse to go on from a checkpoint of another mask."""
-        if state.global_step and _folder(args, state).is_dir():
-            check_mask_digest(_folder(args, state), self.digest)
-
-
-def _folder(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if state.global_step:
+            callbacks: Any = state.stateful_callbacks
+            saved = callbacks.get(type(self).__name__, {}).get("args")
+            _check(saved, self.digest, f"the checkpoint of step {state.global_step}")
 
 
 def _sha256(value: object) -> str:

@@ -6,7 +6,7 @@ the loss by (k - 1)/k; a mask made from `labels` hashes the -100 of a masked pro
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import MethodType
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from fourfold_goldfish.canonical import CanonicalGoldfish
-from fourfold_goldfish.checkpoints import MaskCheck
+from fourfold_goldfish.checkpoints import MaskCheck, mask_digest
 from fourfold_goldfish.loss import Goldfish
 from fourfold_parallel.run.objective import TargetMask
 
@@ -144,4 +144,5 @@ def add_goldfish(
             trainer.data_collator = plain
 
     trainer.get_train_dataloader = get_train_dataloader
-    trainer.add_callback(MaskCheck(goldfish, trainer.processing_class))
+    digest = mask_digest(goldfish, trainer.processing_class)
+    trainer.add_callback(MaskCheck(**asdict(digest)))

@@ -10,7 +10,7 @@ and no number of repetitions fills them. Inputs and attention are untouched; onl
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -74,18 +74,36 @@ class Goldfish:
                 f"boundary='prefix': the hash {self.hash!r} has no shorter windows; use hash='ordered'"
             )
 
+    @overload
     def drop(
         self, tokens: Int[Tensor, "batch row"], document_ids: Int[Tensor, "batch row"] | None = None
-    ) -> Bool[Tensor, "batch row"]:
+    ) -> Bool[Tensor, "batch row"]: ...
+
+    @overload
+    def drop(
+        self,
+        tokens: Int[np.ndarray, "batch row"],
+        document_ids: Int[np.ndarray, "batch row"] | None = None,
+    ) -> Bool[np.ndarray, "batch row"]: ...
+
+    def drop(self, tokens: Any, document_ids: Any = None) -> Any:
         """True where `tokens[b, i]`, as a target, is left out of the loss.
 
         Args:
-            tokens: ids, of any integer type; rows long enough for one window.
-            document_ids: which document each token belongs to; None where a row is one document.
+            tokens: ids `[batch, row]`, a tensor or an array of any integer type; rows long enough for
+                one window.
+            document_ids: which document each token belongs to, alike; None where a row is one document.
+
+        Returns:
+            A mask `[batch, row]`, a tensor on the tokens' device or an array.
 
         Raises:
             ValueError: for ids that are not integers or are negative, or rows shorter than a window.
         """
+        if isinstance(tokens, np.ndarray):
+            documents = None if document_ids is None else torch.from_numpy(document_ids)
+            ids = tokens.astype(np.int64) if tokens.dtype.kind in "iu" else tokens
+            return self.drop(torch.from_numpy(ids), documents).numpy()
         self._check(tokens, document_ids)
         words = tokens.long()
         dropped = torch.zeros_like(tokens, dtype=torch.bool)

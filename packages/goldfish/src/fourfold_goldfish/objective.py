@@ -7,20 +7,22 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fourfold_goldfish.cross_entropy import goldfish_cross_entropy
+from fourfold_parallel.grid.layers import WholeHead, vocabulary_cross_entropy
 from fourfold_parallel.run.data import Batch
 from fourfold_parallel.run.objective import IGNORE, MicrobatchLoss, NextToken, TargetMask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompactedNextToken:
-    """`NextToken`, with the head applied to the kept targets alone, for the engines `Single` and `DDP`.
+    """`NextToken`, with the head applied to the kept targets alone: engines `Single`, `DDP`, `Fourfold`.
 
     Equal losses and gradients; the telemetry counts the targets left out but does not know their loss.
     """
 
     mask: TargetMask
     chunk: int = 1024
-    """Rows whose logits are held at a time."""
+    """Rows whose logits are held at a time where the head is whole. On a grid a rank holds those of all
+    its rows, of its part of the vocabulary."""
 
     def targets(self, batch: Batch) -> Int[Tensor, "batch token"]:
         """The row shifted by one, -100 where the mask drops."""
@@ -32,26 +34,45 @@ class CompactedNextToken:
         """Summed loss on kept targets.
 
         Raises:
-            ValueError: for a head that is cut over ranks, or is more than a matrix.
+            ValueError: for a head that another engine cut over ranks, or that is more than a matrix.
         """
         plain: Any = getattr(model, "module", model)
         head = plain.get_output_embeddings()
-        weight = getattr(head, "weight", None)
-        # A weight that FSDP2 cut over ranks is a DTensor, which knows its device mesh.
-        is_whole = type(head) is nn.Linear and not hasattr(weight, "device_mesh")
-        if not is_whole or head.bias is not None:
-            raise ValueError(
-                f"the head {type(head).__name__} is not one whole matrix on this rank; "
-                "use NextToken, or goldfish_cross_entropy with Split"
-            )
-        hidden = _before_head(model, head, batch.tokens[:, :-1]).to(head.weight.dtype)
+        hidden = _before_head(model, head, batch.tokens[:, :-1])
         dropped = targets == IGNORE
-        nats_sum = goldfish_cross_entropy(
-            hidden, head.weight, targets, dropped, reduction="sum", chunk=self.chunk
-        )
+        if isinstance(head, WholeHead):
+            nats_sum = _on_the_grid(head, hidden[~dropped], targets[~dropped])
+        else:
+            weight = _whole_matrix(head)
+            nats_sum = goldfish_cross_entropy(
+                hidden.to(weight.dtype), weight, targets, dropped, reduction="sum", chunk=self.chunk
+            )
         return MicrobatchLoss(
             nats_sum=nats_sum, telemetry={"dropped_targets": dropped.sum().to(nats_sum.dtype)}
         )
+
+
+def _on_the_grid(
+    head: WholeHead, kept: Float[Tensor, "kept piece"], targets: Int[Tensor, " kept"]
+) -> Float[Tensor, ""]:
+    """Summed loss of the kept rows from logits that stay cut over `row`."""
+    nats = vocabulary_cross_entropy(
+        head.part(kept), targets, row=head.mesh.row, vocabulary=head.out_features
+    )
+    return nats.sum()
+
+
+def _whole_matrix(head: Any) -> Float[Tensor, "vocabulary width"]:
+    # A weight that FSDP2 cut over ranks is a DTensor, which knows its device mesh.
+    weight = getattr(head, "weight", None)
+    is_whole = type(head) is nn.Linear and not hasattr(weight, "device_mesh")
+    if not is_whole or head.bias is not None:
+        raise ValueError(
+            f"the head {type(head).__name__} is not one whole matrix on this rank; "
+            "use NextToken, or goldfish_cross_entropy with Split"
+        )
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _before_head(

@@ -265,9 +265,11 @@ class WholeHead(Linear):
 
     def forward(self, x: Float[Tensor, "*batch piece"]) -> Float[Tensor, "*batch vocabulary"]:
         """The logits of the whole vocabulary."""
-        return self.mesh.row.whole(
-            super().forward(x), dim=-1, length=self.out_features, used="alike"
-        )
+        return self.mesh.row.whole(self.part(x), dim=-1, length=self.out_features, used="alike")
+
+    def part(self, x: Float[Tensor, "*batch piece"]) -> Float[Tensor, "*batch part"]:
+        """The logits of this rank's part of the vocabulary, for `vocabulary_cross_entropy`."""
+        return super().forward(x)
 
 
 class LowRankInput(Layer):
@@ -386,6 +388,8 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
 
 def _mean_over(axis: Axis, parts: Tensor, width: int) -> Tensor:
     """The mean over a width that is cut over `axis`, for every rank to use on its own part."""
+    if axis.size == 1:
+        return parts.mean(-1, keepdim=True)
     return axis.copy(axis.sum(parts.sum(-1, keepdim=True))) / width
 
 

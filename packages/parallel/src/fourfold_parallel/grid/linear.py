@@ -116,7 +116,8 @@ class Linear(Layer):
         products: Products,
     ) -> None:
         super().__init__(mesh=mesh, name=name, schedule=schedule)
-        self.swapped, self.keeps_tile, self.products = swapped, keeps_tile, products
+        self.swapped, self.products = swapped, products
+        self.keeps_tile = keeps_tile or mesh.depth.size == 1  # the tile is then the piece itself
         self.cuts_tokens = cuts_tokens
         self.out_features, self.in_features = weight.shape
         n, k = self.out_features, self.in_features

@@ -102,8 +102,8 @@ class Visit:
 
     request: Request
     held: dict[str, Held]
-    made_for: tuple[Any, ...]
-    """State of the parameters at the time; if it has changed, the visit is void."""
+    made_for: tuple[Any, ...] = ()
+    """State of the parameters, for a visit made ahead: if it has changed, the visit is void."""
 
     def start_gathers(self) -> None:
         """Start the gathers that are not yet under way."""
@@ -112,7 +112,7 @@ class Visit:
             held = self.held[name]
             if held.gather is None:
                 held.gather = layer.mesh.depth.all_gather(
-                    held.piece.detach(), rows=layer.tile_rows(name), layer=layer.name
+                    held.piece.detach(), rows=layer.tile_rows[name], layer=layer.name
                 )
 
     def wait_for_tile(self, name: str) -> Tensor:
@@ -199,6 +199,7 @@ class Schedule:
         following = self._place + 1 + len(self._ready)
         while gathers < self.overlaps.gathers_ahead and following < len(expected):
             visit = self._prepare(expected[following])
+            visit.made_for = visit.request.layer.state()
             if self.overlaps.weights:
                 visit.start_gathers()
             self._ready.append(visit)
@@ -220,7 +221,7 @@ class Schedule:
                 with torch.enable_grad():
                     piece = _AwaitGradient.apply(piece, ticket)
             held[name] = Held(piece=piece, late=ticket)
-        return Visit(request=request, held=held, made_for=layer.state())
+        return Visit(request=request, held=held)
 
     def _drop(self) -> None:
         while self._ready:
@@ -240,6 +241,8 @@ class Layer(nn.Module):
         super().__init__()
         self.mesh, self.name, self.schedule = mesh, name, schedule
         self.tiled: tuple[str, ...] = ()
+        self.tile_rows: dict[str, int] = {}
+        """Rows of the tile of each tiled parameter: its local rows, with the cut over depth undone."""
         self.parameter_names: tuple[str, ...] = ()
         """Names of the parameters that the layer holds itself."""
         self.communicates = False
@@ -272,6 +275,10 @@ class Layer(nn.Module):
         """Take a parameter that is cut over `depth`, and gathered whenever it is used."""
         self.register_parameter(name, parameter)
         self.tiled = (*self.tiled, name)
+        cut = self.mesh.cut_of(parameter)
+        cut.pop("depth", None)
+        rows = self.mesh.slices(parameter.shape, cut)[0]
+        self.tile_rows[name] = rows.stop - rows.start
         self._hold(name)
 
     def hold_copied(self, name: str, parameter: nn.Parameter, *, summed: Sequence[Axis]) -> None:
@@ -307,14 +314,6 @@ class Layer(nn.Module):
         if axes := self._summed[name]:
             return _Copied.apply(visit.held[name].piece, axes, visit.held[name].late, self.name)
         return visit.held[name].piece
-
-    def tile_rows(self, name: str) -> int:
-        """Rows of the tile of a parameter: its local rows, with the cut over `depth` undone."""
-        parameter = getattr(self, name)
-        cut = self.mesh.cut_of(parameter)
-        cut.pop("depth", None)
-        rows = self.mesh.slices(parameter.shape, cut)[0]
-        return rows.stop - rows.start
 
     def local(self, name: str, dtype: torch.dtype) -> Tensor:
         """This rank's piece of a parameter, known to autograd, in the computation's format."""
