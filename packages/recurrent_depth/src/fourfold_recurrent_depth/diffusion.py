@@ -18,7 +18,7 @@ from torch import Tensor
 from fourfold_recurrent_depth.cache import RecurrentCache
 from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.requests import greedy_request, with_prompt
-from fourfold_recurrent_depth.states import StateTable, draw_state
+from fourfold_recurrent_depth.states import StateTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,13 +116,13 @@ def diffuse(
         embedded, where, positions = model.begin(inputs, cache)
         cache.open(rows, inputs.shape[1], steps=1)
         e = model.read(embedded, where)
-        fresh = draw_state(e, positions, initial_state, scale=0.0, warm=None)
+        fresh = model.start(e, positions, initial_state, scale=0.0)
         known = states.shape[1]
         e[:, :known] = torch.lerp(e[:, :known], smoothed, diffusion.smoothing)
         s = torch.cat([states, fresh[:, known:]], dim=1)
         taken = torch.cat([taken, taken.new_zeros(inputs.shape[1] - known)])
         if diffusion.noise:
-            noise = draw_state(e, positions, None, scale=1.0, warm=None)
+            noise = model.start(e, positions, None, scale=1.0)
             s = torch.lerp(s, noise, (diffusion.noise / (1 + taken))[None, :, None])
         s = model.iterate(e, s, where, diffusion.inner_recurrences - 1, 0)
         before, s = s, model.recur(s, model.inject(e), where, 0)

@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fourfold_recurrent_depth.cache import RecurrentCache
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
-from fourfold_recurrent_depth.exits import Criterion, criterion_named, iterate_until_exit
+from fourfold_recurrent_depth.exits import Criterion, criterion_named
 from fourfold_recurrent_depth.fused import eager_attention, gated_silu, rms_norm
 from fourfold_recurrent_depth.interface import (
     Pass,
@@ -38,6 +38,7 @@ from fourfold_recurrent_depth.interface import (
     rotary_table,
 )
 from fourfold_recurrent_depth.states import RowStates, StateTable, draw_state
+from fourfold_recurrent_depth.stopping import iterate_until_exit
 
 
 class RMSNorm(nn.Module):
@@ -147,6 +148,12 @@ class Adapter(nn.Linear):
             return F.linear(torch.cat([state, embedded], dim=-1), self.weight)
         return F.linear(state, self.weight[:, :width]) + embedded
 
+    def piece(
+        self, whole: Float[Tensor, "batch token width"]
+    ) -> Float[Tensor, "batch token width"]:
+        """The features of a whole state that this rank holds: all, unless a grid cuts the stream."""
+        return whole
+
 
 class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
     """Prelude, core iterated in latent space, coda. Registered under `huginn_raven`."""
@@ -241,8 +248,10 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
             cache.open(batch, tokens, steps=steps)
 
         e = self.read(embedded, where)
-        warm = cache if warm_start else None
-        s = draw_state(e, positions, initial_state, scale=init_scale, warm=warm)
+        if warm_start and cache is not None and cache.last_state is not None:
+            s = cache.last_state.unsqueeze(1).expand_as(e)
+        else:
+            s = self.start(e, positions, initial_state, scale=init_scale)
         logits, exit_steps, history = None, None, [s] if output_hidden_states else None
         if criterion is None:
             s = self.iterate(e, s, where, without, with_gradient, per_row=per_row, history=history)
@@ -282,6 +291,19 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
         for slot, block in enumerate(self._blocks("prelude")):
             embedded = block(embedded, where, slot)
         return embedded
+
+    def start(
+        self,
+        e: Float[Tensor, "batch token width"],
+        positions: Int[Tensor, "#batch token"],
+        initial: Float[Tensor, "#batch #token whole"] | StateTable | RowStates | None,
+        *,
+        scale: float,
+    ) -> Float[Tensor, "batch token width"]:
+        """s_0: given, or drawn; see `draw_state`."""
+        width = self.config.n_embd
+        whole = draw_state(e, positions, initial, width=width, scale=scale)
+        return cast(Adapter, self.transformer["adapter"]).piece(whole)
 
     def iterate(
         self,

@@ -18,7 +18,7 @@ from torch import Tensor
 from fourfold_recurrent_depth.cache import RecurrentCache
 from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.requests import greedy_request, with_prompt
-from fourfold_recurrent_depth.states import StateTable, draw_state
+from fourfold_recurrent_depth.states import StateTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +142,7 @@ def _draft(
     e, where, positions = model.begin(token, cache)
     cache.open(len(token), 1, steps=cache.steps)
     e = model.read(e, where)
-    s = draw_state(e, positions, initial_state, scale=0.0, warm=None)
+    s = model.start(e, positions, initial_state, scale=0.0)
     s = model.iterate(e, s, where, steps, 0)
     return e, s, model.predict(model.transformer["ln_f"](s), where)
 
