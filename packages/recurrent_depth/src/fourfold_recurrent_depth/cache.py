@@ -10,7 +10,7 @@ With a budget of n recurrences, recurrence i uses the slot of i mod n (section 6
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,6 +21,17 @@ from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+class Layout(Protocol):
+    """How many layers a model has in each part."""
+
+    @property
+    def n_layers_in_prelude(self) -> int: ...  # noqa: D102
+    @property
+    def n_layers_in_recurrent_block(self) -> int: ...  # noqa: D102
+    @property
+    def n_layers_in_coda(self) -> int: ...  # noqa: D102
 
 
 class RecurrentCache(Cache):
@@ -35,7 +46,7 @@ class RecurrentCache(Cache):
 
     def __init__(
         self,
-        config: RecurrentDepthConfig,
+        config: Layout,
         *,
         steps: int,
         budget: int | None = None,

@@ -85,8 +85,16 @@ def examine_cells(
     return tuple((kind, {"arm": arm, "seed": run.seed, **fields}) for kind, fields in events)
 
 
-def _sit_on_the_way(run: Run, exam: study.Exam, notes: Path, done: int, *_: object) -> None:
+def _sit_on_the_way(
+    run: Run,
+    exam: study.Exam,
+    notes: Path,
+    done: int,
+    total: int,
+    note: str,
+) -> None:
     """Note the accuracy at one recurrence and at the mean, with the weights of each checkpoint."""
+    del total, note
     if (done - 1) % run.checkpoint_every or done == 1:
         return
     last = checkpoint.latest(notes.parent / "checkpoints", run_sha256=digest(run))

@@ -136,6 +136,28 @@ class RecurrentDepthPreTrainedModel(PreTrainedModel):
             )
         return total - k, k, per_row
 
+    def refuse_exit(
+        self, mask: Tensor | None, tokens: int, per_row: Tensor | None, history: bool | None
+    ) -> None:
+        """Raise where an exit criterion cannot judge what it is asked to."""
+        if per_row is not None or history:
+            raise ValueError(
+                "exit decides recurrences itself and keeps no history; leave out output_hidden_states, and "
+                "give one num_steps for all rows"
+            )
+        if self.config._attn_implementation == "flex_attention":  # noqa: SLF001 - transformers' own name
+            raise ValueError(
+                "exit goes on with some rows of a mask, which flex_attention's masks cannot; "
+                "use attn_implementation='sdpa'"
+            )
+        if mask is not None:
+            empty = (~mask[:, -tokens:].bool().any(1)).nonzero().flatten().tolist()
+            if empty:
+                raise ValueError(
+                    f"rows {empty} of the batch hold padding alone, which no exit criterion can judge; "
+                    "leave them out"
+                )
+
     def _positions(
         self, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None, tokens: int
     ) -> Int[Tensor, "#batch token"]:
@@ -209,16 +231,6 @@ class RecurrentDepthPreTrainedModel(PreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the head."""
         self.lm_head = new_embeddings
-
-
-def refuse_empty_rows(mask: Tensor) -> None:
-    """An exit criterion cannot judge a row without a token."""
-    empty = (~mask.bool().any(1)).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(
-            f"rows {empty} of the batch hold padding alone, which no exit criterion can judge; "
-            "leave them out"
-        )
 
 
 def rotary_table(config: RecurrentDepthConfig) -> Float[Tensor, "1 position 1 half 2"]:

@@ -34,7 +34,6 @@ from fourfold_recurrent_depth.interface import (
     RecurrentDepthOutput,
     RecurrentDepthPreTrainedModel,
     Steps,
-    refuse_empty_rows,
     rotary_table,
 )
 from fourfold_recurrent_depth.states import RowStates, StateTable, draw_state
@@ -224,13 +223,8 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
         without, with_gradient, per_row = self.recurrences(num_steps, batch)
         steps = without + with_gradient
         criterion = None if exit is None else criterion_named(exit)
-        if criterion is not None and (per_row is not None or output_hidden_states):
-            raise ValueError(
-                "exit decides recurrences itself and keeps no history; leave out output_hidden_states, and "
-                "give one num_steps for all rows"
-            )
-        if criterion is not None and attention_mask is not None:
-            refuse_empty_rows(attention_mask[:, -tokens:])
+        if criterion is not None:
+            self.refuse_exit(attention_mask, tokens, per_row, output_hidden_states)
         if past_key_values is None and use_cache:
             past_key_values = RecurrentCache(self.config, steps=steps, budget=kv_budget)
         memory = past_key_values

@@ -89,7 +89,7 @@ def draw_state(
     elif initial is not None:
         given = initial
     elif scale == 0:
-        given = like.new_zeros(1, 1, width)
+        given = like.new_zeros(batch, tokens, width)
     else:
         std = math.sqrt(2 / (5 * width)) * scale
         drawn = torch.empty(batch, tokens, width, device=like.device)

@@ -153,7 +153,8 @@ def _one_token(
     together = TOGETHER if reads_logits and is_stackable else 1
     final, stopped_at = s.clone(), torch.full((batch, 1), steps, device=e.device)
     logits: Tensor | None = None
-    rows, running = torch.arange(batch, device=e.device), torch.ones(batch, dtype=torch.bool)
+    rows = torch.arange(batch, device=e.device)
+    running = torch.ones_like(rows, dtype=torch.bool)
     injected, here, memory, done = model.inject(e), where, None, 0
     stopped: list[tuple[Tensor, int]] = []
     while bool(running.any()):
