@@ -17,12 +17,12 @@ from torch import Tensor
 
 from fourfold_recurrent_depth.cache import RecurrentCache
 from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
-from fourfold_recurrent_depth.requests import greedy_request, with_prompt
+from fourfold_recurrent_depth.requests import GreedyDecoder
 from fourfold_recurrent_depth.states import StateTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Diffusion:
+class Diffusion(GreedyDecoder):
     """How the window moves; the defaults are the paper's."""
 
     inner_recurrences: int = 4
@@ -47,21 +47,11 @@ class Diffusion:
                 f"smoothing={self.smoothing}, noise={self.noise} are shares; use 0 or more, below 1"
             )
 
-    def __call__(
-        self,
-        model: RecurrentDepthForCausalLM,
-        input_ids: Int[Tensor, "batch token"],
-        *,
-        generation_config: Any,
-        **options: Any,
-    ) -> Int[Tensor, "batch longer"]:
+    def decode(
+        self, model: RecurrentDepthForCausalLM, prompt: Int[Tensor, "batch token"], **how: Any
+    ) -> Diffused:
         """For `model.generate(prompt, custom_generate=Diffusion(...))`."""
-        asked = greedy_request(model, input_ids, generation_config, options)
-        found = diffuse(
-            model, input_ids, diffusion=self, max_new_tokens=asked.max_new_tokens,
-            num_steps=asked.num_steps, initial_state=asked.initial_state,
-        )  # fmt: skip
-        return with_prompt(input_ids, found.tokens, generation_config)
+        return diffuse(model, prompt, diffusion=self, **how)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
