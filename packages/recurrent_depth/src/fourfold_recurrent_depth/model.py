@@ -71,10 +71,11 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "batch token width"], where: Pass, slot: int
     ) -> Float[Tensor, "batch token width"]:
         """Attend to this pass's tokens, and to those that the cache holds in `slot`."""
-        qkv = self.Wqkv(x).unflatten(-1, (3, -1, self.head_width))
-        qk = rotate(qkv[:, :, :2] + self.qk_bias.squeeze(1), where.rotary.unsqueeze(2))
+        # Split, not indexed: the backward of two indexings fills and adds two tensors of zeros.
+        qk, v = self.Wqkv(x).unflatten(-1, (3, -1, self.head_width)).split((2, 1), dim=2)
+        qk = rotate(qk + self.qk_bias.squeeze(1), where.rotary.unsqueeze(2))
         q, k = qk.transpose(1, 3).unbind(2)  # (batch head token width) each
-        v = qkv[:, :, 2].transpose(1, 2)
+        v = v.squeeze(2).transpose(1, 2)
         if where.cache is not None:
             k, v = where.cache.update(k, v, slot)
         implementation = self.config._attn_implementation or "sdpa"  # noqa: SLF001 - transformers' own way
