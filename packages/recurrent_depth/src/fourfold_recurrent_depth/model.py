@@ -208,7 +208,8 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
             logits_to_keep: last positions to predict at; 0 for all.
             num_steps: see `Steps`; by default `config.mean_recurrence`, without gradient in evaluation
                 and with gradient through the last `config.mean_backprop_depth` in training.
-            exit: a criterion of `fourfold_recurrent_depth.exits`, its name, or a callable.
+            exit: a criterion of `fourfold_recurrent_depth.exits`, its name, or a callable. Rows wait for the
+                slowest of the batch; whether checks save time is said there.
             initial_state: s_0 of every token; by default it is drawn anew from N(0, 2/5).
             init_scale: multiplies the drawn state's standard deviation; 0 gives zeros.
             warm_start: begin from the last token's final state, which the cache keeps.
