@@ -5,18 +5,22 @@
 Finished stages are kept with --resume; an interrupted stage goes on from its last checkpoint.
 """
 
+import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich.console import Console
 
 import report
+import side_by_side
 from fourfold_parallel.run.claims import LedgerRow
 from fourfold_parallel.run.cli import Bars, console, ledger_table, print_launches, start
-from fourfold_parallel.run.experiments import Experiment, installed, perform
+from fourfold_parallel.run.experiments import Experiment, installed
 from fourfold_parallel.run.recipe import Scale
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +37,8 @@ class Options:
     """Packages, separated by commas: goldfish,loki."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Keep what is finished and go on from checkpoints, instead of starting over."""
+    jobs: int = os.cpu_count() or 1
+    """Packages worked on at a time; they share the cores."""
     out: Path = ROOT / "out"
     """Folder for records, ledgers, figures and the report."""
 
@@ -85,15 +91,8 @@ def reproduce(options: Options, experiments: dict[str, Experiment | None]) -> No
             print_launches(target, one.title, one.launches())
     ready = {name: one for name, one in present.items() if one.stages(options.scale)}
     missing += [name for name in present if name not in ready]
-    bars = Bars(target, sum(len(one.stages(options.scale)) for one in ready.values()))
     started_s = time.perf_counter()
-    rows: list[LedgerRow] = []
-    with bars.running():
-        for name, one in ready.items():
-            folder = options.out / options.scale / name
-            rows += perform(
-                one, options.scale, folder, resume=options.resume, progress=bars.stage
-            ).rows
+    rows, errors = perform_all(options, ready, target)
     if rows:
         target.print(ledger_table(rows))
     for name in sorted(missing):
@@ -106,6 +105,32 @@ def reproduce(options: Options, experiments: dict[str, Experiment | None]) -> No
         target.print(
             f"{len(rows)} claims judged in {elapsed_s:.0f} s. Report: {page}", soft_wrap=True
         )
+    if errors:
+        raise ValueError("\n".join(errors))
+
+
+def perform_all(
+    options: Options, ready: dict[str, Experiment], target: Console
+) -> tuple[list[LedgerRow], list[str]]:
+    """The ledger rows of every package that went to its end, and what stopped the others."""
+    bars = Bars(target, sum(len(one.stages(options.scale)) for one in ready.values()))
+    rows: dict[str, Sequence[LedgerRow]] = {}
+    errors: list[str] = []
+    with bars.running():
+        outcomes = side_by_side.perform_all(
+            list(ready),
+            options.scale,
+            options.out / options.scale,
+            resume=options.resume,
+            jobs=options.jobs,
+            bar=bars.named,
+        )
+        for name, outcome in outcomes:
+            if isinstance(outcome, ValueError):
+                errors.append(f"{name}: {outcome}")
+            else:
+                rows[name] = outcome
+    return [row for name in ready if name in rows for row in rows[name]], errors
 
 
 if __name__ == "__main__":

@@ -55,6 +55,12 @@ def test_a_wrong_package_name_is_refused_with_the_right_ones() -> None:
     assert "goldfish" in called.stderr
 
 
+def test_no_packages_at_a_time_is_refused(tmp_path: Path) -> None:
+    called = call("scripts/reproduce.py", "--scale", "smoke", "--jobs", "0", "--out", str(tmp_path))
+    assert called.returncode == 2
+    assert "--jobs 0 works on nothing" in called.stderr
+
+
 def test_what_is_not_there_yet_is_said() -> None:
     """A package without an experiment at a scale is named; nothing pretends."""
     waiting = sorted(MEMBERS - set(installed()))

@@ -36,10 +36,13 @@ def main() -> None:
     """Time all of them in turn, and write one JSON line per mask and context."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--repetitions", type=int, default=60)
+    options.add_argument("--rows", type=int, default=64, help="of 2,048 tokens")
     options.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     chosen = options.parse_args()
     torch.set_num_threads(1)
-    targets = torch.randint(0, 32_000, (8, 2048), generator=torch.Generator().manual_seed(0))
+    targets = torch.randint(
+        0, 32_000, (chosen.rows, 2048), generator=torch.Generator().manual_seed(0)
+    )
     table = torch.rand(1_000_003, generator=torch.Generator().manual_seed(2971215073))
     candidates: dict[tuple[str, int], Callable[[], torch.Tensor]] = {}
     for context in CONTEXTS:
@@ -75,7 +78,8 @@ def main() -> None:
         }
         lines.append(json.dumps(line))
         print(lines[-1])
-    chosen.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with chosen.out.open("a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
 from fourfold_parallel.grid.engine import Fourfold, GridSession
 from fourfold_parallel.grid.gradients import gradient_norm, local
 from fourfold_parallel.grid.huggingface import parallelize
 from fourfold_parallel.grid.laws import Sizes, close, in_float64, mesh_of, piece_of
+from fourfold_parallel.run.objective import token_nats
 from fourfold_parallel.run.train import seed_dropout
 from fourfold_parallel.testing import run_on_ranks
 
@@ -61,7 +61,7 @@ def batch_of(step: int) -> tuple[Tensor, Tensor]:
 
 def nats(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
     logits = model(input_ids=tokens, use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    return token_nats(logits, targets, model).sum()
 
 
 def step_of(session: GridSession, step: int, microbatches: int, max_norm: float) -> float:

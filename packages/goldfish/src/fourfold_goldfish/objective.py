@@ -7,9 +7,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fourfold_goldfish.cross_entropy import goldfish_cross_entropy
-from fourfold_parallel.grid.layers import WholeHead, vocabulary_cross_entropy
+from fourfold_parallel.grid.linear import Linear
 from fourfold_parallel.run.data import Batch
-from fourfold_parallel.run.objective import IGNORE, MicrobatchLoss, NextToken, TargetMask
+from fourfold_parallel.run.objective import (
+    IGNORE,
+    MicrobatchLoss,
+    NextToken,
+    TargetMask,
+    token_nats,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +46,8 @@ class CompactedNextToken:
         head = plain.get_output_embeddings()
         hidden = _before_head(model, head, batch.tokens[:, :-1])
         dropped = targets == IGNORE
-        if isinstance(head, WholeHead):
-            nats_sum = _on_the_grid(head, hidden[~dropped], targets[~dropped])
+        if isinstance(head, Linear):
+            nats_sum = token_nats(head(hidden[~dropped]), targets[~dropped], plain).sum()
         else:
             weight = _whole_matrix(head)
             nats_sum = goldfish_cross_entropy(
@@ -50,16 +56,6 @@ class CompactedNextToken:
         return MicrobatchLoss(
             nats_sum=nats_sum, telemetry={"dropped_targets": dropped.sum().to(nats_sum.dtype)}
         )
-
-
-def _on_the_grid(
-    head: WholeHead, kept: Float[Tensor, "kept piece"], targets: Int[Tensor, " kept"]
-) -> Float[Tensor, ""]:
-    """Summed loss of the kept rows from logits that stay cut over `row`."""
-    nats = vocabulary_cross_entropy(
-        head.part(kept), targets, row=head.mesh.row, vocabulary=head.out_features
-    )
-    return nats.sum()
 
 
 def _whole_matrix(head: Any) -> Float[Tensor, "vocabulary width"]:

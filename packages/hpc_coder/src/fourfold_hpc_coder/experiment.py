@@ -99,7 +99,7 @@ def held_out_nats(model: PreTrainedModel, study: Tuned) -> tuple[float, int]:
     for row in rows:
         batch = torch.from_numpy(row)[None]
         targets = batch.masked_fill(~is_answer(batch), -100)[:, 1:]
-        found = token_nats(blind_logits(model, batch[:, :-1]), targets)
+        found = token_nats(blind_logits(model, batch[:, :-1]), targets, model)
         nats.append(float(found.sum()))
         tokens += int((targets != -100).sum())
     return math.fsum(nats) / tokens, tokens

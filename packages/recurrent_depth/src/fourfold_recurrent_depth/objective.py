@@ -113,6 +113,6 @@ class RandomDepth:
             input_ids=batch.tokens[:, :-1], use_cache=False, num_steps=steps, initial_state=states
         ).logits
         return MicrobatchLoss(
-            nats_sum=token_nats(logits, targets).sum(),
+            nats_sum=token_nats(logits, targets, model).sum(),
             telemetry={"recurrences_times_rows": taken.to(logits.dtype)},
         )

@@ -349,7 +349,7 @@ class InstructionLoss:
     ) -> MicrobatchLoss:
         """Summed over supervised targets."""
         logits = blind_logits(model, batch.tokens[:, :-1], self.marks)
-        return MicrobatchLoss(nats_sum=token_nats(logits, targets).sum(), telemetry={})
+        return MicrobatchLoss(nats_sum=token_nats(logits, targets, model).sum(), telemetry={})
 
 
 def blind_logits(

@@ -53,6 +53,9 @@ class Fourfold:
     """Cut the optimizer's state over data (ZeRO-1)."""
     cuts_tokens: bool = False
     """The sequence form: between blocks, cut the residual stream's tokens over row."""
+    logits: Literal["split", "whole"] = "split"
+    """`split` leaves each rank its part of the vocabulary, which `token_nats` and the model's own loss
+    understand; `whole` gathers them, for an objective that reads logits itself."""
 
     @contextmanager
     def open(
@@ -115,7 +118,11 @@ class GridSession:
         self.device: torch.device = device
         before = {id(p): name for name, p in model.named_parameters()}
         self.parallel: Parallel = parallelize(
-            model, mesh, overlaps=engine.overlaps, cuts_tokens=engine.cuts_tokens
+            model,
+            mesh,
+            overlaps=engine.overlaps,
+            logits=engine.logits,
+            cuts_tokens=engine.cuts_tokens,
         )
         self.model: nn.Module = model
         self.optimizer: torch.optim.Optimizer = optimizer

@@ -293,11 +293,9 @@ class WholeHead(Linear):
 
     def forward(self, x: Float[Tensor, "*batch piece"]) -> Float[Tensor, "*batch vocabulary"]:
         """The logits of the whole vocabulary."""
-        return self.mesh.row.whole(self.part(x), dim=-1, length=self.out_features, used="alike")
-
-    def part(self, x: Float[Tensor, "*batch piece"]) -> Float[Tensor, "*batch part"]:
-        """The logits of this rank's part of the vocabulary, for `vocabulary_cross_entropy`."""
-        return super().forward(x)
+        return self.mesh.row.whole(
+            super().forward(x), dim=-1, length=self.out_features, used="alike"
+        )
 
 
 class LowRankInput(Layer):

@@ -86,8 +86,12 @@ class Bars:
 
     def stage(self, stage: Stage) -> Progress:
         """A bar for one stage."""
+        return self.named(stage.name)
+
+    def named(self, name: str) -> Progress:
+        """A bar for the stage of a name."""
         self._begun += 1
-        title = f"{self._begun}/{self._stages} {stage.name}"
+        title = f"{self._begun}/{self._stages} {name}"
         bar = self._bars.add_task(title, total=None, note="")
         if not self._console.is_terminal:
             self._console.print(title)

@@ -77,13 +77,11 @@ class NextToken:
     ) -> MicrobatchLoss:
         """Loss on kept targets; from the same pass, without a graph, the loss on dropped ones."""
         logits = model(input_ids=batch.tokens[:, :-1], use_cache=False).logits
-        nats_sum = token_nats(logits, targets).sum()
+        nats_sum = token_nats(logits, targets, model).sum()
         dropped = targets == IGNORE
         with torch.no_grad():
             left_out = batch.tokens[:, 1:][dropped]
-            dropped_sum = F.cross_entropy(
-                logits.detach()[dropped].float(), left_out, reduction="sum"
-            )
+            dropped_sum = token_nats(logits.detach()[dropped], left_out, model).sum()
         return MicrobatchLoss(
             nats_sum=nats_sum,
             telemetry={
@@ -94,10 +92,16 @@ class NextToken:
 
 
 def token_nats(
-    logits: Float[Tensor, "batch token vocabulary"], targets: Int[Tensor, "batch token"]
-) -> Float[Tensor, "batch token"]:
-    """Negative log-likelihood of each target in nats; 0 where the target is `IGNORE`."""
-    flat = F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
-    )
+    logits: Float[Tensor, "*batch vocabulary"], targets: Int[Tensor, "*batch"], model: nn.Module
+) -> Float[Tensor, "*batch"]:
+    """Negative log-likelihood of each target in nats; 0 where the target is `IGNORE`.
+
+    Computed in float32 at least. On a grid that cuts the vocabulary, `model` knows which part its logits are
+    of, and they are not gathered.
+    """
+    on_the_grid = getattr(getattr(model, "loss_function", None), "nats", None)
+    if on_the_grid is not None:
+        return on_the_grid(logits, targets)
+    wide = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    flat = F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORE, reduction="none")
     return flat.view(targets.shape)

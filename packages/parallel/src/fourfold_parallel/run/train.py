@@ -154,7 +154,7 @@ def validate(run: Run, session: Session) -> dict[str, float]:
         for microbatch in share.to(session.device).split(run.microbatch):
             with session.microbatch(is_last=True):
                 logits = session.model(input_ids=microbatch.tokens[:, :-1], use_cache=False).logits
-            nats_sum += token_nats(logits, microbatch.tokens[:, 1:]).double().sum()
+            nats_sum += token_nats(logits, microbatch.tokens[:, 1:], session.model).double().sum()
         tokens += run.tokens_per_step
     session.model.train()
     return {"validation_loss_nats": session.sum(nats_sum).item() / tokens, "tokens": tokens}
