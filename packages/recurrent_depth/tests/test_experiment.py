@@ -68,6 +68,12 @@ def automaton(folder: Path, *, good: bool) -> Any:
                     for r, right in rights.items()
                 ]
         law = {"arm": "law", "seed": seed}
+        events.append(("trained", {**law, "steps": 100}))
+        events += [
+            ("on_the_way", {**law, "step": step, "k": 3, "recurrences": r,
+             "accuracy": 0.6 if good or step < 40 else 0.9})
+            for step in (10, 30, 40) for r in (1, recipes.MEAN)
+        ]  # fmt: skip
         events.append(
             ("exits", {**law, "criterion": "kl", "spearman": 0.9 if good else 0.0, "mean_recurrences": 6.0,
              "full_recurrences": 16, "accuracy": 0.97, "full_accuracy": 0.975,
@@ -115,4 +121,4 @@ def test_rules_judge_as_they_say(tmp_path: Path, good: bool) -> None:
     rows = judge(judged, records, package="recurrent_depth", scale="laptop")
     expected = "reproduced" if good else "contradicted"
     assert {row.id: row.verdict for row in rows} == {claim.id: expected for claim in judged}
-    assert len(rows) == 11
+    assert len(rows) == 12

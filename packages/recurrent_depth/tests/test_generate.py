@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from fourfold_recurrent_depth import state_table
 from fourfold_recurrent_depth.diffusion import Diffusion
@@ -99,8 +99,58 @@ def test_a_retrofitted_model_trains_and_uses_depth(tokens: torch.Tensor) -> None
     for wrong, message in (((1, 4, 1), "do not fit"), ((1, 0, 1), "do not fit")):
         with pytest.raises(ValueError, match=message):
             retrofit(dense(), *wrong)
-    with pytest.raises(ValueError, match="keeps no cache"):
-        recurrent(tokens, use_cache=True)
+    with pytest.raises(ValueError, match="one slot for each layer"):
+        recurrent(tokens, past_key_values=DynamicCache())
+
+
+def test_a_retrofitted_models_cache_changes_nothing(tokens: torch.Tensor) -> None:
+    """Token by token and in chunks, and in `generate` beside rows of other lengths."""
+    recurrent = retrofit(dense(), 1, 2, 1, alpha=0.5).eval()
+    with torch.no_grad():
+        whole = recurrent(tokens, num_steps=3).logits
+        for chunks in ((5, 1, 1, 5), (1,) * 12):
+            cache, parts = None, []
+            for part in tokens.split(chunks, dim=1):
+                out = recurrent(part, num_steps=3, use_cache=True, past_key_values=cache)
+                cache = out.past_key_values
+                parts.append(out.logits)
+            assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "num_steps": 3}
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    made = recurrent.generate(tokens, attention_mask=mask, pad_token_id=0, **options)
+    slow = recurrent.generate(
+        tokens, attention_mask=mask, pad_token_id=0, use_cache=False, **options
+    )
+    assert made.tolist() == slow.tolist()
+
+
+def test_prompts_have_huginns_format() -> None:
+    """Byte for byte: a system message and an example, asked on; and a finished text."""
+    pytest.importorskip("lm_eval")
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    from fourfold_recurrent_depth.harness import CHAT_TEMPLATE, SYSTEM
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")), chat_template=CHAT_TEMPLATE
+    )
+    chat = [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": " Question: 2+2?\nAnswer: "},
+        {"role": "assistant", "content": "#### 4"},
+    ]
+    text = (
+        "<|begin_text|><|begin_header|>system<|end_header|>\n\nYou are a helpful assistant that can assist "
+        "users with mathematical reasoning.<|end_turn|><|begin_header|>user<|end_header|>\n\nQuestion: 2+2?\n"
+        "Answer:<|end_turn|><|begin_header|>Huginn<|end_header|>\n\n#### 4<|end_turn|>"
+    )
+    whole = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert whole == text + "<|end_text|>"
+    asked = tokenizer.apply_chat_template(chat[:2], tokenize=False, add_generation_prompt=True)
+    assert asked == text.removesuffix("#### 4<|end_turn|>")
 
 
 def test_the_harness_scores_as_the_model_does(tiny: Any) -> None:

@@ -1,5 +1,7 @@
 """Laws of the model: padding, caches, company and depth change nothing that they should not."""
 
+import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ from fourfold_recurrent_depth import (
     RecurrentDepthForCausalLM,
     estimate_cache_bytes,
     state_table,
+    stopping,
 )
-from fourfold_recurrent_depth.exits import KL, Custom, Fixed, LatentDiff
+from fourfold_recurrent_depth.exits import KL, ArgmaxStability, Custom, Fixed, LatentDiff
 
 ROUNDING = 3e-5
 """float32 sums in another order, contracted by the recurrence; logits are of size one to ten."""
@@ -87,6 +90,59 @@ def test_what_a_row_does_in_company_it_does_alone(
         for index, row in enumerate(rows):
             assert steps[index].tolist() == alone[row][1][0].tolist()
             assert close(together[index], alone[row][0][0])
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("min_steps", [1, 4])
+def test_checks_taken_together_are_checks_taken_one_by_one(
+    tiny: Any, tokens: torch.Tensor, monkeypatch: Any, every: int, min_steps: int
+) -> None:
+    """Tokens, recurrences, logits and what later tokens read, with padding and rows that leave."""
+    mask = torch.ones_like(tokens)
+    mask[1, :5] = 0
+    criteria = (
+        KL(threshold=0.03, every=every, min_steps=min_steps),
+        ArgmaxStability(threshold=2, every=every, min_steps=min_steps),
+    )
+    for criterion in criteria:
+        found = []
+        for together in (1, 2, 4, 100):
+            monkeypatch.setattr(stopping, "TOGETHER", together)
+            cache = RecurrentCache(tiny.config, steps=10)
+            options: Any = {"past_key_values": cache, "use_cache": True, "num_steps": 10}
+            parts = [
+                logits(
+                    tiny, tokens[:, a:b], exit=criterion, attention_mask=mask[:, :b], **options
+                )[:, -1]
+                for a, b in ((0, 7), (7, 8), (8, 9), (9, 10))
+            ]  # fmt: skip
+            parts.append(
+                logits(tiny, tokens[:, 10:11], attention_mask=mask[:, :11], **options)[:, -1]
+            )
+            found.append((torch.stack(parts), cache.exit_steps))
+        for parts, steps in found[1:]:
+            assert steps.tolist() == found[0][1].tolist()
+            assert close(parts, found[0][0])
+
+
+def test_attention_backends_agree(tiny: Any, tokens: torch.Tensor) -> None:
+    """Flex, uncompiled, equals sdpa with and without padding; flash is refused where it is not installed."""
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    expected = [logits(tiny, tokens), logits(tiny, tokens, attention_mask=mask)]
+    tiny.set_attn_implementation("flex_attention")
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # torch's own imports are deprecated, and flex wants a compiler
+        found = [logits(tiny, tokens), logits(tiny, tokens, attention_mask=mask)]
+    assert close(found[0], expected[0])
+    assert close(found[1][mask.bool()], expected[1][mask.bool()])
+    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+        tiny(tokens, exit="kl")
+    if find_spec("flash_attn") is None:
+        with pytest.raises(ImportError, match=r"[Ff]lash"):
+            tiny.set_attn_implementation("flash_attention_2")
 
 
 @pytest.mark.parametrize("budget", [None, 1, 2])

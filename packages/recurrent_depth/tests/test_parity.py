@@ -16,6 +16,7 @@ from fourfold_recurrent_depth import (
     RecurrentDepthForCausalLM,
     StateTable,
 )
+from fourfold_recurrent_depth.diffusion import Diffusion, diffuse
 from fourfold_recurrent_depth.exits import (
     KL,
     ArgmaxStability,
@@ -25,6 +26,8 @@ from fourfold_recurrent_depth.exits import (
     LatentDiff,
     MinPKL,
 )
+from fourfold_recurrent_depth.optimizer import ELLISAdam
+from fourfold_recurrent_depth.speculate import Speculation, speculate
 
 GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "recurrent_depth"
 
@@ -34,6 +37,8 @@ pytestmark = pytest.mark.skipif(
 
 FP32 = 4e-5
 """Twice the difference that the published code has with itself, cached against uncached (1.7e-5)."""
+STEP = 3e-7
+"""Two units in the last place of weights near 2; a step moves them by 1e-5 and more."""
 GRADIENT = 2e-4
 """Relative to each tensor's largest entry: sums over 32 tokens in another order."""
 
@@ -64,7 +69,7 @@ def golden() -> dict[str, Any]:
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max())
+    return float((a - b).detach().abs().max())
 
 
 @pytest.mark.parametrize("reference_semantics", [False, True])
@@ -200,6 +205,66 @@ def test_teacher_forced_exits(model: Any, tensors: Any, golden: dict[str, Any]) 
                 )
             assert out.exit_steps[0].tolist() == expected["compute_steps"], name
             assert out.logits[0].argmax(-1).tolist() == expected["argmax"], name
+
+
+@torch.no_grad()
+def test_no_recurrence_predicts_from_the_first_state(
+    model: Any, tensors: dict[str, torch.Tensor]
+) -> None:
+    """The published r=0: coda and head on s_0. A pass refuses it; its parts give it."""
+    _, where, positions = model.begin(tensors["input_ids"], None)
+    states = StateTable(tensors["init_table"]).at(positions).expand(2, -1, -1)
+    latents = model.transformer["ln_f"](states)
+    assert difference(model.predict(latents, where), tensors["logits_r0"]) < FP32
+    with pytest.raises(ValueError, match="num_steps=0"):
+        model(tensors["input_ids"], num_steps=0)
+
+
+@pytest.mark.parametrize("draft", [1, 2, 4])
+def test_speculation_makes_the_published_tokens(
+    model: Any, tensors: Any, golden: dict[str, Any], draft: int
+) -> None:
+    """The published one makes one token more than asked for where all drafts are right."""
+    found = speculate(
+        model, tensors["input_ids"][:1, :8], speculation=Speculation(draft_steps=draft, lookahead=4),
+        max_new_tokens=12, num_steps=16,
+    )  # fmt: skip
+    expected = golden["generation"][f"speculative_zero_draft{draft}_look4_r16"]
+    assert found.tokens[0].tolist() == expected[0][:12]
+
+
+@pytest.mark.parametrize(
+    ("rule", "threshold"), [("latent-diff", 0.03), ("fixed", 0.0), ("token-stability", 0.0)]
+)
+def test_the_diffusion_style_sampler_makes_the_published_tokens(
+    model: Any, tensors: Any, golden: dict[str, Any], rule: str, threshold: float
+) -> None:
+    """With the published threshold, and with none, which freezes by count; no more passes either."""
+    found = diffuse(
+        model, tensors["input_ids"][:1, :8], diffusion=Diffusion(threshold=threshold),
+        max_new_tokens=12, num_steps=16,
+    )  # fmt: skip
+    expected = golden["generation"][f"diffusion_{rule}"]
+    assert found.tokens.tolist() == expected["tokens"]
+
+
+def test_the_optimizer_takes_the_published_steps() -> None:
+    """Six steps of a matrix with weight decay and of a vector without, during and after warm-up."""
+    given = load_file(GOLDEN / "train.safetensors")
+    matrix, vector = (torch.nn.Parameter(given[f"optim.{name}0"].clone()) for name in "wb")
+    groups = [
+        {"params": [matrix], "weight_decay": 4e-5},
+        {"params": [vector], "weight_decay": 0.0},
+    ]
+    optimizer = ELLISAdam(groups, lr=4e-5)
+    for step, rate in enumerate(given["optim.lr"].tolist()):
+        for parameter, name in ((matrix, "w"), (vector, "b")):
+            parameter.grad = given[f"optim.g{name}{step}"]
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        for parameter, name in ((matrix, "w"), (vector, "b")):
+            assert difference(parameter, given[f"optim.{name}{step + 1}"]) < STEP, (name, step)
 
 
 def test_training_losses_and_gradients(model: Any, tensors: Any, golden: dict[str, Any]) -> None:

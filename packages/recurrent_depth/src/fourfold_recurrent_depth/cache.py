@@ -10,7 +10,7 @@ With a budget of n recurrences, recurrence i uses the slot of i mod n (section 6
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,6 +21,17 @@ from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+class Layout(Protocol):
+    """How many layers a model has in each part."""
+
+    @property
+    def n_layers_in_prelude(self) -> int: ...  # noqa: D102
+    @property
+    def n_layers_in_recurrent_block(self) -> int: ...  # noqa: D102
+    @property
+    def n_layers_in_coda(self) -> int: ...  # noqa: D102
 
 
 class RecurrentCache(Cache):
@@ -35,7 +46,7 @@ class RecurrentCache(Cache):
 
     def __init__(
         self,
-        config: RecurrentDepthConfig,
+        config: Layout,
         *,
         steps: int,
         budget: int | None = None,
@@ -129,6 +140,27 @@ class RecurrentCache(Cache):
                 slot[:, :, self.length : stop].index_copy_(0, self._rows, new)
                 found.append(here)
         return found[0], found[1]
+
+    def read(
+        self, slot: int
+    ) -> tuple[Float[Tensor, "row head cached width"], Float[Tensor, "row head cached width"]]:
+        """A slot of the cached tokens, for the rows of `select`."""
+        keys, values = self._key_slots[slot], self._value_slots[slot]
+        keys, values = keys[:, :, : self.length], values[:, :, : self.length]
+        if self._rows is None:
+            return keys, values
+        return keys.index_select(0, self._rows), values.index_select(0, self._rows)
+
+    def write(
+        self,
+        slot: int,
+        rows: Int[Tensor, " row"],
+        key_states: Float[Tensor, "row head width"],
+        value_states: Float[Tensor, "row head width"],
+    ) -> None:
+        """Keys and values of the one new token of some rows."""
+        self._key_slots[slot][rows, :, self.length] = key_states
+        self._value_slots[slot][rows, :, self.length] = value_states
 
     def select(
         self, rows: Int[Tensor, " row"] | None, running: Bool[Tensor, "row token"] | None
@@ -288,6 +320,36 @@ class RecurrentCache(Cache):
                 grown.append(torch.cat([store, last.repeat(extra, *[1] * (last.ndim - 1))]))
             self._hold(grown[0], grown[1])
         self.steps = steps
+
+
+class Aside(Cache):
+    """Versions of one new token beside a cache: they see what is cached, and nothing is written.
+
+    Until `keep` chooses a version for a row.
+    """
+
+    def __init__(self, cache: RecurrentCache) -> None:
+        super().__init__(layers=[])
+        self._cache = cache
+        self._versions: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self,
+        key_states: Float[Tensor, "row head version width"],
+        value_states: Float[Tensor, "row head version width"],
+        layer_idx: int,
+        *_: object,
+        **__: object,
+    ) -> tuple[Float[Tensor, "row head context width"], Float[Tensor, "row head context width"]]:
+        """What is cached in a slot, and the versions behind it."""
+        self._versions[layer_idx] = (key_states, value_states)
+        keys, values = self._cache.read(layer_idx)
+        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+
+    def keep(self, row: Int[Tensor, " kept"], rows: Int[Tensor, " kept"], *, version: int) -> None:
+        """Write a version of some rows: `row` counts among those selected, `rows` in the batch."""
+        for slot, (keys, values) in self._versions.items():
+            self._cache.write(slot, rows, keys[row, :, version], values[row, :, version])
 
 
 def estimate_cache_bytes(

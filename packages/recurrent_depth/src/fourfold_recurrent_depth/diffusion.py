@@ -17,12 +17,12 @@ from torch import Tensor
 
 from fourfold_recurrent_depth.cache import RecurrentCache
 from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
-from fourfold_recurrent_depth.requests import greedy_request, with_prompt
-from fourfold_recurrent_depth.states import StateTable, draw_state
+from fourfold_recurrent_depth.requests import GreedyDecoder
+from fourfold_recurrent_depth.states import StateTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Diffusion:
+class Diffusion(GreedyDecoder):
     """How the window moves; the defaults are the paper's."""
 
     inner_recurrences: int = 4
@@ -47,21 +47,11 @@ class Diffusion:
                 f"smoothing={self.smoothing}, noise={self.noise} are shares; use 0 or more, below 1"
             )
 
-    def __call__(
-        self,
-        model: RecurrentDepthForCausalLM,
-        input_ids: Int[Tensor, "batch token"],
-        *,
-        generation_config: Any,
-        **options: Any,
-    ) -> Int[Tensor, "batch longer"]:
+    def decode(
+        self, model: RecurrentDepthForCausalLM, prompt: Int[Tensor, "batch token"], **how: Any
+    ) -> Diffused:
         """For `model.generate(prompt, custom_generate=Diffusion(...))`."""
-        asked = greedy_request(model, input_ids, generation_config, options)
-        found = diffuse(
-            model, input_ids, diffusion=self, max_new_tokens=asked.max_new_tokens,
-            num_steps=asked.num_steps, initial_state=asked.initial_state,
-        )  # fmt: skip
-        return with_prompt(input_ids, found.tokens, generation_config)
+        return diffuse(model, prompt, diffusion=self, **how)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,13 +106,13 @@ def diffuse(
         embedded, where, positions = model.begin(inputs, cache)
         cache.open(rows, inputs.shape[1], steps=1)
         e = model.read(embedded, where)
-        fresh = draw_state(e, positions, initial_state, scale=0.0, warm=None)
+        fresh = model.start(e, positions, initial_state, scale=0.0)
         known = states.shape[1]
         e[:, :known] = torch.lerp(e[:, :known], smoothed, diffusion.smoothing)
         s = torch.cat([states, fresh[:, known:]], dim=1)
         taken = torch.cat([taken, taken.new_zeros(inputs.shape[1] - known)])
         if diffusion.noise:
-            noise = draw_state(e, positions, None, scale=1.0, warm=None)
+            noise = model.start(e, positions, None, scale=1.0)
             s = torch.lerp(s, noise, (diffusion.noise / (1 + taken))[None, :, None])
         s = model.iterate(e, s, where, diffusion.inner_recurrences - 1, 0)
         before, s = s, model.recur(s, model.inject(e), where, 0)

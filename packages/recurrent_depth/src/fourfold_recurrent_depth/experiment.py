@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from fourfold_parallel.run import checkpoint
 from fourfold_parallel.run.data import tokenize
 from fourfold_parallel.run.experiments import Experiment, Launch, Stage, Workplace
-from fourfold_parallel.run.progress import silent
+from fourfold_parallel.run.progress import Progress, silent
 from fourfold_parallel.run.recipe import Run, Scale
 from fourfold_parallel.run.records import RecordWriter, header, read_record
 from fourfold_parallel.run.train import train, trained_model
+from fourfold_parallel.run.values import digest
 from fourfold_recurrent_depth import figures, recipes, study
 from fourfold_recurrent_depth.claims import AUTOMATON, CLAIMS, EXACT, LANGUAGE
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
@@ -33,11 +36,14 @@ WORKERS = 2
 """Processes of a stage; each trains and measures on one thread."""
 
 
-def _trained(run: Run, folder: Path) -> tuple[RecurrentDepthForCausalLM, Event]:
+def _trained(
+    run: Run, folder: Path, progress: Progress = silent
+) -> tuple[RecurrentDepthForCausalLM, Event]:
     """The run's model, from its last checkpoint on where there is one."""
     torch.set_num_threads(1)
     record = folder / run.name / "record.jsonl"
-    last = train(run, record=record, checkpoints=folder / run.name / "checkpoints", progress=silent)
+    place = folder / run.name / "checkpoints"
+    last = train(run, record=record, checkpoints=place, progress=progress)
     model = trained_model(run, last)
     assert isinstance(model, RecurrentDepthForCausalLM)
     steps = read_record(record).of("step")
@@ -64,14 +70,39 @@ def _trained(run: Run, folder: Path) -> tuple[RecurrentDepthForCausalLM, Event]:
 def examine_cells(
     member: tuple[recipes.Arm, Run], exam: study.Exam, folder: Path
 ) -> tuple[Event, ...]:
-    """Train one automaton model and sit the exam."""
+    """Train one automaton model and sit the exam; the law's models sit it on the way too."""
     arm, run = member
-    model, trained = _trained(run, folder)
+    notes = folder / run.name / "on_the_way.jsonl"
+    watch = partial(_sit_on_the_way, run, exam, notes) if arm == "law" else silent
+    model, trained = _trained(run, folder, watch)
     events = [trained, *study.accuracy_by_depth(model, exam)]
     if arm == "law":
+        # A resumed run may have sat an exam twice, with the same answers.
+        lines = dict.fromkeys(notes.read_text(encoding="utf-8").splitlines())
+        events += [("on_the_way", json.loads(line)) for line in lines]
         events += study.exits(model, exam, study.CRITERIA, steps=4 * recipes.MEAN)
         events += study.latent_paths(model, exam)
     return tuple((kind, {"arm": arm, "seed": run.seed, **fields}) for kind, fields in events)
+
+
+def _sit_on_the_way(
+    run: Run,
+    exam: study.Exam,
+    notes: Path,
+    done: int,
+    total: int,
+    note: str,
+) -> None:
+    """Note the accuracy at one recurrence and at the mean, with the weights of each checkpoint."""
+    del total, note
+    if (done - 1) % run.checkpoint_every or done == 1:
+        return
+    last = checkpoint.latest(notes.parent / "checkpoints", run_sha256=digest(run))
+    assert last is not None
+    model = cast(RecurrentDepthForCausalLM, trained_model(run, last))
+    with notes.open("a", encoding="utf-8") as file:
+        for _, fields in study.accuracy_by_depth(model, exam, (1, recipes.MEAN)):
+            file.write(json.dumps({"step": last.step, **fields}) + "\n")
 
 
 def examine_bytes(run: Run, plan: recipes.Bytes, folder: Path) -> tuple[Event, ...]:

@@ -4,7 +4,8 @@
     lm_eval.simple_evaluate("recurrent_depth", model_args="pretrained=DIR,num_steps=32,exit=kl", tasks=[...])
 
 GSM8K as the paper reports it ("with system prompt") needs `apply_chat_template=True`,
-`fewshot_as_multiturn=True` and the system instruction of its README.
+`fewshot_as_multiturn=True` and `system_instruction=SYSTEM`; a tokenizer of one's own needs
+`chat_template=CHAT_TEMPLATE`, and what it gives is encoded with `add_special_tokens=False`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,18 @@ from torch import Tensor
 
 from fourfold_recurrent_depth.exits import Criterion, criterion_named
 from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
+
+CHAT_TEMPLATE = (
+    "<|begin_text|>{% for message in messages %}"
+    "<|begin_header|>{{ 'Huginn' if message['role'] == 'assistant' else message['role'] }}<|end_header|>"
+    "\n\n{{ message['content'] | trim }}<|end_turn|>{% endfor %}"
+    "{% if add_generation_prompt %}<|begin_header|>Huginn<|end_header|>\n\n"
+    "{% else %}<|end_text|>{% endif %}"
+)
+"""Huginn's chat format, in Jinja."""
+
+SYSTEM = "You are a helpful assistant that can assist users with mathematical reasoning."
+"""System message of the reported GSM8K numbers."""
 
 
 @register_model("recurrent_depth")

@@ -44,6 +44,23 @@ class Pass:
             rotary = rotary[rows]
         return Pass(rotary=rotary, mask=mask, cache=self.cache, options=self.options)
 
+    def versions(self, count: int, cache: Cache) -> Pass:
+        """The pass in which `count` versions of one token see what is cached and themselves alone."""
+        mask = self.mask
+        if count > 1:
+            own = torch.eye(count, dtype=torch.bool, device=self.rotary.device)[None, None]
+            if mask is None:
+                cached = own.new_ones(1, 1, count, cast(Any, self.cache).get_seq_length())
+            else:
+                cached = mask[..., :-1].expand(-1, -1, count, -1)
+                own = own.expand(len(mask), -1, -1, -1)
+                if mask.dtype != torch.bool:
+                    own = torch.zeros_like(own, dtype=mask.dtype).masked_fill(
+                        ~own, torch.finfo(mask.dtype).min
+                    )
+            mask = torch.cat([cached, own], dim=-1)
+        return Pass(rotary=self.rotary, mask=mask, cache=cache, options=self.options)
+
 
 @dataclass
 class RecurrentDepthOutput(CausalLMOutputWithPast):
@@ -76,24 +93,27 @@ class RecurrentDepthPreTrainedModel(PreTrainedModel):
     lm_head: nn.Module
     freqs_cis: Tensor
 
-    def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _prepare_cache_for_generation(
         self,
         generation_config: Any,
         model_kwargs: dict[str, Any],
         generation_mode: Any,
         batch_size: int,
         max_cache_length: int,
-    ) -> None:
-        """What `generate` calls: a cache of ours, allocated once for the whole length."""
+    ) -> bool:
+        """What `generate` calls: a cache of ours, allocated once for the whole length, if none came."""
         del generation_mode, batch_size
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            steps = self.recurrences(model_kwargs.get("num_steps"), 1)
-            model_kwargs["past_key_values"] = RecurrentCache(
-                self.config,
-                steps=steps[0] + steps[1],
-                budget=model_kwargs.get("kv_budget"),
-                capacity=max_cache_length,
-            )
+        is_given = model_kwargs.get("past_key_values") is not None
+        if is_given or generation_config.use_cache is False:
+            return False
+        steps = self.recurrences(model_kwargs.get("num_steps"), 1)
+        model_kwargs["past_key_values"] = RecurrentCache(
+            self.config,
+            steps=steps[0] + steps[1],
+            budget=model_kwargs.get("kv_budget"),
+            capacity=max_cache_length,
+        )
+        return True
 
     def recurrences(self, steps: Steps | None, batch: int) -> tuple[int, int, Tensor | None]:
         """(n, k, recurrences of each row or None)."""
@@ -115,6 +135,28 @@ class RecurrentDepthPreTrainedModel(PreTrainedModel):
                 "pair (without gradient, with gradient) of numbers from 0 that sum to 1 or more"
             )
         return total - k, k, per_row
+
+    def refuse_exit(
+        self, mask: Tensor | None, tokens: int, per_row: Tensor | None, history: bool | None
+    ) -> None:
+        """Raise where an exit criterion cannot judge what it is asked to."""
+        if per_row is not None or history:
+            raise ValueError(
+                "exit decides recurrences itself and keeps no history; leave out output_hidden_states, and "
+                "give one num_steps for all rows"
+            )
+        if self.config._attn_implementation == "flex_attention":  # noqa: SLF001 - transformers' own name
+            raise ValueError(
+                "exit goes on with some rows of a mask, which flex_attention's masks cannot; "
+                "use attn_implementation='sdpa'"
+            )
+        if mask is not None:
+            empty = (~mask[:, -tokens:].bool().any(1)).nonzero().flatten().tolist()
+            if empty:
+                raise ValueError(
+                    f"rows {empty} of the batch hold padding alone, which no exit criterion can judge; "
+                    "leave them out"
+                )
 
     def _positions(
         self, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None, tokens: int
@@ -189,16 +231,6 @@ class RecurrentDepthPreTrainedModel(PreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the head."""
         self.lm_head = new_embeddings
-
-
-def refuse_empty_rows(mask: Tensor) -> None:
-    """An exit criterion cannot judge a row without a token."""
-    empty = (~mask.bool().any(1)).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(
-            f"rows {empty} of the batch hold padding alone, which no exit criterion can judge; "
-            "leave them out"
-        )
 
 
 def rotary_table(config: RecurrentDepthConfig) -> Float[Tensor, "1 position 1 half 2"]:

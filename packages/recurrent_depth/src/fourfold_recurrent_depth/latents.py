@@ -29,14 +29,6 @@ def trajectory(
     return torch.stack(list(out.hidden_states))
 
 
-def residuals(
-    states: Float[Tensor, "step batch token width"],
-) -> Float[Tensor, "move batch token"]:
-    """||s_i - s_{i-1}|| / ||s_i|| for i = 1 ..."""
-    moved = torch.linalg.vector_norm(states[1:] - states[:-1], dim=-1)
-    return moved / torch.linalg.vector_norm(states[1:], dim=-1)
-
-
 def convergence_steps(
     states: Float[Tensor, "step batch token width"], *, tolerance: float
 ) -> Int[Tensor, "batch token"]:

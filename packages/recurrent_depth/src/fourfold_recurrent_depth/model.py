@@ -27,17 +27,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fourfold_recurrent_depth.cache import RecurrentCache
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
-from fourfold_recurrent_depth.exits import Criterion, criterion_named, iterate_until_exit
+from fourfold_recurrent_depth.exits import Criterion, criterion_named
 from fourfold_recurrent_depth.fused import eager_attention, gated_silu, rms_norm
 from fourfold_recurrent_depth.interface import (
     Pass,
     RecurrentDepthOutput,
     RecurrentDepthPreTrainedModel,
     Steps,
-    refuse_empty_rows,
     rotary_table,
 )
 from fourfold_recurrent_depth.states import RowStates, StateTable, draw_state
+from fourfold_recurrent_depth.stopping import iterate_until_exit
 
 
 class RMSNorm(nn.Module):
@@ -71,10 +71,11 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "batch token width"], where: Pass, slot: int
     ) -> Float[Tensor, "batch token width"]:
         """Attend to this pass's tokens, and to those that the cache holds in `slot`."""
-        qkv = self.Wqkv(x).unflatten(-1, (3, -1, self.head_width))
-        qk = rotate(qkv[:, :, :2] + self.qk_bias.squeeze(1), where.rotary.unsqueeze(2))
+        # Split, not indexed: the backward of two indexings fills and adds two tensors of zeros.
+        qk, v = self.Wqkv(x).unflatten(-1, (3, -1, self.head_width)).split((2, 1), dim=2)
+        qk = rotate(qk + self.qk_bias.squeeze(1), where.rotary.unsqueeze(2))
         q, k = qk.transpose(1, 3).unbind(2)  # (batch head token width) each
-        v = qkv[:, :, 2].transpose(1, 2)
+        v = v.squeeze(2).transpose(1, 2)
         if where.cache is not None:
             k, v = where.cache.update(k, v, slot)
         implementation = self.config._attn_implementation or "sdpa"  # noqa: SLF001 - transformers' own way
@@ -147,6 +148,12 @@ class Adapter(nn.Linear):
             return F.linear(torch.cat([state, embedded], dim=-1), self.weight)
         return F.linear(state, self.weight[:, :width]) + embedded
 
+    def piece(
+        self, whole: Float[Tensor, "batch token width"]
+    ) -> Float[Tensor, "batch token width"]:
+        """The features of a whole state that this rank holds: all, unless a grid cuts the stream."""
+        return whole
+
 
 class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
     """Prelude, core iterated in latent space, coda. Registered under `huginn_raven`."""
@@ -201,7 +208,8 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
             logits_to_keep: last positions to predict at; 0 for all.
             num_steps: see `Steps`; by default `config.mean_recurrence`, without gradient in evaluation
                 and with gradient through the last `config.mean_backprop_depth` in training.
-            exit: a criterion of `fourfold_recurrent_depth.exits`, its name, or a callable.
+            exit: a criterion of `fourfold_recurrent_depth.exits`, its name, or a callable. Rows wait for the
+                slowest of the batch; whether checks save time is said there.
             initial_state: s_0 of every token; by default it is drawn anew from N(0, 2/5).
             init_scale: multiplies the drawn state's standard deviation; 0 gives zeros.
             warm_start: begin from the last token's final state, which the cache keeps.
@@ -217,13 +225,8 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
         without, with_gradient, per_row = self.recurrences(num_steps, batch)
         steps = without + with_gradient
         criterion = None if exit is None else criterion_named(exit)
-        if criterion is not None and (per_row is not None or output_hidden_states):
-            raise ValueError(
-                "exit decides recurrences itself and keeps no history; leave out output_hidden_states, and "
-                "give one num_steps for all rows"
-            )
-        if criterion is not None and attention_mask is not None:
-            refuse_empty_rows(attention_mask[:, -tokens:])
+        if criterion is not None:
+            self.refuse_exit(attention_mask, tokens, per_row, output_hidden_states)
         if past_key_values is None and use_cache:
             past_key_values = RecurrentCache(self.config, steps=steps, budget=kv_budget)
         memory = past_key_values
@@ -241,8 +244,10 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
             cache.open(batch, tokens, steps=steps)
 
         e = self.read(embedded, where)
-        warm = cache if warm_start else None
-        s = draw_state(e, positions, initial_state, scale=init_scale, warm=warm)
+        if warm_start and cache is not None and cache.last_state is not None:
+            s = cache.last_state.unsqueeze(1).expand_as(e)
+        else:
+            s = self.start(e, positions, initial_state, scale=init_scale)
         logits, exit_steps, history = None, None, [s] if output_hidden_states else None
         if criterion is None:
             s = self.iterate(e, s, where, without, with_gradient, per_row=per_row, history=history)
@@ -282,6 +287,19 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
         for slot, block in enumerate(self._blocks("prelude")):
             embedded = block(embedded, where, slot)
         return embedded
+
+    def start(
+        self,
+        e: Float[Tensor, "batch token width"],
+        positions: Int[Tensor, "#batch token"],
+        initial: Float[Tensor, "#batch #token whole"] | StateTable | RowStates | None,
+        *,
+        scale: float,
+    ) -> Float[Tensor, "batch token width"]:
+        """s_0: given, or drawn; see `draw_state`."""
+        width = self.config.n_embd
+        whole = draw_state(e, positions, initial, width=width, scale=scale)
+        return cast(Adapter, self.transformer["adapter"]).piece(whole)
 
     def iterate(
         self,

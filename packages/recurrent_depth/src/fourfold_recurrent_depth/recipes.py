@@ -14,6 +14,7 @@ from fourfold_parallel.run.recipe import Run, Scale, Steps
 from fourfold_parallel.run.tokenizers import BytePairs
 from fourfold_recurrent_depth.fresh import RecurrentDepth
 from fourfold_recurrent_depth.objective import Always, LogNormalPoisson, RandomDepth, Recurrences
+from fourfold_recurrent_depth.optimizer import Ellis
 from fourfold_recurrent_depth.study import Exam
 from fourfold_recurrent_depth.tasks.automaton import Automaton, EvolvedCells
 
@@ -94,12 +95,12 @@ def automaton_run(arm: Arm, seed: int, *, hardest: int, cells: int, steps: int) 
         engine=Single(),
         seed=seed,
         validate_every=steps,
-        checkpoint_every=max(1, steps // 4),
+        checkpoint_every=max(1, steps // 10),
     )
 
 
 def cells(scale: Literal["smoke", "laptop"]) -> Cells:
-    """The automaton study (C1, C2, C4, C10, C11, C19 to C21).
+    """The automaton study (C1 to C4, C10, C11, C19 to C21).
 
     Smoke: one short run per arm, enough to run every line. Laptop: three seeds.
     """
@@ -204,7 +205,7 @@ def table_1(scale: Scale) -> Run:
         objective=RandomDepth(
             recurrences=LogNormalPoisson(mean=32, backprop=8), supervision=NextToken(mask=KeepAll())
         ),
-        optimizer=AdamW(learning_rate=4e-5, weight_decay=4e-5, beta1=0.9, beta2=0.95, epsilon=1e-6),
+        optimizer=Ellis(learning_rate=4e-5, weight_decay=4e-5),
         schedule=Constant(warmup_steps=4096),
         batch=4096,
         microbatch=1,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from jaxtyping import Int
@@ -11,41 +11,69 @@ from torch import Tensor
 
 from fourfold_recurrent_depth.states import StateTable
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GreedyRequest:
-    """A request that greedy decoders without padding can serve."""
-
-    max_new_tokens: int
-    num_steps: int
-    initial_state: StateTable | None
+if TYPE_CHECKING:
+    from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
 
 
-def greedy_request(
-    model: Any, input_ids: Int[Tensor, "batch token"], config: Any, options: dict[str, Any]
-) -> GreedyRequest:
-    """The request in the arguments that `generate` hands on.
+class Made(Protocol):
+    """What a decoder made, beside how."""
 
-    Raises:
-        ValueError: for sampling, beams or padding.
-    """
-    if config.do_sample or config.num_beams > 1:
-        raise ValueError(
-            "this decoder is greedy; use do_sample=False and num_beams=1, or leave custom_generate out"
+    @property
+    def tokens(self) -> Int[Tensor, "batch generated"]:
+        """The tokens behind the prompt."""
+        ...
+
+
+class GreedyDecoder(ABC):
+    """A decoder for `model.generate(prompt, custom_generate=...)`: greedy, rows of equal length."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def decode(
+        self,
+        model: RecurrentDepthForCausalLM,
+        prompt: Int[Tensor, "batch token"],
+        *,
+        max_new_tokens: int,
+        num_steps: int,
+        initial_state: StateTable | None,
+    ) -> Made:
+        """Continue rows without padding."""
+
+    def __call__(
+        self,
+        model: RecurrentDepthForCausalLM,
+        input_ids: Int[Tensor, "batch token"],
+        *,
+        generation_config: Any,
+        **options: Any,
+    ) -> Int[Tensor, "batch longer"]:
+        """Serve what `generate` hands on.
+
+        Raises:
+            ValueError: for sampling, beams or padding.
+        """
+        if generation_config.do_sample or generation_config.num_beams > 1:
+            raise ValueError(
+                "this decoder is greedy; use do_sample=False and num_beams=1, or leave custom_generate out"
+            )
+        mask = options.get("attention_mask")
+        if mask is not None and not bool(mask.bool().all()):
+            raise ValueError(
+                "this decoder takes rows of equal length; group prompts by length, or drop custom_generate"
+            )
+        found = self.decode(
+            model,
+            input_ids,
+            max_new_tokens=generation_config.max_length - input_ids.shape[1],
+            num_steps=options.get("num_steps") or model.config.mean_recurrence,
+            initial_state=options.get("initial_state"),
         )
-    mask = options.get("attention_mask")
-    if mask is not None and not bool(mask.bool().all()):
-        raise ValueError(
-            "this decoder takes rows of equal length; group prompts by length, or leave custom_generate out"
-        )
-    return GreedyRequest(
-        max_new_tokens=config.max_length - input_ids.shape[1],
-        num_steps=options.get("num_steps") or model.config.mean_recurrence,
-        initial_state=options.get("initial_state"),
-    )
+        return _with_prompt(input_ids, found.tokens, generation_config)
 
 
-def with_prompt(
+def _with_prompt(
     input_ids: Int[Tensor, "batch token"], made: Int[Tensor, "batch generated"], config: Any
 ) -> Int[Tensor, "batch longer"]:
     """Prompt and tokens, with padding behind each row's first end token."""

@@ -10,17 +10,41 @@ Training continues with `RandomDepth` and its curriculum.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from fourfold_recurrent_depth.cache import RecurrentCache
 
-class Retrofitted(PreTrainedModel):
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """How many layers read, think and speak."""
+
+    n_layers_in_prelude: int
+    n_layers_in_recurrent_block: int
+    n_layers_in_coda: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """A cache as one call of one layer sees it, whatever number the layer had in the dense model."""
+
+    cache: RecurrentCache
+    slot: int
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        """Write and read the slot."""
+        return self.cache.update(key_states, value_states, self.slot)
+
+
+class Retrofitted(PreTrainedModel, GenerationMixin):
     """A decoder of the Llama family (embed_tokens, layers, norm, rotary_emb) with an iterated middle."""
 
     base_model_prefix = ""
@@ -41,6 +65,9 @@ class Retrofitted(PreTrainedModel):
         super().__init__(dense.config)
         inner: Any = dense.get_decoder()
         layers = list(inner.layers)
+        self.cut = Cut(
+            n_layers_in_prelude=prelude, n_layers_in_recurrent_block=core, n_layers_in_coda=coda
+        )
         self.embed_tokens = inner.embed_tokens
         self.rotary_emb = inner.rotary_emb
         self.prelude = nn.ModuleList(layers[:prelude])
@@ -61,6 +88,8 @@ class Retrofitted(PreTrainedModel):
         attention_mask: Tensor | None = None,
         labels: Int[Tensor, "batch token"] | None = None,
         num_steps: int | tuple[int, int] = 1,
+        past_key_values: Cache | None = None,
+        position_ids: Int[Tensor, "#batch token"] | None = None,
         use_cache: bool | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast:
@@ -71,53 +100,84 @@ class Retrofitted(PreTrainedModel):
             attention_mask: 0 for padding.
             labels: the inputs, as everywhere in transformers.
             num_steps: r, all with gradient, or (n, k).
-            use_cache: must not be asked for.
+            past_key_values: a `RecurrentCache`; made where `use_cache` asks for one.
+            position_ids: by default counted on from what is cached.
+            use_cache: give a cache back.
             options: passed on to the layers.
 
         Raises:
-            ValueError: fewer than one recurrence, or a cache, which these layers' slots cannot hold.
+            ValueError: fewer than one recurrence, or another cache, which has one slot a layer.
         """
         without, with_gradient = (0, num_steps) if isinstance(num_steps, int) else num_steps
-        if min(without, with_gradient) < 0 or without + with_gradient < 1:
+        steps = without + with_gradient
+        if min(without, with_gradient) < 0 or steps < 1:
             raise ValueError(
                 f"num_steps={num_steps} asks for fewer than 1 recurrence; use 1 or more"
             )
-        if use_cache:
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = RecurrentCache(self.cut, steps=steps)
+        if cache is not None and not isinstance(cache, RecurrentCache):
             raise ValueError(
-                "a retrofitted model keeps no cache, since its layers have one slot each; "
-                "pass use_cache=False"
+                f"a {type(cache).__name__} has one slot for each layer; leave past_key_values out, or "
+                "pass a RecurrentCache"
             )
         e = self.embed_tokens(input_ids)
-        places = torch.arange(input_ids.shape[1], device=e.device)[None]
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=e.device)[None]
+            position_ids = position_ids + (0 if cache is None else cache.length)
         mask = create_causal_mask(
-            config=self.config, inputs_embeds=e, attention_mask=attention_mask, past_key_values=None,
-            position_ids=places,
+            config=self.config, inputs_embeds=e, attention_mask=attention_mask, past_key_values=cache,
+            position_ids=position_ids,
         )  # fmt: skip
         shared: dict[str, Any] = {
-            "attention_mask": mask, "position_ids": places,
-            "position_embeddings": self.rotary_emb(e, position_ids=places), **options,
+            "attention_mask": mask, "position_ids": position_ids,
+            "position_embeddings": self.rotary_emb(e, position_ids=position_ids), **options,
         }  # fmt: skip
-        e = _through(self.prelude, e, shared)
+        if cache is not None:
+            cache.open(*input_ids.shape, steps=steps)
+        e = _through(self.prelude, e, shared, cache, 0)
         s = torch.zeros_like(e)
-        for step in range(without + with_gradient):
+        for step in range(steps):
             with torch.set_grad_enabled(torch.is_grad_enabled() and step >= without):
-                s = self.recur(s, e, shared)
-        logits = self.lm_head(self.norm(_through(self.coda, s, shared)))
+                s = self.recur(s, e, shared, cache, step)
+        x = _through(self.coda, s, shared, cache, len(self.prelude))
+        if cache is not None:
+            cache.close(state=s, steps=None)
+        logits = self.lm_head(self.norm(x))
         loss = None
         if labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size
             )
-        return CausalLMOutputWithPast(loss=loss, logits=logits)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=cache if use_cache else None
+        )
 
     def recur(
         self,
         s: Float[Tensor, "batch token width"],
         e: Float[Tensor, "batch token width"],
         shared: dict[str, Any],
+        cache: RecurrentCache | None,
+        step: int,
     ) -> Float[Tensor, "batch token width"]:
-        """One recurrence."""
-        return _through(self.core, self.adapter(torch.cat([s, e], dim=-1)), shared)
+        """One recurrence; `step` counts from 0."""
+        kept = step if cache is None else cache.kept(step)
+        slot = len(self.prelude) + len(self.coda) + kept * len(self.core)
+        return _through(self.core, self.adapter(torch.cat([s, e], dim=-1)), shared, cache, slot)
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> bool:
+        """What `generate` calls: none of transformers' caches; `forward` makes one."""
+        del generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        return False
 
     def get_input_embeddings(self) -> nn.Module:
         """The dense model's."""
@@ -162,7 +222,15 @@ def retrofit(
     return Retrofitted(dense, prelude=prelude, core=core, coda=coda, alpha=alpha, beta=beta)
 
 
-def _through(layers: nn.ModuleList, x: Tensor, shared: dict[str, Any]) -> Tensor:
-    for layer in layers:
-        x = layer(x, **shared)
+def _through(
+    layers: nn.ModuleList,
+    x: Tensor,
+    shared: dict[str, Any],
+    cache: RecurrentCache | None,
+    first: int,
+) -> Tensor:
+    """Layer after layer; their keys and values go into the slots from `first` on."""
+    for slot, layer in enumerate(layers, start=first):
+        seen = None if cache is None else _Slot(cache, slot)
+        x = layer(x, past_key_values=seen, **shared)
     return x

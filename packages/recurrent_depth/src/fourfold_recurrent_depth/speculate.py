@@ -17,12 +17,12 @@ from torch import Tensor
 
 from fourfold_recurrent_depth.cache import RecurrentCache
 from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
-from fourfold_recurrent_depth.requests import greedy_request, with_prompt
-from fourfold_recurrent_depth.states import StateTable, draw_state
+from fourfold_recurrent_depth.requests import GreedyDecoder
+from fourfold_recurrent_depth.states import StateTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Speculation:
+class Speculation(GreedyDecoder):
     """How far to look ahead, and how shallowly."""
 
     draft_steps: int = 4
@@ -35,21 +35,11 @@ class Speculation:
                 f"draft_steps={self.draft_steps}, lookahead={self.lookahead}; use 1 or more for both"
             )
 
-    def __call__(
-        self,
-        model: RecurrentDepthForCausalLM,
-        input_ids: Int[Tensor, "batch token"],
-        *,
-        generation_config: Any,
-        **options: Any,
-    ) -> Int[Tensor, "batch longer"]:
+    def decode(
+        self, model: RecurrentDepthForCausalLM, prompt: Int[Tensor, "batch token"], **how: Any
+    ) -> Speculated:
         """For `model.generate(prompt, custom_generate=Speculation(...))`."""
-        asked = greedy_request(model, input_ids, generation_config, options)
-        found = speculate(
-            model, input_ids, speculation=self, max_new_tokens=asked.max_new_tokens,
-            num_steps=asked.num_steps, initial_state=asked.initial_state,
-        )  # fmt: skip
-        return with_prompt(input_ids, found.tokens, generation_config)
+        return speculate(model, prompt, speculation=self, **how)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +132,7 @@ def _draft(
     e, where, positions = model.begin(token, cache)
     cache.open(len(token), 1, steps=cache.steps)
     e = model.read(e, where)
-    s = draw_state(e, positions, initial_state, scale=0.0, warm=None)
+    s = model.start(e, positions, initial_state, scale=0.0)
     s = model.iterate(e, s, where, steps, 0)
     return e, s, model.predict(model.transformer["ln_f"](s), where)
 

@@ -9,8 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fourfold_recurrent_depth.cache import RecurrentCache
-
 CUT = 3.0
 """Standard deviations at which drawn states are cut, as published."""
 
@@ -41,20 +39,20 @@ class RowStates:
 
     seeds: tuple[int, ...]
 
-    def like(self, e: Float[Tensor, "batch token width"]) -> Float[Tensor, "batch token width"]:
+    def of(self, batch: int, tokens: int, width: int) -> Float[Tensor, "batch token width"]:
         """States for a batch of as many rows, drawn on the CPU.
 
         Raises:
             ValueError: where the rows are others.
         """
-        if len(self.seeds) != len(e):
-            raise ValueError(f"{len(self.seeds)} seeds for {len(e)} rows; give one for each row")
-        std = math.sqrt(2 / (5 * e.shape[-1]))
-        drawn = torch.empty(e.shape, dtype=torch.float32)
+        if len(self.seeds) != batch:
+            raise ValueError(f"{len(self.seeds)} seeds for {batch} rows; give one for each row")
+        std = math.sqrt(2 / (5 * width))
+        drawn = torch.empty(batch, tokens, width)
         for row, seed in zip(drawn, self.seeds, strict=True):
             generator = torch.Generator().manual_seed(seed)
             nn.init.trunc_normal_(row, std=std, a=-CUT * std, b=CUT * std, generator=generator)
-        return drawn * math.sqrt(e.shape[-1])
+        return drawn * math.sqrt(width)
 
 
 def state_table(positions: int, width: int, *, seed: int) -> StateTable:
@@ -67,33 +65,34 @@ def state_table(positions: int, width: int, *, seed: int) -> StateTable:
 
 
 def draw_state(
-    e: Float[Tensor, "batch token width"],
+    like: Float[Tensor, "batch token piece"],
     positions: Int[Tensor, "#batch token"],
-    initial: Float[Tensor, "batch token width"] | StateTable | RowStates | None,
+    initial: Float[Tensor, "#batch #token width"] | StateTable | RowStates | None,
     *,
-    scale: float,
-    warm: RecurrentCache | None,
+    width: int,
+    scale: float = 1.0,
 ) -> Float[Tensor, "batch token width"]:
     """s_0 of every token, in the embedding's number format.
 
     Args:
-        e: the prelude's output, for shape and format.
+        like: the prelude's output, for batch, tokens and format; on a grid, a piece of its features.
         positions: of the tokens.
         initial: given states, or None to draw them.
+        width: of the whole residual stream.
         scale: multiplies the standard deviation of drawn states.
-        warm: a cache whose last state the tokens begin from, if it has one.
     """
-    if warm is not None and warm.last_state is not None:
-        return warm.last_state.unsqueeze(1).expand_as(e)
+    batch, tokens = like.shape[:2]
     if isinstance(initial, StateTable):
-        return initial.at(positions).to(e).expand_as(e)
-    if isinstance(initial, RowStates):
-        return initial.like(e).to(e)
-    if initial is not None:
-        return initial.to(e).expand_as(e)
-    if scale == 0:
-        return torch.zeros_like(e)
-    std = math.sqrt(2 / (5 * e.shape[-1])) * scale
-    drawn = torch.empty_like(e, dtype=torch.float32)
-    nn.init.trunc_normal_(drawn, std=std, a=-CUT * std, b=CUT * std)
-    return (drawn * math.sqrt(e.shape[-1])).to(e.dtype).detach()
+        given = initial.at(positions)
+    elif isinstance(initial, RowStates):
+        given = initial.of(batch, tokens, width)
+    elif initial is not None:
+        given = initial
+    elif scale == 0:
+        given = like.new_zeros(batch, tokens, width)
+    else:
+        std = math.sqrt(2 / (5 * width)) * scale
+        drawn = torch.empty(batch, tokens, width, device=like.device)
+        nn.init.trunc_normal_(drawn, std=std, a=-CUT * std, b=CUT * std)
+        given = drawn * math.sqrt(width)
+    return given.to(like).expand(batch, tokens, width)

@@ -54,13 +54,15 @@ class Exam:
 
 
 @torch.no_grad()
-def accuracy_by_depth(model: RecurrentDepthForCausalLM, exam: Exam) -> Iterator[Event]:
+def accuracy_by_depth(
+    model: RecurrentDepthForCausalLM, exam: Exam, depths: Sequence[int] = DEPTHS
+) -> Iterator[Event]:
     """Share of cells predicted, for every k and every number of recurrences, from one trajectory."""
     for k in range(1, exam.hardest + 1):
         tokens, targets = exam.of(k)
-        states = latents.trajectory(model, tokens, steps=max(DEPTHS), seed=EXIT_SEED)
+        states = latents.trajectory(model, tokens, steps=max(depths), seed=EXIT_SEED)
         _, where, _ = model.begin(tokens, None)
-        for r in DEPTHS:
+        for r in depths:
             logits = model.predict(model.transformer["ln_f"](states[r]), where)
             right = (logits.argmax(-1) == targets).double().mean().item()
             yield "accuracy", {"k": k, "recurrences": r, "accuracy": round(right, 5)}

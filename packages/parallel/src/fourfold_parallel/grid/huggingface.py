@@ -33,7 +33,9 @@ from fourfold_parallel.grid.layout import (
     Head,
     LowRankInput,
     LowRankOutput,
+    Mixing,
     NormKind,
+    OfHeads,
     PerHead,
     Plain,
     Positions,
@@ -185,7 +187,8 @@ def parallelize(
     )
     with open_weights(weights) if weights is not None else _held(model) as source:
         builder.source = source
-        for name, rule in found.items():
+        # Modules of other modules first: what holds them takes them over.
+        for name, rule in sorted(found.items(), key=lambda item: isinstance(item[1], OfHeads)):
             module = model.get_submodule(name)
             model.set_submodule(name, builder.layer(name, module, rule, norms.get(name)))
     _count_local_heads(model, found, mesh.row)
@@ -258,6 +261,8 @@ class _Builder:
     def layer(self, name: str, module: nn.Module, rule: Rule, norm: NormKind | None) -> Layer:
         common: dict[str, Any] = {"mesh": self.mesh, "name": name, "schedule": self.schedule}
         take = lambda parameter, cut: self._take(name, module, rule, parameter, cut)  # noqa: E731
+        own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
+        taken = lambda cut: {parameter: take(parameter, cut) for parameter in own}  # noqa: E731
         match rule:
             case Plain() | Swapped() | Head():
                 return self._linear(name, module, rule)
@@ -279,12 +284,15 @@ class _Builder:
             case Positions():
                 return layers.Table(module, take("weight", layers.POSITIONS), **common)
             case PerHead():
-                copies = {
-                    parameter: take(parameter, layers.COPIES)
-                    for parameter, _ in module.named_parameters(recurse=False)
-                }
-                summed = [self.mesh.row, self.mesh.depth]
-                return layers.Copied(module, copies, summed=summed, **common)
+                common["summed"] = [self.mesh.row, self.mesh.depth]
+                return layers.Copied(module, taken(layers.COPIES), **common)
+            case OfHeads(dim=dim):
+                common["summed"] = [self.mesh.depth]
+                return layers.Copied(module, taken({"row": dim}), **common)
+            case Mixing():
+                common["summed"] = [self.mesh.depth]
+                width = self.model.config.hidden_size
+                return layers.Mixing(module, taken(layers.COPIES), width=width, **common)
             case ResidualNorm():
                 assert norm is not None
                 weight = take("weight", layers.RESIDUAL)

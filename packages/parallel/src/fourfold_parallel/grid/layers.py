@@ -101,11 +101,14 @@ class Table(Layer):
 
 
 class Copied(Layer):
-    """Any module whose parameters every rank holds whole, such as a norm over one head's features.
+    """Any module whose own parameters need nothing but the sum of their gradients.
+
+    Such as a norm over one head's features, which every rank holds whole, or an attention module
+    with a bias of its heads, of which a rank holds its own heads' part.
 
     Args:
-        inner: The module; its own parameters are replaced by the copies.
-        parameters: The copies, by name.
+        inner: The module; its own parameters are replaced, its modules become modules of this one.
+        parameters: The copies or parts, by name.
         summed: The axes along which ranks feed it different things.
         mesh: The grid.
         name: What messages and traces call it.
@@ -126,12 +129,37 @@ class Copied(Layer):
         self._inner = (inner,)
         for parameter_name, parameter in parameters.items():
             self.hold_copied(parameter_name, parameter, summed=summed)
+        for child_name, child in inner.named_children():
+            self.add_module(child_name, child)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The inner module's result."""
         visit = self.visit()
         values = {name: self.use(visit, name) for name in self.parameter_names}
         return functional_call(self._inner[0], values, args, kwargs)
+
+
+class Mixing(Copied):
+    """A module from the residual stream to itself that every rank computes whole.
+
+    The pieces of its inputs are gathered over col, and each rank keeps its piece of the result.
+    """
+
+    def __init__(self, *args: Any, width: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.width = width
+
+    def forward(
+        self, *pieces: Float[Tensor, "*batch piece"], **options: Any
+    ) -> Float[Tensor, "*batch piece"]:
+        """The inner module's result, for this rank's features."""
+        col = self.mesh.col
+        inputs = [col.whole(one, dim=-1, length=self.width, used="alike") for one in pieces]
+        return self.piece(super().forward(*inputs, **options))
+
+    def piece(self, whole: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch piece"]:
+        """This rank's features of a residual stream that every rank has whole."""
+        return self.mesh.col.share(whole, dim=-1)
 
 
 class RMSNorm(Layer):

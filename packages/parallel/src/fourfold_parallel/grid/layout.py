@@ -58,6 +58,19 @@ class PerHead:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OfHeads:
+    """A module with parameters that hold something for each head, beside modules of its own."""
+
+    dim: int
+    """Where the parameters count heads: cut over row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixing:
+    """A module from the residual stream to itself that mixes its features: whole on every rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LowRankInput:
     """The first factor of a low-rank adapter (LoRA's A) beside a plain or swapped layer."""
 
@@ -72,7 +85,7 @@ class LowRankOutput:
 
 
 Rule = (
-    Plain | Swapped | Head | Vocabulary | Positions | ResidualNorm | PerHead
+    Plain | Swapped | Head | Vocabulary | Positions | ResidualNorm | PerHead | OfHeads | Mixing
     | LowRankInput | LowRankOutput
 )  # fmt: skip
 
@@ -95,6 +108,14 @@ UNPUBLISHED: dict[str, dict[str, Rule]] = {
         "decoder.layers.*.self_attn.out_proj": Swapped(),
         "decoder.layers.*.fc1": Plain(),
         "decoder.layers.*.fc2": Swapped(),
+    },
+    "huginn_raven": {
+        "transformer.*.attn": OfHeads(dim=2),
+        "transformer.*.attn.Wqkv": Plain(parts=3),
+        "transformer.*.attn.proj": Swapped(),
+        "transformer.*.mlp.fc": Plain(parts=2),
+        "transformer.*.mlp.proj": Swapped(),
+        "transformer.adapter": Mixing(),
     },
 }
 """Rules for model types whose configuration publishes no plan, relative to the base model."""

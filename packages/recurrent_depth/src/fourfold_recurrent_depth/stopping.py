@@ -1,0 +1,222 @@
+"""The loops that tokens leave when they have thought enough: rows that have stopped cost nothing more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fourfold_recurrent_depth.cache import Aside, RecurrentCache
+from fourfold_recurrent_depth.exits import Criterion, Memory
+
+if TYPE_CHECKING:
+    from fourfold_recurrent_depth.interface import Pass
+    from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
+
+TOGETHER = 4
+"""Recurrences of a decoded token whose logits are computed in one pass: a few recurrences more per
+token, a quarter of the checks."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Found:
+    """Where the tokens of a pass stopped."""
+
+    state: Float[Tensor, "batch token width"]
+    steps: Int[Tensor, "batch token"]
+    logits: Float[Tensor, "batch kept vocabulary"] | None
+    """Of each row's last token, where the criterion read logits; else nobody has computed them."""
+
+
+@torch.no_grad()
+def iterate_until_exit(
+    model: RecurrentDepthForCausalLM,
+    e: Float[Tensor, "batch token width"],
+    s: Float[Tensor, "batch token width"],
+    where: Pass,
+    cache: RecurrentCache,
+    criterion: Criterion,
+    *,
+    steps: int,
+    real: Bool[Tensor, "batch token"] | None,
+) -> Found:
+    """Recur until every token has stopped, or `steps` times.
+
+    Rows leave the loop when all their tokens have stopped, and the core runs on the others alone. What a
+    token computes, and what others see of it, does not depend on its company: it attends to itself and
+    to earlier tokens, and each of these is read at the recurrence in question or at its last one.
+
+    Args:
+        model: whose core, coda and head.
+        e: the prelude's output.
+        s: s_0.
+        where: positions and mask of the whole batch.
+        cache: opened for this pass.
+        criterion: when to stop.
+        steps: recurrences at most.
+        real: False for padding, which stops at once and counts for nothing.
+    """
+    if e.shape[1] == 1 and cache.budget is None:
+        return _one_token(model, e, s, where, cache, criterion, steps=steps)
+    return _many_tokens(model, e, s, where, cache, criterion, steps=steps, real=real)
+
+
+def _many_tokens(
+    model: RecurrentDepthForCausalLM,
+    e: Float[Tensor, "batch token width"],
+    s: Float[Tensor, "batch token width"],
+    where: Pass,
+    cache: RecurrentCache,
+    criterion: Criterion,
+    *,
+    steps: int,
+    real: Bool[Tensor, "batch token"] | None,
+) -> Found:
+    """The loop as it is meant: check after every recurrence, and go on with the rows that remain."""
+    batch, tokens = e.shape[:2]
+    whole_rows = criterion.scope == "row"
+    final, stopped_at = s.clone(), torch.full((batch, tokens), steps, device=e.device)
+    logits: Tensor | None = None
+    # The survivors: their rows in the batch, and which of their tokens still run.
+    rows = torch.arange(batch, device=e.device)
+    running = torch.ones_like(stopped_at, dtype=torch.bool) if real is None else real.clone()
+    injected, here, memory = model.inject(e), where, None
+    if real is not None:
+        cache.select(None, running)
+    for done in range(1, steps + 1):
+        new = model.recur(s, injected, here, done - 1)
+        s = new if tokens == 1 else torch.where(running.unsqueeze(-1), new, s)
+        is_checked = (tokens == 1 or criterion.in_prompt) and done % criterion.every == 0
+        if not is_checked and done < steps:
+            continue
+        features = s
+        if criterion.reads == "logits":
+            features = model.predict(model.transformer["ln_f"](s), here, 1 if whole_rows else 0)
+        stops = running
+        if is_checked:
+            memory = memory or criterion.begin(_start(criterion, final[rows], features))
+            value, memory = criterion.measure(features.flatten(0, 1), memory)
+            value = _of_rows(value.unflatten(0, features.shape[:2]), running, whole=whole_rows)
+            if done < steps:
+                stops = running & criterion.stops(value) & (done >= criterion.min_steps)
+        if criterion.reads == "logits":
+            logits = features.new_zeros((batch, *features.shape[1:])) if logits is None else logits
+            leaving = stops if features.shape[1] == tokens else stops.any(1, keepdim=True)
+            logits[rows] = torch.where(leaving.unsqueeze(-1), features, logits[rows])
+        row, token = stops.nonzero(as_tuple=True)
+        if not len(row):
+            continue
+        final[rows[row], token], stopped_at[rows[row], token] = s[row, token], done
+        cache.stop(rows[row], token, depth=done)
+        running = running & ~stops
+        keep = running.any(1).nonzero().flatten()
+        if not len(keep):
+            break
+        if len(keep) < len(rows):
+            memory = _memory_of(memory, keep, features.shape[1])
+            rows, s, injected, running = rows[keep], s[keep], injected[keep], running[keep]
+            here = where.of_rows(rows)
+        cache.select(
+            None if len(rows) == batch else rows,
+            None if bool(running.all()) else running,
+        )
+    cache.select(None, None)
+    if tokens > 1 and not whole_rows:
+        # A token's coda keys were provisional for later ones as long as it ran: nobody has the logits.
+        logits = None
+    return Found(state=final, steps=stopped_at, logits=logits)
+
+
+def _one_token(
+    model: RecurrentDepthForCausalLM,
+    e: Float[Tensor, "batch 1 width"],
+    s: Float[Tensor, "batch 1 width"],
+    where: Pass,
+    cache: RecurrentCache,
+    criterion: Criterion,
+    *,
+    steps: int,
+) -> Found:
+    """The loop for one new token of each row, with the same results in less time.
+
+    A narrow pass costs almost as much for one row as for eight, and its share of Python counts. So
+    rows leave when half of them have stopped, and a reader of logits judges several recurrences in
+    one pass of coda and head. What a token computed beyond its exit is forgotten: `stop` copies its
+    exit's keys over the deeper slots, which is why a cache with a budget, whose slots are used again,
+    cannot take this way.
+    """
+    batch, reads_logits = len(e), criterion.reads == "logits"
+    is_stackable = model.config._attn_implementation in ("sdpa", "eager")  # noqa: SLF001 - transformers' own name
+    together = TOGETHER if reads_logits and is_stackable else 1
+    final, stopped_at = s.clone(), torch.full((batch, 1), steps, device=e.device)
+    logits: Tensor | None = None
+    rows = torch.arange(batch, device=e.device)
+    running = torch.ones_like(rows, dtype=torch.bool)
+    injected, here, memory, done = model.inject(e), where, None, 0
+    stopped: list[tuple[Tensor, int]] = []
+    while bool(running.any()):
+        states: dict[int, Tensor] = {}
+        while not states or (done < steps and done % together):
+            s = model.recur(s, injected, here, done)
+            done += 1
+            if done % criterion.every == 0 or done == steps:
+                states[done] = s
+        features, aside = s, None
+        if reads_logits:
+            aside = Aside(cache)
+            apart = here.versions(len(states), aside)
+            versions = torch.cat([*states.values()], dim=1)
+            features = model.predict(model.transformer["ln_f"](versions), apart)
+            logits = features.new_zeros(batch, 1, features.shape[-1]) if logits is None else logits
+        for version, (step, state) in enumerate(states.items()):
+            stops = running
+            if step < steps:
+                now = features[:, version] if reads_logits else state[:, 0]
+                memory = memory or criterion.begin(_start(criterion, final[rows], now))
+                value, memory = criterion.measure(now, memory)
+                stops = running & criterion.stops(value) & (step >= criterion.min_steps)
+            row = stops.nonzero().flatten()
+            if len(row):
+                left = rows[row]
+                final[left], stopped_at[left] = state[row], step
+                stopped.append((left, step))
+                running = running & ~stops
+                if aside is not None and logits is not None:
+                    logits[left] = features[row, version : version + 1]
+                    aside.keep(row, left, version=version)
+        keep = running.nonzero().flatten()
+        if 0 < len(keep) <= len(rows) // 2:
+            memory = None if memory is None else tuple(one[keep] for one in memory)
+            rows, s, injected, running = rows[keep], s[keep], injected[keep], running[keep]
+            here = where.of_rows(rows)
+            cache.select(rows, None)
+    for left, step in stopped:
+        cache.stop(left, torch.zeros_like(left), depth=step)
+    cache.select(None, None)
+    return Found(state=final, steps=stopped_at, logits=logits)
+
+
+def _start(criterion: Criterion, first: Tensor, features: Tensor) -> Tensor:
+    """What `begin` is given: s_0, or zeros like the logits, by token."""
+    start = first if criterion.reads == "state" else torch.zeros_like(features)
+    return start.flatten(0, -2)
+
+
+def _of_rows(
+    value: Float[Tensor, "row kept"], running: Bool[Tensor, "row token"], *, whole: bool
+) -> Float[Tensor, "row judged"]:
+    """Each token's value, or the mean over a row's running tokens where the row stops as one."""
+    if not whole or value.shape[1] == 1:
+        return value
+    weight = running.to(value.dtype)
+    return (value * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+
+
+def _memory_of(memory: Memory | None, keep: Int[Tensor, " kept"], tokens: int) -> Memory | None:
+    """The memory of some rows."""
+    if memory is None:
+        return None
+    return tuple(one.unflatten(0, (-1, tokens))[keep].flatten(0, 1) for one in memory)
