@@ -46,9 +46,10 @@ TOKENS = 8
 def end_to_end(length: int, *, rounds: int) -> dict[str, Any]:
     """`generate` beside `generate`, over caches of random numbers."""
     place = SmolLM2().folder()
-    plain, ours = (
+    models: tuple[Any, ...] = tuple(
         AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval() for _ in range(2)
     )
+    plain, ours = models
     config = plain.config
     layers, kv_heads, width = config.num_hidden_layers, config.num_key_value_heads, 64
     maps = torch.linalg.qr(torch.randn(layers, kv_heads, width, width)).Q

@@ -214,8 +214,9 @@ def _points(run: Run, record: Record) -> list[Fields]:
 def score(run: Run, last: Checkpoint, text: TokenSource) -> float:
     """Mean loss, in nats, of a trained model on the first `SECOND_ROWS` rows of another text."""
     rows = text.open(sequence=run.sequence, seed=0).batch(0, batch=SECOND_ROWS).tokens
-    logits = trained_model(run, last)(input_ids=rows[:, :-1], use_cache=False).logits
-    return float(token_nats(logits, rows[:, 1:]).double().mean())
+    model = trained_model(run, last)
+    logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+    return float(token_nats(logits, rows[:, 1:], model).double().mean())
 
 
 def speeds(suite: Suite) -> list[Fields]:
@@ -239,7 +240,7 @@ def speeds(suite: Suite) -> list[Fields]:
 
             def step() -> None:
                 logits = model(input_ids=tokens[:, :-1], use_cache=False).logits  # noqa: B023
-                token_nats(logits, tokens[:, 1:]).mean().backward()
+                token_nats(logits, tokens[:, 1:], model).mean().backward()  # noqa: B023
                 optimizer.step()  # noqa: B023
                 optimizer.zero_grad(set_to_none=True)  # noqa: B023
 
