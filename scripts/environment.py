@@ -227,6 +227,7 @@ def sync() -> bool:
         # Where nothing may be written later (a read-only checkout, PYTHONDONTWRITEBYTECODE), every start
         # would compile torch and transformers anew: 30 s instead of 6.
         UV_COMPILE_BYTECODE="1",
+        UV_COMPILE_BYTECODE_TIMEOUT="600",  # a file; 60 s is too little on a busy machine
         UV_NO_CONFIG="1",
         UV_OFFLINE="1",
         UV_PYTHON_DOWNLOADS="never",
