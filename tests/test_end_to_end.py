@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from fourfold_parallel.run.claims import read_ledger
-from fourfold_parallel.run.experiments import installed, load
+from fourfold_parallel.run.experiments import installed
 from fourfold_parallel.run.recipe import Scale
+from fourfold_parallel.run.records import read_record
+from fourfold_parallel.run.values import to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMBERS = {path.parent.name for path in ROOT.glob("packages/*/pyproject.toml")}
@@ -39,13 +41,21 @@ def test_every_announced_experiment_is_a_package_with_stages_claims_and_figures(
 
 @pytest.mark.parametrize("name", sorted(installed()))
 def test_committed_records_are_of_todays_recipes(name: str) -> None:
-    """A recipe that changed without its record fails here."""
+    """A recipe that changed without its record fails here.
+
+    A fingerprint of data may be of another copy of them than the one that lies here.
+    """
     experiment, scale = installed()[name], committed_scale(name)
-    stages = experiment.stages(scale)
-    records = load(experiment, scale, ROOT / "packages" / name / "results")
-    assert set(records) == {stage.name for stage in stages}
-    for stage in stages:
-        assert records[stage.name].run == stage.run
+    for stage in experiment.stages(scale):
+        record = read_record(ROOT / "packages" / name / "results" / f"{stage.name}.jsonl")
+        assert record.is_finished
+        assert apart_from_fingerprints(record.run) == apart_from_fingerprints(stage.run)
+
+
+def apart_from_fingerprints(run: object) -> dict[str, object]:
+    fields = to_json(run)
+    assert isinstance(fields, dict)
+    return {key: value for key, value in fields.items() if not key.endswith("_sha256")}
 
 
 def test_a_wrong_package_name_is_refused_with_the_right_ones() -> None:
