@@ -174,11 +174,11 @@ static double spent() {
     return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 extern "C" ssize_t write(int where, const void *from, size_t n) {
-    if (until >= 0 && --until == 0) { double began = spent(); while (spent() - began < 0.06) {} }
+    if (until >= 0 && --until == 0) { double began = spent(); while (spent() - began < 0.3) {} }
     return syscall(SYS_write, where, from, n);
 }
 """
-"""Takes over the C library's `write` to compute for 60 ms at a later reply than the call's own."""
+"""Takes over the C library's `write` to compute for 300 ms at another reply than the call's own."""
 
 
 @pytest.mark.parametrize("replies", [4, 7], ids=["late", "early"])
@@ -189,7 +189,8 @@ def test_work_hidden_around_the_call_is_charged_to_it(bench, average, replies: i
         found = judge(bench, average, "serial", prompt, f"until = {replies}; {RIGHT}")
     assert found.verdict == "correct", found.because
     [run] = found.sample.runs
-    assert run.runtime_s > 0.05
+    # What the reference itself spends on moving data is not charged.
+    assert run.runtime_s > 0.3 - 0.15
 
 
 def test_an_answer_that_names_the_judge_is_a_cheat(bench, average) -> None:
