@@ -43,7 +43,7 @@ def test_nothing_scored_was_calibrated_on() -> None:
     places = {tuple(seen[i : i + 24].tolist()) for i in range(len(seen) - 23)}
     runs = [stage.run for stage in EXPERIMENT.stages("laptop")]
     scored = [run for run in runs if isinstance(run, Perplexity)]
-    assert len(scored) == 4
+    assert len(scored) == 5
     for run in scored:
         assert run.corpus == corpus
         ids = windows_of(
