@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from fourfold_parallel.grid.gradients import DataReducer, local
 from fourfold_parallel.grid.laws import mesh_of
@@ -66,11 +67,15 @@ def test_what_arrives_is_summed_and_what_does_not_is_left_alone(
 def twice_is_refused() -> None:
     mesh = mesh_of((2, 1, 1, 1))
     parameter = nn.Parameter(torch.ones(3))
-    reducer = DataReducer([parameter], mesh)
-    reducer._finished[parameter] = None  # noqa: SLF001 - as a first accumulation leaves it
+    DataReducer([parameter], mesh)
+    x = torch.ones(3, requires_grad=True)
+    for _ in range(2):
+        x = checkpoint(lambda one: one * parameter, x, use_reentrant=True)
+        assert isinstance(x, Tensor)
     with pytest.raises(RuntimeError, match="accumulated twice"):
-        (parameter * 2).sum().backward()
+        x.sum().backward()
 
 
 def test_a_gradient_that_comes_twice_is_refused() -> None:
+    """A parameter used in two regions of reentrant checkpointing, each a backward of its own."""
     run_on_ranks(2, twice_is_refused)
