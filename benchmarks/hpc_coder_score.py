@@ -6,9 +6,12 @@ Needs a checkout of ParEval (MIT licence), of which `drivers/run-all.py` runs as
 after a `make` of its drivers that is not timed. Rounds, in turn: ParEval's runner; ours from an empty cache
 on its own problems, then on the checkout's, both with two jobs; ours again from the warm cache; then once
 more from the first. OpenMP answers are checked for races by ours only. Times are wall and processor seconds
-of each round, compilers and programs included.
+of each round, compilers and programs included: a sandbox ends before the processes in it are counted, so
+this process adopts them. Wall times need an idle machine; processor times only lengthen on a busy one.
 """
 
+import contextlib
+import ctypes
 import json
 import os
 import resource
@@ -92,10 +95,17 @@ def ours(
     return [judgement.sample.right for one in scored.judged for judgement in one.judgements]
 
 
+PR_SET_CHILD_SUBREAPER = 36
+"""Of prctl(2): processes whose parent ended become ours, and their processor time with them."""
+
+
 def timed(work: Callable[[], list[bool]]) -> tuple[list[bool], float, float]:
-    """Verdicts, wall seconds, processor seconds of this process and its children."""
+    """Verdicts, wall seconds, processor seconds of this process and everything below it."""
 
     def cpu_s() -> float:
+        with contextlib.suppress(ChildProcessError):  # none is left
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         return sum(one.ru_utime + one.ru_stime for one in used)
 
@@ -125,6 +135,7 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(f"usage: {sys.argv[0]} CHECKOUT (of ParEval)")
     checkout = Path(sys.argv[1]).resolve()
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     objects = [f"models/{model}-driver.o" for model in MODELS]
     subprocess.run(
         ["make", *objects], cwd=checkout / "drivers" / "cpp", check=True, capture_output=True

@@ -42,7 +42,7 @@ VERDICT = {
 """What each label of the hand-written outputs means in our words."""
 
 QUICK = Settings(
-    time_limit_s=4,
+    time_limit_s=8,
     repetitions=1,
     sizes=(
         ("55_transform_relu", 50_000),
@@ -174,10 +174,9 @@ def test_equal_answers_are_judged_once_and_the_cache_spares_the_rest(
     cached = replace(plan, is_cached=True)
     first = score.score(cached, silent)
     assert first.reused == 1
-    began_s = time.perf_counter()
+    monkeypatch.delattr(score, "judge")
     second = score.score(replace(cached, folder=tmp_path / "again"), silent)
     assert second.reused == 3
-    assert time.perf_counter() - began_s < 5
     verdicts = [one.verdict for one in second.judged[0].judgements]
     assert verdicts == ["correct", "wrong", "correct"]
 
@@ -306,11 +305,11 @@ def test_an_interrupted_scoring_leaves_no_process(plan: Plan) -> None:
     victim = subprocess.Popen(
         [sys.executable, "-c", script], start_new_session=True, stderr=subprocess.DEVNULL
     )
-    limit_s = time.perf_counter() + 60
+    limit_s = time.perf_counter() + 600
     while not (jobs := _below(victim.pid)) and time.perf_counter() < limit_s:
         time.sleep(0.02)
     os.kill(victim.pid, signal.SIGINT)
-    victim.wait(60)
+    victim.wait(600)
     assert jobs
     assert not any(Path(f"/proc/{pid}/exe").exists() for pid in jobs)
 
