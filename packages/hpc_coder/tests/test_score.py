@@ -395,6 +395,20 @@ def test_what_cannot_be_scored_is_named_and_the_rest_is_scored(
     assert (row["pass@1"], row["pass@5"]) == ("1.0", "")
 
 
+def test_an_absent_compiler_is_named_with_its_package(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT)]))
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with pytest.raises(SystemExit) as ended:
+        main(["score", str(plan.outputs), "--out", str(plan.folder)])
+    assert ended.value.code == 2
+    assert "g++ is not installed (Debian: g++)" in capsys.readouterr().err
+    assert not plan.folder.exists()
+    models: tuple[Model, ...] = ("serial", "omp", "mpi", "mpi+omp", "kokkos", "cuda", "hip")
+    assert all("is not installed (" in toolchain.missing(model) for model in models)
+
+
 def test_scores_of_another_file_are_not_overwritten(plan: Plan) -> None:
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT)]))
     score.score(plan, silent)
