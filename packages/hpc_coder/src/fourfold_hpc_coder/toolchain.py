@@ -11,10 +11,11 @@ import re
 import shutil
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 from fourfold_hpc_coder.evaluation import Model
 from fourfold_hpc_coder.jobs import Job, Limits, Mount, Outcome
@@ -219,9 +220,7 @@ def prepare(flavoured: Flavour, driver: str, sandbox: Sandbox) -> Kept:
     prelude = _prelude(flavoured, sandbox)
     sources = {name: texts[name] for name in flavoured.runtime}
     # Of what lies beneath, only OpenMP's own sources need its prelude: one driver serves all CPU models.
-    plain = replace(
-        flavoured, prelude=tuple(w for w in flavoured.prelude if w not in ("-g", "-fopenmp"))
-    )
+    plain = replace(flavoured, prelude=_PLAIN) if flavoured.prelude == _OPENMP else flavoured
     if driver:
         sources["driver.cc"] = driver
     return Kept(
@@ -250,7 +249,8 @@ def _prelude(flavoured: Flavour, sandbox: Sandbox) -> Path:
         "/out/prelude.hpp.gch",
     )
     inputs = {"prelude.hpp": _texts()["prelude.hpp"]}
-    return _kept(flavoured.compiler, command, inputs, (), sandbox)
+    # Its text stays beside it: where GCC refuses what was precompiled, compiling is slow, not impossible.
+    return _kept(flavoured.compiler, command, inputs, (), sandbox, beside=inputs)
 
 
 def _object(flavoured: Flavour, name: str, text: str, sandbox: Sandbox) -> Path:
@@ -282,6 +282,8 @@ def _kept(
     inputs: dict[str, str],
     mounts: tuple[Mount, ...],
     sandbox: Sandbox,
+    *,
+    beside: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """The folder with what a command makes of our sources; made on first use."""
     words = [_version(), compiler, *command, *inputs, *inputs.values()]
@@ -295,8 +297,9 @@ def _kept(
                 source, made = partial / "in", partial / "out"
                 source.mkdir()
                 made.mkdir()
-                for name, text in inputs.items():
-                    (source / name).write_text(text, encoding="utf-8")
+                for place, texts in ((source, inputs), (made, beside)):
+                    for name, text in texts.items():
+                        (place / name).write_text(text, encoding="utf-8")
                 job = Job(
                     command=(compiler, *command),
                     mounts=(
