@@ -255,7 +255,7 @@ def _packed(values: np.ndarray, parameter: Parameter) -> tuple[memoryview, memor
     """Their number where there may be several, and their bytes."""
     count = struct.pack("<Q", values.size) if parameter.holds == "many" else b""
     flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    return memoryview(count), memoryview(flat)
+    return memoryview(count), flat.data
 
 
 def _unpacked(reply: memoryview, outputs: Sequence[Parameter]) -> dict[str, np.ndarray]:

@@ -300,8 +300,10 @@ def _judge_all(
 
     with _pool(plan.jobs) as pool:
         # What every answer in a model needs, on all processors before the first answer asks for it.
-        for model in {task.question.model: None for task in waiting}:
-            pool.submit(ready, bench, model)
+        asked = {task.question.model for task in waiting}
+        for model in plan.models:
+            if model in asked:
+                pool.submit(ready, bench, model)
         names = iter(groups)
         # The next problem's reference is at work before the answers to this one are.
         ahead = [
