@@ -299,7 +299,8 @@ def _judge_all(
         progress(answers - len(waiting) + len(found), answers, note)
 
     with _pool(plan.jobs) as pool:
-        # What every answer in a model needs, on all processors before the first answer asks for it.
+        # What every answer in a model needs, on all processors before the first answer asks for it; what
+        # fails there fails again, and is reported, where it is asked for.
         asked = {task.question.model for task in waiting}
         for model in plan.models:
             if model in asked:
