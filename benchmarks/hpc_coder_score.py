@@ -1,14 +1,17 @@
 """Time the scorer beside ParEval's own runner, on the same outputs, sizes, launches and machine.
 
-    scripts/env python benchmarks/hpc_coder_score.py CHECKOUT
+    scripts/env python benchmarks/hpc_coder_score.py CHECKOUT [REPEATS]
 
 Needs a checkout of ParEval (MIT licence), of which `drivers/run-all.py` runs as it is, without a sandbox,
 after a `make` of its drivers that is not timed. Rounds, in turn: ParEval's runner; ours from an empty cache
 on its own problems, then on the checkout's, both with two jobs; ours again from the warm cache; then once
 more from the first. OpenMP answers are checked for races by ours only. Times are wall and processor seconds
-of each round, compilers and programs included.
+of each round, compilers and programs included: a sandbox ends before the processes in it are counted, so
+this process adopts them. Wall times need an idle machine; processor times only lengthen on a busy one.
 """
 
+import contextlib
+import ctypes
 import json
 import os
 import resource
@@ -35,7 +38,9 @@ MODELS: tuple[Model, ...] = ("serial", "omp")
 SAMPLES = 10
 """Per prompt, of which three repeat another, as a code model's do at temperature 0.2."""
 REPEATS = 2
-"""Of every round."""
+"""Of every round, unless told otherwise."""
+PATIENCE_S = 120
+"""For builds and calls, here and there: every answer ends, and a busy machine must not fail one."""
 LAUNCHES: dict[Model, tuple[Launch, ...]] = {
     "serial": (Launch(),),
     "omp": (Launch(), Launch(threads=2), Launch(threads=4)),
@@ -66,6 +71,7 @@ def pareval(checkout: Path, outputs: Path, folder: Path) -> list[bool]:
     words += ["--hide-progress", "--launch-configs", str(folder / "launches.json")]
     words += ["--problem-sizes", str(outputs.with_name("sizes.json")), "--log", "ERROR"]
     words += ["--scratch-dir", str(folder), "--include-models", *MODELS]
+    words += ["--build-timeout", str(PATIENCE_S), "--run-timeout", str(PATIENCE_S)]
     subprocess.run(
         [sys.executable, *words], cwd=checkout / "drivers", check=True, capture_output=True
     )
@@ -81,7 +87,7 @@ def ours(
         outputs=outputs,
         folder=folder,
         models=MODELS,
-        settings=Settings().with_launches(LAUNCHES),
+        settings=Settings(time_limit_s=PATIENCE_S).with_launches(LAUNCHES),
         sandbox=find_sandbox(allow_none=False),
         jobs=jobs,
         ks=(1,),
@@ -92,10 +98,17 @@ def ours(
     return [judgement.sample.right for one in scored.judged for judgement in one.judgements]
 
 
+PR_SET_CHILD_SUBREAPER = 36
+"""Of prctl(2): processes whose parent ended become ours, and their processor time with them."""
+
+
 def timed(work: Callable[[], list[bool]]) -> tuple[list[bool], float, float]:
-    """Verdicts, wall seconds, processor seconds of this process and its children."""
+    """Verdicts, wall seconds, processor seconds of this process and everything below it."""
 
     def cpu_s() -> float:
+        with contextlib.suppress(ChildProcessError):  # none is left
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         return sum(one.ru_utime + one.ru_stime for one in used)
 
@@ -122,13 +135,16 @@ def entries() -> list[dict[str, object]]:
 
 def main() -> None:
     """Run the rounds, print ratios, append a record."""
-    if len(sys.argv) != 2:
-        sys.exit(f"usage: {sys.argv[0]} CHECKOUT (of ParEval)")
+    if len(sys.argv) not in (2, 3):
+        sys.exit(f"usage: {sys.argv[0]} CHECKOUT (of ParEval) [REPEATS]")
+    repeats = int(sys.argv[2]) if len(sys.argv) == 3 else REPEATS
     checkout = Path(sys.argv[1]).resolve()
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     objects = [f"models/{model}-driver.o" for model in MODELS]
     subprocess.run(
         ["make", *objects], cwd=checkout / "drivers" / "cpp", check=True, capture_output=True
     )
+    load = os.getloadavg()[0]
     root = Path(tempfile.mkdtemp(prefix="fourfold-benchmark-"))
     outputs = root / "outputs.json"
     asked = entries()
@@ -148,7 +164,7 @@ def main() -> None:
         return ours(outputs, folder, jobs, source)
 
     try:
-        for repeat in range(REPEATS):
+        for repeat in range(repeats):
             for title, jobs, cache in (
                 ("ParEval's runner", 1, ""),
                 ("ours, cold, 2 jobs", 2, "own"),
@@ -173,6 +189,7 @@ def main() -> None:
         "benchmark": "hpc_coder_score",
         "outputs": len(verdicts),
         "distinct": sum(len({*answers(name, model)}) for name in NAMES for model in MODELS),
+        "load_before": round(load, 1),
         "rounds": {
             title: [{"elapsed_s": round(a, 3), "cpu_s": round(b, 3)} for a, b in spent]
             for title, spent in rounds.items()

@@ -42,7 +42,7 @@ VERDICT = {
 """What each label of the hand-written outputs means in our words."""
 
 QUICK = Settings(
-    time_limit_s=4,
+    time_limit_s=8,
     repetitions=1,
     sizes=(
         ("55_transform_relu", 50_000),
@@ -174,10 +174,9 @@ def test_equal_answers_are_judged_once_and_the_cache_spares_the_rest(
     cached = replace(plan, is_cached=True)
     first = score.score(cached, silent)
     assert first.reused == 1
-    began_s = time.perf_counter()
+    monkeypatch.delattr(score, "judge")
     second = score.score(replace(cached, folder=tmp_path / "again"), silent)
     assert second.reused == 3
-    assert time.perf_counter() - began_s < 5
     verdicts = [one.verdict for one in second.judged[0].judgements]
     assert verdicts == ["correct", "wrong", "correct"]
 
@@ -306,11 +305,11 @@ def test_an_interrupted_scoring_leaves_no_process(plan: Plan) -> None:
     victim = subprocess.Popen(
         [sys.executable, "-c", script], start_new_session=True, stderr=subprocess.DEVNULL
     )
-    limit_s = time.perf_counter() + 60
+    limit_s = time.perf_counter() + 600
     while not (jobs := _below(victim.pid)) and time.perf_counter() < limit_s:
         time.sleep(0.02)
     os.kill(victim.pid, signal.SIGINT)
-    victim.wait(60)
+    victim.wait(600)
     assert jobs
     assert not any(Path(f"/proc/{pid}/exe").exists() for pid in jobs)
 
@@ -394,6 +393,20 @@ def test_what_cannot_be_scored_is_named_and_the_rest_is_scored(
     assert "k=5 is above the number of samples" in scored.notes[0]
     [row] = csv.DictReader((plan.folder / "metrics.csv").read_text().splitlines())
     assert (row["pass@1"], row["pass@5"]) == ("1.0", "")
+
+
+def test_an_absent_compiler_is_named_with_its_package(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT)]))
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with pytest.raises(SystemExit) as ended:
+        main(["score", str(plan.outputs), "--out", str(plan.folder)])
+    assert ended.value.code == 2
+    assert "g++ is not installed (Debian: g++)" in capsys.readouterr().err
+    assert not plan.folder.exists()
+    models: tuple[Model, ...] = ("serial", "omp", "mpi", "mpi+omp", "kokkos", "cuda", "hip")
+    assert all("is not installed (" in toolchain.missing(model) for model in models)
 
 
 def test_scores_of_another_file_are_not_overwritten(plan: Plan) -> None:

@@ -18,8 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fourfold_hpc_coder.jobs import Job, Mount
 from fourfold_hpc_coder.problems import Parameter
-from fourfold_hpc_coder.sandbox import Job, Mount, Process, Sandbox, started
+from fourfold_hpc_coder.sandbox import Process, started
+from fourfold_hpc_coder.walls import Sandbox
 
 TOKEN = 16
 _PIPE_BYTES = 1 << 20
@@ -77,8 +79,9 @@ class Channel:
     """Longest that one request may take."""
     requests: int = -1
     replies: int = -1
-    _outgoing: memoryview = field(default_factory=lambda: memoryview(b""))
-    _incoming: bytearray = field(default_factory=bytearray)
+    _outgoing: list[memoryview] = field(default_factory=list)
+    _incoming: memoryview = field(default_factory=lambda: memoryview(b""))
+    """What is still to come of the reply under way."""
 
     def connect(self) -> None:
         """Open the pipes; the write end can be opened only once the candidate reads."""
@@ -95,8 +98,8 @@ class Channel:
             (self.folder / name).unlink()
         import fcntl
 
-        fcntl.fcntl(self.requests, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        self.process.listen(self.replies, selectors.EVENT_READ, self._receive)
+        for pipe in (self.requests, self.replies):
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
     def call(
         self,
@@ -110,24 +113,29 @@ class Channel:
             EndedError: where it died, ran into a limit or fell silent.
             ForgedError: where a reply is not our driver's.
         """
-        payload = b"".join(map(_packed, arguments, parameters))
+        payload = [
+            part for pair in zip(arguments, parameters, strict=True) for part in _packed(*pair)
+        ]
+        length = sum(map(len, payload))
         idle_cpu_s, started_s = self.process.processor_s(), time.perf_counter()
         self._ask(b"L", payload)
         early_s = time.perf_counter() - started_s
         early_cpu_s = self.process.processor_s() - idle_cpu_s
         go_s = time.perf_counter()
-        self._ask(b"G", b"")
+        self._ask(b"G")
         done_s = time.perf_counter()
         done_cpu_s = self.process.processor_s()
         dump_s = time.perf_counter()
-        reply = self._ask(b"D", b"")
+        reply = self._ask(b"D")
         late_s = time.perf_counter() - dump_s
         late_cpu_s = self.process.processor_s() - done_cpu_s
+        if len(reply) < _EVIDENCE.size:
+            raise ForgedError("a reply on the result channel is too short")
         evidence = _EVIDENCE.unpack_from(reply)
         return Answer(
-            outputs=_unpacked(memoryview(reply)[_EVIDENCE.size :], outputs),
+            outputs=_unpacked(reply[_EVIDENCE.size :], outputs),
             runtime_s=done_s - go_s,
-            around_s=max(0.0, early_s - _allowed_s(len(payload)))
+            around_s=max(0.0, early_s - _allowed_s(length))
             + max(0.0, late_s - _allowed_s(len(reply))),
             moving_cpu_s=(early_cpu_s, late_cpu_s),
             evidence=Evidence(
@@ -138,10 +146,10 @@ class Channel:
     def quit(self) -> None:
         """Let the candidate end by itself: exit codes and output of a good program are also its own."""
         with contextlib.suppress(EndedError, BrokenPipeError):
-            self._send(b"Q" + secrets.token_bytes(TOKEN) + struct.pack("<Q", 0))
+            self._send([memoryview(b"Q" + secrets.token_bytes(TOKEN) + struct.pack("<Q", 0))])
             limit_s = time.perf_counter() + self.patience_s
             while not self.process.done and time.perf_counter() < limit_s:
-                self.process.pump(0.005)
+                self.process.pump(0.05)
 
     def close(self) -> None:
         """Close both ends."""
@@ -151,11 +159,13 @@ class Channel:
                     self.process.selector.unregister(descriptor)
                 os.close(descriptor)
 
-    def _ask(self, operation: bytes, payload: bytes) -> bytes:
+    def _ask(self, operation: bytes, payload: Sequence[memoryview] = ()) -> memoryview:
         token = secrets.token_bytes(TOKEN)
-        if self._incoming:
-            raise ForgedError("it wrote on the result channel without being asked")
-        self._send(operation + token + struct.pack("<Q", len(payload)) + payload)
+        with contextlib.suppress(BlockingIOError):  # nothing is there
+            if os.read(self.replies, 1):
+                raise ForgedError("it wrote on the result channel without being asked")
+        head = operation + token + struct.pack("<Q", sum(map(len, payload)))
+        self._send([memoryview(head), *payload])
         head = self._take(TOKEN + 8)
         if head[:TOKEN] != token:
             raise ForgedError("a reply on the result channel does not carry the request's secret")
@@ -164,9 +174,9 @@ class Channel:
             raise ForgedError(f"a reply on the result channel claims {length} bytes")
         return self._take(length)
 
-    def _send(self, message: bytes) -> None:
+    def _send(self, parts: Sequence[memoryview]) -> None:
         limit_s = time.perf_counter() + self.patience_s
-        self._outgoing = memoryview(message)
+        self._outgoing = [part for part in parts if len(part)]
         self._push()
         if not self._outgoing:
             return
@@ -181,48 +191,71 @@ class Channel:
     def _push(self) -> None:
         try:
             while self._outgoing:
-                self._outgoing = self._outgoing[os.write(self.requests, self._outgoing) :]
+                written = os.writev(self.requests, self._outgoing)
+                while self._outgoing and written >= len(self._outgoing[0]):
+                    written -= len(self._outgoing.pop(0))
+                if written:
+                    self._outgoing[0] = self._outgoing[0][written:]
         except BlockingIOError:
             return
         except BrokenPipeError:
             raise EndedError from None
 
-    def _take(self, length: int) -> bytes:
+    def _take(self, length: int) -> memoryview:
+        """The next bytes of the reply; only what was asked for is read, so that none are left over."""
         limit_s = time.perf_counter() + self.patience_s
-        while len(self._incoming) < length:
-            self._check(limit_s)
-            self.process.pump(0.05)
-        taken = bytes(self._incoming[:length])
-        del self._incoming[:length]
-        return taken
+        whole = memoryview(bytearray(length))
+        self._incoming = whole
+        self._receive()
+        if not self._incoming:
+            return whole
+        self.process.listen(self.replies, selectors.EVENT_READ, self._receive)
+        try:
+            while self._incoming:
+                try:
+                    self._check(limit_s)
+                except EndedError:
+                    self._receive()  # its last words
+                    if self._incoming:
+                        raise
+                else:
+                    self.process.pump(0.05)
+        finally:
+            self._deaf()
+        return whole
 
     def _receive(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            while chunk := os.read(self.replies, _PIPE_BYTES):
-                self._incoming += chunk
-            # End of file: the candidate closed its end, which only a dying or hostile one does.
+            while self._incoming:
+                count = os.readv(self.replies, [self._incoming])
+                if (
+                    not count
+                ):  # only a dying or hostile program closes its end; the former ends soon
+                    self._deaf()
+                    return
+                self._incoming = self._incoming[count:]
+
+    def _deaf(self) -> None:
+        with contextlib.suppress(KeyError):
             self.process.selector.unregister(self.replies)
 
     def _check(self, limit_s: float) -> None:
         if self.process.done:
-            self._receive_rest()
             raise EndedError
         if time.perf_counter() > limit_s:
             self.process.kill("wall")
             raise EndedError
-
-    def _receive_rest(self) -> None:
-        if self.replies >= 0 and self.replies in self.process.selector.get_map():
-            self._receive()
 
 
 def _allowed_s(length: int) -> float:
     return ALLOWANCE_S + length / ALLOWANCE_BYTES_PER_S
 
 
-def _packed(values: np.ndarray, parameter: Parameter) -> bytes:
+def _packed(values: np.ndarray, parameter: Parameter) -> tuple[memoryview, memoryview]:
+    """Their number where there may be several, and their bytes."""
     count = struct.pack("<Q", values.size) if parameter.holds == "many" else b""
-    return count + values.tobytes()
+    flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    return memoryview(count), flat.data
 
 
 def _unpacked(reply: memoryview, outputs: Sequence[Parameter]) -> dict[str, np.ndarray]:

@@ -6,8 +6,8 @@ import signal
 import numpy as np
 
 from fourfold_hpc_coder.evaluation import Launch, Verdict, agrees
+from fourfold_hpc_coder.jobs import Outcome
 from fourfold_hpc_coder.problems import Parameter
-from fourfold_hpc_coder.sandbox import Outcome
 from fourfold_hpc_coder.workbench import Exercise
 
 SIGNALS = {
@@ -100,6 +100,8 @@ def of_answer(
                 f"{_called(parameter)} has {ours.size} elements where the reference has {right.size}, "
                 f"{where}"
             )
+        if np.array_equal(ours, right):  # false of NaN, and much faster
+            continue
         good = agrees(ours, right, exercise.tolerance(parameter))
         if good.all():
             continue

@@ -110,13 +110,11 @@ def trusted_answers(
             raise RuntimeError(f"the reference of {exercise.name} does not build: {outcome.stderr}")
         # A busy machine must not fail what is known to end.
         patient = replace(bench.settings, time_limit_s=PATIENCE * bench.settings.time_limit_s)
-        with (
-            bench.quiet.timing(),
-            launched(bench, folder, "serial", Launch(), settings=patient) as channel,
-        ):
+        with launched(bench, folder, "serial", Launch(), settings=patient) as channel:
             try:
                 channel.connect()
-                return [_call(channel, exercise, arguments) for arguments in calls]
+                with bench.quiet.timing():
+                    return [_call(channel, exercise, arguments) for arguments in calls]
             except EndedError:
                 ended = channel.process.finish()
                 raise RuntimeError(
@@ -127,8 +125,6 @@ def trusted_answers(
 
 def judge(bench: Bench, right: Reference, model: Model, prompt: str, body: str) -> Judgement:
     """Compile an answer, run it on every launch, and say what became of it.
-
-    Call within `bench.quiet.working()`.
 
     Args:
         bench: sandbox, limits, secret.
@@ -319,18 +315,13 @@ def _without_races(
     """The judgement, or "race" where the checker saw two threads at one address."""
     text = right.exercise.unit(prompt, body)
     with bench.folder() as folder:
-        source, program = folder / "in", folder / "out"
-        source.mkdir()
-        program.mkdir()
-        (source / "answer.cpp").write_text(text, encoding="utf-8", errors="replace")
-        kept = toolchain.prepare(toolchain.racing(), right.exercise.driver("omp"), bench.sandbox)
-        if toolchain.compile_candidate(bench.sandbox, kept, source, program).code:
+        if built(bench, right.exercise, "omp", text, folder, watched=True).code:
             return judgement
         found = _RACE.search(_watched(bench, right, folder))
         if found is None:
             return judgement
         kind, *addresses = found.groups()
-        numbers = [toolchain.source_line(bench.sandbox, program, one) for one in addresses]
+        numbers = [toolchain.source_line(bench.sandbox, folder / "out", one) for one in addresses]
         written = text.rpartition(ANSWER_BEGINS)[2].splitlines()
         lines = [" ".join(written[number - 1].split()) for number in numbers if number]
         shown = " and ".join(f"`{line}`" for line in dict.fromkeys(lines))

@@ -99,7 +99,7 @@ def _question(entry: object) -> Question:
         problem_type=str(entry.get("problem_type", "unknown")),
         model=cast("Model", entry["parallelism_model"]),
         prompt=str(entry["prompt"]),
-        outputs=tuple(outputs),
+        outputs=tuple(map(str, outputs)),
         fields=entry,
     )
 

@@ -48,23 +48,20 @@ def judge_references(study: References, workplace: Workplace) -> None:
             if reason:
                 records.write("absent", model=model, because=reason)
         for done, (name, problem) in enumerate(problems.items()):
-            with bench.quiet.working():
-                right = reference(bench, problem)
-                for model in study.models:
-                    if model in problem.models and not absent[model]:
-                        found = judge(
-                            bench, right, model, problem.prompt(model), problem.answer(model)
-                        )
-                        records.write(
-                            "reference",
-                            problem=name,
-                            problem_type=problem.problem_type,
-                            model=model,
-                            verdict=found.verdict,
-                            because=found.because,
-                            best_sequential_s=right.best_s,
-                            processors=[run.launch.processors for run in found.sample.runs],
-                            runtimes_s=[run.runtime_s for run in found.sample.runs],
-                        )
+            right = reference(bench, problem)
+            for model in study.models:
+                if model in problem.models and not absent[model]:
+                    found = judge(bench, right, model, problem.prompt(model), problem.answer(model))
+                    records.write(
+                        "reference",
+                        problem=name,
+                        problem_type=problem.problem_type,
+                        model=model,
+                        verdict=found.verdict,
+                        because=found.because,
+                        best_sequential_s=right.best_s,
+                        processors=[run.launch.processors for run in found.sample.runs],
+                        runtimes_s=[run.runtime_s for run in found.sample.runs],
+                    )
             workplace.progress(done + 1, len(problems), name)
         records.write("finished")

@@ -11,10 +11,12 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import chain, islice
 from pathlib import Path
 
 from fourfold_hpc_coder import pareval, published, toolchain
@@ -33,8 +35,9 @@ from fourfold_hpc_coder.journal import Journal, cached, keep
 from fourfold_hpc_coder.judge import Judgement, Reference, judge, reference
 from fourfold_hpc_coder.pareval import Fields, Question
 from fourfold_hpc_coder.problems import Problem, find_problem
-from fourfold_hpc_coder.sandbox import Sandbox, scratch_folder
-from fourfold_hpc_coder.workbench import Bench, Settings
+from fourfold_hpc_coder.sandbox import scratch_folder
+from fourfold_hpc_coder.walls import Sandbox
+from fourfold_hpc_coder.workbench import Bench, Settings, ready
 from fourfold_parallel.run.files import write_text
 from fourfold_parallel.run.progress import Progress
 from fourfold_parallel.run.values import digest
@@ -208,6 +211,10 @@ def _machinery() -> str:
     package = importlib.resources.files("fourfold_hpc_coder")
     names = (
         "checkout.py",
+        "evaluation.py",
+        "jobs.py",
+        "sandbox.py",
+        "walls.py",
         "workbench.py",
         "judge.py",
         "channel.py",
@@ -284,25 +291,54 @@ def _judge_all(
         groups.setdefault(place, []).append(task)
 
     def one(task: _Task, right: Reference) -> None:
-        with bench.quiet.working():
-            judgement = judge(bench, right, task.question.model, task.question.prompt, task.body)
+        judgement = judge(bench, right, task.question.model, task.question.prompt, task.body)
         journal.write(task.key, judgement)
         keep(task.key, judgement)
         found[task.key] = judgement
         note = f"{task.problem.name} {task.question.model}: {judgement.verdict}"
         progress(answers - len(waiting) + len(found), answers, note)
 
-    with ThreadPoolExecutor(max_workers=plan.jobs) as pool:
-        for name, tasks in groups.items():
+    with _pool(plan.jobs) as pool:
+        # What every answer in a model needs, on all processors before the first answer asks for it; what
+        # fails there fails again, and is reported, where it is asked for.
+        asked = {task.question.model for task in waiting}
+        for model in plan.models:
+            if model in asked:
+                pool.submit(ready, bench, model)
+        names = iter(groups)
+        # The next problem's reference is at work before the answers to this one are.
+        ahead = [
+            (name, pool.submit(_reference, bench, groups[name][0])) for name in islice(names, 1)
+        ]
+        running: list[list[Future[None]]] = []
+        while ahead:
+            name, begun = ahead.pop()
+            ahead = [
+                (later, pool.submit(_reference, bench, groups[later][0]))
+                for later in islice(names, 1)
+            ]
             try:
-                with bench.quiet.working():
-                    right = _reference(bench, tasks[0])
+                right = begun.result()
             except RuntimeError as error:
                 failed.append(pareval.Problem(place=name, because=str(error)[:500]))
                 continue
-            for done in [pool.submit(one, task, right) for task in tasks]:
+            running.append([pool.submit(one, task, right) for task in groups[name]])
+            for done in running.pop(0) if len(running) > 1 else ():
                 done.result()
+        for done in chain.from_iterable(running):
+            done.result()
     return found, failed
+
+
+@contextmanager
+def _pool(jobs: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that begin nothing new once something went wrong."""
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _reference(bench: Bench, task: _Task) -> Reference:

@@ -11,12 +11,16 @@ import re
 import shutil
 import subprocess
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 from fourfold_hpc_coder.evaluation import Model
-from fourfold_hpc_coder.sandbox import Job, Limits, Mount, Outcome, Sandbox, run
+from fourfold_hpc_coder.jobs import Job, Limits, Mount, Outcome
+from fourfold_hpc_coder.sandbox import run
+from fourfold_hpc_coder.walls import Sandbox
 from fourfold_parallel.run.files import cache_folder, whole_folder
 
 GIB = 1 << 30
@@ -69,26 +73,37 @@ class Flavour:
     """How the programs of a model are compiled and linked."""
 
     compiler: str
+    prelude: tuple[str, ...]
+    """Flags under which the prelude, the driver and the runtime are compiled, once for all answers."""
     flags: tuple[str, ...]
+    """What the answer is compiled under beside them; nothing here may make GCC refuse the prelude."""
     libraries: tuple[str, ...]
     runtime: tuple[str, ...]
     """Our sources beneath every driver of this flavour."""
 
 
+_PLAIN = ("-std=c++17", "-O3")
+# With lines, so that the same prelude serves when races are looked for; without -g an answer has none.
+_OPENMP = (*_PLAIN, "-g", "-fopenmp")
+
+
 def _gcc(
-    *flags: str, libraries: Sequence[str] = (), runtime: Sequence[str], wrapped: Sequence[str] = ()
+    *flags: str,
+    prelude: tuple[str, ...] = _PLAIN,
+    libraries: Sequence[str] = (),
+    runtime: Sequence[str],
+    wrapped: Sequence[str] = (),
 ) -> Flavour:
     return Flavour(
         compiler="g++",
-        flags=("-std=c++17", *flags),
+        prelude=prelude,
+        flags=flags,
         libraries=(*(f"-Wl,--wrap={name}" for name in wrapped), *libraries),
         runtime=tuple(runtime),
     )
 
 
-_OPENMP = ("-fopenmp", "-DFOURFOLD_OPENMP")
-
-
+@cache
 def _mpi_flags() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Compile and link flags as the MPI's own wrapper states them, without the C++ bindings of MPI-2."""
 
@@ -97,51 +112,49 @@ def _mpi_flags() -> tuple[tuple[str, ...], tuple[str, ...]]:
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()  # noqa: S603
 
     linked = [word for word in show("link") if word != "-lmpi_cxx"]
-    return ("-DOMPI_SKIP_MPICXX", "-DFOURFOLD_MPI", *show("compile")), tuple(linked)
+    return ("-DOMPI_SKIP_MPICXX", *show("compile"), "-include", "mpi.h"), tuple(linked)
 
 
 def flavour(model: Model) -> Flavour:
     """How programs of a model are built here; call `missing` first."""
     match model:
         case "serial":
-            return _gcc("-O3", runtime=("alone.cc",))
+            return _gcc(runtime=("alone.cc",))
         case "omp":
-            return _gcc("-O3", *_OPENMP, runtime=("alone.cc", "threads.cc"), wrapped=REGIONS)
+            return _gcc("-g0", prelude=_OPENMP, runtime=("alone.cc", "threads.cc"), wrapped=REGIONS)
         case "mpi":
             flags, libraries = _mpi_flags()
-            return _gcc("-O3", *flags, libraries=libraries, runtime=("ranks.cc",))
+            return _gcc(*flags, libraries=libraries, runtime=("ranks.cc",))
         case "mpi+omp":
             flags, libraries = _mpi_flags()
             return _gcc(
-                "-O3",
-                *_OPENMP,
+                "-g0",
                 *flags,
+                prelude=_OPENMP,
                 libraries=libraries,
                 runtime=("ranks.cc", "threads.cc"),
                 wrapped=REGIONS,
             )
         case "kokkos":
             return _gcc(
-                "-O3",
-                "-DFOURFOLD_KOKKOS",
-                f"-isystem{KOKKOS_HEADERS}",
+                prelude=(*_PLAIN, "-DFOURFOLD_KOKKOS", f"-isystem{KOKKOS_HEADERS}"),
                 libraries=("-ltrilinos_kokkoscore", "-ldl"),
                 runtime=("alone.cc",),
             )
         case "cuda":
-            return Flavour(compiler="nvcc", flags=("-std=c++17", "-O3"), libraries=(), runtime=())
+            return Flavour(compiler="nvcc", prelude=_PLAIN, flags=(), libraries=(), runtime=())
         case "hip":
-            return Flavour(compiler="hipcc", flags=("-std=c++17", "-O3"), libraries=(), runtime=())
+            return Flavour(compiler="hipcc", prelude=_PLAIN, flags=(), libraries=(), runtime=())
 
 
 def racing() -> Flavour:
-    """Like OpenMP's, with every memory access reported to the checker in `race.cc`."""
+    """Like OpenMP's, with every memory access of the answer reported to the checker in `race.cc`."""
     return _gcc(
         "-O1",
-        "-g",
-        "-fno-pie",
-        *_OPENMP,
         "-fsanitize=thread",
+        # The one name that the flag defines; with it GCC would refuse the prelude.
+        "-U__SANITIZE_THREAD__",
+        prelude=_OPENMP,
         libraries=("-no-pie",),
         runtime=("alone.cc", "race.cc"),
         wrapped=(*REGIONS, *SYNCHRONISED),
@@ -183,103 +196,134 @@ def identity(model: Model) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """A folder of the cache with the prelude and the objects that candidates of a problem are linked with."""
+    """What answers to a problem are compiled against and linked with, in the cache."""
 
-    folder: Path
     flavour: Flavour
-    linked: tuple[str, ...]
-    """File names of the objects."""
+    prelude: Path
+    """Folder with the precompiled prelude."""
+    objects: tuple[Path, ...]
+    """The driver and the runtime beneath it, each in a folder of its own."""
 
 
-def prepare(flavoured: Flavour, driver: str, sandbox: Sandbox) -> tuple[Kept, Kept]:
-    """The runtime with its precompiled prelude, and a problem's driver; from the cache where there.
+def prepare(flavoured: Flavour, driver: str, sandbox: Sandbox) -> Kept:
+    """The precompiled prelude, the runtime and a problem's driver; from the cache where there.
 
     Args:
         flavoured: compiler and flags.
-        driver: source of the problem's driver.
+        driver: source of the problem's driver; empty for none yet.
         sandbox: ours are the sources, yet compilers are better kept apart.
 
     Raises:
         RuntimeError: where our own source does not compile, with the compiler's words.
     """
-    sources = importlib.resources.files("fourfold_hpc_coder") / "drivers"
-    texts = {
-        name: (sources / name).read_text(encoding="utf-8")
-        for name in ("server.hpp", "regions.hpp", "prelude.hpp", *flavoured.runtime)
-    }
-    runtime = _kept(
-        flavoured,
-        texts,
-        [
-            ("-x", "c++-header", "/in/prelude.hpp", "-o", "/out/prelude.hpp.gch"),
-            *(("-c", f"/in/{name}", "-o", f"/out/{name}.o") for name in flavoured.runtime),
-        ],
-        tuple(f"{name}.o" for name in flavoured.runtime),
-        sandbox,
+    texts = _texts()
+    prelude = _prelude(flavoured, sandbox)
+    sources = {name: texts[name] for name in flavoured.runtime}
+    # Of what lies beneath, only OpenMP's own sources need its prelude: one driver serves all CPU models.
+    plain = replace(flavoured, prelude=_PLAIN) if flavoured.prelude == _OPENMP else flavoured
+    if driver:
+        sources["driver.cc"] = driver
+    return Kept(
+        flavour=flavoured,
+        prelude=prelude,
+        objects=tuple(
+            _object(flavoured if "regions.hpp" in text else plain, name, text, sandbox)
+            for name, text in sources.items()
+        ),
     )
-    own = _kept(
-        flavoured,
-        {"server.hpp": texts["server.hpp"], "driver.cc": driver},
-        [("-c", "/in/driver.cc", "-o", "/out/driver.o")],
-        ("driver.o",),
-        sandbox,
-    )
-    return runtime, own
 
 
+@cache
+def _texts() -> dict[str, str]:
+    folder = importlib.resources.files("fourfold_hpc_coder") / "drivers"
+    return {one.name: one.read_text(encoding="utf-8") for one in folder.iterdir() if one.is_file()}
+
+
+def _prelude(flavoured: Flavour, sandbox: Sandbox) -> Path:
+    command = (
+        *flavoured.prelude,
+        "-x",
+        "c++-header",
+        "/in/prelude.hpp",
+        "-o",
+        "/out/prelude.hpp.gch",
+    )
+    inputs = {"prelude.hpp": _texts()["prelude.hpp"]}
+    # Its text stays beside it: where GCC refuses what was precompiled, compiling is slow, not impossible.
+    return _kept(flavoured.compiler, command, inputs, (), sandbox, beside=inputs)
+
+
+def _object(flavoured: Flavour, name: str, text: str, sandbox: Sandbox) -> Path:
+    """A source of ours, compiled; what includes mpi.h by itself needs its flags."""
+    flags = () if "mpi.h" not in text else _mpi_flags()[0]
+    headers = {key: value for key, value in _texts().items() if key.endswith(".hpp")}
+    against = Mount(source=_prelude(flavoured, sandbox), target="/prelude")
+    command = (
+        *flavoured.prelude,
+        *_INCLUDED,
+        *flags,
+        "-c",
+        f"/in/{name}",
+        "-o",
+        "/out/object.o",
+    )
+    return _kept(flavoured.compiler, command, {**headers, name: text}, (against,), sandbox)
+
+
+_INCLUDED = ("-include", "/prelude/prelude.hpp")
 _LOCKS: dict[str, threading.Lock] = {}
 _LOCKS_GUARD = threading.Lock()
 """Two jobs that need one thing build it once."""
 
 
 def _kept(
-    flavoured: Flavour,
-    texts: dict[str, str],
-    steps: Sequence[tuple[str, ...]],
-    linked: tuple[str, ...],
+    compiler: str,
+    command: tuple[str, ...],
+    inputs: dict[str, str],
+    mounts: tuple[Mount, ...],
     sandbox: Sandbox,
-) -> Kept:
-    # What is ours is not checked for races; the prelude must match the candidate's flags.
-    ours = tuple(flag for flag in flavoured.flags if flag != "-fsanitize=thread")
-    words = [_version(), *flavoured.flags, *(word for step in steps for word in step)]
-    key = hashlib.sha256("\0".join([*words, *texts, *texts.values()]).encode()).hexdigest()[:24]
+    *,
+    beside: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """The folder with what a command makes of our sources; made on first use."""
+    words = [_version(), compiler, *command, *inputs, *inputs.values()]
+    key = hashlib.sha256("\0".join(words).encode()).hexdigest()[:24]
     folder = cache_folder() / "hpc_coder" / "built" / key
     with _LOCKS_GUARD:
         lock = _LOCKS.setdefault(key, threading.Lock())
     with lock:
-        if folder.exists():
-            return Kept(folder=folder, flavour=flavoured, linked=linked)
-        with whole_folder(folder) as partial:
-            inputs = partial / "in"
-            inputs.mkdir()
-            for name, text in texts.items():
-                (inputs / name).write_text(text, encoding="utf-8")
-            outputs = partial / "out"
-            outputs.mkdir()
-            for step in steps:
-                flags = flavoured.flags if "c++-header" in step else ours
-                _compile_ours(sandbox, (flavoured.compiler, *flags, *step), inputs, outputs)
-    return Kept(folder=folder, flavour=flavoured, linked=linked)
+        if not folder.exists():
+            with whole_folder(folder) as partial:
+                source, made = partial / "in", partial / "out"
+                source.mkdir()
+                made.mkdir()
+                for place, texts in ((source, inputs), (made, beside)):
+                    for name, text in texts.items():
+                        (place / name).write_text(text, encoding="utf-8")
+                job = Job(
+                    command=(compiler, *command),
+                    mounts=(
+                        Mount(source=source, target="/in"),
+                        Mount(source=made, target="/out", writable=True),
+                        *mounts,
+                    ),
+                    limits=COMPILING,
+                )
+                outcome = run(sandbox, job)
+                if outcome.code:
+                    raise RuntimeError(
+                        f"{compiler} {' '.join(command)} failed ({outcome.limit}): {outcome.stderr}"
+                    )
+    return folder / "out"
 
 
+@cache
 def _version() -> str:
     words = ["g++", "-dumpfullversion", "-dumpmachine"]
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout  # noqa: S603
 
 
-def _compile_ours(sandbox: Sandbox, command: tuple[str, ...], inputs: Path, outputs: Path) -> None:
-    mounts = (
-        Mount(source=inputs, target="/in"),
-        Mount(source=outputs, target="/out", writable=True),
-    )
-    outcome = run(sandbox, Job(command=command, mounts=mounts, limits=COMPILING))
-    if outcome.code:
-        raise RuntimeError(f"{' '.join(command)} failed ({outcome.limit}): {outcome.stderr}")
-
-
-def compile_candidate(
-    sandbox: Sandbox, kept: tuple[Kept, Kept], source: Path, program: Path
-) -> Outcome:
+def compile_candidate(sandbox: Sandbox, kept: Kept, source: Path, program: Path) -> Outcome:
     """Compile and link an answer.
 
     Args:
@@ -288,31 +332,29 @@ def compile_candidate(
         source: folder with `answer.cpp`.
         program: folder that receives `answer`.
     """
-    runtime, own = kept
-    flavoured = runtime.flavour
-    objects = [f"/runtime/{name}" for name in runtime.linked] + [
-        f"/driver/{name}" for name in own.linked
-    ]
+    flavoured = kept.flavour
+    is_watched = "-fsanitize=thread" in flavoured.flags
+    objects = [f"/object{number}/object.o" for number, _ in enumerate(kept.objects)]
+    linking = (*objects, *_linking(flavoured))
     command = (
         flavoured.compiler,
+        *flavoured.prelude,
+        *_INCLUDED,
         *flavoured.flags,
-        "-include",
-        "/runtime/prelude.hpp",
         "/in/answer.cpp",
-        *(["-c", "-o", "/out/answer.o"] if "-fsanitize=thread" in flavoured.flags else []),
-        *([] if "-fsanitize=thread" in flavoured.flags else [*objects, *_linking(flavoured)]),
+        *(("-c", "-o", "/out/answer.o") if is_watched else linking),
     )
     mounts = (
-        Mount(source=runtime.folder / "out", target="/runtime"),
-        Mount(source=own.folder / "out", target="/driver"),
+        Mount(source=kept.prelude, target="/prelude"),
+        *(Mount(source=one, target=f"/object{n}") for n, one in enumerate(kept.objects)),
         Mount(source=source, target="/in"),
         Mount(source=program, target="/out", writable=True),
     )
     outcome = run(sandbox, Job(command=command, mounts=mounts, limits=COMPILING))
-    if outcome.code or "-fsanitize=thread" not in flavoured.flags:
+    if outcome.code or not is_watched:
         return outcome
     # Without the sanitizer's own library: `race.cc` defines what instrumented code calls.
-    link = (flavoured.compiler, "-fopenmp", "/out/answer.o", *objects, *_linking(flavoured))
+    link = (flavoured.compiler, "-fopenmp", "/out/answer.o", *linking)
     return run(sandbox, Job(command=link, mounts=mounts, limits=COMPILING))
 
 
@@ -335,7 +377,7 @@ def source_line(sandbox: Sandbox, program: Path, address: str) -> int:
 def compile_kernel(sandbox: Sandbox, model: Model, source: Path, program: Path) -> Outcome:
     """Compile a GPU kernel to an object: all that can be checked without a GPU."""
     flavoured = flavour(model)
-    command = (flavoured.compiler, *flavoured.flags, "-c", "/in/answer.cu", "-o", "/out/answer.o")
+    command = (flavoured.compiler, *flavoured.prelude, "-c", "/in/answer.cu", "-o", "/out/answer.o")
     mounts = (
         Mount(source=source, target="/in"),
         Mount(source=program, target="/out", writable=True),

@@ -12,8 +12,9 @@ from typing import Protocol
 from fourfold_hpc_coder import toolchain
 from fourfold_hpc_coder.channel import Channel, opened
 from fourfold_hpc_coder.evaluation import Launch, Model, Tolerance
+from fourfold_hpc_coder.jobs import Job, Limits, Mount, Outcome
 from fourfold_hpc_coder.problems import Parameter, Problem, Signature
-from fourfold_hpc_coder.sandbox import Job, Limits, Mount, Outcome, Sandbox
+from fourfold_hpc_coder.walls import Sandbox
 
 ANSWER_BEGINS = '#line 1 "answer.cpp"\n'
 """Where an answer's lines begin to count, in a unit that does not begin with it."""
@@ -96,13 +97,14 @@ class Quiet:
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._working = 0
+        self._wanted = 0
         self._timing = False
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """While something is built or checked."""
+        """While something is built or checked; waits for those who wait to be timed."""
         with self._condition:
-            self._condition.wait_for(lambda: not self._timing)
+            self._condition.wait_for(lambda: not self._timing and not self._wanted)
             self._working += 1
         try:
             yield
@@ -114,8 +116,10 @@ class Quiet:
         """From within `working`: alone on the machine, as far as this scorer goes."""
         with self._condition:
             self._working -= 1
+            self._wanted += 1
             self._condition.notify_all()
             self._condition.wait_for(lambda: not self._timing and self._working == 0)
+            self._wanted -= 1
             self._timing = True
         try:
             yield
@@ -158,26 +162,63 @@ class Bench:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def built(bench: Bench, exercise: Exercise, model: Model, text: str, folder: Path) -> Outcome:
-    """Compile a translation unit; the program is in the folder's `out`."""
+def ready(bench: Bench, model: Model) -> None:
+    """Compile what all answers in a model are built with, unless it is in the cache.
+
+    Raises:
+        RuntimeError: where our own source does not compile.
+    """
+    if not toolchain.runs_here(model):
+        return
+    flavours = [toolchain.flavour(model)]
+    if model == "omp" and bench.settings.races:
+        flavours.append(toolchain.racing())
+    for flavoured in flavours:
+        with bench.quiet.working():
+            toolchain.prepare(flavoured, "", bench.sandbox)
+
+
+def built(
+    bench: Bench,
+    exercise: Exercise,
+    model: Model,
+    text: str,
+    folder: Path,
+    *,
+    watched: bool = False,
+) -> Outcome:
+    """Compile a translation unit; the program is in the folder's `out`.
+
+    Args:
+        bench: where and how.
+        exercise: gives the driver.
+        model: of the answer.
+        text: the unit.
+        folder: private and empty.
+        watched: whether the program reports its memory accesses (OpenMP).
+    """
     source, program = folder / "in", folder / "out"
     source.mkdir()
     program.mkdir()
     suffix = "cpp" if toolchain.runs_here(model) else "cu"
     (source / f"answer.{suffix}").write_text(text, encoding="utf-8", errors="replace")
-    if not toolchain.runs_here(model):
-        return toolchain.compile_kernel(bench.sandbox, model, source, program)
-    flavoured = toolchain.flavour(model)
-    kept = toolchain.prepare(flavoured, exercise.driver(model), bench.sandbox)
-    return toolchain.compile_candidate(bench.sandbox, kept, source, program)
+    with bench.quiet.working():
+        if not toolchain.runs_here(model):
+            return toolchain.compile_kernel(bench.sandbox, model, source, program)
+        flavoured = toolchain.racing() if watched else toolchain.flavour(model)
+        kept = toolchain.prepare(flavoured, exercise.driver(model), bench.sandbox)
+        return toolchain.compile_candidate(bench.sandbox, kept, source, program)
 
 
 @contextlib.contextmanager
 def launched(
     bench: Bench, folder: Path, model: Model, launch: Launch, *, settings: Settings
 ) -> Iterator[Channel]:
-    """Start the program in the folder's `out`; on leaving the block it is gone."""
-    with bench.folder() as own:
+    """Start the program in the folder's `out`; on leaving the block it is gone.
+
+    Within, the bench counts as working: ask it for quiet around what is timed.
+    """
+    with bench.folder() as own, bench.quiet.working():
         job = _job(settings, folder / "out", model, launch)
         with opened(bench.sandbox, job, own, patience_s=settings.time_limit_s) as channel:
             yield channel

@@ -35,11 +35,8 @@
 #include <unordered_set>
 #include <utility>
 #include <vector>
-#ifdef FOURFOLD_OPENMP
+#ifdef _OPENMP
 #include <omp.h>
-#endif
-#ifdef FOURFOLD_MPI
-#include <mpi.h>
 #endif
 #ifdef FOURFOLD_KOKKOS
 #include <Kokkos_Core.hpp>

@@ -187,11 +187,9 @@ public:
 
   void call() { call(std::index_sequence_for<Parameters...>{}); }
 
-  Bytes dump() {
-    Bytes bytes;
+  void dump(Bytes &bytes) {
     if constexpr (!std::is_void_v<Result>) Wire<Result>::store(bytes, result_);
     dump(bytes, std::index_sequence_for<Parameters...>{});
-    return bytes;
   }
 
 private:
@@ -226,6 +224,7 @@ int serve(Result (*function)(Parameters...), int argc, char **argv) {
     std::optional<Channel> channel;
     if (rank() == 0) channel.emplace();
     Server<Result, Parameters...> server(function);
+    Bytes payload, reply; // kept, as their memory is
     for (;;) {
       Request request{};
       if (rank() == 0) {
@@ -234,10 +233,10 @@ int serve(Result (*function)(Parameters...), int argc, char **argv) {
         channel->read(&request.length, sizeof request.length);
       }
       share(reinterpret_cast<unsigned char *>(&request), sizeof request);
-      Bytes payload(request.length);
+      payload.resize(request.length);
       if (rank() == 0) channel->read(payload.data(), payload.size());
       share(payload.data(), payload.size());
-      Bytes reply;
+      reply.clear();
       if (request.operation == 'Q') break;
       if (request.operation == 'L') {
         server.load(payload);
@@ -256,8 +255,7 @@ int serve(Result (*function)(Parameters...), int argc, char **argv) {
         Evidence all = gathered(evidence);
         if (rank() == 0) {
           append(reply, &all, sizeof all);
-          Bytes outputs = server.dump();
-          append(reply, outputs.data(), outputs.size());
+          server.dump(reply);
         }
       }
       if (rank() == 0) channel->reply(request.token, reply);

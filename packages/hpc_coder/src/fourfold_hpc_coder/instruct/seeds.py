@@ -17,8 +17,10 @@ from tree_sitter import Language, Node, Parser
 from fourfold_hpc_coder.instruct.dedup import Seen
 from fourfold_hpc_coder.instruct.samples import Provenance, Sample
 from fourfold_hpc_coder.instruct.sources import CONSTRUCTS, Construct, SourceFile
-from fourfold_hpc_coder.sandbox import Job, Mount, Sandbox, run
+from fourfold_hpc_coder.jobs import Job, Mount
+from fourfold_hpc_coder.sandbox import run
 from fourfold_hpc_coder.toolchain import COMPILING
+from fourfold_hpc_coder.walls import Sandbox
 
 _PARSER = Parser(Language(tree_sitter_cpp.language()))
 LONGEST = 4000

@@ -69,8 +69,7 @@ def verify(
     problem = task.problem()
 
     def fresh(body: str) -> Judgement:
-        with workbench.quiet.working():
-            return judge(workbench, right, model, prompt, body)
+        return judge(workbench, right, model, prompt, body)
 
     return [
         equal_answers(problem, model, prompt, body, workbench.settings, fresh) for body in answers
