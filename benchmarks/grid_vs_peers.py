@@ -1,6 +1,6 @@
 """Step time and memory of the grid beside DDP, FSDP2, FSDP2 with tensor parallel, DeepSpeed ZeRO-1.
 
-    JAXTYPING_DISABLE=1 scripts/env python benchmarks/grid_vs_peers.py RANKS WIDTH [OUT.jsonl]
+    JAXTYPING_DISABLE=1 scripts/env python benchmarks/grid_vs_peers.py RANKS WIDTH times|memory
 
 The same Llama, batch and AdamW on gloo ranks of this machine, one thread each. The contenders live
 in the same processes and take turns within each round, so that a busy machine slows all alike; what
@@ -10,6 +10,7 @@ from before the model is built to after three steps, each contender in processes
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import os
@@ -233,38 +234,50 @@ def growth(name: str, width: int) -> int:
 
 def grown(name: str, ranks: int, width: int) -> int | None:
     """The largest growth of any rank, in processes of their own; None where it cannot run."""
-    command = [sys.executable, __file__, "--memory", name, str(ranks), str(width)]
+    command = [sys.executable, __file__, str(ranks), str(width), "memory", "--contender", name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return int(done.stdout.split()[-1]) if done.returncode == 0 else None
 
 
-def main() -> None:
-    """Measure, print and write."""
-    if sys.argv[1] == "--memory":
-        name, ranks, width = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-        print(max(run_on_ranks(ranks, growth, name=name, width=width)))
-        return
-    ranks, width = int(sys.argv[1]), int(sys.argv[2])
-    load = os.getloadavg()[0]
-    times = run_on_ranks(ranks, measure, width=width, rounds=ROUNDS)[0]
-    reference = times["ddp"]
+def times(ranks: int, width: int) -> dict[str, Any]:
+    """Step times in seconds, and the median over rounds of the ratio to DDP."""
+    seen = run_on_ranks(ranks, measure, width=width, rounds=ROUNDS)[0]
+    reference = seen["ddp"]
     ratios = {
         name: statistics.median(a / b for a, b in zip(values, reference, strict=True))
-        for name, values in times.items()
+        for name, values in seen.items()
         if not isinstance(values, str)
     }
-    peak = {name: grown(name, ranks, width) for name in ratios}
+    return {"rounds": ROUNDS, "step_s": seen, "median_ratio_to_ddp": ratios}
+
+
+def memory(ranks: int, width: int) -> dict[str, Any]:
+    """Growth of the peak resident set."""
+    return {"peak_growth_bytes": {name: grown(name, ranks, width) for name in contenders(ranks)}}
+
+
+def main() -> None:
+    """Measure, print and write."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("ranks", type=int, choices=(2, 4))
+    arguments.add_argument("width", type=int, help="of the model, a multiple of 16")
+    arguments.add_argument("what", choices=("times", "memory"))
+    arguments.add_argument("--out", type=Path, help="JSON lines to append to")
+    arguments.add_argument("--contender", help="one process of `memory`: this one")
+    asked = arguments.parse_args()
+    if asked.contender:
+        print(max(run_on_ranks(asked.ranks, growth, name=asked.contender, width=asked.width)))
+        return
+    load = os.getloadavg()[0]
+    found = {"times": times, "memory": memory}[asked.what](asked.ranks, asked.width)
     record = {
-        "event": "grid_vs_peers", "ranks": ranks, "rounds": ROUNDS, "batch": BATCH,
-        "sequence": SEQUENCE, "model": config(width).to_diff_dict(), "torch": torch.__version__,
-        "cores": os.cpu_count(), "load_1min_before": load, "step_s": times,
-        "median_ratio_to_ddp": ratios, "peak_growth_bytes": peak,
+        "event": "grid_vs_peers", "ranks": asked.ranks, "batch": BATCH, "sequence": SEQUENCE,
+        "model": config(asked.width).to_diff_dict(), "torch": torch.__version__,
+        "cores": os.cpu_count(), "load_1min_before": load, **found,
     }  # fmt: skip
-    print(json.dumps(ratios, indent=1))
-    print(json.dumps(peak, indent=1))
-    print(json.dumps({name: why for name, why in times.items() if isinstance(why, str)}, indent=1))
-    if len(sys.argv) > 3:
-        with Path(sys.argv[3]).open("a", encoding="utf-8") as file:
+    print(json.dumps({name: found[name] for name in found if name != "step_s"}, indent=2))
+    if asked.out:
+        with asked.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 

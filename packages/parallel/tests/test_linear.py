@@ -22,7 +22,7 @@ from fourfold_parallel.grid.products import Products
 from fourfold_parallel.grid.schedule import Schedule
 from fourfold_parallel.testing import run_on_ranks
 
-TOKENS, WIDTH, HIDDEN = (8, 3), 10, 14
+TOKENS, WIDTH, HIDDEN = (24, 1), 10, 14
 """Neither 10 nor 14 divides by 4 or 8: pieces are unequal, and some are empty."""
 
 

@@ -28,6 +28,7 @@ def program() -> ModuleType:
     return module
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("sizes", ["2,1,2,1", "1,2,1,2"])
 def test_stock_loops_train_on_a_grid_as_they_do_alone(
     tmp_path: Path, sizes: str, capsys: pytest.CaptureFixture[str]
@@ -36,7 +37,7 @@ def test_stock_loops_train_on_a_grid_as_they_do_alone(
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [*launch, "--nproc-per-node", "4", str(PROGRAM), str(tmp_path), sizes],
-        capture_output=True, text=True, timeout=280, check=False,
+        capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     on_grid: dict[str, list[float]] = json.loads((tmp_path / "losses.json").read_text())

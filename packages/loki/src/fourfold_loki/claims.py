@@ -8,6 +8,10 @@ from fourfold_loki import rules
 from fourfold_parallel.run.claims import Claim
 
 _MODEL = "SmolLM2-135M (4-bit weights), 9 query and 3 key/value heads of 64; Wikipedia, windows of 512 tokens"
+_LONG = (
+    "SmolLM2-135M (4-bit weights); 16 other windows of Wikipedia, of 2,048 tokens; the last 512 are sparse "
+    "and keep 512 keys"
+)
 _NOT_HERE = "a model that is above chance on these tasks (1 B parameters and more), a GPU"
 
 CLAIMS = (
@@ -79,7 +83,7 @@ CLAIMS = (
         conditions=_MODEL + "; centred PCA as published",
         rule_text="reproduced if the interval over windows of Loki's loss less H2O's lies below 0; "
         "contradicted if above",
-        rule=rules.beats_eviction,
+        rule=rules.beats_eviction("loki-pca", "loki-pca-uncentred"),
         scales=("laptop",),
         needs="the laptop scale, which runs H2O",
     ),
@@ -173,7 +177,7 @@ CLAIMS = (
         conditions=_MODEL,
         rule_text="reproduced if the interval over windows of added perplexity lies above 20 %; "
         "contradicted if below",
-        rule=rules.fails,
+        rule=rules.fails(),
         scales=("smoke", "laptop"),
         needs="the model",
     ),
@@ -188,6 +192,42 @@ CLAIMS = (
         rule=rules.costs("loki-balanced", below=1.5, above=1.5),
         scales=("smoke", "laptop"),
         needs="the model",
+    ),
+    Claim(
+        id="F1b",
+        section="ours",
+        statement="F1 at four times the context",
+        paper_value="not in the paper",
+        conditions=_LONG,
+        rule_text="as F1: reproduced if the interval over windows of added perplexity lies above 20 %; "
+        "contradicted if below",
+        rule=rules.fails("long-context"),
+        scales=("laptop",),
+        needs="the laptop scale, which runs long windows",
+    ),
+    Claim(
+        id="F2b",
+        section="ours",
+        statement="F2 at four times the context",
+        paper_value="not in the paper",
+        conditions=_LONG + "; balanced basis, per query head",
+        rule_text="as F2: reproduced if the interval over windows of added perplexity lies below 1.5 %; "
+        "contradicted if above",
+        rule=rules.costs("loki-balanced", below=1.5, above=1.5, stage="long-context"),
+        scales=("laptop",),
+        needs="the laptop scale, which runs long windows",
+    ),
+    Claim(
+        id="F2c",
+        section="ours",
+        statement="With that basis Loki is better than H2O at an equal budget, at four times the context",
+        paper_value="not in the paper",
+        conditions=_LONG + "; balanced basis, per query head",
+        rule_text="as C5b: reproduced if the interval over windows of Loki's loss less H2O's lies below 0; "
+        "contradicted if above",
+        rule=rules.beats_eviction("loki-balanced", "loki-pca", stage="long-context"),
+        scales=("laptop",),
+        needs="the laptop scale, which runs long windows",
     ),
     Claim(
         id="F3",

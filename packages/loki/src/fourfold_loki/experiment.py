@@ -339,6 +339,7 @@ def _stages(scale: Scale) -> Sequence[Stage]:
                 recipes.ranks,
                 recipes.perplexity,
                 recipes.more_perplexity,
+                recipes.long_context,
                 recipes.budgets,
                 recipes.published_protocol,
                 recipes.diagnoses,

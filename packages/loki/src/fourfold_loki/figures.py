@@ -50,7 +50,7 @@ def outliers(records: Records) -> Figure:
     for axes, key, label in zip(
         figure.subplots(1, 2),
         ("mean_share", "largest_channel"),
-        ("power of the mean over power of keys", "largest channel's power over the mean's"),
+        ("the mean's share of power", "largest channel over mean"),
         strict=True,
     ):
         for stage, color in ((BEFORE, CONTROL), (AFTER, METHOD)):
@@ -155,6 +155,7 @@ def decoding(records: Records) -> Figure:
     right.set_ylabel("milliseconds (median)")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
+        axes.set_xticks(tokens, [f"{one / 1024:g}k" for one in tokens])
         axes.set_yscale("log")
         axes.set_xlabel("tokens of context")
         axes.legend(fontsize=7.5)

@@ -306,6 +306,34 @@ def more_perplexity(scale: Scale) -> Perplexity:
     return replace(base, name="variants", windows=8, arms=arms)
 
 
+LONG_SKIP = 240_000
+"""Tokens before the windows of `long_context`: behind all those of `perplexity`."""
+
+
+def long_context(scale: Scale) -> Perplexity:
+    """Windows four times as long, of text of their own: 1,536 dense tokens and 512 sparse queries each.
+
+    A query keeps 512 of 1,536 to 2,047 keys, k_f = 1/4 of the window; 8,192 tokens are scored.
+    """
+    context = 2048
+    fitted = replace(calibration(scale), context=context)
+    keys = context // 4
+    others = {"exact", "h2o", "streaming"}
+    return replace(
+        perplexity(scale),
+        name="long-context",
+        skip_tokens=LONG_SKIP,
+        context=context,
+        prompt=3 * context // 4,
+        windows=16,
+        batch=1,
+        arms=(
+            *bases(fitted, keys=keys),
+            *(arm for arm in baselines(fitted, keys=keys) if arm.name in others),
+        ),
+    )
+
+
 BUDGETS = (8, 2)
 """Keys of a window over the keys that are kept; a quarter is `perplexity`."""
 

@@ -153,16 +153,18 @@ def transfers(records: Records) -> Finding:
     )
 
 
-def costs(arm: str, *, below: float, above: float) -> Callable[[Records], Finding]:
+def costs(
+    arm: str, *, below: float, above: float, stage: str = "perplexity"
+) -> Callable[[Records], Finding]:
     """Reproduced if the interval of added perplexity lies below `below` percent."""
 
     def rule(records: Records) -> Finding:
-        record = records["perplexity"]
+        record = records[stage]
         cost = added_percent(record, arm)
         return Finding(
             verdict=three(cost.high < below, cost.low > above),
             ours=f"+{cost} % perplexity on {tokens_scored(record)} tokens",
-            evidence="perplexity",
+            evidence=stage,
             line=line_of(record, "scored", arm),
             because=f"interval over windows against {below} % and {above} %",
         )
@@ -170,32 +172,42 @@ def costs(arm: str, *, below: float, above: float) -> Callable[[Records], Findin
     return rule
 
 
-def beats_eviction(records: Records) -> Finding:
-    """C5b: loss of a token under Loki less that under H2O."""
-    record = records["perplexity"]
-    gap = added_nats(record, "loki-pca", "h2o")
-    safe = added_nats(record, "loki-pca-uncentred", "h2o")
-    return Finding(
-        verdict=three(gap.high < 0, gap.low > 0),
-        ours=f"{gap} nats a token more than H2O as published; {safe} with the uncentred basis",
-        evidence="perplexity",
-        line=line_of(record, "scored", "loki-pca"),
-        because="interval over windows of the difference to H2O, against 0",
-    )
+def beats_eviction(
+    arm: str, besides: str, *, stage: str = "perplexity"
+) -> Callable[[Records], Finding]:
+    """Loss of a token under an arm less that under H2O, and beside it under another arm."""
+
+    def rule(records: Records) -> Finding:
+        record = records[stage]
+        gap = added_nats(record, arm, "h2o")
+        other = added_nats(record, besides, "h2o")
+        return Finding(
+            verdict=three(gap.high < 0, gap.low > 0),
+            ours=f"{gap} nats a token more than H2O ({arm}); {other} ({besides})",
+            evidence=stage,
+            line=line_of(record, "scored", arm),
+            because="interval over windows of the difference to H2O, against 0",
+        )
+
+    return rule
 
 
-def fails(records: Records) -> Finding:
-    """F1: what the published basis costs."""
-    record = records["perplexity"]
-    cost = added_percent(record, "loki-pca")
-    exact = added_percent(record, "exact")
-    return Finding(
-        verdict=three(cost.low > 20, cost.high < 20),
-        ours=f"+{cost} % perplexity; exact top-k +{exact} %",
-        evidence="perplexity",
-        line=line_of(record, "scored", "loki-pca"),
-        because="interval over windows against 20 %",
-    )
+def fails(stage: str = "perplexity") -> Callable[[Records], Finding]:
+    """What the published basis costs."""
+
+    def rule(records: Records) -> Finding:
+        record = records[stage]
+        cost = added_percent(record, "loki-pca")
+        exact = added_percent(record, "exact")
+        return Finding(
+            verdict=three(cost.low > 20, cost.high < 20),
+            ours=f"+{cost} % perplexity; exact top-k +{exact} %",
+            evidence=stage,
+            line=line_of(record, "scored", "loki-pca"),
+            because="interval over windows against 20 %",
+        )
+
+    return rule
 
 
 def depends(records: Records) -> Finding:

@@ -24,20 +24,23 @@ def committed(results: Path) -> Records:
 def selectors_table(records: Records) -> str:
     """Every arm of each protocol against full attention on the same tokens."""
     lines: list[str] = list(HEAD)
-    for name in ("perplexity", "variants", "published-protocol"):
+    for name in ("perplexity", "variants", "published-protocol", "long-context"):
         record = records[name]
+        # The doctor looked at a window of the others' length.
+        doctor = None if name == "long-context" else records["diagnoses"]
         arms = dict.fromkeys(str(event.values["arm"]) for event in record.of("scored"))
         lines.append(f"| *{name}, {tokens_scored(record)} tokens* | | | | | | |")
-        lines.extend(_row(record, records["diagnoses"], arm) for arm in arms if arm != FULL)
+        lines.extend(_row(record, doctor, arm) for arm in arms if arm != FULL)
     return "\n".join(lines) + "\n"
 
 
-def _row(record: Record, doctor: Record, arm: str) -> str:
+def _row(record: Record, doctor: Record | None, arm: str) -> str:
     pairs = zip(losses(record, arm), losses(record, FULL), strict=True)
     added = [mine - theirs for mine, theirs in pairs]
     mean, error = _mean(added), _standard_error(added)
     read = _mean([e.number("read_share") for e in record.of("scored") if e.values["arm"] == arm])
-    seen = [diagnosed(doctor, arm, key) for key in ("recall", "mass_recall", "sink_kept")]
+    keys = ("recall", "mass_recall", "sink_kept")
+    seen = [diagnosed(doctor, arm, key) if doctor else [] for key in keys]
     told = " | ".join(f"{_mean(values):.3f}" if values else "" for values in seen)
     return f"| {arm} | {read:.3f} | {added_percent(record, arm)} | {mean:+.4f} ± {error:.4f} | {told} |"
 

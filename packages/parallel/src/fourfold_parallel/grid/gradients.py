@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -12,31 +13,92 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from fourfold_parallel.grid.collectives import Pending
+from fourfold_parallel.grid.collectives import Axis, Pending
 from fourfold_parallel.grid.mesh import Mesh
 
 BUCKET_BYTES = 25 * 2**20
 """As in torch's DistributedDataParallel: large enough for the bandwidth, small enough to overlap."""
 
 
+@dataclass(slots=True, kw_only=True)
+class _Bucket:
+    """Gradients that are sent together, in one stretch of memory that lasts from step to step."""
+
+    flat: Tensor
+    parts: dict[Tensor, Tensor]
+    """Of each parameter, its gradient's place in `flat`, in the shape of the gradient."""
+    arrived: list[Tensor] = field(default_factory=list)
+    """Parameters whose gradients of this step are in their places."""
+
+    @classmethod
+    def of(cls, parameters: list[Tensor]) -> _Bucket:
+        """A bucket for these parameters, which have gradients of one number format."""
+        pieces = [local(parameter.grad) for parameter in parameters]
+        flat = torch.empty(
+            sum(piece.numel() for piece in pieces), dtype=pieces[0].dtype, device=pieces[0].device
+        )
+        places = flat.split([piece.numel() for piece in pieces])
+        parts = {
+            parameter: place.view(piece.shape)
+            for parameter, place, piece in zip(parameters, places, pieces, strict=True)
+        }
+        return cls(flat=flat, parts=parts)
+
+    def take(self, parameter: Tensor) -> None:
+        """Move a parameter's gradient to its place, where it stays."""
+        gradient, part = parameter.grad, self.parts[parameter]
+        piece = local(gradient)
+        if piece.data_ptr() != part.data_ptr():
+            part.copy_(piece)
+            if isinstance(gradient, DTensor):
+                gradient._local_tensor = part  # noqa: SLF001 - a new DTensor a parameter costs time
+            else:
+                parameter.grad = part
+        self.arrived.append(parameter)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every gradient is in its place."""
+        return len(self.arrived) == len(self.parts)
+
+    def send(self, axis: Axis) -> Pending:
+        """Start the sum of what has arrived: of the memory itself if that is everything."""
+        sent = self.flat
+        if not self.is_whole:
+            sent = torch.cat([self.parts[parameter].flatten() for parameter in self.arrived])
+        return axis.all_reduce(sent, layer="gradients")
+
+    def receive(self, summed: Tensor) -> None:
+        """Put the sum where it belongs, unless it was computed there; the next step may begin."""
+        if summed.data_ptr() != self.flat.data_ptr():
+            parameters = self.parts if self.is_whole else self.arrived
+            parts = [self.parts[parameter] for parameter in parameters]
+            for part, one in zip(parts, summed.split([p.numel() for p in parts]), strict=True):
+                part.copy_(one.view_as(part))
+        self.arrived = []
+
+
 class DataReducer:
     """Sums gradients over `data`, in buckets, while the rest of backward runs.
 
-    Every gradient that backward finishes joins the open bucket; a full bucket is sent, and after
-    the last gradient the results are written back. With one replica it does nothing.
+    The first backward puts gradients into buckets in the order in which they are finished; from then
+    on each moves to its place in its bucket, and a bucket is sent when it is whole. The sum is
+    computed in place. A bucket that some gradient has not reached is sent at the end, without it.
 
     A parameter whose gradient is accumulated twice in one backward (used in two regions under
-    reentrant activation checkpointing) cannot be summed on the way: it is refused.
+    reentrant activation checkpointing) cannot be summed on the way: it is refused. With one replica
+    nothing is done.
     """
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], mesh: Mesh, *, bucket_bytes: int = BUCKET_BYTES
     ) -> None:
         self._data, self._bucket_bytes = mesh.data, bucket_bytes
-        self._held = False
-        self._open: list[Tensor] = []
-        self._sent: list[tuple[list[Tensor], Pending]] = []
-        self._called = False
+        self._held = self._called = False
+        self._buckets: dict[Tensor, _Bucket] = {}
+        self._new: dict[torch.dtype, list[Tensor]] = {}
+        self._finished: dict[Tensor, None] = {}
+        self._sent: list[tuple[_Bucket, Pending]] = []
         self._hooks: list[RemovableHandle] = []
         if mesh.data.size > 1:
             self._hooks = [
@@ -62,41 +124,52 @@ class DataReducer:
     def _join(self, parameter: Tensor) -> None:
         if self._held:
             return
-        gradient = local(parameter.grad)
-        if any(gradient is other for other in self._open) or any(
-            gradient is other for gradients, _ in self._sent for other in gradients
-        ):
+        if parameter in self._finished:
             raise RuntimeError(
                 "a gradient was accumulated twice in one backward, after its sum over data had "
                 "begun; use non-reentrant activation checkpointing for a parameter used twice"
             )
-        self._open.append(gradient)
+        self._finished[parameter] = None
         if not self._called:
             self._called = True
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # noqa: SLF001 - as in DistributedDataParallel; no public name
-        if sum(gradient.nbytes for gradient in self._open) >= self._bucket_bytes:
-            self._send()
+        bucket = self._buckets.get(parameter)
+        if bucket is not None:
+            bucket.take(parameter)
+            if bucket.is_whole:
+                self._send(bucket)
+            return
+        gradient = local(parameter.grad)
+        fellows = self._new.setdefault(gradient.dtype, [])
+        fellows.append(parameter)
+        if sum(local(one.grad).nbytes for one in fellows) >= self._bucket_bytes:
+            self._close(self._new.pop(gradient.dtype))
 
-    def _send(self) -> None:
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for gradient in self._open:
-            by_dtype.setdefault(gradient.dtype, []).append(gradient)
-        for gradients in by_dtype.values():
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            self._sent.append((gradients, self._data.all_reduce(flat, layer="gradients")))
-        self._open = []
+    def _close(self, parameters: list[Tensor]) -> None:
+        """Make a bucket of parameters that had none, and send it."""
+        bucket = _Bucket.of(parameters)
+        for parameter in parameters:
+            self._buckets[parameter] = bucket
+            bucket.take(parameter)
+        self._send(bucket)
+
+    def _send(self, bucket: _Bucket) -> None:
+        self._sent.append((bucket, bucket.send(self._data)))
 
     def _finish(self) -> None:
         self._called = False
-        if self._open:
-            self._send()
-        for gradients, pending in self._sent:
-            parts = pending.wait().split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
-                gradients,
-                [part.view_as(own) for part, own in zip(parts, gradients, strict=True)],
-            )
+        for parameters in self._new.values():
+            self._close(parameters)
+        self._new = {}
+        # In the order of arrival, which is the same on every rank.
+        touched = {id(one): one for one in (self._buckets[p] for p in self._finished)}
+        for bucket in touched.values():
+            if not bucket.is_whole:
+                self._send(bucket)
+        for bucket, pending in self._sent:
+            bucket.receive(pending.wait())
         self._sent = []
+        self._finished = {}
 
 
 def gradient_norm(
@@ -112,22 +185,37 @@ def gradient_norm(
         order: 1, 2, any positive number, or infinity.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    pieces = [local(gradient).detach() for gradient in gradients]
-    dtype = torch.promote_types(pieces[0].dtype, torch.float32) if pieces else torch.float32
-    device = pieces[0].device if pieces else torch.device(mesh.torch_mesh.device_type)
-    norms = [torch.linalg.vector_norm(p, order, dtype=dtype) for p in pieces if p.numel()]
+    held = [(one, local(one).detach()) for one in gradients if local(one).numel()]
+    if not gradients:
+        return torch.zeros((), device=torch.device(mesh.torch_mesh.device_type))
+    dtype = torch.promote_types(local(gradients[0]).dtype, torch.float32)
+    # Along the other axes every rank has the same sum: what was summed over data is bitwise equal.
+    cuts = {one.placements: {*mesh.cut_of(one)} for one in gradients if isinstance(one, DTensor)}
+    axes = [axis for axis in mesh.axes if any(axis.name in cut for cut in cuts.values())]
+    norms = torch.zeros(1, dtype=dtype, device=local(gradients[0]).device)
+    if held:
+        pieces = [piece for _, piece in held]
+        norms = torch.stack(torch._foreach_norm(pieces, order, dtype=dtype))  # pyright: ignore[reportPrivateImportUsage]  # noqa: SLF001 - as torch's own clipping
     if math.isinf(order):
-        total = torch.stack(norms).max() if norms else torch.zeros((), dtype=dtype, device=device)
-        for axis in mesh.axes:
+        total = norms.max()
+        for axis in axes:
             total = axis.all_reduce(total, op="max", layer="gradient_norm").wait()
         return total
-    copies = [
-        _copies(gradient, mesh) for gradient, p in zip(gradients, pieces, strict=True) if p.numel()
-    ]
-    total = torch.zeros((), dtype=dtype, device=device)
-    for norm, count in zip(norms, copies, strict=True):
-        total = total + norm.pow(order) / count
-    for axis in mesh.axes:
+    if axes and held:
+        copies = {
+            placements: math.prod(axis.size for axis in axes if axis.name not in cut)
+            for placements, cut in cuts.items()
+        }
+        everywhere = math.prod(axis.size for axis in axes)
+        counts = [
+            copies[one.placements] if isinstance(one, DTensor) else everywhere for one, _ in held
+        ]
+        norms = norms * norms.new_tensor(counts).pow(-1 / order)
+    total = torch.linalg.vector_norm(norms, order)
+    if not axes:
+        return total
+    total = total.pow(order)
+    for axis in axes:
         total = axis.all_reduce(total, layer="gradient_norm").wait()
     return total.pow(1 / order)
 
@@ -162,10 +250,3 @@ def local(tensor: Tensor | None) -> Tensor:
     """This rank's piece, without a graph."""
     assert tensor is not None
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # noqa: SLF001 - to_local would build a graph
-
-
-def _copies(gradient: Tensor, mesh: Mesh) -> int:
-    if not isinstance(gradient, DTensor):
-        return mesh.size
-    cut = mesh.cut_of(gradient)
-    return math.prod(axis.size for axis in mesh.axes if axis.name not in cut)

@@ -383,12 +383,12 @@ class GridLoss:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         targets = shift_labels.masked_fill(shift_labels == ignore_index, layers.IGNORED)
         nats = self.nats(logits, targets).sum()
-        if num_items_in_batch is None:
-            valid = (targets != layers.IGNORED).sum().to(nats.dtype)
-            share = nats / self.mesh.sum_over_batch(valid)
-        else:
-            share = nats / num_items_in_batch
-        return share + (self.mesh.sum_over_batch(share) - share.detach())
+        valid = (targets != layers.IGNORED).sum().to(nats.dtype)
+        # One collective for both: each is a meeting of all ranks.
+        nats_of_all, valid_of_all = self.mesh.sum_over_batch(torch.stack([nats.detach(), valid]))
+        targets_of_all = valid_of_all if num_items_in_batch is None else num_items_in_batch
+        share = nats / targets_of_all
+        return share + (nats_of_all / targets_of_all - share.detach())
 
     def nats(
         self, logits: Float[Tensor, "*batch vocabulary"], targets: Int[Tensor, "*batch"]

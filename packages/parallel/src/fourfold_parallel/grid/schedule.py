@@ -75,6 +75,10 @@ class Late:
         return self._pending.popleft().wait()
 
 
+AT_ONCE = Late(torch.Size(), immediate=True)
+"""Of every gradient that nobody waits for later: it remembers nothing."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Held:
     """One parameter during one visit of its layer."""
@@ -155,7 +159,7 @@ class Schedule:
 
     def enter(self, request: Request) -> Visit:
         """The layer's parameters with their gathers under way, and the next layers' started."""
-        if torch.compiler.is_compiling() or not request.layer.communicates:
+        if not request.layer.communicates or torch.compiler.is_compiling():
             visit = self._prepare(request)
             visit.start_gathers()
             return visit
@@ -216,10 +220,12 @@ class Schedule:
             else:
                 with torch.set_grad_enabled(differentiable):
                     piece = layer.local(name, dtype)
-            ticket = Late(piece.shape, immediate=not (late and layer.gradient_travels(name)))
-            if not ticket.immediate and piece.requires_grad:
-                with torch.enable_grad():
-                    piece = _AwaitGradient.apply(piece, ticket)
+            ticket = AT_ONCE
+            if late and layer.gradient_travels(name):
+                ticket = Late(piece.shape, immediate=False)
+                if piece.requires_grad:
+                    with torch.enable_grad():
+                        piece = _AwaitGradient.apply(piece, ticket)
             held[name] = Held(piece=piece, late=ticket)
         return Visit(request=request, held=held)
 
