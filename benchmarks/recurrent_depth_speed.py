@@ -8,12 +8,14 @@ that other work on the machine disturbs them little; ratios are medians over int
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,8 +34,8 @@ from fourfold_recurrent_depth import (
 from fourfold_recurrent_depth.exits import KL, LatentDiff
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
-STEPS = 16
-"""Recurrences at full depth."""
+DEPTHS = (16, 32)
+"""Recurrences at full depth: a shallow one, and the published."""
 
 
 @torch.no_grad()
@@ -44,7 +46,7 @@ def contracting(width: int, heads: int, hidden: int, vocabulary: int) -> Recurre
     """
     config = RecurrentDepthConfig(
         n_embd=width, n_heads=heads, intermediate_size=hidden, vocab_size=vocabulary,
-        padding_multiple=1, block_size=1024, mean_recurrence=STEPS,
+        padding_multiple=1, block_size=1024, mean_recurrence=DEPTHS[-1],
     )  # fmt: skip
     config._attn_implementation = "sdpa"  # noqa: SLF001 - transformers' own way
     model = RecurrentDepthForCausalLM(config)
@@ -75,13 +77,13 @@ def interleaved(
 
 
 def ours(
-    model: RecurrentDepthForCausalLM, prompt: Tensor, new: int, **options: Any
+    model: RecurrentDepthForCausalLM, prompt: Tensor, new: int, steps: int, **options: Any
 ) -> tuple[Tensor, Any]:
     """Our greedy tokens from zero states, and the recurrences of every token."""
-    cache = RecurrentCache(model.config, steps=STEPS, capacity=prompt.shape[1] + new)
+    cache = RecurrentCache(model.config, steps=steps, capacity=prompt.shape[1] + new)
     made = cast(Any, model).generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False,
-        num_steps=STEPS, init_scale=0.0, eos_token_id=None, pad_token_id=0, past_key_values=cache,
+        num_steps=steps, init_scale=0.0, eos_token_id=None, pad_token_id=0, past_key_values=cache,
         **options,
     )  # fmt: skip
     return made[:, prompt.shape[1] :], cache.exit_steps
@@ -116,25 +118,39 @@ def shapes() -> dict[str, RecurrentDepthForCausalLM]:
 
 
 def decode() -> None:
-    """Full depth: prompt and new tokens, one row and eight."""
+    """Full depth: prompt and new tokens, one row and eight, and a longer context."""
     for name, model in shapes().items():
         plain = Plain(model)
-        for rows, length, new in ((1, 64, 12), (8, 64, 8)):
+        cases = [(1, 64, steps) for steps in DEPTHS] + [(8, 64, steps) for steps in DEPTHS]
+        if name == "width 64":
+            cases.append((8, 256, DEPTHS[-1]))
+        for rows, length, steps in cases:
+            new = 12 if name == "width 64" and length == 64 else 6
             prompt = torch.randint(
                 0, 384, (rows, length), generator=torch.Generator().manual_seed(1)
             )
             times, given = interleaved(
                 {
-                    "plain": lambda p=prompt, n=new, one=plain: one.generate(
-                        p, new=n, steps=STEPS, threshold=None
+                    "plain": lambda p=prompt, n=new, r=steps, one=plain: one.generate(
+                        p, new=n, steps=r, threshold=None
                     ),
-                    "ours": lambda p=prompt, n=new, m=model: ours(m, p, n),
+                    "ours": lambda p=prompt, n=new, r=steps, m=model: ours(m, p, n, r),
+                    "plain prompt": lambda p=prompt, r=steps, one=plain: one.generate(
+                        p, new=1, steps=r, threshold=None
+                    ),
+                    "ours prompt": lambda p=prompt, r=steps, m=model: ours(m, p, 1, r),
                 },
                 repeats=3,
             )
+            behind = {
+                who: [a - b for a, b in zip(times[who], times[f"{who} prompt"], strict=True)]
+                for who in ("plain", "ours")
+            }
             write(
-                "decode", shape=name, rows=rows, prompt_tokens=length, new_tokens=new, recurrences=STEPS,
-                plain_s=times["plain"], ours_s=times["ours"], speedup=ratio(times, "plain", "ours"),
+                "decode", shape=name, rows=rows, prompt_tokens=length, new_tokens=new, recurrences=steps,
+                seconds=times, speedup=ratio(times, "plain", "ours"),
+                speedup_behind_the_prompt=ratio(behind, "plain", "ours"),
+                ours_tokens_per_s=round(rows * (new - 1) / statistics.median(behind["ours"]), 2),
                 same_tokens=bool(torch.equal(given["plain"][0], given["ours"][0])),
             )  # fmt: skip
 
@@ -142,39 +158,35 @@ def decode() -> None:
 def adaptive() -> None:
     """KL exits at batch 8: plain as published, plain row by row, ours; and what exits save us."""
     threshold, rows, length, new = 1e-3, 8, 48, 8
-    for name, model in shapes().items():
+    for (name, model), steps in itertools.product(shapes().items(), DEPTHS):
         plain = Plain(model)
         prompt = torch.randint(0, 384, (rows, length), generator=torch.Generator().manual_seed(1))
         alone = [prompt[row : row + 1] for row in range(rows)]
 
-        def one_by_one(plain: Plain = plain, alone: list[Tensor] = alone) -> Tensor:
-            made = [plain.generate(p, new=new, steps=STEPS, threshold=threshold)[0] for p in alone]
+        def one_by_one(plain: Plain = plain, alone: list[Tensor] = alone, r: int = steps) -> Tensor:
+            made = [plain.generate(p, new=new, steps=r, threshold=threshold)[0] for p in alone]
             return torch.cat(made)
 
-        def full(m: RecurrentDepthForCausalLM = model, p: Tensor = prompt) -> Tensor:
-            return ours(m, p, new)[0]
-
-        def kl(m: RecurrentDepthForCausalLM = model, p: Tensor = prompt) -> tuple[Tensor, Any]:
-            return ours(m, p, new, exit=KL(threshold=threshold))
-
-        def latent(m: RecurrentDepthForCausalLM = model, p: Tensor = prompt) -> tuple[Tensor, Any]:
-            return ours(m, p, new, exit=LatentDiff(threshold=0.03))
+        def way(
+            m: RecurrentDepthForCausalLM = model, p: Tensor = prompt, r: int = steps, **exits: Any
+        ) -> tuple[Tensor, Any]:
+            return ours(m, p, new, r, **exits)
 
         times, given = interleaved(
             {
-                "plain batch": lambda p=prompt, one=plain: one.generate(
-                    p, new=new, steps=STEPS, threshold=threshold
+                "plain batch": lambda p=prompt, one=plain, r=steps: one.generate(
+                    p, new=new, steps=r, threshold=threshold
                 )[0],
                 "plain rows": one_by_one,
-                "ours full": full,
-                "ours kl": kl,
-                "ours latent": latent,
+                "ours full": way,
+                "ours kl": partial(way, exit=KL(threshold=threshold)),
+                "ours latent": partial(way, exit=LatentDiff(threshold=0.03)),
             },
             repeats=2 if name == "width 256" else 3,
         )
-        greedy = given["ours full"]
+        greedy = given["ours full"][0]
         write(
-            "adaptive", shape=name, rows=rows, prompt_tokens=length, new_tokens=new, recurrences=STEPS,
+            "adaptive", shape=name, rows=rows, prompt_tokens=length, new_tokens=new, recurrences=steps,
             kl_threshold=threshold, latent_threshold=0.03, seconds=times,
             over_plain_batch=ratio(times, "plain batch", "ours kl"),
             over_plain_rows=ratio(times, "plain rows", "ours kl"),
@@ -186,6 +198,8 @@ def adaptive() -> None:
             latent_agreement_with_full_depth=float((given["ours latent"][0] == greedy).double().mean()),
             kl_mean_recurrences=float(given["ours kl"][1].double().mean()),
             latent_mean_recurrences=float(given["ours latent"][1].double().mean()),
+            kl_slowest_row=float(given["ours kl"][1].amax(0).double().mean()),
+            latent_slowest_row=float(given["ours latent"][1].amax(0).double().mean()),
         )  # fmt: skip
 
 
@@ -245,11 +259,11 @@ def memory() -> None:
     model.eval()
     rows = []
     for budget in (None, 4, 1):
-        cache = RecurrentCache(model.config, steps=STEPS, budget=budget)
+        cache = RecurrentCache(model.config, steps=DEPTHS[0], budget=budget)
         with torch.no_grad():
-            cast(Any, model)(tokens, past_key_values=cache, use_cache=True, num_steps=STEPS)
+            cast(Any, model)(tokens, past_key_values=cache, use_cache=True, num_steps=DEPTHS[0])
         estimate = estimate_cache_bytes(
-            model.config, tokens=64, steps=STEPS, batch=2, budget=budget, element_bytes=4
+            model.config, tokens=64, steps=DEPTHS[0], batch=2, budget=budget, element_bytes=4
         )
         rows.append(
             {"kv_budget": budget, "cache_bytes": cache.nbytes(), "estimated_bytes": estimate}

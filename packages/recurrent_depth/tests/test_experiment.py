@@ -6,18 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fourfold_parallel.run.claims import judge
+from fourfold_parallel.run.recipe import Steps
 from fourfold_parallel.run.records import RecordWriter, header, read_record
 from fourfold_parallel.run.values import from_json, to_json
 from fourfold_recurrent_depth import recipes
-from fourfold_recurrent_depth.claims import AUTOMATON, CLAIMS, LANGUAGE
-from fourfold_recurrent_depth.experiment import EXPERIMENT
+from fourfold_recurrent_depth.claims import ADDITION, AUTOMATON, CLAIMS, DRAWS, LANGUAGE
+from fourfold_recurrent_depth.experiment import EXPERIMENT, examine_additions, examine_draws
 from fourfold_recurrent_depth.study import DEPTHS
+from fourfold_recurrent_depth.tasks.addition import Digits, Sums, sums_of
 
 
 def test_recipes_rebuild_from_their_records() -> None:
     plans = [recipes.cells("smoke"), recipes.cells("laptop"), recipes.language("laptop")]
+    plans += [recipes.draws("laptop"), recipes.additions("laptop")]
     for plan in [*plans, recipes.exact("smoke"), recipes.table_1("paper")]:
         assert from_json(json.loads(json.dumps(to_json(plan)))) == plan
 
@@ -36,6 +40,26 @@ def test_every_claim_of_the_page_has_a_row() -> None:
     assert EXPERIMENT.launches()[0].torchrun.startswith("torchrun")
     with pytest.raises(ValueError, match="use paper"):
         recipes.table_1("laptop")
+
+
+def test_short_runs_are_trained_and_examined(tmp_path: Path) -> None:
+    """Every line of the studies of draws and additions, on three steps."""
+    short = {"horizon": Steps(count=3), "validate_every": 3, "checkpoint_every": 3}
+    plan = recipes.draws("laptop")
+    arm, run = plan.members[-1]
+    kinds = [kind for kind, _ in examine_draws((arm, replace(run, **short)), plan.exam, tmp_path)]
+    assert kinds == ["trained", "held_out"]
+    added = recipes.additions("laptop")
+    _, *found = examine_additions(replace(added.members[0], **short), 16, tmp_path)
+    places = {(fields["operands"], fields["recurrences"]) for _, fields in found}
+    assert places == {(m, r) for m in range(1, 7) for r in DEPTHS}
+
+
+def test_sums_are_of_all_digits_so_far() -> None:
+    digits = torch.tensor([[7, 5, 9, 0]])
+    assert sums_of(digits).tolist() == [[7, 2, 1, 1]]
+    batch = Digits(rows=8).open(sequence=4, seed=1).batch(0, batch=8)
+    assert torch.equal(Sums().targets(batch), sums_of(batch.tokens[:, :-1]))
 
 
 def record(folder: Path, name: str, events: list[tuple[str, dict[str, Any]]]) -> Any:
@@ -113,12 +137,37 @@ def language(folder: Path, *, good: bool) -> Any:
     return record(folder, LANGUAGE, events)
 
 
+def draws(folder: Path, *, good: bool) -> Any:
+    """Per-row draws and full backpropagation no better, or better."""
+    events: list[tuple[str, dict[str, Any]]] = []
+    for seed in range(3):
+        for arm in ("last 1", "last 2", "last 4", "all", "per row"):
+            is_better = not good and arm in ("all", "per row")
+            fields = {
+                "loss_nats": 0.2 - 0.1 * is_better + seed / 100,
+                "accuracy": 0.9 + 0.05 * is_better,
+            }
+            events.append(("held_out", {"arm": arm, "seed": seed, **fields}))
+    return record(folder, DRAWS, events)
+
+
+def additions(folder: Path, *, good: bool) -> Any:
+    """m operands need m recurrences, or none needs any."""
+    events: list[tuple[str, dict[str, Any]]] = [
+        ("addition", {"seed": seed, "operands": m, "recurrences": r,
+         "accuracy": 0.9 if r >= m or not good else 0.1})
+        for seed in range(3) for m in range(1, 7) for r in DEPTHS
+    ]  # fmt: skip
+    return record(folder, ADDITION, events)
+
+
 @pytest.mark.parametrize("good", [True, False])
 def test_rules_judge_as_they_say(tmp_path: Path, good: bool) -> None:
     """Records that show what the paper says are reproduced; records that show the opposite, contradicted."""
-    records = {AUTOMATON: automaton(tmp_path, good=good), LANGUAGE: language(tmp_path, good=good)}
+    stages = {AUTOMATON: automaton, LANGUAGE: language, DRAWS: draws, ADDITION: additions}
+    records = {name: make(tmp_path, good=good) for name, make in stages.items()}
     judged = [claim for claim in CLAIMS if claim.scales and claim.id not in ("C6", "C20")]
     rows = judge(judged, records, package="recurrent_depth", scale="laptop")
     expected = "reproduced" if good else "contradicted"
     assert {row.id: row.verdict for row in rows} == {claim.id: expected for claim in judged}
-    assert len(rows) == 12
+    assert len(rows) == 15

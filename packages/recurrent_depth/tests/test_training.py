@@ -68,8 +68,18 @@ def test_a_resumed_run_is_the_run(tmp_path: Path, run: Run) -> None:
     assert len(depths) > 1
 
 
-def test_two_ranks_train_the_losses_of_one_process(tmp_path: Path, run: Run) -> None:
-    """Under DDP and FSDP2: losses and gradient norms, one microbatch for each rank."""
+@pytest.mark.parametrize(
+    "engines",
+    [
+        ("ddp", "fsdp2"),
+        pytest.param(("row", "col", "data"), marks=pytest.mark.slow),
+    ],
+    ids="-".join,
+)
+def test_two_ranks_train_the_losses_of_one_process(
+    tmp_path: Path, run: Run, engines: tuple[str, ...]
+) -> None:
+    """Losses and gradient norms on two ranks of every engine, at the depths of one process."""
     single = replace(run, microbatch=8)
     train(single, record=tmp_path / "one.jsonl", checkpoints=tmp_path / "one", progress=silent)
     (tmp_path / "run.json").write_text(json.dumps(to_json(single)))
@@ -77,16 +87,15 @@ def test_two_ranks_train_the_losses_of_one_process(tmp_path: Path, run: Run) -> 
     launched = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            str(program), str(tmp_path), "ddp", "fsdp2",
+            str(program), str(tmp_path), *engines,
         ],
         capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert launched.returncode == 0, launched.stderr[-4000:]
     theirs = read_record(tmp_path / "one.jsonl").of("step")
-    for engine in ("ddp", "fsdp2"):
+    for engine in engines:
         ours = read_record(tmp_path / f"{engine}.jsonl").of("step")
         for key in ("loss_nats", "grad_norm", "recurrences_times_rows"):
             expected = [event.number(key) for event in theirs]
-            assert [event.number(key) for event in ours] == pytest.approx(expected, rel=ROUNDING), (
-                key
-            )
+            found = [event.number(key) for event in ours]
+            assert found == pytest.approx(expected, rel=ROUNDING), (engine, key)

@@ -4,9 +4,8 @@ A criterion measures each token after each recurrence and stops it by a threshol
 state cost a few vector operations; those that read the logits run coda and head at every check, which at
 Huginn's shape costs 69 % of a recurrence (section 6.1 uses the KL divergence).
 
-Fewer recurrences are not less time by themselves: the rows of a batch wait for the slowest. In the
-benchmark tokens take 9.7 of at most 16 recurrences and the slowest of eight rows 14.4; there the checks of
-`KL` and the other readers of logits cost more than they save, and those of `LatentDiff` about as much.
+Fewer recurrences are not less time by themselves: the rows of a batch wait for the slowest, and checks cost.
+`benchmarks/recurrent_depth_speed.py` times both against full depth.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from fourfold_parallel.run.records import RecordWriter, header, read_record
 from fourfold_parallel.run.train import train, trained_model
 from fourfold_parallel.run.values import digest
 from fourfold_recurrent_depth import figures, recipes, study
-from fourfold_recurrent_depth.claims import AUTOMATON, CLAIMS, EXACT, LANGUAGE
+from fourfold_recurrent_depth.claims import ADDITION, AUTOMATON, CLAIMS, DRAWS, EXACT, LANGUAGE
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
 from fourfold_recurrent_depth.diffusion import Diffusion, diffuse
 from fourfold_recurrent_depth.flops import costs, materialised_parameters
@@ -103,6 +103,23 @@ def _sit_on_the_way(
     with notes.open("a", encoding="utf-8") as file:
         for _, fields in study.accuracy_by_depth(model, exam, (1, recipes.MEAN)):
             file.write(json.dumps({"step": last.step, **fields}) + "\n")
+
+
+def examine_draws(
+    member: tuple[recipes.DrawArm, Run], exam: study.Exam, folder: Path
+) -> tuple[Event, ...]:
+    """Train one model, and examine it at the mean recurrence."""
+    arm, run = member
+    model, trained = _trained(run, folder)
+    events = (trained, study.held_out(model, exam, steps=recipes.MEAN))
+    return tuple((kind, {"arm": arm, "seed": run.seed, **fields}) for kind, fields in events)
+
+
+def examine_additions(run: Run, rows: int, folder: Path) -> tuple[Event, ...]:
+    """Train one model, and examine it at every depth."""
+    model, trained = _trained(run, folder)
+    events = [trained, *study.addition_by_depth(model, operands=run.sequence, rows=rows)]
+    return tuple((kind, {"seed": run.seed, **fields}) for kind, fields in events)
 
 
 def examine_bytes(run: Run, plan: recipes.Bytes, folder: Path) -> tuple[Event, ...]:
@@ -256,6 +273,18 @@ def perform_cells(plan: recipes.Cells, workplace: Workplace) -> None:
     _write(plan, jobs, workplace, ())
 
 
+def perform_draws(plan: recipes.Draws, workplace: Workplace) -> None:
+    """Train and examine every model, two at a time."""
+    jobs = [partial(examine_draws, one, plan.exam, workplace.scratch) for one in plan.members]
+    _write(plan, jobs, workplace, ())
+
+
+def perform_additions(plan: recipes.Additions, workplace: Workplace) -> None:
+    """Train and examine every addition model, two at a time."""
+    jobs = [partial(examine_additions, run, plan.rows, workplace.scratch) for run in plan.members]
+    _write(plan, jobs, workplace, ())
+
+
 def perform_bytes(plan: recipes.Bytes, workplace: Workplace) -> None:
     """Train and examine every language model, two at a time."""
     data: Any = plan.members[0].data
@@ -285,6 +314,11 @@ def _stages(scale: Scale) -> Sequence[Stage]:
         Stage(name=AUTOMATON, run=cells, perform=partial(perform_cells, cells)),
     ]
     if scale == "laptop":
+        draws, additions = recipes.draws(scale), recipes.additions(scale)
+        stages += [
+            Stage(name=DRAWS, run=draws, perform=partial(perform_draws, draws)),
+            Stage(name=ADDITION, run=additions, perform=partial(perform_additions, additions)),
+        ]
         language = recipes.language(scale)
         stages.append(Stage(name=LANGUAGE, run=language, perform=partial(perform_bytes, language)))
     return tuple(stages)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fourfold_recurrent_depth.cache import RecurrentCache
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
+from fourfold_recurrent_depth.lean import LeanBlock
 
 Steps = int | tuple[int, int] | Tensor
 """Recurrences: r without gradient; (n, k) of which the last k carry gradient; or one (n + k) per row,
@@ -34,6 +35,8 @@ class Pass:
     cache: Cache | None
     options: dict[str, Any]
     """Further keyword arguments of transformers' attention functions."""
+    lean: dict[str, list[LeanBlock]] | None = None
+    """The blocks of each stage for passes without gradient, where all of them have a lean form."""
 
     def of_rows(self, rows: Int[Tensor, " row"]) -> Pass:
         """The same pass for some rows of the batch."""
@@ -42,7 +45,7 @@ class Pass:
             mask = mask[rows]
         if rotary.shape[0] > 1:
             rotary = rotary[rows]
-        return Pass(rotary=rotary, mask=mask, cache=self.cache, options=self.options)
+        return replace(self, rotary=rotary, mask=mask)
 
     def versions(self, count: int, cache: Cache) -> Pass:
         """The pass in which `count` versions of one token see what is cached and themselves alone."""
@@ -59,7 +62,7 @@ class Pass:
                         ~own, torch.finfo(mask.dtype).min
                     )
             mask = torch.cat([cached, own], dim=-1)
-        return Pass(rotary=self.rotary, mask=mask, cache=cache, options=self.options)
+        return replace(self, mask=mask, cache=cache)
 
 
 @dataclass

@@ -13,7 +13,7 @@ recurrences only; a trained model may be run at any r, and at a different r for 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -36,6 +36,7 @@ from fourfold_recurrent_depth.interface import (
     Steps,
     rotary_table,
 )
+from fourfold_recurrent_depth.lean import LeanBlock
 from fourfold_recurrent_depth.states import RowStates, StateTable, draw_state
 from fourfold_recurrent_depth.stopping import iterate_until_exit
 
@@ -121,6 +122,10 @@ class SandwichBlock(nn.Module):
         return self.norm_4(self.mlp(self.norm_3(x)) + x)
 
 
+_PLAIN = frozenset({SandwichBlock, Attention, GatedMLP, RMSNorm, nn.Linear})
+"""Parts of a block that its lean form stands for."""
+
+
 class Adapter(nn.Linear):
     """[state, embedding] -> width, without a bias: how each recurrence sees the tokens again.
 
@@ -174,6 +179,9 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.register_buffer("freqs_cis", rotary_table(config))
         self.gradient_checkpointing = False
+        # A configuration's attributes are slow to read, and every recurrence needs these.
+        self._around = config.n_layers_in_prelude + config.n_layers_in_coda
+        self._per_step = config.n_layers_in_recurrent_block
         self.post_init()
 
     def forward(
@@ -240,6 +248,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
                 "or pass one of fourfold_recurrent_depth.cache"
             )
         where, positions = self.locate(embedded, attention_mask, position_ids, memory, options)
+        where.lean = self._lean_blocks(embedded, where)
         if cache is not None:
             cache.open(batch, tokens, steps=steps)
 
@@ -278,13 +287,15 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
     ) -> tuple[Float[Tensor, "batch token width"], Pass, Int[Tensor, "#batch token"]]:
         """Embeddings, pass and positions of tokens without padding: where a decoder of its own starts."""
         embedded = self._embed(tokens, None)
-        return embedded, *self.locate(embedded, None, None, cache, {})
+        where, positions = self.locate(embedded, None, None, cache, {})
+        where.lean = self._lean_blocks(embedded, where)
+        return embedded, where, positions
 
     def read(
         self, embedded: Float[Tensor, "batch token width"], where: Pass
     ) -> Float[Tensor, "batch token width"]:
         """The prelude: e = P(tokens)."""
-        for slot, block in enumerate(self._blocks("prelude")):
+        for slot, block in enumerate(self._blocks("prelude", where)):
             embedded = block(embedded, where, slot)
         return embedded
 
@@ -353,7 +364,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
         """One recurrence R(e, s); `step` counts from 0 and says which slots of a cache it uses."""
         s = self.transformer["adapter"](s, injected, exact=self.config.reference_semantics)
         slot = self._slot_of_step(where.cache, step)
-        for layer, block in enumerate(self._blocks("core_block")):
+        for layer, block in enumerate(self._blocks("core_block", where)):
             s = block(s, where, slot + layer)
         return s
 
@@ -366,21 +377,37 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
         """C(ln_f(s)): coda, the same norm again, head; float32 or wider."""
         x = latents
         slot = self.config.n_layers_in_prelude
-        for layer, block in enumerate(self._blocks("coda")):
+        for layer, block in enumerate(self._blocks("coda", where)):
             x = block(x, where, slot + layer)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(self.transformer["ln_f"](x[:, kept]))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def _blocks(self, stage: str) -> nn.ModuleList:
+    def _blocks(self, stage: str, where: Pass) -> Iterable[Callable[..., Tensor]]:
+        if where.lean is not None and not torch.is_grad_enabled():
+            return where.lean[stage]
         return cast(nn.ModuleList, self.transformer[stage])
+
+    def _lean_blocks(self, embedded: Tensor, where: Pass) -> dict[str, list[LeanBlock]] | None:
+        """The blocks by stage in their lean form, or None where one of them has none."""
+        is_other = self.config._attn_implementation != "sdpa" or where.options  # noqa: SLF001
+        is_mixed = where.rotary.real.dtype != embedded.dtype
+        is_mixed = is_mixed or torch.is_autocast_enabled(embedded.device.type)
+        if is_other or is_mixed or torch.compiler.is_compiling():
+            return None
+        found: dict[str, list[LeanBlock]] = {}
+        for stage in ("prelude", "core_block", "coda"):
+            blocks = cast(nn.ModuleList, self.transformer[stage])
+            lean = [LeanBlock.of(block, _PLAIN) for block in blocks]
+            found[stage] = [block for block in lean if block is not None]
+            if len(found[stage]) < len(lean):
+                return None
+        return found
 
     def _slot_of_step(self, cache: Cache | None, step: int) -> int:
         """First slot of a recurrence's layers, behind those of prelude and coda."""
-        config = self.config
         kept = cache.kept(step) if isinstance(cache, RecurrentCache) else step
-        around = config.n_layers_in_prelude + config.n_layers_in_coda
-        return around + kept * config.n_layers_in_recurrent_block
+        return self._around + kept * self._per_step
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 from fourfold_parallel.run.corpora import PythonSource
 from fourfold_parallel.run.data import Packed
@@ -16,10 +16,14 @@ from fourfold_recurrent_depth.fresh import RecurrentDepth
 from fourfold_recurrent_depth.objective import Always, LogNormalPoisson, RandomDepth, Recurrences
 from fourfold_recurrent_depth.optimizer import Ellis
 from fourfold_recurrent_depth.study import Exam
+from fourfold_recurrent_depth.tasks.addition import BASE, Digits, Sums
 from fourfold_recurrent_depth.tasks.automaton import Automaton, EvolvedCells
 
 Arm = Literal["law", "fixed", "shallow"]
 """How depth is chosen in training: by the paper's law, always the mean, or always 1."""
+
+DrawArm = Literal["last 1", "last 2", "last 4", "all", "per row"]
+"""How many recurrences carry gradient, with one draw for all rows; or the last 4, with one for each."""
 
 SEEDS = (0, 1, 2)
 MEAN = 4
@@ -32,6 +36,24 @@ class Cells:
 
     members: tuple[tuple[Arm, Run], ...]
     exam: Exam
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draws:
+    """Automaton runs that differ in how depth is drawn and how far gradients go."""
+
+    members: tuple[tuple[DrawArm, Run], ...]
+    exam: Exam
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Additions:
+    """Addition runs, and on how many held-out rows they are examined."""
+
+    members: tuple[Run, ...]
+    rows: int
     seed: int = 0
 
 
@@ -117,6 +139,41 @@ def cells(scale: Literal["smoke", "laptop"]) -> Cells:
         for seed in seeds
     )
     return Cells(members=members, exam=Exam(hardest=hardest, cells=length, rows=rows))
+
+
+def draws(scale: Literal["laptop"]) -> Draws:  # noqa: ARG001 - one scale has it so far
+    """The study of draws and of truncated backpropagation (C8, C9), three seeds of their own."""
+    law = LogNormalPoisson(mean=MEAN, backprop=MEAN)
+    last: dict[DrawArm, int] = {"last 1": 1, "last 2": 2, "last 4": 4, "all": 10_000}
+    objectives: dict[DrawArm, RandomDepth] = {
+        arm: RandomDepth(recurrences=replace(law, backprop=backprop), supervision=EvolvedCells())
+        for arm, backprop in last.items()
+    }
+    objectives["per row"] = RandomDepth(recurrences=law, supervision=EvolvedCells(), per="row")
+    steps, batch, length = 420, 32, 12
+    members: list[tuple[DrawArm, Run]] = []
+    for arm, objective in objectives.items():
+        for seed in (10, 11, 12):
+            run = automaton_run("law", seed, hardest=2, cells=length, steps=steps)
+            data = Automaton(hardest=2, rows=batch * steps, ramp=batch * steps * 3 // 8)
+            name = f"draws-{arm.replace(' ', '-')}-seed{seed}"
+            run = replace(run, name=name, objective=objective, data=data, batch=batch)
+            members.append((arm, replace(run, microbatch=batch, checkpoint_every=steps)))
+    return Draws(members=tuple(members), exam=Exam(hardest=2, cells=length, rows=128))
+
+
+def additions(scale: Literal["laptop"]) -> Additions:  # noqa: ARG001 - one scale has it so far
+    """The study of additions (C22), three seeds of their own."""
+    steps, batch, operands = 800, 64, 6
+    members = []
+    for seed in (10, 11, 12):
+        run = automaton_run("law", seed, hardest=BASE // 2, cells=operands, steps=steps)
+        objective = replace(cast(RandomDepth, run.objective), supervision=Sums())
+        rate = replace(cast(AdamW, run.optimizer), learning_rate=4e-3)
+        run = replace(run, name=f"addition-seed{seed}", objective=objective, optimizer=rate)
+        run = replace(run, data=Digits(rows=batch * steps), batch=batch, microbatch=batch)
+        members.append(replace(run, checkpoint_every=steps))
+    return Additions(members=tuple(members), rows=512)
 
 
 def language_run(seed: int, *, steps: int) -> Run:

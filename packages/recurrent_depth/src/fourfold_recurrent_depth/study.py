@@ -17,6 +17,7 @@ from fourfold_recurrent_depth.exits import KL, Criterion, LatentDiff
 from fourfold_recurrent_depth.flops import costs
 from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.states import state_table
+from fourfold_recurrent_depth.tasks.addition import BASE, sums_of
 from fourfold_recurrent_depth.tasks.automaton import encode, targets_of
 
 Event = tuple[str, dict[str, Any]]
@@ -66,6 +67,34 @@ def accuracy_by_depth(
             logits = model.predict(model.transformer["ln_f"](states[r]), where)
             right = (logits.argmax(-1) == targets).double().mean().item()
             yield "accuracy", {"k": k, "recurrences": r, "accuracy": round(right, 5)}
+
+
+@torch.no_grad()
+def held_out(model: RecurrentDepthForCausalLM, exam: Exam, *, steps: int) -> Event:
+    """Loss and accuracy over all difficulties at one depth."""
+    tokens, targets, _ = exam.all()
+    table = state_table(model.config.block_size, model.config.n_embd, seed=EXIT_SEED)
+    logits = model(tokens, num_steps=steps, initial_state=table).logits
+    assert logits is not None
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    right = (logits.argmax(-1) == targets).double().mean()
+    return "held_out", {"loss_nats": round(float(loss), 6), "accuracy": round(float(right), 5)}
+
+
+@torch.no_grad()
+def addition_by_depth(
+    model: RecurrentDepthForCausalLM, *, operands: int, rows: int
+) -> Iterator[Event]:
+    """Share of sums that are right, for every number of operands and of recurrences."""
+    generator = torch.Generator().manual_seed(10_000 * EXIT_SEED)
+    digits = torch.randint(0, BASE, (rows, operands), generator=generator)
+    states = latents.trajectory(model, digits, steps=max(DEPTHS), seed=EXIT_SEED)
+    _, where, _ = model.begin(digits, None)
+    for r in DEPTHS:
+        logits = model.predict(model.transformer["ln_f"](states[r]), where)
+        right = (logits.argmax(-1) == sums_of(digits)).double().mean(0)
+        for m, share in enumerate(right.tolist(), start=1):
+            yield "addition", {"operands": m, "recurrences": r, "accuracy": round(share, 5)}
 
 
 @torch.no_grad()

@@ -11,14 +11,14 @@ that has computed k - 1 steps knows nothing about the k-th, and guessing is righ
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fourfold_parallel.run.data import Batch, TokenFile, TokenStream
+from fourfold_parallel.run.data import Batch, TokenStream
+from fourfold_recurrent_depth.tasks.rows import in_order
 
 
 def evolve(cells: Int[Tensor, "batch cell"], steps: int) -> Int[Tensor, "batch cell"]:
@@ -54,15 +54,6 @@ class EvolvedCells:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _InOrder(TokenStream):
-    """Rows as they were drawn: the difficulty may rise on the way."""
-
-    def rows_of_step(self, step: int, batch: int) -> Int[np.ndarray, " batch"]:
-        """The next rows, from the first again after the last."""
-        return np.arange(step * batch, (step + 1) * batch) % len(self.row_starts)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Automaton:
     """Rows of random cells, each asked about k steps ahead, k uniform in 1 .. `hardest`."""
 
@@ -87,14 +78,5 @@ class Automaton:
         limit = np.ceil(risen * self.hardest).astype(np.int64)
         k = 1 + np.floor(generator.random(rows) * limit).astype(np.int64)
         cells = generator.integers(0, 2, (rows, sequence + 1))
-        tokens = (cells + 2 * (k - 1)[:, None]).astype(np.uint16)
-        starts = np.arange(rows, dtype=np.int64) * (sequence + 1)
-        file = TokenFile(
-            path=Path("automaton"),
-            tokens=tokens.reshape(-1),
-            document_starts=starts,
-            vocabulary=2 * self.hardest,
-            materials=(),
-            characters=tokens.size,
-        )
-        return _InOrder(file=file, row_starts=starts, sequence=sequence, seed=seed[0])
+        tokens = cells + 2 * (k - 1)[:, None]
+        return in_order("automaton", tokens, vocabulary=2 * self.hardest, seed=seed[0])

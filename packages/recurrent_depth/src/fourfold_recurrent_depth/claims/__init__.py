@@ -1,0 +1,25 @@
+"""The claims ledger: rules by the runs they judge, and the table of claims."""
+
+from fourfold_recurrent_depth.claims.automaton import accuracies
+from fourfold_recurrent_depth.claims.common import (
+    ADDITION,
+    AUTOMATON,
+    DRAWS,
+    EXACT,
+    LANGUAGE,
+    of,
+    seeds_of,
+)
+from fourfold_recurrent_depth.claims.ledger import CLAIMS
+
+__all__ = [
+    "ADDITION",
+    "AUTOMATON",
+    "CLAIMS",
+    "DRAWS",
+    "EXACT",
+    "LANGUAGE",
+    "accuracies",
+    "of",
+    "seeds_of",
+]
