@@ -64,18 +64,23 @@ def test_what_arrives_is_summed_and_what_does_not_is_left_alone(
     run_on_ranks(2, what_arrives_is_summed, bucket_bytes=bucket_bytes, on_grid=on_grid)
 
 
-def twice_is_refused() -> None:
+def a_sum_is_never_summed_again(reentrant: bool) -> None:
     mesh = mesh_of((2, 1, 1, 1))
     parameter = nn.Parameter(torch.ones(3))
     DataReducer([parameter], mesh)
     x = torch.ones(3, requires_grad=True)
-    for _ in range(2):
-        x = checkpoint(lambda one: one * parameter, x, use_reentrant=True)
-        assert isinstance(x, Tensor)
-    with pytest.raises(RuntimeError, match="accumulated twice"):
+    if reentrant:
+        for _ in range(2):
+            x = checkpoint(lambda one: one * parameter, x, use_reentrant=True)
+            assert isinstance(x, Tensor)
+    else:
+        (x * parameter).sum().backward()
+        x = x * parameter
+    with pytest.raises(RuntimeError, match="on top of its sum over data"):
         x.sum().backward()
 
 
-def test_a_gradient_that_comes_twice_is_refused() -> None:
-    """A parameter used in two regions of reentrant checkpointing, each a backward of its own."""
-    run_on_ranks(2, twice_is_refused)
+@pytest.mark.parametrize("reentrant", [False, True], ids=["uncleared", "reentrant"])
+def test_what_was_summed_is_never_summed_again(reentrant: bool) -> None:
+    """After a step without clearing; and in two regions of reentrant checkpointing."""
+    run_on_ranks(2, a_sum_is_never_summed_again, reentrant=reentrant)

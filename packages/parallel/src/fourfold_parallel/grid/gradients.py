@@ -45,15 +45,25 @@ class _Bucket:
         return cls(flat=flat, parts=parts)
 
     def take(self, parameter: Tensor) -> None:
-        """Move a parameter's gradient to its place, where it stays."""
+        """Move a parameter's gradient to its place, where it stays.
+
+        Raises:
+            RuntimeError: It is there already.
+        """
         gradient, part = parameter.grad, self.parts[parameter]
         piece = local(gradient)
-        if piece.data_ptr() != part.data_ptr():
-            part.copy_(piece)
-            if isinstance(gradient, DTensor):
-                gradient._local_tensor = part  # noqa: SLF001 - a new DTensor a parameter costs time
-            else:
-                parameter.grad = part
+        if piece.data_ptr() == part.data_ptr():
+            raise RuntimeError(
+                "a gradient was accumulated on top of its sum over data, which would count that sum "
+                "once for every replica; clear gradients with zero_grad(set_to_none=True) after each "
+                "step, put all microbatches but the last into `hold` (`no_sync`), and use "
+                "non-reentrant activation checkpointing for a parameter used twice"
+            )
+        part.copy_(piece)
+        if isinstance(gradient, DTensor):
+            gradient._local_tensor = part  # noqa: SLF001 - a new DTensor a parameter costs time
+        else:
+            parameter.grad = part
         self.arrived.append(parameter)
 
     @property
@@ -85,9 +95,9 @@ class DataReducer:
     on each moves to its place in its bucket, and a bucket is sent when it is whole. The sum is
     computed in place. A bucket that some gradient has not reached is sent at the end, without it.
 
-    A parameter whose gradient is accumulated twice in one backward (used in two regions under
-    reentrant activation checkpointing) cannot be summed on the way: it is refused. With one replica
-    nothing is done.
+    What is accumulated on top of such a sum would be wrong, so it is refused: a second backward
+    without clearing gradients, and a parameter used in two regions of reentrant activation
+    checkpointing, each of which is a backward of its own. With one replica nothing is done.
     """
 
     def __init__(
@@ -124,11 +134,6 @@ class DataReducer:
     def _join(self, parameter: Tensor) -> None:
         if self._held:
             return
-        if parameter in self._finished:
-            raise RuntimeError(
-                "a gradient was accumulated twice in one backward, after its sum over data had "
-                "begun; use non-reentrant activation checkpointing for a parameter used twice"
-            )
         self._finished[parameter] = None
         if not self._called:
             self._called = True
