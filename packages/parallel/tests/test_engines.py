@@ -1,6 +1,7 @@
 """torchrun with 2 gloo ranks trains the losses and the weights of one process, on every engine."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fourfold_parallel.run.engines import check_no_stale_lock
 from fourfold_parallel.run.progress import silent
 from fourfold_parallel.run.recipe import Run
 from fourfold_parallel.run.records import read_record
@@ -75,3 +77,16 @@ def test_two_ranks_train_the_losses_of_one_process(
             torch.testing.assert_close(
                 trained[name], weight, rtol=0, atol=3e-5, msg=f"{engine} {name}"
             )
+
+
+def test_a_lock_that_a_killed_deepspeed_left_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    check_no_stale_lock()  # somebody compiles right now
+    os.utime(lock, (0, 0))
+    with pytest.raises(ValueError, match="remove the file"):
+        check_no_stale_lock()

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from fourfold_parallel.grid.engine import Fourfold
-from fourfold_parallel.run.engines import DDP, FSDP2, Engine
+from fourfold_parallel.run.engines import DDP, FSDP2, DeepSpeed, Engine
 from fourfold_parallel.run.progress import silent
 from fourfold_parallel.run.recipe import Run
 from fourfold_parallel.run.train import train
@@ -18,6 +18,7 @@ from fourfold_parallel.run.values import from_json
 ENGINES: dict[str, Engine] = {
     "ddp": DDP(),
     "fsdp2": FSDP2(reshard_after_forward=True),
+    "zero1": DeepSpeed(zero=1),
     "row": Fourfold(data=1, depth=1, row=2, col=1),
     "col": Fourfold(data=1, depth=1, row=1, col=2),
     "data": Fourfold(data=2, depth=1, row=1, col=1, shards_optimizer=True),

@@ -7,6 +7,7 @@ hold other rows, and how to clip and step. The four-dimensional engine stands be
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -238,6 +239,28 @@ class FSDP2:
             yield _AccelerateSession(accelerator, model, optimizer)
 
 
+STALE_LOCK_S = 600
+"""DeepSpeed's extensions compile in a minute or two: an older lock is nobody's."""
+
+
+def check_no_stale_lock() -> None:
+    """A DeepSpeed that was killed while it compiled leaves a lock, for which every later one waits for ever.
+
+    Raises:
+        ValueError: There is such a lock.
+    """
+    from torch.utils.cpp_extension import get_default_build_root  # only DeepSpeed needs it
+
+    home = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    for lock in Path(home).glob("**/deepspeed_*/lock"):
+        age_s = time.time() - lock.stat().st_mtime
+        if age_s > STALE_LOCK_S:
+            raise ValueError(
+                f"{lock} is {age_s / 60:.0f} minutes old: a DeepSpeed that compiled was killed, and this "
+                f"one would wait for it without end; remove the file if nothing is compiling"
+            )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeepSpeed:
     """DeepSpeed ZeRO through accelerate: 1 shards optimizer state, 2 gradients too, 3 parameters too."""
@@ -254,8 +277,13 @@ class DeepSpeed:
         batch: int,
         microbatch: int,
     ) -> Iterator[Session]:
-        """A session over all launched ranks. Needs `fourfold-parallel[deepspeed]`."""
+        """A session over all launched ranks. Needs `fourfold-parallel[deepspeed]`.
+
+        Raises:
+            ValueError: The batch does not divide, or a lock from a killed compilation is there.
+        """
         check_launched("DeepSpeed")
+        check_no_stale_lock()
         ranks = world_size()
         _check_share("DeepSpeed", batch, ranks)
         share = batch // ranks
