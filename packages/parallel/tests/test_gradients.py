@@ -12,8 +12,9 @@ from fourfold_parallel.grid.gradients import DataReducer, local
 from fourfold_parallel.grid.laws import mesh_of
 from fourfold_parallel.testing import run_on_ranks
 
-SHAPES = ((3, 4), (5,), (2, 2))
-STEPS = ((0, 1, 2), (2, 0), (1,), (2, 1, 0))
+SHAPES = ((3, 4), (5,), (2, 2), (0, 4))
+"""The last is a piece without elements, as a grid larger than a matrix has."""
+STEPS = ((0, 1, 2, 3), (2, 0), (1, 3), (2, 1, 3, 0))
 """Which parameters a step uses; a bucket that all of them share is whole in the first and the last."""
 
 

@@ -52,7 +52,7 @@ class _Bucket:
         """
         gradient, part = parameter.grad, self.parts[parameter]
         piece = local(gradient)
-        if piece.data_ptr() == part.data_ptr():
+        if piece.numel() and piece.data_ptr() == part.data_ptr():
             raise RuntimeError(
                 "a gradient was accumulated on top of its sum over data, which would count that sum "
                 "once for every replica; clear gradients with zero_grad(set_to_none=True) after each "
