@@ -228,9 +228,8 @@ class Channel:
         with contextlib.suppress(BlockingIOError):
             while self._incoming:
                 count = os.readv(self.replies, [self._incoming])
-                if (
-                    not count
-                ):  # only a dying or hostile program closes its end; the former ends soon
+                if not count:
+                    # Only a dying or hostile program closes its end; the former ends soon.
                     self._deaf()
                     return
                 self._incoming = self._incoming[count:]
