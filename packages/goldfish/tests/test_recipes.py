@@ -4,12 +4,14 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
 from fourfold_goldfish.experiment import EXPERIMENT
 from fourfold_goldfish.paper import TINYLLAMA, equal_supervision, tinyllama
-from fourfold_goldfish.recipes import ARMS, Attacked, bucket_study, verbatim
+from fourfold_goldfish.recipes import ARMS, Attacked, bucket_study, goldfish, verbatim
 from fourfold_parallel.run.corpora import Wikipedia
 from fourfold_parallel.run.data import tokenize
+from fourfold_parallel.run.objective import announced_mask
 from fourfold_parallel.run.tokenizers import BytePairs
 from fourfold_parallel.run.values import from_json, to_json
 
@@ -99,3 +101,13 @@ def test_arms_differ_in_the_loss_alone(scale: str) -> None:
         assert isinstance(fields, dict)
         assert {name for name in first if first[name] != fields[name]} <= {"name", "objective"}
         assert from_json(to_json(arm)) == arm
+
+
+def test_the_announced_mask_is_the_paper_s() -> None:
+    """What another package trains with is what this one does at the same k, its own ids excepted."""
+    tokens = torch.randint(50, (4, 200), generator=torch.Generator().manual_seed(0))
+    documents = torch.arange(200).div(60, rounding_mode="floor").expand_as(tokens)
+    announced = announced_mask("goldfish", k=4, exempt=(7,))
+    ours = goldfish("k4").drop(tokens, documents)
+    assert torch.equal(announced.drop(tokens, documents), ours & (tokens != 7))
+    assert ours.any()

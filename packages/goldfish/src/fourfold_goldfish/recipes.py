@@ -53,7 +53,12 @@ def goldfish(arm: Literal["k2", "k4", "k8", "k32", "random"]) -> Goldfish:
     """The paper's h of 13, by the paper's formula, at the arm's k."""
     if arm == "random":
         return Goldfish(k=4, context=13, hash="random")
-    return Goldfish(k=int(arm[1:]), context=13)
+    return one_in(k=int(arm[1:]))
+
+
+def one_in(*, k: int, exempt: tuple[int, ...] = ()) -> Goldfish:
+    """The paper's h of 13, by the paper's formula: what other packages may train with."""
+    return Goldfish(k=k, context=13, exempt=exempt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

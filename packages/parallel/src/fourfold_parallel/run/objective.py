@@ -1,5 +1,7 @@
 """What a training step minimises. Papers bring a target mask or a whole objective; the loop knows neither."""
 
+import importlib.metadata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +14,8 @@ from fourfold_parallel.run.data import Batch
 
 IGNORE = -100
 """Target id that no loss counts, as in torch and transformers."""
+TARGET_MASKS = "fourfold.target_masks"
+"""Where installed packages announce a mask that others may train with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +50,31 @@ class TargetMask(Protocol):
     ) -> Bool[Tensor, "batch row"]:
         """True where `tokens[b, i]`, as a target, is left out."""
         ...
+
+
+class MaskMaker(Protocol):
+    """What a package announces under `TARGET_MASKS`: how its mask is made."""
+
+    def __call__(self, *, k: int, exempt: tuple[int, ...]) -> TargetMask:
+        """A mask that leaves out about one target in `k`, and never an id of `exempt`."""
+        ...
+
+
+def announced_mask(name: str, *, k: int, exempt: Sequence[int] = ()) -> TargetMask:
+    """The target mask that an installed package announces under a name.
+
+    Raises:
+        ValueError: where no installed package does.
+    """
+    found = importlib.metadata.entry_points(group=TARGET_MASKS)
+    if name not in found.names:
+        known = ", ".join(sorted(found.names)) or "none"
+        raise ValueError(
+            f"target mask {name!r} belongs to no installed package (installed: {known}); "
+            f"install fourfold-{name}"
+        )
+    make: MaskMaker = found[name].load()
+    return make(k=k, exempt=tuple(exempt))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
