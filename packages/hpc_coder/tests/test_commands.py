@@ -1,15 +1,22 @@
 """The commands as a stranger runs them: data, tuning, answers, scores; stopped, continued, and bounded."""
 
+import importlib.metadata
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fourfold_hpc_coder.__main__ import main
-from fourfold_hpc_coder.instruct.format import RESPONSE, CodePairs
+from fourfold_hpc_coder.commands import finetuning
+from fourfold_hpc_coder.instruct.format import RESPONSE, CodePairs, FileRows
+from fourfold_hpc_coder.instruct.pipeline import make, templates
 from fourfold_hpc_coder.instruct.samples import read_samples, write_samples
+from fourfold_hpc_coder.options import Finetune
 from fourfold_hpc_coder.problems import own_problems
 from fourfold_parallel.run.models import Llama
+from fourfold_parallel.run.objective import IGNORE, TARGET_MASKS, announced_mask
 
 AVERAGE = "27_reduce_average"
 
@@ -87,7 +94,6 @@ def test_a_tuned_model_is_asked_in_the_words_of_its_training(
     from transformers import AutoModelForCausalLM
 
     from fourfold_hpc_coder.commands import _backend
-    from fourfold_hpc_coder.instruct.pipeline import make, templates
     from fourfold_hpc_coder.options import Generate
 
     data = tmp_path / "data.jsonl"
@@ -110,11 +116,48 @@ def test_a_tuned_model_is_asked_in_the_words_of_its_training(
     assert (out / "record.jsonl").read_bytes().startswith(record)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_mask_of_another_package_decides_sample_by_sample(
+    masked: bool, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A sample's left-out targets are those that goldfish leaves out of it alone, wherever it is packed;
+    prompts stay out as they were, ends stay in, and a model trains so."""
+    if "goldfish" not in importlib.metadata.entry_points(group=TARGET_MASKS).names:
+        pytest.skip("fourfold-goldfish is not installed")
+    data = tmp_path / "data.jsonl"
+    write_samples(data, make(templates(20, verified=False)).samples)
+    plain = Finetune(data=data, model=str(tiny), response=RESPONSE, masked=masked, sequence=1024)
+    fishy = finetuning(replace(plain, leave_out="goldfish", leave_out_one_in=3))
+    batch = fishy.data.open(sequence=1024, seed=0).batch(0, batch=2)
+    kept = fishy.objective.targets(batch) != IGNORE
+    before = finetuning(plain).objective.targets(batch) != IGNORE
+    assert isinstance(fishy.data, FileRows)
+    end = fishy.data.marks().end
+    alone = announced_mask("goldfish", k=3, exempt=(end,))
+    several = 0
+    for row, documents in enumerate(batch.document_ids):
+        for document in documents.unique():
+            [places] = torch.nonzero(documents == document, as_tuple=True)
+            several += row == 0 and len(places) > 1
+            if len(places) <= 13:
+                continue
+            dropped = alone.drop(batch.tokens[row, places][None])[0]
+            if places[0] == 0:
+                places, dropped = places[1:], dropped[1:]
+            assert torch.equal(kept[row, places - 1], before[row, places - 1] & ~dropped)
+    assert several > 1
+    assert not (before ^ kept)[batch.tokens[:, 1:] == end].any()
+    assert 1 / 4 < 1 - kept.sum() / before.sum() < 5 / 12
+    words = ["finetune", "--model", tiny, "--data", data, "--response", RESPONSE]
+    words += ["--leave-out", "goldfish", "--steps", 2, "--batch", 2, "--microbatch", 2]
+    words += ["--masked" if masked else "--no-masked", "--sequence", 512]
+    assert "2 steps, held-out loss" in run(capsys, *words, "--out", tmp_path / "out")
+
+
 def test_what_does_not_fit_is_refused_in_a_sentence(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     few = tmp_path / "few.jsonl"
-    from fourfold_hpc_coder.instruct.pipeline import make, templates
 
     write_samples(few, make(templates(3, verified=False)).samples)
     tuning = ["finetune", "--model", tiny, "--out", tmp_path / "out"]
@@ -122,6 +165,10 @@ def test_what_does_not_fit_is_refused_in_a_sentence(
         ([*tuning, "--data", tmp_path / "none.jsonl"], "make one with make-data"),
         ([*tuning, "--data", few, "--response", RESPONSE], "make at least 10"),
         ([*tuning, "--data", few, "--response", "<|nothing|>"], "is no token of"),
+        (
+            [*tuning, "--data", few, "--response", RESPONSE, "--leave-out", "nobody"],
+            "install fourfold-nobody",
+        ),
         (["generate", "--model", tiny, "--prompts", tmp_path / "none.json"], "no JSON list"),
         (["generate", "--model", tiny, "--models", "hip"], "name other models"),
         (["generate", "--model", tmp_path / "nowhere"], "no such folder"),

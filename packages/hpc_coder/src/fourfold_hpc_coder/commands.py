@@ -29,7 +29,7 @@ from fourfold_hpc_coder.sandbox import find_sandbox, scratch_folder
 from fourfold_parallel.run.engines import Single
 from fourfold_parallel.run.files import sha256_of, write_text
 from fourfold_parallel.run.models import Published, SmolLM2
-from fourfold_parallel.run.objective import KeepAll
+from fourfold_parallel.run.objective import KeepAll, TargetMask, announced_mask
 from fourfold_parallel.run.optimizer import AdamW, Cosine
 from fourfold_parallel.run.progress import Progress
 from fourfold_parallel.run.recipe import Run, Steps
@@ -225,8 +225,12 @@ def _folder(options: Finetune) -> str:
 def finetuning(options: Finetune) -> Run:
     """The run that the options ask for; the paper's optimizer and schedule (section 1.4 of its scripts).
 
+    What `--leave-out` leaves out is decided sample by sample. A mask that looks at the tokens before a
+    target, as goldfish does, sees the prompt before an answer, and never the neighbour in the row: the first
+    targets of a sample, whose window would reach there, are kept. The end of a sample is always learnt.
+
     Raises:
-        ValueError: where the data or the tokenizer do not fit.
+        ValueError: where the data or the tokenizer do not fit, or no installed package has the mask.
     """
     if not options.data.is_file():
         raise ValueError(f"--data {options.data}: no such file; make one with make-data")
@@ -241,11 +245,15 @@ def finetuning(options: Finetune) -> Run:
         if options.model == "smollm2"
         else Published(name=options.model, revision="main", licence=options.licence)
     )
+    marks = rows.marks()
+    also: TargetMask = KeepAll()
+    if options.leave_out:
+        also = announced_mask(options.leave_out, k=options.leave_out_one_in, exempt=(marks.end,))
     return Run(
         name="tuned",
         model=LowRank(model=plain, rank=options.lora_rank) if options.lora_rank else plain,
         data=rows,
-        objective=InstructionLoss(masked=options.masked, also=KeepAll(), marks=rows.marks()),
+        objective=InstructionLoss(masked=options.masked, also=also, marks=marks),
         optimizer=AdamW(
             learning_rate=options.learning_rate,
             weight_decay=0.0,

@@ -103,6 +103,10 @@ class Finetune:
     """Folder for the record, checkpoints and the tuned model."""
     masked: bool = True
     """Whether prompts are left out of the loss."""
+    leave_out: str = ""
+    """A mask that leaves further targets out, such as `goldfish` where fourfold-goldfish is installed."""
+    leave_out_one_in: int = 4
+    """With --leave-out: about one target in so many; with `goldfish`, its k."""
     response: str = "<|im_start|>"
     """Special token of the tokenizer that ends the prompt."""
     lora_rank: int = 0
