@@ -1,25 +1,27 @@
 """One bench for all tests that compile and run: a sandbox that works here, or a skip that says why."""
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fourfold_hpc_coder import toolchain
-from fourfold_hpc_coder.sandbox import FIRST_STRANGER, find_sandbox, scratch_folder
-from fourfold_hpc_coder.walls import Bubblewrap, Namespaces
+from fourfold_hpc_coder.jobs import Job, Limits
+from fourfold_hpc_coder.sandbox import find_sandbox, run, scratch_folder
+from fourfold_hpc_coder.walls import Landlock, Sandbox, Unprotected
 from fourfold_hpc_coder.workbench import Bench, Settings
 
 
 @pytest.fixture(scope="session")
-def sandbox() -> Bubblewrap | Namespaces:
+def sandbox() -> Sandbox:
     if reason := toolchain.missing("serial"):
         pytest.skip(reason)
     try:
         found = find_sandbox(allow_none=False)
     except ValueError as error:
         pytest.skip(str(error))
-    assert isinstance(found, Bubblewrap | Namespaces)
+    assert not isinstance(found, Unprotected)
     return found
 
 
@@ -31,21 +33,17 @@ def bench(sandbox):
         yield Bench(sandbox=sandbox, scratch=scratch, settings=settings, secret=1)
 
 
-def strangers() -> list[str]:
-    """Commands of processes that belong to a job's user: none is left after a job (when run as root)."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            status = (entry / "status").read_text()
-            is_zombie = "State:\tZ" in status
-            uid = int(status.split("Uid:")[1].split()[0])
-        except OSError:
-            continue
-        if FIRST_STRANGER <= uid < FIRST_STRANGER + 4000 and not is_zombie:
-            found.append(status.split()[1])
-    return found
+@pytest.fixture(scope="session", params=["the best", "landlock"])
+def walled(request, bench):
+    """The bench behind each wall that a machine may be left with."""
+    if request.param == "the best":
+        return bench
+    if isinstance(bench.sandbox, Landlock):
+        pytest.skip("Landlock is the best here")
+    limits = Limits(wall_s=60, cpu_s=5, memory_bytes=1 << 28, processes=64, file_bytes=1 << 20)
+    if run(Landlock(), Job(command=("true",), mounts=(), limits=limits)).code:
+        pytest.skip("Landlock does not work here (Linux 6.12)")
+    return replace(bench, sandbox=Landlock())
 
 
 def children() -> set[str]:

@@ -13,7 +13,7 @@ from fourfold_hpc_coder.evaluation import Launch, Model
 from fourfold_hpc_coder.jobs import Job, Outcome
 from fourfold_hpc_coder.judge import judge, reference
 from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.walls import Unprotected
+from fourfold_hpc_coder.walls import Landlock, Unprotected
 from fourfold_hpc_coder.workbench import Quiet, Settings
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
@@ -58,93 +58,107 @@ HELD = f"if (reached) std::abort(); {RIGHT}"
     [
         'bool reached = std::ifstream("/etc/passwd").good() || std::ifstream("/etc/hostname").good();',
         'bool reached = std::ofstream("/job/answer").good() || std::ofstream("/usr/x").good() ||'
-        ' std::ofstream("/x").good() || std::ofstream("/channel/x").good();',
+        ' std::ofstream("/x").good() || std::ofstream("/channel/x").good() ||'
+        ' std::ofstream("/tmp/../x").good() || std::ofstream("../x").good();',
         "sockaddr_in to{}; to.sin_family = AF_INET; to.sin_port = htons(22);"
         " to.sin_addr.s_addr = htonl(INADDR_LOOPBACK); int way = socket(AF_INET, SOCK_STREAM, 0);"
         " bool reached = connect(way, (sockaddr *)&to, sizeof to) == 0;",
-        "kill(getppid(), SIGSTOP); bool reached = false;",
+        "bool reached = kill(getppid(), SIGSTOP) == 0 && getppid() != 1;",
         "bool reached = setuid(0) == 0 || mount(0, 0, 0, 0, 0) == 0;",
     ],
     ids=["reads the host", "writes outside", "connects", "signals its parent", "becomes root"],
 )
-def test_an_attack_fails_and_the_program_is_judged_by_its_answer(bench, average, attack) -> None:
+def test_an_attack_fails_and_the_program_is_judged_by_its_answer(walled, average, attack) -> None:
     headers = (
         "#include <fstream>\n#include <csignal>\n#include <unistd.h>\n#include <sys/mount.h>\n"
     )
     headers += "#include <sys/socket.h>\n#include <netinet/in.h>\n"
     prompt = headers + average.exercise.prompt("serial")
-    found = judge(bench, average, "serial", prompt, attack + HELD)
+    found = judge(walled, average, "serial", prompt, attack + HELD)
     assert found.verdict == "correct", found.because
 
 
-@pytest.mark.parametrize(
-    ("body", "allowed", "words"),
-    [
-        ("for (;;) fork(); }", {"crash", "timeout"}, ""),
-        (
-            "if (!fork()) { setsid(); sleep(600); } return 0; }",
-            {"wrong"},
-            "the returned value is 0.0",
-        ),
-        (
-            "std::vector<std::vector<char>> all; for (;;) all.emplace_back(1 << 24, 'x'); }",
-            {"crash"},
-            "memory|bad_alloc",
-        ),
-        ('for (;;) std::puts("again and again and again"); }', {"timeout"}, "s"),
-        ("std::exit(0); }", {"crash"}, "exit code 0 before it answered"),
-        ("_exit(0); }", {"crash"}, "exit code 0"),
-        ("raise(SIGKILL); return 0; }", {"crash"}, "SIGKILL"),
-        (
-            "const_cast<double *>(x.data())[1ul << 40] = 1; return 0; }",
-            {"crash"},
-            "SIGSEGV.*outside its memory",
-        ),
-        ('throw std::runtime_error("no luck today"); }', {"crash"}, "no luck today"),
-        ("volatile bool on = true; while (on) {} return 0; }", {"timeout"}, "no answer"),
-        ("pause(); return 0; }", {"timeout"}, "waits for something"),
-        (
-            "for (int f = 3; f < 64; ++f) { char b[99] = {}; (void)!write(f, b, sizeof b); } "
-            + RIGHT,
-            {"cheat"},
-            "result channel",
-        ),
-        (f"if (x.size() == 1024) {{ {RIGHT[:-2]} }} return 0; }}", {"wrong"}, "reference has"),
-        (
-            "static double first = std::accumulate(x.begin(), x.end(), 0.0) / x.size(); return first; }",
-            {"wrong"},
-            "reference has",
-        ),
-        ('return std::nan(""); }', {"not finite"}, "nan"),
-        ("return 1e308 * 10; }", {"not finite"}, "inf"),
-        ("return 0; } struct Early { Early() { _exit(7); } } early;", {"crash"}, "exit code 7"),
-        ("kill(-1, SIGKILL); pause(); return 0; }", {"timeout"}, "waits"),
-        (
-            "std::function<double(int)> deep = [&](int n) { volatile char b[4096] = {};"
-            " return deep(n + 1) + b[n % 9]; }; return deep(0); }",
-            {"crash"},
-            "SIGSEGV",
-        ),
-        (
-            'FILE *f = std::fopen("/tmp/x", "w"); for (;;) std::fputs("more and more", f); }',
-            {"crash"},
-            "SIGXFSZ|file",
-        ),
-        ("", {"no answer"}, "empty"),
-        ("return undeclared; }", {"no build"}, "undeclared"),
-        ("double other(double); return other(1); }", {"no build"}, "does not link.*other"),
-        ('\n#include "/etc/passwd"\nreturn 0; }', {"no build"}, "passwd"),
-        ('\n#include "/dev/zero"\nreturn 0; }', {"no build"}, ""),
-        (
-            "return 0; } template <int N> struct T { T<N - 1> a; T<N + 1> b; }; T<9> t;",
-            {"no build"},
-            "",
-        ),
-    ],
-)
-def test_a_bad_program_gets_its_verdict_and_a_sentence(
-    bench, average, body: str, allowed: set[str], words: str
-) -> None:
+Case = tuple[str, set[str], str]
+
+HOSTILE: list[Case] = [
+    ("for (;;) fork(); }", {"crash", "timeout"}, ""),
+    (
+        "if (!fork()) { setsid(); sleep(600); } return 0; }",
+        {"wrong"},
+        "the returned value is 0.0",
+    ),
+    (
+        "std::vector<std::vector<char>> all; for (;;) all.emplace_back(1 << 24, 'x'); }",
+        {"crash"},
+        "memory|bad_alloc",
+    ),
+    ('for (;;) std::puts("again and again and again"); }', {"timeout"}, "s"),
+    ("raise(SIGKILL); return 0; }", {"crash"}, "SIGKILL"),
+    (
+        "for (int f = 3; f < 64; ++f) { char b[99] = {}; (void)!write(f, b, sizeof b); } " + RIGHT,
+        {"cheat"},
+        "result channel",
+    ),
+    ("kill(-1, SIGKILL); pause(); return 0; }", {"timeout"}, "waits"),
+    (
+        'FILE *f = std::fopen((std::getenv("HOME") + std::string("/x")).c_str(), "w");'
+        ' for (;;) std::fputs("more and more", f); }',
+        {"crash"},
+        "SIGXFSZ|file",
+    ),
+    ('\n#include "/etc/passwd"\nreturn 0; }', {"no build"}, "passwd"),
+    ('\n#include "/dev/zero"\nreturn 0; }', {"no build"}, ""),
+    (
+        "return 0; } template <int N> struct T { T<N - 1> a; T<N + 1> b; }; T<9> t;",
+        {"no build"},
+        "",
+    ),
+]
+"""Body, verdicts of which it gets one, and what the sentence holds: tried behind every wall."""
+
+BAD: list[Case] = [
+    ("std::exit(0); }", {"crash"}, "exit code 0 before it answered"),
+    ("_exit(0); }", {"crash"}, "exit code 0"),
+    (
+        "const_cast<double *>(x.data())[1ul << 40] = 1; return 0; }",
+        {"crash"},
+        "SIGSEGV.*outside its memory",
+    ),
+    ('throw std::runtime_error("no luck today"); }', {"crash"}, "no luck today"),
+    ("volatile bool on = true; while (on) {} return 0; }", {"timeout"}, "no answer"),
+    ("pause(); return 0; }", {"timeout"}, "waits for something"),
+    (f"if (x.size() == 1024) {{ {RIGHT[:-2]} }} return 0; }}", {"wrong"}, "reference has"),
+    (
+        "static double first = std::accumulate(x.begin(), x.end(), 0.0) / x.size(); return first; }",
+        {"wrong"},
+        "reference has",
+    ),
+    ('return std::nan(""); }', {"not finite"}, "nan"),
+    ("return 1e308 * 10; }", {"not finite"}, "inf"),
+    ("return 0; } struct Early { Early() { _exit(7); } } early;", {"crash"}, "exit code 7"),
+    (
+        "std::function<double(int)> deep = [&](int n) { volatile char b[4096] = {};"
+        " return deep(n + 1) + b[n % 9]; }; return deep(0); }",
+        {"crash"},
+        "SIGSEGV",
+    ),
+    ("", {"no answer"}, "empty"),
+    ("return undeclared; }", {"no build"}, "undeclared"),
+    ("double other(double); return other(1); }", {"no build"}, "does not link.*other"),
+]
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_program_gets_its_verdict_and_a_sentence(walled, average, case: Case) -> None:
+    _gets_its_verdict(walled, average, *case)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_program_gets_its_verdict_and_a_sentence(bench, average, case: Case) -> None:
+    _gets_its_verdict(bench, average, *case)
+
+
+def _gets_its_verdict(bench, average, body: str, allowed: set[str], words: str) -> None:
     headers = "#include <unistd.h>\n#include <csignal>\n"
     # Little memory is filled sooner, on a busy machine too; only what must time out has little time.
     limit_s = HASTE_S if "timeout" in allowed else bench.settings.time_limit_s
@@ -158,8 +172,26 @@ def test_a_bad_program_gets_its_verdict_and_a_sentence(
     assert not found.sample.counts
 
 
-def test_the_next_program_is_judged_as_if_nothing_had_been(bench, average) -> None:
-    assert verdict(bench, average, RIGHT).verdict == "correct"
+@pytest.mark.parametrize("model", ["serial", "omp"])
+def test_the_next_program_is_judged_as_if_nothing_had_been(walled, average, model: Model) -> None:
+    races = replace(
+        walled.settings, races=True, launches=(*ONE_EACH.items(), ("serial", (Launch(),)))
+    )
+    body = average.exercise.answer(model)
+    found = verdict(replace(walled, settings=races), average, body, model)
+    assert found.verdict == "correct", found.because
+
+
+def test_without_a_wall_a_right_answer_is_right(quick, average) -> None:
+    """Nothing is mounted then: every path of compilers and pipes is a real one."""
+    unsafe = replace(quick, sandbox=Unprotected())
+    assert verdict(unsafe, average, RIGHT).verdict == "correct"
+
+
+def test_behind_landlock_mpi_is_left_out_by_name() -> None:
+    """Its launcher needs sockets, which nothing there could keep on this machine."""
+    assert "bubblewrap" in toolchain.barred("mpi", Landlock())
+    assert toolchain.barred("serial", Landlock()) == toolchain.missing("serial")
 
 
 HIDING = """#include <ctime>

@@ -9,7 +9,7 @@ import pytest
 
 from fourfold_hpc_coder.jobs import Job, Limits, Mount, Outcome
 from fourfold_hpc_coder.sandbox import find_sandbox, run, scratch_folder, started
-from fourfold_hpc_coder.walls import Bubblewrap, Namespaces, Unprotected
+from fourfold_hpc_coder.walls import Bubblewrap, Landlock, Namespaces, Unprotected
 
 LIMITS = Limits(wall_s=120, cpu_s=2, memory_bytes=1 << 28, processes=32, file_bytes=1 << 20)
 
@@ -23,26 +23,37 @@ def _works(sandbox) -> bool:
         return False
 
 
-@pytest.fixture(scope="module", params=[Bubblewrap(), Namespaces()], ids=lambda one: one.name)
+@pytest.fixture(
+    scope="module", params=[Bubblewrap(), Namespaces(), Landlock()], ids=lambda one: one.name
+)
 def sandbox(request):
     if not _works(request.param):
-        pytest.skip(f"{request.param.name} does not work here (Debian: bubblewrap, util-linux)")
+        pytest.skip(
+            f"{request.param.name} does not work here (Debian: bubblewrap, util-linux; Linux 6.12)"
+        )
     return request.param
 
 
-def inside(sandbox, script: str, *mounts: Mount, limits: Limits = LIMITS) -> Outcome:
-    return run(sandbox, Job(command=("sh", "-c", script), mounts=mounts, limits=limits))
+def inside(sandbox, script: str, *words: str | Mount, limits: Limits = LIMITS) -> Outcome:
+    """Run a shell script; its arguments are paths inside, which not every wall can keep."""
+    mounts = tuple(one for one in words if isinstance(one, Mount))
+    arguments = tuple(one for one in words if isinstance(one, str))
+    command = ("sh", "-c", script, "sh", *arguments)
+    return run(sandbox, Job(command=command, mounts=mounts, limits=limits))
 
 
 def test_it_sees_usr_and_its_own_processes_and_nothing_of_ours(sandbox) -> None:
     """No /etc/passwd, no home, no environment of ours, no process but its own."""
     found = inside(
-        sandbox, "ls / /etc /proc | sort; env; id -u; test -w /usr && echo writable; ls /home /root"
+        sandbox,
+        "ls / /etc /proc | sort; env; cat /etc/passwd /etc/hostname; ls /home /root; "
+        "echo x > /usr/x && echo writable; cat /proc/$PPID/environ | tr '\\0' '\\n'",
     )
     for secret in ("passwd", "hostname", "shadow", "home", "root", "writable"):
         assert secret not in found.stdout.splitlines()
     assert str(os.getpid()) not in found.stdout.splitlines()
     assert "PYTEST" not in found.stdout
+    assert "root:" not in found.stdout
 
 
 def test_it_has_no_network(sandbox) -> None:
@@ -66,7 +77,10 @@ def test_it_writes_only_where_it_may(sandbox, tmp_path: Path) -> None:
     (readable / "given").write_text("here")
     found = inside(
         sandbox,
-        "cat /given/given; echo > /given/x; echo > /usr/x; echo > /x; echo kept > /made/x; echo > /tmp/x",
+        'cat "$1/given"; echo > "$1/x"; echo > /usr/x; echo > /x; echo kept > "$2/x"; echo > "$HOME/x";'
+        ' ln -s / "$2/root"; echo > "$2/root/x"; chmod 777 "$1/given"; rm "$1/given"',
+        "/given",
+        "/made",
         Mount(source=readable, target="/given"),
         Mount(source=writable, target="/made", writable=True),
     )
@@ -78,13 +92,25 @@ def test_it_writes_only_where_it_may(sandbox, tmp_path: Path) -> None:
 
 
 def test_files_are_bounded(sandbox) -> None:
-    """One file by the limit on files, many by the size of the private folder."""
+    """One file by the limit on files; many by the size of the private folder, or by who looks at it."""
+    found = inside(
+        sandbox, 'head -c 9000000 /dev/zero > "$HOME/a"; wc -c < "$HOME/a"; rm "$HOME/a"'
+    )
+    assert int(found.stdout) <= LIMITS.file_bytes
     found = inside(
         sandbox,
-        "head -c 9000000 /dev/zero > /tmp/a; for i in 1 2 3 4 5; do head -c 600000 /dev/zero > /tmp/$i; done;"
-        " du -sb /tmp | cut -f1",
+        'i=0; while head -c 400000 /dev/zero > "$HOME/$i"; do i=$((i+1)); sleep 0.1; done; echo full',
     )
-    assert int(found.stdout) <= 1.2 * LIMITS.file_bytes
+    assert found.stdout == "full\n" or found.limit == "files"
+
+
+def test_files_without_a_name_are_bounded_too() -> None:
+    """Where no mount of its own bounds them: removed while it is open, a file still takes its space."""
+    if not _works(Landlock()):
+        pytest.skip("Landlock does not work here (Linux 6.12)")
+    held = 'eval "exec $i> $HOME/$i"; rm "$HOME/$i"; head -c 400000 /dev/zero >&$i'
+    script = f"for i in 3 4 5 6; do {held}; done; sleep 60"
+    assert inside(Landlock(), script).limit == "files"
 
 
 def test_everything_ends_with_the_job(sandbox) -> None:
@@ -92,6 +118,47 @@ def test_everything_ends_with_the_job(sandbox) -> None:
     found = inside(sandbox, "setsid sleep 1000 & setsid sleep 1000 & exit 3")
     assert (found.code, found.limit) == (3, "nothing")
     assert "sleep 1000" not in _commands()
+
+
+def test_it_signals_no_process_of_ours(sandbox) -> None:
+    """Neither its keeper, nor this process, nor everybody at once."""
+    found = inside(sandbox, f"kill -9 $PPID {os.getpid()}; kill -9 -1; exit 3")
+    assert found.limit == "nothing"
+    assert found.code in (3, 137)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "socket.socket(socket.AF_INET, socket.SOCK_STREAM)",
+        "socket.socket(socket.AF_INET, socket.SOCK_DGRAM)",
+        "socket.socket(socket.AF_UNIX)",
+        "os.setuid(0)",
+        "os.utime('/usr')",
+        "os.memfd_create('x')",
+        "checked(libc.unshare(0x10000000))",
+        "checked(libc.syscall(56 if os.uname().machine == 'x86_64' else 220, 0x10000011, 0, 0, 0, 0))",
+        "checked(libc.ptrace(16, os.getppid(), 0, 0))",
+        "checked(libc.syscall(425, 8, bytes(120)))",
+        "checked(libc.shmget(0, 4096, 0o1600))",
+        "checked(libc.prlimit(os.getppid(), 7, 0, bytes(16)))",
+    ],
+)
+def test_behind_landlock_calls_of_no_use_to_a_program_are_refused(call: str) -> None:
+    """With EPERM or, by files' rules, EACCES: the interpreter lives to tell."""
+    if not _works(Landlock()):
+        pytest.skip("Landlock does not work here (Linux 6.12)")
+    if not Path("/usr/bin/python3").exists():
+        pytest.skip("no python3 in /usr")
+    script = f"""import ctypes, os, socket
+libc = ctypes.CDLL(None, use_errno=True)
+def checked(found):
+    if found == -1: raise OSError(ctypes.get_errno(), "refused")
+try: {call}
+except PermissionError: print("refused")"""
+    job = Job(command=("/usr/bin/python3", "-I", "-c", script), mounts=(), limits=LIMITS)
+    found = run(Landlock(), job)
+    assert found.stdout == "refused\n", found.stderr
 
 
 def test_an_endless_loop_ends_at_the_processor_limit(sandbox) -> None:
@@ -145,9 +212,17 @@ def _commands() -> str:
     return "\n".join(found)
 
 
+def test_where_no_namespace_can_be_made_landlock_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not _works(Landlock()):
+        pytest.skip("Landlock does not work here (Linux 6.12)")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert find_sandbox(allow_none=False) == Landlock()
+
+
 def test_without_a_sandbox_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     """And says what would help; `allow_none` is the user's word."""
     monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
     with pytest.raises(ValueError, match="bubblewrap"):
         find_sandbox(allow_none=False)
     assert isinstance(find_sandbox(allow_none=True), Unprotected)

@@ -82,6 +82,7 @@ def _limit(outcome: Outcome) -> str:
         "cpu": f"more than {outcome.cpu_s:.0f} s of processor time",
         "memory": "more memory than allowed",
         "processes": "more processes than allowed",
+        "files": "more in its private folder than allowed",
         "nothing": "no limit",
     }[outcome.limit]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Cause = Literal["wall", "cpu", "memory", "processes", "nothing"]
+Cause = Literal["wall", "cpu", "memory", "processes", "files", "nothing"]
 """Which limit ended a job."""
 
 

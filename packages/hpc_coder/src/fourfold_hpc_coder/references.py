@@ -43,7 +43,7 @@ def judge_references(study: References, workplace: Workplace) -> None:
     with RecordWriter(workplace.record) as records, scratch_folder() as scratch:
         records.write_header(header(study, seed=0, world_size=1, materials=(), overrides=()))
         bench = Bench(sandbox=sandbox, scratch=scratch, settings=study.settings, secret=0)
-        absent = {model: toolchain.missing(model) for model in study.models}
+        absent = {model: toolchain.barred(model, sandbox) for model in study.models}
         for model, reason in absent.items():
             if reason:
                 records.write("absent", model=model, because=reason)

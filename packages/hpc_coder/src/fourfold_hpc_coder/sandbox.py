@@ -11,16 +11,17 @@ import select
 import selectors
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
-from fourfold_hpc_coder.jobs import Cause, Job, Limits, Outcome
-from fourfold_hpc_coder.walls import Bubblewrap, Namespaces, Sandbox, Unprotected
+from fourfold_hpc_coder.jobs import Cause, Job, Limits, Mount, Outcome
+from fourfold_hpc_coder.walls import Bubblewrap, Landlock, Namespaces, Sandbox, Unprotected
 
 STRANGERS = itertools.count(os.getpid() * 7 % 4000)
 """Users that own nothing, one per job, so that no job's process count adds to another's (root only)."""
@@ -39,7 +40,7 @@ def find_sandbox(*, allow_none: bool) -> Sandbox:
         ValueError: where none does and `allow_none` is False.
     """
     tried = []
-    for sandbox in (Bubblewrap(), Namespaces()):
+    for sandbox in (Bubblewrap(), Namespaces(), Landlock()):
         reason = _why_not(sandbox)
         if not reason:
             return sandbox
@@ -47,14 +48,15 @@ def find_sandbox(*, allow_none: bool) -> Sandbox:
     if allow_none:
         return Unprotected()
     raise ValueError(
-        f"no sandbox works here ({'; '.join(tried)}); install Debian's bubblewrap, or allow user "
-        "namespaces, or say --unsafe-no-sandbox if you trust every program in the file"
+        f"no sandbox works here ({'; '.join(tried)}); install Debian's bubblewrap, allow user "
+        "namespaces, use Linux 6.12 or newer with Landlock, or say --unsafe-no-sandbox if you trust "
+        "every program in the file"
     )
 
 
 def _why_not(sandbox: Sandbox) -> str:
     limits = Limits(wall_s=20, cpu_s=5, memory_bytes=1 << 28, processes=64, file_bytes=1 << 20)
-    job = Job(command=("test", "!", "-e", "/etc/passwd"), mounts=(), limits=limits)
+    job = Job(command=("sh", "-c", "! head -c 1 /etc/passwd >&2"), mounts=(), limits=limits)
     try:
         outcome = run(sandbox, job)
     except OSError as error:
@@ -69,6 +71,10 @@ class Process:
     job: Job
     handle: subprocess.Popen[bytes]
     started_s: float
+    has_keeper: bool
+    """Whether the handle is of a keeper, which ends the whole job when told to (`landlock.py`)."""
+    private: Path | None
+    """Folder that stands for the job's /tmp, where nothing but us bounds it."""
     limit: Cause = "nothing"
     cpu_s: float = 0.0
     streams: dict[str, bytearray] = field(default_factory=dict)
@@ -118,11 +124,16 @@ class Process:
             self.kill("memory")
         elif count > limits.processes + 16:  # the sandbox's own, and mpirun's
             self.kill("processes")
+        elif self.private and folder_bytes(self.private, self.handle.pid) > limits.file_bytes:
+            self.kill("files")
 
     def kill(self, limit: Cause) -> None:
         """End the whole job; the first limit given is the one that is reported."""
         if self.limit == "nothing":
             self.limit = limit
+        if self.has_keeper:
+            self.handle.terminate()
+            return
         for pid in descendants(self.handle.pid):
             _signal(pid)
         _signal(self.handle.pid)
@@ -168,8 +179,21 @@ class Process:
 @contextlib.contextmanager
 def started(sandbox: Sandbox, job: Job) -> Iterator[Process]:
     """Start a job; on leaving the block it is dead and reaped, whatever happened."""
+    if sandbox.has_namespaces:
+        with _started(sandbox, job, None) as process:
+            yield process
+        return
+    with _folder() as private:
+        stands_for_tmp = Mount(source=private, target="/tmp", writable=True)  # noqa: S108
+        mounted = replace(job, mounts=(*job.mounts, stands_for_tmp))
+        with _started(sandbox, mounted, private) as process:
+            yield process
+
+
+@contextlib.contextmanager
+def _started(sandbox: Sandbox, job: Job, private: Path | None) -> Iterator[Process]:
     stranger = FIRST_STRANGER + next(STRANGERS) % 4000
-    if os.geteuid() == 0 and not isinstance(sandbox, Unprotected):
+    if os.geteuid() == 0 and sandbox.has_namespaces:
         for mount in job.mounts:
             if mount.writable:
                 os.chown(mount.source, stranger, stranger)
@@ -195,6 +219,8 @@ def started(sandbox: Sandbox, job: Job) -> Iterator[Process]:
         job=job,
         handle=handle,
         started_s=time.perf_counter(),
+        has_keeper=isinstance(sandbox, Landlock),
+        private=private,
         streams={"stdout": bytearray(), "stderr": bytearray()},
     )
     try:
@@ -277,14 +303,14 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def usage(pid: int) -> tuple[int, int, float]:
-    """Processes below a process, their resident bytes, their processor seconds."""
+    """Tasks below a process (as the kernel's limit counts), resident bytes, processor seconds."""
     resident, cpu_s, count = 0, 0.0, 0
     for one in descendants(pid):
         try:
             words = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        count += 1
+        count += int(words[17])
         cpu_s += (int(words[11]) + int(words[12])) * _TICK_S
         resident += int(words[21]) * _PAGE
     return count, resident, cpu_s
@@ -295,20 +321,63 @@ def _signal(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def folder_bytes(folder: Path, pid: int) -> int:
+    """Space of a folder's files and of files without a name that processes below a process still hold."""
+    taken: dict[tuple[int, int], int] = {}
+    for found, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                _add(taken, Path(found, name).lstat())
+    for one in descendants(pid):
+        with contextlib.suppress(OSError):
+            for held in os.scandir(f"/proc/{one}/fd"):
+                with contextlib.suppress(OSError):
+                    status = held.stat()
+                    if stat.S_ISREG(status.st_mode) and not status.st_nlink:
+                        _add(taken, status)
+    return sum(taken.values())
+
+
+def _add(taken: dict[tuple[int, int], int], status: os.stat_result) -> None:
+    taken[status.st_dev, status.st_ino] = 512 * status.st_blocks
+
+
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
     """A private folder for jobs' files; those that killed scorers left behind are removed first."""
-    parent = Path(tempfile.gettempdir()) / f"fourfold-hpc-coder-{os.geteuid()}"
-    parent.mkdir(mode=0o700, exist_ok=True)
-    for left in parent.iterdir():
+    for left in _parent().iterdir():
         owner = left.name.partition("-")[0]
         if not (owner.isdigit() and Path("/proc", owner).exists()):
-            shutil.rmtree(left, ignore_errors=True)
+            _remove(left)
+    with _folder() as folder:
+        folder.chmod(0o711)
+        yield folder
+
+
+def _parent() -> Path:
+    parent = Path(tempfile.gettempdir()) / f"fourfold-hpc-coder-{os.geteuid()}"
+    parent.mkdir(mode=0o700, exist_ok=True)
+    return parent
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder of our own, named after this process; it and its parent are removed."""
+    parent = _parent()
     folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=parent))
-    folder.chmod(0o711)
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         with contextlib.suppress(OSError):
             parent.rmdir()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder with what is in it, folders that a job made unreadable too."""
+    for found, folders, _ in os.walk(folder):
+        for name in folders:
+            path = Path(found, name)
+            if not path.is_symlink():
+                path.chmod(0o700)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -175,7 +175,7 @@ def _scorable(
     questions: Sequence[Question], plan: Plan
 ) -> tuple[list[tuple[Question, Asked]], list[pareval.Problem]]:
     kept, left_out = [], []
-    absent = {model: toolchain.missing(model) for model in plan.models}
+    absent = {model: toolchain.barred(model, plan.sandbox) for model in plan.models}
     for question in questions:
         place = f"{question.name} ({question.model})"
         if question.model not in plan.models:
@@ -215,6 +215,8 @@ def _machinery() -> str:
         "jobs.py",
         "sandbox.py",
         "walls.py",
+        "landlock.py",
+        "seccomp.py",
         "workbench.py",
         "judge.py",
         "channel.py",

@@ -20,7 +20,7 @@ from types import MappingProxyType
 from fourfold_hpc_coder.evaluation import Model
 from fourfold_hpc_coder.jobs import Job, Limits, Mount, Outcome
 from fourfold_hpc_coder.sandbox import run
-from fourfold_hpc_coder.walls import Sandbox
+from fourfold_hpc_coder.walls import Landlock, Sandbox
 from fourfold_parallel.run.files import cache_folder, whole_folder
 
 GIB = 1 << 30
@@ -178,6 +178,16 @@ def missing(model: Model) -> str:
     if model == "kokkos" and not (KOKKOS_HEADERS / "Kokkos_Core.hpp").exists():
         return "Kokkos is not installed (Debian: libtrilinos-kokkos-dev)"
     return ""
+
+
+def barred(model: Model, sandbox: Sandbox) -> str:
+    """Why answers in a model cannot be judged here: what is missing, or the sandbox; empty where they can."""
+    if model in ("mpi", "mpi+omp") and isinstance(sandbox, Landlock):
+        return (
+            "MPI's launcher needs sockets, which the sandbox `landlock` cannot keep on this machine; "
+            "install Debian's bubblewrap, or allow user namespaces"
+        )
+    return missing(model)
 
 
 def runs_here(model: Model) -> bool:
@@ -351,11 +361,13 @@ def compile_candidate(sandbox: Sandbox, kept: Kept, source: Path, program: Path)
         Mount(source=program, target="/out", writable=True),
     )
     outcome = run(sandbox, Job(command=command, mounts=mounts, limits=COMPILING))
-    if outcome.code or not is_watched:
-        return outcome
-    # Without the sanitizer's own library: `race.cc` defines what instrumented code calls.
-    link = (flavoured.compiler, "-fopenmp", "/out/answer.o", *linking)
-    return run(sandbox, Job(command=link, mounts=mounts, limits=COMPILING))
+    if is_watched and not outcome.code:
+        # Without the sanitizer's own library: `race.cc` defines what instrumented code calls.
+        link = (flavoured.compiler, "-fopenmp", "/out/answer.o", *linking)
+        outcome = run(sandbox, Job(command=link, mounts=mounts, limits=COMPILING))
+    if not outcome.code:
+        (program / "answer").chmod(0o755)  # a job behind seccomp has no say in modes
+    return outcome
 
 
 def _linking(flavoured: Flavour) -> list[str]:

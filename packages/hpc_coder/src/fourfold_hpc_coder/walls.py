@@ -1,13 +1,18 @@
-"""What keeps a job apart: the command lines of two kinds of sandbox, and of none.
+"""What keeps a job apart: the command lines of three kinds of sandbox, and of none.
 
-Both kinds need Linux namespaces: `Bubblewrap`, and `Namespaces` (util-linux alone, where bubblewrap is not
+Two need Linux namespaces: `Bubblewrap`, and `Namespaces` (util-linux alone, where bubblewrap is not
 installed). Inside, a program sees /usr and what the job mounts, has its own processes, and no network; it
 runs as a user that owns nothing. When the first process in its namespace ends, the kernel ends all others:
-nothing survives. `Unprotected` is for machines where neither works and the user says that it is no matter.
+nothing survives. `Landlock` is for machines that allow no namespaces, as within most containers: the program
+stays among the machine's processes and files and is denied them (`landlock.py` says what that leaves open).
+`Unprotected` is for machines where none works and the user says that it is no matter.
 """
 
+import json
 import os
-from dataclasses import dataclass
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +27,11 @@ class Sandbox(Protocol):
         """For records and messages."""
         ...
 
+    @property
+    def has_namespaces(self) -> bool:
+        """Whether a job has mounts, processes and a bounded /tmp of its own."""
+        ...
+
     def arguments(self, job: Job, stranger: int) -> list[str]:
         """The command line that runs the job's command inside.
 
@@ -32,14 +42,15 @@ class Sandbox(Protocol):
         ...
 
 
-def _limited(job: Job) -> list[str]:
+def _limited(job: Job, *, others: int = 0) -> list[str]:
+    """The command under the kernel's limits; `others` are tasks of its user that are not the job's."""
     limits = job.limits
     return [
         "prlimit",
         f"--as={4 * limits.memory_bytes}",
         f"--cpu={limits.cpu_s}:{limits.cpu_s + 1}",
         f"--fsize={limits.file_bytes}",
-        f"--nproc={limits.processes}",
+        f"--nproc={limits.processes + others}",
         "--nofile=256",
         "--core=0",
         "--",
@@ -61,8 +72,26 @@ def _as_stranger(stranger: int) -> list[str]:
 
 
 def _environment(job: Job) -> dict[str, str]:
-    plain = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "LC_ALL": "C.UTF-8"}  # noqa: S108
-    return {**plain, **dict(job.environment)}
+    plain = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LC_ALL": "C.UTF-8"}
+    private = dict.fromkeys(("HOME", "TMPDIR"), "/tmp")  # noqa: S108
+    return {**plain, **private, **dict(job.environment)}
+
+
+def in_place(job: Job) -> Job:
+    """The job where nothing can be mounted: each path inside is replaced by the real one."""
+
+    def real(word: str) -> str:
+        for mount in job.mounts:
+            if word == mount.target or word.startswith(f"{mount.target}/"):
+                return f"{mount.source}{word.removeprefix(mount.target)}"
+        return word
+
+    environment = _environment(job).items()
+    return replace(
+        job,
+        command=tuple(map(real, job.command)),
+        environment=tuple((key, real(value)) for key, value in environment),
+    )
 
 
 _SEEN = ("/etc/alternatives", "/etc/ld.so.cache", "/etc/openmpi", "/sys/devices/system")
@@ -76,6 +105,7 @@ class Bubblewrap:
     """`bwrap`: as root it drops to a stranger inside, as a user it makes a user namespace."""
 
     name: str = "bubblewrap"
+    has_namespaces: bool = True
 
     def arguments(self, job: Job, stranger: int) -> list[str]:
         """Mounts, namespaces, limits, then the command."""
@@ -138,6 +168,7 @@ class Namespaces:
     """util-linux alone: `unshare`, a small root of mounts, `pivot_root`, `setpriv`."""
 
     name: str = "namespaces"
+    has_namespaces: bool = True
 
     def arguments(self, job: Job, stranger: int) -> list[str]:
         """As `Bubblewrap`; the environment is set by `env -i` outside."""
@@ -152,20 +183,54 @@ class Namespaces:
         return [*words, "--", *(_as_stranger(stranger) if is_root else []), *_limited(job)]
 
 
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Landlock:
+    """Landlock, seccomp and a keeper, for whoever may make no namespace; programs have no socket."""
+
+    name: str = "landlock"
+    has_namespaces: bool = False
+
+    def arguments(self, job: Job, stranger: int) -> list[str]:
+        """The keeper's command line, which holds the rules, the real paths and the limits."""
+        placed = in_place(job)
+        given = [str(mount.source) for mount in job.mounts if not mount.writable]
+        pipes = [one for folder in given for one in Path(folder).iterdir() if one.is_fifo()]
+        asked = {
+            "command": _limited(placed, others=_tasks_of_user() if os.geteuid() else 0),
+            "user": stranger,
+            "environment": dict(placed.environment),
+            "home": dict(placed.environment)["HOME"],
+            "rules": {
+                "see": ["/usr", *(f"/{link}" for link in _LINKS), *_SEEN, *given],
+                "use": [*_DEVICES, *map(str, pipes)],
+                "own": [str(mount.source) for mount in job.mounts if mount.writable],
+            },
+        }
+        return [sys.executable, "-I", "-m", "fourfold_hpc_coder.landlock", json.dumps(asked)]
+
+
+def _tasks_of_user() -> int:
+    """Tasks of the user who runs this: without a namespace the kernel counts a job's together with them."""
+    found = 0
+    for entry in os.scandir("/proc"):
+        with suppress(OSError):
+            if entry.name.isdigit() and entry.stat().st_uid == os.geteuid():
+                found += sum(1 for _ in os.scandir(f"{entry.path}/task"))
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unprotected:
     """No protection but limits: for programs that the user trusts. Mounts are replaced by real paths."""
 
     name: str = "none"
+    has_namespaces: bool = False
 
     def arguments(self, job: Job, stranger: int) -> list[str]:  # noqa: ARG002 - the protocol's
         """The command with the targets of mounts replaced by their sources."""
-        mounts = sorted(job.mounts, key=lambda mount: -len(mount.target))
-
-        def real(word: str) -> str:
-            for mount in mounts:
-                word = word.replace(f"{mount.target}/", f"{mount.source}/")
-            return word
-
-        pairs = (f"{key}={real(value)}" for key, value in _environment(job).items())
-        return ["env", "-i", *pairs, *map(real, _limited(job))]
+        placed = in_place(job)
+        pairs = (f"{key}={value}" for key, value in placed.environment)
+        return ["env", "-i", *pairs, *_limited(placed, others=_tasks_of_user())]

@@ -237,7 +237,7 @@ _OPEN_MPI = (
 
 
 def _job(settings: Settings, program: Path, model: Model, launch: Launch) -> Job:
-    command = ("/job/answer",)
+    command = ("/job/answer", "/channel/")
     if model in ("mpi", "mpi+omp"):
         command = (
             "mpirun",

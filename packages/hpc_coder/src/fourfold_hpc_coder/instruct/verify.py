@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from fourfold_hpc_coder import toolchain
 from fourfold_hpc_coder.evaluation import Launch, Model
 from fourfold_hpc_coder.instruct.grammar import Task
 from fourfold_hpc_coder.judge import Judgement, Reference, Round, judge
@@ -64,7 +65,12 @@ def verify(
         model: parallel model asked for.
         prompt: ends by opening the function.
         answers: function bodies.
+
+    Raises:
+        ValueError: where the model cannot be run here.
     """
+    if reason := toolchain.barred(model, workbench.sandbox):
+        raise ValueError(f"{reason}; or leave {model} out of --models")
     right = oracle(task, workbench.secret)
     problem = task.problem()
 
