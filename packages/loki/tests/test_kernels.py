@@ -1,7 +1,10 @@
 """The fast twins against the reference, at shapes that are no powers of two."""
 
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +12,12 @@ from torch import Tensor
 
 from fourfold_loki.attention import approximate_scores, attend
 from fourfold_loki.budget import Budget, Count
-from fourfold_loki.kernels import cpu
+from fourfold_loki.kernels import cpu, native
+from fourfold_loki.kernels.dispatch import twin
 
 FLOAT32 = 2e-5
+BFLOAT16 = 1e-2
+"""Inputs are rounded alike for both sides; what is left is the output's own rounding."""
 SHAPES = [
     # batch, heads, kv_heads, head width, width, tokens, keys, page
     (1, 1, 1, 64, 8, 17, 7, 1),
@@ -50,11 +56,23 @@ def reference(shape: tuple[int, ...], *, sinks: int = 0, window: int = 0) -> Ten
     return attend(queries, keys, values, keep, scaling=scaling)
 
 
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, native.COMPILERS)), reason="needs a C++ compiler, as Debian's g++"
+)
+TWINS = [
+    pytest.param(cpu.decode, id="torch"),
+    pytest.param(native.decode, id="compiled", marks=needs_compiler),
+]
+
+
+@pytest.mark.parametrize("decode", TWINS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("sinks", "window"), [(0, 0), (2, 4)])
-def test_the_cpu_twin_is_the_reference(shape: tuple[int, ...], sinks: int, window: int) -> None:
+def test_a_cpu_twin_is_the_reference(
+    decode: Callable[..., Tensor], shape: tuple[int, ...], sinks: int, window: int
+) -> None:
     queries, keys, values, leading = scene(shape)
-    output = cpu.decode(
+    output = decode(
         queries,
         keys,
         values,
@@ -69,6 +87,88 @@ def test_the_cpu_twin_is_the_reference(shape: tuple[int, ...], sinks: int, windo
     torch.testing.assert_close(
         output, reference(shape, sinks=sinks, window=window), atol=FLOAT32, rtol=FLOAT32
     )
+
+
+FACTS = {"length": 255, "pages": 4, "page": 16, "sinks": 0, "window": 0, "scaling": 0.125}
+
+
+@needs_compiler
+def test_the_compiled_twin_reads_bfloat16() -> None:
+    parts = [part.bfloat16() for part in scene(SHAPES[1])]
+    assert twin(*parts) is native.decode
+    expected = cpu.decode(*(part.float() for part in parts), **FACTS)
+    output = native.decode(*parts, **FACTS)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), expected, atol=BFLOAT16, rtol=BFLOAT16)
+
+
+@needs_compiler
+def test_threads_share_the_heads_and_change_nothing() -> None:
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(native.decode(*scene(SHAPES[1]), **FACTS))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+@needs_compiler
+def test_scores_far_apart_leave_no_weight_undefined() -> None:
+    queries, keys, values, leading = scene(SHAPES[1])
+    scaled = (1000 * queries, keys, values, leading)
+    expected = cpu.decode(*scaled, **FACTS)
+    torch.testing.assert_close(native.decode(*scaled, **FACTS), expected, atol=1e-3, rtol=1e-3)
+
+
+@needs_compiler
+def test_the_compiled_twin_refuses_what_it_cannot_read() -> None:
+    queries, keys, values, leading = scene(SHAPES[1])
+    with pytest.raises(ValueError, match=r"float64 .* takes contiguous float32 or bfloat16"):
+        native.decode(queries.double(), keys, values, leading, **FACTS)
+    narrow = keys[..., :40].contiguous()
+    assert twin(queries[..., :40], narrow, values, leading) is cpu.decode
+    with pytest.raises(ValueError, match=r"pages=17 of length=255 with pages of 16.*1 to 16"):
+        native.decode(queries, keys, values, leading, **{**FACTS, "pages": 17})
+
+
+@pytest.fixture
+def fresh_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A cache of its own, and nothing remembered before or after."""
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path / "cache"))
+    native.library.cache_clear()
+    yield tmp_path
+    native.library.cache_clear()
+
+
+def test_without_a_compiler_torch_decodes(
+    fresh_library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(fresh_library))
+    assert twin(*scene(SHAPES[1])) is cpu.decode
+
+
+def test_a_compiler_that_fails_is_named_and_torch_decodes(
+    fresh_library: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = fresh_library / "c++"
+    broken.write_text("#!/bin/sh\necho 'no space left' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(fresh_library), prepend=":")
+    assert twin(*scene(SHAPES[1])) is cpu.decode
+    assert "no space left" in caplog.text
+    assert not list(fresh_library.rglob("*.so"))
+
+
+@needs_compiler
+def test_a_kernel_is_compiled_once(fresh_library: Path) -> None:
+    compiler = Path(next(filter(None, map(shutil.which, native.COMPILERS))))
+    built = native.build(compiler)
+    made = built.stat()
+    assert native.build(compiler).stat().st_mtime_ns == made.st_mtime_ns
+    assert [path for path in built.parent.iterdir() if path != built] == []
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -118,9 +218,8 @@ def interpret() -> None:
         torch.testing.assert_close(output, expected, atol=FLOAT32, rtol=FLOAT32)
         sys.stdout.write("equal\n")
     queries, keys, values, leading = (part.half() for part in scene(SHAPES[1]))
-    facts = {"length": 255, "pages": 4, "page": 16, "sinks": 0, "window": 0, "scaling": 0.125}
-    ours = triton.decode(queries, keys, values, leading, **facts)
-    theirs = cpu.decode(queries.float(), keys.float(), values.float(), leading.float(), **facts)
+    ours = triton.decode(queries, keys, values, leading, **FACTS)
+    theirs = cpu.decode(queries.float(), keys.float(), values.float(), leading.float(), **FACTS)
     torch.testing.assert_close(ours.float(), theirs, atol=2e-3, rtol=2e-3)
     sys.stdout.write("equal\n")
 

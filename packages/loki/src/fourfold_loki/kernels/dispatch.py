@@ -1,11 +1,13 @@
-"""Which twin decodes: Triton on a GPU, plain torch elsewhere; the reference where neither can."""
+"""Which twin decodes: Triton on a GPU, C++ on a CPU with a compiler, torch elsewhere; else the reference."""
+
+from collections.abc import Callable
 
 from jaxtyping import Float
 from torch import Tensor
 
 from fourfold_loki.budget import Mass
 from fourfold_loki.cache import LokiLayer
-from fourfold_loki.kernels import cpu
+from fourfold_loki.kernels import cpu, native
 from fourfold_loki.plan import Sparse
 from fourfold_loki.selectors import Loki
 
@@ -28,6 +30,18 @@ def can_decode(plan: Sparse, queries: Tensor, layer: LokiLayer) -> bool:
     )
 
 
+def twin(
+    queries: Tensor, keys: Tensor, values: Tensor, leading: Tensor
+) -> Callable[..., Float[Tensor, "batch heads 1 value_width"]]:
+    """The fastest `decode` that takes these tensors."""
+    if queries.device.type == "cuda":
+        # Triton is an extra, and its import needs a GPU's driver or the interpreter.
+        from fourfold_loki.kernels import triton
+
+        return triton.decode
+    return native.decode if native.takes(queries, keys, values, leading) else cpu.decode
+
+
 def decode(
     plan: Sparse,
     queries: Float[Tensor, "batch heads 1 head_width"],
@@ -42,11 +56,7 @@ def decode(
     pages = budget.units(length)
     if length < budget.dense_below or pages * budget.page >= length:
         return cpu.dense(queries, layer.keys, layer.values, length=length, scaling=scaling), length
-    if queries.device.type == "cuda":
-        # Triton is an extra, and its import needs a GPU's driver or the interpreter.
-        from fourfold_loki.kernels.triton import decode as decode_pages
-    else:
-        from fourfold_loki.kernels.cpu import decode as decode_pages
+    decode_pages = twin(queries, layer.keys, layer.values, layer.leading)
     output = decode_pages(
         queries,
         layer.keys,

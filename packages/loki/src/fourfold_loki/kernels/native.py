@@ -1,0 +1,186 @@
+"""Decoding on a CPU with a C++ compiler at hand: `decode.cpp`, compiled for this processor when first needed.
+
+torch's operations read the chosen pages twice (once to copy them together, once to multiply) and compute in
+bfloat16, which few processors can; the compiled kernel reads each number once and computes in float32. It is
+kept in fourfold's cache under a name made of its source, the compiler and the processor. Without a compiler,
+or for what it does not take, `cpu.py` computes the same.
+"""
+
+import ctypes
+import hashlib
+import importlib.resources
+import itertools
+import logging
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fourfold_parallel.run.files import cache_folder, whole_file
+
+LANES = 16
+"""Head widths are multiples of it."""
+BLOCK = 64
+"""The room of a cache is a multiple of it."""
+FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+)
+COMPILERS = ("c++", "g++", "clang++")
+
+log = logging.getLogger(__name__)
+
+
+def takes(queries: Tensor, keys: Tensor, values: Tensor, leading: Tensor) -> bool:
+    """Whether `decode` can compute with these, and there is something to compile it with."""
+    parts = (keys, values, leading)
+    return (
+        queries.device.type == "cpu"
+        and queries.dtype in (torch.float32, torch.bfloat16)
+        and all(part.dtype == queries.dtype and part.is_contiguous() for part in parts)
+        and keys.shape[-1] % LANES == 0
+        and values.shape[-1] % LANES == 0
+        and keys.shape[2] % BLOCK == 0
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
+
+
+def decode(
+    queries: Float[Tensor, "batch heads 1 head_width"],
+    keys: Float[Tensor, "batch kv_heads room head_width"],
+    values: Float[Tensor, "batch kv_heads room value_width"],
+    leading: Float[Tensor, "batch kv_heads width room"],
+    *,
+    length: int,
+    pages: int,
+    page: int,
+    sinks: int,
+    window: int,
+    scaling: float,
+) -> Float[Tensor, "batch heads 1 value_width"]:
+    """`cpu.decode` in one sweep over the cache; of pages that rank alike it reads the earliest.
+
+    Sequences and key/value heads are shared out among `torch.get_num_threads()` threads.
+
+    Args:
+        queries: in the basis of the layer.
+        keys: in the basis, with room for more than `length` tokens; see `takes`.
+        values: as cached.
+        leading: the first coordinates of the keys.
+        length: tokens held, at least one.
+        pages: how many pages to read, at most as many as are held.
+        page: tokens of a page.
+        sinks: first tokens whose pages are always read.
+        window: last tokens whose pages are always read.
+        scaling: of the scores.
+
+    Raises:
+        ValueError: for tensors that `takes` refuses, or more pages than there are.
+    """
+    if not takes(queries, keys, values, leading):
+        raise ValueError(
+            f"queries of {queries.dtype} on {queries.device} with keys {tuple(keys.shape)} and values "
+            f"{tuple(values.shape)}: the compiled kernel takes contiguous float32 or bfloat16 on a CPU, "
+            f"widths that are multiples of {LANES}, room that is one of {BLOCK}, and needs one of "
+            f"{', '.join(COMPILERS)}; use kernels.cpu"
+        )
+    held = -(-length // page)
+    if not (1 <= length <= keys.shape[2] and 1 <= pages <= held):
+        raise ValueError(
+            f"pages={pages} of length={length} with pages of {page} and room for {keys.shape[2]}; "
+            f"use 1 to {held} pages, and a length that fits the room"
+        )
+    compiled = library()
+    batch, heads, _, head_width = queries.shape
+    kv_heads, room = keys.shape[1:3]
+    stacks, value_width = batch * kv_heads, values.shape[-1]
+    wide = (queries.float() * scaling).contiguous()
+    output = torch.empty(batch, heads, 1, value_width)
+    sizes = (ctypes.c_int64 * 10)(
+        heads // kv_heads, head_width, value_width, leading.shape[2], room,
+        length, pages, page, sinks, window,
+    )  # fmt: skip
+    parts = [ctypes.c_void_p(part.data_ptr()) for part in (wide, keys, values, leading, output)]
+    is_bfloat16 = ctypes.c_int32(keys.dtype == torch.bfloat16)
+
+    def sweep(first: int, last: int) -> None:
+        assert compiled is not None
+        compiled.fourfold_loki_decode(
+            *parts, sizes, ctypes.c_int64(first), ctypes.c_int64(last), is_bfloat16
+        )
+
+    threads = min(torch.get_num_threads(), stacks)
+    bounds = [stacks * i // threads for i in range(threads + 1)]
+    others = [_threads(threads).submit(sweep, *part) for part in itertools.pairwise(bounds[1:])]
+    sweep(*bounds[:2])
+    for other in others:
+        other.result()
+    return output.to(queries.dtype)
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="loki")
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel, or None (said once in the log) where nothing here can compile it."""
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        log.info("none of %s is here; decoding with torch's operations", ", ".join(COMPILERS))
+        return None
+    try:
+        return ctypes.CDLL(str(build(Path(compiler))))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        log.warning("%s cannot compile loki's kernel, using torch's operations: %s", compiler, said)
+        return None
+
+
+def build(compiler: Path) -> Path:
+    """The shared library for this processor, from the cache or compiled now (about two seconds).
+
+    Raises:
+        OSError: where the cache cannot be written.
+        subprocess.SubprocessError: where the compiler fails.
+    """
+    source = (
+        importlib.resources.files("fourfold_loki.kernels").joinpath("decode.cpp").read_text("utf-8")
+    )
+    version = subprocess.run(  # noqa: S603 - a compiler from PATH
+        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    named = "\0".join([source, *FLAGS, str(compiler), version, processor()])
+    built = cache_folder() / "loki" / "kernels" / f"{hashlib.sha256(named.encode()).hexdigest()}.so"
+    if not built.exists():
+        with whole_file(built) as partial:
+            subprocess.run(  # noqa: S603 - as above
+                [compiler, *FLAGS, "-x", "c++", "-", "-o", partial],
+                input=source, capture_output=True, text=True, check=True, timeout=300,
+            )  # fmt: skip
+    return built
+
+
+def processor() -> str:
+    """What `-march=native` looks at; homes are shared by machines that differ in it."""
+    described = Path("/proc/cpuinfo")
+    if not described.exists():
+        return platform.processor() + platform.machine()
+    lines = described.read_text("utf-8").splitlines()
+    told = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(
+        [platform.machine(), *sorted({line for line in lines if line.startswith(told)})]
+    )
