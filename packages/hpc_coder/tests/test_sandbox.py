@@ -78,7 +78,7 @@ def test_it_writes_only_where_it_may(sandbox, tmp_path: Path) -> None:
     found = inside(
         sandbox,
         'cat "$1/given"; echo > "$1/x"; echo > /usr/x; echo > /x; echo kept > "$2/x"; echo > "$HOME/x";'
-        ' ln -s / "$2/root"; echo > "$2/root/x"; chmod 777 "$1/given"; rm "$1/given"',
+        ' ln -s / "$2/top"; echo > "$2/top/x"; chmod 777 "$1/given"; rm "$1/given"',
         "/given",
         "/made",
         Mount(source=readable, target="/given"),

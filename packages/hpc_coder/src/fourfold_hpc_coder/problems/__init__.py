@@ -6,6 +6,7 @@ in the parallel models come from one kernel.
 """
 
 import importlib.resources
+import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -282,8 +283,9 @@ def _dtype(element: str, structures: Mapping[str, Sequence[str]]) -> np.dtype:
 
 
 def _length(expression: object, n: int) -> int:
-    """A product of numbers and `n`: `8*n`."""
-    return int(np.prod([n if word == "n" else int(word) for word in str(expression).split("*")]))
+    """A product of numbers, `n` and sums with it: `8*n`, `(n+2)*n`."""
+    factors = [word.strip("()").split("+") for word in str(expression).split("*")]
+    return math.prod(sum(n if term == "n" else int(term) for term in sum_) for sum_ in factors)
 
 
 def _draw(
@@ -314,7 +316,8 @@ def _draw(
         case "adjacency":
             values = _adjacency(n, symmetric=rule["symmetric"], generator=generator)
         case "sparse":
-            values = _sparse(n, _length(rule["entries"], n), parameter.dtype, generator)
+            shape = (_length(rule["rows"], n), _length(rule["columns"], n))
+            values = _sparse(shape, _length(rule["entries"], n), parameter.dtype, generator)
         case "member":
             values = _member(drawn[rule["of"]], rule["chance"], generator)
         case unknown:
@@ -359,10 +362,13 @@ def _adjacency(n: int, *, symmetric: bool, generator: np.random.Generator) -> np
     return edges.ravel()
 
 
-def _sparse(n: int, entries: int, dtype: np.dtype, generator: np.random.Generator) -> np.ndarray:
-    places = generator.choice(n * n, size=min(entries, n * n), replace=False, shuffle=True)
+def _sparse(
+    shape: tuple[int, int], entries: int, dtype: np.dtype, generator: np.random.Generator
+) -> np.ndarray:
+    cells = shape[0] * shape[1]
+    places = generator.choice(cells, size=min(entries, cells), replace=False, shuffle=True)
     values = np.empty(len(places), dtype)
-    values["row"], values["column"] = np.divmod(places, n)
+    values["row"], values["column"] = np.divmod(places, shape[1])
     values["value"] = generator.uniform(-1, 1, size=len(places))
     return values
 

@@ -1,0 +1,237 @@
+"""No wrong program passes: programs made from right ones by one small change each, where a hand slips.
+
+Bounds, operators, constants, conditions, steps, indices and arguments are changed, and statements dropped.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
+
+import pytest
+import tree_sitter_cpp
+from tree_sitter import Language, Node, Parser
+
+from fourfold_hpc_coder.judge import judge, reference
+from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.workbench import Bench
+
+LANGUAGE = Language(tree_sitter_cpp.language())
+
+OPERATORS: dict[str, tuple[str, ...]] = {
+    "<": ("<=", ">"),
+    "<=": ("<", ">="),
+    ">": (">=", "<"),
+    ">=": (">", "<="),
+    "==": ("!=", "<=", ">="),
+    "!=": ("==",),
+    "+": ("-", "*"),
+    "-": ("+",),
+    "*": ("+", "-"),
+    "/": ("*", "+"),
+    "%": ("/", "*"),
+    "&&": ("||",),
+    "||": ("&&",),
+    "&": ("|", "^"),
+    "|": ("&",),
+    "^": ("|", "&"),
+    "+=": ("-=", "="),
+    "-=": ("+=",),
+    "*=": ("+=", "="),
+    "/=": ("*=",),
+    "^=": ("|=",),
+    "|=": ("&=",),
+    "&=": ("|=",),
+    "++": ("--",),
+}
+NAMES = {
+    "min": "max",
+    "max": "min",
+    "true": "false",
+    "false": "true",
+    "lower_bound": "upper_bound",
+    "cos": "sin",
+    "sin": "cos",
+}
+VARIABLES = {
+    "row": "column",
+    "column": "row",
+    "x": "y",
+    "y": "x",
+    "i": "j",
+    "j": "i",
+    "M": "N",
+    "N": "K",
+}
+"""Names that are mistaken for one another; variables only for those that the function knows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mutant:
+    """A body, and what was done to it."""
+
+    body: str
+    change: str
+
+
+def mutants(prompt: str, body: str) -> list[Mutant]:
+    """Distinct mutants of a function's body; those of different kinds stand in turn."""
+    whole = f"{prompt}{body}".encode()
+    first = len(prompt.encode())
+    root = Parser(LANGUAGE).parse(whole).root_node
+    kinds: dict[str, list[Mutant]] = {}
+    seen = {_bare(body)}
+    for node in _nodes(root):
+        if node.start_byte < first:
+            continue
+        for kind, begin, end, text in _changes(node, whole):
+            changed = (whole[:begin] + text.encode() + whole[end:])[first:].decode()
+            if _bare(changed) in seen:
+                continue
+            seen.add(_bare(changed))
+            was = " ".join(whole[begin:end].decode().split())
+            line = whole[first:begin].count(b"\n") + 1
+            change = f"line {line}: `{was}` becomes `{text}`"
+            kinds.setdefault(kind, []).append(Mutant(body=changed, change=change))
+    turns = chain.from_iterable(zip_longest(*kinds.values()))
+    return [one for one in turns if one is not None]
+
+
+def _bare(body: str) -> str:
+    return re.sub(r"\s+", "", body)
+
+
+def _nodes(node: Node) -> Iterator[Node]:
+    yield node
+    for child in node.children:
+        yield from _nodes(child)
+
+
+Change = tuple[str, int, int, str]
+"""Kind, first and last place, and what is written there instead."""
+
+
+def _changes(node: Node, whole: bytes) -> Iterator[Change]:
+    """Every change that a node offers."""
+
+    def text(one: Node) -> str:
+        return whole[one.start_byte : one.end_byte].decode()
+
+    yield from _of_words(node, text(node), whole)
+    yield from _of_statements(node, text)
+    yield from _of_expressions(node, text)
+
+
+def _of_words(node: Node, mine: str, whole: bytes) -> Iterator[Change]:
+    """Operators, names and numbers."""
+    begin, end = node.start_byte, node.end_byte
+    above = node.parent.type if node.parent else ""
+    if above in ("binary_expression", "assignment_expression", "update_expression"):
+        for other in OPERATORS.get(mine, ()):
+            yield "operator", begin, end, other
+    if mine in NAMES and not node.children:
+        yield "name", begin, end, NAMES[mine]
+    known = set(re.findall(r"\w+", whole.decode()))
+    if mine in VARIABLES and node.is_named and VARIABLES[mine] in known:
+        yield "name", begin, end, VARIABLES[mine]
+    if node.type == "number_literal" and (match := re.fullmatch(r"(\d+)(\.\d*)?([a-zA-Z]*)", mine)):
+        number, rest = int(match[1]), (match[2] or "") + match[3]
+        yield "constant", begin, end, f"{number + 1}{rest}"
+        if number:
+            yield "constant", begin, end, f"{number - 1}{rest}"
+
+
+def _of_statements(node: Node, text: Callable[[Node], str]) -> Iterator[Change]:
+    """Statements dropped, conditions turned, and loops that stop early or skip."""
+    begin, end = node.start_byte, node.end_byte
+    above = node.parent.type if node.parent else ""
+    if node.type in ("expression_statement", "if_statement"):
+        yield "statement", begin, end, ";"
+    if node.type == "condition_clause" and above == "if_statement":
+        yield "condition", begin, end, f"(!{text(node)})"
+        yield "condition", begin, end, "(true)"
+    if node.type == "for_statement":
+        bound = node.child_by_field_name("condition")
+        if bound is not None and (right := bound.child_by_field_name("right")) is not None:
+            yield "bound", right.start_byte, right.end_byte, f"{text(right)} - 1"
+            yield "bound", right.start_byte, right.end_byte, f"{text(right)} / 2"
+        step = node.child_by_field_name("update")
+        if step is not None and step.type == "update_expression":
+            yield "bound", step.start_byte, step.end_byte, f"{text(step).strip('+-')} += 2"
+
+
+def _of_expressions(node: Node, text: Callable[[Node], str]) -> Iterator[Change]:
+    """Values, operands, arguments and indices."""
+    begin, end = node.start_byte, node.end_byte
+    match node.type:
+        case "return_statement" if node.named_children:
+            yield from _instead("result", node.named_children[0], text)
+        case "assignment_expression":
+            yield from _instead("value", node.children[-1], text)
+        case "binary_expression" if text(node.children[1]) in ("+", "-", "*", "/", "&&", "||"):
+            yield "operand", begin, end, text(node.children[0])
+            yield "operand", begin, end, text(node.children[2])
+        case "subscript_argument_list":
+            yield "index", begin, end, "[0]"
+            yield "index", begin, end, f"[({text(node)[1:-1]}) / 2]"
+        case "argument_list" if len(node.named_children) == 2:
+            left, right = node.named_children
+            called = node.prev_sibling
+            if called is None or text(called) not in ("std::min", "std::max"):
+                yield "arguments", begin, end, f"({text(right)}, {text(left)})"
+        case "conditional_expression":
+            asked, yes, no = node.named_children[:3]
+            yield "condition", begin, end, f"{text(asked)} ? {text(no)} : {text(yes)}"
+        case _:
+            return
+
+
+def _instead(kind: str, value: Node, text: Callable[[Node], str]) -> Iterator[Change]:
+    for pattern in ("1 + ({})", "{{}}", "-({})", "2 * ({})"):
+        yield kind, value.start_byte, value.end_byte, pattern.format(text(value))
+
+
+ENOUGH = 20
+"""Mutants that build, of each problem."""
+EQUIVALENT: dict[str, dict[str, str]] = {
+    "02_dense_la_gemm": {
+        "line 2: `0` becomes `{}`": "a double made of nothing is 0",
+        "line 2: `0` becomes `-(0)`": "an integer's 0 has no sign",
+    },
+    "03_dense_la_axpy": {"line 1: `x` becomes `y`": "both are of one length"},
+}
+"""Changes that change no answer, by problem, each with the reason."""
+
+
+def survivors(bench: Bench, name: str, most: int) -> tuple[list[str], int]:
+    """Changes to the serial reference whose answers are all right, and how many built in all."""
+    problem = own_problems()[name]
+    size = min(problem.timing_size, 16 * problem.check_size)
+    hasty = replace(bench.settings, time_limit_s=5, repetitions=1, sizes=((name, size),))
+    bench = replace(bench, settings=hasty)
+    right = reference(bench, problem)
+    alive, count = [], 0
+    for one in mutants(problem.prompt("serial"), problem.answer("serial")):
+        if one.change in EQUIVALENT.get(name, {}):
+            continue
+        verdict = judge(bench, right, "serial", problem.prompt("serial"), one.body).verdict
+        count += verdict != "no build"
+        if verdict == "correct":
+            alive.append(one.change)
+        if count == most:
+            break
+    return alive, count
+
+
+@pytest.mark.parametrize("name", ["04_dense_la_gemv", "06_fft_dft"])
+def test_a_few_mutants_die(bench, name: str) -> None:
+    assert survivors(bench, name, 8) == ([], 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["02_dense_la_gemm", "03_dense_la_axpy", "04_dense_la_gemv", "06_fft_dft"]
+)
+def test_all_mutants_die(bench, name: str) -> None:
+    """Among them one that takes a matrix's height for its width."""
+    assert survivors(bench, name, ENOUGH) == ([], ENOUGH)
