@@ -251,9 +251,10 @@ def times(ranks: int, width: int) -> dict[str, Any]:
     return {"rounds": ROUNDS, "step_s": seen, "median_ratio_to_ddp": ratios}
 
 
-def memory(ranks: int, width: int) -> dict[str, Any]:
-    """Growth of the peak resident set."""
-    return {"peak_growth_bytes": {name: grown(name, ranks, width) for name in contenders(ranks)}}
+def memory(ranks: int, width: int, only: list[str]) -> dict[str, Any]:
+    """Growth of the peak resident set, of the contenders named or of all."""
+    names = only or contenders(ranks)
+    return {"peak_growth_bytes": {name: grown(name, ranks, width) for name in names}}
 
 
 def main() -> None:
@@ -264,12 +265,17 @@ def main() -> None:
     arguments.add_argument("what", choices=("times", "memory"))
     arguments.add_argument("--out", type=Path, help="JSON lines to append to")
     arguments.add_argument("--contender", help="one process of `memory`: this one")
+    arguments.add_argument("--only", nargs="*", default=[], help="`memory` of these contenders")
     asked = arguments.parse_args()
     if asked.contender:
         print(max(run_on_ranks(asked.ranks, growth, name=asked.contender, width=asked.width)))
         return
     load = os.getloadavg()[0]
-    found = {"times": times, "memory": memory}[asked.what](asked.ranks, asked.width)
+    found = (
+        times(asked.ranks, asked.width)
+        if asked.what == "times"
+        else memory(asked.ranks, asked.width, asked.only)
+    )
     record = {
         "event": "grid_vs_peers", "ranks": asked.ranks, "batch": BATCH, "sequence": SEQUENCE,
         "model": config(asked.width).to_diff_dict(), "torch": torch.__version__,
