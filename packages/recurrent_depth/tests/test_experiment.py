@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +15,8 @@ from fourfold_parallel.run.values import from_json, to_json
 from fourfold_recurrent_depth import recipes
 from fourfold_recurrent_depth.claims import ADDITION, AUTOMATON, CLAIMS, DRAWS, LANGUAGE
 from fourfold_recurrent_depth.experiment import EXPERIMENT, examine_additions, examine_draws
+from fourfold_recurrent_depth.flops import costs
+from fourfold_recurrent_depth.fresh import RecurrentDepth
 from fourfold_recurrent_depth.study import DEPTHS
 from fourfold_recurrent_depth.tasks.addition import Digits, Sums, sums_of
 
@@ -27,10 +29,16 @@ def test_recipes_rebuild_from_their_records() -> None:
 
 
 def test_arms_differ_in_the_draw_of_recurrences_alone() -> None:
-    runs = {arm: run for arm, run in recipes.cells("laptop").members if run.seed == 1}
-    law = runs["law"]
-    for run in runs.values():
-        assert replace(run, name=law.name, objective=law.objective) == law
+    runs = {arm: run for arm, run in recipes.cells("laptop").members if run.seed == 3}
+    law, untied = runs["law"], runs["untied"]
+    for arm, run in runs.items():
+        model = law.model if arm == "untied" else run.model
+        assert replace(run, name=law.name, objective=law.objective, model=model) == law
+    deep, wide = (cast(RecurrentDepth, run.model) for run in (law, untied))
+    assert replace(wide, core=deep.core) == deep
+    one, other = (costs(model.config(), context=32) for model in (deep, wide))
+    recurrent, at_once = one.forward(recipes.CELLS_MEAN), other.forward(1)
+    assert at_once == pytest.approx(recurrent, rel=0.1)
 
 
 def test_every_claim_of_the_page_has_a_row() -> None:
@@ -77,7 +85,7 @@ def automaton(folder: Path, *, good: bool) -> Any:
     """A model that does what the paper says, or one that does the opposite."""
     events: list[tuple[str, dict[str, Any]]] = []
     for seed in range(3):
-        for arm in ("law", "fixed", "shallow"):
+        for arm in ("law", "fixed", "shallow", "untied"):
             for k in (1, 2, 3):
                 rights = {
                     r: 0.98 if (r >= k and arm != "shallow") or k == 1 else 0.6 for r in DEPTHS
@@ -96,7 +104,7 @@ def automaton(folder: Path, *, good: bool) -> Any:
         events += [
             ("on_the_way", {**law, "step": step, "k": 3, "recurrences": r,
              "accuracy": 0.6 if good or step < 40 else 0.9})
-            for step in (10, 30, 40) for r in (1, recipes.MEAN)
+            for step in (10, 30, 40) for r in (1, recipes.CELLS_MEAN)
         ]  # fmt: skip
         events.append(
             ("exits", {**law, "criterion": "kl", "spearman": 0.9 if good else 0.0, "mean_recurrences": 6.0,

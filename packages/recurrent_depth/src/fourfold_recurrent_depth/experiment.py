@@ -80,7 +80,7 @@ def examine_cells(
         # A resumed run may have sat an exam twice, with the same answers.
         lines = dict.fromkeys(notes.read_text(encoding="utf-8").splitlines())
         events += [("on_the_way", json.loads(line)) for line in lines]
-        events += study.exits(model, exam, study.CRITERIA, steps=4 * recipes.MEAN)
+        events += study.exits(model, exam, study.CRITERIA, steps=2 * recipes.CELLS_MEAN)
         events += study.latent_paths(model, exam)
     return tuple((kind, {"arm": arm, "seed": run.seed, **fields}) for kind, fields in events)
 
@@ -101,7 +101,7 @@ def _sit_on_the_way(
     assert last is not None
     model = cast(RecurrentDepthForCausalLM, trained_model(run, last))
     with notes.open("a", encoding="utf-8") as file:
-        for _, fields in study.accuracy_by_depth(model, exam, (1, recipes.MEAN)):
+        for _, fields in study.accuracy_by_depth(model, exam, (1, recipes.CELLS_MEAN)):
             file.write(json.dumps({"step": last.step, **fields}) + "\n")
 
 

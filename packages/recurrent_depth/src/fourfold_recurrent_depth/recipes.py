@@ -19,15 +19,25 @@ from fourfold_recurrent_depth.study import Exam
 from fourfold_recurrent_depth.tasks.addition import BASE, Digits, Sums
 from fourfold_recurrent_depth.tasks.automaton import Automaton, EvolvedCells
 
-Arm = Literal["law", "fixed", "shallow"]
-"""How depth is chosen in training: by the paper's law, always the mean, or always 1."""
+Arm = Literal["law", "fixed", "shallow", "untied"]
+"""How depth is chosen in training: by the paper's law, always the mean, or always 1.
+
+The untied twin has as many blocks as the mean has recurrences, each with weights of its own, and runs
+through them once: the same FLOPs in a pass, eight times the parameters.
+"""
 
 DrawArm = Literal["last 1", "last 2", "last 4", "all", "per row"]
 """How many recurrences carry gradient, with one draw for all rows; or the last 4, with one for each."""
 
 SEEDS = (0, 1, 2)
+CELLS_SEEDS = (3, 4, 5)
+"""Of the automaton study: 0 to 2 trained an earlier recipe, 7 was the pilot that chose this one."""
 MEAN = 4
-"""Mean recurrences of the small models, in training and in evaluation."""
+"""Mean recurrences of the small models, in training and in evaluation, but for the automaton study's."""
+CELLS_MEAN = 8
+"""The automaton study's own: so many that one recurrence is hardly ever drawn in training."""
+BACKPROP = 4
+"""Recurrences that carry gradient, at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,30 +89,39 @@ class Exact:
     seed: int = 0
 
 
-def automaton_run(arm: Arm, seed: int, *, hardest: int, cells: int, steps: int) -> Run:
+def automaton_run(
+    arm: Arm,
+    seed: int,
+    *,
+    hardest: int,
+    cells: int,
+    steps: int,
+    mean: int = MEAN,
+    batch: int = 48,
+) -> Run:
     """One automaton model: a core of one block, no prelude and no coda, so that depth is recurrence.
 
     With a prelude and a coda a small model solves the small k without recurring.
     """
     recurrences: dict[Arm, Recurrences] = {
-        "law": LogNormalPoisson(mean=MEAN, backprop=MEAN),
-        "fixed": Always(recurrences=MEAN, backprop=MEAN),
+        "law": LogNormalPoisson(mean=mean, backprop=BACKPROP),
+        "fixed": Always(recurrences=mean, backprop=BACKPROP),
         "shallow": Always(recurrences=1, backprop=1),
+        "untied": Always(recurrences=1, backprop=1),
     }
-    batch = 48
     return Run(
         name=f"automaton-{arm}-seed{seed}",
         model=RecurrentDepth(
             width=64,
             heads=4,
             prelude=0,
-            core=1,
+            core=mean if arm == "untied" else 1,
             coda=0,
             hidden=176,
             vocabulary=2 * hardest,
             context=cells,
-            mean_recurrence=MEAN,
-            mean_backprop=MEAN,
+            mean_recurrence=mean,
+            mean_backprop=BACKPROP,
         ),
         data=Automaton(hardest=hardest, rows=batch * steps, ramp=batch * steps * 3 // 8),
         objective=RandomDepth(recurrences=recurrences[arm], supervision=EvolvedCells()),
@@ -124,20 +143,20 @@ def automaton_run(arm: Arm, seed: int, *, hardest: int, cells: int, steps: int) 
 def cells(scale: Literal["smoke", "laptop"]) -> Cells:
     """The automaton study (C1 to C4, C10, C11, C19 to C21).
 
-    Smoke: one short run per arm, enough to run every line. Laptop: three seeds.
+    Smoke: one short run per arm, enough to run every line. Laptop: three seeds, and one of the untied twin.
     """
     match scale:
         case "smoke":
-            hardest, length, steps, seeds, rows = 2, 12, 30, SEEDS[:1], 8
+            hardest, length, steps, seeds, rows = 2, 12, 30, CELLS_SEEDS[:1], 8
             arms: tuple[Arm, ...] = ("law", "shallow")
         case "laptop":
-            hardest, length, steps, seeds, rows = 3, 16, 800, SEEDS, 64
+            hardest, length, steps, seeds, rows = 3, 32, 1400, CELLS_SEEDS, 64
             arms = ("law", "fixed", "shallow")
-    members: tuple[tuple[Arm, Run], ...] = tuple(
-        (arm, automaton_run(arm, seed, hardest=hardest, cells=length, steps=steps))
-        for arm in arms
-        for seed in seeds
-    )
+    named: list[tuple[Arm, int]] = [(arm, seed) for arm in arms for seed in seeds]
+    if scale == "laptop":
+        named.append(("untied", seeds[0]))
+    shape = {"hardest": hardest, "cells": length, "steps": steps, "mean": CELLS_MEAN, "batch": 24}
+    members = tuple((arm, automaton_run(arm, seed, **shape)) for arm, seed in named)
     return Cells(members=members, exam=Exam(hardest=hardest, cells=length, rows=rows))
 
 

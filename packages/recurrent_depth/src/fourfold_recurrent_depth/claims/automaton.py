@@ -11,7 +11,7 @@ from scipy import stats
 from fourfold_parallel.run.claims import Finding, Records, over_seeds
 from fourfold_parallel.run.records import Record
 from fourfold_recurrent_depth.claims.common import AUTOMATON, all_or_none, finding, of, seeds_of
-from fourfold_recurrent_depth.recipes import MEAN
+from fourfold_recurrent_depth.recipes import CELLS_MEAN
 
 
 def accuracies(record: Record, arm: str, seed: int) -> dict[tuple[int, int], float]:
@@ -34,16 +34,16 @@ def depth_helps(records: Records) -> Finding:
         table = accuracies(record, "law", seed)
         ks, depths = _grid(table)
         rises = all(table[k, b] >= table[k, a] - 0.02 for k in ks for a, b in pairwise(depths))
-        reaches = all(table[k, MEAN] >= 0.95 for k in ks)
-        flat = all(abs(table[k, MEAN] - table[k, 1]) <= 0.05 for k in ks)
+        reaches = all(table[k, CELLS_MEAN] >= 0.95 for k in ks)
+        flat = all(abs(table[k, CELLS_MEAN] - table[k, 1]) <= 0.05 for k in ks)
         held.append(rises and reaches)
         failed.append(flat or not rises)
-        finals.append(min(table[k, MEAN] for k in ks))
+        finals.append(min(table[k, CELLS_MEAN] for k in ks))
         firsts.append(min(table[k, 1] for k in ks))
-    event = of(record, "accuracy", arm="law", recurrences=MEAN)[-1]
+    event = of(record, "accuracy", arm="law", recurrences=CELLS_MEAN)[-1]
     return finding(
         all_or_none(held, failed),
-        f"hardest k: {over_seeds(firsts)} at r=1, {over_seeds(finals)} at r={MEAN}",
+        f"hardest k: {over_seeds(firsts)} at r=1, {over_seeds(finals)} at r={CELLS_MEAN}",
         event,
         f"rises and reaches 0.95 for every k in {sum(held)} of {len(held)} seeds",
         AUTOMATON,
@@ -81,7 +81,7 @@ def skill_lives_in_the_core(records: Records) -> Finding:
         hardest = max(int(event.number("k")) for event in events)
         steps = of(record, "trained", arm="law", seed=seed)[0].number("steps")
         final = accuracies(record, "law", seed)
-        for gains, r in ((shallow, 1), (deep, MEAN)):
+        for gains, r in ((shallow, 1), (deep, CELLS_MEAN)):
             early = [
                 event.number("accuracy")
                 for event in of(
@@ -95,7 +95,7 @@ def skill_lives_in_the_core(records: Records) -> Finding:
         all_or_none(
             [abs(s) <= 0.05 and d >= 0.20 for s, d in pairs], [d - s <= 0.05 for s, d in pairs]
         ),
-        f"from 30 % of training on {over_seeds(shallow)} at r=1, {over_seeds(deep)} at r={MEAN}",
+        f"from 30 % of training on {over_seeds(shallow)} at r=1, {over_seeds(deep)} at r={CELLS_MEAN}",
         of(record, "on_the_way", arm="law")[0],
         "at the hardest k, at most 5 points of change at r=1 and a gain of 20 at the mean recurrence",
         AUTOMATON,
@@ -105,17 +105,22 @@ def skill_lives_in_the_core(records: Records) -> Finding:
 def beats_the_shallow_twin(records: Records) -> Finding:
     """C4."""
     record = records[AUTOMATON]
-    hard, easy = [], []
+    hard, easy, untied = [], [], []
+    untied_seeds = seeds_of(record, "accuracy", arm="untied")
     for seed in seeds_of(record, "accuracy", arm="shallow"):
         deep, twin = accuracies(record, "law", seed), accuracies(record, "shallow", seed)
         ks, _ = _grid(deep)
-        hard.append(deep[ks[-1], MEAN] - twin[ks[-1], 1])
-        easy.append(deep[1, MEAN] - twin[1, 1])
+        hard.append(deep[ks[-1], CELLS_MEAN] - twin[ks[-1], 1])
+        easy.append(deep[1, CELLS_MEAN] - twin[1, 1])
+        if seed in untied_seeds:
+            other = accuracies(record, "untied", seed)
+            untied.append(deep[ks[-1], CELLS_MEAN] - other[ks[-1], 1])
     held = [h >= 0.30 and e <= 0.05 for h, e in zip(hard, easy, strict=True)]
     failed = [abs(h - e) <= 0.05 for h, e in zip(hard, easy, strict=True)]
     return finding(
         all_or_none(held, failed),
-        f"{over_seeds(hard)} at the hardest k, {over_seeds(easy)} at k=1",
+        f"{over_seeds(hard)} at the hardest k, {over_seeds(easy)} at k=1; over an untied model of equal "
+        f"FLOPs {', '.join(f'{gap:.3f}' for gap in untied)} at the hardest k",
         of(record, "accuracy", arm="shallow")[0],
         f"30 points at the hardest k and at most 5 at k=1 in {sum(held)} of {len(held)} seeds",
         AUTOMATON,
@@ -129,9 +134,14 @@ def random_depth_generalises(records: Records) -> Finding:
     for seed in seeds_of(record, "accuracy", arm="fixed"):
         law, fixed = accuracies(record, "law", seed), accuracies(record, "fixed", seed)
         ks, depths = _grid(law)
-        law_drop.append(max(law[k, MEAN] - law[k, 64] for k in ks))
+        law_drop.append(max(law[k, CELLS_MEAN] - law[k, 64] for k in ks))
         fixed_drop.append(
-            max(fixed[k, MEAN] - fixed[k, r] for k in ks for r in depths if r not in (1, MEAN))
+            max(
+                fixed[k, CELLS_MEAN] - fixed[k, r]
+                for k in ks
+                for r in depths
+                if r not in (1, CELLS_MEAN)
+            )
         )
     pairs = list(zip(law_drop, fixed_drop, strict=True))
     return finding(
