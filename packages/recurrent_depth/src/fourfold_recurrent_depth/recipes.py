@@ -156,7 +156,9 @@ def cells(scale: Literal["smoke", "laptop"]) -> Cells:
     if scale == "laptop":
         named.append(("untied", seeds[0]))
     shape = {"hardest": hardest, "cells": length, "steps": steps, "mean": CELLS_MEAN, "batch": 24}
-    members = tuple((arm, automaton_run(arm, seed, **shape)) for arm, seed in named)
+    members: tuple[tuple[Arm, Run], ...] = tuple(
+        (arm, automaton_run(arm, seed, **shape)) for arm, seed in named
+    )
     return Cells(members=members, exam=Exam(hardest=hardest, cells=length, rows=rows))
 
 
