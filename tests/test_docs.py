@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,17 @@ def test_readme_tables_are_the_committed_records() -> None:
     spec.loader.exec_module(tables)
     for readme in READMES:
         assert tables.rendered(readme) == readme.read_text(), readme
+
+
+@pytest.mark.parametrize("results", sorted(ROOT.glob("packages/*/results/ledger.jsonl")), ids=str)
+def test_the_root_readme_counts_the_committed_verdicts(results: Path) -> None:
+    rows = read_ledger(results)
+    verdicts = Counter(row.verdict for row in rows)
+    order = ("reproduced", "contradicted", "inconclusive", "not tested")
+    counted = ", ".join(f"{verdicts[one]} {one}" for one in order if verdicts[one])
+    package = results.parts[-3]
+    [line] = re.findall(rf"^\| \[{package}\].*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert f" {len(rows)}, at {rows[0].scale} scale: {counted} |" in line
 
 
 @pytest.mark.parametrize("results", sorted(ROOT.glob("packages/*/results/ledger.jsonl")), ids=str)
