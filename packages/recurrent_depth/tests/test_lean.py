@@ -14,8 +14,8 @@ from fourfold_parallel.run import native as runtime
 from fourfold_recurrent_depth import RecurrentCache, RecurrentDepthForCausalLM, native, state_table
 from fourfold_recurrent_depth.exits import KL, LatentDiff
 
-ROUNDING = 1e-5
-"""float32 through a few recurrences of a contracting core, sums in another order."""
+ROUNDING = 3e-5
+"""As in test_model.py: float32 sums in another order, contracted; logits are of size one to ten."""
 FORMS = ("modules", "lean", "compiled")
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, runtime.COMPILERS)), reason="needs a C++ compiler, as Debian's g++"

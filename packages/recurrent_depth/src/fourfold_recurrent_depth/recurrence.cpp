@@ -103,12 +103,20 @@ inline Lanes sums(Lanes* parts) {
     return parts[0];
 }
 
-inline float sum(Lanes value) {
-    float lane[LANES];
-    store(lane, value);
-    for (int64_t width = LANES / 2; width > 0; width /= 2)
-        for (int64_t i = 0; i < width; ++i) lane[i] += lane[i + width];
-    return lane[0];
+template <int64_t HALF, size_t... J>
+inline Lanes exchange(Lanes value, std::index_sequence<J...>) {
+    return __builtin_shufflevector(value, value, static_cast<int>(J ^ HALF)...);
+}
+
+inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
+inline Lanes added(Lanes a, Lanes b) { return a + b; }
+
+// All lanes of a vector combined, in every lane.
+template <Lanes (*COMBINE)(Lanes, Lanes), int64_t HALF = LANES / 2>
+inline Lanes across(Lanes value) {
+    value = COMBINE(value, exchange<HALF>(value, std::make_index_sequence<LANES>()));
+    if constexpr (HALF > 1) return across<COMBINE, HALF / 2>(value);
+    return value;
 }
 
 // e^x to 2 units in the last place: 2^n e^r with |r| <= ln(2)/2; 0 below -87, and not more than e^88.
@@ -132,6 +140,8 @@ inline Lanes exponential(Lanes x) {
     std::memcpy(&power, &bits, sizeof bits);
     return x < least ? Lanes{} : power;
 }
+
+constexpr int64_t whole(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
 // A matrix in memory, by rows.
 struct Rows {
@@ -165,7 +175,7 @@ inline void tile(Rows x, Rows w, int64_t inner, int64_t outputs, float* y, int64
     for (int64_t r = 0; r < R; ++r) std::memcpy(y + r * y_stride, found + r * O, O * sizeof(float));
 }
 
-// y = x w^T. Writes a multiple of LANES outputs a row.
+// y = x w^T, straight from where w lies. Writes a multiple of LANES outputs a row.
 void product(Rows x, int64_t rows, Rows w, int64_t outputs, int64_t inner, float* y, int64_t y_stride) {
     for (int64_t o = 0; o < outputs; o += LANES) {
         const auto tiles = [&]<int64_t R>(int64_t r) {
@@ -193,7 +203,9 @@ inline void panel_tile(Rows x, const float* panel, int64_t inner, float* y, int6
 #pragma GCC unroll 4
             for (int64_t p = 0; p < P; ++p) total[r][p] += x[r][k] * weight[p];
     }
+#pragma GCC unroll 8
     for (int64_t r = 0; r < R; ++r)
+#pragma GCC unroll 4
         for (int64_t p = 0; p < P; ++p) store(y + r * y_stride + p * LANES, total[r][p]);
 }
 
@@ -205,36 +217,40 @@ void panel_product(Rows x, int64_t rows, const float* panel, int64_t inner, floa
     for (; r < rows; ++r) panel_tile<1, P>({x[r], x.stride}, panel, inner, y + r * y_stride, y_stride);
 }
 
-// A weight [outputs, inner]: as torch holds it, or in panels of WIDE outputs, [panel, inner, output].
+// A matrix [outputs, inner] to multiply with: as torch holds it, or in panels of WIDE outputs, [panel, inner, output],
+// of which the last is filled up to LANES with repetitions.
 class Weight {
    public:
-    Weight(Rows rows, int64_t outputs, int64_t inner, bool packs) : rows(rows), outputs(outputs), inner(inner) {
+    Weight(Rows rows, int64_t outputs, int64_t inner, bool packs)
+        : rows(rows), inner(inner), held(whole(outputs)) {
         if (!packs) return;
-        panels = floats(outputs * inner);
-        for (int64_t o = 0; o < outputs; o += WIDE) {
-            const int64_t across = std::min(WIDE, outputs - o);
+        panels = floats(held * inner);
+        for (int64_t o = 0; o < held; o += WIDE) {
+            const int64_t across = std::min(WIDE, held - o);
             float* panel = panels.get() + o * inner;
             for (int64_t first = 0; first < inner; first += LANES)  // a line of each row at a time
-                for (int64_t i = 0; i < across; ++i)
-                    for (int64_t k = first; k < first + LANES; ++k) panel[k * across + i] = rows[o + i][k];
+                for (int64_t i = 0; i < across; ++i) {
+                    const float* row = rows[std::min(o + i, outputs - 1)];
+                    for (int64_t k = first; k < first + LANES; ++k) panel[k * across + i] = row[k];
+                }
         }
     }
 
-    // y = x w^T for `count` rows that lie one after another, as those of y do.
-    void multiply(const float* x, int64_t count, float* y) const {
-        if (!panels) return product({x, inner}, count, rows, outputs, inner, y, outputs);
-        for (int64_t o = 0; o < outputs; o += WIDE) {
-            const auto by = outputs - o >= WIDE ? panel_product<VECTORS> : panel_product<1>;
-            const int64_t across = outputs - o >= WIDE ? WIDE : LANES;
-            for (int64_t part = o; part < std::min(o + WIDE, outputs); part += across)
-                by({x, inner}, count, panels.get() + part * inner, inner, y + part, outputs);
+    // y = x w^T for the first `outputs` of w; of y up to WIDE are written at once.
+    void multiply(Rows x, int64_t count, int64_t outputs, float* y, int64_t y_stride) const {
+        if (!panels) return product(x, count, rows, outputs, inner, y, y_stride);
+        for (int64_t o = 0; o < outputs;) {
+            const bool is_wide = held - o / WIDE * WIDE >= WIDE;
+            const auto by = is_wide ? panel_product<VECTORS> : panel_product<1>;
+            by(x, count, panels.get() + o * inner, inner, y + o, y_stride);
+            o += is_wide ? WIDE : LANES;
         }
     }
 
    private:
     static constexpr int64_t VECTORS = 2, WIDE = VECTORS * LANES;
     Rows rows;
-    int64_t outputs, inner;
+    int64_t inner, held;
     Floats panels;
 };
 
@@ -246,7 +262,7 @@ void norm(const float* x, const float* plus, const float* gain, int64_t width, f
         store(y + i, value);
         squares += value * value;
     }
-    const float scale = 1 / std::sqrt(sum(squares) / width + eps);
+    const float scale = 1 / std::sqrt(across<added>(squares)[0] / width + eps);
     for (int64_t i = 0; i < width; i += LANES) store(y + i, load(y + i) * scale * load(gain + i));
 }
 
@@ -274,10 +290,9 @@ void softmax(float* scores, int64_t count, float scaling) {
     for (int64_t i = 0; i < count; i += LANES) {
         const Lanes value = load(scores + i) * scaling;
         store(scores + i, value);
-        tops = value > tops ? value : tops;
+        tops = larger(value, tops);
     }
-    float top = NEVER;
-    for (int64_t i = 0; i < LANES; ++i) top = std::max(top, tops[i]);
+    const float top = across<larger>(tops)[0];
     if (top == NEVER) return std::fill(scores, scores + count, 0.0f);
     Lanes totals = {};
     for (int64_t i = 0; i < count; i += LANES) {
@@ -285,7 +300,7 @@ void softmax(float* scores, int64_t count, float scaling) {
         store(scores + i, weight);
         totals += weight;
     }
-    const float share = 1 / sum(totals);
+    const float share = 1 / across<added>(totals)[0];
     for (int64_t i = 0; i < count; i += LANES) store(scores + i, load(scores + i) * share);
 }
 
@@ -303,9 +318,12 @@ inline void mix_columns(Rows weights, Rows values, int64_t count, float* y, int6
             for (int64_t r = 0; r < R; ++r) total[r][turn] += weights[r][t + turn] * value;
         }
     for (; t < count; ++t)
+#pragma GCC unroll 8
         for (int64_t r = 0; r < R; ++r) total[r][0] += weights[r][t] * load(values[t]);
+#pragma GCC unroll 8
     for (int64_t r = 0; r < R; ++r) {
         Lanes whole = total[r][0];
+#pragma GCC unroll 4
         for (int64_t turn = 1; turn < TURNS; ++turn) whole += total[r][turn];
         store(y + r * y_stride, load(y + r * y_stride) + whole);
     }
@@ -321,8 +339,6 @@ void mix(Rows weights, int64_t rows, Rows values, int64_t count, int64_t head_wi
             mix_columns<1>({weights[r], weights.stride}, part, count, y + r * y_stride + column, y_stride);
     }
 }
-
-constexpr int64_t whole(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
 // The weights of a block.
 struct Layer {
@@ -365,13 +381,15 @@ void attend(const Pass& pass, const Scratch& scratch, int64_t slot, int64_t row,
             apart = 0;
         }
     }
+    const Weight held_weight({held_keys, head_width}, apart, head_width, false);
+    const Weight weight({keys, head_width}, pass.held + pass.tokens - apart, head_width, pass.tokens >= MANY);
     for (int64_t first = 0; first < pass.tokens; first += QUERIES) {
         const int64_t count = std::min(QUERIES, pass.tokens - first);
         const int64_t all = pass.held + (pass.mask ? pass.tokens : first + count);
         float *query = queries + first * pass.width, *scores = scratch.scores.get();
         const Rows asked{query, pass.width};
-        product(asked, count, {held_keys, head_width}, apart, head_width, scores, stride);
-        product(asked, count, {keys, head_width}, all - apart, head_width, scores + apart, stride);
+        held_weight.multiply(asked, count, apart, scores, stride);
+        weight.multiply(asked, count, all - apart, scores + apart, stride);
         for (int64_t r = 0; r < count; ++r) {
             float* score = scores + r * stride;
             if (pass.mask) {
@@ -413,7 +431,7 @@ void through(const Pass& pass, const Block& block, const Layer& layer, const Scr
         const int64_t rows = std::min(CHUNK, end - from);
         for (int64_t r = 0; r < rows; ++r)
             norm(x + (from + r) * width, nullptr, block.gains[0], width, pass.eps, narrow + r * width);
-        layer.into_heads.multiply(narrow, rows, wide);
+        layer.into_heads.multiply({narrow, width}, rows, 3 * width, wide, 3 * width);
         for (int64_t r = 0; r < rows; ++r)
             into_heads(pass, block, slot, from + r, wide + r * 3 * width, queries + (from + r - begin) * width);
     }
@@ -424,15 +442,15 @@ void through(const Pass& pass, const Block& block, const Layer& layer, const Scr
     for (int64_t from = begin; from < end; from += CHUNK) {
         const int64_t rows = std::min(CHUNK, end - from);
         float* state = x + from * width;
-        layer.out_of_heads.multiply(queries + (from - begin) * width, rows, wide);
+        layer.out_of_heads.multiply({queries + (from - begin) * width, width}, rows, width, wide, width);
         for (int64_t r = 0; r < rows; ++r) {
             float* own = state + r * width;
             norm(wide + r * width, own, block.gains[1], width, pass.eps, own);
             norm(own, nullptr, block.gains[2], width, pass.eps, narrow + r * width);
         }
-        layer.into_hidden.multiply(narrow, rows, wide);
+        layer.into_hidden.multiply({narrow, width}, rows, 2 * hidden, wide, 2 * hidden);
         for (int64_t r = 0; r < rows; ++r) gate(wide + r * 2 * hidden, hidden, narrow + r * hidden);
-        layer.out_of_hidden.multiply(narrow, rows, wide);
+        layer.out_of_hidden.multiply({narrow, hidden}, rows, width, wide, width);
         for (int64_t r = 0; r < rows; ++r)
             norm(wide + r * width, state + r * width, block.gains[3], width, pass.eps, state + r * width);
     }
@@ -444,7 +462,7 @@ void adapt(const Pass& pass, const Weight& adapter, const Scratch& scratch, int6
     float* wide = scratch.wide.get();
     for (int64_t from = begin; from < end; from += CHUNK) {
         const int64_t rows = std::min(CHUNK, end - from);
-        adapter.multiply(x + from * width, rows, wide);
+        adapter.multiply({x + from * width, width}, rows, width, wide, width);
         for (int64_t i = 0; i < rows * width; i += LANES)
             store(x + from * width + i, load(wide + i) + load(pass.injected + from * width + i));
     }
