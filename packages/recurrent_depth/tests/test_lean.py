@@ -160,13 +160,26 @@ def test_what_the_compiled_form_does_not_take(tiny: Any, make: Any, tokens: torc
     assert compiled(tiny, tokens) is None
 
 
-def test_rows_that_a_cache_does_not_hold_are_refused(tiny: Any, tokens: torch.Tensor) -> None:
+@pytest.mark.parametrize(
+    ("shape", "slot", "dtype"),
+    [
+        ((3, 2, 1, 16), 0, torch.float32),
+        ((2, 4, 1, 16), 0, torch.float32),
+        ((2, 2, 1, 16), 6, torch.float32),
+        ((2, 2, 1, 16), 0, torch.bfloat16),
+    ],
+)
+def test_memory_that_a_cache_does_not_hold_is_refused(
+    tiny: Any, tokens: torch.Tensor, shape: tuple[int, ...], slot: int, dtype: torch.dtype
+) -> None:
+    """Other rows than are selected, other heads, a slot too many, another format; and what fits is given."""
     cache = RecurrentCache(tiny.config, steps=2)
     with torch.no_grad():
         tiny(tokens, past_key_values=cache, use_cache=True, num_steps=2)
-        cache.select(torch.tensor([0, 2]), None)
-        with pytest.raises(ValueError, match="3 rows for a cache of 3, of which 2 are selected"):
-            cache.rooms(torch.zeros(3, 2, 1, 16), 0, 1)
+    cache.select(torch.tensor([0, 2]), None)
+    with pytest.raises(ValueError, match="opened for this pass"):
+        cache.rooms(torch.zeros(shape, dtype=dtype), [slot], 1)
+    assert cache.rooms(torch.zeros(2, 2, 1, 16), [5], 1)[1].place == 12
 
 
 def test_new_weights_are_seen(tiny: Any, tokens: torch.Tensor) -> None:

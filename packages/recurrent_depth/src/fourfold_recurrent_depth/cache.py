@@ -21,7 +21,7 @@ from transformers import Cache
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 
 class Layout(Protocol):
@@ -158,27 +158,33 @@ class RecurrentCache(Cache):
         return found[0], found[1]
 
     def rooms(
-        self, like: Float[Tensor, "row head token width"], first_slot: int, slots: int
+        self, like: Float[Tensor, "row head token width"], slots: Sequence[int], layers: int
     ) -> tuple[Room, Room, Bool[Tensor, "row token"] | None]:
         """What an update would read and write: the cached tokens, the pass's own, and which of them write.
 
         Args:
             like: the keys of the pass, for their shape and format.
-            first_slot: of those that the pass's layers use.
-            slots: how many it uses.
+            slots: those of the first layer, in turn.
+            layers: how many slots from each of these are used.
 
         Raises:
-            ValueError: where the rows are not those that the cache holds.
+            ValueError: where rows, heads, format or slots are not those that the cache holds.
         """
-        del first_slot, slots
         self._reserve(like)
         keys, values, rows = self._keys, self._values, self._rows
         assert keys is not None
         assert values is not None
-        if like.shape[0] != (keys.shape[1] if rows is None else len(rows)):
+        held = (
+            keys.shape[1] if rows is None else len(rows),
+            keys.shape[2],
+            keys.shape[-1],
+            keys.dtype,
+        )
+        given = (like.shape[0], like.shape[1], like.shape[-1], like.dtype)
+        if given != held or max(slots) + layers > len(keys):
             raise ValueError(
-                f"{like.shape[0]} rows for a cache of {keys.shape[1]}, of which "
-                f"{keys.shape[1] if rows is None else len(rows)} are selected; use as many"
+                f"rows, heads, width and format {given} for a cache of {held}, slot "
+                f"{max(slots) + layers - 1} of {len(keys)}; use a cache that was opened for this pass"
             )
         running = None if self._running is None else self._running[:, 0, :, 0].contiguous()
         cached = Room(keys=keys, values=values, rows=rows)
@@ -396,13 +402,13 @@ class Aside(Cache):
         return self._cache.length
 
     def rooms(
-        self, like: Float[Tensor, "row head version width"], first_slot: int, slots: int
+        self, like: Float[Tensor, "row head version width"], slots: Sequence[int], layers: int
     ) -> tuple[Room, Room, None]:
         """What is cached, and new memory for the versions; see `RecurrentCache.rooms`."""
-        cached, _, _ = self._cache.rooms(like[:, :, :0], first_slot, slots)
-        keys, values = like.new_empty(2, slots, *like.shape)
-        self._versions = {first_slot + i: (keys[i], values[i]) for i in range(slots)}
-        return cached, Room(keys=keys, values=values, first_slot=first_slot), None
+        cached, _, _ = self._cache.rooms(like[:, :, :0], slots, layers)
+        keys, values = like.new_empty(2, layers, *like.shape)
+        self._versions = {slots[0] + i: (keys[i], values[i]) for i in range(layers)}
+        return cached, Room(keys=keys, values=values, first_slot=slots[0]), None
 
     def keep(self, row: Int[Tensor, " kept"], rows: Int[Tensor, " kept"], *, version: int) -> None:
         """Write a version of some rows: `row` counts among those selected, `rows` in the batch."""

@@ -107,6 +107,8 @@ class CompiledBlocks:
             return False
         if type(cache) not in (type(None), RecurrentCache, Aside):
             return False
+        if where.rotary.shape[0] not in (1, batch) or where.rotary.shape[1] not in (1, tokens):
+            return False
         if mask is None:
             return True
         held = 0 if cache is None else cache.get_seq_length()
@@ -146,11 +148,11 @@ class CompiledBlocks:
         if isinstance(where.cache, RecurrentCache | Aside):
             held = where.cache.get_seq_length()
             fresh = x.new_empty(batch, heads, tokens, head_width)
-            cached, own, running = where.cache.rooms(fresh, slots[0], len(self.blocks))
+            cached, own, running = where.cache.rooms(fresh, slots, len(self.blocks))
         else:
             keys, values = x.new_empty(2, 1, batch, heads, tokens, head_width)
             cached = own = Room(keys=keys, values=values, is_one_slot=True)
-        injected = None if injected is None else injected.contiguous()
+        injected = None if injected is None else injected.expand_as(x).contiguous()
         steps = (_NUMBER * len(slots))(*slots)
         sizes = (
             tokens, width, heads, hidden, held, len(self.blocks), len(slots),
