@@ -155,6 +155,11 @@ def test_what_the_compiled_form_does_not_take(tiny: Any, make: Any, tokens: torc
         adding = torch.full((12, 12), -1e9).triu(1).expand(3, 1, 12, 12)
         found = tiny(tokens, attention_mask=adding, num_steps=2, init_scale=0.0)
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=ROUNDING)
+    handle = tiny.transformer["adapter"].register_forward_hook(lambda *_: None)
+    assert lean(tiny, tokens) is not None
+    assert compiled(tiny, tokens) is None
+    handle.remove()
+    assert compiled(tiny, tokens) is not None
     tiny.double()
     assert lean(tiny, tokens) is not None
     assert compiled(tiny, tokens) is None

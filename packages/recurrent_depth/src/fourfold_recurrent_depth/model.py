@@ -407,8 +407,11 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
     def _compile_blocks(self, embedded: Tensor, where: Pass) -> None:
         """Give the pass its blocks by stage in their lean and compiled forms, where all have one."""
         where.lean = self._lean_blocks(embedded, where)
-        adapter = self.transformer["adapter"]
-        if where.lean is None or not is_plain(adapter, frozenset({Adapter})):
+        adapter = cast(Adapter, self.transformer["adapter"])
+        weight = adapter.weight
+        is_same = type(weight) is nn.Parameter and weight.dtype == embedded.dtype
+        is_same = is_same and weight.is_contiguous() and is_plain(adapter, frozenset({Adapter}))
+        if where.lean is None or not is_same:
             return
         compiled = {stage: CompiledBlocks.of(blocks) for stage, blocks in where.lean.items()}
         where.compiled = None if None in compiled.values() else cast(Any, compiled)
