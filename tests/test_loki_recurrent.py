@@ -11,6 +11,8 @@ STEPS = 3
 CALLS = 1 + 2 * STEPS + 1
 """Prelude, core at every step, coda."""
 FLOAT32 = 1e-4
+OTHER_ORDER = 1e-3
+"""Where the whole model sums in another order: with weights enlarged so, float32 is 2e-4 to 5e-4 from float64."""
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def test_reading_everything_changes_nothing(recurrent: PreTrainedModel, statisti
     with torch.no_grad():
         plain = recurrent(ids(1, 40), use_cache=False, init_scale=0.0).logits
     ours = logits(recurrent, planned(statistics, 4, 1.0))
-    torch.testing.assert_close(ours, plain, atol=FLOAT32, rtol=0)
+    torch.testing.assert_close(ours, plain, atol=OTHER_ORDER, rtol=0)
 
 
 def test_all_coordinates_rank_as_exact_scores_do(
