@@ -12,7 +12,7 @@ CALLS = 1 + 2 * STEPS + 1
 """Prelude, core at every step, coda."""
 FLOAT32 = 1e-4
 OTHER_ORDER = 1e-3
-"""Where the whole model sums in another order: with weights enlarged so, float32 is 2e-4 to 5e-4 from float64."""
+"""Where the whole model sums in another order: enlarged so, float32 is 2e-4 to 5e-4 from float64."""
 
 
 @pytest.fixture(scope="module")
