@@ -68,26 +68,33 @@ def reference(bench: Bench, problem: Problem) -> Reference:
         RuntimeError: where our own reference fails, which is a bug of the problem.
     """
     generator = np.random.default_rng((bench.secret, zlib.crc32(problem.name.encode())))
-    sizes = problem.sizes(generator)
-    wanted = [*sizes, *[bench.settings.timing_size(problem)] * bench.settings.repetitions]
-    calls = [(*problem.arguments(size, generator).values(),) for size in wanted]
+    checks = [*problem.checks(generator)]
+    timed = bench.settings.timing_size(problem)
+    wanted = [
+        *checks,
+        *(
+            (f"for an input of size {timed}", problem.arguments(timed, generator))
+            for _ in range(bench.settings.repetitions)
+        ),
+    ]
+    calls = [(*arguments.values(),) for _, arguments in wanted]
     text = problem.unit(problem.prompt("serial"), problem.answer("serial"))
     answers = trusted_answers(bench, problem, text, calls)
     rounds = [
         Round(
-            where=f"for an input of size {size}",
+            where=where,
             arguments=arguments,
             expected=answer.outputs,
             moving_cpu_s=(allowed(answer.moving_cpu_s[0]), allowed(answer.moving_cpu_s[1])),
         )
-        for size, arguments, answer in zip(wanted, calls, answers, strict=True)
+        for (where, _), arguments, answer in zip(wanted, calls, answers, strict=True)
     ]
-    checks = len(sizes)
+    count = len(checks)
     return Reference(
         exercise=problem,
-        checks=tuple(rounds[:checks]),
-        timed=tuple(rounds[checks:]),
-        best_s=min(answer.runtime_s for answer in answers[checks:]),
+        checks=tuple(rounds[:count]),
+        timed=tuple(rounds[count:]),
+        best_s=min(answer.runtime_s for answer in answers[count:]),
     )
 
 

@@ -224,6 +224,8 @@ def _machinery() -> str:
         "failures.py",
         "toolchain.py",
         "kernels.py",
+        "problems/__init__.py",
+        "problems/inputs.py",
     )
     files = [package / name for name in names]
     files += sorted((package / "drivers").iterdir(), key=lambda one: one.name)

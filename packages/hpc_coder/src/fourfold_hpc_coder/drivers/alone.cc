@@ -1,4 +1,5 @@
 // One process: no ranks to talk to. Kokkos is started here where the candidate uses it.
+#include "fences.hpp"
 #include "server.hpp"
 
 namespace fourfold {

@@ -1,4 +1,5 @@
 // Several ranks under MPI. Calls that move data between ranks are counted on their way to the library.
+#include "fences.hpp"
 #include "server.hpp"
 
 #include <mpi.h>

@@ -48,6 +48,7 @@ struct Evidence {
 };
 
 extern Evidence evidence;                        // of the call under way; reset before each
+extern unsigned char fence;                      // see fences.hpp
 void start(int *argc, char ***argv);             // runtime systems: MPI, Kokkos
 void stop();
 int rank();
@@ -184,7 +185,9 @@ public:
 
   void load(const Bytes &payload) {
     Reader from(payload);
+    fence = sign_ ^= 0x80;
     arguments_.emplace(std::tuple<Held<Parameters>...>{Wire<Held<Parameters>>::load(from)...});
+    fence = 0;
   }
 
   void call() { call(std::index_sequence_for<Parameters...>{}); }
@@ -209,6 +212,7 @@ private:
   }
 
   Function function_;
+  unsigned char sign_ = 0x41; // fences hold large numbers, in turn positive and negative
   std::optional<std::tuple<Held<Parameters>...>> arguments_;
   std::conditional_t<std::is_void_v<Result>, char, Result> result_{};
 };
