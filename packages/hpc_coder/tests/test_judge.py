@@ -212,10 +212,16 @@ extern "C" ssize_t write(int where, const void *from, size_t n) {
 
 
 @pytest.mark.parametrize("replies", [4, 7], ids=["late", "early"])
-def test_work_hidden_around_the_call_is_charged_to_it(bench, average, replies: int) -> None:
+@pytest.mark.parametrize("model", ["serial", "mpi"])
+def test_work_hidden_around_the_call_is_charged_to_it(
+    quick, average, model: Model, replies: int
+) -> None:
     """Late: before the outputs are handed over. Early: while the next inputs are taken."""
-    prompt = HIDING + average.exercise.prompt("serial")
-    found = judge(bench, average, "serial", prompt, f"until = {replies}; {RIGHT}")
+    if reason := toolchain.missing(model):
+        pytest.skip(reason)
+    prompt = HIDING + average.exercise.prompt(model)
+    body = f"until = {replies}; {average.exercise.answer(model)}"
+    found = judge(quick, average, model, prompt, body)
     assert found.verdict == "correct", found.because
     [run] = found.sample.runs
     # What the reference itself spends on moving data is not charged.
@@ -249,6 +255,21 @@ def test_an_answer_that_names_the_judge_is_a_cheat(bench, average) -> None:
     assert found.verdict == "cheat"
     assert "fourfold" in found.because
     assert verdict(bench, average, f"// fourfold\n{RIGHT}").verdict == "correct"
+
+
+@pytest.mark.parametrize("place", ["-1", "x.size()"])
+@pytest.mark.parametrize("model", ["serial", "mpi"])
+def test_beyond_the_ends_of_an_array_nothing_goes_unseen(quick, model: Model, place: str) -> None:
+    """What is read there is no 0, and who writes there is ended."""
+    squares = reference(quick, own_problems()["58_transform_squaring"])
+    right = squares.exercise.answer(model)
+    found = verdict(quick, squares, f"x[{place}] = 0; {right}", model)
+    assert found.verdict == "crash"
+    assert "beyond an end of an array" in found.because or "double free" in found.because
+    found = verdict(quick, squares, f"if (!x[{place}]) return; {right}", model)
+    assert found.verdict == "correct", found.because
+    found = verdict(quick, squares, f"if (x[{place}]) return; {right}", model)
+    assert found.verdict == "wrong"
 
 
 @pytest.mark.parametrize(

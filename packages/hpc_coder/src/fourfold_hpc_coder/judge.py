@@ -20,8 +20,8 @@ KEPT_CHARACTERS = 4000
 PATIENCE = 6
 """Times the limit of a call that a reference may take."""
 MOVING_S, MOVING_SHARE = 0.001, 1.25
-"""On moving its inputs, and again its outputs, a program may spend 1 ms more than 1.25 times what the
-reference spends: caches are shared with others. More is charged, where ranks do not wait by spinning."""
+"""On moving its inputs, and again its outputs, each rank may spend 1 ms more than 1.25 times what the
+reference spends: caches are shared with others. More is charged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,15 +235,11 @@ _SILENT = Evidence(
 
 
 def _charged_s(answer: Answer, one: Round, launch: Launch) -> float:
-    """Seconds of the call, and what the program did around it beyond moving its data.
-
-    Ranks wait for one another by spinning, so that their processor time says nothing; there the wall time
-    around the call is charged (`Answer.around_s`).
-    """
-    if launch.ranks > 1:
-        return answer.runtime_s + answer.around_s
+    """Seconds of the call, and of what the program did around it beyond moving its data to every rank."""
     moved = zip(answer.moving_cpu_s, one.moving_cpu_s, strict=True)
-    return answer.runtime_s + sum(max(0.0, spent_s - free_s) for spent_s, free_s in moved)
+    return answer.runtime_s + sum(
+        max(0.0, spent_s - launch.ranks * free_s) for spent_s, free_s in moved
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

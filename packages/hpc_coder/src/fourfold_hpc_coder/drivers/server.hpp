@@ -52,8 +52,9 @@ extern unsigned char fence;                      // see fences.hpp
 void start(int *argc, char ***argv);             // runtime systems: MPI, Kokkos
 void stop();
 int rank();
-void share(unsigned char *bytes, std::size_t n); // rank 0's bytes on every rank
-void barrier();
+void share(unsigned char *bytes, std::size_t n); // rank 0's bytes on every rank; who waits, sleeps
+void settle();                                   // until every rank is here; who waits, sleeps
+void barrier();                                  // the same by the runtime system, which may have work left
 Evidence gathered(Evidence mine);                // the sum over ranks, on rank 0
 
 inline double seconds(clockid_t clock) {
@@ -248,8 +249,8 @@ int serve(Result (*function)(Parameters...), int argc, char **argv) {
         server.load(payload);
         evidence = Evidence{};
       }
-      barrier();
       if (request.operation == 'G') {
+        barrier();
         double process_s = seconds(CLOCK_PROCESS_CPUTIME_ID), main_s = seconds(CLOCK_THREAD_CPUTIME_ID);
         server.call();
         evidence.main_cpu_s = seconds(CLOCK_THREAD_CPUTIME_ID) - main_s;
@@ -264,6 +265,7 @@ int serve(Result (*function)(Parameters...), int argc, char **argv) {
           server.dump(reply);
         }
       }
+      settle();
       if (rank() == 0) channel->reply(request.token, reply);
     }
   }

@@ -46,9 +46,7 @@ def oracle(task: Task, secret: int) -> Reference:
         Round(where=where, arguments=(*drawn.values(),), expected=task.expected(drawn))
         for where, drawn in calls
     )
-    return Reference(
-        exercise=problem, checks=rounds[:-1], timed=rounds[-1:], best_s=float("nan")
-    )
+    return Reference(exercise=problem, checks=rounds[:-1], timed=rounds[-1:], best_s=float("nan"))
 
 
 def verify(
