@@ -192,7 +192,7 @@ def _instead(kind: str, value: Node, text: Callable[[Node], str]) -> Iterator[Ch
 
 
 ENOUGH = 20
-"""Mutants that build, of each problem."""
+"""Mutants that build, of each problem that has as many."""
 SCRATCH_PLACE = "a scratch place more than is used"
 NO_PARTNER = "the last element has no partner after it"
 ANY_NUMBER = "every number but 0 is true"
@@ -221,6 +221,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "line 3: `1` becomes `1 + (1)`": ANY_NUMBER,
         "line 3: `1` becomes `2`": ANY_NUMBER,
         "line 3: `1` becomes `-(1)`": ANY_NUMBER,
+        "line 3: `1` becomes `2 * (1)`": ANY_NUMBER,
         "line 5: `result` becomes `-(result)`": ANY_NUMBER,
         "line 5: `result` becomes `2 * (result)`": ANY_NUMBER,
     },
@@ -230,9 +231,13 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "41_sort_k-th_smallest_element": {
         "line 2: `<` becomes `<=`": "what is read beyond the end is smaller, or has k elements below it",
     },
+    "46_sparse_la_spmm": {
+        "line 3: `<` becomes `<=`": "the column that is read beyond the end is no row of X",
+    },
     "55_transform_relu": {
         "line 2: `0` becomes `{}`": "a double made of nothing is 0",
         "line 2: `0` becomes `-(0)`": "an integer's 0 has no sign",
+        "line 2: `0` becomes `2 * (0)`": "twice 0 is 0",
         "line 2: `<` becomes `<=`": "0 becomes 0",
     },
 }
@@ -305,4 +310,6 @@ def test_what_once_passed_does_so_no_more(bench, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(own_problems()))
 def test_all_mutants_die(bench, name: str) -> None:
-    assert survivors(bench, name, ENOUGH) == ([], ENOUGH)
+    """Twenty that build, or all that there are."""
+    there = len(of_reference(name)) - len(EQUIVALENT.get(name, {}))
+    assert survivors(bench, name, ENOUGH) == ([], min(ENOUGH, there))
