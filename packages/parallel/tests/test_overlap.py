@@ -15,6 +15,7 @@ from torch.nn.functional import gelu
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fourfold_parallel.grid.collectives import SILENT, Event, Observer, Trace
+from fourfold_parallel.grid.gradients import local
 from fourfold_parallel.grid.laws import OVERLAPS, Sizes, close, mesh_of, piece_of, summed_over_data
 from fourfold_parallel.grid.layers import RESIDUAL, RMSNorm
 from fourfold_parallel.grid.linear import Linear, bias_cut, weight_cut
@@ -342,3 +343,67 @@ def test_a_frozen_weight_sends_no_gradient() -> None:
     for events in run_on_ranks(4, frozen_weights_are_quiet, sizes=(1, 4, 1, 1)):
         scattered = {event.layer for event in events if event.what == "reduce_scatter"}
         assert scattered == {"1.up"}
+
+
+def a_change_is_refused(sizes: Sizes) -> None:
+    x = torch.randn(ROWS, 3, WIDTH, dtype=torch.float64)
+    for change, wide in product(CHANGES.values(), (True, False)):
+        _, grid, schedule, mesh = stacks(sizes, Overlaps())
+        for _ in range(2):
+            grid.zero_grad()
+            schedule.restart()
+            with torch.autocast("cpu", torch.bfloat16, enabled=not wide):
+                out = grid(part(x, mesh), STRAIGHT)
+            out.sum().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=not wide):
+            out = grid(part(x, mesh), STRAIGHT)
+        weight = grid.get_parameter("blocks.1.up.weight")
+        change(weight)
+        with pytest.raises(RuntimeError, match=r"1\.up\.weight was changed|an inplace operation"):
+            out.sum().backward()
+
+
+@torch.no_grad()
+def on_the_piece(weight: Tensor) -> None:
+    local(weight).mul_(1.5)
+
+
+@torch.no_grad()
+def on_the_parameter(weight: Tensor) -> None:
+    weight.mul_(1.5)
+
+
+CHANGES = {
+    "piece": on_the_piece,
+    "parameter": on_the_parameter,
+    "optimizer": lambda weight: torch.optim.SGD([weight], lr=0.1).step(),
+}
+
+
+def test_weights_changed_between_forward_and_backward_are_refused() -> None:
+    """As autograd refuses it for a dense layer: the tile of backward would be another than forward's."""
+    for sizes in ((1, 2, 1, 1), (1, 1, 2, 1)):
+        run_on_ranks(2, a_change_is_refused, sizes=sizes)
+
+
+def steps_within_backward(sizes: Sizes) -> None:
+    dense, grid, schedule, mesh = stacks(sizes, Overlaps())
+    x = torch.randn(ROWS, 3, WIDTH, dtype=torch.float64)
+    for stack in (dense, grid):
+        for parameter in stack.parameters():
+            step = torch.optim.SGD([parameter], lr=0.01).step
+            parameter.register_post_accumulate_grad_hook(lambda _, step=step: step())
+    for _ in range(3):
+        schedule.restart()
+        dense.zero_grad()
+        grid.zero_grad()
+        dense(x, STRAIGHT).square().sum().backward()
+        grid(part(x, mesh), STRAIGHT).square().sum().backward()
+    for name, parameter in grid.named_parameters():
+        expected = piece_of(dense.get_parameter(name), parameter, mesh)
+        close(local(parameter), expected, what=name)
+
+
+def test_an_optimizer_may_step_each_weight_within_backward() -> None:
+    for sizes in ((1, 2, 1, 1), (1, 1, 2, 1)):
+        run_on_ranks(2, steps_within_backward, sizes=sizes)

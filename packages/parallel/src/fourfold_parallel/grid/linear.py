@@ -3,15 +3,18 @@
     Y = X Wᵀ + b        X [m, k]    W [n, k]    Y [m, n]
 
 `m` counts the tokens of the whole batch, `k` and `n` the input and output features. The grid has
-`D * Z * R * C` ranks (data, depth, row, col).
+`D * Z * R * C` ranks: D along data, Z along depth, R along row, C along col.
 
 Forward multiplies and adds `m * n * k` times: once for each token, output feature and input
 feature. Data and depth cut `m`, row cuts `n`, col cuts `k`, so that every rank computes one block.
-Each matrix lacks one of the three indices, and along the axis that cuts that index its block is
-needed, or produced in terms of a sum, by every rank: W lacks `m` (gathered over depth, its gradient
-summed there), Y lacks `k` (summed over col), X lacks `n` (its gradient summed over row). X and Y
-are held in copies along that axis; W is not, which is what depth is for. Over data W is held in
-copies too, and its gradient is summed once a step.
+Each matrix lacks one of the three indices, and the ranks along the axis that cuts this index share
+one block of it:
+
+- Y lacks `k`: along col each rank computes one term of Y; then all hold their sum.
+- X lacks `n`: along row all hold X, and each computes one term of dX; then all hold their sum.
+- W lacks `m`: along depth it is not held in copies but cut once more, gathered where it is used,
+  and the terms of dW are summed into its pieces. Data cuts `m` as well: along it all hold W, and
+  the terms of dW are summed once a step.
 
 ==============  ==================  ================================================================
 tensor          local shape         along each axis
@@ -27,7 +30,8 @@ Y, dY           `[m / (D Z), n/R]`  tokens cut over data, then depth; features o
 (a) Gradients: terms of a sum over data, until the sum of step 8.
 
 With n = 8, k = 12, m = 16 and D = 1, Z = R = C = 2, rank (z, r, c) holds tokens 8z to 8z + 7 and
-features 6c to 6c + 5 of X, and rows 4r + 2z, 4r + 2z + 1 and the same columns of W.
+features 6c to 6c + 5 of X, and of W those columns and the rows 4r + 2z and 4r + 2z + 1. Its tile has
+the rows 4r to 4r + 3; so has its b; its Y has tokens 8z to 8z + 7 and these features.
 
 ====  ====================  =====  ================  =======================  ======================
 step  collective            axis   payload           started                  waited for
@@ -36,30 +40,42 @@ step  collective            axis   payload           started                  wa
 3     all-reduce of Y       col    `m n / (D Z R)`   after 2                  at once
 4     all-gather of W       depth  `n k / (R C)`     before 5 of layer i + 1  before 5
 5     all-reduce of dX      row    `m k / (D Z C)`   after its product        after the product of 6
-6     reduce-scatter of dW  depth  `n k / (R C)`     after its product        after 7 of layer i - 1
-7     all-reduce of db      depth  `n / R`           after 6                  after 7 of layer i - 1
+6     reduce-scatter of dW  depth  `n k / (R C)`     after its product        after layer i - 1's 5-7
+7     all-reduce of db      depth  `n / R`           after its local sum      after layer i - 1's 5-7
 8     all-reduce of dW, db  data   `n k / (Z R C)`,  when a bucket of them    at the end of the
                                    `n / R`           is full                  last microbatch
 ====  ====================  =====  ================  =======================  ======================
 
 Layer `i` is this one, `i - 1` the one before it in forward, `i + 1` the one after. Step 2 is the
-local product of forward; steps 5 and 6 begin with those of backward. In the first step the order of
-layers is not known: 1 and 4 then start where they are waited for, and 6 and 7 are waited for before
-the backward of layer i - 1. The last layer's step 4 starts before its own step 5; the first layer's
-6 and 7 are waited for at once. Recomputation of activations repeats steps 1 to 3.
+local product of forward; 5 to 7, in this order, make up backward, and each begins with a local
+product or sum.
 
-The payload counts the elements of the full tensor that a collective assembles, spreads or sums. In
-a ring of `p` ranks each rank sends `(p - 1) / p` of it, and twice that for an all-reduce. A layer
-that keeps its tile skips 4, one whose X needs no gradient skips 4 and 5, and a frozen W or b skips
-6 or 7. Lengths that an axis does not divide are padded on the wire.
+Three overlaps follow, each with a switch in `Overlaps`: `weights` (1 and 4 run under the products of
+a neighbour), `input_gradient` (5 under the product of 6), `weight_gradient` (6 and 7 under the
+backward of layer i - 1). Depth has one communicator for gathers and one for sums, so that 4 does not
+queue behind 6. `Schedule` learns the order of layers from one forward and backward, recomputation
+of activations (steps 1 to 3 again) included; until then 1 and 4 start where they are waited for,
+and 6 and 7 are waited for before the backward of layer i - 1. Where there is no neighbour: the first
+layer's 1 starts where it is waited for, and its 6 and 7 are waited for at once; the last layer's 4
+starts before its own 2, in forward.
+
+The payload counts the elements of the full tensor that a collective assembles, spreads or sums, each
+of the computation's number format in steps 1 to 7, of the parameter's in step 8, or of the format
+that the axis has for its wire. In a ring of `p` ranks each rank sends `(p - 1) / p` of it, and twice
+that for an all-reduce. A length that an axis does not divide is cut into pieces of `ceil(length /
+size)`, the last ones shorter or empty, and padded on the wire where it is gathered or spread.
+
+A layer that keeps its tile skips 4, one whose X needs no gradient skips 4 and 5; a frozen b skips 7,
+a frozen W skips 6, and then nothing hides 5. A layer used twice takes steps 1 to 7 twice, and its
+gradients meet before 8.
 
 Step 8 is in `gradients.py`: it runs in the backward of the last microbatch, and sends a gradient
 only after its sum of step 6 or 7. All are sums, not means: the loss is already divided by the
 number of targets in the whole batch.
 
-A *swapped* layer exchanges row and col everywhere above. A plain layer takes features cut over col
-and gives features cut over row, a swapped one the reverse, so a plain and a swapped layer in turn
-need nothing in between.
+A *swapped* layer exchanges row and col (and R and C) everywhere above. A plain layer takes features
+cut over col and gives features cut over row, a swapped one the reverse, so a plain and a swapped
+layer in turn need nothing in between.
 
 On an axis of size one a collective is the identity. So row alone is Megatron's split, where its
 "column-parallel" layer is our plain one and its "row-parallel" layer our swapped one; depth alone
@@ -67,7 +83,8 @@ is ZeRO-3 for W (b is copied); data alone is DistributedDataParallel; one rank i
 
 In the *sequence form* (`sequence.py`) the tokens between two blocks are cut over row as well. Then a
 swapped layer spreads the sum of step 3 instead of holding it in copies, and a plain layer leaves
-that of step 5 to the gather that brought its tokens together. Row moves as much as before.
+that of step 5 to the gather that brought its tokens together, once for all plain layers that a block
+begins with. Row moves no more than before, but waits for these gathers and spreads at once.
 
 Singh et al. 2024, "Democratizing AI: Open-source Scalable LLM Training on GPU-based
 Supercomputers" (SC'24), sections III and V.
@@ -94,7 +111,7 @@ class Linear(Layer):
         bias: None, or `[n]`, cut as `bias_cut` says.
         swapped: Whether row and col change places.
         keeps_tile: Keep the gathered tile from forward to backward, instead of step 4. It costs the
-            memory of all tiles, but nothing inside a checkpointed region, which drops it anyway.
+            memory of all tiles; inside a checkpointed region, of that region's while its backward runs.
         cuts_tokens: The sequence form.
         products: How the three matrix products are computed.
         mesh: The grid.
@@ -161,6 +178,8 @@ class Linear(Layer):
         else:
             y = _GridProduct.apply(x, weight, bias, self, visit)
         if self.cuts_tokens and self.swapped:
+            # Step 3 of the sequence form: the sum, of which each rank of the axis keeps its tokens.
+            # Waited for at once; its backward gathers dY.
             return self.contracted.split(y, dim=-2)
         return y
 
@@ -192,10 +211,12 @@ class _GridProduct(torch.autograd.Function):
         y = layer.sums_output.all_reduce(partial, layer=layer.name).wait()
 
         ctx.layer = layer
+        # Where backward leaves dW and db under way, for `_AwaitGradient` to wait for.
         ctx.late = {name: held.late for name, held in visit.held.items()}
-        # Step 4 gathers the parameter itself. The piece is saved for its number format, and so that
-        # autograd refuses a backward after W was changed in place.
-        ctx.save_for_backward(x, tile if layer.keeps_tile else piece)
+        ctx.dtype = piece.dtype
+        # Step 4 gathers the parameter itself, which must not have changed: the node that hands its
+        # gradient to W (`_Piece`) refuses that.
+        ctx.save_for_backward(x, tile if layer.keeps_tile else None)
         return y
 
     @staticmethod
@@ -212,11 +233,11 @@ class _GridProduct(torch.autograd.Function):
 
         if needs_dx:
             # 4. The tile again. The visit of the following layer's backward started this gather,
-            #    before its two products; ours starts the preceding layer's.
+            #    before its two products; ours starts the preceding layer's, where that needs one.
             if layer.keeps_tile:
                 tile = kept
             else:
-                tile = layer.revisit(dtype=kept.dtype).wait_for_tile("weight")
+                tile = layer.revisit(dtype=ctx.dtype).wait_for_tile("weight")
 
             # 5. A rank multiplied its slice of the output features only, so its result is one term
             #    of dX: the sum over the produced axis is dX. Started here ...
@@ -230,10 +251,10 @@ class _GridProduct(torch.autograd.Function):
         if needs_dw:
             # 6. The tile's gradient, from this rank's tokens. Its depth siblings saw other tokens:
             #    the sum over depth is the gradient from all tokens of the replica, of which each
-            #    keeps its piece. Started here. Nothing reads it before the optimizer, so autograd
-            #    gets a placeholder, and the node `_AwaitGradient` between this one and W waits and
-            #    puts the sum in its place. That node was created before the preceding layer's
-            #    product, so autograd runs it after that product's backward.
+            #    keeps its piece. Started here. No product reads it, the first reader is W's
+            #    accumulation; so autograd gets a placeholder, and the node `_AwaitGradient` between
+            #    this one and W waits and puts the sum in its place. That node was created before the
+            #    preceding layer's product, so autograd runs it after that product's backward.
             note("weight_gradient", layer.name)
             scattered = layer.mesh.depth.reduce_scatter(
                 layer.products.weight_gradient(dy, x, site=layer.site), layer=layer.name

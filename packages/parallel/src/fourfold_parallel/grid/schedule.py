@@ -326,31 +326,43 @@ class Layer(nn.Module):
         parameter = getattr(self, name)
         if torch.compiler.is_compiling():
             return parameter.to_local().to(dtype)
-        return _Piece.apply(parameter).to(dtype)
+        return _Piece.apply(parameter, f"{self.name}.{name}").to(dtype)
 
     def state(self) -> tuple[Any, ...]:
         """What a visit depends on: the parameters' storage and versions."""
-        locals_ = [getattr(self, name)._local_tensor for name in self.parameter_names]  # noqa: SLF001 - to_local costs a graph node
-        return tuple((piece.data_ptr(), piece._version) for piece in locals_)  # noqa: SLF001 - no public version counter
+        return tuple(_state(getattr(self, name)) for name in self.parameter_names)
+
+
+def _state(parameter: DTensor) -> tuple[int, int, int]:
+    """Changes when the parameter does: what steps on the piece counts there, all else on the parameter."""
+    piece = parameter._local_tensor  # noqa: SLF001 - to_local would build a graph node
+    return piece.data_ptr(), piece._version, parameter._version  # noqa: SLF001 - no public version counter
 
 
 class _Piece(torch.autograd.Function):
     """This rank's piece of a parameter, forward; backward, the piece of the parameter's gradient.
 
     What `DTensor.to_local` does, without working out at every use how the gradient is cut: it is
-    cut as the parameter is.
+    cut as the parameter is. And what autograd does for tensors that it saves, which DTensors and
+    gathered tiles are not: it refuses a parameter that was changed in between.
     """
 
     @staticmethod
-    def forward(ctx: Context, parameter: DTensor) -> Tensor:
+    def forward(ctx: Context, parameter: DTensor, name: str) -> Tensor:
         ctx.spec = parameter._spec  # noqa: SLF001 - no public name
+        ctx.parameter, ctx.name, ctx.state = parameter, name, _state(parameter)
         piece = parameter._local_tensor  # noqa: SLF001 - to_local would build a second graph node
         return piece.view_as(piece)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Context, gradient: Tensor) -> DTensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return DTensor(gradient.contiguous(), ctx.spec, requires_grad=False)
+    def backward(ctx: Context, gradient: Tensor) -> tuple[DTensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if _state(ctx.parameter) != ctx.state:
+            raise RuntimeError(
+                f"{ctx.name} was changed between a forward and its backward, whose gradients would "
+                "be of neither value; call backward before what changes it (such as optimizer.step)"
+            )
+        return DTensor(gradient.contiguous(), ctx.spec, requires_grad=False), None
 
 
 class _AwaitGradient(torch.autograd.Function):
