@@ -33,10 +33,14 @@ CONFIG = LlamaConfig(
 )  # fmt: skip
 
 
-def adapted_model(*, targets: list[str], adapter: str = "default") -> PreTrainedModel:
+def adapted_model(
+    *, targets: list[str], adapter: str = "default", bias: bool = False
+) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG)
-    config = LoraConfig(r=3, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=3, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM", lora_bias=bias
+    )
     model.add_adapter(config, adapter_name=adapter)
     for name, parameter in model.named_parameters():
         if "lora_" in name:  # B is zero at the start, and A would then have no gradient
@@ -128,6 +132,8 @@ def shared_heads_are_refused() -> None:
         parallelize(adapted_model(targets=["v_proj"]), mesh_of((1, 1, 8, 1)))
     with pytest.raises(ValueError, match=r"lm_head.*leave 'lm_head' out of target_modules"):
         parallelize(adapted_model(targets=["lm_head"]), mesh_of((1, 1, 8, 1)))
+    with pytest.raises(ValueError, match=r"lora_B.*bias of its own.*lora_bias=False"):
+        parallelize(adapted_model(targets=["q_proj"], bias=True), mesh_of((1, 1, 8, 1)))
 
 
 def test_an_adapter_that_cannot_be_cut_is_refused() -> None:

@@ -48,6 +48,8 @@ def optimizer_for(model: nn.Module, kind: str) -> torch.optim.Optimizer:
     ]
     if kind == "sgd":
         return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    if kind == "adagrad":  # has state before its first step
+        return torch.optim.Adagrad(groups, lr=0.1, initial_accumulator_value=0.5)
     return torch.optim.AdamW(groups, lr=3e-3, eps=1e-6)
 
 
@@ -114,7 +116,7 @@ def steps_are_serial(sizes: Sizes, config: Any, kind: str, microbatches: int, **
             same_parameters(session, serial, what=f"{sizes} {kind} {how} step {step}")
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "adagrad"])
 def test_five_steps_are_serial(kind: str) -> None:
     """Weight-decay groups, clipping at 0.1, uneven valid targets, with and without accumulation."""
     for sizes, microbatches in (((2, 1, 2, 1), 2), ((1, 2, 1, 2), 1), ((2, 2, 1, 1), 1)):
@@ -317,6 +319,15 @@ def only_elementwise_optimizers() -> None:
         model, torch.optim.Adafactor(matrices), precision="fp32", batch=ROWS, microbatch=ROWS
     )
     with pytest.raises(ValueError, match=r"piece of a matrix by itself.*Adafactor"), opened:
+        pass
+
+    class Mine(torch.optim.AdamW):
+        """What a subclass does to an element is not known."""
+
+    opened = engine_of((1, 1, 2, 1)).open(
+        model, Mine(matrices), precision="fp32", batch=ROWS, microbatch=ROWS
+    )
+    with pytest.raises(ValueError, match="Mine"), opened:
         pass
 
 

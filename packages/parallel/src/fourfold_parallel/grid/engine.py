@@ -82,10 +82,10 @@ class Fourfold:
                 f"batch={batch} does not divide over data={self.data} * depth={self.depth}; "
                 f"use a multiple of {shares}"
             )
-        if not isinstance(optimizer, ELEMENTWISE):
+        if type(optimizer) not in ELEMENTWISE:
             raise ValueError(
                 f"engine Fourfold steps each rank's piece of a matrix by itself, which is wrong for "
-                f"{type(optimizer).__name__} unless it treats every element alike; use one of "
+                f"{type(optimizer).__name__} unless it treats every element alike; use one of torch's "
                 f"{', '.join(kind.__name__ for kind in ELEMENTWISE)}, or another engine"
             )
         if not isinstance(model, PreTrainedModel):
@@ -117,6 +117,7 @@ class GridSession:
         self.is_main: bool = dist.get_rank() == 0
         self.device: torch.device = device
         before = {id(p): name for name, p in model.named_parameters()}
+        begun = {before[id(p)]: state for p, state in optimizer.state.items()}
         self.parallel: Parallel = parallelize(
             model,
             mesh,
@@ -144,6 +145,15 @@ class GridSession:
             group["params"] = [self._pieces[before[id(p)]] for p in group["params"]]
         self._names = {id(p): name for name, p in self._pieces.items()}
         self._mesh, self._precision = mesh, precision
+        optimizer.state.clear()
+        for name, values in begun.items():  # what an optimizer such as Adagrad makes at once
+            optimizer.state[self._pieces[name]] = {
+                key: self._piece(name, value) if isinstance(value, Tensor) and value.ndim else value
+                for key, value in values.items()
+            }
+        if isinstance(self._reducer, ShardedReducer):
+            reducer = self._reducer
+            model.register_forward_pre_hook(lambda *_: reducer.restart())
 
     @contextmanager
     def microbatch(self, *, is_last: bool) -> Iterator[None]:
@@ -228,13 +238,16 @@ class GridSession:
 
     def _moment(self, file: Any, path: str, name: str) -> Tensor:
         """A tensor of the optimizer's state: this rank's piece, unless it is a single number."""
-        view, owner = file.get_slice(path), self._owners[name]
-        if not view.get_shape():
-            return file.get_tensor(path)
+        view = file.get_slice(path)
+        return self._piece(name, view) if view.get_shape() else file.get_tensor(path)
+
+    def _piece(self, name: str, published: Any) -> Tensor:
+        """What this rank steps on of something that has the shape of a published parameter."""
+        owner = self._owners[name]
         assert isinstance(owner, DTensor)
         kept = tuple(owner.shape)
         slices = self._mesh.slices(kept, self._mesh.cut_of(owner))
-        piece = self.parallel.stored[name].read(view, slices, kept)
+        piece = self.parallel.stored[name].read(published, slices, kept)
         return piece.to(self.device, copy=True).contiguous()
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:

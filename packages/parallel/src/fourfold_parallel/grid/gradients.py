@@ -98,29 +98,43 @@ class DataReducer:
     What is accumulated on top of such a sum would be wrong, so it is refused: a second backward
     without clearing gradients, and a parameter used in two regions of reentrant activation
     checkpointing, each of which is a backward of its own. With one replica nothing is done.
+
+    `restart` is called before each forward: parameters that have come to need a gradient are taken
+    in, and a backward that broke off is forgotten.
     """
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], mesh: Mesh, *, bucket_bytes: int = BUCKET_BYTES
     ) -> None:
         self._data, self._bucket_bytes = mesh.data, bucket_bytes
+        self._parameters = [*parameters]
         self._held = self._called = False
         self._buckets: dict[Tensor, _Bucket] = {}
         self._new: dict[torch.dtype, list[Tensor]] = {}
         self._finished: dict[Tensor, None] = {}
         self._sent: list[tuple[_Bucket, Pending]] = []
-        self._hooks: list[RemovableHandle] = []
-        if mesh.data.size > 1:
-            self._hooks = [
-                parameter.register_post_accumulate_grad_hook(self._join)
-                for parameter in parameters
-                if parameter.requires_grad
-            ]
+        self._hooks: dict[Tensor, RemovableHandle] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """A forward begins."""
+        if self._data.size == 1:
+            return
+        for parameter in self._parameters:
+            if parameter.requires_grad and parameter not in self._hooks:
+                self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(self._join)
+        if self._called:
+            for _, pending in self._sent:
+                pending.wait()
+            for bucket in self._buckets.values():
+                bucket.arrived = []
+            self._called, self._sent, self._new, self._finished = False, [], {}, {}
 
     def remove(self) -> None:
         """Sum nothing any more."""
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
+        self._parameters = []
 
     @contextmanager
     def hold(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ as transformers wrote it. Each rank feeds its share of the batch, equal along ro
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -98,23 +99,32 @@ class Parallel:
         for name, tensor in self.published():
             if is_writer:
                 whole[name] = tensor.cpu().clone()
-        if is_writer:
-            folder.mkdir(parents=True, exist_ok=True)
-            configs: dict[str, Any] = getattr(self.model, "peft_config", {})
-            for adapter, config in configs.items():
-                beside = folder if adapter == "default" else folder / adapter
-                config.save_pretrained(str(beside))
-                factor = re.compile(rf"(\.lora_[AB])\.{re.escape(adapter)}\.")
-                factors = {
-                    "base_model.model." + factor.sub(r"\1.", name): whole.pop(name)
-                    for name in [*whole]
-                    if factor.search(name)
-                }
-                save_file(factors, beside / "adapter_model.safetensors", metadata={"format": "pt"})
-            plain = {name.replace(".base_layer.", "."): tensor for name, tensor in whole.items()}
-            save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
-            self.model.config.save_pretrained(folder)
-        dist.barrier()
+        try:
+            if is_writer:
+                self._write(folder, whole)
+        finally:  # nobody waits for ever for a writer that failed
+            dist.barrier()
+
+    def _write(self, folder: Path, whole: dict[str, Tensor]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        configs: dict[str, Any] = getattr(self.model, "peft_config", {})
+        for adapter, config in configs.items():
+            beside = folder if adapter == "default" else folder / adapter
+            config.save_pretrained(str(beside))
+            factor = re.compile(rf"(\.lora_[AB])\.{re.escape(adapter)}\.")
+            factors = {
+                "base_model.model." + factor.sub(r"\1.", name): whole.pop(name)
+                for name in [*whole]
+                if factor.search(name)
+            }
+            save_file(factors, beside / "adapter_model.safetensors", metadata={"format": "pt"})
+        plain = {name.replace(".base_layer.", "."): tensor for name, tensor in whole.items()}
+        save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+        config = copy.deepcopy(self.model.config)
+        config.dtype = next(iter(whole.values())).dtype
+        config.save_pretrained(folder)
+        if self.model.generation_config is not None:
+            self.model.generation_config.save_pretrained(folder)
 
     @torch.no_grad()
     def load(self, weights: Path) -> None:
@@ -197,11 +207,13 @@ def parallelize(
     _fill_buffers(model, mesh.torch_mesh.device_type)
     model.loss_function = GridLoss(mesh, model.config.vocab_size)
     schedule, reducer = builder.schedule, DataReducer(model.parameters(), mesh)
-    model.register_forward_pre_hook(lambda *_: _restart(schedule))
-    _tell_accelerate(model, reducer)
-    return Parallel(
+    parallel = Parallel(
         model=model, mesh=mesh, schedule=schedule, reducer=reducer, stored=builder.stored
     )
+    model.register_forward_pre_hook(lambda module, _: _restart(parallel, module))
+    model.register_load_state_dict_pre_hook(_keep_parameters)
+    _tell_accelerate(model, reducer)
+    return parallel
 
 
 Source = Callable[[str], Any]
@@ -411,6 +423,11 @@ def _tell_accelerate(model: Any, reducer: DataReducer) -> None:
     model._is_accelerate_prepared = True  # noqa: SLF001 - accelerate's mark for what it must not wrap
     model.accepts_loss_kwargs = False
     model.no_sync = reducer.hold
+    model.save_pretrained = _refuse_saving
+
+
+def _refuse_saving(*_: Any, **__: Any) -> None:
+    raise ValueError("save_pretrained would write this rank's pieces; use Parallel.save(folder)")
 
 
 def _count_local_heads(model: nn.Module, rules: Mapping[str, Rule], row: Axis) -> None:
@@ -443,6 +460,23 @@ def _fill_buffers(model: PreTrainedModel, device: str) -> None:
                 module._buffers[name] = buffer.to(device)  # noqa: SLF001 - Module.to would also replace parameters
 
 
-def _restart(schedule: Schedule) -> None:
-    if not torch.compiler.is_compiling():
-        schedule.restart()
+def _restart(parallel: Parallel, model: nn.Module) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if model is not parallel.model and parallel.mesh.data.size > 1 and torch.is_grad_enabled():
+        raise RuntimeError(
+            "a copy of a parallelized model does not sum its gradients over data; parallelize "
+            "another model and read the weights with Parallel.load, or use the copy under no_grad"
+        )
+    parallel.schedule.restart()
+    parallel.reducer.restart()
+
+
+def _keep_parameters(*arguments: Any) -> None:
+    """A hook before `load_state_dict`, whose option `assign` puts parameters in place of ours."""
+    metadata = arguments[3]
+    if metadata.get("assign_to_params_buffers"):
+        raise ValueError(
+            "load_state_dict(assign=True) would replace the parameters on the grid by some whose "
+            "gradients are not summed; use assign=False, or Parallel.load(folder)"
+        )

@@ -236,6 +236,10 @@ def check_sizes(
                 f"{row}, and an adapter beside a shared head is not laid out; use a row of at most "
                 f"{kv_heads}, or leave {adapted(name)!r} out of target_modules"
             )
+        if isinstance(rule, LowRankInput | LowRankOutput) and module.bias is not None:
+            raise ValueError(
+                f"{name}: an adapter with a bias of its own is not laid out; use lora_bias=False"
+            )
         if isinstance(rule, Vocabulary) and not _is_lookup(module):
             raise ValueError(
                 f"{name}: {type(module).__name__} does more than look up rows, and its vocabulary "

@@ -213,9 +213,8 @@ class _GridProduct(torch.autograd.Function):
         ctx.layer = layer
         # Where backward leaves dW and db under way, for `_AwaitGradient` to wait for.
         ctx.late = {name: held.late for name, held in visit.held.items()}
-        ctx.dtype = piece.dtype
-        # Step 4 gathers the parameter itself, which must not have changed: the node that hands its
-        # gradient to W (`_Piece`) refuses that.
+        ctx.dtype, ctx.state = piece.dtype, layer.state()
+        # Step 4 gathers the parameter itself; backward refuses one that has changed by then.
         ctx.save_for_backward(x, tile if layer.keeps_tile else None)
         return y
 
@@ -229,6 +228,7 @@ class _GridProduct(torch.autograd.Function):
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
         note = layer.mesh.observer.product
         x, kept = ctx.saved_tensors
+        layer.refuse_changes(since=ctx.state)
         dx = dw = db = dx_sum = None
 
         if needs_dx:

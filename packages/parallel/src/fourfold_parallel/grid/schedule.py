@@ -329,8 +329,19 @@ class Layer(nn.Module):
         return _Piece.apply(parameter, f"{self.name}.{name}").to(dtype)
 
     def state(self) -> tuple[Any, ...]:
-        """What a visit depends on: the parameters' storage and versions."""
+        """What a visit depends on: the parameters' storage and versions; unknown where compiled."""
+        if torch.compiler.is_compiling():
+            return ()
         return tuple(_state(getattr(self, name)) for name in self.parameter_names)
+
+    def refuse_changes(self, *, since: tuple[Any, ...]) -> None:
+        """What autograd does for the tensors that it saves, which DTensors and gathered tiles are not.
+
+        Raises:
+            RuntimeError: A parameter is not what it was at `since`.
+        """
+        for name, before, now in zip(self.parameter_names, since, self.state(), strict=False):
+            _refuse_change(f"{self.name}.{name}", before, now)
 
 
 def _state(parameter: DTensor) -> tuple[int, int, int]:
@@ -339,12 +350,19 @@ def _state(parameter: DTensor) -> tuple[int, int, int]:
     return piece.data_ptr(), piece._version, parameter._version  # noqa: SLF001 - no public version counter
 
 
+def _refuse_change(name: str, before: tuple[int, ...], now: tuple[int, ...]) -> None:
+    if before != now:
+        raise RuntimeError(
+            f"{name} was changed between a forward and its backward, whose gradients would be of "
+            "neither value; call backward before what changes it (such as optimizer.step)"
+        )
+
+
 class _Piece(torch.autograd.Function):
     """This rank's piece of a parameter, forward; backward, the piece of the parameter's gradient.
 
     What `DTensor.to_local` does, without working out at every use how the gradient is cut: it is
-    cut as the parameter is. And what autograd does for tensors that it saves, which DTensors and
-    gathered tiles are not: it refuses a parameter that was changed in between.
+    cut as the parameter is. A parameter that was changed in between is refused.
     """
 
     @staticmethod
@@ -357,11 +375,7 @@ class _Piece(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, gradient: Tensor) -> tuple[DTensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if _state(ctx.parameter) != ctx.state:
-            raise RuntimeError(
-                f"{ctx.name} was changed between a forward and its backward, whose gradients would "
-                "be of neither value; call backward before what changes it (such as optimizer.step)"
-            )
+        _refuse_change(ctx.name, ctx.state, _state(ctx.parameter))
         return DTensor(gradient.contiguous(), ctx.spec, requires_grad=False), None
 
 

@@ -6,7 +6,8 @@ all that differs here; the model itself tells accelerate to wrap and scale nothi
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -34,10 +35,12 @@ def share_loader(
         mesh: The grid.
         batch: Rows of one microbatch on one rank.
         collate_fn: From a list of rows to what the model takes.
-        shuffle: Draw a new order every epoch, from `seed`.
+        shuffle: Draw a new order every epoch, from `seed`; an epoch is one pass over the loader.
         seed: The same on every rank.
+
+    Rows that do not divide over data and depth are left out: the last ones, of this epoch's order.
     """
-    sampler = DistributedSampler(
+    sampler = _Shares(
         dataset,
         num_replicas=mesh.batch_size(),
         rank=mesh.batch_rank(),
@@ -45,7 +48,22 @@ def share_loader(
         seed=seed,
         drop_last=True,
     )
-    return DataLoader(dataset, batch_size=batch, sampler=sampler, collate_fn=collate_fn)
+    return _Loader(dataset, batch_size=batch, sampler=sampler, collate_fn=collate_fn)
+
+
+class _Shares(DistributedSampler[Any]):
+    """Goes on to the next epoch's order by itself."""
+
+    def __iter__(self) -> Iterator[int]:
+        drawn = super().__iter__()
+        self.epoch += 1
+        return drawn
+
+
+class _Loader(DataLoader[Any]):
+    def set_epoch(self, epoch: int) -> None:
+        """What `Trainer` calls, which may go on from a later epoch."""
+        cast(_Shares, self.sampler).set_epoch(epoch)
 
 
 class GridTrainer(Trainer):
@@ -66,9 +84,10 @@ class GridTrainer(Trainer):
 
     def __init__(self, parallel: Parallel, *, shuffle: bool = True, **arguments: Any) -> None:
         args = arguments.get("args")
-        if args is not None and args.save_strategy != "no":
+        strategy = "steps (the default)" if args is None else str(args.save_strategy.value)
+        if strategy != "no":
             raise ValueError(
-                f"save_strategy={str(args.save_strategy)!r}: Trainer cannot write parameters that "
+                f"save_strategy={strategy!r}: Trainer cannot write parameters that "
                 "are cut over ranks; use save_strategy='no' and Parallel.save(folder)"
             )
         self._mesh, self._shuffle = parallel.mesh, shuffle

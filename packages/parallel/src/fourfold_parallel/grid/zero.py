@@ -35,8 +35,25 @@ class ShardedReducer:
         """This replica's share of each parameter: what the optimizer steps on."""
         self._held = self._called = False
         self._sent: list[tuple[nn.Parameter, Pending]] = []
+        self._frozen = [parameter for parameter in parameters if parameter not in self.shares]
         for parameter in self.shares:
             parameter.register_post_accumulate_grad_hook(self._send)
+
+    def restart(self) -> None:
+        """A forward begins: a backward that broke off is forgotten.
+
+        Raises:
+            RuntimeError: A parameter needs a gradient that did not when shares were made.
+        """
+        if any(parameter.requires_grad for parameter in self._frozen):
+            raise RuntimeError(
+                "a parameter was unfrozen after its optimizer's state was cut over data, and would "
+                "not be stepped; unfreeze it before the session is opened"
+            )
+        for parameter, pending in self._sent:
+            pending.wait()
+            parameter.grad = None
+        self._called, self._sent = False, []
 
     @contextmanager
     def hold(self) -> Iterator[None]:
