@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -212,10 +213,16 @@ extern "C" ssize_t write(int where, const void *from, size_t n) {
 
 
 @pytest.mark.parametrize("replies", [4, 7], ids=["late", "early"])
-def test_work_hidden_around_the_call_is_charged_to_it(bench, average, replies: int) -> None:
+@pytest.mark.parametrize("model", ["serial", "mpi"])
+def test_work_hidden_around_the_call_is_charged_to_it(
+    quick, average, model: Model, replies: int
+) -> None:
     """Late: before the outputs are handed over. Early: while the next inputs are taken."""
-    prompt = HIDING + average.exercise.prompt("serial")
-    found = judge(bench, average, "serial", prompt, f"until = {replies}; {RIGHT}")
+    if reason := toolchain.missing(model):
+        pytest.skip(reason)
+    prompt = HIDING + average.exercise.prompt(model)
+    body = f"until = {replies}; {average.exercise.answer(model)}"
+    found = judge(quick, average, model, prompt, body)
     assert found.verdict == "correct", found.because
     [run] = found.sample.runs
     # What the reference itself spends on moving data is not charged.
@@ -249,6 +256,21 @@ def test_an_answer_that_names_the_judge_is_a_cheat(bench, average) -> None:
     assert found.verdict == "cheat"
     assert "fourfold" in found.because
     assert verdict(bench, average, f"// fourfold\n{RIGHT}").verdict == "correct"
+
+
+@pytest.mark.parametrize("place", ["-1", "x.size()"])
+@pytest.mark.parametrize("model", ["serial", "mpi"])
+def test_beyond_the_ends_of_an_array_nothing_goes_unseen(quick, model: Model, place: str) -> None:
+    """What is read there is no 0, and who writes there is ended."""
+    squares = reference(quick, own_problems()["58_transform_squaring"])
+    right = squares.exercise.answer(model)
+    found = verdict(quick, squares, f"x[{place}] = 0; {right}", model)
+    assert found.verdict == "crash"
+    assert "beyond an end of an array" in found.because or "double free" in found.because
+    found = verdict(quick, squares, f"if (!x[{place}]) return; {right}", model)
+    assert found.verdict == "correct", found.because
+    found = verdict(quick, squares, f"if (x[{place}]) return; {right}", model)
+    assert found.verdict == "wrong"
 
 
 @pytest.mark.parametrize(
@@ -385,7 +407,7 @@ def _wrong_fails(bench, name: str) -> None:
     reason="it counts what MPI's compiler is asked for (Debian: libopenmpi-dev, openmpi-bin)",
 )
 def test_what_answers_share_is_compiled_once(tmp_path: Path, monkeypatch) -> None:
-    """One prelude for serial and MPI, one for OpenMP and its races; one driver for all CPU models."""
+    """One prelude and one driver for all CPU models, races included."""
     made: list[str] = []
 
     def remember(_, job: Job) -> Outcome:
@@ -398,10 +420,38 @@ def test_what_answers_share_is_compiled_once(tmp_path: Path, monkeypatch) -> Non
     models: tuple[Model, ...] = ("serial", "omp", "mpi", "mpi+omp")
     for flavoured in (*map(toolchain.flavour, models), toolchain.racing()):
         toolchain.prepare(flavoured, driver, Unprotected())
-    assert sum("prelude.hpp.gch" in one for one in made) == 2
+    assert sum("prelude.hpp.gch" in one for one in made) == 1
     assert sum("driver.cc" in one for one in made) == 1
     names = ("alone.cc", "ranks.cc", "threads.cc", "race.cc")
     assert all(sum(name in one for one in made) == 1 for name in names)
+
+
+@pytest.mark.parametrize("model", ["serial", "omp", "mpi", "race"])
+def test_what_is_precompiled_is_used_and_changes_no_instruction(
+    bench, average, tmp_path, model
+) -> None:
+    """Compiled without it, an answer is the same program, but for the lines that a race is found by."""
+    if model == "mpi" and (reason := toolchain.missing("mpi")):
+        pytest.skip(reason)
+    flavoured = toolchain.racing() if model == "race" else toolchain.flavour(model)
+    flavoured = replace(flavoured, flags=("-Winvalid-pch", *flavoured.flags))
+    asked: Model = "omp" if model == "race" else model
+    kept = toolchain.prepare(flavoured, average.exercise.driver(asked), bench.sandbox)
+    bare = tmp_path / "bare"
+    shutil.copytree(kept.prelude, bare, ignore=shutil.ignore_patterns("*.gch"))
+    body = average.exercise.answer("omp" if model == "serial" else asked)  # its pragma says nothing
+    programs = []
+    for number, prelude in enumerate((kept.prelude, bare)):
+        source, program = tmp_path / f"in{number}", tmp_path / f"out{number}"
+        source.mkdir()
+        program.mkdir()
+        text = average.exercise.unit(average.exercise.prompt(asked), body)
+        (source / "answer.cpp").write_text(text)
+        built = replace(kept, prelude=prelude)
+        outcome = toolchain.compile_candidate(bench.sandbox, built, source, program)
+        assert (outcome.code, outcome.stderr) == (0, "")
+        programs.append((program / "answer").read_bytes())
+    assert model == "race" or programs[0] == programs[1]
 
 
 def test_a_timing_waits_for_work_and_work_for_those_who_wait_to_be_timed() -> None:

@@ -2,8 +2,8 @@
 
 What is timed is the call alone, by our clock, from "go" to the reply. A program could do its work outside
 those two moments: early, while it receives its inputs, or late, before it hands over the outputs, in threads
-or in functions of the C library that it replaced. Both are watched from outside: the kernel's count of the
-job's processor time, and the wall time, for the judge to charge.
+or in functions of the C library that it replaced. Both are watched from outside, by the kernel's count of the
+job's processor time, for the judge to charge. The server's ranks sleep where they wait for one another.
 """
 
 import contextlib
@@ -26,10 +26,6 @@ from fourfold_hpc_coder.walls import Sandbox
 TOKEN = 16
 _PIPE_BYTES = 1 << 20
 _EVIDENCE = struct.Struct("<9d")
-ALLOWANCE_S = 0.1
-"""Wall time for a request's way there and back on a busy machine."""
-ALLOWANCE_BYTES_PER_S = 100e6
-"""A tenth of what a pipe moves on an idle core."""
 
 
 class EndedError(Exception):
@@ -62,8 +58,6 @@ class Answer:
     outputs: dict[str, np.ndarray]
     runtime_s: float
     """Of the call, from "go" to the reply."""
-    around_s: float
-    """Wall time of moving inputs and outputs beyond an allowance."""
     moving_cpu_s: tuple[float, float]
     """Processor time of the whole job while inputs and while outputs were moved."""
     evidence: Evidence
@@ -116,18 +110,14 @@ class Channel:
         payload = [
             part for pair in zip(arguments, parameters, strict=True) for part in _packed(*pair)
         ]
-        length = sum(map(len, payload))
-        idle_cpu_s, started_s = self.process.processor_s(), time.perf_counter()
+        idle_cpu_s = self.process.processor_s()
         self._ask(b"L", payload)
-        early_s = time.perf_counter() - started_s
         early_cpu_s = self.process.processor_s() - idle_cpu_s
         go_s = time.perf_counter()
         self._ask(b"G")
         done_s = time.perf_counter()
         done_cpu_s = self.process.processor_s()
-        dump_s = time.perf_counter()
         reply = self._ask(b"D")
-        late_s = time.perf_counter() - dump_s
         late_cpu_s = self.process.processor_s() - done_cpu_s
         if len(reply) < _EVIDENCE.size:
             raise ForgedError("a reply on the result channel is too short")
@@ -135,8 +125,6 @@ class Channel:
         return Answer(
             outputs=_unpacked(reply[_EVIDENCE.size :], outputs),
             runtime_s=done_s - go_s,
-            around_s=max(0.0, early_s - _allowed_s(length))
-            + max(0.0, late_s - _allowed_s(len(reply))),
             moving_cpu_s=(early_cpu_s, late_cpu_s),
             evidence=Evidence(
                 **dict(zip(Evidence.__dataclass_fields__, map(float, evidence), strict=True))
@@ -244,10 +232,6 @@ class Channel:
         if time.perf_counter() > limit_s:
             self.process.kill("wall")
             raise EndedError
-
-
-def _allowed_s(length: int) -> float:
-    return ALLOWANCE_S + length / ALLOWANCE_BYTES_PER_S
 
 
 def _packed(values: np.ndarray, parameter: Parameter) -> tuple[memoryview, memoryview]:

@@ -60,8 +60,7 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
             Drawing(
                 name="reference-speedup",
                 caption="Speed-up and efficiency of the 34 problems' own answers over the best sequential "
-                "program: each thin, their median thick; 2 cores shared with other "
-                "work, so that only the order of magnitude counts; best of 3 calls.",
+                "program: each thin, their median thick; 2 cores, best of 3 calls.",
                 draw=reference_speedup,
             ),
             Drawing(

@@ -20,8 +20,8 @@ KEPT_CHARACTERS = 4000
 PATIENCE = 6
 """Times the limit of a call that a reference may take."""
 MOVING_S, MOVING_SHARE = 0.001, 1.25
-"""On moving its inputs, and again its outputs, a program may spend 1 ms more than 1.25 times what the
-reference spends: caches are shared with others. More is charged, where ranks do not wait by spinning."""
+"""On moving its inputs, and again its outputs, each rank may spend 1 ms more than 1.25 times what the
+reference spends: caches are shared with others. More is charged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,26 +68,33 @@ def reference(bench: Bench, problem: Problem) -> Reference:
         RuntimeError: where our own reference fails, which is a bug of the problem.
     """
     generator = np.random.default_rng((bench.secret, zlib.crc32(problem.name.encode())))
-    sizes = problem.sizes(generator)
-    wanted = [*sizes, *[bench.settings.timing_size(problem)] * bench.settings.repetitions]
-    calls = [(*problem.arguments(size, generator).values(),) for size in wanted]
+    checks = [*problem.checks(generator)]
+    timed = bench.settings.timing_size(problem)
+    wanted = [
+        *checks,
+        *(
+            (f"for an input of size {timed}", problem.arguments(timed, generator))
+            for _ in range(bench.settings.repetitions)
+        ),
+    ]
+    calls = [(*arguments.values(),) for _, arguments in wanted]
     text = problem.unit(problem.prompt("serial"), problem.answer("serial"))
     answers = trusted_answers(bench, problem, text, calls)
     rounds = [
         Round(
-            where=f"for an input of size {size}",
+            where=where,
             arguments=arguments,
             expected=answer.outputs,
             moving_cpu_s=(allowed(answer.moving_cpu_s[0]), allowed(answer.moving_cpu_s[1])),
         )
-        for size, arguments, answer in zip(wanted, calls, answers, strict=True)
+        for (where, _), arguments, answer in zip(wanted, calls, answers, strict=True)
     ]
-    checks = len(sizes)
+    count = len(checks)
     return Reference(
         exercise=problem,
-        checks=tuple(rounds[:checks]),
-        timed=tuple(rounds[checks:]),
-        best_s=min(answer.runtime_s for answer in answers[checks:]),
+        checks=tuple(rounds[:count]),
+        timed=tuple(rounds[count:]),
+        best_s=min(answer.runtime_s for answer in answers[count:]),
     )
 
 
@@ -228,15 +235,11 @@ _SILENT = Evidence(
 
 
 def _charged_s(answer: Answer, one: Round, launch: Launch) -> float:
-    """Seconds of the call, and what the program did around it beyond moving its data.
-
-    Ranks wait for one another by spinning, so that their processor time says nothing; there the wall time
-    around the call is charged (`Answer.around_s`).
-    """
-    if launch.ranks > 1:
-        return answer.runtime_s + answer.around_s
+    """Seconds of the call, and of what the program did around it beyond moving its data to every rank."""
     moved = zip(answer.moving_cpu_s, one.moving_cpu_s, strict=True)
-    return answer.runtime_s + sum(max(0.0, spent_s - free_s) for spent_s, free_s in moved)
+    return answer.runtime_s + sum(
+        max(0.0, spent_s - launch.ranks * free_s) for spent_s, free_s in moved
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

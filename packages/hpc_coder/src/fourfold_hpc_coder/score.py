@@ -37,7 +37,7 @@ from fourfold_hpc_coder.pareval import Fields, Question
 from fourfold_hpc_coder.problems import Problem, find_problem
 from fourfold_hpc_coder.sandbox import scratch_folder
 from fourfold_hpc_coder.walls import Sandbox
-from fourfold_hpc_coder.workbench import Bench, Settings, ready
+from fourfold_hpc_coder.workbench import Bench, Settings, precompile, ready
 from fourfold_parallel.run.files import write_text
 from fourfold_parallel.run.progress import Progress
 from fourfold_parallel.run.values import digest
@@ -224,6 +224,8 @@ def _machinery() -> str:
         "failures.py",
         "toolchain.py",
         "kernels.py",
+        "problems/__init__.py",
+        "problems/inputs.py",
     )
     files = [package / name for name in names]
     files += sorted((package / "drivers").iterdir(), key=lambda one: one.name)
@@ -301,12 +303,19 @@ def _judge_all(
         progress(answers - len(waiting) + len(found), answers, note)
 
     with _pool(plan.jobs) as pool:
-        # What every answer in a model needs, on all processors before the first answer asks for it; what
-        # fails there fails again, and is reported, where it is asked for.
+        # What every answer needs, on all processors before the first answer asks for it: preludes first,
+        # which take longest. What fails there fails again, and is reported, where it is asked for.
         asked = {task.question.model for task in waiting}
-        for model in plan.models:
-            if model in asked:
-                pool.submit(ready, bench, model)
+        models: list[Model] = [
+            one for one in plan.models if one in asked and toolchain.runs_here(one)
+        ]
+        preludes: dict[tuple[str, ...], Model] = {
+            toolchain.flavour(one).prelude: one for one in models
+        }
+        for model in preludes.values():
+            pool.submit(precompile, bench, model)
+        for model in models:
+            pool.submit(ready, bench, model)
         names = iter(groups)
         # The next problem's reference is at work before the answers to this one are.
         ahead = [

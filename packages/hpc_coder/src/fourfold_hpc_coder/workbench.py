@@ -162,20 +162,28 @@ class Bench:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def ready(bench: Bench, model: Model) -> None:
-    """Compile what all answers in a model are built with, unless it is in the cache.
+def precompile(bench: Bench, model: Model) -> None:
+    """Make the prelude of a model's answers, unless it is in the cache.
 
     Raises:
         RuntimeError: where our own source does not compile.
     """
-    if not toolchain.runs_here(model):
-        return
+    with bench.quiet.working():
+        toolchain.prelude(toolchain.flavour(model), bench.sandbox)
+
+
+def ready(bench: Bench, model: Model) -> None:
+    """Compile what lies beneath all answers in a model, unless it is in the cache.
+
+    Raises:
+        RuntimeError: where our own source does not compile.
+    """
     flavours = [toolchain.flavour(model)]
     if model == "omp" and bench.settings.races:
         flavours.append(toolchain.racing())
     for flavoured in flavours:
         with bench.quiet.working():
-            toolchain.prepare(flavoured, "", bench.sandbox)
+            toolchain.objects(flavoured, "", bench.sandbox)
 
 
 def built(
@@ -229,6 +237,8 @@ _OPEN_MPI = (
     ("OMPI_MCA_btl_vader_backing_directory", "/tmp"),  # noqa: S108 - the job's own
     ("OMPI_MCA_btl_vader_single_copy_mechanism", "none"),
     ("OMPI_MCA_orte_tmpdir_base", "/tmp"),  # noqa: S108
+    # Its own handler of a crash asks for memory, and waits forever where the crash was in `free`.
+    ("OMPI_MCA_opal_signal", ""),
     ("OMPI_MCA_plm_rsh_agent", "false"),
     ("OMPI_ALLOW_RUN_AS_ROOT", "1"),
     ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"),

@@ -1,4 +1,4 @@
-// What every candidate may use without asking: precompiled once per parallel model.
+// What every candidate may use without asking: precompiled once.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -35,9 +35,6 @@
 #include <unordered_set>
 #include <utility>
 #include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #ifdef FOURFOLD_KOKKOS
 #include <Kokkos_Core.hpp>
 #endif

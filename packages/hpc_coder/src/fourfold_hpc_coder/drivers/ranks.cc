@@ -1,36 +1,86 @@
 // Several ranks under MPI. Calls that move data between ranks are counted on their way to the library.
+#include "fences.hpp"
 #include "server.hpp"
 
+#include <algorithm>
 #include <mpi.h>
+#include <pthread.h>
+#include <sys/mman.h>
 
 namespace fourfold {
 
 Evidence evidence;
 
+namespace {
+
+// Where ranks wait for one another while nothing is called. They are on one machine, so they can sleep; MPI has
+// them spin, and the processor time that the judge counts while data are moved would say nothing.
+struct Meeting {
+  pthread_barrier_t everyone;
+  std::array<unsigned char, 1 << 22> window; // through which rank 0's bytes go
+  Evidence mine[];                           // of each rank
+};
+
+Meeting *meeting = nullptr;
+int self = 0, ranks = 1;
+
+void meet() {
+  char name[] = "/dev/shm/fourfold-XXXXXX";
+  std::size_t whole = sizeof(Meeting) + ranks * sizeof(Evidence);
+  int file = self == 0 ? mkstemp(name) : -1;
+  PMPI_Bcast(name, sizeof name, MPI_CHAR, 0, MPI_COMM_WORLD);
+  if (self != 0) file = open(name, O_RDWR | O_CLOEXEC);
+  if (file < 0 || ftruncate(file, whole)) _exit(94);
+  void *at = mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  if (at == MAP_FAILED) _exit(94);
+  close(file);
+  meeting = static_cast<Meeting *>(at);
+  if (self == 0) {
+    pthread_barrierattr_t shared;
+    pthread_barrierattr_init(&shared);
+    pthread_barrierattr_setpshared(&shared, PTHREAD_PROCESS_SHARED);
+    pthread_barrier_init(&meeting->everyone, &shared, ranks);
+  }
+  PMPI_Barrier(MPI_COMM_WORLD);
+  if (self == 0) unlink(name);
+}
+
+} // namespace
+
 void start(int *argc, char ***argv) {
   int provided;
   PMPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided);
+  PMPI_Comm_rank(MPI_COMM_WORLD, &self);
+  PMPI_Comm_size(MPI_COMM_WORLD, &ranks);
+  meet();
 }
 void stop() { PMPI_Finalize(); }
 
-int rank() {
-  int mine;
-  PMPI_Comm_rank(MPI_COMM_WORLD, &mine);
-  return mine;
-}
+int rank() { return self; }
+
+void settle() { pthread_barrier_wait(&meeting->everyone); }
 
 void share(unsigned char *bytes, std::size_t n) {
-  constexpr std::size_t most = 1u << 30; // counts are int
-  for (std::size_t done = 0; done < n; done += most)
-    PMPI_Bcast(bytes + done, int(std::min(most, n - done)), MPI_BYTE, 0, MPI_COMM_WORLD);
+  auto &window = meeting->window;
+  for (std::size_t done = 0; done < n && ranks > 1; done += window.size()) {
+    std::size_t part = std::min(window.size(), n - done);
+    if (self == 0) std::memcpy(window.data(), bytes + done, part);
+    settle();
+    if (self != 0) std::memcpy(bytes + done, window.data(), part);
+    settle();
+  }
 }
 
 void barrier() { PMPI_Barrier(MPI_COMM_WORLD); }
 
 Evidence gathered(Evidence mine) {
   constexpr int fields = sizeof(Evidence) / sizeof(double);
-  Evidence all;
-  PMPI_Reduce(&mine, &all, fields, MPI_DOUBLE, MPI_SUM, 0, MPI_COMM_WORLD);
+  meeting->mine[self] = mine;
+  settle();
+  Evidence all = meeting->mine[0];
+  for (int other = 1; other < ranks; ++other)
+    for (int field = 0; field < fields; ++field)
+      reinterpret_cast<double *>(&all)[field] += reinterpret_cast<double *>(&meeting->mine[other])[field];
   return all;
 }
 

@@ -48,11 +48,13 @@ struct Evidence {
 };
 
 extern Evidence evidence;                        // of the call under way; reset before each
+extern unsigned char fence;                      // see fences.hpp
 void start(int *argc, char ***argv);             // runtime systems: MPI, Kokkos
 void stop();
 int rank();
-void share(unsigned char *bytes, std::size_t n); // rank 0's bytes on every rank
-void barrier();
+void share(unsigned char *bytes, std::size_t n); // rank 0's bytes on every rank; who waits, sleeps
+void settle();                                   // until every rank is here; who waits, sleeps
+void barrier();                                  // the same by the runtime system, which may have work left
 Evidence gathered(Evidence mine);                // the sum over ranks, on rank 0
 
 inline double seconds(clockid_t clock) {
@@ -184,7 +186,9 @@ public:
 
   void load(const Bytes &payload) {
     Reader from(payload);
+    fence = sign_ ^= 0x80;
     arguments_.emplace(std::tuple<Held<Parameters>...>{Wire<Held<Parameters>>::load(from)...});
+    fence = 0;
   }
 
   void call() { call(std::index_sequence_for<Parameters...>{}); }
@@ -209,6 +213,7 @@ private:
   }
 
   Function function_;
+  unsigned char sign_ = 0x41; // fences hold large numbers, in turn positive and negative
   std::optional<std::tuple<Held<Parameters>...>> arguments_;
   std::conditional_t<std::is_void_v<Result>, char, Result> result_{};
 };
@@ -244,8 +249,8 @@ int serve(Result (*function)(Parameters...), int argc, char **argv) {
         server.load(payload);
         evidence = Evidence{};
       }
-      barrier();
       if (request.operation == 'G') {
+        barrier();
         double process_s = seconds(CLOCK_PROCESS_CPUTIME_ID), main_s = seconds(CLOCK_THREAD_CPUTIME_ID);
         server.call();
         evidence.main_cpu_s = seconds(CLOCK_THREAD_CPUTIME_ID) - main_s;
@@ -260,6 +265,7 @@ int serve(Result (*function)(Parameters...), int argc, char **argv) {
           server.dump(reply);
         }
       }
+      settle();
       if (rank() == 0) channel->reply(request.token, reply);
     }
   }

@@ -39,19 +39,14 @@ def oracle(task: Task, secret: int) -> Reference:
     """Right answers to a task by NumPy; nothing is timed."""
     problem = task.problem()
     generator = np.random.default_rng((secret, zlib.crc32(task.name.encode())))
-    rounds = []
-    for size in (*problem.sizes(generator), problem.timing_size):
-        drawn = problem.arguments(size, generator)
-        rounds.append(
-            Round(
-                where=f"for an input of size {size}",
-                arguments=(*drawn.values(),),
-                expected=task.expected(drawn),
-            )
-        )
-    return Reference(
-        exercise=problem, checks=tuple(rounds[:-1]), timed=tuple(rounds[-1:]), best_s=float("nan")
+    timed = problem.timing_size
+    calls = [*problem.checks(generator)]
+    calls.append((f"for an input of size {timed}", problem.arguments(timed, generator)))
+    rounds = tuple(
+        Round(where=where, arguments=(*drawn.values(),), expected=task.expected(drawn))
+        for where, drawn in calls
     )
+    return Reference(exercise=problem, checks=rounds[:-1], timed=rounds[-1:], best_s=float("nan"))
 
 
 def verify(

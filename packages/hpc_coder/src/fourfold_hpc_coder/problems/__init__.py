@@ -6,10 +6,9 @@ in the parallel models come from one kernel.
 """
 
 import importlib.resources
-import math
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -18,6 +17,7 @@ import numpy as np
 
 from fourfold_hpc_coder import kernels
 from fourfold_hpc_coder.evaluation import MODELS, Model, Tolerance
+from fourfold_hpc_coder.problems.inputs import draw
 
 DTYPES = {
     "double": "f8",
@@ -169,12 +169,43 @@ class Problem:
         few = int(generator.integers(max(self.minimum_size, 3), 9))
         return (self.minimum_size, few, odd, top // 12 * 12)
 
-    def arguments(self, size: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
-        """Inputs of a call, one array per parameter (of shape () for a scalar), in order."""
+    def checks(self, generator: np.random.Generator) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+        """Inputs on which an answer is checked, each with the end of a sentence about it.
+
+        Where few elements decide an answer, chance hardly ever puts them at an end, or where the blocks
+        of two threads or ranks meet: they are planted there.
+        """
+        sizes = self.sizes(generator)
+        odd, even = sizes[-2:]
+        if any("decisive" in rule for rule in self.inputs.values()):
+            for size, place in ((odd, 0), (odd, odd - 1), (even, even // 2 - 1), (even, even // 2)):
+                where = f"for an input of size {size} that is decided at element {place}"
+                yield where, self.arguments(size, generator, decided_at=place)
+        for size in sizes:
+            yield f"for an input of size {size}", self.arguments(size, generator)
+
+    def arguments(
+        self, size: int, generator: np.random.Generator, *, decided_at: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """Inputs of a call, one array per parameter (of shape () for a scalar), in order.
+
+        Args:
+            size: the `n` of the rules.
+            generator: decides everything else.
+            decided_at: element at which what the rules call decisive is planted; None for nowhere.
+        """
         drawn: dict[str, np.ndarray] = {}
         for parameter in self.signature.parameters:
             rule = self.inputs[parameter.name]
-            drawn[parameter.name] = _draw(parameter, rule, size, drawn, generator)
+            drawn[parameter.name] = draw(
+                rule,
+                parameter.dtype,
+                size,
+                drawn,
+                generator,
+                is_scalar=parameter.holds == "one",
+                decided_at=decided_at,
+            )
         return drawn
 
 
@@ -280,103 +311,6 @@ def _dtype(element: str, structures: Mapping[str, Sequence[str]]) -> np.dtype:
             f"no driver sends elements of type {element!r}; there are {', '.join(DTYPES)}"
         )
     return np.dtype(DTYPES[element])
-
-
-def _length(expression: object, n: int) -> int:
-    """A product of numbers, `n` and sums with it: `8*n`, `(n+2)*n`."""
-    factors = [word.strip("()").split("+") for word in str(expression).split("*")]
-    return math.prod(sum(n if term == "n" else int(term) for term in sum_) for sum_ in factors)
-
-
-def _draw(
-    parameter: Parameter,
-    rule: Mapping[str, Any],
-    n: int,
-    drawn: Mapping[str, np.ndarray],
-    generator: np.random.Generator,
-) -> np.ndarray:
-    length = () if parameter.holds == "one" else (_length(rule.get("length", "n"), n),)
-    match rule["kind"]:
-        case "uniform":
-            values = _uniform(parameter.dtype, rule, length, generator)
-        case "integers":
-            values = _integers(rule, n, length, generator)
-        case "value":
-            values = np.asarray(_length(rule["value"], n))
-        case "zeros":
-            values = np.zeros(length)
-        case "garbage":
-            # Whatever an answer leaves untouched must be wrong.
-            values = generator.integers(1 << 20, 1 << 21, size=length)
-        case "falling":
-            slope = np.linspace(rule["high"], rule["low"], num=int(np.prod(length)))
-            values = slope + generator.normal(scale=20, size=length)
-        case "permutation":
-            values = generator.permutation(n) * 0.5 + 0.25
-        case "adjacency":
-            values = _adjacency(n, symmetric=rule["symmetric"], generator=generator)
-        case "sparse":
-            shape = (_length(rule["rows"], n), _length(rule["columns"], n))
-            values = _sparse(shape, _length(rule["entries"], n), parameter.dtype, generator)
-        case "member":
-            values = _member(drawn[rule["of"]], rule["chance"], generator)
-        case unknown:
-            raise ValueError(f"inputs of kind {unknown!r} are not known; see problems/__init__.py")
-    return np.asarray(values).astype(parameter.dtype)
-
-
-def _integers(
-    rule: Mapping[str, Any], n: int, length: tuple[int, ...], generator: np.random.Generator
-) -> np.ndarray:
-    high = _length(rule["high"], n)
-    values = generator.integers(rule["low"], high, size=length, endpoint=True)
-    if "step" in rule:
-        values = values // 2 * rule["step"] + rule["low"]
-    for planted in rule.get("plant", ()):
-        values[generator.integers(len(values))] = planted
-    return values
-
-
-def _uniform(
-    dtype: np.dtype,
-    rule: Mapping[str, Any],
-    length: tuple[int, ...],
-    generator: np.random.Generator,
-) -> np.ndarray:
-    def draw() -> np.ndarray:
-        return np.asarray(generator.uniform(rule["low"], rule["high"], size=length))
-
-    if dtype.names:
-        values = np.empty(length, dtype)
-        for name in dtype.names:
-            values[name] = draw()
-        return values
-    return draw() + 1j * draw() if np.issubdtype(dtype, np.complexfloating) else draw()
-
-
-def _adjacency(n: int, *, symmetric: bool, generator: np.random.Generator) -> np.ndarray:
-    edges = generator.random((n, n)) < 0.3
-    if symmetric:
-        edges = np.triu(edges) | np.triu(edges).T
-    np.fill_diagonal(edges, val=False)
-    return edges.ravel()
-
-
-def _sparse(
-    shape: tuple[int, int], entries: int, dtype: np.dtype, generator: np.random.Generator
-) -> np.ndarray:
-    cells = shape[0] * shape[1]
-    places = generator.choice(cells, size=min(entries, cells), replace=False, shuffle=True)
-    values = np.empty(len(places), dtype)
-    values["row"], values["column"] = np.divmod(places, shape[1])
-    values["value"] = generator.uniform(-1, 1, size=len(places))
-    return values
-
-
-def _member(values: np.ndarray, chance: float, generator: np.random.Generator) -> np.ndarray:
-    if generator.random() < chance:
-        return values[generator.integers(len(values))]
-    return np.asarray(values.max() + 1)
 
 
 @lru_cache(maxsize=1)
