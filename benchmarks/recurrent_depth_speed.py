@@ -181,6 +181,8 @@ def adaptive() -> None:
                 "ours full": way,
                 "ours kl": partial(way, exit=KL(threshold=threshold)),
                 "ours latent": partial(way, exit=LatentDiff(threshold=0.03)),
+                "ours kl, every 4": partial(way, exit=KL(threshold=threshold, every=4)),
+                "ours latent, every 4": partial(way, exit=LatentDiff(threshold=0.03, every=4)),
             },
             repeats=2 if name == "width 256" else 3,
         )
@@ -192,15 +194,26 @@ def adaptive() -> None:
             over_plain_rows=ratio(times, "plain rows", "ours kl"),
             kl_over_full_depth=ratio(times, "ours full", "ours kl"),
             latent_over_full_depth=ratio(times, "ours full", "ours latent"),
+            kl_every_4_over_full_depth=ratio(times, "ours full", "ours kl, every 4"),
+            latent_every_4_over_full_depth=ratio(times, "ours full", "ours latent, every 4"),
+            kl_every_4_over_plain_batch=ratio(times, "plain batch", "ours kl, every 4"),
             same_tokens_as_plain_rows=bool(torch.equal(given["plain rows"], given["ours kl"][0])),
             same_tokens_as_plain_batch=bool(torch.equal(given["plain batch"], given["ours kl"][0])),
-            kl_agreement_with_full_depth=float((given["ours kl"][0] == greedy).double().mean()),
-            latent_agreement_with_full_depth=float((given["ours latent"][0] == greedy).double().mean()),
+            kl_agreement_with_full_depth=_share_equal(given["ours kl"][0], greedy),
+            latent_agreement_with_full_depth=_share_equal(given["ours latent"][0], greedy),
+            kl_every_4_agreement_with_full_depth=_share_equal(given["ours kl, every 4"][0], greedy),
+            latent_every_4_agreement_with_full_depth=_share_equal(
+                given["ours latent, every 4"][0], greedy
+            ),
             kl_mean_recurrences=float(given["ours kl"][1].double().mean()),
             latent_mean_recurrences=float(given["ours latent"][1].double().mean()),
             kl_slowest_row=float(given["ours kl"][1].amax(0).double().mean()),
             latent_slowest_row=float(given["ours latent"][1].amax(0).double().mean()),
         )  # fmt: skip
+
+
+def _share_equal(tokens: Tensor, others: Tensor) -> float:
+    return float((tokens == others).double().mean())
 
 
 def training() -> None:

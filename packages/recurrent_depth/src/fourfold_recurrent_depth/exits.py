@@ -4,8 +4,9 @@ A criterion measures each token after each recurrence and stops it by a threshol
 state cost a few vector operations; those that read the logits run coda and head at every check, which at
 Huginn's shape costs 69 % of a recurrence (section 6.1 uses the KL divergence).
 
-Fewer recurrences are not less time by themselves: the rows of a batch wait for the slowest, and checks cost.
-`benchmarks/recurrent_depth_speed.py` times both against full depth.
+Fewer recurrences are not less time by themselves: the rows of a batch wait for the slowest, and checks cost;
+at small widths more than recurrences do, and `every=4` then saves time where `every=1` loses it.
+`benchmarks/recurrent_depth_speed.py` times them against full depth.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Criterion(ABC):
     min_steps: int = 1
     """No token stops before this many recurrences."""
     every: int = 1
-    """Check after every so many recurrences."""
+    """Check after every so many recurrences, which run as one call; a check compares with the one before."""
     scope: Literal["row", "token"] = "row"
     """In a prompt, the tokens of a row stop together (published), or each by itself."""
     in_prompt: bool = True

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
 
 TOGETHER = 4
-"""Recurrences of a decoded token whose logits are computed in one pass: a few recurrences more per
-token, a quarter of the checks."""
+"""Recurrences of a decoded token whose logits are judged in one pass: a few recurrences more per token,
+a quarter of the passes. With `every` above one, so many fewer are worth it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,12 +86,12 @@ def _many_tokens(
     injected, here, memory = model.inject(e), where, None
     if real is not None:
         cache.select(None, running)
-    for done in range(1, steps + 1):
-        new = model.recur(s, injected, here, done - 1)
+    is_judged, done = tokens == 1 or criterion.in_prompt, 0
+    while done < steps:
+        before, done = done, _next_check(criterion, done, steps) if is_judged else steps
+        new = model.recur(s, injected, here, before, done - before)
         s = new if tokens == 1 else torch.where(running.unsqueeze(-1), new, s)
-        is_checked = (tokens == 1 or criterion.in_prompt) and done % criterion.every == 0
-        if not is_checked and done < steps:
-            continue
+        is_checked = is_judged and done % criterion.every == 0
         features = s
         if criterion.reads == "logits":
             features = model.predict(model.transformer["ln_f"](s), here, 1 if whole_rows else 0)
@@ -150,7 +150,7 @@ def _one_token(
     """
     batch, reads_logits = len(e), criterion.reads == "logits"
     is_stackable = model.config._attn_implementation in ("sdpa", "eager")  # noqa: SLF001 - transformers' own name
-    together = TOGETHER if reads_logits and is_stackable else 1
+    together = max(1, TOGETHER // criterion.every) if reads_logits and is_stackable else 1
     final, stopped_at = s.clone(), torch.full((batch, 1), steps, device=e.device)
     logits: Tensor | None = None
     rows = torch.arange(batch, device=e.device)
@@ -159,11 +159,10 @@ def _one_token(
     stopped: list[tuple[Tensor, int]] = []
     while bool(running.any()):
         states: dict[int, Tensor] = {}
-        while not states or (done < steps and done % together):
-            s = model.recur(s, injected, here, done)
-            done += 1
-            if done % criterion.every == 0 or done == steps:
-                states[done] = s
+        while done < steps and len(states) < together:
+            before, done = done, _next_check(criterion, done, steps)
+            s = model.recur(s, injected, here, before, done - before)
+            states[done] = s
         features, aside = s, None
         if reads_logits:
             aside = Aside(cache)
@@ -197,6 +196,11 @@ def _one_token(
         cache.stop(left, torch.zeros_like(left), depth=step)
     cache.select(None, None)
     return Found(state=final, steps=stopped_at, logits=logits)
+
+
+def _next_check(criterion: Criterion, done: int, steps: int) -> int:
+    """How many recurrences are done at the next check, or at the end."""
+    return min(steps, (done // criterion.every + 1) * criterion.every)
 
 
 def _start(criterion: Criterion, first: Tensor, features: Tensor) -> Tensor:
