@@ -166,6 +166,47 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path: Path, small_r
     assert "step-00000002" in message
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kinked:
+    """From one step on the gradient is not finite (the root's at zero), while the loss is."""
+
+    since: int
+
+    def targets(self, batch: Batch) -> Tensor:
+        return NextToken(mask=KeepAll()).targets(batch)
+
+    def loss(self, model: nn.Module, batch: Batch, targets: Tensor) -> MicrobatchLoss:
+        found = NextToken(mask=KeepAll()).loss(model, batch, targets)
+        if batch.number < self.since - 1:
+            return found
+        root = (next(model.parameters()).flatten()[:1] * 0).sqrt().sum()
+        return replace(found, nats_sum=found.nats_sum + root)
+
+
+@pytest.mark.parametrize(("since", "kept"), [(4, 2), (6, 4)])
+def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(
+    tmp_path: Path, small_run: Run, since: int, kept: int
+) -> None:
+    """In the middle or at the last step: the run stops, and the checkpoint before it is whole."""
+    run = replace(small_run, objective=Kinked(since=since))
+    with pytest.raises(FloatingPointError, match=f"grad_norm=nan at step {since};.*0000000{kept}"):
+        run_to(tmp_path, run)
+    (last,) = checkpoint.checkpoints(tmp_path / "checkpoints")
+    assert last.step == kept
+    assert all(weight.isfinite().all() for weight in trained_model(run, last).parameters())
+
+
+def test_a_validation_that_is_not_finite_never_reaches_a_checkpoint(
+    tmp_path: Path, small_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record keeps the value; the run stops."""
+    ruined = {"validation_loss_nats": math.nan, "tokens": 1}
+    monkeypatch.setattr("fourfold_parallel.run.train.validate", lambda *_: ruined)
+    with pytest.raises(FloatingPointError, match=r"validation_loss_nats=nan at step 4;.*00000002"):
+        run_to(tmp_path, small_run)
+    assert read_record(tmp_path / "r.jsonl").last("validation").values["step"] == 4
+
+
 def test_dropped_targets_get_no_gradient_and_are_still_measured(small_run: Run) -> None:
     """The loss on kept targets has the gradient of manual masking; telemetry adds up to the whole."""
     model = small_run.model.build(seed=0)

@@ -5,6 +5,7 @@ import math
 import resource
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def train(
 
     Raises:
         ValueError: where the run does not fit its data or its ranks.
-        FloatingPointError: at the first loss that is not finite, naming step, batch and last checkpoint.
+        FloatingPointError: at the first loss or gradient norm that is not finite, naming step, batch and
+            last checkpoint, which is left as it was.
     """
     run_sha256 = digest(run)
     stream = run.data.open(sequence=run.sequence, seed=run.seed)
@@ -99,9 +101,10 @@ def train(
 
                 totals = session.sum(torch.stack([*sums.values()]).to(session.device)).tolist()
                 loss_nats = totals[0] / supervised.item()
-                if not math.isfinite(loss_nats):
-                    raise _not_finite(loss_nats, step, batch, run_sha256, checkpoints)
+                check_finite = partial(_check_finite, step + 1, batch, run_sha256, checkpoints)
+                check_finite(loss_nats=loss_nats)
                 grad_norm = session.update(run.max_grad_norm)
+                check_finite(grad_norm=grad_norm)
 
                 elapsed_s = time.perf_counter() - started_s
                 done = step + 1
@@ -119,7 +122,9 @@ def train(
                 )
                 progress(done, run.steps, f"loss {loss_nats:.3f} nats")
                 if is_due(run.validate_every, done, run.steps):
-                    records.write("validation", step=done, **validate(run, session))
+                    validation = validate(run, session)
+                    records.write("validation", step=done, **validation)
+                    check_finite(validation_loss_nats=validation["validation_loss_nats"])
                 if is_due(run.checkpoint_every, done, run.steps):
                     write_checkpoint(checkpoints, session, step=done, run_sha256=run_sha256)
             records.write("trained", step=run.steps)
@@ -224,16 +229,18 @@ def _check_vocabulary(run: Run, model: PreTrainedModel, stream: TokenStream) -> 
         )
 
 
-def _not_finite(
-    loss_nats: float, step: int, batch: Batch, run_sha256: str, checkpoints: Path
-) -> FloatingPointError:
-    last = checkpoint.latest(checkpoints, run_sha256=run_sha256)
-    return FloatingPointError(
-        f"loss_nats={loss_nats} at step {step + 1}; this rank's rows start at tokens "
-        f"{list(batch.addresses[:8])} of the corpus; the last checkpoint is "
-        f"{last.path if last else 'none'}. Lower the learning rate, lengthen the warm-up, "
-        "or look at those rows"
-    )
+def _check_finite(
+    done: int, batch: Batch, run_sha256: str, checkpoints: Path, **quantities: float
+) -> None:
+    for name, value in quantities.items():
+        if not math.isfinite(value):
+            last = checkpoint.latest(checkpoints, run_sha256=run_sha256)
+            raise FloatingPointError(
+                f"{name}={value} at step {done}; this rank's rows start at tokens "
+                f"{list(batch.addresses[:8])} of the corpus; the last checkpoint is "
+                f"{last.path if last else 'none'}. Lower the learning rate, lengthen the warm-up, "
+                "or look at those rows"
+            )
 
 
 def _peak_bytes(device: torch.device) -> int:
