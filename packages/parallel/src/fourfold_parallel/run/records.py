@@ -120,7 +120,7 @@ def header(
 
 
 class RecordWriter:
-    """Append events to a JSONL file, one line and one system call each.
+    """Append events to a JSONL file, one line each: a line is there whole or, where the disk is full, not.
 
     A writer with `path=None` writes nothing: the ranks that do not record hold one.
     """
@@ -133,15 +133,30 @@ class RecordWriter:
             self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def write(self, event: str, **values: object) -> None:
-        """Append one event. Numbers that are not finite are written as strings, since JSON has none."""
+        """Append one event. Numbers that are not finite are written as strings, since JSON has none.
+
+        Raises:
+            OSError: where the line does not fit; what was written of it is taken back.
+        """
         if self._handle is not None:
-            line = json.dumps({"event": event, **{key: _finite(v) for key, v in values.items()}})
-            os.write(self._handle, (line + "\n").encode())
+            self._append({"event": event, **{key: _finite(v) for key, v in values.items()}})
 
     def write_header(self, values: dict[str, Json]) -> None:
         """Append the first line of a run, as `header` gives it."""
         if self._handle is not None:
-            os.write(self._handle, (json.dumps(values) + "\n").encode())
+            self._append(values)
+
+    def _append(self, values: dict[str, Json]) -> None:
+        assert self._handle is not None
+        start = os.fstat(self._handle).st_size
+        rest = (json.dumps(values) + "\n").encode()
+        try:
+            # A disk that fills up takes part of a line without an error, and refuses the rest.
+            while rest:
+                rest = rest[os.write(self._handle, rest) :]
+        except OSError:
+            os.ftruncate(self._handle, start)
+            raise
 
     def close(self) -> None:
         """Push the lines to the disk and close."""
