@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fourfold_parallel.run import checkpoint
 from fourfold_parallel.run.data import Batch
 from fourfold_parallel.run.engines import DDP, FSDP2, DeepSpeed, Engine, Single
+from fourfold_parallel.run.models import Llama
 from fourfold_parallel.run.objective import IGNORE, KeepAll, MicrobatchLoss, NextToken
 from fourfold_parallel.run.progress import Progress, silent
 from fourfold_parallel.run.recipe import At, Run, Steps, Tokens
-from fourfold_parallel.run.records import read_record
+from fourfold_parallel.run.records import Material, read_record
 from fourfold_parallel.run.train import train, trained_model
 
 
@@ -93,6 +96,77 @@ def test_a_save_that_dies_leaves_the_last_whole_checkpoint(
     monkeypatch.setattr(checkpoint, "write_text", write_text)
     assert run_to(tmp_path, small_run).step == 6
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+def test_a_removal_that_dies_leaves_whole_checkpoints_only(
+    tmp_path: Path, small_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while an old checkpoint is removed, the run resumes from the new one, and clears up."""
+    rmtree = shutil.rmtree
+
+    def dies_within_step_2(path: Path, **options: bool) -> None:
+        if "step-00000002" in path.name:
+            (path / "checkpoint.json").unlink()
+            raise StoppedError
+        rmtree(path, **options)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", dies_within_step_2)
+    with pytest.raises(StoppedError):
+        run_to(tmp_path, small_run)
+    assert [found.step for found in checkpoint.checkpoints(tmp_path / "checkpoints")] == [4]
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", rmtree)
+    assert run_to(tmp_path, small_run).step == 6
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Descent:
+    """Plain gradient descent, which has no state."""
+
+    learning_rate: float
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=self.learning_rate)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WithSpare:
+    """A small Llama with a weight that no loss reaches, and AdamW has no moments for."""
+
+    plain: Llama
+
+    def build(self, *, seed: int) -> PreTrainedModel:
+        model = self.plain.build(seed=seed)
+        model.register_parameter("spare", nn.Parameter(torch.ones(3)))
+        return model
+
+    def materials(self) -> tuple[Material, ...]:
+        return ()
+
+
+@pytest.mark.parametrize("change", ["no state", "no gradient"])
+def test_what_has_no_moments_resumes_too(tmp_path: Path, small_run: Run, change: str) -> None:
+    """Gradient descent, and a weight without a gradient: bit for bit the uninterrupted run."""
+    run = replace(small_run, optimizer=Descent(learning_rate=0.1))
+    if change == "no gradient":
+        assert isinstance(small_run.model, Llama)
+        run = replace(small_run, model=WithSpare(plain=small_run.model))
+    straight = run_to(tmp_path / "straight", run)
+    with pytest.raises(StoppedError):
+        run_to(tmp_path / "broken", run, stop_at(3))
+    resumed = run_to(tmp_path / "broken", run)
+    ours, theirs = trained_model(run, resumed), trained_model(run, straight)
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], weight), name
+
+
+def test_another_models_checkpoint_is_refused(tmp_path: Path, small_run: Run) -> None:
+    """A deeper and a shallower model than the checkpoint's: both name the weight and both sides."""
+    last = run_to(tmp_path, small_run)
+    for depth, words in ((1, "the model has no such weight"), (3, "no 'model.layers.2")):
+        other = replace(small_run, model=replace(small_run.model, depth=depth))  # type: ignore[type-var]
+        with pytest.raises(ValueError, match=words):
+            trained_model(other, last)
 
 
 def test_another_runs_checkpoint_is_refused(tmp_path: Path, small_run: Run) -> None:
