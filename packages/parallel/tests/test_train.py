@@ -21,6 +21,7 @@ from fourfold_parallel.run.progress import Progress, silent
 from fourfold_parallel.run.recipe import At, Run, Steps, Tokens
 from fourfold_parallel.run.records import Material, read_record
 from fourfold_parallel.run.train import train, trained_model
+from fourfold_parallel.run.values import digest
 
 
 def losses(path: Path) -> list[float]:
@@ -173,6 +174,23 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path, small_run: Run) -> N
     run_to(tmp_path, small_run)
     with pytest.raises(ValueError, match="was written by another run"):
         run_to(tmp_path, replace(small_run, seed=9))
+
+
+def test_another_runs_record_is_not_gone_on_with(tmp_path: Path, small_run: Run) -> None:
+    """A resumed run finds a record of its own, or none, or one whose first line was cut: not another's."""
+    other = replace(small_run, seed=9)
+    checkpoints, record = tmp_path / "checkpoints", tmp_path / "r.jsonl"
+    with pytest.raises(StoppedError):
+        train(small_run, record=record, checkpoints=checkpoints, progress=stop_at(3))
+    run_to(tmp_path / "other", other)
+    theirs = (tmp_path / "other/r.jsonl").read_bytes()
+    record.write_bytes(theirs)
+    with pytest.raises(ValueError, match=f"{digest(other)[:12]}, not {digest(small_run)[:12]}"):
+        run_to(tmp_path, small_run)
+    assert record.read_bytes() == theirs
+    record.write_bytes(theirs[:50])
+    run_to(tmp_path, small_run)
+    assert read_record(record).run == small_run
 
 
 def test_a_run_is_validated_at_the_steps_it_names(tmp_path: Path, small_run: Run) -> None:

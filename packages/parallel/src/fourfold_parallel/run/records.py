@@ -262,6 +262,12 @@ class Record:
         return events[-1]
 
 
+def begun_by(path: Path) -> str | None:
+    """Digest of the run that a record begins with; None where no first line is whole yet."""
+    first = next(_lines(path), None) if path.exists() else None
+    return None if first is None else str(first[1].get("run_sha256"))
+
+
 def read_record(path: Path) -> Record:
     """Read a record, leaving out a cut last line and steps that a resume replaced.
 

@@ -21,7 +21,7 @@ from fourfold_parallel.run.objective import IGNORE, token_nats
 from fourfold_parallel.run.optimizer import set_learning_rate
 from fourfold_parallel.run.progress import Progress
 from fourfold_parallel.run.recipe import At, Run
-from fourfold_parallel.run.records import RecordWriter, header
+from fourfold_parallel.run.records import RecordWriter, begun_by, header
 from fourfold_parallel.run.values import digest
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,8 @@ def train(
         The last checkpoint; `trained_model` reads it back as a plain model, whatever the engine.
 
     Raises:
-        ValueError: where the run does not fit its data or its ranks.
+        ValueError: where the run does not fit its data or its ranks, or is resumed with the checkpoints or
+            the record of another.
         FloatingPointError: at the first loss or gradient norm that is not finite, naming step, batch and
             last checkpoint, which is left as it was.
     """
@@ -69,7 +70,9 @@ def train(
         microbatch=run.microbatch,
     ) as session:
         first_step = _restore(run_sha256, session, checkpoints)
-        if first_step == 0 and session.is_main:
+        if first_step:
+            _check_record(record, study or run)
+        elif session.is_main:
             record.unlink(missing_ok=True)
         with _writer(run, session, stream, record, study or run, overrides) as records:
             if first_step:
@@ -197,6 +200,15 @@ def _restore(run_sha256: str, session: Session, checkpoints: Path) -> int:
     return found.step
 
 
+def _check_record(record: Path, study: object) -> None:
+    found, mine = begun_by(record), digest(study)
+    if found is not None and found != mine:
+        raise ValueError(
+            f"{record} is the record of another run ({found[:12]}, not {mine[:12]}); name a record of its "
+            f"own for this one, or remove {record} to begin it there"
+        )
+
+
 def _writer(
     run: Run,
     session: Session,
@@ -208,9 +220,8 @@ def _writer(
     """A record with its first line written, or the record of the run that is resumed."""
     if not session.is_main:
         return RecordWriter(None)
-    is_begun = record.exists()
     writer = RecordWriter(record)
-    if not is_begun:
+    if begun_by(record) is None:
         materials = (*stream.file.materials, *run.model.materials())
         first = header(
             study, seed=run.seed, world_size=world_size(), materials=materials, overrides=overrides
