@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -203,6 +204,41 @@ def test_a_run_is_validated_at_the_steps_it_names(tmp_path: Path, small_run: Run
         At(steps=(4, 1))
 
 
+@pytest.mark.parametrize(("batch", "microbatch"), [(1, 1), (8, 3), (256, 64)])
+def test_each_held_out_row_counts_once(
+    tmp_path: Path, small_run: Run, batch: int, microbatch: int
+) -> None:
+    """For a batch that does not divide the rows, or is larger than they are, too."""
+    run = replace(small_run, batch=batch, microbatch=microbatch, horizon=Steps(count=1))
+    model = trained_model(run, run_to(tmp_path, run))
+    stream = run.data.validation(sequence=run.sequence)
+    starts = stream.row_starts[:, None] + np.arange(run.sequence + 1)
+    rows = torch.from_numpy(stream.file.tokens[starts].astype(np.int64))
+    assert len(rows) % 8
+    with torch.no_grad():
+        logits = model(input_ids=rows[:, :-1]).logits
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    found = read_record(tmp_path / "r.jsonl").last("validation")
+    # float32 sums in another order
+    assert found.number("validation_loss_nats") == pytest.approx(expected.item(), abs=2e-6)
+    assert found.number("tokens") == len(rows) * run.sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepNone:
+    """Leaves every target out."""
+
+    def drop(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        return torch.ones_like(tokens, dtype=torch.bool)
+
+
+def test_a_step_without_targets_says_so(tmp_path: Path, small_run: Run) -> None:
+    run_to(tmp_path, replace(small_run, objective=NextToken(mask=KeepNone())))
+    for event in read_record(tmp_path / "r.jsonl").of("step"):
+        assert event.number("supervised_targets") == 0
+        assert event.number("grad_norm") == 0
+
+
 def test_the_record_says_what_was_run(tmp_path: Path, small_run: Run) -> None:
     """Run, versions, hardware, material with licence and digest: all in the first line."""
     run_to(tmp_path, small_run)
@@ -319,6 +355,7 @@ def test_dropped_targets_get_no_gradient_and_are_still_measured(small_run: Run) 
         (lambda run: replace(run, batch=0), "batch=0"),
         (lambda run: replace(run, horizon=Steps(count=0)), "count=0"),
         (lambda run: replace(run, max_grad_norm=0.0), "max_grad_norm=0.0"),
+        (lambda run: replace(run, data=replace(run.data, held_out=0.0)), "held_out=0"),
         (lambda run: replace(run, model=replace(run.model, vocabulary=100)), "embeds 100"),
         (lambda run: replace(run, model=replace(run.model, heads=5)), "heads=5"),
         (lambda run: replace(run, model=replace(run.model, kv_heads=3)), "kv_heads=3"),

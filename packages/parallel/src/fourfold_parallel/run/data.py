@@ -273,7 +273,8 @@ class Packed:
     corpus: Corpus
     tokenizer: Tokenizer
     held_out: float
-    """Share of the rows kept for validation, from the end of the corpus; at least one row if above 0."""
+    """Share of the rows kept for validation, from the end of the corpus; at least one row if above 0. A run
+    is validated at its end at least, so at 0 it is refused."""
 
     def open(self, *, sequence: int, seed: int) -> TokenStream:
         """Training rows, shuffled per epoch."""
@@ -282,7 +283,15 @@ class Packed:
         return TokenStream(file=file, row_starts=starts, sequence=sequence, seed=seed)
 
     def validation(self, *, sequence: int) -> TokenStream:
-        """The rows left out of training."""
+        """The rows left out of training.
+
+        Raises:
+            ValueError: where none are.
+        """
+        if self.held_out == 0:
+            raise ValueError(
+                "held_out=0 leaves no row to validate on; use a share above 0, which is at least one row"
+            )
         file = tokenize(self.corpus, self.tokenizer)
         _, starts = self._split(file, sequence)
         return TokenStream(file=file, row_starts=starts, sequence=sequence, seed=0)

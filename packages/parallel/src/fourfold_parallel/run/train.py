@@ -60,6 +60,7 @@ def train(
     """
     run_sha256 = digest(run)
     stream = run.data.open(sequence=run.sequence, seed=run.seed)
+    held_out = run.data.validation(sequence=run.sequence)
     plain = run.model.build(seed=run.seed)
     _check_vocabulary(run, plain, stream)
     with run.engine.open(
@@ -90,7 +91,8 @@ def train(
                 microbatches = batch.to(session.device).split(run.microbatch)
                 targets = [run.objective.targets(microbatch) for microbatch in microbatches]
                 kept = torch.stack([(one != IGNORE).sum() for one in targets]).sum().double()
-                supervised = session.sum(kept).clamp(min=1)
+                supervised = session.sum(kept)
+                divisor = supervised.clamp(min=1)
 
                 sums: dict[str, torch.Tensor] = {"nats_sum": torch.zeros((), dtype=torch.float64)}
                 for index, (microbatch, target) in enumerate(
@@ -98,12 +100,12 @@ def train(
                 ):
                     with session.microbatch(is_last=index == len(microbatches) - 1):
                         loss = run.objective.loss(session.model, microbatch, target)
-                        session.backward(loss.nats_sum / supervised.to(loss.nats_sum.dtype))
+                        session.backward(loss.nats_sum / divisor.to(loss.nats_sum.dtype))
                     for name, value in {**loss.telemetry, "nats_sum": loss.nats_sum}.items():
                         sums[name] = sums.get(name, 0) + value.detach().double().cpu()
 
                 totals = session.sum(torch.stack([*sums.values()]).to(session.device)).tolist()
-                loss_nats = totals[0] / supervised.item()
+                loss_nats = totals[0] / divisor.item()
                 check_finite = partial(_check_finite, step + 1, batch, run_sha256, checkpoints)
                 check_finite(loss_nats=loss_nats)
                 grad_norm = session.update(run.max_grad_norm)
@@ -125,7 +127,7 @@ def train(
                 )
                 progress(done, run.steps, f"loss {loss_nats:.3f} nats")
                 if is_due(run.validate_every, done, run.steps):
-                    validation = validate(run, session)
+                    validation = validate(run, held_out, session)
                     records.write("validation", step=done, **validation)
                     check_finite(validation_loss_nats=validation["validation_loss_nats"])
                 if is_due(run.checkpoint_every, done, run.steps):
@@ -155,20 +157,23 @@ def is_due(every: int | At, done: int, steps: int) -> bool:
 
 
 @torch.no_grad()
-def validate(run: Run, session: Session) -> dict[str, float]:
-    """Unmasked loss on the source's held-out rows, shared over the ranks like a training batch."""
-    stream = run.data.validation(sequence=run.sequence)
+def validate(run: Run, held_out: TokenStream, session: Session) -> dict[str, float]:
+    """Unmasked loss on the held-out rows, each once, shared over the ranks like training batches."""
+    rows = len(held_out.row_starts)
     nats_sum = torch.zeros((), dtype=torch.float64, device=session.device)
-    tokens = 0
     session.model.eval()
-    for index in range(max(1, len(stream.row_starts) // run.batch)):
-        share = stream.batch(index, batch=run.batch, rank=session.rank, ranks=session.ranks)
+    for index in range(-(-rows // run.batch)):
+        share = held_out.batch(index, batch=run.batch, rank=session.rank, ranks=session.ranks)
+        # The last batch is filled up with rows of a second pass, which every rank computes and none counts.
+        first = index * run.batch + session.rank * len(share.tokens)
         for microbatch in share.to(session.device).split(run.microbatch):
             with session.microbatch(is_last=True):
                 logits = session.model(input_ids=microbatch.tokens[:, :-1], use_cache=False).logits
-            nats_sum += token_nats(logits, microbatch.tokens[:, 1:], session.model).double().sum()
-        tokens += run.tokens_per_step
+            nats = token_nats(logits, microbatch.tokens[:, 1:], session.model)
+            nats_sum += nats[: max(0, rows - first)].double().sum()
+            first += len(nats)
     session.model.train()
+    tokens = rows * run.sequence
     return {"validation_loss_nats": session.sum(nats_sum).item() / tokens, "tokens": tokens}
 
 
