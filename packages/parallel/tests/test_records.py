@@ -1,18 +1,21 @@
 """Laws of records: whole lines or none, resumed steps once."""
 
 import json
+import math
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fourfold_parallel.run.recipe import Run
 from fourfold_parallel.run.records import RecordWriter, header, read_record
+from fourfold_parallel.run.values import digest
 
 
 def begin(path: Path, run: Run) -> RecordWriter:
@@ -59,6 +62,16 @@ def test_numbers_that_json_lacks_stay_readable(tmp_path: Path, small_run: Run) -
     assert json.loads(path.read_text().splitlines()[1])["loss_nats"] == "inf"
     with pytest.raises(ValueError, match="no number 'loss_nats'"):
         read_record(path).of("step")[0].number("loss_nats")
+
+
+def test_a_run_without_clipping_has_a_header_that_is_json(tmp_path: Path, small_run: Run) -> None:
+    """Any JSON reader takes the line, and the run comes back with its digest."""
+    run = replace(small_run, max_grad_norm=math.inf)
+    begin(tmp_path / "r.jsonl", run).close()
+    json.loads((tmp_path / "r.jsonl").read_text(), parse_constant=pytest.fail)
+    record = read_record(tmp_path / "r.jsonl")
+    assert record.run == run
+    assert record.run_sha256 == digest(run) == digest(record.run)
 
 
 def test_a_line_that_does_not_fit_is_an_error_and_leaves_nothing(

@@ -19,7 +19,7 @@ from typing import Self
 
 import torch
 
-from fourfold_parallel.run.values import Json, digest, from_json, to_json
+from fourfold_parallel.run.values import Json, digest, from_json, strict, to_json
 
 SCHEMA = 1
 """Version of the record format; a reader refuses others."""
@@ -144,7 +144,7 @@ class RecordWriter:
     def write_header(self, values: dict[str, Json]) -> None:
         """Append the first line of a run, as `header` gives it."""
         if self._handle is not None:
-            self._append(values)
+            self._append({key: strict(value) for key, value in values.items()})
 
     def _append(self, values: dict[str, Json]) -> None:
         assert self._handle is not None

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import math
 from pathlib import PurePath
 from typing import TypeVar
 
@@ -40,8 +41,22 @@ def to_json(value: object) -> Json:
     )
 
 
+def strict(json_value: Json) -> Json:
+    """The same value with numbers that JSON lacks (inf, nan) tagged: `from_json` gives them back.
+
+    A digest is taken of the value without the tags.
+    """
+    if isinstance(json_value, float) and not math.isfinite(json_value):
+        return {"type": "float", "value": str(json_value)}
+    if isinstance(json_value, list):
+        return [strict(item) for item in json_value]
+    if isinstance(json_value, dict):
+        return {key: strict(item) for key, item in json_value.items()}
+    return json_value
+
+
 def from_json(json_value: Json) -> object:
-    """The value that `to_json` described; lists come back as tuples.
+    """The value that `to_json` described, made `strict` or not; lists come back as tuples.
 
     Raises:
         ValueError: where a tag names something other than a dataclass of a `fourfold_` module.
@@ -53,6 +68,8 @@ def from_json(json_value: Json) -> object:
     tag = json_value.get("type")
     if not isinstance(tag, str):
         return {key: from_json(item) for key, item in json_value.items()}
+    if tag == "float":
+        return float(str(json_value["value"]))
     module, _, name = tag.partition(":")
     if not module.startswith("fourfold_"):
         raise ValueError(f"type={tag!r} is not a fourfold type; a record may rebuild only those")
