@@ -171,6 +171,15 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path, small_run: Run) ->
             trained_model(other, last)
 
 
+def test_a_run_called_again_is_trained_once(tmp_path: Path, small_run: Run) -> None:
+    """At its horizon already, it takes no step and its record has one end."""
+    for _ in range(2):
+        run_to(tmp_path, small_run)
+        record = read_record(tmp_path / "r.jsonl")
+        assert len(record.of("step")) == 6
+        assert len(record.of("trained")) == 1
+
+
 def test_another_runs_checkpoint_is_refused(tmp_path: Path, small_run: Run) -> None:
     run_to(tmp_path, small_run)
     with pytest.raises(ValueError, match="was written by another run"):

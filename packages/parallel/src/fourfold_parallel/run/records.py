@@ -283,7 +283,11 @@ def read_record(path: Path) -> Record:
     for event in events:
         if event.kind == "resumed":
             step = event.number("step")
-            kept = [old for old in kept if old.kind == "run" or _step_of(old) <= step]
+            kept = [
+                old
+                for old in kept
+                if old.kind == "run" or (_step_of(old) <= step and old.kind != "trained")
+            ]
         kept.append(event)
     return Record(path, tuple(kept))
 
