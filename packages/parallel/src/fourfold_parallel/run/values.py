@@ -6,7 +6,7 @@ import importlib
 import json
 import math
 from pathlib import PurePath
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
@@ -15,6 +15,8 @@ Value = TypeVar("Value")
 
 def to_json(value: object) -> Json:
     """A dataclass as its fields under the tag `type` ("module:Name"), tuples as lists, the rest as is.
+
+    A whole number in a field of type float is given as a float, so that equal values have one digest.
 
     Raises:
         TypeError: for anything a record could not rebuild (open files, tensors, functions).
@@ -30,7 +32,7 @@ def to_json(value: object) -> Json:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
         fields = {
-            field.name: to_json(getattr(value, field.name))
+            field.name: to_json(_as_declared(field, getattr(value, field.name)))
             for field in dataclasses.fields(value)
             if field.init
         }
@@ -39,6 +41,11 @@ def to_json(value: object) -> Json:
         f"a run holds {value!r} of type {type(value).__name__}, which no record can rebuild; "
         "use numbers, strings, tuples and frozen dataclasses"
     )
+
+
+def _as_declared(field: dataclasses.Field[Any], value: object) -> object:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if is_whole and field.type in (float, "float") else value
 
 
 def strict(json_value: Json) -> Json:
