@@ -9,7 +9,7 @@ import torch
 from fourfold_parallel.run import data
 from fourfold_parallel.run.corpora import Hub, TextFiles
 from fourfold_parallel.run.data import Packed, TokenStream, epoch_order, tokenize
-from fourfold_parallel.run.tokenizers import BytePairs
+from fourfold_parallel.run.tokenizers import BytePairs, PublishedTokenizer
 
 
 @pytest.fixture
@@ -86,6 +86,29 @@ def test_tokenizing_twice_reads_the_cache(packed: Packed, monkeypatch: pytest.Mo
     first = tokenize(packed.corpus, packed.tokenizer)
     monkeypatch.setattr(TextFiles, "load", lambda _: pytest.fail("the corpus was read again"))
     assert tokenize(packed.corpus, packed.tokenizer) == first
+
+
+def test_an_edited_text_file_is_read_again(tmp_path: Path) -> None:
+    """Under the same name, with other words: other tokens, and another material in the record."""
+    text = tmp_path / "mine.txt"
+    corpus = TextFiles(paths=(str(text),), licence="made here")
+    found = []
+    for words in ("alpha beta gamma " * 30, "delta epsilon zeta " * 50):
+        text.write_text(words, encoding="utf-8")
+        file = tokenize(corpus, BytePairs(vocabulary=300))
+        assert file.tokenizer().decode(file.document(0).tolist()) == words
+        found.append(file.materials[0].sha256)
+    assert found[0] != found[1]
+
+
+def test_the_files_of_a_local_tokenizer_count(tmp_path: Path, packed: Packed) -> None:
+    """A tokenizer trained anew into the same folder tokenizes anew."""
+    folder = str(tmp_path / "tokenizer")
+    kept = PublishedTokenizer(name=folder, revision="main", licence="as the corpus")
+    for vocabulary in (300, 310):
+        trained = BytePairs(vocabulary=vocabulary).load(packed.corpus.load())
+        trained.tokenizer.save_pretrained(folder)
+        assert tokenize(packed.corpus, kept).vocabulary == vocabulary
 
 
 def test_an_altered_token_file_is_refused(packed: Packed, tmp_path: Path) -> None:

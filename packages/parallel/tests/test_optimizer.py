@@ -22,8 +22,10 @@ def test_every_schedule_warms_up_linearly_to_one(schedule: Schedule) -> None:
     assert all(0 < schedule.factor(step, 100) <= 1 for step in range(100))
 
 
-def test_cosine_ends_at_its_floor() -> None:
-    assert Cosine(warmup_steps=5, floor=0.1).factor(99, 100) == pytest.approx(0.1)
+@pytest.mark.parametrize("steps", [6, 7, 100])
+def test_cosine_ends_at_its_floor(steps: int) -> None:
+    """With a single step after the warm-up, too."""
+    assert Cosine(warmup_steps=5, floor=0.1).factor(steps - 1, steps) == pytest.approx(0.1)
 
 
 def test_a_cooldown_forks_from_a_longer_run() -> None:

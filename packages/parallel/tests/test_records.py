@@ -1,17 +1,21 @@
 """Laws of records: whole lines or none, resumed steps once."""
 
 import json
+import math
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fourfold_parallel.run.recipe import Run
 from fourfold_parallel.run.records import RecordWriter, header, read_record
+from fourfold_parallel.run.values import digest
 
 
 def begin(path: Path, run: Run) -> RecordWriter:
@@ -58,6 +62,35 @@ def test_numbers_that_json_lacks_stay_readable(tmp_path: Path, small_run: Run) -
     assert json.loads(path.read_text().splitlines()[1])["loss_nats"] == "inf"
     with pytest.raises(ValueError, match="no number 'loss_nats'"):
         read_record(path).of("step")[0].number("loss_nats")
+
+
+def test_a_run_without_clipping_has_a_header_that_is_json(tmp_path: Path, small_run: Run) -> None:
+    """Any JSON reader takes the line, and the run comes back with its digest."""
+    run = replace(small_run, max_grad_norm=math.inf)
+    begin(tmp_path / "r.jsonl", run).close()
+    json.loads((tmp_path / "r.jsonl").read_text(), parse_constant=pytest.fail)
+    record = read_record(tmp_path / "r.jsonl")
+    assert record.run == run
+    assert record.run_sha256 == digest(run) == digest(record.run)
+
+
+def test_a_line_that_does_not_fit_is_an_error_and_leaves_nothing(
+    tmp_path: Path, small_run: Run
+) -> None:
+    """A file that may grow by half a line only: the error is raised, and later lines stand alone."""
+    path = tmp_path / "r.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with begin(path, small_run) as records:
+        before = path.read_bytes()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 30, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                records.write("step", step=1, text="x" * 100)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.read_bytes() == before
+        records.write("step", step=2)
+    assert [event.number("step") for event in read_record(path).of("step")] == [2]
 
 
 def test_a_killed_process_leaves_a_readable_record(tmp_path: Path, small_run: Run) -> None:

@@ -25,6 +25,13 @@ def test_runs_are_told_apart_by_their_digest(small_run: Run) -> None:
     assert len({digest(run) for run in [small_run, *others]}) == 4
 
 
+def test_equal_runs_have_one_digest(small_run: Run) -> None:
+    """1 and 1.0 clip alike."""
+    runs = [replace(small_run, max_grad_norm=norm) for norm in (1, 1.0)]
+    assert runs[0] == runs[1]
+    assert digest(runs[0]) == digest(runs[1])
+
+
 def test_what_no_record_could_rebuild_is_refused() -> None:
     with pytest.raises(TypeError, match="Tensor"):
         to_json({"weights": torch.zeros(2)})

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from fourfold_parallel.run.files import sync, write_text
 
@@ -81,6 +82,8 @@ def write(
 ) -> None:
     """Write `folder/step-…` whole, then remove the older ones. Every rank calls this.
 
+    What is filled or removed has a hidden name meanwhile; what a kill left of it goes with the next call.
+
     Args:
         folder: the run's checkpoint folder, the same on every rank.
         step: optimizer steps done.
@@ -92,7 +95,8 @@ def write(
     final = folder / f"step-{step:08d}"
     partial = folder / f".{final.name}.partial"
     if is_main:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in folder.glob(".step-*"):
+            shutil.rmtree(left)
         partial.mkdir(parents=True)
     wait()
     save(partial)
@@ -104,12 +108,17 @@ def write(
             sync(path)
         sync(partial)
         if final.exists():
-            shutil.rmtree(final)
+            _remove(final)
         partial.replace(final)
         sync(folder)
         for old in checkpoints(folder)[:-1]:
-            shutil.rmtree(old.path)
+            _remove(old.path)
     wait()
+
+
+def _remove(path: Path) -> None:
+    """Hide, then remove: half a checkpoint never bears a checkpoint's name."""
+    shutil.rmtree(path.replace(path.with_name(f".{path.name}.removed")))
 
 
 def save_full_state(
@@ -167,13 +176,20 @@ def load_full_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: 
     for path, value in {**tensors, **saved["numbers"]}.items():
         name, _, key = path.rpartition("/")
         state.setdefault(name, {})[key] = value
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=weights,
-        optim_state_dict={"state": state, "param_groups": saved["param_groups"]},  # pyright: ignore[reportArgumentType]
-        options=StateDictOptions(full_state_dict=True),
-    )
+    moments: Any = {"state": state, "param_groups": saved["param_groups"]}
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=weights,
+            optim_state_dict=moments,
+            options=StateDictOptions(full_state_dict=True),
+        )
+    else:
+        # `set_state_dict` refuses an optimizer without state, and a parameter that has had no gradient;
+        # the optimizer itself takes both, and matches the names of the groups by their order.
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(moments)
 
 
 def _weights_for(model: nn.Module, folder: Path) -> dict[str, Tensor]:
@@ -188,7 +204,14 @@ def _weights_for(model: nn.Module, folder: Path) -> dict[str, Tensor]:
             f"{held.get(first, 'no such weight')}; build the model that the checkpoint was written by"
         )
     for name, alias in _aliases(model).items():
-        weights.setdefault(name, weights[alias])
+        if alias in weights:
+            weights.setdefault(name, weights[alias])
+    missing = sorted(set(held) - set(weights))
+    if missing:
+        raise ValueError(
+            f"{folder} holds {len(weights)} weights and no {missing[0]!r}, which the model has, of shape "
+            f"{held[missing[0]]}; build the model that the checkpoint was written by"
+        )
     return weights
 
 

@@ -113,12 +113,20 @@ class TextFiles:
     licence: str
     """What you may do with them; stated in every record."""
 
-    def load(self) -> Documents:
-        """Read the files in the order given."""
+    def files(self) -> tuple[Path, ...]:
+        """The files in the order given.
+
+        Raises:
+            ValueError: where one is missing.
+        """
         missing = [path for path in self.paths if not Path(path).is_file()]
         if missing or not self.paths:
             raise ValueError(f"paths={missing or self.paths!r}: no such files; name existing ones")
-        texts = tuple(Path(path).read_text(encoding="utf-8") for path in self.paths)
+        return tuple(Path(path) for path in self.paths)
+
+    def load(self) -> Documents:
+        """Read the files in the order given."""
+        texts = tuple(path.read_text(encoding="utf-8") for path in self.files())
         return Documents(
             texts=texts,
             material=Material(

@@ -9,10 +9,11 @@ rank computes its own share of the same global batch.
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -65,11 +66,12 @@ class TokenFile:
 def tokenize(corpus: Corpus, tokenizer: Tokenizer) -> TokenFile:
     """The corpus as ids, from the cache where this corpus was tokenized this way before.
 
-    The cache key is made of both values and of the installed versions that produce the text, so a
-    newer wheel is read anew.
+    The cache key is made of both values, of the bytes of the local files that they name, and of the
+    installed versions that produce the text, so a newer wheel and an edited file are read anew.
     """
+    contents = [sha256_of(path) for path in (*_files(corpus), *_files(tokenizer))]
     key = hashlib.sha256(
-        json.dumps([_FORMAT, digest(corpus), digest(tokenizer), _producers()]).encode()
+        json.dumps([_FORMAT, digest(corpus), digest(tokenizer), _producers(), *contents]).encode()
     ).hexdigest()
     folder = cache_folder() / "tokens" / key[:32]
     if not (folder / "meta.json").exists():
@@ -110,6 +112,19 @@ def _open(folder: Path) -> TokenFile:
         materials=materials,
         characters=meta["characters"],
     )
+
+
+@runtime_checkable
+class _ReadsFiles(Protocol):
+    """A corpus or tokenizer that reads local files, which may be edited under the same name."""
+
+    def files(self) -> Sequence[Path]:
+        """The files, in the order in which they are read."""
+        ...
+
+
+def _files(value: object) -> Sequence[Path]:
+    return value.files() if isinstance(value, _ReadsFiles) else ()
 
 
 def _producers() -> list[str]:
@@ -258,7 +273,8 @@ class Packed:
     corpus: Corpus
     tokenizer: Tokenizer
     held_out: float
-    """Share of the rows kept for validation, from the end of the corpus; at least one row if above 0."""
+    """Share of the rows kept for validation, from the end of the corpus; at least one row if above 0. A run
+    is validated at its end at least, so at 0 it is refused."""
 
     def open(self, *, sequence: int, seed: int) -> TokenStream:
         """Training rows, shuffled per epoch."""
@@ -267,7 +283,15 @@ class Packed:
         return TokenStream(file=file, row_starts=starts, sequence=sequence, seed=seed)
 
     def validation(self, *, sequence: int) -> TokenStream:
-        """The rows left out of training."""
+        """The rows left out of training.
+
+        Raises:
+            ValueError: where none are.
+        """
+        if self.held_out == 0:
+            raise ValueError(
+                "held_out=0 leaves no row to validate on; use a share above 0, which is at least one row"
+            )
         file = tokenize(self.corpus, self.tokenizer)
         _, starts = self._split(file, sequence)
         return TokenStream(file=file, row_starts=starts, sequence=sequence, seed=0)

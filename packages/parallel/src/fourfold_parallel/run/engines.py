@@ -6,6 +6,7 @@ microbatch, how to backpropagate my share of a globally normalised loss, how to 
 hold other rows, and how to clip and step. The four-dimensional engine stands behind the same seam.
 """
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -58,7 +59,10 @@ class Session(Protocol):
         ...
 
     def update(self, max_grad_norm: float) -> float:
-        """Clip to a global 2-norm, step, clear gradients; gives the norm before clipping."""
+        """Clip to a global 2-norm, step, clear gradients; gives the norm before clipping.
+
+        Where the norm is not finite, the model may be ruined: the loop stops without saving it.
+        """
         ...
 
     def sum(self, value: Tensor) -> Tensor:
@@ -404,7 +408,9 @@ class _DeepSpeedSession(_AccelerateSession):
         engine: Any = self.model
         engine.optimizer.clip_grad = 0.0 if max_grad_norm == float("inf") else max_grad_norm
         engine.step()
-        return float(engine.get_global_grad_norm())
+        norm = float(engine.get_global_grad_norm())
+        # DeepSpeed says -1 where the norm is not finite.
+        return math.nan if norm < 0 else norm
 
     def save(self, folder: Path) -> None:
         engine: Any = self.model

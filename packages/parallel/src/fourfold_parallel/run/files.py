@@ -1,8 +1,10 @@
 """Files that are whole or absent, and where caches go."""
 
+import errno
 import hashlib
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,11 +29,10 @@ def sha256_of(path: Path) -> str:
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary name to write to; on leaving without an error it is synced and becomes `path`.
 
-    A reader finds the old file or the new one, never part of one. Two writers are safe: each has its
-    own temporary name and the last rename wins.
+    A reader finds the old file or the new one, never part of one. Two writers, on one machine or several,
+    are safe: each has its own temporary name and the last rename wins.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         yield partial
         sync(partial)
@@ -43,22 +44,32 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder to fill; on leaving without an error its files are synced and it becomes `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    """A temporary folder to fill; on leaving without an error its files are synced and it becomes `path`.
+
+    Where another writer was first, its folder is kept, since somebody may be reading it: what is made must
+    be a function of its path.
+    """
+    partial = _partial(path)
     partial.mkdir()
     try:
         yield partial
         for file in partial.rglob("*"):
             sync(file)
         sync(partial)
-        if path.exists():
-            shutil.rmtree(path)
-        partial.replace(path)
+        try:
+            partial.replace(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
         sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(path: Path) -> Path:
+    """A name beside `path` that no other writer has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
 
 
 def write_text(path: Path, text: str) -> None:

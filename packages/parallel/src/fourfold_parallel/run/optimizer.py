@@ -83,8 +83,8 @@ class Cosine:
         """Warm-up factor, then the cosine."""
         if step < self.warmup_steps:
             return _warmup(step, self.warmup_steps)
-        span = max(1, steps - 1 - self.warmup_steps)
-        progress = min(1.0, (step - self.warmup_steps) / span)
+        span = steps - 1 - self.warmup_steps
+        progress = min(1.0, (step - self.warmup_steps) / span) if span > 0 else 1.0
         return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * progress)) / 2
 
 

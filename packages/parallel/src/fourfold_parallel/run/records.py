@@ -19,7 +19,7 @@ from typing import Self
 
 import torch
 
-from fourfold_parallel.run.values import Json, digest, from_json, to_json
+from fourfold_parallel.run.values import Json, digest, from_json, strict, to_json
 
 SCHEMA = 1
 """Version of the record format; a reader refuses others."""
@@ -120,7 +120,7 @@ def header(
 
 
 class RecordWriter:
-    """Append events to a JSONL file, one line and one system call each.
+    """Append events to a JSONL file, one line each: a line is there whole or, where the disk is full, not.
 
     A writer with `path=None` writes nothing: the ranks that do not record hold one.
     """
@@ -133,15 +133,30 @@ class RecordWriter:
             self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def write(self, event: str, **values: object) -> None:
-        """Append one event. Numbers that are not finite are written as strings, since JSON has none."""
+        """Append one event. Numbers that are not finite are written as strings, since JSON has none.
+
+        Raises:
+            OSError: where the line does not fit; what was written of it is taken back.
+        """
         if self._handle is not None:
-            line = json.dumps({"event": event, **{key: _finite(v) for key, v in values.items()}})
-            os.write(self._handle, (line + "\n").encode())
+            self._append({"event": event, **{key: _finite(v) for key, v in values.items()}})
 
     def write_header(self, values: dict[str, Json]) -> None:
         """Append the first line of a run, as `header` gives it."""
         if self._handle is not None:
-            os.write(self._handle, (json.dumps(values) + "\n").encode())
+            self._append({key: strict(value) for key, value in values.items()})
+
+    def _append(self, values: dict[str, Json]) -> None:
+        assert self._handle is not None
+        start = os.fstat(self._handle).st_size
+        rest = (json.dumps(values) + "\n").encode()
+        try:
+            # A disk that fills up takes part of a line without an error, and refuses the rest.
+            while rest:
+                rest = rest[os.write(self._handle, rest) :]
+        except OSError:
+            os.ftruncate(self._handle, start)
+            raise
 
     def close(self) -> None:
         """Push the lines to the disk and close."""
@@ -247,6 +262,12 @@ class Record:
         return events[-1]
 
 
+def begun_by(path: Path) -> str | None:
+    """Digest of the run that a record begins with; None where no first line is whole yet."""
+    first = next(_lines(path), None) if path.exists() else None
+    return None if first is None else str(first[1].get("run_sha256"))
+
+
 def read_record(path: Path) -> Record:
     """Read a record, leaving out a cut last line and steps that a resume replaced.
 
@@ -262,7 +283,11 @@ def read_record(path: Path) -> Record:
     for event in events:
         if event.kind == "resumed":
             step = event.number("step")
-            kept = [old for old in kept if old.kind == "run" or _step_of(old) <= step]
+            kept = [
+                old
+                for old in kept
+                if old.kind == "run" or (_step_of(old) <= step and old.kind != "trained")
+            ]
         kept.append(event)
     return Record(path, tuple(kept))
 

@@ -87,6 +87,11 @@ class PublishedTokenizer:
     revision: str
     licence: str
 
+    def files(self) -> tuple[Path, ...]:
+        """A local folder's, less its weights; none of a hub id, whose revision says what they hold."""
+        read = (".json", ".txt", ".model")
+        return tuple(path for path in sorted(Path(self.name).glob("*")) if path.suffix in read)
+
     def load(self, documents: Documents) -> LoadedTokenizer:  # noqa: ARG002 - the protocol's
         """Read it through transformers."""
         tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision)

@@ -5,6 +5,7 @@ import math
 import resource
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fourfold_parallel.run.objective import IGNORE, token_nats
 from fourfold_parallel.run.optimizer import set_learning_rate
 from fourfold_parallel.run.progress import Progress
 from fourfold_parallel.run.recipe import At, Run
-from fourfold_parallel.run.records import RecordWriter, header
+from fourfold_parallel.run.records import RecordWriter, begun_by, header
 from fourfold_parallel.run.values import digest
 
 log = logging.getLogger(__name__)
@@ -52,11 +53,14 @@ def train(
         The last checkpoint; `trained_model` reads it back as a plain model, whatever the engine.
 
     Raises:
-        ValueError: where the run does not fit its data or its ranks.
-        FloatingPointError: at the first loss that is not finite, naming step, batch and last checkpoint.
+        ValueError: where the run does not fit its data or its ranks, or is resumed with the checkpoints or
+            the record of another.
+        FloatingPointError: at the first loss or gradient norm that is not finite, naming step, batch and
+            last checkpoint, which is left as it was.
     """
     run_sha256 = digest(run)
     stream = run.data.open(sequence=run.sequence, seed=run.seed)
+    held_out = run.data.validation(sequence=run.sequence)
     plain = run.model.build(seed=run.seed)
     _check_vocabulary(run, plain, stream)
     with run.engine.open(
@@ -67,7 +71,9 @@ def train(
         microbatch=run.microbatch,
     ) as session:
         first_step = _restore(run_sha256, session, checkpoints)
-        if first_step == 0 and session.is_main:
+        if first_step:
+            _check_record(record, study or run)
+        elif session.is_main:
             record.unlink(missing_ok=True)
         with _writer(run, session, stream, record, study or run, overrides) as records:
             if first_step:
@@ -85,7 +91,8 @@ def train(
                 microbatches = batch.to(session.device).split(run.microbatch)
                 targets = [run.objective.targets(microbatch) for microbatch in microbatches]
                 kept = torch.stack([(one != IGNORE).sum() for one in targets]).sum().double()
-                supervised = session.sum(kept).clamp(min=1)
+                supervised = session.sum(kept)
+                divisor = supervised.clamp(min=1)
 
                 sums: dict[str, torch.Tensor] = {"nats_sum": torch.zeros((), dtype=torch.float64)}
                 for index, (microbatch, target) in enumerate(
@@ -93,15 +100,16 @@ def train(
                 ):
                     with session.microbatch(is_last=index == len(microbatches) - 1):
                         loss = run.objective.loss(session.model, microbatch, target)
-                        session.backward(loss.nats_sum / supervised.to(loss.nats_sum.dtype))
+                        session.backward(loss.nats_sum / divisor.to(loss.nats_sum.dtype))
                     for name, value in {**loss.telemetry, "nats_sum": loss.nats_sum}.items():
                         sums[name] = sums.get(name, 0) + value.detach().double().cpu()
 
                 totals = session.sum(torch.stack([*sums.values()]).to(session.device)).tolist()
-                loss_nats = totals[0] / supervised.item()
-                if not math.isfinite(loss_nats):
-                    raise _not_finite(loss_nats, step, batch, run_sha256, checkpoints)
+                loss_nats = totals[0] / divisor.item()
+                check_finite = partial(_check_finite, step + 1, batch, run_sha256, checkpoints)
+                check_finite(loss_nats=loss_nats)
                 grad_norm = session.update(run.max_grad_norm)
+                check_finite(grad_norm=grad_norm)
 
                 elapsed_s = time.perf_counter() - started_s
                 done = step + 1
@@ -119,7 +127,9 @@ def train(
                 )
                 progress(done, run.steps, f"loss {loss_nats:.3f} nats")
                 if is_due(run.validate_every, done, run.steps):
-                    records.write("validation", step=done, **validate(run, session))
+                    validation = validate(run, held_out, session)
+                    records.write("validation", step=done, **validation)
+                    check_finite(validation_loss_nats=validation["validation_loss_nats"])
                 if is_due(run.checkpoint_every, done, run.steps):
                     write_checkpoint(checkpoints, session, step=done, run_sha256=run_sha256)
             records.write("trained", step=run.steps)
@@ -147,20 +157,23 @@ def is_due(every: int | At, done: int, steps: int) -> bool:
 
 
 @torch.no_grad()
-def validate(run: Run, session: Session) -> dict[str, float]:
-    """Unmasked loss on the source's held-out rows, shared over the ranks like a training batch."""
-    stream = run.data.validation(sequence=run.sequence)
+def validate(run: Run, held_out: TokenStream, session: Session) -> dict[str, float]:
+    """Unmasked loss on the held-out rows, each once, shared over the ranks like training batches."""
+    rows = len(held_out.row_starts)
     nats_sum = torch.zeros((), dtype=torch.float64, device=session.device)
-    tokens = 0
     session.model.eval()
-    for index in range(max(1, len(stream.row_starts) // run.batch)):
-        share = stream.batch(index, batch=run.batch, rank=session.rank, ranks=session.ranks)
+    for index in range(-(-rows // run.batch)):
+        share = held_out.batch(index, batch=run.batch, rank=session.rank, ranks=session.ranks)
+        # The last batch is filled up with rows of a second pass, which every rank computes and none counts.
+        first = index * run.batch + session.rank * len(share.tokens)
         for microbatch in share.to(session.device).split(run.microbatch):
             with session.microbatch(is_last=True):
                 logits = session.model(input_ids=microbatch.tokens[:, :-1], use_cache=False).logits
-            nats_sum += token_nats(logits, microbatch.tokens[:, 1:], session.model).double().sum()
-        tokens += run.tokens_per_step
+            nats = token_nats(logits, microbatch.tokens[:, 1:], session.model)
+            nats_sum += nats[: max(0, rows - first)].double().sum()
+            first += len(nats)
     session.model.train()
+    tokens = rows * run.sequence
     return {"validation_loss_nats": session.sum(nats_sum).item() / tokens, "tokens": tokens}
 
 
@@ -192,6 +205,15 @@ def _restore(run_sha256: str, session: Session, checkpoints: Path) -> int:
     return found.step
 
 
+def _check_record(record: Path, study: object) -> None:
+    found, mine = begun_by(record), digest(study)
+    if found is not None and found != mine:
+        raise ValueError(
+            f"{record} is the record of another run ({found[:12]}, not {mine[:12]}); name a record of its "
+            f"own for this one, or remove {record} to begin it there"
+        )
+
+
 def _writer(
     run: Run,
     session: Session,
@@ -203,9 +225,8 @@ def _writer(
     """A record with its first line written, or the record of the run that is resumed."""
     if not session.is_main:
         return RecordWriter(None)
-    is_begun = record.exists()
     writer = RecordWriter(record)
-    if not is_begun:
+    if begun_by(record) is None:
         materials = (*stream.file.materials, *run.model.materials())
         first = header(
             study, seed=run.seed, world_size=world_size(), materials=materials, overrides=overrides
@@ -224,16 +245,18 @@ def _check_vocabulary(run: Run, model: PreTrainedModel, stream: TokenStream) -> 
         )
 
 
-def _not_finite(
-    loss_nats: float, step: int, batch: Batch, run_sha256: str, checkpoints: Path
-) -> FloatingPointError:
-    last = checkpoint.latest(checkpoints, run_sha256=run_sha256)
-    return FloatingPointError(
-        f"loss_nats={loss_nats} at step {step + 1}; this rank's rows start at tokens "
-        f"{list(batch.addresses[:8])} of the corpus; the last checkpoint is "
-        f"{last.path if last else 'none'}. Lower the learning rate, lengthen the warm-up, "
-        "or look at those rows"
-    )
+def _check_finite(
+    done: int, batch: Batch, run_sha256: str, checkpoints: Path, **quantities: float
+) -> None:
+    for name, value in quantities.items():
+        if not math.isfinite(value):
+            last = checkpoint.latest(checkpoints, run_sha256=run_sha256)
+            raise FloatingPointError(
+                f"{name}={value} at step {done}; this rank's rows start at tokens "
+                f"{list(batch.addresses[:8])} of the corpus; the last checkpoint is "
+                f"{last.path if last else 'none'}. Lower the learning rate, lengthen the warm-up, "
+                "or look at those rows"
+            )
 
 
 def _peak_bytes(device: torch.device) -> int:
