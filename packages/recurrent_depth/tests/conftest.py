@@ -1,6 +1,7 @@
 """A model small enough to test every path, with weights under which every parameter matters."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -45,11 +46,21 @@ def stir(model: RecurrentDepthForCausalLM) -> RecurrentDepthForCausalLM:
     return model
 
 
-@pytest.fixture
-def tiny() -> RecurrentDepthForCausalLM:
-    config = tiny_config()
+def made(**changes: object) -> RecurrentDepthForCausalLM:
+    config = tiny_config(**changes)
     config._attn_implementation = "sdpa"
     return stir(RecurrentDepthForCausalLM(config)).eval()
+
+
+@pytest.fixture
+def make() -> Callable[..., RecurrentDepthForCausalLM]:
+    """A stirred model, with changes to its shape."""
+    return made
+
+
+@pytest.fixture
+def tiny() -> RecurrentDepthForCausalLM:
+    return made()
 
 
 @pytest.fixture

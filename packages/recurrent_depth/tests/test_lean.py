@@ -1,54 +1,183 @@
-"""The lean form of the blocks is the blocks; what is wrapped or mixed has none."""
+"""The lean and the compiled form of the blocks are the blocks; what is wrapped or mixed has none."""
 
+import platform
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from fourfold_recurrent_depth import RecurrentDepthForCausalLM
-from fourfold_recurrent_depth.exits import LatentDiff
+from fourfold_parallel.run import native as runtime
+from fourfold_recurrent_depth import RecurrentCache, RecurrentDepthForCausalLM, native, state_table
+from fourfold_recurrent_depth.exits import KL, LatentDiff
 
-ROUNDING = 1e-5
-"""float32 through a few recurrences; the same products in the same order."""
+ROUNDING = 3e-5
+"""As in test_model.py: float32 sums in another order, contracted; logits are of size one to ten."""
+FORMS = ("modules", "lean", "compiled")
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, runtime.COMPILERS)), reason="needs a C++ compiler, as Debian's g++"
+)
 
 
 def lean(model: Any, tokens: torch.Tensor) -> Any:
     return model.begin(tokens, None)[1].lean
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_lean_blocks_give_what_modules_give(
-    tiny: Any, tokens: torch.Tensor, padded: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Logits of prompts, cached tokens and rows that stop, with and without padding."""
+def compiled(model: Any, tokens: torch.Tensor) -> Any:
+    return model.begin(tokens, None)[1].compiled
+
+
+def use(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let passes without gradient run through one form of the blocks."""
+    if form != "compiled":
+        monkeypatch.setattr(native, "library", lambda: None)
+    if form == "modules":
+        monkeypatch.setattr(RecurrentDepthForCausalLM, "_lean_blocks", lambda *_: None)
+
+
+@torch.no_grad()
+def passes(model: Any, tokens: torch.Tensor, *, padded: bool, budget: int | None) -> list[Any]:
+    """Logits of a prompt, of cached tokens with both kinds of exits, and of a pass without cache."""
     mask = torch.ones_like(tokens)
     mask[0, :4] = 1 - int(padded)
-    options: dict[str, Any] = {"init_scale": 0.0, "use_cache": True, "num_steps": 5}
+    cache = RecurrentCache(model.config, steps=5, budget=budget)
+    found = []
+    for at, exits in ((0, None), (1, LatentDiff(threshold=0.3)), (2, KL(threshold=0.3)), (3, None)):
+        out = model(
+            tokens[:, :1] + at if at else tokens,
+            attention_mask=torch.cat([mask, torch.ones_like(mask[:, :at])], dim=1),
+            past_key_values=cache, exit=exits, init_scale=0.0, use_cache=True, num_steps=5,
+        )  # fmt: skip
+        found += [out.logits, cache.exit_steps]
+    scope = LatentDiff(threshold=0.3, scope="token")
+    bare = [model(tokens, num_steps=3, init_scale=0.0, exit=exits) for exits in (None, scope)]
+    return [*found, *(out.logits for out in bare)]
 
-    def three_passes() -> list[torch.Tensor]:
-        first = tiny(tokens, attention_mask=mask, **options)
-        longer = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        more = {**options, "past_key_values": first.past_key_values, "attention_mask": longer}
-        second = tiny(tokens[:, :1], exit=LatentDiff(threshold=0.3), **more)
-        bare = tiny(tokens, num_steps=3, init_scale=0.0)
-        return [first.logits, second.logits, second.exit_steps, bare.logits]
 
+@needs_compiler
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("budget", [None, 1, 2])
+@pytest.mark.parametrize("length", [12, 37])
+def test_every_form_gives_what_modules_give(
+    tiny: Any, padded: bool, budget: int | None, length: int
+) -> None:
+    """Prompts, cached tokens and rows that stop; packed and unpacked products."""
+    tokens = torch.randint(0, 60, (3, length), generator=torch.Generator().manual_seed(2))
+    found = []
+    for form in FORMS:
+        with pytest.MonkeyPatch.context() as patch:
+            use(form, patch)
+            assert (lean(tiny, tokens) is None) == (form == "modules")
+            assert (compiled(tiny, tokens) is None) == (form != "compiled")
+            found.append(passes(tiny, tokens, padded=padded, budget=budget))
+    for other in found[1:]:
+        for one, same in zip(found[0], other, strict=True):
+            torch.testing.assert_close(same, one, rtol=0, atol=ROUNDING)
+
+
+@needs_compiler
+@pytest.mark.parametrize("gain", [1.0, 30.0])
+@pytest.mark.parametrize("length", [1, 40])
+def test_compiled_blocks_are_as_exact_as_torchs(make: Any, gain: float, length: int) -> None:
+    """One recurrence against float64, also where softmax and silu saturate: twice torch's error at most."""
+    model = make(n_embd=64, intermediate_size=112)
+    for name, parameter in model.named_parameters():
+        if "Wqkv" in name or "mlp.fc" in name:
+            parameter.data *= gain
+    tokens = torch.randint(0, 64, (2, length), generator=torch.Generator().manual_seed(3))
+    found = {}
     with torch.no_grad():
-        assert lean(tiny, tokens) is not None
-        ours = three_passes()
-        monkeypatch.setattr(RecurrentDepthForCausalLM, "_lean_blocks", lambda *_: None)
-        assert lean(tiny, tokens) is None
-        for one, other in zip(ours, three_passes(), strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=ROUNDING)
+        for form in ("lean", "compiled", "exact"):
+            with pytest.MonkeyPatch.context() as patch:
+                use(form if form != "exact" else "compiled", patch)
+                if form == "exact":
+                    model.double()
+                out = model(tokens, num_steps=1, initial_state=state_table(64, 64, seed=1))
+                found[form] = out.final_state.double()
+    ours, theirs = ((found[form] - found["exact"]).abs().max() for form in ("compiled", "lean"))
+    assert 0 < ours < 2 * theirs
+
+
+@needs_compiler
+@pytest.mark.parametrize("length", [1, 12, 37])
+def test_a_rows_numbers_are_its_own(tiny: Any, length: int) -> None:
+    """Bit for bit, in any company and on any number of threads."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, 64, (7, length), generator=generator)
+    s, injected = torch.randn(2, 7, length, 32, generator=generator)
+    where = tiny.begin(tokens, None)[1]
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        together = tiny.recur(s, injected, where, 0, 3)
+        for rows in ([3], [6, 0], [1, 2, 3, 4, 5]):
+            here = where.of_rows(torch.tensor(rows))
+            assert torch.equal(tiny.recur(s[rows], injected[rows], here, 0, 3), together[rows])
+        patch.setattr(native, "WORTH_SHARING", 0)
+        torch.set_num_threads(3)
+        assert torch.equal(tiny.recur(s, injected, where, 0, 3), together)
+
+
+@pytest.fixture
+def narrow_vectors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Libraries compiled for the first 64-bit processors, in vectors of four."""
+    flags = ["-march=x86-64" if flag == "-march=native" else flag for flag in runtime.FLAGS]
+    monkeypatch.setattr(runtime, "FLAGS", tuple(flags))
+    runtime.load.cache_clear()
+    yield
+    runtime.load.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="-march=x86-64 needs such a processor")
+@pytest.mark.usefixtures("narrow_vectors")
+def test_narrower_vectors_compute_the_same(tiny: Any, tokens: torch.Tensor) -> None:
+    ours = passes(tiny, tokens, padded=True, budget=None)
+    with pytest.MonkeyPatch.context() as patch:
+        use("lean", patch)
+        theirs = passes(tiny, tokens, padded=True, budget=None)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=ROUNDING)
+
+
+@needs_compiler
+def test_what_the_compiled_form_does_not_take(tiny: Any, make: Any, tokens: torch.Tensor) -> None:
+    """Other widths and formats, masks that add, and counters of torch's operations: the lean form."""
+    odd = make(n_embd=24, intermediate_size=40)
+    assert lean(odd, tokens) is not None
+    assert compiled(odd, tokens) is None
+    with torch.no_grad():
+        expected = tiny(tokens, num_steps=2, init_scale=0.0)
+        with FlopCounterMode(display=False) as counter:
+            tiny(tokens, num_steps=2, init_scale=0.0)
+        assert counter.get_total_flops() > 0
+        adding = torch.full((12, 12), -1e9).triu(1).expand(3, 1, 12, 12)
+        found = tiny(tokens, attention_mask=adding, num_steps=2, init_scale=0.0)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=ROUNDING)
+    tiny.double()
+    assert lean(tiny, tokens) is not None
+    assert compiled(tiny, tokens) is None
+
+
+def test_rows_that_a_cache_does_not_hold_are_refused(tiny: Any, tokens: torch.Tensor) -> None:
+    cache = RecurrentCache(tiny.config, steps=2)
+    with torch.no_grad():
+        tiny(tokens, past_key_values=cache, use_cache=True, num_steps=2)
+        cache.select(torch.tensor([0, 2]), None)
+        with pytest.raises(ValueError, match="3 rows for a cache of 3, of which 2 are selected"):
+            cache.rooms(torch.zeros(3, 2, 1, 16), 0, 1)
 
 
 def test_new_weights_are_seen(tiny: Any, tokens: torch.Tensor) -> None:
     """Nothing is packed: what an optimizer or a checkpoint writes counts at the next pass."""
     with torch.no_grad():
         before = tiny(tokens, num_steps=2, init_scale=0.0).logits
-        tiny.transformer["core_block"][0].mlp.fc.weight.mul_(2)
-        assert not torch.allclose(tiny(tokens, num_steps=2, init_scale=0.0).logits, before)
+        for change in (lambda weight: weight.mul_(2), lambda weight: weight.data.mul_(2)):
+            change(tiny.transformer["core_block"][0].mlp.fc.weight)
+            after = tiny(tokens, num_steps=2, init_scale=0.0).logits
+            assert not torch.allclose(after, before)
+            before = after
 
 
 def test_what_is_not_plain_keeps_its_modules(tiny: Any, tokens: torch.Tensor) -> None:

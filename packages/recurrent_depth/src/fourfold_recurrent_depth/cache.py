@@ -10,6 +10,7 @@ With a budget of n recurrences, recurrence i uses the slot of i mod n (section 6
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -32,6 +33,22 @@ class Layout(Protocol):
     def n_layers_in_recurrent_block(self) -> int: ...  # noqa: D102
     @property
     def n_layers_in_coda(self) -> int: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Room:
+    """Memory that a pass reads or writes by itself, where `Cache.update` would copy."""
+
+    keys: Float[Tensor, "slot row head place width"]
+    values: Float[Tensor, "slot row head place width"]
+    rows: Int[Tensor, " row"] | None = None
+    """Which of its rows those of the pass are; None for all, in order."""
+    first_slot: int = 0
+    """The number of the slot that comes first here."""
+    place: int = 0
+    """Where the tokens begin."""
+    is_one_slot: bool = False
+    """One slot serves every layer in turn."""
 
 
 class RecurrentCache(Cache):
@@ -115,8 +132,7 @@ class RecurrentCache(Cache):
         Only the rows of `select` are written and given; of their tokens, only those still running.
         """
         tokens = key_states.shape[2]
-        if self._keys is None or self.length + tokens > self._keys.shape[-2]:
-            self._allocate(key_states, tokens)
+        self._reserve(key_states)
         stop = self.length + tokens
         found = []
         for slots, states in (
@@ -140,6 +156,33 @@ class RecurrentCache(Cache):
                 slot[:, :, self.length : stop].index_copy_(0, self._rows, new)
                 found.append(here)
         return found[0], found[1]
+
+    def rooms(
+        self, like: Float[Tensor, "row head token width"], first_slot: int, slots: int
+    ) -> tuple[Room, Room, Bool[Tensor, "row token"] | None]:
+        """What an update would read and write: the cached tokens, the pass's own, and which of them write.
+
+        Args:
+            like: the keys of the pass, for their shape and format.
+            first_slot: of those that the pass's layers use.
+            slots: how many it uses.
+
+        Raises:
+            ValueError: where the rows are not those that the cache holds.
+        """
+        del first_slot, slots
+        self._reserve(like)
+        keys, values, rows = self._keys, self._values, self._rows
+        assert keys is not None
+        assert values is not None
+        if like.shape[0] != (keys.shape[1] if rows is None else len(rows)):
+            raise ValueError(
+                f"{like.shape[0]} rows for a cache of {keys.shape[1]}, of which "
+                f"{keys.shape[1] if rows is None else len(rows)} are selected; use as many"
+            )
+        running = None if self._running is None else self._running[:, 0, :, 0].contiguous()
+        cached = Room(keys=keys, values=values, rows=rows)
+        return cached, Room(keys=keys, values=values, rows=rows, place=self.length), running
 
     def read(
         self, slot: int
@@ -293,10 +336,12 @@ class RecurrentCache(Cache):
         self._keys, self._values = keys, values
         self._key_slots, self._value_slots = keys.unbind(0), values.unbind(0)
 
-    def _allocate(self, states: Tensor, tokens: int) -> None:
-        """Room for `tokens` more, at least doubling, with what is cached copied over."""
-        _, heads, _, width = states.shape
+    def _reserve(self, states: Tensor) -> None:
+        """Room for the tokens of `states`, at least doubling, with what is cached copied over."""
+        _, heads, tokens, width = states.shape
         needed = self.length + tokens
+        if self._keys is not None and needed <= self._keys.shape[-2]:
+            return
         held = 0 if self._keys is None else self._keys.shape[-2]
         room = max(needed, self.capacity if held == 0 else 2 * held)
         slots = self.around + self.steps * self.per_step
@@ -345,6 +390,19 @@ class Aside(Cache):
         self._versions[layer_idx] = (key_states, value_states)
         keys, values = self._cache.read(layer_idx)
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - all slots are as long
+        """Tokens cached, without the versions."""
+        return self._cache.length
+
+    def rooms(
+        self, like: Float[Tensor, "row head version width"], first_slot: int, slots: int
+    ) -> tuple[Room, Room, None]:
+        """What is cached, and new memory for the versions; see `RecurrentCache.rooms`."""
+        cached, _, _ = self._cache.rooms(like[:, :, :0], first_slot, slots)
+        keys, values = like.new_empty(2, slots, *like.shape)
+        self._versions = {first_slot + i: (keys[i], values[i]) for i in range(slots)}
+        return cached, Room(keys=keys, values=values, first_slot=first_slot), None
 
     def keep(self, row: Int[Tensor, " kept"], rows: Int[Tensor, " kept"], *, version: int) -> None:
         """Write a version of some rows: `row` counts among those selected, `rows` in the batch."""

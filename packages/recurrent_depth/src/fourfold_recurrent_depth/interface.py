@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from fourfold_recurrent_depth.cache import RecurrentCache
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
 from fourfold_recurrent_depth.lean import LeanBlock
+from fourfold_recurrent_depth.native import CompiledBlocks
 
 Steps = int | tuple[int, int] | Tensor
 """Recurrences: r without gradient; (n, k) of which the last k carry gradient; or one (n + k) per row,
@@ -37,6 +38,8 @@ class Pass:
     """Further keyword arguments of transformers' attention functions."""
     lean: dict[str, list[LeanBlock]] | None = None
     """The blocks of each stage for passes without gradient, where all of them have a lean form."""
+    compiled: dict[str, CompiledBlocks] | None = None
+    """The same in C++, where all of them have such a form."""
 
     def of_rows(self, rows: Int[Tensor, " row"]) -> Pass:
         """The same pass for some rows of the batch."""

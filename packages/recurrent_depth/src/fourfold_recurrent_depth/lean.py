@@ -36,11 +36,8 @@ class LeanBlock:
     @classmethod
     def of(cls, block: Any, plain: frozenset[type]) -> LeanBlock | None:
         """The block's tensors, not copies; None unless all its parts are `plain`, float32 or float64."""
-        for part in block.modules():
-            own = vars(part)
-            is_hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
-            if type(part) not in plain or is_hooked:
-                return None
+        if not all(is_plain(part, plain) for part in block.modules()):
+            return None
         attention, mlp = block.attn, block.mlp
         weights = [attention.Wqkv.weight, attention.proj.weight, mlp.fc.weight, mlp.proj.weight]
         for weight in weights:
@@ -76,3 +73,10 @@ class LeanBlock:
         hidden = gated(torch.mm(normalised(rows, gains[2], eps), self.into_hidden))
         rows = torch.mm(hidden, self.out_of_hidden).add_(rows)
         return normalised(rows, gains[3], eps).view(batch, tokens, width)
+
+
+def is_plain(part: nn.Module, plain: frozenset[type]) -> bool:
+    """Whether a module is one of `plain`, and nothing listens to it or stands in for its forward pass."""
+    own = vars(part)
+    is_hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
+    return type(part) in plain and not is_hooked

@@ -13,7 +13,7 @@ recurrences only; a trained model may be run at any r, and at a different r for 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -36,7 +36,8 @@ from fourfold_recurrent_depth.interface import (
     Steps,
     rotary_table,
 )
-from fourfold_recurrent_depth.lean import LeanBlock
+from fourfold_recurrent_depth.lean import LeanBlock, is_plain
+from fourfold_recurrent_depth.native import CompiledBlocks
 from fourfold_recurrent_depth.states import RowStates, StateTable, draw_state
 from fourfold_recurrent_depth.stopping import iterate_until_exit
 
@@ -248,7 +249,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
                 "or pass one of fourfold_recurrent_depth.cache"
             )
         where, positions = self.locate(embedded, attention_mask, position_ids, memory, options)
-        where.lean = self._lean_blocks(embedded, where)
+        self._compile_blocks(embedded, where)
         if cache is not None:
             cache.open(batch, tokens, steps=steps)
 
@@ -288,16 +289,14 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
         """Embeddings, pass and positions of tokens without padding: where a decoder of its own starts."""
         embedded = self._embed(tokens, None)
         where, positions = self.locate(embedded, None, None, cache, {})
-        where.lean = self._lean_blocks(embedded, where)
+        self._compile_blocks(embedded, where)
         return embedded, where, positions
 
     def read(
         self, embedded: Float[Tensor, "batch token width"], where: Pass
     ) -> Float[Tensor, "batch token width"]:
         """The prelude: e = P(tokens)."""
-        for slot, block in enumerate(self._blocks("prelude", where)):
-            embedded = block(embedded, where, slot)
-        return embedded
+        return self._through("prelude", embedded, where, 0)
 
     def start(
         self,
@@ -329,8 +328,11 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
         Only the last k recurrences keep anything for backward, however large n is (section 3.3). A row
         that takes fewer recurrences than the others (`per_row`) begins later and ends with them.
         """
-        total, injected = without + with_gradient, e
-        for step in range(total):
+        total, injected, done = without + with_gradient, e, 0
+        if without > 0 and per_row is None and history is None:
+            with torch.no_grad():
+                s, done = self.recur(s, self.inject(e), where, first, without), without
+        for step in range(done, total):
             with torch.set_grad_enabled(torch.is_grad_enabled() and step >= without):
                 if step in (0, without):
                     injected = self.inject(e)
@@ -360,12 +362,18 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
         injected: Float[Tensor, "batch token width"],
         where: Pass,
         step: int,
+        count: int = 1,
     ) -> Float[Tensor, "batch token width"]:
-        """One recurrence R(e, s); `step` counts from 0 and says which slots of a cache it uses."""
-        s = self.transformer["adapter"](s, injected, exact=self.config.reference_semantics)
-        slot = self._slot_of_step(where.cache, step)
-        for layer, block in enumerate(self._blocks("core_block", where)):
-            s = block(s, where, slot + layer)
+        """R(e, s), `count` times; `step` counts from 0 and says which slots of a cache are used."""
+        adapter = cast(Adapter, self.transformer["adapter"])
+        is_exact = self.config.reference_semantics
+        slots = [self._slot_of_step(where.cache, step + i) for i in range(count)]
+        compiled = None if is_exact else self._compiled("core_block", s, where)
+        if compiled is not None:
+            return compiled(s, where, slots, adapter=adapter.weight, injected=injected)
+        for slot in slots:
+            s = adapter(s, injected, exact=is_exact)
+            s = self._through("core_block", s, where, slot)
         return s
 
     def predict(
@@ -375,18 +383,35 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
     ) -> Float[Tensor, "batch kept vocabulary"]:
         """C(ln_f(s)): coda, the same norm again, head; float32 or wider."""
-        x = latents
-        slot = self.config.n_layers_in_prelude
-        for layer, block in enumerate(self._blocks("coda", where)):
-            x = block(x, where, slot + layer)
+        x = self._through("coda", latents, where, self.config.n_layers_in_prelude)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(self.transformer["ln_f"](x[:, kept]))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def _blocks(self, stage: str, where: Pass) -> Iterable[Callable[..., Tensor]]:
-        if where.lean is not None and not torch.is_grad_enabled():
-            return where.lean[stage]
-        return cast(nn.ModuleList, self.transformer[stage])
+    def _through(self, stage: str, x: Tensor, where: Pass, slot: int) -> Tensor:
+        """The blocks of a stage, in the leanest form that this pass allows; `slot` is the first one's."""
+        compiled = self._compiled(stage, x, where)
+        if compiled is not None:
+            return compiled(x, where, [slot])
+        is_lean = where.lean is not None and not torch.is_grad_enabled()
+        blocks = cast(Any, where.lean if is_lean else self.transformer)[stage]
+        for layer, block in enumerate(blocks):
+            x = block(x, where, slot + layer)
+        return x
+
+    def _compiled(self, stage: str, x: Tensor, where: Pass) -> CompiledBlocks | None:
+        if where.compiled is None or torch.is_grad_enabled():
+            return None
+        return where.compiled[stage] if where.compiled[stage].takes(x, where) else None
+
+    def _compile_blocks(self, embedded: Tensor, where: Pass) -> None:
+        """Give the pass its blocks by stage in their lean and compiled forms, where all have one."""
+        where.lean = self._lean_blocks(embedded, where)
+        adapter = self.transformer["adapter"]
+        if where.lean is None or not is_plain(adapter, frozenset({Adapter})):
+            return
+        compiled = {stage: CompiledBlocks.of(blocks) for stage, blocks in where.lean.items()}
+        where.compiled = None if None in compiled.values() else cast(Any, compiled)
 
     def _lean_blocks(self, embedded: Tensor, where: Pass) -> dict[str, list[LeanBlock]] | None:
         """The blocks by stage in their lean form, or None where one of them has none."""

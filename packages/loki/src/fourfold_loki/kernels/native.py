@@ -1,45 +1,22 @@
 """Decoding on a CPU with a C++ compiler at hand: `decode.cpp`, compiled for this processor when first needed.
 
 torch's operations read the chosen pages twice (once to copy them together, once to multiply) and compute in
-bfloat16, which few processors can; the compiled kernel reads each number once and computes in float32. It is
-kept in fourfold's cache under a name made of its source, the compiler and the processor. Without a compiler,
-or for what it does not take, `cpu.py` computes the same.
+bfloat16, which few processors can; the compiled kernel reads each number once and computes in float32.
+Without a compiler, or for what it does not take, `cpu.py` computes the same.
 """
 
 import ctypes
-import hashlib
-import importlib.resources
-import itertools
-import logging
-import platform
-import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fourfold_parallel.run.files import cache_folder, whole_file
+from fourfold_parallel.run import native
 
 LANES = 16
 """Head widths are multiples of it."""
 BLOCK = 64
 """The room of a cache is a multiple of it."""
-FLAGS = (
-    "-std=c++20",
-    "-O3",
-    "-march=native",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-shared",
-    "-fPIC",
-)
-COMPILERS = ("c++", "g++", "clang++")
-
-log = logging.getLogger(__name__)
 
 
 def takes(queries: Tensor, keys: Tensor, values: Tensor, leading: Tensor) -> bool:
@@ -94,7 +71,7 @@ def decode(
             f"queries of {queries.dtype} on {queries.device} with keys {tuple(keys.shape)} and values "
             f"{tuple(values.shape)}: the compiled kernel takes contiguous float32 or bfloat16 on a CPU, "
             f"widths that are multiples of {LANES}, room that is one of {BLOCK}, and needs one of "
-            f"{', '.join(COMPILERS)}; use kernels.cpu"
+            f"{', '.join(native.COMPILERS)}; use kernels.cpu"
         )
     held = -(-length // page)
     if not (1 <= length <= keys.shape[2] and 1 <= pages <= held):
@@ -121,66 +98,10 @@ def decode(
             *parts, sizes, ctypes.c_int64(first), ctypes.c_int64(last), is_bfloat16
         )
 
-    threads = min(torch.get_num_threads(), stacks)
-    bounds = [stacks * i // threads for i in range(threads + 1)]
-    others = [_threads(threads).submit(sweep, *part) for part in itertools.pairwise(bounds[1:])]
-    sweep(*bounds[:2])
-    for other in others:
-        other.result()
+    native.share(stacks, sweep)
     return output.to(queries.dtype)
 
 
-@cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="loki")
-
-
-@cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernel, or None (said once in the log) where nothing here can compile it."""
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        log.info("none of %s is here; decoding with torch's operations", ", ".join(COMPILERS))
-        return None
-    try:
-        return ctypes.CDLL(str(build(Path(compiler))))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        log.warning("%s cannot compile loki's kernel, using torch's operations: %s", compiler, said)
-        return None
-
-
-def build(compiler: Path) -> Path:
-    """The shared library for this processor, from the cache or compiled now (about two seconds).
-
-    Raises:
-        OSError: where the cache cannot be written.
-        subprocess.SubprocessError: where the compiler fails.
-    """
-    source = (
-        importlib.resources.files("fourfold_loki.kernels").joinpath("decode.cpp").read_text("utf-8")
-    )
-    version = subprocess.run(  # noqa: S603 - a compiler from PATH
-        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
-    ).stdout
-    named = "\0".join([source, *FLAGS, str(compiler), version, processor()])
-    built = cache_folder() / "loki" / "kernels" / f"{hashlib.sha256(named.encode()).hexdigest()}.so"
-    if not built.exists():
-        with whole_file(built) as partial:
-            subprocess.run(  # noqa: S603 - as above
-                [compiler, *FLAGS, "-x", "c++", "-", "-o", partial],
-                input=source, capture_output=True, text=True, check=True, timeout=300,
-            )  # fmt: skip
-    return built
-
-
-def processor() -> str:
-    """What `-march=native` looks at; homes are shared by machines that differ in it."""
-    described = Path("/proc/cpuinfo")
-    if not described.exists():
-        return platform.processor() + platform.machine()
-    lines = described.read_text("utf-8").splitlines()
-    told = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(
-        [platform.machine(), *sorted({line for line in lines if line.startswith(told)})]
-    )
+    """The compiled kernel, or None where nothing here can compile it."""
+    return native.load("fourfold_loki.kernels", "decode.cpp")

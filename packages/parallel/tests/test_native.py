@@ -1,0 +1,84 @@
+"""C++ beside Python: compiled once, kept under a name of its own, and never a reason to fail."""
+
+import ctypes
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fourfold_parallel.run import native
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, native.COMPILERS)), reason="needs a C++ compiler, as Debian's g++"
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> Iterator[None]:
+    native.load.cache_clear()
+    yield
+    native.load.cache_clear()
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A package of one C++ file, `twice.cpp`; and a cache of its own."""
+    folder = tmp_path / "sources" / "fourfold_native_example"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    (folder / "twice.cpp").write_text('extern "C" int twice(int x) { return 2 * x; }')
+    monkeypatch.syspath_prepend(str(folder.parent))
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path / "cache"))
+    return folder.name
+
+
+@needs_compiler
+def test_a_source_is_compiled_once_and_anew_when_it_changes(package: str, tmp_path: Path) -> None:
+    library = native.load(package, "twice.cpp")
+    assert library is not None
+    assert library.twice(ctypes.c_int(21)) == 42
+    compiler = Path(next(filter(None, map(shutil.which, native.COMPILERS))))
+    built = native.build(package, "twice.cpp", compiler)
+    made = built.stat()
+    assert native.build(package, "twice.cpp", compiler).stat().st_mtime_ns == made.st_mtime_ns
+    assert [path for path in built.parent.iterdir() if path != built] == []
+    source = tmp_path / "sources" / package / "twice.cpp"
+    source.write_text(source.read_text().replace("2 * x", "3 * x"))
+    assert native.build(package, "twice.cpp", compiler) != built
+
+
+def test_without_a_compiler_there_is_no_library(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with caplog.at_level("INFO"):
+        assert native.load(package, "twice.cpp") is None
+        assert native.load(package, "twice.cpp") is None
+    assert caplog.text.count("torch's operations stand for twice.cpp") == 1
+
+
+def test_a_compiler_that_fails_is_named(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho 'no space left' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert native.load(package, "twice.cpp") is None
+    assert "no space left" in caplog.text
+    assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("units", [1, 2, 7])
+def test_threads_share_every_unit_once(threads: int, units: int) -> None:
+    before = torch.get_num_threads()
+    done: list[int] = []
+    try:
+        torch.set_num_threads(threads)
+        native.share(units, lambda first, last: done.extend(range(first, last)))
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(done) == list(range(units))
