@@ -7,7 +7,7 @@ from torch import Tensor
 from fourfold_loki.attention import most_relevant
 from fourfold_loki.budget import Budget, Count, Mass, Share
 
-AMOUNTS = [Share(of_visible=0.3), Count(keys=9)]
+AMOUNTS = [Share(of_visible=0.3), Count(keys=17)]
 
 
 def scene() -> tuple[Tensor, Tensor]:
@@ -50,14 +50,57 @@ def test_nothing_exceeds_the_count_and_forced_keys_are_in_it(
         assert (keep.sum(-1) <= allowed.clamp(min=page)).all()
 
 
-def test_a_budget_for_all_keys_keeps_all_keys() -> None:
+@pytest.mark.parametrize("amount", [Share(of_visible=1.0), Count(keys=64)], ids=str)
+def test_a_budget_for_all_keys_keeps_all_keys(amount: Share | Count) -> None:
+    """Pages that padding or the end leaves short included."""
     scores, visible = scene()
-    for page in (1, 4):
-        keep = Budget(amount=Share(of_visible=1.0), page=page).keep(
-            scores, visible, kv_heads=2, layer=0
-        )
-        if page == 1:
-            assert torch.equal(keep, visible.expand(-1, 2, -1, -1))
+    for page in (1, 4, 16):
+        budget = Budget(amount=amount, page=page)
+        keep = budget.keep(scores, visible, kv_heads=2, layer=0)
+        assert torch.equal(keep, visible.expand(-1, 2, -1, -1))
+
+
+def test_a_budget_below_a_page_keeps_one_page() -> None:
+    """Where all keys rank alike too, and whatever another row of the batch looks like."""
+    visible = torch.ones(2, 1, 1, 49, dtype=torch.bool)
+    scores = torch.randn(2, 2, 1, 49, generator=torch.Generator().manual_seed(0))
+    scores[0] = 0
+    for amount in (Share(of_visible=0.25), Count(keys=8)):
+        budget = Budget(amount=amount, page=16)
+        keep = budget.keep(scores, visible, kv_heads=2, layer=0)
+        assert keep[0].sum(-1).tolist() == [[16], [16]]
+        assert set(keep[1].sum(-1).flatten().tolist()) <= {1, 16}
+
+
+@pytest.mark.parametrize("page", [1, 16])
+def test_kernels_and_masks_count_alike(page: int) -> None:
+    """Also for shares that float32 rounds up to a key more, and for counts above the length."""
+    for amount in (
+        *(Share(of_visible=share) for share in (0.1, 0.29, 0.35, 0.7, 1.0)),
+        *(Count(keys=keys) for keys in (5, 128)),
+    ):
+        budget = Budget(amount=amount, page=page)
+        for seen in (1, 15, 20, 49, 60, 100, 200):
+            visible = torch.ones(1, 1, 1, seen, dtype=torch.bool)
+            scores = torch.arange(seen).flip(0).float().expand(1, 1, 1, -1)
+            kept = int(budget.keep(scores, visible, kv_heads=1, layer=0).sum())
+            assert kept == min(budget.units(seen) * page, seen), (amount, seen)
+
+
+def test_a_share_below_sinks_and_window_keeps_the_earliest_of_them() -> None:
+    visible = torch.ones(1, 1, 1, 64, dtype=torch.bool)
+    budget = Budget(amount=Share(of_visible=0.25), sinks=4, window=32)
+    keep = budget.keep(torch.randn(1, 1, 1, 64), visible, kv_heads=1, layer=0)
+    assert keep[0, 0, 0].nonzero().flatten().tolist() == [*range(4), *range(32, 44)]
+
+
+@pytest.mark.parametrize("padding", range(16))
+def test_a_count_that_is_accepted_loses_neither_sinks_nor_window(padding: int) -> None:
+    budget = Budget(amount=Count(keys=80), sinks=2, window=32, page=16)
+    visible = (torch.arange(200) >= padding).expand(1, 1, 1, 200)
+    keep = budget.keep(torch.randn(1, 1, 1, 200), visible, kv_heads=1, layer=0)[0, 0, 0]
+    assert bool(keep[padding : padding + 2].all())
+    assert bool(keep[-32:].all())
 
 
 def test_short_queries_read_everything() -> None:
@@ -119,6 +162,7 @@ def test_the_boundary_of_bfloat16_scores_and_unequal_counts() -> None:
         (lambda: Budget(amount=Count(keys=3), sinks=-1), "sinks=-1"),
         (lambda: Budget(amount=Count(keys=3), page=0), "page=0"),
         (lambda: Budget(amount=Count(keys=3), sinks=2, window=2), "sinks=2 and window=2"),
+        (lambda: Budget(amount=Count(keys=40), sinks=1, window=32, page=16), "or 64 keys"),
     ],
 )
 def test_a_budget_that_means_nothing_is_refused(make, words: str) -> None:  # type: ignore[no-untyped-def]

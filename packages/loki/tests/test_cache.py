@@ -71,6 +71,15 @@ def test_cropping_reordering_repeating_and_choosing(filled) -> None:  # type: ig
         cache.crop(3)
 
 
+def test_after_a_reset_another_batch_may_come(filled, tokens: Callable[..., Tensor]) -> None:  # type: ignore[no-untyped-def]
+    llama, session, cache = filled
+    cache.reset()
+    ids = tokens(2, 20)
+    expected = llama(ids, past_key_values=session.cache()).logits
+    torch.testing.assert_close(llama(ids, past_key_values=cache).logits, expected)
+    in_step(cache, 20)
+
+
 def test_after_a_crop_the_model_goes_on_as_if_nothing_had_been_there(
     filled, tokens: Callable[..., Tensor]
 ) -> None:  # type: ignore[no-untyped-def]

@@ -88,3 +88,7 @@ def test_what_is_wrong_is_said_in_one_line(place: Path, capsys: pytest.CaptureFi
         call(place, "calibrate", "--out", str(place / "b"), tokens=10**6)
     assert stopped.value.code == 2
     assert "give more text or fewer tokens" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["rank", str(place / "no-such-model"), "--text", str(place / "text-0.txt")])
+    assert stopped.value.code == 2
+    assert "no-such-model" in capsys.readouterr().err

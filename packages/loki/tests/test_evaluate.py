@@ -131,6 +131,26 @@ def test_the_doctor_finds_a_perfect_ranking_perfect(
         diagnose(llama, tokens(1, 20)[0], {"h2o": Sparse(selector=H2O(), budget=quarter)})
 
 
+def test_the_doctor_judges_what_would_select(
+    llama: PreTrainedModel,
+    make_llama: Callable[..., PreTrainedModel],
+    statistics: Statistics,
+    tokens: Callable[..., Tensor],
+) -> None:
+    """Neither layers that stay dense, nor another model's basis."""
+    quarter = Budget(amount=Share(of_visible=0.25))
+    plan = Sparse(selector=Exact(), budget=quarter)
+    arms = {"all": plan, "last": replace(plan, dense_layers=(0,))}
+    found = diagnose(llama, tokens(1, 48)[0], arms)
+    assert [(one.arm, one.layer) for one in found] == [("all", 0), ("all", 1), ("last", 1)]
+    other = make_llama()
+    with torch.no_grad():
+        other.model.norm.weight.mul_(2)
+    foreign = Sparse(selector=Loki(basis=fit(statistics), widths=(4, 4)), budget=quarter)
+    with pytest.raises(ValueError, match="calibrate this model"):
+        diagnose(other, tokens(1, 48)[0], {"loki": foreign})
+
+
 def made_up(spectra: list[list[float]]) -> Basis:
     spectrum = torch.tensor(spectra)[:, None]
     maps = torch.eye(spectrum.shape[-1]).expand(len(spectra), 1, -1, -1)

@@ -219,9 +219,22 @@ def test_sliding_layers_stay_as_they_are(tokens: Tokens) -> None:
         generated(model, ids, past_key_values=session.cache())
         assert session.reads.queries == 11  # one layer, every token after the first
     config.layer_types = ["sliding_attention", "sliding_attention"]
-    full = generated(model, ids)
-    with loki(model, basis, one):
-        assert generated(model, ids) == full
+    with refused("no layer of MistralForCausalLM would select"), loki(model, basis, one):
+        pass
+    del config.layer_types
+    with refused("sliding_window=None"), loki(model, basis, one):
+        pass
+    config.sliding_window = None
+    with loki(model, basis, one) as session:
+        generated(model, ids)
+        assert session.reads.queries == 22
+
+
+def test_a_part_of_a_basis_is_refused_by_the_whole_model(
+    llama: PreTrainedModel, basis: Basis, tokens: Tokens
+) -> None:
+    with loki(llama, basis.heads(0, 1), QUARTER), refused("2 key/value heads here", "has 1"):
+        generated(llama, tokens(1, 20))
 
 
 def test_a_session_leaves_the_model_as_it_was(

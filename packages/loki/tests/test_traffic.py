@@ -2,7 +2,7 @@
 
 import pytest
 
-from fourfold_loki.traffic import DEVICES, Device, Shape, predict
+from fourfold_loki.traffic import DEVICES, Device, Reads, Shape, predict
 
 
 def shape(weights: int) -> Shape:
@@ -30,3 +30,9 @@ def test_weights_take_the_speedup_away_and_batches_bring_it_back() -> None:
 def test_a_cache_of_numbers_is_what_it_says() -> None:
     """Keys and values of every head, counted by hand."""
     assert shape(0).cache_bytes(10) == 10 * (64 + 64) * 2 * 2 * 2
+
+
+def test_nothing_counted_is_not_everything_read() -> None:
+    """As where a compiled model generates, or a block is dense."""
+    assert "counted nothing" in str(Reads(ranking=0.25))
+    assert "over 2 queries" in str(Reads(ranking=0.25, kept=10, seen=40, queries=2))

@@ -134,9 +134,9 @@ class Basis:
         Raises:
             ValueError: for a file that holds something else.
         """
+        label = stated(path, "loki_basis", "Basis.save")
+        assert isinstance(label, Label)
         with safe_open(path, "pt") as file:
-            label = stated(path, file.metadata(), "loki_basis", "Basis.save")
-            assert isinstance(label, Label)
             names = ("query_maps", "key_maps", "spectra")
             maps = {name: file.get_tensor(name) for name in names}
         return cls(**maps, label=label)
@@ -146,7 +146,7 @@ def fit(statistics: Statistics, kind: Kind = "balanced", stage: Stage = "after r
     """The basis of a kind from calibration statistics.
 
     Raises:
-        ValueError: where fewer vectors were seen than a head has coordinates.
+        ValueError: where fewer vectors were seen than a head has coordinates, or none at that stage.
     """
     keys, queries = statistics.of(stage)
     width = keys.outer.shape[-1]

@@ -84,7 +84,7 @@ class LokiLayer(CacheLayerMixin):
                 "a LokiCache holds keys in the basis of its session's model, and is being filled from "
                 "elsewhere; use it inside `with loki(...)`, with that model"
             )
-        if not self.is_initialized:
+        if not self.is_initialized or self._is_of_another_batch(len(key_states)):
             self.lazy_initialization(key_states, value_states)
         first, last = self.length, self.length + key_states.shape[2]
         if last > self.room:
@@ -98,6 +98,10 @@ class LokiLayer(CacheLayerMixin):
         self.length = last
         self.gave = self.keys[:, :, :last]
         return self.gave, self.values[:, :, :last]
+
+    def _is_of_another_batch(self, batch: int) -> bool:
+        """Whether the room left by forgotten tokens is for another number of sequences."""
+        return self.length == 0 and self.keys is not None and len(self.keys) != batch
 
     @property
     def room(self) -> int:
@@ -117,7 +121,7 @@ class LokiLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        """Forget the tokens and keep the room."""
+        """Forget the tokens and keep the room, for sequences as many as before."""
         self.length = 0
         self.gave = None
 

@@ -88,7 +88,7 @@ def run_rank(options: argparse.Namespace) -> None:
     measured = calibrate(
         model, tokenizer, texts_of(options), tokens=options.tokens, context=options.context
     )
-    before, after = measured.keys_before.rank(0.9), measured.keys.rank(0.9)
+    before, after = (measured.of(stage)[0].rank(0.9) for stage in ("before rotary", "after rotary"))
     say("layer", "before rotary", "after rotary")
     for layer in range(measured.layers):
         say(str(layer), str(before[layer].tolist()), str(after[layer].tolist()))
@@ -293,6 +293,6 @@ def main(arguments: Sequence[str]) -> None:
     cli.start(console)
     try:
         COMMANDS[options.command](options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         console.print(f"[red]{error}[/red]", soft_wrap=True)
         sys.exit(2)

@@ -12,6 +12,7 @@ from fourfold_loki.attention import most_relevant
 from fourfold_loki.huggingface import attending
 from fourfold_loki.plan import Observe, Seen, Sparse
 from fourfold_loki.selectors import Candidates
+from fourfold_loki.sites import check_plan, sites
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +41,11 @@ def diagnose(
     *,
     queries: int = 128,
 ) -> tuple[Diagnosis, ...]:
-    """Every arm in every layer, for the last `queries` queries of a text.
+    """Every arm in every layer where it selects, for the last `queries` queries of a text.
 
     Raises:
-        ValueError: for an arm that keeps count of earlier queries, which a single look cannot judge.
+        ValueError: for an arm that keeps count of earlier queries, which a single look cannot judge, or
+            that the model cannot follow.
     """
     counting = [name for name, plan in arms.items() if plan.selector.keeps_count]
     if counting:
@@ -51,8 +53,20 @@ def diagnose(
             f"{counting[0]} keeps count of all earlier queries, and the doctor looks at the last "
             f"{queries}; leave it out"
         )
+    for plan in arms.values():
+        check_plan(model, plan)
+    sliding = {site.layer for site in sites(model) if site.slides}
     found: list[Diagnosis] = []
-    with attending(model, Observe(observer=lambda seen: found.extend(_judge(seen, arms, queries)))):
+
+    def look(seen: Seen) -> None:
+        selecting = {
+            name: plan
+            for name, plan in arms.items()
+            if seen.layer not in plan.dense_layers and seen.layer not in sliding
+        }
+        found.extend(_judge(seen, selecting, queries))
+
+    with attending(model, Observe(observer=look)):
         model.base_model(ids[None].to(model.device), use_cache=False)
     return tuple(found)
 

@@ -1,4 +1,4 @@
-"""Loki in any rotary model of transformers: `with loki(model, basis, budget): model.generate(...)`.
+"""Loki in rotary models of transformers: `with loki(model, basis, budget): model.generate(...)`.
 
 transformers asks a registry for the attention function named by `config._attn_implementation`, and another
 registry for the mask that goes with it. This module adds the name "loki" to both when it is imported (with
@@ -29,7 +29,7 @@ from fourfold_loki.cache import LokiCache, LokiLayer
 from fourfold_loki.kernels.dispatch import can_decode, decode
 from fourfold_loki.plan import Observe, Plan, Seen, Sparse
 from fourfold_loki.selectors import Candidates, Exact, Loki
-from fourfold_loki.sites import Site, check_model, check_plan, is_iterated, sites
+from fourfold_loki.sites import Site, check_model, check_plan, is_iterated, number_of, sites
 from fourfold_loki.traffic import Reads
 
 NAME = "loki"
@@ -63,7 +63,7 @@ class Session:
             capacity: tokens to make room for at once; it grows by doubling.
 
         Raises:
-            ValueError: where the selector is not Loki.
+            ValueError: where the selector is not Loki, or the model needs a cache of its own.
         """
         if not isinstance(self.plan, Sparse) or not isinstance(self.plan.selector, Loki):
             raise ValueError(
@@ -75,11 +75,17 @@ class Session:
                 f"{type(self.model).__name__} iterates its layers and has a cache of its own for them; "
                 "pass that one"
             )
+        roles = sites(self.model)
+        if any(number_of(site.module, site.layer) != site.layer for site in roles):
+            raise ValueError(
+                f"{type(self.model).__name__} has layers without attention, whose state a LokiCache does "
+                "not hold; pass no cache, or the model's own"
+            )
         cache = LokiCache(
             self.plan.selector.basis,
             self.plan.selector.widths,
             capacity=capacity,
-            is_turned=[not self.is_dense(site, site.layer) for site in sites(self.model)],
+            is_turned=[not self.is_dense(site, site.layer) for site in roles],
             is_open=lambda: self.is_inside,
         )
         self.caches.add(cache)
@@ -118,12 +124,15 @@ class Session:
                 "run as many recurrences as it was calibrated with"
             )
 
-    def layer_that_gave(self, keys: Tensor, layer: int) -> LokiLayer | None:
-        """The cache layer that these very keys came from, if they came from a `LokiCache`."""
+    def layer_that_gave(self, keys: Tensor) -> LokiLayer | None:
+        """The cache layer that these very keys came from, if they came from a `LokiCache`.
+
+        Some models let later layers read the keys of an earlier one.
+        """
         for cache in self.caches:
-            held = cache.layers[layer]
-            if isinstance(held, LokiLayer) and held.gave is keys:
-                return held
+            for held in cache.layers:
+                if isinstance(held, LokiLayer) and held.gave is keys:
+                    return held
         return None
 
 
@@ -143,15 +152,15 @@ def attending(model: PreTrainedModel, plan: Plan) -> Iterator[Session]:
         check_plan(model, plan)
     if getattr(model, _SESSIONS, None) is not None:
         raise ValueError(
-            "this model is in a session already; leave the inner `with` before entering another"
+            "this model is in a session already; leave that `with` before entering another"
         )
     config = model.config.get_text_config()
     watched = plan.selector if isinstance(plan, Sparse) else Exact()
     session = Session(
         model=model, plan=plan, reads=Reads.of(config, watched), iterates=is_iterated(model)
     )
-    before = model.config._attn_implementation  # noqa: SLF001 - transformers' own switch
-    assert before is not None
+    # transformers' own switch. Its method for it would set the other parts of a model too (vision).
+    before = config._attn_implementation  # noqa: SLF001
     roles = sites(model)
     handles = [
         model.base_model.register_forward_pre_hook(_enter(session), with_kwargs=True),
@@ -165,10 +174,10 @@ def attending(model: PreTrainedModel, plan: Plan) -> Iterator[Session]:
             )
     setattr(model, _SESSIONS, session)
     try:
-        model.set_attn_implementation(NAME)
+        config._attn_implementation = NAME  # noqa: SLF001
         yield session
     finally:
-        model.set_attn_implementation(before)
+        config._attn_implementation = before  # noqa: SLF001
         delattr(model, _SESSIONS)
         for handle in handles:
             handle.remove()
@@ -225,7 +234,10 @@ def loki_forward(
     layer = session.layer_of(site)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     plan = session.plan
-    refused = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
+    _refuse_unsupported(module, kwargs)
+    turned = session.layer_that_gave(key)
+    if turned is not None:
+        query = turned.rotation.turn_queries(query)
     if session.is_dense(site, layer) or isinstance(plan, Observe):
         if isinstance(plan, Observe):
             visible = visible_keys(module, query, key, attention_mask)
@@ -242,14 +254,7 @@ def loki_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scale, **kwargs
         )
-    if refused or dropout:
-        raise ValueError(
-            f"{refused[0] if refused else f'dropout={dropout}'} of {type(module).__name__} would be "
-            f"ignored by {NAME!r}; list layer {layer} in dense_layers, or use model.eval()"
-        )
-    turned = session.layer_that_gave(key, layer)
-    if turned is not None:
-        query = turned.rotation.turn_queries(query)
+    _refuse_unfit(plan, layer, kv_heads=key.shape[1], dropout=dropout)
     if query.shape[2] > 1 and plan.reach == "decode":
         if plan.selector.keeps_count:
             _count_block(session, plan, layer, site.module, query, key, attention_mask, scale)
@@ -287,6 +292,29 @@ def loki_forward(
     if plan.selector.keeps_count:
         session.mass[layer] = mass
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _refuse_unsupported(module: nn.Module, arguments: dict[str, Any]) -> None:
+    refused = [name for name in UNSUPPORTED if arguments.get(name) is not None]
+    if refused:
+        raise ValueError(
+            f"{refused[0]} of {type(module).__name__} would be ignored by {NAME!r}, in layers that stay "
+            "dense too; use a model whose attention is the softmax of scaled scores"
+        )
+
+
+def _refuse_unfit(plan: Sparse, layer: int, *, kv_heads: int, dropout: float) -> None:
+    if dropout:
+        raise ValueError(
+            f"dropout={dropout} would be ignored by {NAME!r}; list layer {layer} in dense_layers, or use "
+            "model.eval()"
+        )
+    if isinstance(plan.selector, Loki) and kv_heads != plan.selector.basis.kv_heads:
+        raise ValueError(
+            f"layer {layer} has {kv_heads} key/value heads here, and the basis has "
+            f"{plan.selector.basis.kv_heads}; use basis.heads(first, last) for a rank's part of a split "
+            "model, and the whole basis for a whole model"
+        )
 
 
 def _past_mass(
@@ -360,7 +388,7 @@ def visible_keys(
 def _enter(session: Session) -> Callable[..., None]:
     def hook(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
         del module, arguments
-        named = session.model.config._attn_implementation  # noqa: SLF001
+        named = session.model.config.get_text_config()._attn_implementation  # noqa: SLF001
         if named != NAME:
             raise ValueError(
                 f"attn_implementation was set to {named!r} inside a session of {NAME!r}, which would "
@@ -391,7 +419,9 @@ def _leave(session: Session) -> Callable[..., None]:
 def _note_positions(site: Site) -> Callable[..., None]:
     def hook(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
         del module, arguments
-        site.positions = keywords.get("position_embeddings")
+        positions = keywords.get("position_embeddings")
+        # Llama 4 hands over complex numbers, as one tensor.
+        site.positions = positions if isinstance(positions, tuple) else None
 
     return hook
 

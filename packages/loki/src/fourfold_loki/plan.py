@@ -33,8 +33,9 @@ class Sparse:
     selector: Selector
     budget: Budget
     reach: Literal["decode", "every query"] = "decode"
-    """`decode`: queries that come one at a time; a prompt and any longer block are dense. `every query`:
-    prompts too, as in the published perplexities."""
+    """`decode`: queries that come one at a time; a prompt and any longer block (a chunk of one, the
+    candidates of assisted decoding) are dense, and not counted in `Reads`. `every query`: prompts too, as
+    in the published perplexities."""
     dense_layers: tuple[int, ...] = ()
     """Layers that keep full attention; sliding-window layers always do."""
 

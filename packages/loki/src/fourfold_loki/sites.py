@@ -22,11 +22,15 @@ class Site:
 
     module: nn.Module
     layer: int
-    """Its number; of an iterated module, the place among all modules, which is not the layer."""
+    """Its place among the attention modules, as bases count; of an iterated module, not the layer."""
     slides: bool
     """Whether it sees a sliding window only, and stays dense."""
     positions: tuple[Tensor, Tensor] | None = None
     """Cosines and sines of the rotary embedding, where the model hands them to its modules."""
+
+
+FULL = ("full_attention", "attention")
+"""Types of layers whose attention sees everything before."""
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
@@ -47,19 +51,28 @@ def is_iterated(model: PreTrainedModel) -> bool:
 
 def sites(model: PreTrainedModel) -> list[Site]:
     """Every attention module with what is known about it."""
-    types = getattr(model.config.get_text_config(), "layer_types", None)
+    config = model.config.get_text_config()
+    types = getattr(config, "layer_types", None)
+    slides = bool(getattr(config, "sliding_window", None))
+    slides = slides and getattr(config, "use_sliding_window", True)
     return [
         Site(
             module=module,
             layer=layer,
-            slides=types is not None and types[layer] != "full_attention",
+            slides=slides if types is None else types[number_of(module, layer)] not in FULL,
         )
         for layer, module in enumerate(attention_modules(model))
     ]
 
 
+def number_of(module: nn.Module, layer: int) -> int:
+    """The layer's number in its model, where layers without attention count too."""
+    number = getattr(module, "layer_idx", None)
+    return number if isinstance(number, int) else layer
+
+
 def check_model(model: PreTrainedModel) -> None:
-    """Refuse a model that would ignore a selection, or whose keys no basis fits.
+    """Refuse a model that would ignore a selection, or whose keys no basis fits or can be laid out for.
 
     Raises:
         ValueError: naming it.
@@ -75,6 +88,14 @@ def check_model(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{name} has no rotary embedding, and bases are fitted to rotary keys; "
             "use a rotary model (Llama, Qwen, Mistral, Gemma, ...)"
+        )
+    config = model.config.get_text_config()
+    asked = ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+    missing = [field for field in asked if getattr(config, field, None) is None]
+    if missing:
+        raise ValueError(
+            f"the configuration of {name} states no {', '.join(missing)}, by which bases are laid out; "
+            "use a model whose configuration does, as Llama's and most others"
         )
     if not attention_modules(model):
         raise ValueError(f"{name} has no causal attention modules; use a decoder model")
@@ -92,6 +113,14 @@ def check_plan(model: PreTrainedModel, plan: Sparse) -> None:
     if wrong and not is_iterated(model):
         raise ValueError(
             f"dense_layers={wrong} of a model of {layers} layers; use 0 to {layers - 1}"
+        )
+    if not is_iterated(model) and all(
+        site.slides or site.layer in plan.dense_layers for site in sites(model)
+    ):
+        raise ValueError(
+            f"no layer of {type(model).__name__} would select: layers with a sliding window and "
+            f"dense_layers={plan.dense_layers} keep full attention; use a model with layers that see "
+            "everything, or sliding_window=None where the context is no longer than the window"
         )
     if isinstance(plan.selector, Loki):
         check_basis(model, plan.selector.basis)

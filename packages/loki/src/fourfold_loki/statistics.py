@@ -5,14 +5,13 @@ run are merged with `+`.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -121,9 +120,19 @@ class Statistics:
         return self.keys.outer.shape[0]
 
     def of(self, stage: Stage) -> tuple[Moments, Moments]:
-        """Keys' and queries' moments at a stage."""
+        """Keys' and queries' moments at a stage.
+
+        Raises:
+            ValueError: for vectors before the rotary embedding that calibration could not tell.
+        """
         if stage == "after rotary":
             return self.keys, self.queries
+        if not bool(self.keys_before.count.all()):
+            raise ValueError(
+                "keys before the rotary embedding are not known of this model: it does not tell its "
+                "angles, turns other pairs of coordinates than halves, or has layers that do not turn; "
+                "use those after rotary"
+            )
         return self.keys_before, self.queries_before
 
     def __add__(self, other: "Statistics") -> "Statistics":
@@ -182,9 +191,9 @@ class Statistics:
         Raises:
             ValueError: for a file that holds something else.
         """
+        source = stated(path, "loki_statistics", "Statistics.save")
+        assert isinstance(source, Calibrated)
         with safe_open(path, "pt") as file:
-            source = stated(path, file.metadata(), "loki_statistics", "Statistics.save")
-            assert isinstance(source, Calibrated)
 
             def moments(name: str) -> Moments:
                 return Moments(
@@ -200,22 +209,13 @@ class Statistics:
             )
 
 
-def stated(path: Path, metadata: dict[str, str] | None, key: str, writer: str) -> object:
+def stated(path: Path, key: str, writer: str) -> object:
     """The value in a file's metadata, or a refusal."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+    except SafetensorError:
+        metadata = None
     if not metadata or key not in metadata:
         raise ValueError(f"{path} was not written by {writer}; name a file that was")
     return from_json(json.loads(metadata[key]))
-
-
-def merged(parts: Sequence[Statistics]) -> Statistics:
-    """All of them together.
-
-    Raises:
-        ValueError: where there is none.
-    """
-    if not parts:
-        raise ValueError("no statistics to merge; calibrate on at least one corpus")
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole + part
-    return whole

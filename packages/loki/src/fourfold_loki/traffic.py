@@ -18,7 +18,10 @@ from fourfold_loki.selectors import Selector
 
 @dataclass(slots=True, kw_only=True)
 class Reads:
-    """Keys that queries saw, and keys that they read in full, counted while a model ran."""
+    """Keys that queries saw, and keys that they read in full, counted while a model ran.
+
+    Only of queries under a selection, those below `dense_below` included, and outside of compiled code.
+    """
 
     ranking: float
     """Share of a full read of the keys that ranking them takes (`Selector.cost`)."""
@@ -66,7 +69,10 @@ class Reads:
 
     @property
     def read_share(self) -> float:
-        """Elements of the cache that were read over those of dense attention, ranking included."""
+        """Elements of the cache that were read over those of dense attention.
+
+        The ranking is included for every query, as if those below `dense_below` were ranked too.
+        """
         return self.share + self.ranking / 2
 
     def __add__(self, other: "Reads") -> "Reads":
@@ -80,6 +86,8 @@ class Reads:
 
     def __str__(self) -> str:
         """As printed after `generate`."""
+        if not self.queries:
+            return "counted nothing: no query came alone to a layer that selects, or the model was compiled"
         return (
             f"read {self.share:.1%} of the keys in full, and {self.read_share:.1%} of the elements that "
             f"dense attention reads, over {self.queries} queries and layers"

@@ -16,6 +16,10 @@ class Quest(Selector):
 
     page: int
 
+    def __post_init__(self) -> None:
+        if self.page < 1:
+            raise ValueError(f"page={self.page} holds no key; use 1 or more, 16 in the paper")
+
     def scores(self, among: Candidates) -> Float[Tensor, "batch heads query token"]:
         """The bound: sum over coordinates of max(q_i min_i, q_i max_i); the same for a page's keys.
 

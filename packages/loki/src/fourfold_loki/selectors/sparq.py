@@ -16,12 +16,26 @@ class SparQ(Selector):
 
     channels: int
 
+    def __post_init__(self) -> None:
+        if self.channels < 1:
+            raise ValueError(
+                f"channels={self.channels} ranks by nothing; use 1 to the head's width"
+            )
+
     def scores(self, among: Candidates) -> Float[Tensor, "batch heads query token"]:
         """Scores of the query with its small coordinates set to zero, at the temperature of the paper.
 
         The temperature divides by the share of |q| that is left (Ribar et al. 2023, equation 5); it does
         not change a ranking but the mean over a group.
+
+        Raises:
+            ValueError: for more channels than a head has.
         """
+        head_width = among.queries.shape[-1]
+        if self.channels > head_width:
+            raise ValueError(
+                f"channels={self.channels} of a head of {head_width}; use 1 to {head_width}"
+            )
         size = among.queries.abs()
         largest = size.topk(self.channels, dim=-1).indices
         kept = torch.zeros_like(among.queries).scatter(

@@ -15,8 +15,12 @@ class Streaming(Selector):
 
     sinks: int
 
+    def __post_init__(self) -> None:
+        if self.sinks < 0:
+            raise ValueError(f"sinks={self.sinks} is negative; use 0 or more")
+
     def scores(self, among: Candidates) -> Float[Tensor, "batch heads query token"]:
         """Recency, with the sinks above everything."""
-        position = among.visible.cumsum(-1).to(among.queries.dtype)
+        position = among.visible.cumsum(-1).float()  # bfloat16 tells no neighbours above 256 apart
         ranked = torch.where(position <= self.sinks, position + among.keys.shape[2], position)
         return ranked.expand(-1, among.queries.shape[1], -1, -1)

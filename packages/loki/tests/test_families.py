@@ -1,0 +1,194 @@
+"""Other families of models than Llama: what they do otherwise is followed, or refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import (
+    DynamicCache,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
+
+from fourfold_loki import Budget, Count, Share, Sparse, attending, fit, loki
+from fourfold_loki.calibrate import calibrate_tokens
+from fourfold_loki.selectors import Exact, Loki
+
+Tokens = Callable[..., torch.Tensor]
+
+EVERYTHING = Budget(amount=Share(of_visible=1.0))
+QUARTER = Budget(amount=Share(of_visible=0.25))
+FLOAT32 = 2e-4
+"""Logits of order ten after a few layers."""
+CONFIGS = {"Gemma3n": "Gemma3nTextConfig"}
+"""Names that do not follow the others."""
+
+
+def other_model(name: str, *, layers: int = 4, **settings: Any) -> PreTrainedModel:
+    """A small random model of another family, with peaked attention."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 64,
+        "vocab_size": 97,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    config = getattr(transformers, CONFIGS.get(name, f"{name}Config"))(**{**sizes, **settings})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for place, parameter in model.named_parameters():
+            if place.endswith(("q_proj.weight", "k_proj.weight")):
+                parameter.mul_(8)
+    return model
+
+
+def steps(model: PreTrainedModel, cache: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of the last tokens, one by one after a prompt of 30."""
+    with torch.no_grad():
+        model(ids[:, :30], past_key_values=cache)
+        return torch.cat(
+            [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(30, 40)], 1
+        )
+
+
+def test_a_hybrid_model_selects_in_its_attention_layers(tokens: Tokens) -> None:
+    """Layers of convolutions count in `layer_types`, and have no place in a basis."""
+    model = other_model("Lfm2", layer_types=["conv", "conv", "full_attention", "full_attention"])
+    basis, ids = fit(calibrate_tokens(model, tokens(4, 64))), tokens(1, 40)
+    full = steps(model, DynamicCache(config=model.config), ids)
+    for budget, is_full in ((EVERYTHING, True), (Budget(amount=Count(keys=1)), False)):
+        with loki(model, basis, budget) as session:
+            found = steps(model, DynamicCache(config=model.config), ids)
+            assert session.reads.queries == 20
+            assert torch.allclose(found, full, atol=FLOAT32, rtol=0) == is_full
+            with pytest.raises(ValueError, match="layers without attention"):
+                session.cache()
+
+
+@pytest.mark.parametrize("dense", [(), (3,)], ids=str)
+def test_layers_that_read_the_keys_of_others_read_them_turned(
+    tokens: Tokens, dense: tuple[int, ...]
+) -> None:
+    """Gemma 3n's last layers have no keys of their own."""
+    model = other_model(
+        "Gemma3n",
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        sliding_window=16,
+        vocab_size_per_layer_input=97,
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+        intermediate_size=[64] * 4,
+        activation_sparsity_pattern=[0.0] * 4,
+        altup_num_inputs=2,
+    )
+    basis, ids = fit(calibrate_tokens(model, tokens(4, 64))), tokens(1, 40)
+    full = steps(model, DynamicCache(config=model.config), ids)
+    plan = Sparse(
+        selector=Loki(basis=basis, widths=(4,) * 4), budget=EVERYTHING, dense_layers=dense
+    )
+    with attending(model, plan) as session:
+        torch.testing.assert_close(steps(model, session.cache(), ids), full, atol=FLOAT32, rtol=0)
+
+
+def test_sinks_beside_the_keys_are_refused_in_dense_layers_too(tokens: Tokens) -> None:
+    """gpt-oss adds a number of its own to the softmax."""
+    model = other_model(
+        "GptOss", layers=2, sliding_window=16, num_local_experts=2, num_experts_per_tok=1
+    )
+    with pytest.raises(ValueError, match="s_aux of GptOssAttention"):
+        calibrate_tokens(model, tokens(4, 64))
+    dense = Sparse(selector=Exact(), budget=EVERYTHING, dense_layers=(0,))
+    with attending(model, dense), pytest.raises(ValueError, match="s_aux of GptOssAttention"):
+        model(tokens(1, 20))
+
+
+def test_the_other_parts_of_a_model_keep_their_attention(tokens: Tokens) -> None:
+    """A vision tower that computes eagerly does so during a session and after it."""
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config={
+                "model_type": "llama",
+                "hidden_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "intermediate_size": 64,
+                "vocab_size": 97,
+                "max_position_embeddings": 128,
+            },
+            vision_config={
+                "model_type": "clip_vision_model",
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 32,
+                "image_size": 16,
+                "patch_size": 8,
+            },
+            image_token_index=96,
+        )
+    ).eval()
+    model.set_attn_implementation({"vision_config": "eager", "text_config": "sdpa"})
+
+    def names() -> tuple[str, str, str]:
+        whole = model.config
+        parts = (whole, whole.vision_config, whole.text_config)
+        return tuple(part._attn_implementation for part in parts)  # type: ignore[return-value]
+
+    before = names()
+    basis = fit(calibrate_tokens(model, tokens(4, 64) % 96))
+    assert names() == before
+    ids = torch.cat([tokens(1, 10) % 96, torch.full((1, 4), 96)], 1)
+    image = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        full = model(ids, pixel_values=image).logits
+        with loki(model, basis, QUARTER):
+            assert names() == (before[0], "eager", "loki")
+            assert torch.equal(model(ids, pixel_values=image).logits, full)
+    assert names() == before
+
+
+@pytest.mark.parametrize("name", ["Cohere", "Glm", "SmolLM3"])
+def test_keys_before_an_unlike_embedding_are_unknown(tokens: Tokens, name: str) -> None:
+    """Cohere and GLM turn neighbouring coordinates, and every fourth layer of SmolLM3 turns none."""
+    statistics = calibrate_tokens(other_model(name), tokens(4, 64))
+    assert fit(statistics).layers == 4
+    with pytest.raises(ValueError, match="not known of this model"):
+        fit(statistics, stage="before rotary")
+
+
+def test_keys_before_a_like_embedding_are_known(tokens: Tokens) -> None:
+    """With norms after the projections, and a part of the coordinates that is not turned."""
+    for name in ("Qwen3", "Phi"):
+        statistics = calibrate_tokens(other_model(name), tokens(4, 64))
+        assert fit(statistics, stage="before rotary").layers == 4
+
+
+def test_configurations_that_do_not_describe_the_keys_are_refused(tokens: Tokens) -> None:
+    torch.manual_seed(0)
+    neox = transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            vocab_size=97,
+            max_position_embeddings=128,
+        )
+    )
+    with pytest.raises(ValueError, match="GPTNeoXForCausalLM states no num_key_value_heads"):
+        calibrate_tokens(neox, tokens(4, 64))
+    with pytest.raises(ValueError, match=r"4 key/value heads of width 16, and .* states 2"):
+        calibrate_tokens(other_model("Persimmon"), tokens(4, 64))
