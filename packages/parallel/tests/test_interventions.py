@@ -212,3 +212,19 @@ def test_every_epoch_has_an_order_of_its_own() -> None:
         assert len({*mine, *theirs}) == 8  # of nine rows, one is left out
     assert first[0] != first[1] != first[2] != first[0]
     assert first[3] == first[1]
+
+
+def generated() -> tuple[bool, int]:
+    mesh = mesh_of((1, 2, 1, 1))
+    alone, model = build().eval(), parallelize(build(), mesh).model.eval()
+    mine = tokens().chunk(2)[mesh.batch_rank()]
+    how: Any = {"max_new_tokens": 4 + 3 * mesh.batch_rank(), "do_sample": False, "use_cache": True}
+    expected = in_float64(alone).generate(mine, **how)
+    return torch.equal(model.generate(mine, synced_gpus=True, **how), expected), expected.shape[1]
+
+
+def test_shares_may_end_their_texts_apart() -> None:
+    (first, length), (second, longer) = run_on_ranks(2, generated)
+    assert first
+    assert second
+    assert length < longer
