@@ -30,6 +30,7 @@ from fourfold_hpc_coder.checkout import open_checkout
 from fourfold_hpc_coder.evaluation import Launch, Model
 from fourfold_hpc_coder.problems import own_problems
 from fourfold_hpc_coder.sandbox import find_sandbox, scratch_folder
+from fourfold_hpc_coder.schedule import Asked
 from fourfold_hpc_coder.workbench import Bench, Settings, precompile, ready
 from fourfold_parallel.run.progress import silent
 from fourfold_parallel.run.records import hardware
@@ -94,12 +95,12 @@ def lay(cache: Path) -> None:
         sandbox = find_sandbox(allow_none=False)
         bench = Bench(sandbox=sandbox, scratch=scratch, settings=Settings(), secret=0)
         for model in MODELS:
-            precompile(bench, model)
+            precompile(bench, model, ["int"], later=True)
             ready(bench, model)
 
 
 def ours(
-    outputs: Path, folder: Path, jobs: int, find: Callable[..., score.Asked] = score.built_in
+    outputs: Path, folder: Path, jobs: int, find: Callable[..., Asked] = score.built_in
 ) -> list[bool]:
     """Our scorer on the same outputs and launches."""
     plan = score.Plan(

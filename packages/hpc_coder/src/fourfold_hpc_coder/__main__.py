@@ -16,6 +16,7 @@ from fourfold_hpc_coder.evaluation import Launch
 from fourfold_hpc_coder.options import Finetune, Generate, MakeData, Score, Study, chosen_models
 from fourfold_hpc_coder.pareval import Question
 from fourfold_hpc_coder.sandbox import find_sandbox
+from fourfold_hpc_coder.schedule import Asked
 from fourfold_hpc_coder.workbench import Settings
 from fourfold_parallel.run.progress import Progress as Work
 
@@ -70,7 +71,7 @@ def score_outputs(options: Score, target: Console) -> None:
         )
     if options.problem_sizes and not options.pareval:
         raise ValueError("--problem-sizes belongs to --pareval PATH; name the checkout as well")
-    find: Callable[[Question], score.Asked] = score.built_in
+    find: Callable[[Question], Asked] = score.built_in
     if options.pareval:
         find = open_checkout(options.pareval, options.problem_sizes).find
     sandbox = find_sandbox(allow_none=options.unsafe_no_sandbox)

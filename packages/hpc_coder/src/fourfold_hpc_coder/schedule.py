@@ -152,12 +152,23 @@ def _lay_ground(
     What fails there fails again, and is reported, where it is asked for.
     """
     asked = {task.question.model for task in waiting}
-    here = [one for one in models if one in asked and toolchain.runs_here(one)]
-    preludes = {toolchain.flavour(one).prelude: one for one in here}
-    for model in preludes.values():
-        pool.submit(precompile, bench, model)
+    here: list[Model] = [one for one in models if one in asked and toolchain.runs_here(one)]
+    texts: dict[tuple[str, ...], list[str]] = {}
+    of_prelude: dict[tuple[str, ...], Model] = {}
+    for model in here:
+        flags = toolchain.flavour(model).prelude
+        of_prelude.setdefault(flags, model)
+        texts.setdefault(flags, []).extend(
+            task.problem.unit(task.question.prompt, task.body)
+            for task in waiting
+            if task.question.model == model
+        )
+    for flags, model in of_prelude.items():
+        pool.submit(precompile, bench, model, texts[flags], later=False)
     for model in here:
         pool.submit(ready, bench, model)
+    for flags, model in of_prelude.items():
+        pool.submit(precompile, bench, model, texts[flags], later=True)
 
 
 @contextmanager

@@ -145,8 +145,11 @@ class Problem:
     def driver(self, model: Model) -> str:
         """Source of the program that calls an answer: our server around a declaration."""
         declaration = self.declaration(model)
+        # Half of a driver's compilation, where nothing asks for them.
+        numbers = "complex" in declaration or self.prelude
+        headers = "#include <cmath>\n#include <complex>\n" if numbers else ""
         return (
-            '#include "server.hpp"\n#include <cmath>\n#include <complex>\n'
+            f'#include "server.hpp"\n{headers}'
             f"{_inline(self.prelude)}\n{_unnamed(declaration)};\n"
             "int main(int count, char **words) {\n"
             f"    return fourfold::serve(&{self.signature.function}, count, words);\n}}\n"
