@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -393,6 +394,25 @@ def test_what_cannot_be_scored_is_named_and_the_rest_is_scored(
     assert "k=5 is above the number of samples" in scored.notes[0]
     [row] = csv.DictReader((plan.folder / "metrics.csv").read_text().splitlines())
     assert (row["pass@1"], row["pass@5"]) == ("1.0", "")
+
+
+def test_absent_gpu_compilers_are_named_per_prompt_and_the_rest_is_scored(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt for CUDA, one for HIP, one that can be scored."""
+    found = shutil.which
+    monkeypatch.setattr(
+        "shutil.which", lambda name: None if name in ("nvcc", "hipcc") else found(name)
+    )
+    models: tuple[Model, ...] = ("serial", "cuda", "hip")
+    entries = [entry(AVERAGE, "serial", RIGHT), *(entry(AVERAGE, m, "}") for m in models[1:])]
+    plan.outputs.write_text(json.dumps(entries))
+    scored = score.score(replace(plan, models=models), silent)
+    assert [one.verdict for one in scored.judged[0].judgements] == ["correct"]
+    assert {one.place: one.because for one in scored.problems} == {
+        f"{AVERAGE} (cuda)": "nvcc is not installed (Debian: nvidia-cuda-toolkit)",
+        f"{AVERAGE} (hip)": "hipcc is not installed (Debian: hipcc)",
+    }
 
 
 def test_an_absent_compiler_is_named_with_its_package(

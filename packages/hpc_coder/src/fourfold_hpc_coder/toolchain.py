@@ -179,7 +179,7 @@ def missing(model: Model) -> str:
         "mpi": [("g++", "g++"), ("mpicxx", "libopenmpi-dev"), ("mpirun", "openmpi-bin")],
         "mpi+omp": [("g++", "g++"), ("mpicxx", "libopenmpi-dev"), ("mpirun", "openmpi-bin")],
         "kokkos": [("g++", "g++")],
-        "cuda": [("nvcc", "the CUDA toolkit")],
+        "cuda": [("nvcc", "nvidia-cuda-toolkit")],
         "hip": [("hipcc", "hipcc")],
     }[model]
     for program, package in needs:
