@@ -319,8 +319,14 @@ def _without_races(
     text = right.exercise.unit(prompt, body)
     with bench.folder() as folder:
         if built(bench, right.exercise, "omp", text, folder, watched=True).code:
-            return judgement
-        found = _RACE.search(_watched(bench, right, folder))
+            return _unchecked(judgement, "it does not build with the checker")
+        seen = _watched(bench, right, folder)
+        if seen is None:
+            return _unchecked(judgement, "it does not come to its end under the checker")
+        if "fourfold-race unknown" in seen:
+            because = "it has tasks, nested regions or ordered iterations, which the checker cannot follow"
+            return _unchecked(judgement, because)
+        found = _RACE.search(seen)
         if found is None:
             return judgement
         kind, *addresses = found.groups()
@@ -345,8 +351,13 @@ def _without_races(
     )
 
 
-def _watched(bench: Bench, right: Reference, folder: Path) -> str:
-    """What the checker wrote while the program answered a small input; nothing if it did not get there."""
+def _unchecked(judgement: Judgement, because: str) -> Judgement:
+    proof = f"not checked for races: {because}"
+    return replace(judgement, proof="; ".join(filter(None, (judgement.proof, proof))))
+
+
+def _watched(bench: Bench, right: Reference, folder: Path) -> str | None:
+    """What the checker wrote while the program answered a small input; None if it did not get there."""
     one = right.checks[-1]
     with launched(bench, folder, "omp", Launch(threads=2), settings=bench.settings) as channel:
         try:
@@ -354,7 +365,7 @@ def _watched(bench: Bench, right: Reference, folder: Path) -> str:
             _call(channel, right.exercise, one.arguments)
             channel.quit()
         except (EndedError, ForgedError):
-            return ""
+            return None
         return channel.process.finish().stderr
 
 
