@@ -47,9 +47,9 @@ Verdict = Literal[
 `not parallel`: right, but does not use the model asked for. `race`: right in every run that was seen, but
 two threads touch one address, at least one to write, with nothing in between. `wrong`: another answer than
 the reference's. `not finite`: NaN or infinity where the reference is finite. `crash`: a signal, an uncaught
-exception or an exit before the answer. `timeout`: the time or processor limit. `cheat`: it wrote on the
-result channel, or worked outside the timed call. `no answer`: nothing to compile. `no build`: the compiler
-or linker refused. `not run`: built, but what it needs to run is not on this machine.
+exception, an exit before the answer or a bad one after the last. `timeout`: the time or processor limit.
+`cheat`: it wrote on the result channel, or names what is the judge's. `no answer`: nothing to compile. `no
+build`: the compiler or linker refused. `compiled, not run`: what it needs to run is not on this machine.
 """
 
 

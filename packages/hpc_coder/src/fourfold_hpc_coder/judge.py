@@ -231,6 +231,7 @@ _SILENT = Evidence(
     messages=0,
     talking_ranks=0,
     ranks=1,
+    working_ranks=0,
 )
 
 
@@ -284,7 +285,14 @@ def _run_one(
                         if answer.evidence.region_cpu_s >= evidence.region_cpu_s:
                             evidence = answer.evidence
             channel.quit()
-            output = channel.process.finish().stderr
+            is_over = channel.process.done
+            ended = channel.process.finish()
+            output = ended.stderr
+            if verdict == "correct" and (ended.code or not is_over):
+                ran = False
+                verdict, because = failures.of_end(
+                    ended, launch, is_over=is_over, patience_s=bench.settings.time_limit_s
+                )
         except EndedError:
             ended = channel.process.finish()
             ran = False
