@@ -409,6 +409,44 @@ def test_an_absent_compiler_is_named_with_its_package(
     assert all("is not installed (" in toolchain.missing(model) for model in models)
 
 
+def test_a_row_is_an_answer_whatever_stands_in_it(plan: Plan) -> None:
+    """Texts of Windows, and half a character, which JSON can hold and a file cannot."""
+    bodies = (RIGHT.replace("; ", ";\r\n"), f"// \ud83d\n{RIGHT}", f'// \U0001f600, ""\n{RIGHT}')
+    plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", *bodies)]))
+    scored = score.score(plan, silent)
+    assert {one.verdict for one in scored.judged[0].judgements} == {"correct"}
+    with (plan.folder / "runs.csv").open(newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert [row["output_idx"] for row in rows] == ["0", "1", "2"]
+    assert rows[0]["generated_output"] == bodies[0].replace("\r", "\\r").replace("\n", "\\n")
+    assert "\U0001f600" in rows[2]["generated_output"]
+
+
+def test_a_prompt_that_our_driver_cannot_call_is_left_out(plan: Plan) -> None:
+    """ParEval's Kokkos prompts have matrices of two dimensions; an answer to one would not link."""
+    asked = entry("02_dense_la_gemm", "kokkos", "}")
+    views = "Kokkos::View<const double**> &A, Kokkos::View<const double**> &B, Kokkos::View<double**> &C"
+    declared = f"void gemm({views}, size_t M, size_t K, size_t N) {{"
+    theirs = {**asked, "prompt": f"#include <Kokkos_Core.hpp>\n{declared}"}
+    same = entry(AVERAGE, "serial", RIGHT)
+    same["prompt"] = "double average(const std::vector<double>&values) {"
+    same["outputs"] = [RIGHT.replace("x", "values")]
+    copied = {**same, "prompt": "double average(std::vector<double> x) {"}
+    plan.outputs.write_text(json.dumps([theirs, same, copied]))
+    scored = score.score(replace(plan, models=("serial", "kokkos")), silent)
+    assert [one.judgements[0].verdict for one in scored.judged] == ["correct"]
+    assert [one.place.split()[0] for one in scored.problems] == ["02_dense_la_gemm", AVERAGE]
+    assert declared in scored.problems[0].because
+
+
+@pytest.mark.parametrize("name", ["[b]", "[/red]"])
+def test_a_message_is_shown_as_it_is(name: str, tmp_path: Path, capsys, sandbox) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["score", str(tmp_path / name)])
+    assert ended.value.code == 2
+    assert f"{tmp_path / name} cannot be read" in capsys.readouterr().err
+
+
 def test_scores_of_another_file_are_not_overwritten(plan: Plan) -> None:
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT)]))
     score.score(plan, silent)

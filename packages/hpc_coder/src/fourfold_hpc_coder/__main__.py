@@ -106,7 +106,7 @@ def score_outputs(options: Score, target: Console) -> None:
         facts=facts,
     )
     say(scored, target)
-    target.print(f"{scored.reused} verdicts reused. Report: {page}", soft_wrap=True)
+    target.print(f"{scored.reused} verdicts reused. Report: {page}", soft_wrap=True, markup=False)
 
 
 def say(scored: score.Scored, target: Console) -> None:
@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 with bar(target, "prompts") as progress:
                     generate(options, target, progress)
     except (ValueError, OSError) as error:
-        target.print(f"[red]{error}[/red]", soft_wrap=True)
+        target.print(str(error), style="red", soft_wrap=True, markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
         target.print("interrupted; the same command goes on from here")

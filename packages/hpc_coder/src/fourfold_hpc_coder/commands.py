@@ -144,7 +144,7 @@ def generate(options: Generate, target: Console, progress: Progress) -> None:
             f"{options.prompts} has no prompt for {options.models}{named}; name other models"
         )
     path = generate_file(records, _backend(options), sampling, options.out, progress)
-    target.print(f"{len(records)} prompts answered: {path}; now: score {path}")
+    target.print(f"{len(records)} prompts answered: {path}; now: score {path}", markup=False)
 
 
 def _prompts(source: str) -> list[dict[str, str]]:
@@ -214,7 +214,8 @@ def finetune(options: Finetune, target: Console, progress: Progress) -> None:
     loss = read_record(options.out / "record.jsonl").last("validation")
     target.print(
         f"{options.steps} steps, held-out loss {loss.number('validation_loss_nats'):.3f} nats per token: "
-        f"{options.out / 'model'}"
+        f"{options.out / 'model'}",
+        markup=False,
     )
 
 

@@ -50,7 +50,7 @@ Asked = Problem | Borrowed
 
 def built_in(question: Question) -> Problem:
     """This package's problem of the question's name."""
-    return find_problem(question.name, question.prompt)
+    return find_problem(question.name, question.prompt, question.model)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
