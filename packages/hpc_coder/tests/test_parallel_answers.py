@@ -143,8 +143,8 @@ _AROUND = (
 MOVING = {
     "Ireduce": f"MPI_Ireduce(&s, &t, 1, MPI_DOUBLE, MPI_SUM, 0, all, &q); {_WAIT}",
     "Igather": "std::vector<double> a(p);"
-    f" MPI_Igather(&s, 1, MPI_DOUBLE, a.data(), 1,"
-    " MPI_DOUBLE, 0, all, &q); {_WAIT} for (double v : a) t += v;",
+    f" MPI_Igather(&s, 1, MPI_DOUBLE, a.data(), 1, MPI_DOUBLE, 0, all, &q); {_WAIT}"
+    " for (double v : a) t += v;",
     "Sendrecv_replace": f"t = s; for (int k = 1; k < p; ++k) {{ {_AROUND}; t += s; }}",
     "Start": "t = s; for (int k = 1; k < (r ? 2 : p); ++k) {"
     " if (r) MPI_Send_init(&s, 1, MPI_DOUBLE, 0, 0, all, &q);"
