@@ -337,6 +337,7 @@ BAD_FILES = {
     "not json": ("outputs", "not JSON"),
     "not a list": ("{}", "not a list of prompts"),
     "empty": ("[]", "nothing in"),
+    "other models": (json.dumps([entry(AVERAGE, "hip", "}")]), "prompts for hip only"),
     "no such problem": (json.dumps([{**entry(AVERAGE, "serial", "}"), "name": "99_x"}]), "99_x"),
     "no outputs": (json.dumps([entry(AVERAGE, "serial")]), "no outputs"),
     "another function": (
@@ -486,7 +487,16 @@ def test_results_that_are_partly_there_are_read_as_outputs(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "words",
-    [["--models", "cobol"], ["--jobs", "0"], ["--k", "0"], ["--threads", "0"], ["--ranks", "-1"]],
+    [
+        ["--models", "cobol"],
+        ["--jobs", "0"],
+        ["--k", "0"],
+        ["--threads", "0"],
+        ["--ranks", "-1"],
+        ["--time-limit-s", "0"],
+        ["--time-limit-s", "inf"],
+        ["--time-limit-s", "nan"],
+    ],
     ids=" ".join,
 )
 def test_impossible_options_are_refused(

@@ -1,6 +1,7 @@
 """`python -m fourfold_hpc_coder`: score outputs, make data, fine-tune, generate, reproduce the study."""
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,6 +68,10 @@ def score_outputs(options: Score, target: Console) -> None:
         raise ValueError(
             f"k={options.k}, threads={options.threads}, ranks={options.ranks}, jobs={options.jobs}, "
             f"repetitions={options.repetitions}: use numbers of 1 or more"
+        )
+    if not 0 < options.time_limit_s < math.inf:
+        raise ValueError(
+            f"--time-limit-s {options.time_limit_s:g} is no time to answer in; use seconds above 0"
         )
     if options.problem_sizes and not options.pareval:
         raise ValueError("--problem-sizes belongs to --pareval PATH; name the checkout as well")

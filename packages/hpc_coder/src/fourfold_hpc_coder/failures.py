@@ -30,8 +30,8 @@ def of_build(outcome: Outcome) -> tuple[Verdict, str]:
     lines = outcome.stderr.splitlines()
     for pattern, prefix in (
         (r"undefined (?:reference|symbol).*", "it does not link: "),
-        (r"(?:fatal )?error: .*", "it does not compile: "),
         (r"multiple definition.*|duplicate symbol.*", "it does not link: "),
+        (r"(?:fatal )?error: .*", "it does not compile: "),
         (r"internal compiler error.*|.*out of memory.*", "the compiler gave up: "),
     ):
         for line in lines:

@@ -65,7 +65,7 @@ _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 def _entries(path: Path) -> list[Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin with a mark
         entries = json.loads(text)
         if _HALF.search(text):  # no file of ours can hold one that stands alone
             whole = json.dumps(entries, ensure_ascii=False).encode("utf-8", "replace")
