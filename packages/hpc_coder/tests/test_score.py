@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_hpc_coder import pareval, report, score, toolchain
+from fourfold_hpc_coder import pareval, report, schedule, score, toolchain
 from fourfold_hpc_coder.__main__ import main
 from fourfold_hpc_coder.evaluation import Launch, Model
 from fourfold_hpc_coder.problems import own_problems
@@ -174,7 +174,7 @@ def test_equal_answers_are_judged_once_and_the_cache_spares_the_rest(
     cached = replace(plan, is_cached=True)
     first = score.score(cached, silent)
     assert first.reused == 1
-    monkeypatch.delattr(score, "judge")
+    monkeypatch.delattr(schedule, "check")
     second = score.score(replace(cached, folder=tmp_path / "again"), silent)
     assert second.reused == 3
     verdicts = [one.verdict for one in second.judged[0].judgements]
