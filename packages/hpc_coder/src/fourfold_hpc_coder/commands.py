@@ -132,6 +132,8 @@ def generate(options: Generate, target: Console, progress: Progress) -> None:
         top_p=options.top_p,
         max_new_tokens=options.max_new_tokens,
         batch=options.batch,
+        model=options.model,
+        chat=options.chat or bool(options.url),
     )
     records = [
         one
@@ -175,6 +177,7 @@ def _backend(options: Generate) -> Backend:
             model_name=options.model,
             key_file=options.key_file,
             temperature=options.temperature,
+            top_p=options.top_p,
             max_new_tokens=options.max_new_tokens,
         )
     if options.model.startswith(("/", ".", "~")) and not Path(options.model).is_dir():
