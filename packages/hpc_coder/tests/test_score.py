@@ -410,6 +410,25 @@ def test_an_absent_compiler_is_named_with_its_package(
     assert all("is not installed (" in toolchain.missing(model) for model in models)
 
 
+def test_an_mpi_of_another_make_leaves_the_rest_to_be_scored(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MPICH's wrapper knows no --showme."""
+    other = tmp_path / "bin" / "mpicxx"
+    other.parent.mkdir()
+    other.write_text("#!/bin/sh\nexit 1\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{other.parent}{os.pathsep}{os.environ['PATH']}")
+    toolchain._said.cache_clear()
+    plan.outputs.write_text(json.dumps([entry(AVERAGE, m, RIGHT) for m in ("serial", "mpi")]))
+    try:
+        scored = score.score(replace(plan, models=("serial", "mpi")), silent)
+    finally:
+        toolchain._said.cache_clear()
+    assert [one.judgements[0].verdict for one in scored.judged] == ["correct"]
+    assert "mpicxx is not Open MPI's" in scored.problems[0].because
+
+
 def test_a_row_is_an_answer_whatever_stands_in_it(plan: Plan) -> None:
     """Texts of Windows, and half a character, which JSON can hold and a file cannot."""
     bodies = (RIGHT.replace("; ", ";\r\n"), f"// \ud83d\n{RIGHT}", f'// \U0001f600, ""\n{RIGHT}')
