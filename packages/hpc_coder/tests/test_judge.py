@@ -270,38 +270,6 @@ def test_beyond_the_ends_of_an_array_nothing_goes_unseen(quick, model: Model, pl
     assert found.verdict == "wrong"
 
 
-@pytest.mark.parametrize(
-    ("body", "expected", "words"),
-    [
-        ("#pragma omp parallel for reduction(+:s)\n", "correct", ""),
-        ("#pragma omp parallel for\n", "race", "s \\+= x\\[i\\]"),
-        ("", "not parallel", "no OpenMP directive"),
-        ("// #pragma omp parallel for\n", "not parallel", "no OpenMP directive"),
-        ("#pragma omp parallel\n{}\n", "not parallel", "no work"),
-        ("#pragma omp parallel for schedule(dynamic, 64)\n#pragma omp critical\n", "no build", ""),
-    ],
-)
-def test_an_openmp_answer_must_be_parallel_and_free_of_races(
-    bench, average, body: str, expected: str, words: str
-) -> None:
-    loop = "for (size_t i = 0; i < x.size(); ++i) s += x[i];\nreturn s / x.size(); }"
-    found = verdict(bench, average, f"double s = 0;\n{body}{loop}", "omp")
-    assert found.verdict == expected, found.because
-    assert re.search(words, found.because)
-
-
-@pytest.mark.parametrize("clause", ["critical", "atomic"])
-def test_accesses_that_are_ordered_are_no_race(quick, average, clause: str) -> None:
-    body = f"""double s = 0;
-#pragma omp parallel for
-for (size_t i = 0; i < x.size(); ++i)
-#pragma omp {clause}
-s += x[i];
-return s / x.size(); }}"""
-    watched = replace(quick, settings=replace(quick.settings, races=True))
-    assert verdict(watched, average, body, "omp").verdict == "correct"
-
-
 def test_ranks_that_wait_for_one_another_run_into_the_limit(quick, average) -> None:
     body = """int rank; MPI_Comm_rank(MPI_COMM_WORLD, &rank); double d;
 MPI_Recv(&d, 1, MPI_DOUBLE, 1 - rank, 9, MPI_COMM_WORLD, MPI_STATUS_IGNORE); return d; }"""

@@ -1,6 +1,7 @@
 """`python -m fourfold_hpc_coder`: score outputs, make data, fine-tune, generate, reproduce the study."""
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,10 @@ def score_outputs(options: Score, target: Console) -> None:
             f"k={options.k}, threads={options.threads}, ranks={options.ranks}, jobs={options.jobs}, "
             f"repetitions={options.repetitions}: use numbers of 1 or more"
         )
+    if not 0 < options.time_limit_s < math.inf:
+        raise ValueError(
+            f"--time-limit-s {options.time_limit_s:g} is no time to answer in; use seconds above 0"
+        )
     if options.problem_sizes and not options.pareval:
         raise ValueError("--problem-sizes belongs to --pareval PATH; name the checkout as well")
     find: Callable[[Question], Asked] = score.built_in
@@ -107,7 +112,7 @@ def score_outputs(options: Score, target: Console) -> None:
         facts=facts,
     )
     say(scored, target)
-    target.print(f"{scored.reused} verdicts reused. Report: {page}", soft_wrap=True)
+    target.print(f"{scored.reused} verdicts reused. Report: {page}", soft_wrap=True, markup=False)
 
 
 def say(scored: score.Scored, target: Console) -> None:
@@ -154,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 with bar(target, "prompts") as progress:
                     generate(options, target, progress)
     except (ValueError, OSError) as error:
-        target.print(f"[red]{error}[/red]", soft_wrap=True)
+        target.print(str(error), style="red", soft_wrap=True, markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
         target.print("interrupted; the same command goes on from here")

@@ -133,6 +133,16 @@ def trusted_answers(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Looked:
+    """What a look for races gave."""
+
+    race: str = ""
+    """Where two threads meet; empty where none were seen, or nobody had to look."""
+    unseen: str = ""
+    """Why the checker could not tell."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """An answer that built and was right on some launch: what its checks found, until it is timed."""
 
@@ -145,8 +155,8 @@ class Candidate:
     """Its program is in `out` there."""
     checks: tuple["_Launched", ...]
     """Every launch in order, up to the first that failed."""
-    race: str | None
-    """Where two threads meet, or nothing; None where nobody looked."""
+    race: Looked | None
+    """None where nobody looked."""
 
     @property
     def program_bytes(self) -> int:
@@ -246,8 +256,11 @@ def judged_by_time(bench: Bench, candidate: Candidate) -> Judgement:
             return replace(judgement, verdict="not parallel", because=because)
     elif not (_may_race(judgement.verdict) and any(run.valid for run in judgement.sample.runs)):
         return judgement
-    race = _race(bench, candidate) if candidate.race is None else candidate.race
-    if not race:
+    looked = _race(bench, candidate) if candidate.race is None else candidate.race
+    if looked.unseen:
+        unseen = f"not checked for races: {looked.unseen}"
+        return replace(judgement, proof="; ".join(filter(None, (judgement.proof, unseen))))
+    if not looked.race:
         return judgement
     now = (
         "its answers were right this time, but"
@@ -257,7 +270,7 @@ def judged_by_time(bench: Bench, candidate: Candidate) -> Judgement:
     return replace(
         judgement,
         verdict="race",
-        because=f"{now} {race} with nothing in between",
+        because=f"{now} {looked.race} with nothing in between",
         sample=_spoiled(judgement.sample),
     )
 
@@ -301,6 +314,7 @@ _SILENT = Evidence(
     messages=0,
     talking_ranks=0,
     ranks=1,
+    working_ranks=0,
 )
 
 
@@ -355,7 +369,14 @@ def _run_one(
                         if answer.evidence.region_cpu_s >= evidence.region_cpu_s:
                             evidence = answer.evidence
             channel.quit()
-            output = channel.process.finish().stderr
+            is_over = channel.process.done
+            ended = channel.process.finish()
+            output = ended.stderr
+            if verdict == "correct" and (ended.code or not is_over):
+                ran = False
+                verdict, because = failures.of_end(
+                    ended, launch, is_over=is_over, patience_s=bench.settings.time_limit_s
+                )
         except EndedError:
             ended = channel.process.finish()
             ran = False
@@ -388,17 +409,22 @@ def _may_race(verdict: Verdict) -> bool:
     return verdict in ("wrong", "not finite")
 
 
-def _race(bench: Bench, candidate: Candidate) -> str:
-    """What the checker saw of two threads at one address; nothing where it saw none or was not asked."""
+def _race(bench: Bench, candidate: Candidate) -> Looked:
+    """What the checker saw of two threads at one address."""
     if candidate.model != "omp" or not bench.settings.races:
-        return ""
+        return Looked()
     right, text = candidate.right, candidate.text
     with bench.folder() as folder:
         if built(bench, right.exercise, "omp", text, folder, watched=True).code:
-            return ""
-        found = _RACE.search(_watched(bench, right, folder))
+            return Looked(unseen="it does not build with the checker")
+        wrote = _watched(bench, right, folder)
+        if wrote is None:
+            return Looked(unseen="it does not come to its end under the checker")
+        if "fourfold-race unknown" in wrote:
+            return Looked(unseen="it has tasks, nested regions or iterations that wait for others")
+        found = _RACE.search(wrote)
         if found is None:
-            return ""
+            return Looked()
         kind, *addresses = found.groups()
         numbers = [toolchain.source_line(bench.sandbox, folder / "out", one) for one in addresses]
     written = text.rpartition(ANSWER_BEGINS)[2].splitlines()
@@ -407,11 +433,11 @@ def _race(bench: Bench, candidate: Candidate) -> str:
     act = (
         "two threads write one address" if kind == "write" else "a thread reads what another writes"
     )
-    return f"{act} in {shown}" if shown else act
+    return Looked(race=f"{act} in {shown}" if shown else act)
 
 
-def _watched(bench: Bench, right: Reference, folder: Path) -> str:
-    """What the checker wrote while the program answered a small input; nothing if it did not get there."""
+def _watched(bench: Bench, right: Reference, folder: Path) -> str | None:
+    """What the checker wrote while the program answered a small input; None if it did not get there."""
     one = right.checks[-1]
     with launched(bench, folder, "omp", Launch(threads=2), settings=bench.settings) as channel:
         try:
@@ -419,7 +445,7 @@ def _watched(bench: Bench, right: Reference, folder: Path) -> str:
             _call(channel, right.exercise, one.arguments)
             channel.quit()
         except (EndedError, ForgedError):
-            return ""
+            return None
         return channel.process.finish().stderr
 
 

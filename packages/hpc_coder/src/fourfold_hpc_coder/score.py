@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 def built_in(question: Question) -> Problem:
     """This package's problem of the question's name."""
-    return find_problem(question.name, question.prompt)
+    return find_problem(question.name, question.prompt, question.model)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +110,11 @@ def score(plan: Plan, progress: Progress) -> Scored:
     problems = (*problems, *left_out)
     if not kept:
         reasons = "; ".join(f"{one.place}: {one.because}" for one in problems[:3])
-        raise ValueError(f"nothing in {plan.outputs} can be scored. {reasons or 'It is empty'}")
+        others = ", ".join(sorted({one.model for one in questions} - {*plan.models}))
+        none = (
+            f"It has prompts for {others} only; name one with --models" if others else "It is empty"
+        )
+        raise ValueError(f"nothing in {plan.outputs} can be scored. {reasons or none}")
     tasks = _tasks(kept, plan.settings)
     with Journal(plan.outputs, plan.folder) as journal, scratch_folder() as scratch:
         found = {task.key: held for task in tasks if (held := journal.held.get(task.key))}
@@ -161,7 +165,7 @@ def score(plan: Plan, progress: Progress) -> Scored:
             *(pareval.Problem(place=place, because=why) for place, why in failed.items()),
         ),
         notes=(*_notes(judged, plan.ks), *hopeless),
-        reused=answers - len(fresh),
+        reused=sum(len(one.judgements) for one in judged) - len(fresh),
     )
     write_results(scored, plan.folder, plan.ks, plan.settings)
     return scored

@@ -62,11 +62,28 @@ SYNCHRONISED = (
     "GOMP_ordered_end",
     "GOMP_loop_end",
     "GOMP_sections_end",
-    "GOMP_single_start",
+    "GOMP_barrier_cancel",
+    "GOMP_loop_end_cancel",
+    "GOMP_sections_end_cancel",
+    "GOMP_single_copy_start",
+    "GOMP_single_copy_end",
+    "GOMP_doacross_post",
+    "GOMP_doacross_ull_post",
     "GOMP_task",
     "GOMP_taskloop",
+    "GOMP_taskloop_ull",
     "omp_set_lock",
     "omp_unset_lock",
+    "omp_test_lock",
+    "omp_set_nest_lock",
+    "omp_unset_nest_lock",
+    "omp_test_nest_lock",
+    "pthread_mutex_lock",
+    "pthread_mutex_trylock",
+    "pthread_mutex_unlock",
+    "__cxa_guard_acquire",
+    "__cxa_guard_release",
+    "__cxa_guard_abort",
 )
 """What orders accesses; sent through `race.cc` when a program is checked for races."""
 
@@ -113,16 +130,30 @@ def _gcc(
     )
 
 
+ANSWERING_S = 30
+"""How long a compiler gets to say which it is."""
+
+
+@cache
+def _said(*words: str) -> tuple[str, str]:
+    """What a compiler says of itself, or why it says nothing."""
+    try:
+        shown = subprocess.run(  # noqa: S603 - fixed names
+            words, capture_output=True, text=True, check=True, timeout=ANSWERING_S
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return "", str(error)
+    return shown.stdout, ""
+
+
 @cache
 def _mpi_flags() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Compile and link flags as the MPI's own wrapper states them, without the C++ bindings of MPI-2."""
-
-    def show(what: str) -> list[str]:
-        words = ["mpicxx", f"--showme:{what}"]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()  # noqa: S603
-
-    linked = [word for word in show("link") if word != "-lmpi_cxx"]
-    return ("-DOMPI_SKIP_MPICXX", *show("compile"), "-include", "mpi.h"), tuple(linked)
+    compiled, linked = (
+        _said("mpicxx", f"--showme:{what}")[0].split() for what in ("compile", "link")
+    )
+    libraries = tuple(word for word in linked if word != "-lmpi_cxx")
+    return ("-DOMPI_SKIP_MPICXX", *compiled, "-include", "mpi.h"), libraries
 
 
 def flavour(model: Model) -> Flavour:
@@ -172,7 +203,10 @@ def racing() -> Flavour:
 
 
 def missing(model: Model) -> str:
-    """What a model needs and this machine lacks, with the package's name; empty where nothing is missing."""
+    """What a model needs and this machine lacks, with the package's name; empty where nothing is missing.
+
+    A compiler that is there and does not answer is missing too.
+    """
     needs = {
         "serial": [("g++", "g++")],
         "omp": [("g++", "g++")],
@@ -185,6 +219,10 @@ def missing(model: Model) -> str:
     for program, package in needs:
         if shutil.which(program) is None:
             return f"{program} is not installed (Debian: {package})"
+    if mute := _said(needs[0][0], "--version")[1]:
+        return f"{needs[0][0]} is installed, and does not work: {mute}"
+    if model in ("mpi", "mpi+omp") and (mute := _said("mpicxx", "--showme:link")[1]):
+        return f"mpicxx is not Open MPI's (Debian: libopenmpi-dev), or does not work: {mute}"
     if model == "kokkos" and not (KOKKOS_HEADERS / "Kokkos_Core.hpp").exists():
         return "Kokkos is not installed (Debian: libtrilinos-kokkos-dev)"
     return ""
@@ -208,9 +246,7 @@ def runs_here(model: Model) -> bool:
 def identity(model: Model) -> str:
     """The compiler and its version, for cache keys and records."""
     compiler = flavour(model).compiler
-    shown = subprocess.run(  # noqa: S603 - one of four fixed names
-        [compiler, "--version"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    shown = _said(compiler, "--version")[0].strip()
     return shown.splitlines()[-1 if compiler == "nvcc" else 0]
 
 
@@ -411,8 +447,7 @@ def _place(compiler: str, command: tuple[str, ...], inputs: dict[str, str]) -> P
 
 @cache
 def _version() -> str:
-    words = ["g++", "-dumpfullversion", "-dumpmachine"]
-    return subprocess.run(words, capture_output=True, text=True, check=True).stdout  # noqa: S603
+    return _said("g++", "-dumpfullversion", "-dumpmachine")[0]
 
 
 def compile_candidate(sandbox: Sandbox, kept: Kept, source: Path, program: Path) -> Outcome:

@@ -45,6 +45,7 @@ struct Evidence {
   double messages = 0;         // calls that move data between ranks
   double talking_ranks = 0;    // ranks that made such a call
   double ranks = 1;
+  double working_ranks = 0;    // ranks that computed a twentieth of what the busiest did; counted when summed
 };
 
 extern Evidence evidence;                        // of the call under way; reset before each
