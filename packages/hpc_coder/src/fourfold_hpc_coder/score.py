@@ -224,6 +224,7 @@ def _machinery() -> str:
         "parallelism.py",
         "failures.py",
         "toolchain.py",
+        "gomp.py",
         "kernels.py",
         "problems/__init__.py",
         "problems/inputs.py",
