@@ -1,8 +1,8 @@
 // Sandwich blocks on a CPU, without gradient: one call for all recurrences of a pass.
 //
 // The arithmetic is that of `lean.py`, in float32. Weights are read as torch holds them, [out, in]; where the rows
-// have many tokens they are first packed for this call, so that no copy can be stale. In which order a product sums
-// depends on the tokens of a row, never on how many rows are computed together: a row's numbers are its own.
+// have many tokens they are packed once for a forward pass, so that no copy can be stale. In which order a product
+// sums depends on the tokens of a row, never on how many rows are computed together: a row's numbers are its own.
 // `native.py` makes the arguments, and says there what this file does not take.
 #include <algorithm>
 #include <cmath>
@@ -11,6 +11,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -23,9 +24,9 @@ constexpr int64_t LANES = 8;
 #else
 constexpr int64_t LANES = 4;
 #endif
-constexpr int64_t MANY = 16;    // tokens of a row from which packing the weights pays
-constexpr int64_t CHUNK = 128;  // rows that go through the products of a block together, and stay in a cache
-constexpr int64_t QUERIES = 8;  // tokens whose scores are held together
+constexpr int64_t CHUNK = 144;   // rows that go through the products of a block together, and stay in a cache
+constexpr int64_t QUERIES = 12;  // tokens whose scores are held together
+constexpr int64_t AHEAD = 1024;  // weights that are fetched before they are needed, at least
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
@@ -44,6 +45,7 @@ Floats floats(int64_t count) { return Floats(new (LINE) float[count]); }
 struct Block {
     const float *gains[4];
     const float *into_heads, *bias, *out_of_heads, *into_hidden, *out_of_hidden;
+    const float* panels;  // the four products packed, one behind the other, or null
 };
 
 // Keys and values by slot, row, head, token; `rows` says which row of the store each row of the pass is.
@@ -58,7 +60,7 @@ struct Store {
 };
 
 struct Pass {
-    int64_t tokens, width, heads, hidden, held, layers, steps, rotary_row, rotary_token, mask_row, mask_query;
+    int64_t tokens, width, heads, hidden, held, layers, steps, rotary_row, rotary_token, mask_row, mask_query, packs;
     const Block* blocks;
     const int64_t* slots;    // of each step's first layer
     const float* adapter;    // [width, 2 width], or null: the blocks alone
@@ -104,6 +106,22 @@ inline Lanes sums(Lanes* parts) {
 }
 
 template <int64_t HALF, size_t... J>
+inline void swap_runs(Lanes& a, Lanes& b, std::index_sequence<J...>) {
+    const Lanes first = __builtin_shufflevector(a, b, pick<HALF>(J, 0)...);
+    b = __builtin_shufflevector(a, b, pick<HALF>(J, 1)...);
+    a = first;
+}
+
+// Lane j of row i becomes lane i of row j.
+template <int64_t HALF = LANES / 2>
+inline void transpose(Lanes* square) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < LANES; ++i)
+        if (!(i & HALF)) swap_runs<HALF>(square[i], square[i + HALF], std::make_index_sequence<LANES>());
+    if constexpr (HALF > 1) transpose<HALF / 2>(square);
+}
+
+template <int64_t HALF, size_t... J>
 inline Lanes exchange(Lanes value, std::index_sequence<J...>) {
     return __builtin_shufflevector(value, value, static_cast<int>(J ^ HALF)...);
 }
@@ -141,6 +159,8 @@ inline Lanes exponential(Lanes x) {
     return x < least ? Lanes{} : power;
 }
 
+inline Lanes silu(Lanes x) { return x / (1.0f + exponential(-x)); }
+
 constexpr int64_t whole(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
 // A matrix in memory, by rows.
@@ -157,6 +177,7 @@ inline void tile(Rows x, Rows w, int64_t inner, int64_t outputs, float* y, int64
     const float* weights[O];
 #pragma GCC unroll 16
     for (int64_t o = 0; o < O; ++o) weights[o] = w[std::min(o, outputs - 1)];
+    const int64_t ahead = std::max(O * inner, AHEAD);  // few rows wait for the weights alone
     Lanes total[LANES] = {};
     for (int64_t k = 0; k < inner; k += LANES) {
         Lanes row[R];
@@ -165,6 +186,7 @@ inline void tile(Rows x, Rows w, int64_t inner, int64_t outputs, float* y, int64
 #pragma GCC unroll 16
         for (int64_t o = 0; o < O; ++o) {
             const Lanes weight = load(weights[o] + k);
+            __builtin_prefetch(weights[o] + k + ahead);
 #pragma GCC unroll 16
             for (int64_t r = 0; r < R; ++r) total[r * O + o] += row[r] * weight;
         }
@@ -176,82 +198,176 @@ inline void tile(Rows x, Rows w, int64_t inner, int64_t outputs, float* y, int64
 }
 
 // y = x w^T, straight from where w lies. Writes a multiple of LANES outputs a row.
+template <int64_t R>
+void tiles(Rows x, Rows w, int64_t outputs, int64_t inner, float* y, int64_t y_stride) {
+    for (int64_t o = 0; o < std::min(LANES, outputs); o += LANES / R)
+        tile<R>(x, {w[o], w.stride}, inner, outputs - o, y + o, y_stride);
+}
+
 void product(Rows x, int64_t rows, Rows w, int64_t outputs, int64_t inner, float* y, int64_t y_stride) {
     for (int64_t o = 0; o < outputs; o += LANES) {
-        const auto tiles = [&]<int64_t R>(int64_t r) {
-            for (int64_t part = o; part < std::min(o + LANES, outputs); part += LANES / R)
-                tile<R>({x[r], x.stride}, {w[part], w.stride}, inner, outputs - part, y + r * y_stride + part,
-                        y_stride);
-        };
+        const Rows part{w[o], w.stride};
         int64_t r = 0;
-        for (; r + 4 <= rows; r += 4) tiles.template operator()<4>(r);
-        for (; r + 2 <= rows; r += 2) tiles.template operator()<2>(r);
-        for (; r < rows; ++r) tiles.template operator()<1>(r);
+        const auto by = [&](auto tiles, int64_t count) {
+            for (; r + count <= rows; r += count)
+                tiles({x[r], x.stride}, part, outputs - o, inner, y + r * y_stride + o, y_stride);
+        };
+        if constexpr (LANES >= 8) by(tiles<8>, 8);
+        by(tiles<4>, 4);
+        by(tiles<2>, 2);
+        by(tiles<1>, 1);
     }
 }
 
-// y[r] = sum over k of x[r][k] * panel[k] for R rows and P vectors of outputs.
-template <int64_t R, int64_t P>
-inline void panel_tile(Rows x, const float* panel, int64_t inner, float* y, int64_t y_stride) {
+// What becomes of the sums of one row's tile: P vectors of outputs.
+struct Stored {
+    template <int64_t P>
+    static void write(const Lanes* total, float* y) {
+#pragma GCC unroll 4
+        for (int64_t p = 0; p < P; ++p) store(y + p * LANES, total[p]);
+    }
+};
+
+struct Added {
+    template <int64_t P>
+    static void write(const Lanes* total, float* y) {
+#pragma GCC unroll 4
+        for (int64_t p = 0; p < P; ++p) store(y + p * LANES, load(y + p * LANES) + total[p]);
+    }
+};
+
+struct Gated {  // the second half of the vectors times the silu of the first
+    template <int64_t P>
+    static void write(const Lanes* total, float* y) {
+#pragma GCC unroll 2
+        for (int64_t p = 0; p < P / 2; ++p) store(y + p * LANES, silu(total[p]) * total[p + P / 2]);
+    }
+};
+
+constexpr int64_t ROWS = 6;                        // of a tile: with the vectors below, what registers hold
+constexpr int64_t VECTORS = LANES == 16 ? 4 : 2;   // of outputs in a tile, and in a panel
+constexpr int64_t WIDE = VECTORS * LANES;
+
+// A panel: the sum over k of x[r][k] * at[k * stride .. ]; meanwhile what is multiplied with next is fetched.
+struct Panel {
+    const float* at;
+    int64_t stride, inner;
+    const float* next;
+    int64_t share;  // of it, for each k
+};
+
+template <class End, int64_t R, int64_t P>
+void panel_tile(Rows x, Panel panel, float* y, int64_t y_stride) {
     Lanes total[R][P] = {};
-    for (int64_t k = 0; k < inner; ++k, panel += P * LANES) {
+    const float *weights = panel.at, *next = panel.next;
+    for (int64_t k = 0; k < panel.inner; ++k, weights += panel.stride, next += panel.share) {
         Lanes weight[P];
 #pragma GCC unroll 4
-        for (int64_t p = 0; p < P; ++p) weight[p] = load(panel + p * LANES);
+        for (int64_t p = 0; p < P; ++p) weight[p] = load(weights + p * LANES);
+        __builtin_prefetch(next, 0, 2);
 #pragma GCC unroll 8
         for (int64_t r = 0; r < R; ++r)
 #pragma GCC unroll 4
             for (int64_t p = 0; p < P; ++p) total[r][p] += x[r][k] * weight[p];
     }
 #pragma GCC unroll 8
-    for (int64_t r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int64_t p = 0; p < P; ++p) store(y + r * y_stride + p * LANES, total[r][p]);
+    for (int64_t r = 0; r < R; ++r) End::template write<P>(total[r], y + r * y_stride);
 }
 
-template <int64_t P>
-void panel_product(Rows x, int64_t rows, const float* panel, int64_t inner, float* y, int64_t y_stride) {
+template <class End, int64_t P>
+void panel_rows(Rows x, int64_t rows, Panel panel, float* y, int64_t y_stride) {
     int64_t r = 0;
-    for (; r + 8 <= rows; r += 8) panel_tile<8, P>({x[r], x.stride}, panel, inner, y + r * y_stride, y_stride);
-    for (; r + 4 <= rows; r += 4) panel_tile<4, P>({x[r], x.stride}, panel, inner, y + r * y_stride, y_stride);
-    for (; r < rows; ++r) panel_tile<1, P>({x[r], x.stride}, panel, inner, y + r * y_stride, y_stride);
+    const auto by = [&](auto tile, int64_t count) {
+        for (; r + count <= rows; r += count, panel.next += count * panel.inner * panel.share / ROWS)
+            tile({x[r], x.stride}, panel, y + r * y_stride, y_stride);
+    };
+    by(panel_tile<End, ROWS, P>, ROWS);
+    by(panel_tile<End, ROWS / 2, P>, ROWS / 2);
+    by(panel_tile<End, 1, P>, 1);
+}
+
+template <class End>
+void panel_product(int64_t vectors, Rows x, int64_t rows, Panel panel, float* y, int64_t y_stride) {
+    switch (vectors) {
+        case 1:
+            if constexpr (!std::is_same_v<End, Gated>) panel_rows<End, 1>(x, rows, panel, y, y_stride);
+            break;
+        case 2: return panel_rows<End, 2>(x, rows, panel, y, y_stride);
+        case 3:
+            if constexpr (!std::is_same_v<End, Gated> && VECTORS > 2)
+                panel_rows<End, 3>(x, rows, panel, y, y_stride);
+            break;
+        case 4:
+            if constexpr (VECTORS > 2) panel_rows<End, 4>(x, rows, panel, y, y_stride);
+    }
 }
 
 // A matrix [outputs, inner] to multiply with: as torch holds it, or in panels of WIDE outputs, [panel, inner, output],
-// of which the last is filled up to LANES with repetitions.
+// of which the last is as narrow as LANES allow, filled up with repetitions.
 class Weight {
    public:
-    Weight(Rows rows, int64_t outputs, int64_t inner, bool packs)
-        : rows(rows), inner(inner), held(whole(outputs)) {
-        if (!packs) return;
-        panels = floats(held * inner);
+    Weight(Rows rows, int64_t outputs, int64_t inner) : rows(rows), inner(inner), held(whole(outputs)) {}
+
+    // With panels that somebody else has packed and keeps.
+    Weight(const float* panels, int64_t outputs, int64_t inner)
+        : rows{}, inner(inner), held(whole(outputs)), panels(panels) {}
+
+    static Weight packed(Rows rows, int64_t outputs, int64_t inner) {
+        Weight weight(rows, outputs, inner);
+        weight.own = floats(weight.held * inner);
+        weight.panels = weight.own.get();
+        pack(rows, outputs, inner, 0, weight.own.get());
+        return weight;
+    }
+
+    // Where `half` is not 0, each panel holds as many of the first half of the outputs as of the second.
+    static void pack(Rows rows, int64_t outputs, int64_t inner, int64_t half, float* panels) {
+        const int64_t held = whole(outputs);
         for (int64_t o = 0; o < held; o += WIDE) {
             const int64_t across = std::min(WIDE, held - o);
-            float* panel = panels.get() + o * inner;
+            float* panel = panels + o * inner;
             for (int64_t first = 0; first < inner; first += LANES)  // a line of each row at a time
-                for (int64_t i = 0; i < across; ++i) {
-                    const float* row = rows[std::min(o + i, outputs - 1)];
-                    for (int64_t k = first; k < first + LANES; ++k) panel[k * across + i] = row[k];
+                for (int64_t i = 0; i < across; i += LANES) {
+                    Lanes square[LANES];
+                    for (int64_t j = 0; j < LANES; ++j) {
+                        const int64_t own = i + j, shift = own < across / 2 ? o / 2 : half + o / 2 - across / 2;
+                        square[j] = load(rows[half ? shift + own : std::min(o + own, outputs - 1)] + first);
+                    }
+                    transpose(square);
+                    for (int64_t k = 0; k < LANES; ++k) store(panel + (first + k) * across + i, square[k]);
                 }
         }
     }
 
-    // y = x w^T for the first `outputs` of w; of y up to WIDE are written at once.
+    // y = x w^T for the first `outputs` of w. Writes a multiple of LANES outputs a row.
     void multiply(Rows x, int64_t count, int64_t outputs, float* y, int64_t y_stride) const {
         if (!panels) return product(x, count, rows, outputs, inner, y, y_stride);
-        for (int64_t o = 0; o < outputs;) {
-            const bool is_wide = held - o / WIDE * WIDE >= WIDE;
-            const auto by = is_wide ? panel_product<VECTORS> : panel_product<1>;
-            by(x, count, panels.get() + o * inner, inner, y + o, y_stride);
-            o += is_wide ? WIDE : LANES;
-        }
+        each<Stored>(x, count, outputs, y, y_stride, 1);
     }
 
+    // The same, gated: half as many.
+    void multiply_gated(Rows x, int64_t count, float* y, int64_t y_stride) const {
+        each<Gated>(x, count, held, y, y_stride, 2);
+    }
+
+    const float* behind() const { return panels ? panels + held * inner : nullptr; }
+
    private:
-    static constexpr int64_t VECTORS = 2, WIDE = VECTORS * LANES;
     Rows rows;
     int64_t inner, held;
-    Floats panels;
+    const float* panels = nullptr;
+    Floats own;
+
+    template <class End>
+    void each(Rows x, int64_t count, int64_t outputs, float* y, int64_t y_stride, int64_t per_output) const {
+        for (int64_t o = 0; o < outputs; o += WIDE) {
+            const int64_t across = std::min(WIDE, held - o), asked = std::min(across, whole(outputs - o));
+            const float *panel = panels + o * inner, *next = o + WIDE < outputs ? panel + across * inner : panel;
+            const int64_t share = next == panel ? 0 : across / std::max<int64_t>(count / ROWS, 1);
+            panel_product<End>(asked / LANES, x, count, {panel, across, inner, next, share}, y + o / per_output,
+                               y_stride);
+        }
+    }
 };
 
 // y = (x + plus) / rms(x + plus) * gain; y may be either of them, `plus` may be null.
@@ -268,10 +384,8 @@ void norm(const float* x, const float* plus, const float* gain, int64_t width, f
 
 // hidden = silu(first half) * second half
 void gate(const float* halves, int64_t hidden, float* output) {
-    for (int64_t i = 0; i < hidden; i += LANES) {
-        const Lanes x = load(halves + i);
-        store(output + i, x / (1.0f + exponential(-x)) * load(halves + hidden + i));
-    }
+    for (int64_t i = 0; i < hidden; i += LANES)
+        store(output + i, silu(load(halves + i)) * load(halves + hidden + i));
 }
 
 // Of one head: pairs of (x + bias) turned by their position's angle.
@@ -304,60 +418,61 @@ void softmax(float* scores, int64_t count, float scaling) {
     for (int64_t i = 0; i < count; i += LANES) store(scores + i, load(scores + i) * share);
 }
 
-// y[r] += sum over t of weights[r][t] * values[t], LANES columns of R rows.
-template <int64_t R>
-inline void mix_columns(Rows weights, Rows values, int64_t count, float* y, int64_t y_stride) {
-    constexpr int64_t TURNS = R >= 4 ? 1 : 4;  // sums that wait for one another are kept apart
-    Lanes total[R][TURNS] = {};
-    int64_t t = 0;
-    for (; t + TURNS <= count; t += TURNS)
+// y[r] += sum over t of weights[r][t] * values[t]; `many` rows go through the panels' tiles.
+void mix(Rows weights, int64_t rows, Rows values, int64_t count, int64_t head_width, bool many, float* y,
+         int64_t y_stride) {
+    for (int64_t column = 0; many && column < head_width; column += WIDE) {
+        const float* panel = values.at + column;
+        panel_product<Added>(std::min(WIDE, head_width - column) / LANES, weights, rows,
+                             {panel, values.stride, count, panel, 0}, y + column, y_stride);
+    }
+    for (int64_t r = 0; !many && r < rows; ++r)
+        for (int64_t column = 0; column < head_width; column += LANES) {
+            constexpr int64_t TURNS = 4;  // sums that wait for one another are kept apart
+            const float *weight = weights[r], *value = values.at + column;
+            Lanes total[TURNS] = {};
+            int64_t t = 0;
+            for (; t + TURNS <= count; t += TURNS)
 #pragma GCC unroll 4
-        for (int64_t turn = 0; turn < TURNS; ++turn) {
-            const Lanes value = load(values[t + turn]);
-#pragma GCC unroll 8
-            for (int64_t r = 0; r < R; ++r) total[r][turn] += weights[r][t + turn] * value;
+                for (int64_t turn = 0; turn < TURNS; ++turn)
+                    total[turn] += weight[t + turn] * load(value + (t + turn) * values.stride);
+            for (; t < count; ++t) total[0] += weight[t] * load(value + t * values.stride);
+            float* to = y + r * y_stride + column;
+            store(to, load(to) + (((total[0] + total[1]) + total[2]) + total[3]));
         }
-    for (; t < count; ++t)
-#pragma GCC unroll 8
-        for (int64_t r = 0; r < R; ++r) total[r][0] += weights[r][t] * load(values[t]);
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < R; ++r) {
-        Lanes whole = total[r][0];
-#pragma GCC unroll 4
-        for (int64_t turn = 1; turn < TURNS; ++turn) whole += total[r][turn];
-        store(y + r * y_stride, load(y + r * y_stride) + whole);
-    }
-}
-
-void mix(Rows weights, int64_t rows, Rows values, int64_t count, int64_t head_width, float* y, int64_t y_stride) {
-    for (int64_t column = 0; column < head_width; column += LANES) {
-        const Rows part{values.at + column, values.stride};
-        int64_t r = 0;
-        for (; r + 8 <= rows; r += 8)
-            mix_columns<8>({weights[r], weights.stride}, part, count, y + r * y_stride + column, y_stride);
-        for (; r < rows; ++r)
-            mix_columns<1>({weights[r], weights.stride}, part, count, y + r * y_stride + column, y_stride);
-    }
 }
 
 // The weights of a block.
 struct Layer {
     Weight into_heads, out_of_heads, into_hidden, out_of_hidden;
 
-    Layer(const Pass& p, const Block& b, bool packs)
-        : into_heads({b.into_heads, p.width}, 3 * p.width, p.width, packs),
-          out_of_heads({b.out_of_heads, p.width}, p.width, p.width, packs),
-          into_hidden({b.into_hidden, p.width}, 2 * p.hidden, p.width, packs),
-          out_of_hidden({b.out_of_hidden, p.hidden}, p.width, p.hidden, packs) {}
+    Layer(const Pass& p, const Block& b)
+        : into_heads(made(p, b.into_heads, b.panels, 3 * p.width, p.width)),
+          out_of_heads(made(p, b.out_of_heads, into_heads.behind(), p.width, p.width)),
+          into_hidden(made(p, b.into_hidden, out_of_heads.behind(), 2 * p.hidden, p.width)),
+          out_of_hidden(made(p, b.out_of_hidden, into_hidden.behind(), p.width, p.hidden)) {}
+
+   private:
+    static Weight made(const Pass& p, const float* plain, const float* panels, int64_t outputs, int64_t inner) {
+        return p.packs ? Weight(panels, outputs, inner) : Weight({plain, inner}, outputs, inner);
+    }
 };
 
+// Of `rows` rows, how many go through the products together: all parts alike, and of whole tiles.
+int64_t part(int64_t rows) {
+    const int64_t parts = (rows + CHUNK - 1) / CHUNK;
+    return ((rows + parts - 1) / parts + ROWS - 1) / ROWS * ROWS;
+}
+
 struct Scratch {
+    int64_t chunk;
     Floats queries, wide, narrow, scores;
 
     Scratch(const Pass& pass, int64_t rows)
-        : queries(floats(rows * pass.tokens * pass.width)),
-          wide(floats(CHUNK * std::max(3 * pass.width, 2 * pass.hidden))),
-          narrow(floats(CHUNK * std::max(pass.width, pass.hidden))),
+        : chunk(part(rows * pass.tokens)),
+          queries(floats(rows * pass.tokens * pass.width)),
+          wide(floats(chunk * std::max(3 * pass.width, (pass.packs ? 1 : 2) * pass.hidden))),
+          narrow(floats(chunk * std::max(pass.width, pass.hidden))),
           scores(floats(QUERIES * stride(pass))) {}
 
     static int64_t stride(const Pass& pass) { return whole(pass.held + pass.tokens) + LANES; }
@@ -381,8 +496,11 @@ void attend(const Pass& pass, const Scratch& scratch, int64_t slot, int64_t row,
             apart = 0;
         }
     }
-    const Weight held_weight({held_keys, head_width}, apart, head_width, false);
-    const Weight weight({keys, head_width}, pass.held + pass.tokens - apart, head_width, pass.tokens >= MANY);
+    const int64_t together = pass.held + pass.tokens - apart;
+    const Rows key_rows{keys, head_width};
+    const Weight held_weight({held_keys, head_width}, apart, head_width);
+    const Weight weight = pass.packs ? Weight::packed(key_rows, together, head_width)
+                                     : Weight(key_rows, together, head_width);
     for (int64_t first = 0; first < pass.tokens; first += QUERIES) {
         const int64_t count = std::min(QUERIES, pass.tokens - first);
         const int64_t all = pass.held + (pass.mask ? pass.tokens : first + count);
@@ -401,8 +519,11 @@ void attend(const Pass& pass, const Scratch& scratch, int64_t slot, int64_t row,
             softmax(score, whole(all), scaling);
             std::fill(query + r * pass.width, query + r * pass.width + head_width, 0.0f);
         }
-        mix({scores, stride}, count, {held_values, head_width}, apart, head_width, query, pass.width);
-        mix({scores + apart, stride}, count, {values, head_width}, all - apart, head_width, query, pass.width);
+        const auto read = [&](const float* shares, const float* from, int64_t number) {
+            mix({shares, stride}, count, {from, head_width}, number, head_width, pass.packs, query, pass.width);
+        };
+        read(scores, held_values, apart);
+        read(scores + apart, values, all - apart);
     }
 }
 
@@ -427,8 +548,8 @@ void through(const Pass& pass, const Block& block, const Layer& layer, const Scr
              int64_t first, int64_t last, float* x) {
     const int64_t width = pass.width, hidden = pass.hidden, begin = first * pass.tokens, end = last * pass.tokens;
     float *queries = scratch.queries.get(), *wide = scratch.wide.get(), *narrow = scratch.narrow.get();
-    for (int64_t from = begin; from < end; from += CHUNK) {
-        const int64_t rows = std::min(CHUNK, end - from);
+    for (int64_t from = begin; from < end; from += scratch.chunk) {
+        const int64_t rows = std::min(scratch.chunk, end - from);
         for (int64_t r = 0; r < rows; ++r)
             norm(x + (from + r) * width, nullptr, block.gains[0], width, pass.eps, narrow + r * width);
         layer.into_heads.multiply({narrow, width}, rows, 3 * width, wide, 3 * width);
@@ -439,8 +560,8 @@ void through(const Pass& pass, const Block& block, const Layer& layer, const Scr
         for (int64_t head = 0; head < pass.heads; ++head)
             attend(pass, scratch, slot, row, head,
                    queries + (row - first) * pass.tokens * width + head * pass.head_width());
-    for (int64_t from = begin; from < end; from += CHUNK) {
-        const int64_t rows = std::min(CHUNK, end - from);
+    for (int64_t from = begin; from < end; from += scratch.chunk) {
+        const int64_t rows = std::min(scratch.chunk, end - from);
         float* state = x + from * width;
         layer.out_of_heads.multiply({queries + (from - begin) * width, width}, rows, width, wide, width);
         for (int64_t r = 0; r < rows; ++r) {
@@ -448,11 +569,17 @@ void through(const Pass& pass, const Block& block, const Layer& layer, const Scr
             norm(wide + r * width, own, block.gains[1], width, pass.eps, own);
             norm(own, nullptr, block.gains[2], width, pass.eps, narrow + r * width);
         }
-        layer.into_hidden.multiply({narrow, width}, rows, 2 * hidden, wide, 2 * hidden);
-        for (int64_t r = 0; r < rows; ++r) gate(wide + r * 2 * hidden, hidden, narrow + r * hidden);
-        layer.out_of_hidden.multiply({narrow, hidden}, rows, width, wide, width);
+        float* inner = pass.packs ? wide : narrow;  // what is gated tile by tile cannot be written over its source
+        if (pass.packs) {
+            layer.into_hidden.multiply_gated({narrow, width}, rows, inner, hidden);
+        } else {
+            layer.into_hidden.multiply({narrow, width}, rows, 2 * hidden, wide, 2 * hidden);
+            for (int64_t r = 0; r < rows; ++r) gate(wide + r * 2 * hidden, hidden, inner + r * hidden);
+        }
+        float* output = pass.packs ? narrow : wide;
+        layer.out_of_hidden.multiply({inner, hidden}, rows, width, output, width);
         for (int64_t r = 0; r < rows; ++r)
-            norm(wide + r * width, state + r * width, block.gains[3], width, pass.eps, state + r * width);
+            norm(output + r * width, state + r * width, block.gains[3], width, pass.eps, state + r * width);
     }
 }
 
@@ -460,8 +587,8 @@ void through(const Pass& pass, const Block& block, const Layer& layer, const Scr
 void adapt(const Pass& pass, const Weight& adapter, const Scratch& scratch, int64_t begin, int64_t end, float* x) {
     const int64_t width = pass.width;
     float* wide = scratch.wide.get();
-    for (int64_t from = begin; from < end; from += CHUNK) {
-        const int64_t rows = std::min(CHUNK, end - from);
+    for (int64_t from = begin; from < end; from += scratch.chunk) {
+        const int64_t rows = std::min(scratch.chunk, end - from);
         adapter.multiply({x + from * width, width}, rows, width, wide, width);
         for (int64_t i = 0; i < rows * width; i += LANES)
             store(x + from * width + i, load(wide + i) + load(pass.injected + from * width + i));
@@ -474,13 +601,26 @@ void adapt(const Pass& pass, const Weight& adapter, const Scratch& scratch, int6
 // the blocks.
 extern "C" void fourfold_recur(const Pass* pass, float* x, int64_t first, int64_t last) {
     const Scratch scratch(*pass, last - first);
-    const bool packs = pass->tokens >= MANY;
-    const Weight adapter({pass->adapter, 2 * pass->width}, pass->width, pass->width, packs && pass->adapter);
+    const Rows adapter_rows{pass->adapter, 2 * pass->width};
+    const Weight adapter = pass->packs && pass->adapter ? Weight::packed(adapter_rows, pass->width, pass->width)
+                                                        : Weight(adapter_rows, pass->width, pass->width);
     std::vector<Layer> layers;
-    for (int64_t i = 0; i < pass->layers; ++i) layers.emplace_back(*pass, pass->blocks[i], packs);
+    for (int64_t i = 0; i < pass->layers; ++i) layers.emplace_back(*pass, pass->blocks[i]);
     for (int64_t step = 0; step < pass->steps; ++step) {
         if (pass->adapter) adapt(*pass, adapter, scratch, first * pass->tokens, last * pass->tokens, x);
         for (int64_t i = 0; i < pass->layers; ++i)
             through(*pass, pass->blocks[i], layers[i], scratch, pass->slots[step] + i, first, last, x);
     }
+}
+
+// A block's products into `panels`, of as many floats as they have together.
+extern "C" void fourfold_pack(const Block* block, int64_t width, int64_t hidden, float* panels) {
+    const auto pack = [&](const float* from, int64_t outputs, int64_t inner, int64_t half) {
+        Weight::pack({from, inner}, outputs, inner, half, panels);
+        panels += outputs * inner;
+    };
+    pack(block->into_heads, 3 * width, width, 0);
+    pack(block->out_of_heads, width, width, 0);
+    pack(block->into_hidden, 2 * hidden, width, hidden);
+    pack(block->out_of_hidden, width, hidden, 0);
 }
