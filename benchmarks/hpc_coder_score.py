@@ -3,8 +3,9 @@
     scripts/env python benchmarks/hpc_coder_score.py CHECKOUT [REPEATS]
 
 Needs a checkout of ParEval (MIT licence), of which `drivers/run-all.py` runs as it is, without a sandbox,
-after a `make` of its drivers that is not timed. Rounds, in turn: ParEval's runner; ours from an empty cache
-on its own problems, then on the checkout's, both with two jobs; ours again from the warm cache; then once
+after the `make` that its manual asks for first, which is timed apart. Rounds, in turn: ParEval's runner; ours
+with two jobs from an empty cache, then from one that holds only what is beneath every answer, as `make`
+leaves it to ParEval's; the checkout's problems from an empty cache; ours again from the warm cache; then once
 more from the first. OpenMP answers are checked for races by ours only. Times are wall and processor seconds
 of each round, compilers and programs included: a sandbox ends before the processes in it are counted, so
 this process adopts them. Wall times need an idle machine; processor times only lengthen on a busy one.
@@ -28,8 +29,9 @@ from fourfold_hpc_coder import score
 from fourfold_hpc_coder.checkout import open_checkout
 from fourfold_hpc_coder.evaluation import Launch, Model
 from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.sandbox import find_sandbox
-from fourfold_hpc_coder.workbench import Settings
+from fourfold_hpc_coder.sandbox import find_sandbox, scratch_folder
+from fourfold_hpc_coder.schedule import Asked
+from fourfold_hpc_coder.workbench import Bench, Settings, precompile, ready
 from fourfold_parallel.run.progress import silent
 from fourfold_parallel.run.records import hardware
 
@@ -79,8 +81,26 @@ def pareval(checkout: Path, outputs: Path, folder: Path) -> list[bool]:
     return [one["are_all_valid"] for entry in results for one in entry["outputs"]]
 
 
+def make(checkout: Path) -> list[bool]:
+    """ParEval's own drivers, anew."""
+    words = ["make", "--always-make", *(f"models/{model}-driver.o" for model in MODELS)]
+    subprocess.run(words, cwd=checkout / "drivers" / "cpp", check=True, capture_output=True)
+    return []
+
+
+def lay(cache: Path) -> None:
+    """What every answer of ours is compiled against and linked with, and no problem's driver."""
+    os.environ["FOURFOLD_CACHE"] = str(cache)
+    with scratch_folder() as scratch:
+        sandbox = find_sandbox(allow_none=False)
+        bench = Bench(sandbox=sandbox, scratch=scratch, settings=Settings(), secret=0)
+        for model in MODELS:
+            precompile(bench, model, ["int"], later=True)
+            ready(bench, model)
+
+
 def ours(
-    outputs: Path, folder: Path, jobs: int, find: Callable[..., score.Asked] = score.built_in
+    outputs: Path, folder: Path, jobs: int, find: Callable[..., Asked] = score.built_in
 ) -> list[bool]:
     """Our scorer on the same outputs and launches."""
     plan = score.Plan(
@@ -140,10 +160,6 @@ def main() -> None:
     repeats = int(sys.argv[2]) if len(sys.argv) == 3 else REPEATS
     checkout = Path(sys.argv[1]).resolve()
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    objects = [f"models/{model}-driver.o" for model in MODELS]
-    subprocess.run(
-        ["make", *objects], cwd=checkout / "drivers" / "cpp", check=True, capture_output=True
-    )
     load = os.getloadavg()[0]
     root = Path(tempfile.mkdtemp(prefix="fourfold-benchmark-"))
     outputs = root / "outputs.json"
@@ -152,6 +168,7 @@ def main() -> None:
     sizes = {name: dict.fromkeys(MODELS, f"({own_problems()[name].timing_size})") for name in NAMES}
     (root / "sizes.json").write_text(json.dumps(sizes))
     find = open_checkout(checkout, root / "sizes.json").find
+    _, *made = timed(partial(make, checkout))
     rounds: dict[str, list[tuple[float, float]]] = {}
     verdicts: list[bool] = []
 
@@ -159,7 +176,7 @@ def main() -> None:
         if title.startswith("ParEval"):
             return pareval(checkout, outputs, root / f"theirs-{repeat}")
         os.environ["FOURFOLD_CACHE"] = str(root / f"{cache}-{repeat}")
-        folder = root / f"{title}-{repeat}".replace(" ", "-")
+        folder = root / f"{cache}-{jobs}-{repeat}"
         source = find if "checkout" in title else score.built_in
         return ours(outputs, folder, jobs, source)
 
@@ -168,9 +185,12 @@ def main() -> None:
             for title, jobs, cache in (
                 ("ParEval's runner", 1, ""),
                 ("ours, cold, 2 jobs", 2, "own"),
+                ("ours, cold above what `make` makes, 2 jobs", 2, "beneath"),
                 ("ours, the checkout's problems, cold, 2 jobs", 2, "theirs"),
                 ("ours, warm", 1, "own"),
             ):
+                if cache == "beneath":
+                    lay(root / f"{cache}-{repeat}")
                 found, *spent = timed(partial(work, title, jobs, cache, repeat))
                 verdicts = verdicts or found
                 if found != verdicts:
@@ -180,6 +200,7 @@ def main() -> None:
         shutil.rmtree(root, ignore_errors=True)
     best = {title: tuple(map(min, zip(*spent, strict=True))) for title, spent in rounds.items()}
     wall_s, cpu_s = best["ParEval's runner"]
+    print(f"{'its make':44} {made[0]:7.2f} s wall, {made[1]:7.2f} s processor")
     for title, (ours_s, ours_cpu_s) in best.items():
         print(
             f"{title:44} {ours_s:7.2f} s wall, {ours_cpu_s:7.2f} s processor; "
@@ -190,6 +211,7 @@ def main() -> None:
         "outputs": len(verdicts),
         "distinct": sum(len({*answers(name, model)}) for name in NAMES for model in MODELS),
         "load_before": round(load, 1),
+        "make": {"elapsed_s": round(made[0], 3), "cpu_s": round(made[1], 3)},
         "rounds": {
             title: [{"elapsed_s": round(a, 3), "cpu_s": round(b, 3)} for a, b in spent]
             for title, spent in rounds.items()

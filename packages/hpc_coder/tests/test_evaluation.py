@@ -73,8 +73,9 @@ def test_metrics_are_expectations_over_every_choice(found, k: int) -> None:
     assert pass_at_k(whole, k, parallel=False) == pytest.approx(
         mean(lambda one: one.right), abs=EXACT
     )
-    if any(one.built for one in found):
-        assert speedup_at_k(whole, k, launch=TWO) == pytest.approx(mean(speed), rel=1e-9)
+    assert speedup_at_k(whole, k, launch=TWO) == pytest.approx(mean(speed), rel=1e-9)
+    # What is drawn takes twice the time on four threads.
+    assert speedup_max_at_k(whole, k) == pytest.approx(mean(speed), rel=1e-9)
 
 
 @given(several, st.randoms(), st.integers(1, 3))
@@ -113,6 +114,16 @@ def test_one_more_failure_raises_no_metric(found, k: int) -> None:
     ):
         before, after = metric(prompt(found)), metric(prompt(more))
         assert math.isnan(before) or after <= before + EXACT
+
+
+def test_nothing_right_is_a_speed_up_of_0_and_no_timing_is_none() -> None:
+    """A model whose every answer fails is no faster for it; a right answer without a time is not slow."""
+    broken, wrong, untimed = sample(built=False), sample(valid=False), sample()
+    for found in ([broken], [wrong], [broken, wrong]):
+        assert speedup_at_k([prompt(found)], 1, launch=TWO) == 0
+        assert speedup_max_at_k([prompt(found)], 1) == 0
+    elsewhere = Launch(threads=64)
+    assert math.isnan(speedup_at_k([prompt([untimed, wrong])], 1, launch=elsewhere))
 
 
 def test_a_right_answer_that_is_not_parallel_does_not_count() -> None:

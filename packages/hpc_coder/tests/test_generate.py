@@ -1,6 +1,7 @@
 """What is taken from a model's words, and files of outputs that can be stopped and continued."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,13 @@ CASES = {
     "a mention in a comment": ("// f is simple\nreturn 1; }", "// f is simple\nreturn 1; }"),
     "an open fence": ("```cpp\nint f(int x) { return 1; }", " return 1; }"),
     "nothing": ("", ""),
+    "a fence of Windows": ("Here:\r\n```cpp\r\nreturn 1; }\r\n```", "return 1; }"),
+    "a fence with a title": ("``` cpp title\nreturn 1; }\n```", "return 1; }"),
+    "a call in a condition": (
+        "if (f(x - 1)) { x += 1; } return x; }",
+        "if (f(x - 1)) { x += 1; } return x; }",
+    ),
+    "a type on its own line": ("static int\nf(int x)\n{ return 1; }", " return 1; }"),
 }
 
 
@@ -53,7 +61,7 @@ class Counting:
         self.limit = limit
         self.seen: list[str] = []
 
-    def complete_many(self, prompts) -> list[str]:
+    def complete_many(self, prompts, *, first: int = 0) -> list[str]:
         if len(self.seen) + len(prompts) > self.limit:
             raise KeyboardInterrupt
         self.seen += prompts
@@ -100,6 +108,35 @@ def test_a_file_that_holds_something_else_is_not_overwritten(tmp_path: Path) -> 
     assert out.read_text() == '"my thesis"'
     with pytest.raises(ValueError, match="samples=0"):
         Sampling(samples=0, temperature=0.0, top_p=1.0, max_new_tokens=8, batch=2)
+
+
+def test_outputs_of_other_options_are_neither_taken_nor_lost(tmp_path: Path) -> None:
+    """Another model's answers were once taken for this one's, and other prompts' answers dropped."""
+    out = tmp_path / "outputs.json"
+    generate_file(records(3)[1:], Counting(9), SAMPLING, out, silent)
+    before = out.read_text()
+    for other in ({"model": "other"}, {"temperature": 0.5}, {"samples": 3}, {"chat": True}):
+        with pytest.raises(ValueError, match="other options"):
+            generate_file(records(3), Counting(9), replace(SAMPLING, **other), out, silent)
+    assert out.read_text() == before
+    generate_file(records(3)[:1], Counting(9), SAMPLING, out, silent)
+    assert [one["name"] for one in json.loads(out.read_text())] == ["p1", "p2", "p0"]
+
+
+def test_every_batch_of_samples_is_drawn_anew(tmp_path: Path) -> None:
+    """Each batch once began from the same seed: of eight samples four were copies."""
+    fast = CodePairs(vocabulary=300, samples=20).fast()
+    model = Llama(
+        width=32, depth=2, heads=2, kv_heads=2, hidden=48, vocabulary=300, context=256, tied=True
+    ).build(seed=3)
+    local = Local(model=model.eval(), tokenizer=fast, max_new_tokens=12, temperature=1.0, top_p=1.0)
+    sampling = replace(SAMPLING, samples=8, temperature=1.0)
+    texts = []
+    for name in ("once", "again"):
+        generate_file(records(1), local, sampling, tmp_path / name, silent)
+        texts.append(json.loads((tmp_path / name).read_text())[0]["raw_outputs"])
+    assert len(set(texts[0])) == 8
+    assert texts[0] == texts[1]
 
 
 def test_batching_changes_no_greedy_answer() -> None:

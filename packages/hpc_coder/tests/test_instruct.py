@@ -307,12 +307,16 @@ def endpoint():
             asked = body["messages"][0]["content"]
             if "broken" in body["model"]:
                 reply = {"error": "no such model"}
+            elif "mute" in body["model"]:
+                reply = {"choices": [{"message": {"content": None}}], "usage": None}
             else:
                 opened = asked[asked.rindex("*/\n") + 3 :]
                 text = f"Sure:\n```cpp\n{opened}\n    return 7;\n}}\n```\nDone."
                 reply = {"choices": [{"message": {"content": text}}], "usage": {"total_tokens": 30}}
-            data = json.dumps(reply).encode()
+            data = b"<html>" if "page" in body["model"] else json.dumps(reply).encode()
             self.send_response(200)
+            if "cut" in body["model"]:
+                self.send_header("Content-Length", "9999")
             self.end_headers()
             self.wfile.write(data)
 
@@ -379,6 +383,11 @@ def test_an_error_of_the_teacher_loses_no_answer(tmp_path: Path) -> None:
 def test_a_server_that_answers_otherwise_is_named(endpoint: str) -> None:
     with pytest.raises(ValueError, match="no completion"):
         Endpoint(url=endpoint, model_name="broken").complete_many(["x"])
+    with pytest.raises(ValueError, match="<html>, which is no completion"):
+        Endpoint(url=endpoint, model_name="broken page").complete_many(["x"])
+    with pytest.raises(ValueError, match="gave no answer"):
+        Endpoint(url=endpoint, model_name="broken, cut").complete_many(["x"])
+    assert Endpoint(url=endpoint, model_name="mute").complete_many(["x"]) == [""]
     with pytest.raises(ValueError, match="no http address"):
         Endpoint(url="ftp://x", model_name="m").complete_many(["x"])
 

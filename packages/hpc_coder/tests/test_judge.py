@@ -2,16 +2,13 @@
 
 import math
 import re
-import shutil
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from fourfold_hpc_coder import toolchain
 from fourfold_hpc_coder.evaluation import Launch, Model
-from fourfold_hpc_coder.jobs import Job, Outcome
 from fourfold_hpc_coder.judge import judge, reference
 from fourfold_hpc_coder.problems import own_problems
 from fourfold_hpc_coder.walls import Landlock, Unprotected
@@ -273,38 +270,6 @@ def test_beyond_the_ends_of_an_array_nothing_goes_unseen(quick, model: Model, pl
     assert found.verdict == "wrong"
 
 
-@pytest.mark.parametrize(
-    ("body", "expected", "words"),
-    [
-        ("#pragma omp parallel for reduction(+:s)\n", "correct", ""),
-        ("#pragma omp parallel for\n", "race", "s \\+= x\\[i\\]"),
-        ("", "not parallel", "no OpenMP directive"),
-        ("// #pragma omp parallel for\n", "not parallel", "no OpenMP directive"),
-        ("#pragma omp parallel\n{}\n", "not parallel", "no work"),
-        ("#pragma omp parallel for schedule(dynamic, 64)\n#pragma omp critical\n", "no build", ""),
-    ],
-)
-def test_an_openmp_answer_must_be_parallel_and_free_of_races(
-    bench, average, body: str, expected: str, words: str
-) -> None:
-    loop = "for (size_t i = 0; i < x.size(); ++i) s += x[i];\nreturn s / x.size(); }"
-    found = verdict(bench, average, f"double s = 0;\n{body}{loop}", "omp")
-    assert found.verdict == expected, found.because
-    assert re.search(words, found.because)
-
-
-@pytest.mark.parametrize("clause", ["critical", "atomic"])
-def test_accesses_that_are_ordered_are_no_race(quick, average, clause: str) -> None:
-    body = f"""double s = 0;
-#pragma omp parallel for
-for (size_t i = 0; i < x.size(); ++i)
-#pragma omp {clause}
-s += x[i];
-return s / x.size(); }}"""
-    watched = replace(quick, settings=replace(quick.settings, races=True))
-    assert verdict(watched, average, body, "omp").verdict == "correct"
-
-
 def test_ranks_that_wait_for_one_another_run_into_the_limit(quick, average) -> None:
     body = """int rank; MPI_Comm_rank(MPI_COMM_WORLD, &rank); double d;
 MPI_Recv(&d, 1, MPI_DOUBLE, 1 - rank, 9, MPI_COMM_WORLD, MPI_STATUS_IGNORE); return d; }"""
@@ -400,58 +365,6 @@ def _wrong_fails(bench, name: str) -> None:
     for body in bodies:
         found = verdict(bench, right, body)
         assert found.verdict in ("wrong", "not finite"), (body, found.because)
-
-
-@pytest.mark.skipif(
-    bool(toolchain.missing("mpi")),
-    reason="it counts what MPI's compiler is asked for (Debian: libopenmpi-dev, openmpi-bin)",
-)
-def test_what_answers_share_is_compiled_once(tmp_path: Path, monkeypatch) -> None:
-    """One prelude and one driver for all CPU models, races included."""
-    made: list[str] = []
-
-    def remember(_, job: Job) -> Outcome:
-        made.append(" ".join(job.command))
-        return Outcome(code=0, stdout="", stderr="", elapsed_s=0, cpu_s=0, limit="nothing")
-
-    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
-    monkeypatch.setattr(toolchain, "run", remember)
-    driver = own_problems()["27_reduce_average"].driver("serial")
-    models: tuple[Model, ...] = ("serial", "omp", "mpi", "mpi+omp")
-    for flavoured in (*map(toolchain.flavour, models), toolchain.racing()):
-        toolchain.prepare(flavoured, driver, Unprotected())
-    assert sum("prelude.hpp.gch" in one for one in made) == 1
-    assert sum("driver.cc" in one for one in made) == 1
-    names = ("alone.cc", "ranks.cc", "threads.cc", "race.cc")
-    assert all(sum(name in one for one in made) == 1 for name in names)
-
-
-@pytest.mark.parametrize("model", ["serial", "omp", "mpi", "race"])
-def test_what_is_precompiled_is_used_and_changes_no_instruction(
-    bench, average, tmp_path, model
-) -> None:
-    """Compiled without it, an answer is the same program, but for the lines that a race is found by."""
-    if model == "mpi" and (reason := toolchain.missing("mpi")):
-        pytest.skip(reason)
-    flavoured = toolchain.racing() if model == "race" else toolchain.flavour(model)
-    flavoured = replace(flavoured, flags=("-Winvalid-pch", *flavoured.flags))
-    asked: Model = "omp" if model == "race" else model
-    kept = toolchain.prepare(flavoured, average.exercise.driver(asked), bench.sandbox)
-    bare = tmp_path / "bare"
-    shutil.copytree(kept.prelude, bare, ignore=shutil.ignore_patterns("*.gch"))
-    body = average.exercise.answer("omp" if model == "serial" else asked)  # its pragma says nothing
-    programs = []
-    for number, prelude in enumerate((kept.prelude, bare)):
-        source, program = tmp_path / f"in{number}", tmp_path / f"out{number}"
-        source.mkdir()
-        program.mkdir()
-        text = average.exercise.unit(average.exercise.prompt(asked), body)
-        (source / "answer.cpp").write_text(text)
-        built = replace(kept, prelude=prelude)
-        outcome = toolchain.compile_candidate(bench.sandbox, built, source, program)
-        assert (outcome.code, outcome.stderr) == (0, "")
-        programs.append((program / "answer").read_bytes())
-    assert model == "race" or programs[0] == programs[1]
 
 
 def test_a_timing_waits_for_work_and_work_for_those_who_wait_to_be_timed() -> None:

@@ -19,6 +19,7 @@ LOOP = "for (int i = 0; i < n; ++i) s += i;"
         ("omp", f"#pragma omp \\\n   parallel for\n{LOOP}", True),
         ("omp", f'_Pragma("omp parallel for") {LOOP}', True),
         ("omp", f"#pragma omp taskloop\n{LOOP}", True),
+        ("omp", f"[[omp::directive(parallel for)]] {LOOP}", True),
         ("omp", f"// #pragma omp parallel for\n{LOOP}", False),
         ("omp", f"/*\n#pragma omp parallel for\n*/ {LOOP}", False),
         ("omp", 'auto s = "\\n#pragma omp parallel for\\n";', False),
@@ -29,6 +30,8 @@ LOOP = "for (int i = 0; i < n; ++i) s += i;"
         ("mpi", "MPI_Allreduce(a, b, 1, c, d, e);", True),
         ("mpi", "MPI_Isend (a);", True),
         ("mpi", "MPI_Sendrecv(a);", True),
+        ("mpi", "MPI_Fetch_and_op(a);", True),
+        ("mpi", "MPI_Rget(a);", True),
         ("mpi", "MPI_Barrier(MPI_COMM_WORLD);", False),
         ("mpi", "MPI_Comm_rank(MPI_COMM_WORLD, &rank);", False),
         ("mpi", "// MPI_Send(x);", False),
@@ -58,11 +61,12 @@ IDLE = Evidence(
     main_cpu_s=1.0,
     region_cpu_s=0.0,
     regions=1,
-    team=2,
+    team=4,
     message_cpu_s=0.0,
     messages=0,
     talking_ranks=0,
     ranks=2,
+    working_ranks=2,
 )
 TWO = Launch(threads=2)
 RANKS = Launch(ranks=2)
@@ -73,6 +77,7 @@ RANKS = Launch(ranks=2)
     [
         ("omp", TWO, IDLE, False),
         ("omp", TWO, replace(IDLE, region_cpu_s=0.9), True),
+        ("omp", TWO, replace(IDLE, region_cpu_s=0.9, team=2), False),
         ("omp", TWO, replace(IDLE, process_cpu_s=2.0), True),
         ("omp", TWO, replace(IDLE, process_cpu_s=2.0, regions=0), False),
         ("omp", TWO, replace(IDLE, region_cpu_s=0.04, message_cpu_s=0.9), True),
@@ -80,6 +85,7 @@ RANKS = Launch(ranks=2)
         ("mpi", RANKS, IDLE, False),
         ("mpi", RANKS, replace(IDLE, messages=1, talking_ranks=1), False),
         ("mpi", RANKS, replace(IDLE, messages=2, talking_ranks=2), True),
+        ("mpi", RANKS, replace(IDLE, messages=2, talking_ranks=2, working_ranks=1), False),
         ("mpi", Launch(), IDLE, True),
         ("kokkos", Launch(), IDLE, False),
         ("kokkos", Launch(), replace(IDLE, region_cpu_s=0.5), True),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fourfold_hpc_coder import seccomp
 from fourfold_hpc_coder.jobs import Job, Limits, Mount, Outcome
 from fourfold_hpc_coder.sandbox import find_sandbox, run, scratch_folder, started
 from fourfold_hpc_coder.walls import Bubblewrap, Landlock, Namespaces, Unprotected
@@ -111,6 +112,17 @@ def test_files_without_a_name_are_bounded_too() -> None:
     held = 'eval "exec $i> $HOME/$i"; rm "$HOME/$i"; head -c 400000 /dev/zero >&$i'
     script = f"for i in 3 4 5 6; do {held}; done; sleep 60"
     assert inside(Landlock(), script).limit == "files"
+
+
+@pytest.mark.parametrize("call", ["shmget", "memfd_create"])
+def test_memory_that_no_process_holds_is_refused(sandbox, call: str) -> None:
+    """Shared segments and files without a place are in no process's count: 800 MB went under 256."""
+    if isinstance(sandbox, Namespaces):
+        pytest.skip("util-linux 2.38 sets no filter")
+    number = seccomp.DENIED[call][seccomp._column()[0]]
+    arguments = "0, 1 << 20, 0600" if call == "shmget" else "$name, 0"
+    script = f"my $name = 'x'; print syscall({number}, {arguments}) < 0 ? 'refused' : 'given'"
+    assert inside(sandbox, f'perl -e "{script}"'.replace("$", "\\$")).stdout == "refused"
 
 
 def test_everything_ends_with_the_job(sandbox) -> None:

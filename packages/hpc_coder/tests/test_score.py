@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_hpc_coder import pareval, report, score, toolchain
+from fourfold_hpc_coder import pareval, report, schedule, score, toolchain
 from fourfold_hpc_coder.__main__ import main
 from fourfold_hpc_coder.evaluation import Launch, Model
 from fourfold_hpc_coder.problems import own_problems
@@ -174,7 +175,7 @@ def test_equal_answers_are_judged_once_and_the_cache_spares_the_rest(
     cached = replace(plan, is_cached=True)
     first = score.score(cached, silent)
     assert first.reused == 1
-    monkeypatch.delattr(score, "judge")
+    monkeypatch.delattr(schedule, "check")
     second = score.score(replace(cached, folder=tmp_path / "again"), silent)
     assert second.reused == 3
     verdicts = [one.verdict for one in second.judged[0].judgements]
@@ -337,6 +338,7 @@ BAD_FILES = {
     "not json": ("outputs", "not JSON"),
     "not a list": ("{}", "not a list of prompts"),
     "empty": ("[]", "nothing in"),
+    "other models": (json.dumps([entry(AVERAGE, "hip", "}")]), "prompts for hip only"),
     "no such problem": (json.dumps([{**entry(AVERAGE, "serial", "}"), "name": "99_x"}]), "99_x"),
     "no outputs": (json.dumps([entry(AVERAGE, "serial")]), "no outputs"),
     "another function": (
@@ -395,6 +397,25 @@ def test_what_cannot_be_scored_is_named_and_the_rest_is_scored(
     assert (row["pass@1"], row["pass@5"]) == ("1.0", "")
 
 
+def test_absent_gpu_compilers_are_named_per_prompt_and_the_rest_is_scored(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt for CUDA, one for HIP, one that can be scored."""
+    found = shutil.which
+    monkeypatch.setattr(
+        "shutil.which", lambda name: None if name in ("nvcc", "hipcc") else found(name)
+    )
+    models: tuple[Model, ...] = ("serial", "cuda", "hip")
+    entries = [entry(AVERAGE, "serial", RIGHT), *(entry(AVERAGE, m, "}") for m in models[1:])]
+    plan.outputs.write_text(json.dumps(entries))
+    scored = score.score(replace(plan, models=models), silent)
+    assert [one.verdict for one in scored.judged[0].judgements] == ["correct"]
+    assert {one.place: one.because for one in scored.problems} == {
+        f"{AVERAGE} (cuda)": "nvcc is not installed (Debian: nvidia-cuda-toolkit)",
+        f"{AVERAGE} (hip)": "hipcc is not installed (Debian: hipcc)",
+    }
+
+
 def test_an_absent_compiler_is_named_with_its_package(
     plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -407,6 +428,63 @@ def test_an_absent_compiler_is_named_with_its_package(
     assert not plan.folder.exists()
     models: tuple[Model, ...] = ("serial", "omp", "mpi", "mpi+omp", "kokkos", "cuda", "hip")
     assert all("is not installed (" in toolchain.missing(model) for model in models)
+
+
+def test_an_mpi_of_another_make_leaves_the_rest_to_be_scored(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MPICH's wrapper knows no --showme."""
+    other = tmp_path / "bin" / "mpicxx"
+    other.parent.mkdir()
+    other.write_text("#!/bin/sh\nexit 1\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{other.parent}{os.pathsep}{os.environ['PATH']}")
+    toolchain._said.cache_clear()
+    plan.outputs.write_text(json.dumps([entry(AVERAGE, m, RIGHT) for m in ("serial", "mpi")]))
+    try:
+        scored = score.score(replace(plan, models=("serial", "mpi")), silent)
+    finally:
+        toolchain._said.cache_clear()
+    assert [one.judgements[0].verdict for one in scored.judged] == ["correct"]
+    assert "mpicxx is not Open MPI's" in scored.problems[0].because
+
+
+def test_a_row_is_an_answer_whatever_stands_in_it(plan: Plan) -> None:
+    """Texts of Windows, and half a character, which JSON can hold and a file cannot."""
+    bodies = (RIGHT.replace("; ", ";\r\n"), f"// \ud83d\n{RIGHT}", f'// \U0001f600, ""\n{RIGHT}')
+    plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", *bodies)]))
+    scored = score.score(plan, silent)
+    assert {one.verdict for one in scored.judged[0].judgements} == {"correct"}
+    with (plan.folder / "runs.csv").open(newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert [row["output_idx"] for row in rows] == ["0", "1", "2"]
+    assert rows[0]["generated_output"] == bodies[0].replace("\r", "\\r").replace("\n", "\\n")
+    assert "\U0001f600" in rows[2]["generated_output"]
+
+
+def test_a_prompt_that_our_driver_cannot_call_is_left_out(plan: Plan) -> None:
+    """ParEval's Kokkos prompts have matrices of two dimensions; an answer to one would not link."""
+    asked = entry("02_dense_la_gemm", "kokkos", "}")
+    views = "Kokkos::View<const double**> &A, Kokkos::View<const double**> &B, Kokkos::View<double**> &C"
+    declared = f"void gemm({views}, size_t M, size_t K, size_t N) {{"
+    theirs = {**asked, "prompt": f"#include <Kokkos_Core.hpp>\n{declared}"}
+    same = entry(AVERAGE, "serial", RIGHT)
+    same["prompt"] = "double average(const std::vector<double>&values) {"
+    same["outputs"] = [RIGHT.replace("x", "values")]
+    copied = {**same, "prompt": "double average(std::vector<double> x) {"}
+    plan.outputs.write_text(json.dumps([theirs, same, copied]))
+    scored = score.score(replace(plan, models=("serial", "kokkos")), silent)
+    assert [one.judgements[0].verdict for one in scored.judged] == ["correct"]
+    assert [one.place.split()[0] for one in scored.problems] == ["02_dense_la_gemm", AVERAGE]
+    assert declared in scored.problems[0].because
+
+
+@pytest.mark.parametrize("name", ["[b]", "[/red]"])
+def test_a_message_is_shown_as_it_is(name: str, tmp_path: Path, capsys, sandbox) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["score", str(tmp_path / name)])
+    assert ended.value.code == 2
+    assert f"{tmp_path / name} cannot be read" in capsys.readouterr().err
 
 
 def test_scores_of_another_file_are_not_overwritten(plan: Plan) -> None:
@@ -448,7 +526,16 @@ def test_results_that_are_partly_there_are_read_as_outputs(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "words",
-    [["--models", "cobol"], ["--jobs", "0"], ["--k", "0"], ["--threads", "0"], ["--ranks", "-1"]],
+    [
+        ["--models", "cobol"],
+        ["--jobs", "0"],
+        ["--k", "0"],
+        ["--threads", "0"],
+        ["--ranks", "-1"],
+        ["--time-limit-s", "0"],
+        ["--time-limit-s", "inf"],
+        ["--time-limit-s", "nan"],
+    ],
     ids=" ".join,
 )
 def test_impossible_options_are_refused(

@@ -1,6 +1,7 @@
 """`python -m fourfold_hpc_coder`: score outputs, make data, fine-tune, generate, reproduce the study."""
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from fourfold_hpc_coder.evaluation import Launch
 from fourfold_hpc_coder.options import Finetune, Generate, MakeData, Score, Study, chosen_models
 from fourfold_hpc_coder.pareval import Question
 from fourfold_hpc_coder.sandbox import find_sandbox
+from fourfold_hpc_coder.schedule import Asked
 from fourfold_hpc_coder.workbench import Settings
 from fourfold_parallel.run.progress import Progress as Work
 
@@ -68,9 +70,13 @@ def score_outputs(options: Score, target: Console) -> None:
             f"k={options.k}, threads={options.threads}, ranks={options.ranks}, jobs={options.jobs}, "
             f"repetitions={options.repetitions}: use numbers of 1 or more"
         )
+    if not 0 < options.time_limit_s < math.inf:
+        raise ValueError(
+            f"--time-limit-s {options.time_limit_s:g} is no time to answer in; use seconds above 0"
+        )
     if options.problem_sizes and not options.pareval:
         raise ValueError("--problem-sizes belongs to --pareval PATH; name the checkout as well")
-    find: Callable[[Question], score.Asked] = score.built_in
+    find: Callable[[Question], Asked] = score.built_in
     if options.pareval:
         find = open_checkout(options.pareval, options.problem_sizes).find
     sandbox = find_sandbox(allow_none=options.unsafe_no_sandbox)
@@ -106,7 +112,7 @@ def score_outputs(options: Score, target: Console) -> None:
         facts=facts,
     )
     say(scored, target)
-    target.print(f"{scored.reused} verdicts reused. Report: {page}", soft_wrap=True)
+    target.print(f"{scored.reused} verdicts reused. Report: {page}", soft_wrap=True, markup=False)
 
 
 def say(scored: score.Scored, target: Console) -> None:
@@ -153,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 with bar(target, "prompts") as progress:
                     generate(options, target, progress)
     except (ValueError, OSError) as error:
-        target.print(f"[red]{error}[/red]", soft_wrap=True)
+        target.print(str(error), style="red", soft_wrap=True, markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
         target.print("interrupted; the same command goes on from here")

@@ -25,7 +25,7 @@ from fourfold_hpc_coder.walls import Sandbox
 
 TOKEN = 16
 _PIPE_BYTES = 1 << 20
-_EVIDENCE = struct.Struct("<9d")
+_EVIDENCE = struct.Struct("<10d")
 
 
 class EndedError(Exception):
@@ -49,6 +49,7 @@ class Evidence:
     messages: float
     talking_ranks: float
     ranks: float
+    working_ranks: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

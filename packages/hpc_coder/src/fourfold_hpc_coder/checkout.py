@@ -138,8 +138,9 @@ class Checkout:
         name, problem_type, model = question.name, question.problem_type, question.model
         if model not in MACROS:
             raise ValueError(
-                f"ParEval's {model} drivers need a Kokkos of their own beside the checkout; "
-                "score these outputs without --pareval, on the built-in problems"
+                f"ParEval's {model} drivers include Kokkos_StdAlgorithms.hpp and more that the Kokkos 3.4 of "
+                "Debian's libtrilinos-kokkos-dev lacks; score these outputs without --pareval, on the "
+                "built-in problems"
             )
         if "{" not in (question.prompt.rstrip().splitlines() or [""])[-1]:
             raise ValueError(f"the prompt of {name} does not end by opening a function")

@@ -132,6 +132,8 @@ def generate(options: Generate, target: Console, progress: Progress) -> None:
         top_p=options.top_p,
         max_new_tokens=options.max_new_tokens,
         batch=options.batch,
+        model=options.model,
+        chat=options.chat or bool(options.url),
     )
     records = [
         one
@@ -144,7 +146,7 @@ def generate(options: Generate, target: Console, progress: Progress) -> None:
             f"{options.prompts} has no prompt for {options.models}{named}; name other models"
         )
     path = generate_file(records, _backend(options), sampling, options.out, progress)
-    target.print(f"{len(records)} prompts answered: {path}; now: score {path}")
+    target.print(f"{len(records)} prompts answered: {path}; now: score {path}", markup=False)
 
 
 def _prompts(source: str) -> list[dict[str, str]]:
@@ -175,6 +177,7 @@ def _backend(options: Generate) -> Backend:
             model_name=options.model,
             key_file=options.key_file,
             temperature=options.temperature,
+            top_p=options.top_p,
             max_new_tokens=options.max_new_tokens,
         )
     if options.model.startswith(("/", ".", "~")) and not Path(options.model).is_dir():
@@ -214,7 +217,8 @@ def finetune(options: Finetune, target: Console, progress: Progress) -> None:
     loss = read_record(options.out / "record.jsonl").last("validation")
     target.print(
         f"{options.steps} steps, held-out loss {loss.number('validation_loss_nats'):.3f} nats per token: "
-        f"{options.out / 'model'}"
+        f"{options.out / 'model'}",
+        markup=False,
     )
 
 

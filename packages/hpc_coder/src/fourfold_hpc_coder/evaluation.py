@@ -47,9 +47,9 @@ Verdict = Literal[
 `not parallel`: right, but does not use the model asked for. `race`: right in every run that was seen, but
 two threads touch one address, at least one to write, with nothing in between. `wrong`: another answer than
 the reference's. `not finite`: NaN or infinity where the reference is finite. `crash`: a signal, an uncaught
-exception or an exit before the answer. `timeout`: the time or processor limit. `cheat`: it wrote on the
-result channel, or worked outside the timed call. `no answer`: nothing to compile. `no build`: the compiler
-or linker refused. `not run`: built, but what it needs to run is not on this machine.
+exception, an exit before the answer or a bad one after the last. `timeout`: the time or processor limit.
+`cheat`: it wrote on the result channel, or names what is the judge's. `no answer`: nothing to compile. `no
+build`: the compiler or linker refused. `compiled, not run`: what it needs to run is not on this machine.
 """
 
 
@@ -215,10 +215,8 @@ def pass_at_k(prompts: Sequence[Prompt], k: int, *, parallel: bool = True) -> fl
 def speedup_at_k(prompts: Sequence[Prompt], k: int, *, launch: Launch) -> float:
     """Mean over *all* prompts of the expected best speed-up on `launch` among k samples.
 
-    A sample that does not count has speed-up 0. NaN where no prompt was timed on this launch.
+    A sample that does not count has speed-up 0. NaN where one that counts was not timed on this launch.
     """
-    if not _timed_on(prompts, launch):
-        return math.nan
     return _mean(expected_best([_speedup(s, p, launch) for s in p.samples], k) for p in prompts)
 
 
@@ -242,17 +240,19 @@ def efficiency_at_k(prompts: Sequence[Prompt], k: int, *, launch: Launch) -> flo
 
 def speedup_max_at_k(prompts: Sequence[Prompt], k: int) -> float:
     """As `speedup_at_k`, each sample taken on the launch that suits it best."""
-    launches = {run.launch for p in prompts for s in p.samples for run in s.runs}
-    if not any(_timed_on(prompts, launch) for launch in launches):
-        return math.nan
-    return _mean(
-        expected_best([max(_speedup(s, p, one) for one in launches) for s in p.samples], k)
-        for p in prompts
-    )
+    return _mean(expected_best([_best_speedup(s, p) for s in p.samples], k) for p in prompts)
+
+
+def _best_speedup(sample: Sample, prompt: Prompt) -> float:
+    found = [_speedup(sample, prompt, run.launch) for run in sample.runs] or [0.0]
+    return max((one for one in found if not math.isnan(one)), default=math.nan)
 
 
 def _speedup(sample: Sample, prompt: Prompt, launch: Launch) -> float:
-    """X of a sample: T*/T on a launch if it counts, else 0. T* is the least that any sample measured."""
+    """X of a sample: T*/T on a launch if it counts, else 0. T* is the least that any sample measured.
+
+    NaN where it counts and was not timed there.
+    """
     if not sample.counts:
         return 0.0
     best_s = min(
@@ -260,20 +260,11 @@ def _speedup(sample: Sample, prompt: Prompt, launch: Launch) -> float:
         default=math.nan,
     )
     runtime_s = next((run.runtime_s for run in sample.runs if run.launch == launch), math.nan)
-    return 0.0 if math.isnan(runtime_s) else best_s / max(runtime_s, CLOCK_S)
+    return best_s / max(runtime_s, CLOCK_S)
 
 
 CLOCK_S = 1e-8
 """No call is taken to be shorter than this (as in ParEval), so that a runtime of 0 gives a finite ratio."""
-
-
-def _timed_on(prompts: Sequence[Prompt], launch: Launch) -> bool:
-    return any(
-        run.launch == launch and not math.isnan(run.runtime_s)
-        for p in prompts
-        for s in p.samples
-        for run in s.runs
-    )
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -30,8 +30,8 @@ def of_build(outcome: Outcome) -> tuple[Verdict, str]:
     lines = outcome.stderr.splitlines()
     for pattern, prefix in (
         (r"undefined (?:reference|symbol).*", "it does not link: "),
-        (r"(?:fatal )?error: .*", "it does not compile: "),
         (r"multiple definition.*|duplicate symbol.*", "it does not link: "),
+        (r"(?:fatal )?error: .*", "it does not compile: "),
         (r"internal compiler error.*|.*out of memory.*", "the compiler gave up: "),
     ):
         for line in lines:
@@ -66,14 +66,39 @@ def of_run(
         return "timeout", f"{why}{hint}, {where}"
     if outcome.limit != "nothing":
         return "crash", f"it was stopped {where}: {_limit(outcome)}"
-    if number := outcome.signal:
-        name = signal.Signals(number)
-        meaning = SIGNALS.get(name, "a signal")
-        return "crash", f"it ended with {name.name} ({meaning}) {where}{said}"
+    if outcome.signal:
+        return "crash", f"it ended with {_signal(outcome)} {where}{said}"
     return (
         "crash",
         f"it ended by itself with exit code {outcome.code} before it answered, {where}{said}",
     )
+
+
+def of_end(
+    outcome: Outcome, launch: Launch, *, is_over: bool, patience_s: float
+) -> tuple[Verdict, str]:
+    """Why a program that gave every answer did not come to a good end.
+
+    Args:
+        outcome: how it ended.
+        launch: on what it ran.
+        is_over: whether it ended by itself.
+        patience_s: how long it was waited for.
+    """
+    if not is_over:
+        return (
+            "timeout",
+            f"its answers were right, but it did not end within {patience_s:g} s, on {launch}",
+        )
+    words = _last_words(outcome.stderr)
+    how = _signal(outcome) if outcome.signal else f"exit code {outcome.code}"
+    said = f'; its last words: "{words}"' if words else ""
+    return "crash", f"its answers were right, but it then ended with {how}, on {launch}{said}"
+
+
+def _signal(outcome: Outcome) -> str:
+    name = signal.Signals(outcome.signal)
+    return f"{name.name} ({SIGNALS.get(name, 'a signal')})"
 
 
 def _limit(outcome: Outcome) -> str:
@@ -129,7 +154,8 @@ def _not_finite(values: np.ndarray) -> bool:
 
 
 _NOISE = re.compile(
-    r"^\s*$|^-+$|mpirun|orterun|PMIX|\*\*\* |^\[[^\]]*\] (?:Signal|Failing|\[ ?\d+\]|\*\*\*)|Primary job|"
+    r"^\s*$|^-+$|mpirun|orterun|ORTE_ERROR_LOG|PMIX|\*\*\* |"
+    r"^\[[^\]]*\] (?:Signal|Failing|\[ ?\d+\]|\*\*\*)|Primary job|"
     r"per user-direction|exit code|non-zero|^\s*Process name|detected that|noticed that"
 )
 

@@ -20,8 +20,13 @@ from fourfold_parallel.run.progress import Progress
 class Backend(Protocol):
     """Something that completes prompts."""
 
-    def complete_many(self, prompts: Sequence[str]) -> list[str]:
-        """One completion per prompt, in order, without the prompt."""
+    def complete_many(self, prompts: Sequence[str], *, first: int = 0) -> list[str]:
+        """One completion per prompt, in order, without the prompt.
+
+        Args:
+            prompts: equal ones are answered anew each.
+            first: how many samples of them were drawn before, which these must not repeat.
+        """
         ...
 
 
@@ -42,7 +47,7 @@ class Local:
     """Whether each prompt becomes the user's message of the tokenizer's chat template."""
 
     @torch.no_grad()
-    def complete_many(self, prompts: Sequence[str]) -> list[str]:
+    def complete_many(self, prompts: Sequence[str], *, first: int = 0) -> list[str]:
         """All prompts as one batch, padded on the left; each row stops at its end token."""
         rows = [self._encode(prompt) for prompt in prompts]
         width = max(map(len, rows))
@@ -50,7 +55,7 @@ class Local:
         assert isinstance(end, int)
         tokens = torch.tensor([[end] * (width - len(row)) + row for row in rows])
         seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        written = self._continue(tokens, seen, end)[:, width:]
+        written = self._continue(tokens, seen, end, self.seed + first)[:, width:]
         return [self._text(row.tolist(), end) for row in written]
 
     def _encode(self, prompt: str) -> list[int]:
@@ -63,13 +68,17 @@ class Local:
         return self.tokenizer.encode(str(words), add_special_tokens=False)
 
     def _continue(
-        self, tokens: Int[Tensor, "batch prompt"], seen: Int[Tensor, "batch prompt"], end: int
+        self,
+        tokens: Int[Tensor, "batch prompt"],
+        seen: Int[Tensor, "batch prompt"],
+        end: int,
+        seed: int,
     ) -> Int[Tensor, "batch whole"]:
         sampling: dict[str, Any] = {"do_sample": False}
         if self.temperature > 0:
             sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.manual_seed(seed)
             written = self.model.generate(  # pyright: ignore[reportCallIssue]
                 input_ids=tokens.to(self.model.device),
                 attention_mask=seen.to(self.model.device),
@@ -87,7 +96,9 @@ class Local:
         return str(self.tokenizer.decode(tokens[:stop]))
 
 
-_FENCE = re.compile(r"```[\w+]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_TYPE = r"(?:^|[\n;}])\s*(?!return\b|else\b)[\w:<>,&*\[\]\s]*[\s&*>]"
+"""What stands before the name of a function that is defined, and not called."""
 
 
 def body_of(text: str, prompt: str) -> str:
@@ -107,7 +118,7 @@ def body_of(text: str, prompt: str) -> str:
     code = next(
         (block for block in fenced if name and name in block), fenced[0] if fenced else text
     )
-    again = re.search(rf"\b{re.escape(name)}\s*\([^;{{]*\)\s*\{{", code) if name else None
+    again = re.search(rf"{_TYPE}{re.escape(name)}\s*\([^;{{]*\)\s*\{{", code) if name else None
     if again:
         code = code[again.end() :]
     return code[: _closing(code)]
@@ -136,8 +147,10 @@ def _blanked(code: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How a file of outputs is generated; kept in ParEval's fields."""
+    """How a file of outputs is generated; kept in ParEval's fields, and the model beside them."""
 
+    model: str = ""
+    chat: bool = False
     samples: int
     temperature: float
     top_p: float
@@ -159,7 +172,7 @@ def generate_file(
     out: Path,
     progress: Progress,
 ) -> Path:
-    """Complete every prompt and write ParEval's outputs file; prompts that the file has whole are kept.
+    """Complete every prompt and write ParEval's outputs file; what the file has is kept.
 
     Args:
         prompts: ParEval's prompt records: problem_type, language, name, parallelism_model, prompt.
@@ -169,26 +182,23 @@ def generate_file(
         progress: told after each prompt.
 
     Raises:
-        ValueError: where the file at `out` holds something else.
+        ValueError: where the file at `out` holds something else, or outputs of another model or sampling.
     """
-    done = _done(out, sampling)
-    entries: list[Fields] = []
+    entries = _done(out, sampling)
     for index, record in enumerate(prompts):
         key = (record["name"], record["parallelism_model"], record["prompt"])
-        entry = done.get(key)
-        if entry is None:
+        if key not in entries:
             wanted = [record["prompt"]] * sampling.samples
             raw: list[str] = []
             for first in range(0, len(wanted), sampling.batch):
-                raw += backend.complete_many(wanted[first : first + sampling.batch])
-            entry = {
+                raw += backend.complete_many(wanted[first : first + sampling.batch], first=first)
+            entries[key] = {
                 **record,
                 **_fields(sampling),
                 "outputs": [body_of(text, record["prompt"]) for text in raw],
                 "raw_outputs": raw,
             }
-        entries.append(entry)
-        write_text(out, json.dumps(entries, indent=1) + "\n")
+            write_text(out, json.dumps([*entries.values()], indent=1) + "\n")
         progress(index + 1, len(prompts), record["name"])
     return out
 
@@ -200,6 +210,8 @@ def _fields(sampling: Sampling) -> Fields:
         "do_sample": sampling.temperature > 0,
         "max_new_tokens": sampling.max_new_tokens,
         "prompted": True,
+        "generator": sampling.model,
+        "chat": sampling.chat,
     }
 
 
@@ -208,11 +220,20 @@ def _done(out: Path, sampling: Sampling) -> dict[tuple[str, str, str], Fields]:
         return {}
     try:
         entries = json.loads(out.read_text(encoding="utf-8"))
-        return {
-            (one["name"], one["parallelism_model"], one["prompt"]): one
+        held = {(one["name"], one["parallelism_model"], one["prompt"]): one for one in entries}
+        differ = [
+            f"{key} {one.get(key)!r}"
             for one in entries
-            if len(one["outputs"]) == sampling.samples
-            and all(one.get(key) == value for key, value in _fields(sampling).items())
-        }
-    except (ValueError, TypeError, KeyError):
+            for key, value in _fields(sampling).items()
+            if one.get(key) != value
+        ]
+        differ += [
+            f"{n} samples" for one in entries if (n := len(one["outputs"])) != sampling.samples
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{out} holds no outputs of ours; name another file with --out") from None
+    if differ:
+        raise ValueError(
+            f"{out} holds outputs of other options ({differ[0]}); name another file with --out"
+        )
+    return held

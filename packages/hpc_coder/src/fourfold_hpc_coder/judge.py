@@ -4,6 +4,7 @@ import math
 import re
 import zlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 from fourfold_hpc_coder import failures, parallelism, toolchain
 from fourfold_hpc_coder.channel import Answer, Channel, EndedError, Evidence, ForgedError
 from fourfold_hpc_coder.evaluation import Launch, Model, Run, Sample, Verdict
+from fourfold_hpc_coder.parallelism import Proof
 from fourfold_hpc_coder.problems import Problem
 from fourfold_hpc_coder.workbench import ANSWER_BEGINS, Bench, Exercise, built, launched
 
@@ -130,6 +132,38 @@ def trusted_answers(
                 ) from None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Looked:
+    """What a look for races gave."""
+
+    race: str = ""
+    """Where two threads meet; empty where none were seen, or nobody had to look."""
+    unseen: str = ""
+    """Why the checker could not tell."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """An answer that built and was right on some launch: what its checks found, until it is timed."""
+
+    right: Reference
+    model: Model
+    text: str
+    """Its translation unit."""
+    written: Proof
+    folder: Path
+    """Its program is in `out` there."""
+    checks: tuple["_Launched", ...]
+    """Every launch in order, up to the first that failed."""
+    race: Looked | None
+    """None where nobody looked."""
+
+    @property
+    def program_bytes(self) -> int:
+        """Size of the program."""
+        return (self.folder / "out" / "answer").stat().st_size
+
+
 def judge(bench: Bench, right: Reference, model: Model, prompt: str, body: str) -> Judgement:
     """Compile an answer, run it on every launch, and say what became of it.
 
@@ -140,6 +174,24 @@ def judge(bench: Bench, right: Reference, model: Model, prompt: str, body: str) 
         prompt: what the code model was shown, up to the opening brace.
         body: what it wrote.
     """
+    with bench.folder() as folder:
+        found = check(bench, right, model, prompt, body, folder)
+        return found if isinstance(found, Judgement) else judged_by_time(bench, found)
+
+
+def check(
+    bench: Bench, right: Reference, model: Model, prompt: str, body: str, folder: Path
+) -> Judgement | Candidate:
+    """Everything about an answer that needs no quiet: build it, check it on every launch, look for races.
+
+    Args:
+        bench: sandbox, limits, secret.
+        right: the problem's reference answers.
+        model: parallel model asked for.
+        prompt: what the code model was shown, up to the opening brace.
+        body: what it wrote.
+        folder: private and empty; the program stays in it.
+    """
     written = parallelism.in_text(body, model)
     if not body.strip():
         return _failed("no answer", "the answer is empty", built=False)
@@ -147,37 +199,80 @@ def judge(bench: Bench, right: Reference, model: Model, prompt: str, body: str) 
     if used := sorted(own & set(re.findall(r"\w+", parallelism.without_comments(body)))):
         because = f"it names {', '.join(used)}, which belongs to the judge"
         return _failed("cheat", because, built=False)
-    with bench.folder() as folder:
-        outcome = built(bench, right.exercise, model, right.exercise.unit(prompt, body), folder)
-        if outcome.code or outcome.limit != "nothing":
-            verdict, because = failures.of_build(outcome)
-            return _failed(verdict, because, built=False, output=outcome.stderr)
-        if not toolchain.runs_here(model):
-            return replace(
-                _failed("compiled, not run", "it builds; running it needs a GPU", built=True),
-                proof=written.because,
-            )
-        judgement, evidence = _run_all(bench, right, model, folder)
-    if judgement.verdict != "correct":
-        if model == "omp" and bench.settings.races and _right_alone(judgement):
-            return _without_races(bench, right, prompt, body, judgement)
-        return judgement
-    acted = parallelism.in_action(evidence, model)
-    proof = written if not written.parallel else acted
-    judgement = replace(
-        judgement,
-        proof=proof.because,
-        sample=replace(judgement.sample, parallel=proof.parallel),
-    )
-    if not proof.parallel:
+    text = right.exercise.unit(prompt, body)
+    outcome = built(bench, right.exercise, model, text, folder)
+    if outcome.code or outcome.limit != "nothing":
+        verdict, because = failures.of_build(outcome)
+        return _failed(verdict, because, built=False, output=outcome.stderr)
+    if not toolchain.runs_here(model):
         return replace(
-            judgement,
-            verdict="not parallel",
-            because=f"its answers are right, but {proof.because}",
+            _failed("compiled, not run", "it builds; running it needs a GPU", built=True),
+            proof=written.because,
         )
-    if model == "omp" and bench.settings.races:
-        return _without_races(bench, right, prompt, body, judgement)
-    return judgement
+    checks: list[_Launched] = []
+    for launch in bench.settings.of(model):
+        checks.append(_run_one(bench, right, model, launch, folder, is_timed=False))
+        if not checks[-1].run.valid:
+            break
+    if not any(one.run.valid for one in checks):
+        return _summary(right, checks)
+    candidate = Candidate(
+        right=right,
+        model=model,
+        text=text,
+        written=written,
+        folder=folder,
+        checks=(*checks,),
+        race=None,
+    )
+    # What is parallel by its text is looked at in any case, and here no timing waits for it.
+    is_asked = written.parallel if checks[-1].run.valid else _may_race(checks[-1].verdict)
+    return replace(candidate, race=_race(bench, candidate)) if is_asked else candidate
+
+
+def judged_by_time(bench: Bench, candidate: Candidate) -> Judgement:
+    """Time a checked answer on the launches on which it was right, and say what became of it."""
+    right, model, written = candidate.right, candidate.model, candidate.written
+    found: list[_Launched] = []
+    for checked in candidate.checks:
+        found.append(
+            _run_one(bench, right, model, checked.run.launch, candidate.folder, is_timed=True)
+            if checked.run.valid
+            else checked
+        )
+        if not found[-1].run.valid:
+            break
+    judgement = _summary(right, found)
+    if judgement.verdict == "correct":
+        evidence = {one.run.launch: one.evidence for one in found}
+        proof = parallelism.in_action(evidence, model) if written.parallel else written
+        judgement = replace(
+            judgement,
+            proof=proof.because,
+            sample=replace(judgement.sample, parallel=proof.parallel),
+        )
+        if not proof.parallel:
+            because = f"its answers are right, but {proof.because}"
+            return replace(judgement, verdict="not parallel", because=because)
+    elif not (_may_race(judgement.verdict) and any(run.valid for run in judgement.sample.runs)):
+        return judgement
+    looked = _race(bench, candidate) if candidate.race is None else candidate.race
+    if looked.unseen:
+        unseen = f"not checked for races: {looked.unseen}"
+        return replace(judgement, proof="; ".join(filter(None, (judgement.proof, unseen))))
+    if not looked.race:
+        return judgement
+    now = (
+        "its answers were right this time, but"
+        if judgement.verdict == "correct"
+        else "its answers vary:"
+    )
+    return replace(
+        judgement,
+        verdict="race",
+        because=f"{now} {looked.race} with nothing in between",
+        sample=_spoiled(judgement.sample),
+    )
 
 
 def _failed(verdict: Verdict, because: str, *, built: bool, output: str = "") -> Judgement:
@@ -190,35 +285,23 @@ def _failed(verdict: Verdict, because: str, *, built: bool, output: str = "") ->
     )
 
 
-def _run_all(
-    bench: Bench, right: Reference, model: Model, folder: Path
-) -> tuple[Judgement, dict[Launch, Evidence]]:
-    """Every launch in order, up to the first that fails."""
-    runs: list[Run] = []
-    evidence: dict[Launch, Evidence] = {}
-    verdict, because, output = "correct", "its answers are right", ""
-    for launch in bench.settings.of(model):
-        found = _run_one(bench, right, model, launch, folder)
-        runs.append(found.run)
-        if found.verdict != "correct":
-            verdict, because, output = found.verdict, found.because, found.output
-            break
-        evidence[launch] = found.evidence
-    ran_any = any(one.valid for one in runs)
+def _summary(right: Reference, found: Sequence["_Launched"]) -> Judgement:
+    """Launches in order, of which the last may have failed, as one judgement."""
+    last = found[-1]
     sample = Sample(
         built=True,
         parallel=True,
-        runs=tuple(runs),
-        best_sequential_s=right.best_s if ran_any else math.nan,
+        runs=tuple(one.run for one in found),
+        best_sequential_s=right.best_s if any(one.run.valid for one in found) else math.nan,
     )
-    judgement = Judgement(
-        verdict=verdict,
-        because=because,
+    is_right = last.verdict == "correct"
+    return Judgement(
+        verdict=last.verdict,
+        because="its answers are right" if is_right else last.because,
         sample=sample,
-        output=output[-KEPT_CHARACTERS:],
+        output="" if is_right else last.output[-KEPT_CHARACTERS:],
         proof="",
     )
-    return judgement, evidence
 
 
 _SILENT = Evidence(
@@ -231,6 +314,7 @@ _SILENT = Evidence(
     messages=0,
     talking_ranks=0,
     ranks=1,
+    working_ranks=0,
 )
 
 
@@ -252,8 +336,9 @@ class _Launched:
 
 
 def _run_one(
-    bench: Bench, right: Reference, model: Model, launch: Launch, folder: Path
+    bench: Bench, right: Reference, model: Model, launch: Launch, folder: Path, *, is_timed: bool
 ) -> _Launched:
+    """Start the program, have it answer the checks, or one of them and then the timed calls."""
     exercise, where = right.exercise, f"on {launch}, {right.checks[-1].where}"
     verdict: Verdict = "correct"
     because, output, runtime_s, evidence = "", "", math.inf, _SILENT
@@ -261,16 +346,16 @@ def _run_one(
     with launched(bench, folder, model, launch, settings=bench.settings) as channel:
         try:
             channel.connect()
-            # The largest first: the smallest is the special case.
-            for one in reversed(right.checks):
+            # The largest first: the smallest is the special case. Before a clock runs, one wakes the threads.
+            for one in right.checks[:-2:-1] if is_timed else right.checks[::-1]:
                 where = f"on {launch}, {one.where}"
                 answer = _call(channel, exercise, one.arguments)
                 verdict, because = failures.of_answer(exercise, answer.outputs, one.expected, where)
                 if verdict != "correct":
                     break
             else:
-                with bench.quiet.timing():
-                    for one in right.timed:
+                with bench.quiet.timing() if is_timed else nullcontext():
+                    for one in right.timed if is_timed else ():
                         where = f"on {launch}, {one.where}"
                         answer = _call(channel, exercise, one.arguments)
                         verdict, because = failures.of_answer(
@@ -284,7 +369,14 @@ def _run_one(
                         if answer.evidence.region_cpu_s >= evidence.region_cpu_s:
                             evidence = answer.evidence
             channel.quit()
-            output = channel.process.finish().stderr
+            is_over = channel.process.done
+            ended = channel.process.finish()
+            output = ended.stderr
+            if verdict == "correct" and (ended.code or not is_over):
+                ran = False
+                verdict, because = failures.of_end(
+                    ended, launch, is_over=is_over, patience_s=bench.settings.time_limit_s
+                )
         except EndedError:
             ended = channel.process.finish()
             ran = False
@@ -312,41 +404,40 @@ def _call(channel: Channel, exercise: Exercise, arguments: Sequence[np.ndarray])
 _RACE = re.compile(r"^fourfold-race (write|read) 0x([0-9a-f]+) 0x([0-9a-f]+)$", re.MULTILINE)
 
 
-def _without_races(
-    bench: Bench, right: Reference, prompt: str, body: str, judgement: Judgement
-) -> Judgement:
-    """The judgement, or "race" where the checker saw two threads at one address."""
-    text = right.exercise.unit(prompt, body)
+def _may_race(verdict: Verdict) -> bool:
+    """Whether a program that was right on fewer threads may be wrong by a race."""
+    return verdict in ("wrong", "not finite")
+
+
+def _race(bench: Bench, candidate: Candidate) -> Looked:
+    """What the checker saw of two threads at one address."""
+    if candidate.model != "omp" or not bench.settings.races:
+        return Looked()
+    right, text = candidate.right, candidate.text
     with bench.folder() as folder:
         if built(bench, right.exercise, "omp", text, folder, watched=True).code:
-            return judgement
-        found = _RACE.search(_watched(bench, right, folder))
+            return Looked(unseen="it does not build with the checker")
+        wrote = _watched(bench, right, folder)
+        if wrote is None:
+            return Looked(unseen="it does not come to its end under the checker")
+        if "fourfold-race unknown" in wrote:
+            return Looked(unseen="it has tasks, nested regions or iterations that wait for others")
+        found = _RACE.search(wrote)
         if found is None:
-            return judgement
+            return Looked()
         kind, *addresses = found.groups()
         numbers = [toolchain.source_line(bench.sandbox, folder / "out", one) for one in addresses]
-        written = text.rpartition(ANSWER_BEGINS)[2].splitlines()
-        lines = [" ".join(written[number - 1].split()) for number in numbers if number]
-        shown = " and ".join(f"`{line}`" for line in dict.fromkeys(lines))
+    written = text.rpartition(ANSWER_BEGINS)[2].splitlines()
+    lines = [" ".join(written[number - 1].split()) for number in numbers if number]
+    shown = " and ".join(f"`{line}`" for line in dict.fromkeys(lines))
     act = (
         "two threads write one address" if kind == "write" else "a thread reads what another writes"
     )
-    where = f" in {shown}" if shown else ""
-    now = (
-        "its answers were right this time, but"
-        if judgement.verdict == "correct"
-        else "its answers vary:"
-    )
-    return replace(
-        judgement,
-        verdict="race",
-        because=f"{now} {act}{where} with nothing in between",
-        sample=_spoiled(judgement.sample),
-    )
+    return Looked(race=f"{act} in {shown}" if shown else act)
 
 
-def _watched(bench: Bench, right: Reference, folder: Path) -> str:
-    """What the checker wrote while the program answered a small input; nothing if it did not get there."""
+def _watched(bench: Bench, right: Reference, folder: Path) -> str | None:
+    """What the checker wrote while the program answered a small input; None if it did not get there."""
     one = right.checks[-1]
     with launched(bench, folder, "omp", Launch(threads=2), settings=bench.settings) as channel:
         try:
@@ -354,15 +445,8 @@ def _watched(bench: Bench, right: Reference, folder: Path) -> str:
             _call(channel, right.exercise, one.arguments)
             channel.quit()
         except (EndedError, ForgedError):
-            return ""
+            return None
         return channel.process.finish().stderr
-
-
-def _right_alone(judgement: Judgement) -> bool:
-    """Whether a wrong program was right on one thread: then a race is the likely reason."""
-    return judgement.verdict in ("wrong", "not finite") and any(
-        run.valid for run in judgement.sample.runs
-    )
 
 
 def _spoiled(sample: Sample) -> Sample:

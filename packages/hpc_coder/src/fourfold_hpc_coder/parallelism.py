@@ -3,7 +3,8 @@
 Neither alone is enough. A pragma in a comment satisfies a search for a substring (ParEval's check), and an
 empty parallel region before a sequential loop satisfies any look at the text; a program that was given one
 processor shows nothing when it runs. Both must agree: the text uses the model, and where a launch had more
-than one processor, work was done inside parallel regions, or data moved between ranks.
+than one processor, work was done inside parallel regions that several threads entered, or several ranks
+computed and data moved between them.
 """
 
 import re
@@ -28,8 +29,9 @@ class Proof:
 
 _DIRECTIVES = r"parallel|task|taskloop|teams|target|sections|for"
 _MESSAGES = (
-    r"\bMPI_(?:I?(?:[bsr]?send|recv|sendrecv|bcast|reduce\w*|allreduce|gatherv?|allgatherv?|scatterv?|"
-    r"alltoall\w*|scan|exscan)|Put|Get|Accumulate)\w*\s*\("
+    r"\bMPI_(?:I?(?:[bsr]?send|m?recv|sendrecv|bcast|reduce\w*|allreduce|gatherv?|allgatherv?|scatterv?|"
+    r"alltoall\w*|scan|exscan|neighbor_\w+)|R?(?:put|get|accumulate)|get_accumulate|fetch_and_op|"
+    r"compare_and_swap|win_shared_query)\w*\s*\("
 )
 _KOKKOS = (
     r"\bparallel_(?:for|reduce|scan)\s*\(|"
@@ -83,7 +85,8 @@ def _has(pattern: str, code: str, otherwise: str) -> Proof:
 
 
 def _has_openmp(code: str) -> Proof:
-    pattern = rf"^\s*#\s*pragma\s+omp\b[^\n]*?\b(?:{_DIRECTIVES})"
+    written = r"(?:^\s*#\s*pragma\s+omp\b|\bomp\s*::\s*directive\s*\()"
+    pattern = rf"{written}[^\n]*?\b(?:{_DIRECTIVES})"
     found = re.search(pattern, code, re.MULTILINE)
     if found:
         return Proof(parallel=True, because=f"it has {' '.join(found.group().split())}")
@@ -129,7 +132,9 @@ def _worked(evidence: Mapping[Launch, Evidence], otherwise: str) -> Proof:
         others = (one.process_cpu_s - one.main_cpu_s) / max(
             one.process_cpu_s - one.message_cpu_s, 1e-9
         )
-        if one.regions and max(inside, others) >= WORKING_SHARE:
+        # A region that nobody else enters is a sequential loop with a directive.
+        is_alone = launch.threads > 1 and one.team <= one.ranks
+        if one.regions and not is_alone and max(inside, others) >= WORKING_SHARE:
             return Proof(
                 parallel=True,
                 because=f"on {launch}, {one.regions:.0f} parallel regions took {inside:.0%} of the "
@@ -142,11 +147,13 @@ def _talked(evidence: Mapping[Launch, Evidence]) -> Proof:
     several = {launch: one for launch, one in evidence.items() if launch.ranks > 1}
     if not several:
         return Proof(parallel=True, because="no launch had several ranks, so nothing was observed")
-    for launch, one in several.items():
-        if one.talking_ranks > 1:
+    talked = {launch: one for launch, one in several.items() if one.talking_ranks > 1}
+    for launch, one in talked.items():
+        if one.working_ranks > 1:
             return Proof(
                 parallel=True,
                 because=f"on {launch}, {one.messages:.0f} calls moved data between "
                 f"{one.talking_ranks:.0f} ranks",
             )
-    return Proof(parallel=False, because="no data moved between ranks")
+    lack = "one rank did all the work" if talked else "no data moved between ranks"
+    return Proof(parallel=False, because=lack)

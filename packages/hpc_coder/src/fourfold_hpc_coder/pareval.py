@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -58,9 +59,17 @@ def read_outputs(path: Path) -> tuple[tuple[Question, ...], tuple[Problem, ...]]
     return tuple(questions), tuple(problems)
 
 
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""Half of a character of UTF-16, as JSON writes it."""
+
+
 def _entries(path: Path) -> list[Any]:
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin with a mark
+        entries = json.loads(text)
+        if _HALF.search(text):  # no file of ours can hold one that stands alone
+            whole = json.dumps(entries, ensure_ascii=False).encode("utf-8", "replace")
+            entries = json.loads(whole)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}; name a file") from None
     except ValueError as error:
@@ -220,7 +229,10 @@ def _rows(
 
 def _cell(fields: Fields, key: str) -> object:
     value = fields.get(key)
-    return value.replace("\n", "\\n") if key in _TEXTS and isinstance(value, str) else value
+    if key not in _TEXTS or not isinstance(value, str):
+        return value
+    # A bare carriage return ends a row for whoever reads the table.
+    return value.replace("\r", "\\r").replace("\n", "\\n")
 
 
 def table(rows: Sequence[Fields]) -> str:

@@ -11,16 +11,13 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import chain, islice
 from pathlib import Path
 
 from fourfold_hpc_coder import pareval, published, toolchain
-from fourfold_hpc_coder.checkout import HOPELESS, Borrowed, borrowed_reference
+from fourfold_hpc_coder.checkout import HOPELESS, Borrowed
 from fourfold_hpc_coder.evaluation import (
     Model,
     Prompt,
@@ -32,25 +29,23 @@ from fourfold_hpc_coder.evaluation import (
     speedup_max_at_k,
 )
 from fourfold_hpc_coder.journal import Journal, cached, keep
-from fourfold_hpc_coder.judge import Judgement, Reference, judge, reference
+from fourfold_hpc_coder.judge import Judgement
 from fourfold_hpc_coder.pareval import Fields, Question
 from fourfold_hpc_coder.problems import Problem, find_problem
 from fourfold_hpc_coder.sandbox import scratch_folder
+from fourfold_hpc_coder.schedule import Asked, Task, judge_all
 from fourfold_hpc_coder.walls import Sandbox
-from fourfold_hpc_coder.workbench import Bench, Settings, precompile, ready
+from fourfold_hpc_coder.workbench import Bench, Settings
 from fourfold_parallel.run.files import write_text
 from fourfold_parallel.run.progress import Progress
 from fourfold_parallel.run.values import digest
 
 log = logging.getLogger(__name__)
 
-Asked = Problem | Borrowed
-"""A problem of this package, or of a checkout of ParEval."""
-
 
 def built_in(question: Question) -> Problem:
     """This package's problem of the question's name."""
-    return find_problem(question.name, question.prompt)
+    return find_problem(question.name, question.prompt, question.model)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,17 +98,6 @@ class Scored:
     """Answers whose verdict was in the journal or the cache, or equal to another's."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """One distinct answer, and every place of the file where it stands."""
-
-    question: Question
-    problem: Asked
-    body: str
-    key: str
-    places: tuple[tuple[int, int], ...]
-
-
 def score(plan: Plan, progress: Progress) -> Scored:
     """Judge every output of the file, then write results, metrics and journal.
 
@@ -126,7 +110,11 @@ def score(plan: Plan, progress: Progress) -> Scored:
     problems = (*problems, *left_out)
     if not kept:
         reasons = "; ".join(f"{one.place}: {one.because}" for one in problems[:3])
-        raise ValueError(f"nothing in {plan.outputs} can be scored. {reasons or 'It is empty'}")
+        others = ", ".join(sorted({one.model for one in questions} - {*plan.models}))
+        none = (
+            f"It has prompts for {others} only; name one with --models" if others else "It is empty"
+        )
+        raise ValueError(f"nothing in {plan.outputs} can be scored. {reasons or none}")
     tasks = _tasks(kept, plan.settings)
     with Journal(plan.outputs, plan.folder) as journal, scratch_folder() as scratch:
         found = {task.key: held for task in tasks if (held := journal.held.get(task.key))}
@@ -143,8 +131,17 @@ def score(plan: Plan, progress: Progress) -> Scored:
             settings=plan.settings,
             secret=journal.secret,
         )
+        fresh: dict[str, Judgement] = {}
+
+        def settle(task: Task, judgement: Judgement) -> None:
+            journal.write(task.key, judgement)
+            keep(task.key, judgement)
+            fresh[task.key] = judgement
+            note = f"{task.problem.name} {task.question.model}: {judgement.verdict}"
+            progress(answers - len(waiting) + len(fresh), answers, note)
+
         progress(answers - len(waiting), answers, "")
-        fresh, failed = _judge_all(bench, waiting, plan, journal, progress, answers)
+        failed = judge_all(bench, waiting, plan.models, plan.jobs, settle)
     found.update(fresh)
     judged = tuple(
         Judged(
@@ -163,9 +160,12 @@ def score(plan: Plan, progress: Progress) -> Scored:
     ]
     scored = Scored(
         judged=judged,
-        problems=(*problems, *failed),
+        problems=(
+            *problems,
+            *(pareval.Problem(place=place, because=why) for place, why in failed.items()),
+        ),
         notes=(*_notes(judged, plan.ks), *hopeless),
-        reused=answers - len(fresh),
+        reused=sum(len(one.judgements) for one in judged) - len(fresh),
     )
     write_results(scored, plan.folder, plan.ks, plan.settings)
     return scored
@@ -192,15 +192,15 @@ def _scorable(
     return kept, left_out
 
 
-def _tasks(kept: Sequence[tuple[Question, Asked]], settings: Settings) -> list[_Task]:
+def _tasks(kept: Sequence[tuple[Question, Asked]], settings: Settings) -> list[Task]:
     """Distinct answers, those to one problem together."""
-    found: dict[str, _Task] = {}
+    found: dict[str, Task] = {}
     for entry, (question, problem) in enumerate(kept):
         for index, body in enumerate(question.outputs):
             key = _key(question, problem, body, settings)
             before = found.get(key)
             places = (*(before.places if before else ()), (entry, index))
-            found[key] = _Task(question, problem, body, key, places)
+            found[key] = Task(question, problem, body, key, places)
     return sorted(found.values(), key=lambda task: (task.problem.name, task.places))
 
 
@@ -219,10 +219,12 @@ def _machinery() -> str:
         "seccomp.py",
         "workbench.py",
         "judge.py",
+        "schedule.py",
         "channel.py",
         "parallelism.py",
         "failures.py",
         "toolchain.py",
+        "gomp.py",
         "kernels.py",
         "problems/__init__.py",
         "problems/inputs.py",
@@ -274,88 +276,6 @@ def equal_answers(
         held = fresh(body)
         keep(key, held)
     return held
-
-
-def _judge_all(
-    bench: Bench,
-    waiting: Sequence[_Task],
-    plan: Plan,
-    journal: Journal,
-    progress: Progress,
-    answers: int,
-) -> tuple[dict[str, Judgement], list[pareval.Problem]]:
-    """Judge what is left, problem by problem; a problem whose reference fails is reported, not fatal."""
-    found: dict[str, Judgement] = {}
-    failed: list[pareval.Problem] = []
-    groups: dict[str, list[_Task]] = {}
-    for task in waiting:
-        place = task.problem.name
-        if isinstance(task.problem, Borrowed):
-            place += f" ({task.question.model})"
-        groups.setdefault(place, []).append(task)
-
-    def one(task: _Task, right: Reference) -> None:
-        judgement = judge(bench, right, task.question.model, task.question.prompt, task.body)
-        journal.write(task.key, judgement)
-        keep(task.key, judgement)
-        found[task.key] = judgement
-        note = f"{task.problem.name} {task.question.model}: {judgement.verdict}"
-        progress(answers - len(waiting) + len(found), answers, note)
-
-    with _pool(plan.jobs) as pool:
-        # What every answer needs, on all processors before the first answer asks for it: preludes first,
-        # which take longest. What fails there fails again, and is reported, where it is asked for.
-        asked = {task.question.model for task in waiting}
-        models: list[Model] = [
-            one for one in plan.models if one in asked and toolchain.runs_here(one)
-        ]
-        preludes: dict[tuple[str, ...], Model] = {
-            toolchain.flavour(one).prelude: one for one in models
-        }
-        for model in preludes.values():
-            pool.submit(precompile, bench, model)
-        for model in models:
-            pool.submit(ready, bench, model)
-        names = iter(groups)
-        # The next problem's reference is at work before the answers to this one are.
-        ahead = [
-            (name, pool.submit(_reference, bench, groups[name][0])) for name in islice(names, 1)
-        ]
-        running: list[list[Future[None]]] = []
-        while ahead:
-            name, begun = ahead.pop()
-            ahead = [
-                (later, pool.submit(_reference, bench, groups[later][0]))
-                for later in islice(names, 1)
-            ]
-            try:
-                right = begun.result()
-            except RuntimeError as error:
-                failed.append(pareval.Problem(place=name, because=str(error)[:500]))
-                continue
-            running.append([pool.submit(one, task, right) for task in groups[name]])
-            for done in running.pop(0) if len(running) > 1 else ():
-                done.result()
-        for done in chain.from_iterable(running):
-            done.result()
-    return found, failed
-
-
-@contextmanager
-def _pool(jobs: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that begin nothing new once something went wrong."""
-    with ThreadPoolExecutor(max_workers=jobs) as pool:
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _reference(bench: Bench, task: _Task) -> Reference:
-    if isinstance(task.problem, Borrowed):
-        return borrowed_reference(bench, task.problem, task.question.prompt)
-    return reference(bench, task.problem)
 
 
 def _notes(judged: Iterable[Judged], ks: Sequence[int]) -> tuple[str, ...]:

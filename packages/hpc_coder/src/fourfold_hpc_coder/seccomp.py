@@ -9,6 +9,7 @@ import ctypes
 import errno
 import platform
 import struct
+from collections.abc import Sequence
 
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 
@@ -155,26 +156,57 @@ _ALLOW, _KILL, _REFUSE = 0x7FFF0000, 0x80000000, 0x00050000
 """The last with an errno, or with 0 for a success that is none."""
 
 
-def program() -> bytes:
-    """The filter's instructions for this machine.
+HOARDS = ("shmget", "msgget", "semget", "memfd_create", "memfd_secret", "add_key", "io_uring_setup")
+"""Give memory that is in no process, where nobody would count it."""
 
-    Raises:
-        ValueError: on other processors.
-    """
+
+def _column() -> tuple[int, int]:
     machine = platform.machine()
     if machine not in _ARCHITECTURES:
         raise ValueError(
             f"the table of system calls has no column for {machine}; it knows "
             f"{' and '.join(_ARCHITECTURES)}"
         )
-    column, architecture = _ARCHITECTURES[machine]
-    forbid, unknown = _REFUSE | errno.EPERM, _REFUSE | errno.ENOSYS
-    words = [
+    return _ARCHITECTURES[machine]
+
+
+def _beginning(architecture: int) -> list[tuple[int, int, int, int]]:
+    return [
         (_LOAD, 0, 0, _ARCHITECTURE),
         (_EQUAL, 1, 0, architecture),
         (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, _NUMBER),
     ]
+
+
+def against_hoarding() -> bytes:
+    """A filter for jobs that namespaces hold: it refuses no more than `HOARDS`.
+
+    Raises:
+        ValueError: as `program`.
+    """
+    column, architecture = _column()
+    words = _beginning(architecture)
+    words += [(_AT_LEAST, 0, 1, _X32), (_RETURN, 0, 0, _REFUSE | errno.EPERM)]
+    for name in HOARDS:
+        words += [(_EQUAL, 0, 1, DENIED[name][column]), (_RETURN, 0, 0, _REFUSE | errno.EPERM)]
+    words.append((_RETURN, 0, 0, _ALLOW))
+    return _assembled(words)
+
+
+def _assembled(words: Sequence[tuple[int, int, int, int]]) -> bytes:
+    return b"".join(struct.pack("<HBBI", *word) for word in words)
+
+
+def program() -> bytes:
+    """The filter's instructions for this machine.
+
+    Raises:
+        ValueError: on other processors.
+    """
+    column, architecture = _column()
+    forbid, unknown = _REFUSE | errno.EPERM, _REFUSE | errno.ENOSYS
+    words = _beginning(architecture)
 
     def when(jump: int, value: int, answer: int) -> None:
         words.extend([(jump, 0, 1, value), (_RETURN, 0, 0, answer)])
@@ -196,7 +228,7 @@ def program() -> bytes:
         when(jump, value, on_match)
         words.append((_RETURN, 0, 0, otherwise))
     words.append((_RETURN, 0, 0, _ALLOW))
-    return b"".join(struct.pack("<HBBI", *word) for word in words)
+    return _assembled(words)
 
 
 def enforce(libc: ctypes.CDLL) -> None:

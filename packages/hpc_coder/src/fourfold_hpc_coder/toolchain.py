@@ -3,6 +3,11 @@
 A candidate is one translation unit. It is compiled against a precompiled prelude and linked with objects
 that were compiled before: the driver of its problem, and the runtime beneath it. All of that is kept in the
 cache under a name made of its contents, of the flags and of the compiler's version.
+
+There are two preludes. At the end of every unit GCC instantiates what the inline functions of the standard
+headers refer to, streams and special functions above all, used or not: two thirds of the time of compiling an
+answer. The short prelude leaves out the headers that do so. It serves answers that could not tell the
+difference: that have no name which only the whole prelude's headers hold.
 """
 
 import hashlib
@@ -18,7 +23,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from fourfold_hpc_coder.evaluation import Model
+from fourfold_hpc_coder.gomp import REGIONS, SYNCHRONISED
 from fourfold_hpc_coder.jobs import Job, Limits, Mount, Outcome
+from fourfold_hpc_coder.parallelism import without_comments
 from fourfold_hpc_coder.sandbox import run
 from fourfold_hpc_coder.walls import Landlock, Sandbox
 from fourfold_parallel.run.files import cache_folder, whole_folder
@@ -28,41 +35,6 @@ COMPILING = Limits(
     wall_s=120, cpu_s=25, memory_bytes=3 * GIB // 2, processes=64, file_bytes=256 << 20
 )
 """A compile bomb ends here; an honest answer takes half a second."""
-
-REGIONS = (
-    "GOMP_parallel",
-    "GOMP_parallel_sections",
-    "GOMP_parallel_loop_static",
-    "GOMP_parallel_loop_dynamic",
-    "GOMP_parallel_loop_guided",
-    "GOMP_parallel_loop_nonmonotonic_dynamic",
-    "GOMP_parallel_loop_nonmonotonic_guided",
-    "GOMP_parallel_loop_runtime",
-    "GOMP_parallel_loop_nonmonotonic_runtime",
-    "GOMP_parallel_loop_maybe_nonmonotonic_runtime",
-    "GOMP_parallel_reductions",
-)
-"""GCC's calls into a parallel region; the linker sends them through `threads.cc`."""
-
-SYNCHRONISED = (
-    "GOMP_barrier",
-    "GOMP_critical_start",
-    "GOMP_critical_end",
-    "GOMP_critical_name_start",
-    "GOMP_critical_name_end",
-    "GOMP_atomic_start",
-    "GOMP_atomic_end",
-    "GOMP_ordered_start",
-    "GOMP_ordered_end",
-    "GOMP_loop_end",
-    "GOMP_sections_end",
-    "GOMP_single_start",
-    "GOMP_task",
-    "GOMP_taskloop",
-    "omp_set_lock",
-    "omp_unset_lock",
-)
-"""What orders accesses; sent through `race.cc` when a program is checked for races."""
 
 KOKKOS_HEADERS = Path("/usr/include/trilinos")
 """Where Debian's libtrilinos-kokkos-dev puts Kokkos."""
@@ -87,7 +59,7 @@ _PLAIN = ("-std=c++17", "-O3")
 # macros, so OpenMP's two are defined after it; it lacks what OpenMP's pragmas need unless made with OpenMP;
 # it may have lines where an answer has none. The last flag, of memory, saves a tenth of the time.
 _MACROS = ("-U_OPENMP", "-U_REENTRANT")
-_PRECOMPILED = ("-g", "-fopenmp", *_MACROS, "--param", "ggc-min-heapsize=1000000")
+_PRECOMPILED = ("-g1", "-fopenmp", *_MACROS, "--param", "ggc-min-heapsize=1000000")
 _OPENMP = ("-fopenmp", *_MACROS, "-include", "/prelude/openmp.hpp")
 
 
@@ -107,16 +79,30 @@ def _gcc(
     )
 
 
+ANSWERING_S = 30
+"""How long a compiler gets to say which it is."""
+
+
+@cache
+def _said(*words: str) -> tuple[str, str]:
+    """What a compiler says of itself, or why it says nothing."""
+    try:
+        shown = subprocess.run(  # noqa: S603 - fixed names
+            words, capture_output=True, text=True, check=True, timeout=ANSWERING_S
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return "", str(error)
+    return shown.stdout, ""
+
+
 @cache
 def _mpi_flags() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Compile and link flags as the MPI's own wrapper states them, without the C++ bindings of MPI-2."""
-
-    def show(what: str) -> list[str]:
-        words = ["mpicxx", f"--showme:{what}"]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()  # noqa: S603
-
-    linked = [word for word in show("link") if word != "-lmpi_cxx"]
-    return ("-DOMPI_SKIP_MPICXX", *show("compile"), "-include", "mpi.h"), tuple(linked)
+    compiled, linked = (
+        _said("mpicxx", f"--showme:{what}")[0].split() for what in ("compile", "link")
+    )
+    libraries = tuple(word for word in linked if word != "-lmpi_cxx")
+    return ("-DOMPI_SKIP_MPICXX", *compiled, "-include", "mpi.h"), libraries
 
 
 def flavour(model: Model) -> Flavour:
@@ -154,7 +140,7 @@ def racing() -> Flavour:
     """Like OpenMP's, with every memory access of the answer reported to the checker in `race.cc`."""
     return _gcc(
         *_OPENMP,
-        "-g",
+        "-g1",
         "-O1",
         "-fsanitize=thread",
         # The one name that the flag defines; with it GCC would refuse the prelude.
@@ -166,19 +152,26 @@ def racing() -> Flavour:
 
 
 def missing(model: Model) -> str:
-    """What a model needs and this machine lacks, with the package's name; empty where nothing is missing."""
+    """What a model needs and this machine lacks, with the package's name; empty where nothing is missing.
+
+    A compiler that is there and does not answer is missing too.
+    """
     needs = {
         "serial": [("g++", "g++")],
         "omp": [("g++", "g++")],
         "mpi": [("g++", "g++"), ("mpicxx", "libopenmpi-dev"), ("mpirun", "openmpi-bin")],
         "mpi+omp": [("g++", "g++"), ("mpicxx", "libopenmpi-dev"), ("mpirun", "openmpi-bin")],
         "kokkos": [("g++", "g++")],
-        "cuda": [("nvcc", "the CUDA toolkit")],
+        "cuda": [("nvcc", "nvidia-cuda-toolkit")],
         "hip": [("hipcc", "hipcc")],
     }[model]
     for program, package in needs:
         if shutil.which(program) is None:
             return f"{program} is not installed (Debian: {package})"
+    if mute := _said(needs[0][0], "--version")[1]:
+        return f"{needs[0][0]} is installed, and does not work: {mute}"
+    if model in ("mpi", "mpi+omp") and (mute := _said("mpicxx", "--showme:link")[1]):
+        return f"mpicxx is not Open MPI's (Debian: libopenmpi-dev), or does not work: {mute}"
     if model == "kokkos" and not (KOKKOS_HEADERS / "Kokkos_Core.hpp").exists():
         return "Kokkos is not installed (Debian: libtrilinos-kokkos-dev)"
     return ""
@@ -202,9 +195,7 @@ def runs_here(model: Model) -> bool:
 def identity(model: Model) -> str:
     """The compiler and its version, for cache keys and records."""
     compiler = flavour(model).compiler
-    shown = subprocess.run(  # noqa: S603 - one of four fixed names
-        [compiler, "--version"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    shown = _said(compiler, "--version")[0].strip()
     return shown.splitlines()[-1 if compiler == "nvcc" else 0]
 
 
@@ -219,12 +210,13 @@ class Kept:
     """The driver and the runtime beneath it, each in a folder of its own."""
 
 
-def prepare(flavoured: Flavour, driver: str, sandbox: Sandbox) -> Kept:
+def prepare(flavoured: Flavour, driver: str, text: str, sandbox: Sandbox) -> Kept:
     """The precompiled prelude, the runtime and a problem's driver; from the cache where there.
 
     Args:
         flavoured: compiler and flags.
         driver: source of the problem's driver; empty for none.
+        text: what is to be compiled against them.
         sandbox: ours are the sources, yet compilers are better kept apart.
 
     Raises:
@@ -232,7 +224,10 @@ def prepare(flavoured: Flavour, driver: str, sandbox: Sandbox) -> Kept:
     """
     # The prelude last: what lies beneath needs none, and another thread may be at it.
     beneath = objects(flavoured, driver, sandbox)
-    return Kept(flavour=flavoured, prelude=prelude(flavoured, sandbox), objects=beneath)
+    whole = needs_whole(flavoured, text, sandbox)
+    return Kept(
+        flavour=flavoured, prelude=prelude(flavoured, sandbox, whole=whole), objects=beneath
+    )
 
 
 def objects(flavoured: Flavour, driver: str, sandbox: Sandbox) -> tuple[Path, ...]:
@@ -249,18 +244,66 @@ def _texts() -> dict[str, str]:
     return {one.name: one.read_text(encoding="utf-8") for one in folder.iterdir() if one.is_file()}
 
 
-def prelude(flavoured: Flavour, sandbox: Sandbox) -> Path:
-    """The folder with the precompiled prelude; arguments and errors as of `prepare`."""
-    command, inputs = _of_prelude(flavoured)
+def prelude(flavoured: Flavour, sandbox: Sandbox, *, whole: bool) -> Path:
+    """The folder with a precompiled prelude; other arguments and errors as of `prepare`."""
+    command, inputs = _of_prelude(flavoured, whole=whole)
     # Its text stays beside it: where GCC refuses what was precompiled, compiling is slow, not impossible.
     return _kept(flavoured.compiler, command, inputs, sandbox, beside=inputs)
 
 
-def _of_prelude(flavoured: Flavour) -> tuple[tuple[str, ...], dict[str, str]]:
+def _of_prelude(flavoured: Flavour, *, whole: bool) -> tuple[tuple[str, ...], dict[str, str]]:
     """Its command and its sources."""
     command = (*flavoured.prelude, *_PRECOMPILED, "-x", "c++-header", "/in/prelude.hpp")
-    inputs = {name: _texts()[name] for name in ("prelude.hpp", "openmp.hpp")}
-    return (*command, "-o", "/out/prelude.hpp.gch"), inputs
+    return (*command, "-o", "/out/prelude.hpp.gch"), _prelude_texts(whole=whole)
+
+
+def _prelude_texts(*, whole: bool) -> dict[str, str]:
+    text = _texts()["prelude.hpp" if whole else "short.hpp"]
+    return {"prelude.hpp": text, "openmp.hpp": _texts()["openmp.hpp"]}
+
+
+def includes_more(flavoured: Flavour, text: str) -> bool:
+    """Whether a text includes a header that the short prelude lacks, or its model has no short one."""
+    if flavoured.prelude != _PLAIN:
+        return True
+    included = {one for one in _HEADER.findall(text) if "/" in one or not one.endswith(".h")}
+    return not included <= set(_HEADER.findall(_texts()["short.hpp"]))
+
+
+def needs_whole(flavoured: Flavour, text: str, sandbox: Sandbox) -> bool:
+    """Whether a text might mean something else under the short prelude; the rest as of `prepare`."""
+    if includes_more(flavoured, text):
+        return True
+    names = _NAME.findall(without_comments(text))
+    return bool(names) and not _beyond(flavoured, sandbox).isdisjoint(names)
+
+
+_HEADER = re.compile(r"#\s*include\s*<([\w/+.]+)>")
+_NAME = re.compile(r"[A-Za-z_]\w+")
+"""Of one letter no standard header names anything but members and parameters."""
+_BEYOND: dict[Path, frozenset[str]] = {}
+_BEYOND_GUARD = threading.Lock()
+
+
+def _beyond(flavoured: Flavour, sandbox: Sandbox) -> frozenset[str]:
+    """Names and macros in the headers of the whole prelude that are not in those of the short one."""
+    with _BEYOND_GUARD:
+        whole, short = (_names_file(flavoured, sandbox, whole=one) for one in (True, False))
+        if whole not in _BEYOND:
+            _BEYOND[whole] = _names(whole) - _names(short)
+        return _BEYOND[whole]
+
+
+def _names_file(flavoured: Flavour, sandbox: Sandbox, *, whole: bool) -> Path:
+    words = ("-fopenmp", *_MACROS, "-E", "-dD", "-P", "-x", "c++", "/in/prelude.hpp")
+    command = (*flavoured.prelude, *words, "-o", "/out/names")
+    inputs = _prelude_texts(whole=whole)
+    return _kept(flavoured.compiler, command, inputs, sandbox) / "names"
+
+
+def _names(file: Path) -> frozenset[str]:
+    text = file.read_text(encoding="utf-8", errors="replace")
+    return frozenset(_NAME.findall(re.sub(r'"(?:\\.|[^"\\\n])*"\w*', " ", text)))
 
 
 def _object(flavoured: Flavour, name: str, text: str, sandbox: Sandbox) -> Path:
@@ -271,8 +314,12 @@ def _object(flavoured: Flavour, name: str, text: str, sandbox: Sandbox) -> Path:
     headers = {key: value for key, value in _texts().items() if key.endswith(".hpp")}
     command = (*own, "-c", f"/in/{name}", "-o", "/out/object.o")
     inputs = {**headers, name: text}
-    made = _place(flavoured.compiler, *_of_prelude(flavoured)) / "out"
-    if name != "driver.cc" or not made.exists():
+    made = [
+        _place(flavoured.compiler, *_of_prelude(flavoured, whole=one)) / "out"
+        for one in (False, True)
+    ]
+    there = [one for one in made if one.exists()]
+    if name != "driver.cc" or not there:
         return _kept(flavoured.compiler, command, inputs, sandbox)
     # No need to wait for the prelude; where it is there, it halves the time.
     return _kept(
@@ -281,7 +328,7 @@ def _object(flavoured: Flavour, name: str, text: str, sandbox: Sandbox) -> Path:
         inputs,
         sandbox,
         sooner=("-g0", *_INCLUDED),
-        mounts=(Mount(source=made, target="/prelude"),),
+        mounts=(Mount(source=there[0], target="/prelude"),),
     )
 
 
@@ -349,8 +396,7 @@ def _place(compiler: str, command: tuple[str, ...], inputs: dict[str, str]) -> P
 
 @cache
 def _version() -> str:
-    words = ["g++", "-dumpfullversion", "-dumpmachine"]
-    return subprocess.run(words, capture_output=True, text=True, check=True).stdout  # noqa: S603
+    return _said("g++", "-dumpfullversion", "-dumpmachine")[0]
 
 
 def compile_candidate(sandbox: Sandbox, kept: Kept, source: Path, program: Path) -> Outcome:

@@ -8,15 +8,19 @@ stays among the machine's processes and files and is denied them (`landlock.py` 
 `Unprotected` is for machines where none works and the user says that it is no matter.
 """
 
+import hashlib
 import json
 import os
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
+from fourfold_hpc_coder import seccomp
 from fourfold_hpc_coder.jobs import Job
+from fourfold_parallel.run.files import cache_folder, whole_file
 
 
 class Sandbox(Protocol):
@@ -100,6 +104,20 @@ _LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 """Links from the root into /usr on every Debian since 12."""
 
 
+@cache
+def _filter() -> Path | None:
+    """The file with the filter against memory that nobody counts; None on processors without one."""
+    try:
+        text = seccomp.against_hoarding()
+    except ValueError:
+        return None
+    file = cache_folder() / "hpc_coder" / "filters" / hashlib.sha256(text).hexdigest()[:24]
+    if not file.exists():
+        with whole_file(file) as partial:
+            partial.write_bytes(text)
+    return file
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bubblewrap:
     """`bwrap`: as root it drops to a stranger inside, as a user it makes a user namespace."""
@@ -110,6 +128,9 @@ class Bubblewrap:
     def arguments(self, job: Job, stranger: int) -> list[str]:
         """Mounts, namespaces, limits, then the command."""
         words = ["bwrap", "--die-with-parent", "--new-session", "--clearenv"]
+        if filter_ := _filter():
+            # bwrap reads it from a descriptor.
+            words = ["sh", "-c", 'exec "$@" 9<"$0"', str(filter_), *words, "--seccomp", "9"]
         for key, value in _environment(job).items():
             words += ["--setenv", key, value]
         if os.geteuid() == 0:

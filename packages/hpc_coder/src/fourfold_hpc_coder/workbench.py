@@ -4,7 +4,7 @@ import contextlib
 import math
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -162,14 +162,26 @@ class Bench:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def precompile(bench: Bench, model: Model) -> None:
-    """Make the prelude of a model's answers, unless it is in the cache.
+def precompile(bench: Bench, model: Model, texts: Sequence[str], *, later: bool) -> None:
+    """Make the preludes that a model's answers need, unless they are in the cache.
+
+    Args:
+        bench: where.
+        model: of the answers.
+        texts: the answers' translation units.
+        later: whether the short prelude is being made, and only what it cannot serve is looked for.
 
     Raises:
         RuntimeError: where our own source does not compile.
     """
+    flavoured = toolchain.flavour(model)
     with bench.quiet.working():
-        toolchain.prelude(toolchain.flavour(model), bench.sandbox)
+        if later:
+            needed = {toolchain.needs_whole(flavoured, text, bench.sandbox) for text in texts}
+        else:
+            needed = {toolchain.includes_more(flavoured, text) for text in texts}
+        for whole in sorted(needed):
+            toolchain.prelude(flavoured, bench.sandbox, whole=whole)
 
 
 def ready(bench: Bench, model: Model) -> None:
@@ -214,7 +226,7 @@ def built(
         if not toolchain.runs_here(model):
             return toolchain.compile_kernel(bench.sandbox, model, source, program)
         flavoured = toolchain.racing() if watched else toolchain.flavour(model)
-        kept = toolchain.prepare(flavoured, exercise.driver(model), bench.sandbox)
+        kept = toolchain.prepare(flavoured, exercise.driver(model), text, bench.sandbox)
         return toolchain.compile_candidate(bench.sandbox, kept, source, program)
 
 

@@ -4,10 +4,11 @@
 // memory limit allows. This one knows what GCC's OpenMP calls order, and little else: two accesses to one byte
 // race if they come from two threads of a region, in the same stretch between two barriers, at least one
 // writes, and they hold no lock in common. That does not depend on who came first, so it is seen in one run,
-// however few processors there are. Tasks and nested regions order accesses in ways not modelled: a program
-// that uses them is not judged.
+// however few processors there are. Tasks, nested regions and loops whose iterations wait for one another order
+// accesses in ways not modelled: a program that uses them is not judged, and says so.
 #include "regions.hpp"
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -16,6 +17,7 @@
 #include <mutex>
 #include <new>
 #include <omp.h>
+#include <pthread.h>
 #include <sched.h>
 #include <unordered_map>
 
@@ -41,9 +43,14 @@ std::atomic<bool> unknown{false};
 std::atomic<int> reported{0};
 
 thread_local bool inside = false, busy = false;
+thread_local int constructing = 0; // statics of functions: who finds one ready was after who made it
 thread_local int self = 0;
 thread_local std::uint64_t stretch = 0, locks = 0;
 thread_local unsigned accesses = 0;
+
+void give_up() {
+  if (!unknown.exchange(true)) std::fputs("fourfold-race unknown\n", stderr);
+}
 
 void report(const Access &one, const Access &other, bool both_write) {
   if (unknown || reported.fetch_add(1) >= 4) return;
@@ -54,14 +61,10 @@ bool conflict(const Access &before, const Access &now) {
   return before.thread != -1 && before.thread != now.thread && !(before.locks & now.locks);
 }
 
-void touch(void *address, std::size_t bytes, bool writes, std::uint64_t held, void *code) {
-  if (!inside || busy || unknown || reported) return;
-  busy = true;
-  if (++accesses % 32 == 0) sched_yield(); // let the other threads have a share of a dynamic loop
-  Access now{self, held, code};
+void record(std::uintptr_t address, std::size_t bytes, bool writes, const Access &now) {
   std::lock_guard lock(guard);
   for (std::size_t i = 0; i < bytes; ++i) {
-    Cell &cell = shadow[reinterpret_cast<std::uintptr_t>(address) + i];
+    Cell &cell = shadow[address + i];
     if (cell.stretch != stretch) cell = Cell{stretch, {}, {}};
     if (conflict(cell.write, now)) {
       report(cell.write, now, writes);
@@ -72,11 +75,16 @@ void touch(void *address, std::size_t bytes, bool writes, std::uint64_t held, vo
       break;
     }
     Access &kept = writes ? cell.write : cell.read;
-    if (kept.thread == -1 || kept.thread == self)
-      kept = Access{self, kept.thread == -1 ? held : kept.locks & held, code};
-    else
-      kept = Access{-2, kept.locks & held, code};
+    std::uint64_t held = kept.thread == -1 ? now.locks : kept.locks & now.locks;
+    kept = Access{kept.thread == -1 || kept.thread == self ? self : -2, held, now.code};
   }
+}
+
+void touch(void *address, std::size_t bytes, bool writes, std::uint64_t held, void *code) {
+  if (!inside || busy || constructing || unknown || reported) return;
+  busy = true; // the checker's own lock is none of the program's
+  if (++accesses % 32 == 0) sched_yield(); // let the other threads have a share of a dynamic loop
+  record(reinterpret_cast<std::uintptr_t>(address), bytes, writes, Access{self, held, code});
   busy = false;
 }
 
@@ -99,13 +107,27 @@ void run(void *watched) {
   inside = false;
 }
 
-std::uint64_t bit(const void *lock) { return std::uint64_t{8} << (reinterpret_cast<std::uintptr_t>(lock) / 8 % 60); }
+// Locks are told apart up to 60; how many of those that share a bit are held is counted.
+thread_local std::array<unsigned, 60> taken{};
+
+std::size_t place(const void *lock) { return reinterpret_cast<std::uintptr_t>(lock) / sizeof(omp_lock_t) % taken.size(); }
+
+void take(const void *lock) {
+  if (busy) return;
+  taken[place(lock)] += 1;
+  locks |= std::uint64_t{8} << place(lock);
+}
+
+void drop(const void *lock) {
+  if (busy || (taken[place(lock)] && --taken[place(lock)])) return;
+  locks &= ~(std::uint64_t{8} << place(lock));
+}
 
 } // namespace
 
 void watch(Body body, void *data, const Enter &enter) {
   if (inside) {
-    unknown = true;
+    give_up();
     return enter(body, data);
   }
   Watched watched{body, data, ++regions};
@@ -140,37 +162,118 @@ void operator delete(void *address, std::size_t) noexcept { operator delete(addr
   extern "C" void __real_##end(type *);                                                                   \
   extern "C" void __wrap_##start(type *lock) {                                                            \
     __real_##start(lock);                                                                                 \
-    locks |= bit(lock);                                                                                   \
+    take(lock);                                                                                           \
   }                                                                                                       \
   extern "C" void __wrap_##end(type *lock) {                                                              \
-    locks &= ~bit(lock);                                                                                  \
+    drop(lock);                                                                                           \
     __real_##end(lock);                                                                                   \
+  }
+#define TRIED(try, type)                                                                                  \
+  extern "C" int __real_##try(type *);                                                                    \
+  extern "C" int __wrap_##try(type *lock) {                                                               \
+    int depth = __real_##try(lock);                                                                       \
+    if (depth) take(lock);                                                                                \
+    return depth;                                                                                         \
+  }
+#define ORDERED_AFTER_UNLESS_CANCELLED(name)                                                              \
+  extern "C" bool __real_##name();                                                                        \
+  extern "C" bool __wrap_##name() {                                                                       \
+    bool cancelled = __real_##name();                                                                     \
+    stretch += 1;                                                                                         \
+    return cancelled;                                                                                     \
+  }
+// What one thread did before it posts, another may rely on that waited.
+#define POSTED(name, type)                                                                                \
+  extern "C" void __real_##name(type *);                                                                  \
+  extern "C" void __wrap_##name(type *counts) {                                                           \
+    give_up();                                                                                            \
+    __real_##name(counts);                                                                                \
   }
 
 ORDERED_AFTER(GOMP_barrier)
 ORDERED_AFTER(GOMP_loop_end)
 ORDERED_AFTER(GOMP_sections_end)
+ORDERED_AFTER_UNLESS_CANCELLED(GOMP_barrier_cancel)
+ORDERED_AFTER_UNLESS_CANCELLED(GOMP_loop_end_cancel)
+ORDERED_AFTER_UNLESS_CANCELLED(GOMP_sections_end_cancel)
 LOCKED(GOMP_critical_start, GOMP_critical_end, critical_lock)
 LOCKED(GOMP_atomic_start, GOMP_atomic_end, atomic_lock)
 LOCKED(GOMP_ordered_start, GOMP_ordered_end, ordered_lock)
 LOCKED_BY(GOMP_critical_name_start, GOMP_critical_name_end, void *)
 LOCKED_BY(omp_set_lock, omp_unset_lock, omp_lock_t)
+LOCKED_BY(omp_set_nest_lock, omp_unset_nest_lock, omp_nest_lock_t)
+TRIED(omp_test_lock, omp_lock_t)
+TRIED(omp_test_nest_lock, omp_nest_lock_t)
+POSTED(GOMP_doacross_post, long)
+POSTED(GOMP_doacross_ull_post, unsigned long long)
+
+// `single copyprivate`: the others wait for what one hands out.
+extern "C" void *__real_GOMP_single_copy_start();
+extern "C" void *__wrap_GOMP_single_copy_start() {
+  void *handed = __real_GOMP_single_copy_start();
+  if (handed) stretch += 1;
+  return handed;
+}
+extern "C" void __real_GOMP_single_copy_end(void *);
+extern "C" void __wrap_GOMP_single_copy_end(void *handed) {
+  __real_GOMP_single_copy_end(handed);
+  stretch += 1;
+}
+
+// std::mutex.
+extern "C" int __real_pthread_mutex_lock(pthread_mutex_t *);
+extern "C" int __wrap_pthread_mutex_lock(pthread_mutex_t *lock) {
+  int code = __real_pthread_mutex_lock(lock);
+  if (!code) take(lock);
+  return code;
+}
+extern "C" int __real_pthread_mutex_trylock(pthread_mutex_t *);
+extern "C" int __wrap_pthread_mutex_trylock(pthread_mutex_t *lock) {
+  int code = __real_pthread_mutex_trylock(lock);
+  if (!code) take(lock);
+  return code;
+}
+extern "C" int __real_pthread_mutex_unlock(pthread_mutex_t *);
+extern "C" int __wrap_pthread_mutex_unlock(pthread_mutex_t *lock) {
+  drop(lock);
+  return __real_pthread_mutex_unlock(lock);
+}
+
+extern "C" int __real___cxa_guard_acquire(void *);
+extern "C" int __wrap___cxa_guard_acquire(void *made) {
+  int first = __real___cxa_guard_acquire(made);
+  constructing += first != 0;
+  return first;
+}
+extern "C" void __real___cxa_guard_release(void *);
+extern "C" void __wrap___cxa_guard_release(void *made) {
+  constructing -= 1;
+  __real___cxa_guard_release(made);
+}
+extern "C" void __real___cxa_guard_abort(void *);
+extern "C" void __wrap___cxa_guard_abort(void *made) {
+  constructing -= 1;
+  __real___cxa_guard_abort(made);
+}
 
 extern "C" void __real_GOMP_task(Body, void *, void (*)(void *, void *), long, long, bool, unsigned, void **,
                                  int, void *);
 extern "C" void __wrap_GOMP_task(Body body, void *data, void (*copy)(void *, void *), long size, long align,
                                  bool condition, unsigned flags, void **depend, int priority, void *detach) {
-  unknown = true;
+  give_up();
   __real_GOMP_task(body, data, copy, size, align, condition, flags, depend, priority, detach);
 }
-extern "C" void __real_GOMP_taskloop(Body, void *, void (*)(void *, void *), long, long, unsigned,
-                                     unsigned long, int, long, long, long);
-extern "C" void __wrap_GOMP_taskloop(Body body, void *data, void (*copy)(void *, void *), long size, long align,
-                                     unsigned flags, unsigned long tasks, int priority, long first, long last,
-                                     long step) {
-  unknown = true;
-  __real_GOMP_taskloop(body, data, copy, size, align, flags, tasks, priority, first, last, step);
-}
+#define TASKLOOP(name, type)                                                                              \
+  extern "C" void __real_##name(Body, void *, void (*)(void *, void *), long, long, unsigned,            \
+                                unsigned long, int, type, type, type);                                    \
+  extern "C" void __wrap_##name(Body body, void *data, void (*copy)(void *, void *), long size,          \
+                                long align, unsigned flags, unsigned long tasks, int priority,            \
+                                type first, type last, type step) {                                       \
+    give_up();                                                                                            \
+    __real_##name(body, data, copy, size, align, flags, tasks, priority, first, last, step);              \
+  }
+TASKLOOP(GOMP_taskloop, long)
+TASKLOOP(GOMP_taskloop_ull, unsigned long long)
 
 // What instrumented code calls.
 #define CODE __builtin_return_address(0)

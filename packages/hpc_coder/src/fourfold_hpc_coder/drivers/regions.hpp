@@ -1,10 +1,22 @@
 // GCC's calls into a parallel region, sent by the linker (--wrap) through `watch`, which enters the region.
 #pragma once
 
-#include <functional>
-
 using Body = void (*)(void *);
-using Enter = std::function<void(Body, void *)>;
+
+// A function that is called before it ends; std::function's header takes longer to compile than all of this.
+class Enter {
+public:
+  template <class Function>
+  Enter(const Function &function)
+      : function_(&function), call_([](const void *called, Body body, void *data) {
+          (*static_cast<const Function *>(called))(body, data);
+        }) {}
+  void operator()(Body body, void *data) const { call_(function_, body, data); }
+
+private:
+  const void *function_;
+  void (*call_)(const void *, Body, void *);
+};
 
 void watch(Body body, void *data, const Enter &enter);
 

@@ -1,5 +1,6 @@
 """Teachers: who writes the answer. One interface for a template grammar, an endpoint, a local model."""
 
+import http.client
 import json
 import urllib.request
 import zlib
@@ -124,6 +125,7 @@ class Endpoint:
     """Holds the key that the server wants; empty for none."""
     temperature: float = 0.2
     max_new_tokens: int = 512
+    top_p: float = 1.0
     timeout_s: float = 120.0
 
     @property
@@ -152,7 +154,7 @@ class Endpoint:
             verdict="not judged",
         )
 
-    def complete_many(self, prompts: Sequence[str]) -> list[str]:
+    def complete_many(self, prompts: Sequence[str], *, first: int = 0) -> list[str]:  # noqa: ARG002
         """Completions of functions, one chat of one message each.
 
         Raises:
@@ -170,6 +172,8 @@ class Endpoint:
             "temperature": self.temperature,
             "max_tokens": self.max_new_tokens,
         }
+        if self.temperature and self.top_p < 1:
+            body["top_p"] = self.top_p
         key = Path(self.key_file).read_text(encoding="utf-8").strip() if self.key_file else ""
         request = urllib.request.Request(  # noqa: S310 - checked above
             f"{self.url.rstrip('/')}/chat/completions",
@@ -178,17 +182,19 @@ class Endpoint:
         )
         try:
             with urllib.request.urlopen(request, timeout=self.timeout_s) as reply:  # noqa: S310
-                answer = json.loads(reply.read())
-        except OSError as error:
+                whole = reply.read()
+        except (OSError, http.client.HTTPException) as error:
             raise ValueError(
                 f"{self.url} gave no answer ({error}); when it does, the same command goes on from here"
             ) from None
         try:
-            text = str(answer["choices"][0]["message"]["content"])
-            return text, int(answer.get("usage", {}).get("total_tokens", 0))
-        except (KeyError, IndexError, TypeError, AttributeError):
+            answer = json.loads(whole)
+            # Where a model declined, or ran out of tokens before its answer, there is no text.
+            text = str(answer["choices"][0]["message"]["content"] or "")
+            return text, int((answer.get("usage") or {}).get("total_tokens") or 0)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             raise ValueError(
-                f"{self.url} answered {str(answer)[:200]}, which is no completion"
+                f"{self.url} answered {whole[:200].decode(errors='replace')}, which is no completion"
             ) from None
 
 

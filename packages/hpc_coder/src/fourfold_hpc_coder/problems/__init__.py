@@ -145,8 +145,11 @@ class Problem:
     def driver(self, model: Model) -> str:
         """Source of the program that calls an answer: our server around a declaration."""
         declaration = self.declaration(model)
+        # Half of a driver's compilation, where nothing asks for them.
+        numbers = "complex" in declaration or self.prelude
+        headers = "#include <cmath>\n#include <complex>\n" if numbers else ""
         return (
-            '#include "server.hpp"\n#include <cmath>\n#include <complex>\n'
+            f'#include "server.hpp"\n{headers}'
             f"{_inline(self.prelude)}\n{_unnamed(declaration)};\n"
             "int main(int count, char **words) {\n"
             f"    return fourfold::serve(&{self.signature.function}, count, words);\n}}\n"
@@ -370,8 +373,24 @@ def read_problem(name: str, text: str) -> Problem:
     )
 
 
-def find_problem(name: str, prompt: str) -> Problem:
+def _linked(declaration: str, function: str) -> str:
+    """What must be equal for a call to reach a function: its types, however they are spelt."""
+    found = re.search(rf"([\w:<> *]+?)\b{function}\s*\((.*)\)", declaration)
+    if found is None:
+        return ""
+    types = []
+    for one in (f"{found.group(1)} result", *re.split(r",(?![^<]*>)", found.group(2))):
+        unnamed = re.sub(r"^(.*[\s&*>])\w+$", r"\1", one.strip())
+        trailing = re.sub(r"^const\b(.*?)(&?)\s*$", r"\1 const\2", unnamed)
+        # A copy may be const or not.
+        types.append(re.sub(r"(?<![&*])\bconst$", "", trailing.strip()))
+    return re.sub(r"\s+|\bstd::", "", ",".join(types))
+
+
+def find_problem(name: str, prompt: str, model: Model) -> Problem:
     """The problem that a prompt asks for: by name, with the same parameters.
+
+    ParEval's Kokkos prompts often have other types than ours, whose answers our drivers could not call.
 
     Raises:
         ValueError: where there is none, or the prompt declares the function otherwise.
@@ -389,5 +408,11 @@ def find_problem(name: str, prompt: str) -> Problem:
         raise ValueError(
             f"the prompt of {name} does not end by opening {function}(...); "
             f"its last line must declare {problem.signature.text}"
+        )
+    declared, ours = prompt.rstrip().splitlines()[-1], problem.declaration(model)
+    if model not in ("cuda", "hip") and _linked(declared, function) != _linked(ours, function):
+        raise ValueError(
+            f"the prompt of {name} declares `{declared.strip()}`, but the built-in {model} driver calls "
+            f"`{ours}`; have the built-in prompt answered, as `generate` does"
         )
     return problem

@@ -1,0 +1,30 @@
+// What most answers need of prelude.hpp: the headers after which GCC has little to instantiate.
+#include <cstddef>
+// Bessel's functions and their like, which <cmath> would bring.
+#undef _GLIBCXX_USE_STD_SPEC_FUNCS
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cassert>
+#include <cfloat>
+#include <climits>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <limits>
+#include <list>
+#include <map>
+#include <numeric>
+#include <optional>
+#include <queue>
+#include <set>
+#include <stack>
+#include <tuple>
+#include <unordered_map>
+#include <unordered_set>
+#include <utility>
+#include <vector>

@@ -1,0 +1,188 @@
+"""In which order answers are judged: built and checked on all processors, then timed one by one, in quiet.
+
+A timing suffers nothing beside it, so each one costs the other processors its length and the wait until
+they are idle. Hence answers wait for one another: a few problems' worth is built and checked by as many jobs
+as there are; when none works any more, their programs are timed, and no other program exists meanwhile. What
+needs no timing is settled at once. A kill loses at most what had not been timed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from fourfold_hpc_coder import toolchain
+from fourfold_hpc_coder.checkout import Borrowed, borrowed_reference
+from fourfold_hpc_coder.evaluation import Model
+from fourfold_hpc_coder.judge import (
+    Candidate,
+    Judgement,
+    Reference,
+    check,
+    judged_by_time,
+    reference,
+)
+from fourfold_hpc_coder.pareval import Question
+from fourfold_hpc_coder.problems import Problem
+from fourfold_hpc_coder.workbench import Bench, precompile, ready
+
+Asked = Problem | Borrowed
+"""A problem of this package, or of a checkout of ParEval."""
+
+TOGETHER = 64
+"""Answers that are timed in one stretch, at most: a minute's work, which a kill may lose."""
+PROBLEMS = 4
+"""Whose inputs and right answers are in memory at once, at most."""
+LARGE_BYTES = 4 << 20
+"""A larger program is timed at once rather than kept: a file may hold many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One distinct answer, and every place of the file where it stands."""
+
+    question: Question
+    problem: Asked
+    body: str
+    key: str
+    places: tuple[tuple[int, int], ...]
+
+    @property
+    def source(self) -> str:
+        """Answers of one source share inputs and right answers."""
+        shared = self.problem.name
+        return f"{shared} ({self.question.model})" if isinstance(self.problem, Borrowed) else shared
+
+
+def judge_all(
+    bench: Bench,
+    waiting: Sequence[Task],
+    models: Sequence[Model],
+    jobs: int,
+    settle: Callable[[Task, Judgement], None],
+) -> dict[str, str]:
+    """Judge answers; a problem whose reference fails is reported, not fatal.
+
+    Args:
+        bench: where.
+        waiting: the answers, those to one problem together.
+        models: of the answers, in the order in which they matter.
+        jobs: answers built and checked at once.
+        settle: takes each judgement when it is final, from any thread.
+
+    Returns:
+        Why a reference failed, by source.
+    """
+    failed: dict[str, str] = {}
+    with _pool(jobs) as pool:
+        _lay_ground(bench, waiting, models, pool)
+        rights: dict[str, Reference] = {}
+        for window in windows(waiting):
+            first = {task.source: task for task in reversed(window)}
+            rights = {source: right for source, right in rights.items() if source in first}
+            begun = {
+                source: pool.submit(_reference, bench, task)
+                for source, task in sorted(first.items())
+                if source not in rights and source not in failed
+            }
+            for source, future in begun.items():
+                try:
+                    rights[source] = future.result()
+                except RuntimeError as error:
+                    failed[source] = str(error)[:500]
+            # The longest first, for all jobs to end together.
+            able = sorted(
+                (task for task in window if task.source in rights),
+                key=lambda task: task.question.model == "serial",
+            )
+            checked: list[Future[_Kept | None]] = [
+                pool.submit(_checked, bench, task, rights[task.source], settle) for task in able
+            ]
+            for kept in [future.result() for future in checked]:
+                if kept:
+                    with kept.folder:
+                        settle(kept.task, judged_by_time(bench, kept.candidate))
+    return failed
+
+
+def windows(waiting: Sequence[Task]) -> Iterator[list[Task]]:
+    """The answers in their order, cut into those that are timed together."""
+    window: list[Task] = []
+    sources: set[str] = set()
+    for task in waiting:
+        if len(window) == TOGETHER or len(sources | {task.source}) > PROBLEMS:
+            yield window
+            window, sources = [], set()
+        window.append(task)
+        sources.add(task.source)
+    if window:
+        yield window
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A checked answer that waits to be timed, and what holds its folder."""
+
+    task: Task
+    candidate: Candidate
+    folder: ExitStack
+
+
+def _checked(
+    bench: Bench, task: Task, right: Reference, settle: Callable[[Task, Judgement], None]
+) -> _Kept | None:
+    """The answer if it has yet to be timed; otherwise it is settled."""
+    question = task.question
+    with ExitStack() as held:
+        folder = held.enter_context(bench.folder())
+        found = check(bench, right, question.model, question.prompt, task.body, folder)
+        if isinstance(found, Candidate) and found.program_bytes > LARGE_BYTES:
+            found = judged_by_time(bench, found)
+        if isinstance(found, Candidate):
+            return _Kept(task, found, held.pop_all())
+        settle(task, found)
+        return None
+
+
+def _lay_ground(
+    bench: Bench, waiting: Sequence[Task], models: Sequence[Model], pool: ThreadPoolExecutor
+) -> None:
+    """Begin what every answer needs before the first asks for it; preludes, which take longest, first.
+
+    What fails there fails again, and is reported, where it is asked for.
+    """
+    asked = {task.question.model for task in waiting}
+    here: list[Model] = [one for one in models if one in asked and toolchain.runs_here(one)]
+    texts: dict[tuple[str, ...], list[str]] = {}
+    of_prelude: dict[tuple[str, ...], Model] = {}
+    for model in here:
+        flags = toolchain.flavour(model).prelude
+        of_prelude.setdefault(flags, model)
+        texts.setdefault(flags, []).extend(
+            task.problem.unit(task.question.prompt, task.body)
+            for task in waiting
+            if task.question.model == model
+        )
+    for flags, model in of_prelude.items():
+        pool.submit(precompile, bench, model, texts[flags], later=False)
+    for model in here:
+        pool.submit(ready, bench, model)
+    for flags, model in of_prelude.items():
+        pool.submit(precompile, bench, model, texts[flags], later=True)
+
+
+@contextmanager
+def _pool(jobs: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that begin nothing new once something went wrong."""
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _reference(bench: Bench, task: Task) -> Reference:
+    if isinstance(task.problem, Borrowed):
+        return borrowed_reference(bench, task.problem, task.question.prompt)
+    return reference(bench, task.problem)

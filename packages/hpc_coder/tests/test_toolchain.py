@@ -1,0 +1,133 @@
+"""What is compiled once and kept, and which answers the short prelude serves."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fourfold_hpc_coder import toolchain
+from fourfold_hpc_coder.evaluation import Model
+from fourfold_hpc_coder.jobs import Job, Outcome
+from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.walls import Unprotected
+from fourfold_hpc_coder.workbench import built
+
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
+AVERAGE = own_problems()["27_reduce_average"]
+
+
+@pytest.mark.skipif(
+    bool(toolchain.missing("mpi")),
+    reason="it counts what MPI's compiler is asked for (Debian: libopenmpi-dev, openmpi-bin)",
+)
+def test_what_answers_share_is_compiled_once(tmp_path: Path, monkeypatch) -> None:
+    """One prelude and one driver for all CPU models, races included."""
+    made: list[str] = []
+
+    def remember(_, job: Job) -> Outcome:
+        made.append(" ".join(job.command))
+        return Outcome(code=0, stdout="", stderr="", elapsed_s=0, cpu_s=0, limit="nothing")
+
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
+    monkeypatch.setattr(toolchain, "run", remember)
+    driver = AVERAGE.driver("serial")
+    models: tuple[Model, ...] = ("serial", "omp", "mpi", "mpi+omp")
+    for flavoured in (*map(toolchain.flavour, models), toolchain.racing()):
+        toolchain.prepare(flavoured, driver, "", Unprotected())
+    assert sum("prelude.hpp.gch" in one for one in made) == 1
+    assert sum("driver.cc" in one for one in made) == 1
+    names = ("alone.cc", "ranks.cc", "threads.cc", "race.cc")
+    assert all(sum(name in one for one in made) == 1 for name in names)
+
+
+@pytest.mark.parametrize("header", ["", "#include <iostream>\n"], ids=["short", "whole"])
+@pytest.mark.parametrize("model", ["serial", "omp", "mpi", "race"])
+def test_what_is_precompiled_is_used_and_changes_no_instruction(
+    bench, tmp_path, model, header
+) -> None:
+    """Compiled without it, an answer is the same program, but for the lines that a race is found by."""
+    if model == "mpi" and (reason := toolchain.missing("mpi")):
+        pytest.skip(reason)
+    flavoured = toolchain.racing() if model == "race" else toolchain.flavour(model)
+    flavoured = replace(flavoured, flags=("-Winvalid-pch", *flavoured.flags))
+    asked: Model = "omp" if model == "race" else model
+    body = AVERAGE.answer("omp" if model == "serial" else asked)  # its pragma says nothing
+    text = AVERAGE.unit(header + AVERAGE.prompt(asked), body)
+    assert toolchain.needs_whole(flavoured, text, bench.sandbox) == bool(header)
+    kept = toolchain.prepare(flavoured, AVERAGE.driver(asked), text, bench.sandbox)
+    bare = tmp_path / "bare"
+    shutil.copytree(kept.prelude, bare, ignore=shutil.ignore_patterns("*.gch"))
+    programs = []
+    for number, prelude in enumerate((kept.prelude, bare)):
+        source, program = tmp_path / f"in{number}", tmp_path / f"out{number}"
+        source.mkdir()
+        program.mkdir()
+        (source / "answer.cpp").write_text(text)
+        built = replace(kept, prelude=prelude)
+        outcome = toolchain.compile_candidate(bench.sandbox, built, source, program)
+        assert (outcome.code, outcome.stderr) == (0, "")
+        programs.append((program / "answer").read_bytes())
+    assert model == "race" or programs[0] == programs[1]
+
+
+WHOLE = (
+    "std::cout << 1;",
+    "std::complex<double> z;",
+    "std::mt19937 g;",
+    "std::thread t;",
+    "std::string s = std::to_string(1);",
+    "auto p = std::make_unique<int>(1);",
+    "double b = std::cyl_bessel_j(0, 1.0);",
+    "double b = beta;",
+    "errno = ERANGE;",
+    "clock_gettime(CLOCK_MONOTONIC, &now);",
+    "long c = time(nullptr);",
+    "std::lock_guard held(m);",
+    "#include <bits/stdc++.h>",
+    "#include <regex>",
+)
+SHORT = (
+    "#include <omp.h>\n#include <vector>\nstd::vector<double> v(3); std::sort(v.begin(), v.end());",
+    "double m = std::max(std::fabs(-1.0), M_PI); assert(m < INFINITY && m < DBL_MAX);",
+    'auto f = std::function<int(int)>([](int i) { return abs(i); }); printf("%d", f(INT_MIN + 1));',
+    "std::unordered_map<int, std::set<long>> h; std::atomic<int> n{0}; n += h.size();",
+    "int s = std::accumulate(std::begin(a), std::end(a), 0); memcpy(b, a, sizeof a);",
+    "std::priority_queue<std::pair<int, int>> q; std::optional<int> o; std::swap(s, o); // cout",
+)
+
+
+@pytest.mark.parametrize("text", WHOLE)
+def test_a_name_that_only_the_whole_prelude_holds_asks_for_it(bench, text: str) -> None:
+    flavoured = toolchain.flavour("serial")
+    assert toolchain.needs_whole(flavoured, text, bench.sandbox)
+    assert toolchain.needs_whole(flavoured, "#define a std::cout\n", bench.sandbox)
+    assert "include" in text or not toolchain.needs_whole(flavoured, f"// {text}", bench.sandbox)
+
+
+@pytest.mark.parametrize("text", SHORT)
+def test_what_most_answers_use_is_in_the_short_prelude(bench, text: str) -> None:
+    assert not toolchain.needs_whole(toolchain.flavour("serial"), text, bench.sandbox)
+
+
+@pytest.mark.parametrize("model", ["serial", "omp"])
+def test_right_answers_build_under_the_short_prelude(bench, tmp_path: Path, model: Model) -> None:
+    """Most have it, and what they name is there; the slow tests judge every one of them."""
+    flavoured = toolchain.flavour(model)
+    answers = [
+        (one, one.unit(one.prompt(model), one.answer(model)))
+        for one in own_problems().values()
+        if model in one.models
+    ]
+    short = [
+        (one, text)
+        for one, text in answers
+        if not toolchain.needs_whole(flavoured, text, bench.sandbox)
+    ]
+    assert len(short) >= len(answers) // 2
+    for one, text in (short[0], short[-1]):
+        folder = tmp_path / one.name
+        folder.mkdir()
+        outcome = built(bench, one, model, text, folder)
+        assert outcome.code == 0, outcome.stderr
