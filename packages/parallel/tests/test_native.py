@@ -2,6 +2,7 @@
 
 import ctypes
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (folder / "__init__.py").touch()
     (folder / "twice.cpp").write_text('extern "C" int twice(int x) { return 2 * x; }')
     monkeypatch.syspath_prepend(str(folder.parent))
+    monkeypatch.delitem(sys.modules, folder.name, raising=False)
     monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path / "cache"))
     return folder.name
 
@@ -47,6 +49,21 @@ def test_a_source_is_compiled_once_and_anew_when_it_changes(package: str, tmp_pa
     source = tmp_path / "sources" / package / "twice.cpp"
     source.write_text(source.read_text().replace("2 * x", "3 * x"))
     assert native.build(package, "twice.cpp", compiler) != built
+
+
+@needs_compiler
+def test_a_header_is_part_of_the_source(package: str, tmp_path: Path) -> None:
+    """A change of it is compiled."""
+    folder = tmp_path / "sources" / package
+    source, header = folder / "thrice.cpp", folder / "factor.h"
+    source.write_text('#include "factor.h"\nextern "C" int thrice(int x) { return FACTOR * x; }')
+    compiler = Path(next(filter(None, map(shutil.which, native.COMPILERS))))
+    built = []
+    for factor in (3, 4):
+        header.write_text(f"#define FACTOR {factor}\n")
+        built.append(native.build(package, source.name, compiler))
+        assert ctypes.CDLL(str(built[-1])).thrice(ctypes.c_int(7)) == 7 * factor
+    assert built[0] != built[1]
 
 
 def test_without_a_compiler_there_is_no_library(

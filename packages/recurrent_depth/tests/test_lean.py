@@ -102,16 +102,38 @@ def test_compiled_blocks_are_as_exact_as_torchs(make: Any, gain: float, length: 
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("width", "heads", "hidden"), [(48, 1, 80), (96, 2, 112), (80, 5, 16), (160, 2, 96)]
+)
+def test_products_of_any_size(make: Any, width: int, heads: int, hidden: int) -> None:
+    """Whole tiles and panels, and every remainder of them: 1 to 33 tokens of one row and of three."""
+    model = make(n_embd=width, n_heads=heads, intermediate_size=hidden)
+    generator = torch.Generator().manual_seed(3)
+    for rows in (1, 3):
+        for length in range(1, 34):
+            tokens = torch.randint(0, 64, (rows, length), generator=generator)
+            s, injected = torch.randn(2, rows, length, width, generator=generator)
+            found = []
+            for form in ("lean", "compiled"):
+                with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+                    use(form, patch)
+                    where = model.begin(tokens, None)[1]
+                    assert (where.compiled is None) == (form == "lean")
+                    found.append(model.recur(s, injected, where, 0, 2))
+            torch.testing.assert_close(found[1], found[0], rtol=0, atol=ROUNDING)
+
+
+@needs_compiler
 @pytest.mark.parametrize("length", [1, 12, 37])
 def test_a_rows_numbers_are_its_own(tiny: Any, length: int) -> None:
     """Bit for bit, in any company and on any number of threads."""
     generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(0, 64, (7, length), generator=generator)
-    s, injected = torch.randn(2, 7, length, 32, generator=generator)
+    tokens = torch.randint(0, 64, (13, length), generator=generator)
+    s, injected = torch.randn(2, 13, length, 32, generator=generator)
     where = tiny.begin(tokens, None)[1]
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         together = tiny.recur(s, injected, where, 0, 3)
-        for rows in ([3], [6, 0], [1, 2, 3, 4, 5]):
+        for rows in ([3], [6, 0], [1, 2, 3, 4, 12], [*range(1, 13)]):
             here = where.of_rows(torch.tensor(rows))
             assert torch.equal(tiny.recur(s[rows], injected[rows], here, 0, 3), together[rows])
         patch.setattr(native, "WORTH_SHARING", 0)
@@ -187,8 +209,10 @@ def test_memory_that_a_cache_does_not_hold_is_refused(
     assert cache.rooms(torch.zeros(2, 2, 1, 16), [5], 1)[1].place == 12
 
 
-def test_new_weights_are_seen(tiny: Any, tokens: torch.Tensor) -> None:
-    """Nothing is packed: what an optimizer or a checkpoint writes counts at the next pass."""
+@pytest.mark.parametrize("length", [12, 37])
+def test_new_weights_are_seen(tiny: Any, length: int) -> None:
+    """Nothing packed outlives its pass: what an optimizer or a checkpoint writes counts at the next one."""
+    tokens = torch.randint(0, 64, (3, length), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         before = tiny(tokens, num_steps=2, init_scale=0.0).logits
         for change in (lambda weight: weight.mul_(2), lambda weight: weight.data.mul_(2)):

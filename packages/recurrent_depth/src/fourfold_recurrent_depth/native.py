@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 LANES = 16
 """Widths of the stream, a head and the hidden layer are multiples of it."""
+MANY = 16
+"""Tokens of a row from which packing the weights pays, once for a forward pass."""
 WORTH_SHARING = 4_000_000
 """Multiplications from which a second thread (50 microseconds to wake) pays."""
 
@@ -34,7 +36,7 @@ _NUMBER = ctypes.c_int64
 
 
 class _Block(ctypes.Structure):
-    _fields_ = (("gains", _POINTER * 4), ("weights", _POINTER * 5))
+    _fields_ = (("gains", _POINTER * 4), ("weights", _POINTER * 5), ("panels", _POINTER))
 
 
 class _Store(ctypes.Structure):
@@ -48,7 +50,7 @@ class _Store(ctypes.Structure):
 
 class _Pass(ctypes.Structure):
     _fields_ = (
-        ("sizes", _NUMBER * 11),
+        ("sizes", _NUMBER * 12),
         ("blocks", _POINTER),
         ("slots", _POINTER),
         ("adapter", _POINTER),
@@ -69,11 +71,13 @@ def library() -> ctypes.CDLL | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CompiledBlocks:
-    """The blocks of one stage, by the addresses of their tensors: nothing is copied, nothing can be stale."""
+    """The blocks of one stage for one forward pass, by the addresses of their tensors."""
 
     blocks: Sequence[LeanBlock]
     addresses: ctypes.Array[_Block]
-    call: Any
+    compiled: ctypes.CDLL
+    packed: list[Tensor] = field(default_factory=list)
+    """The weights of each block in panels, once a call of this pass has many tokens."""
 
     @classmethod
     def of(cls, blocks: Sequence[LeanBlock]) -> CompiledBlocks | None:
@@ -97,7 +101,7 @@ class CompiledBlocks:
             address.weights[:] = [
                 part.data_ptr() for part in (block.into_heads, block.bias, *products[1:])
             ]
-        return cls(blocks, addresses, compiled.fourfold_recur)
+        return cls(blocks, addresses, compiled)
 
     def takes(self, x: Float[Tensor, "batch token width"], where: Pass) -> bool:
         """Whether this pass's tensors are of the form that the compiled code reads."""
@@ -159,17 +163,19 @@ class CompiledBlocks:
             rotary.stride(0) if rotary.shape[0] > 1 else 0,
             rotary.stride(1) if rotary.shape[1] > 1 else 0,
             mask.stride(0) if mask is not None and mask.shape[0] > 1 else 0,
-            0 if mask is None else mask.stride(2),
+            0 if mask is None else mask.stride(2), tokens >= MANY,
         )  # fmt: skip
         told = _Pass(
-            (_NUMBER * 11)(*sizes), ctypes.addressof(self.addresses), ctypes.addressof(steps),
+            (_NUMBER * 12)(*sizes), ctypes.addressof(self.addresses), ctypes.addressof(steps),
             _address(adapter), _address(injected), _address(rotary), _address(mask), _address(running),
             _store(cached), _store(own), block.eps,
         )  # fmt: skip
+        if tokens >= MANY and not self.packed:
+            self._pack(width, hidden)
         pointer, states = ctypes.byref(told), _POINTER(x.data_ptr())
 
         def recur(first: int, last: int) -> None:
-            self.call(pointer, states, _NUMBER(first), _NUMBER(last))
+            self.compiled.fourfold_recur(pointer, states, _NUMBER(first), _NUMBER(last))
 
         per_token = width * (4 * width + 3 * hidden) * len(self.blocks) * len(slots)
         if batch * tokens * per_token < WORTH_SHARING:
@@ -177,6 +183,15 @@ class CompiledBlocks:
         else:
             native.share(batch, recur)
         return x
+
+    def _pack(self, width: int, hidden: int) -> None:
+        for block, address in zip(self.blocks, self.addresses, strict=True):
+            panels = block.bias.new_empty(width * (4 * width + 3 * hidden))
+            address.panels = panels.data_ptr()
+            self.compiled.fourfold_pack(
+                ctypes.byref(address), _NUMBER(width), _NUMBER(hidden), _POINTER(address.panels)
+            )
+            self.packed.append(panels)
 
 
 def _address(tensor: Tensor | None) -> int | None:

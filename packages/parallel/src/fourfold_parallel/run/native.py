@@ -1,4 +1,4 @@
-"""C++ beside Python: one source file, compiled for this processor when first needed.
+"""C++ beside Python: one source file and its headers, compiled for this processor when first needed.
 
 The shared library is kept in fourfold's cache under a name made of its source, the flags, the compiler and
 the processor, and called through ctypes. Whoever loads one has a way in torch's operations too: without a
@@ -11,6 +11,7 @@ import importlib.resources
 import itertools
 import logging
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -61,7 +62,7 @@ def build(package: str, source: str, compiler: Path) -> Path:
         OSError: where the cache cannot be written.
         subprocess.SubprocessError: where the compiler fails.
     """
-    text = importlib.resources.files(package).joinpath(source).read_text("utf-8")
+    text = whole_source(package, source)
     version = subprocess.run(  # noqa: S603 - a compiler from PATH
         [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
     ).stdout
@@ -75,6 +76,14 @@ def build(package: str, source: str, compiler: Path) -> Path:
                 input=text, capture_output=True, text=True, check=True, timeout=300,
             )  # fmt: skip
     return built
+
+
+def whole_source(package: str, source: str) -> str:
+    """A source file with the package's own headers in the place of the lines that include them."""
+    text = importlib.resources.files(package).joinpath(source).read_text("utf-8")
+    return re.sub(
+        r'^#include "(.+)"$', lambda line: whole_source(package, line[1]), text, flags=re.MULTILINE
+    )
 
 
 def processor() -> str:
