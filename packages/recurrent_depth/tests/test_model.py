@@ -1,5 +1,6 @@
 """Laws of the model: padding, caches, company and depth change nothing that they should not."""
 
+import copy
 import warnings
 from importlib.util import find_spec
 from typing import Any
@@ -249,6 +250,46 @@ def test_transformers_generation(tiny: Any, tokens: torch.Tensor, what: str) -> 
         case "contrastive_rows":
             made = tiny.generate(tokens[:2], do_sample=True, num_return_sequences=3, **options)
             assert made.shape[0] == 6
+
+
+@pytest.mark.parametrize("exits", [None, LatentDiff(threshold=0.2, scope="token")])
+@pytest.mark.parametrize("helper", ["model", "prompt"])
+def test_refused_candidates_leave_no_trace(
+    tiny: Any, tokens: torch.Tensor, exits: Any, helper: str
+) -> None:
+    """Another model's guesses, and the prompt's own n-grams, are mostly wrong: the tokens are greedy's."""
+    options: dict[str, Any] = {
+        "max_new_tokens": 8, "pad_token_id": 0, "num_steps": 4, "init_scale": 0.0, "do_sample": False,
+        "exit": exits,
+    }  # fmt: skip
+    prompt = tokens[:1, :4].repeat(1, 3)
+    greedy = tiny.generate(prompt, **options)
+    if helper == "prompt":
+        helped = tiny.generate(prompt, prompt_lookup_num_tokens=3, **options)
+    else:
+        other = copy.deepcopy(tiny)
+        with torch.no_grad():
+            for parameter in other.transformer["coda"].parameters():
+                parameter.copy_(parameter.roll(1, 0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # transformers' own call of the assistant is deprecated
+            helped = tiny.generate(prompt, assistant_model=other, **options)
+    assert helped.tolist() == greedy.tolist()
+
+
+def test_a_cropped_cache_is_the_shorter_cache(tiny: Any, tokens: torch.Tensor) -> None:
+    """Negative numbers remove, as transformers counts; any other is refused."""
+    cache = RecurrentCache(tiny.config, steps=6)
+    options: Any = {"past_key_values": cache, "use_cache": True}
+    logits(tiny, tokens, **options)
+    cache.crop(0)
+    cache.crop(-4)
+    assert cache.exit_steps is not None
+    assert cache.exit_steps.shape[1] == cache.get_seq_length() == 8
+    assert close(logits(tiny, tokens[:, 8:], **options), logits(tiny, tokens)[:, 8:])
+    for wrong in (1, -13):
+        with pytest.raises(ValueError, match="use -n"):
+            cache.crop(wrong)
 
 
 def test_beams_with_and_without_cache_agree(tiny: Any, tokens: torch.Tensor) -> None:

@@ -304,8 +304,16 @@ class RecurrentCache(Cache):
         return -1 if self._keys is None else self._keys.shape[1]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens: nothing moves."""
-        self.length -= tokens_to_remove
+        """Forget the last -n tokens (n is negative, as transformers counts): nothing moves.
+
+        Raises:
+            ValueError: for a positive number, or where fewer are cached.
+        """
+        if not -self.length <= tokens_to_remove <= 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}) of {self.length} cached tokens; use -n to forget the last n of them"
+            )
+        self.length += tokens_to_remove
         if self.exit_steps is not None:
             self.exit_steps = self.exit_steps[:, : self.length]
         if tokens_to_remove:
