@@ -8,16 +8,21 @@ from typing import Any
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoModelForCausalLM
 
 from fourfold_recurrent_depth import (
     RecurrentCache,
-    RecurrentDepthForCausalLM,
     estimate_cache_bytes,
     state_table,
     stopping,
 )
-from fourfold_recurrent_depth.exits import KL, ArgmaxStability, Custom, Fixed, LatentDiff
+from fourfold_recurrent_depth.exits import (
+    KL,
+    ArgmaxStability,
+    Custom,
+    EntropyDiff,
+    Fixed,
+    LatentDiff,
+)
 
 ROUNDING = 3e-5
 """float32 sums in another order, contracted by the recurrence; logits are of size one to ten."""
@@ -48,6 +53,31 @@ def test_padding_changes_nothing(
     padded = logits(tiny, torch.cat(order, 1), attention_mask=mask, initial_state=table, exit=exits)
     padded = padded[:, 5:] if side == "left" else padded[:, :12]
     assert close(padded, logits(tiny, tokens, initial_state=table, exit=exits))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    "exits",
+    [
+        LatentDiff(threshold=0.2),
+        KL(threshold=0.05),
+        EntropyDiff(threshold=0.05),
+        ArgmaxStability(threshold=2),
+    ],
+    ids=lambda exits: type(exits).__name__,
+)
+def test_padding_is_not_judged(tiny: Any, tokens: torch.Tensor, side: str, exits: Any) -> None:
+    """Rows stop together where they stop without padding: by their own last token, and not by 0 / 0."""
+    pad = torch.full((3, 5), 9)
+    order = [pad, tokens] if side == "left" else [tokens, pad]
+    mask = torch.cat([torch.full_like(x, x is tokens) for x in order], 1)
+    with torch.no_grad():
+        plain = tiny(tokens, exit=exits, init_scale=0.0)
+        found = tiny(torch.cat(order, 1), attention_mask=mask, exit=exits, init_scale=0.0)
+    assert plain.exit_steps.min() < 6
+    assert torch.equal(found.exit_steps[mask.bool()].view(3, 12), plain.exit_steps)
+    assert bool((found.exit_steps[~mask.bool()] == 0).all())
+    assert close(found.logits[mask.bool()].view_as(plain.logits), plain.logits)
 
 
 def test_left_padded_generation_equals_each_row_alone(tiny: Any, tokens: torch.Tensor) -> None:
@@ -419,49 +449,22 @@ def test_fresh_states_follow_the_initial_law(tiny: Any) -> None:
     assert not torch.equal(one, two)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_steps": 0}, "fewer than 1 recurrence"),
-        ({"num_steps": (-1, 4)}, "fewer than 1 recurrence"),
-        ({"num_steps": torch.tensor([1, 0, 2])}, "fewer than 1 recurrence"),
-        ({"exit": "kullback"}, "use one of kl"),
-        ({"kv_budget": 0, "use_cache": True}, "keeps no recurrence"),
-        ({"kv_budget": 9, "use_cache": True, "num_steps": 4}, "more recurrences than the 4"),
-        (
-            {
-                "exit": "kl",
-                "attention_mask": torch.ones(3, 12).long() * torch.tensor([[1], [0], [1]]),
-            },
-            r"rows \[1\] of the batch",
-        ),
-        ({"position_ids": torch.arange(60, 72)[None]}, "beyond the rotary table"),
-        ({"inputs_embeds": torch.zeros(3, 12, 32)}, "exactly one"),
-        ({"exit": lambda now, _: now}, "one number for each"),
-    ],
-)
-def test_bad_input_is_refused(
-    tiny: Any, tokens: torch.Tensor, options: dict[str, Any], message: str
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("exits", [None, LatentDiff(threshold=0.2, scope="token")])
+def test_packed_texts_do_not_see_each_other(
+    tiny: Any, tokens: torch.Tensor, cached: bool, exits: Any
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        logits(tiny, tokens, **options)
+    """Positions that begin anew begin a text, with a cache and exits too."""
+    places = torch.cat([torch.arange(5), torch.arange(7)])[None].expand(3, -1)
+    packed = logits(tiny, tokens, position_ids=places, use_cache=cached, exit=exits)
+    assert close(packed[:, :5], logits(tiny, tokens[:, :5], exit=exits))
+    assert close(packed[:, 5:], logits(tiny, tokens[:, 5:], exit=exits))
 
 
-def test_a_checkpoint_of_another_model_is_refused(tiny: Any, tmp_path: Any) -> None:
-    """Missing or extra keys, named."""
-    from safetensors.torch import load_file, save_file
-
-    from fourfold_recurrent_depth.checkpoints import load_published
-
-    tiny.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert isinstance(again, RecurrentDepthForCausalLM)
-    weights = load_file(tmp_path / "model.safetensors")
-    missing = {name: w for name, w in weights.items() if "coda.0.norm_1" not in name}
-    for wrong, name in (
-        (missing, "coda.0.norm_1"),
-        ({**weights, "extra.w": torch.ones(1)}, "extra.w"),
-    ):
-        save_file(wrong, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=name):
-            load_published(tmp_path)
+def test_shifted_labels_that_are_given_are_used(tiny: Any, tokens: torch.Tensor) -> None:
+    """As every model of transformers does."""
+    shifted = tokens.roll(-2, 1)
+    with torch.no_grad():
+        out = tiny(tokens, labels=tokens, shift_labels=shifted, init_scale=0.0)
+    expected = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), shifted.flatten())
+    assert close(out.loss, expected, 1e-6)

@@ -130,7 +130,15 @@ class RecurrentCache(Cache):
         """Write the pass's keys and values into a slot, and give the slot up to them.
 
         Only the rows of `select` are written and given; of their tokens, only those still running.
+
+        Raises:
+            ValueError: for tensors that carry gradient, which memory that is written in place would lose.
         """
+        if key_states.requires_grad:
+            raise ValueError(
+                "a RecurrentCache, which exits use too, keeps no gradient; call the model under "
+                "torch.no_grad(), or leave use_cache, past_key_values and exit out"
+            )
         tokens = key_states.shape[2]
         self._reserve(key_states)
         stop = self.length + tokens
@@ -311,7 +319,7 @@ class RecurrentCache(Cache):
         """
         if not -self.length <= tokens_to_remove <= 0:
             raise ValueError(
-                f"crop({tokens_to_remove}) of {self.length} cached tokens; use -n to forget the last n of them"
+                f"crop({tokens_to_remove}) of {self.length} cached tokens; use -n to forget the last n"
             )
         self.length += tokens_to_remove
         if self.exit_steps is not None:

@@ -35,7 +35,9 @@ class RecurrentDepthConfig(PreTrainedConfig):
     """
 
     model_type = "huginn_raven"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers' own declaration
+    keys_to_ignore_at_inference = [  # noqa: RUF012 - transformers' own declaration
+        "past_key_values", "final_state", "latent_states", "exit_steps",
+    ]  # fmt: skip
     attribute_map = {  # noqa: RUF012
         "hidden_size": "n_embd",
         "num_attention_heads": "n_heads",
