@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -123,8 +124,8 @@ class SandwichBlock(nn.Module):
         return self.norm_4(self.mlp(self.norm_3(x)) + x)
 
 
-_PLAIN = frozenset({SandwichBlock, Attention, GatedMLP, RMSNorm, nn.Linear})
-"""Parts of a block that its lean form stands for."""
+_PLAIN = {part: part.forward for part in (SandwichBlock, Attention, GatedMLP, RMSNorm, nn.Linear)}
+"""Parts of a block that its lean form stands for, with their forward passes as they were written."""
 
 
 class Adapter(nn.Linear):
@@ -159,6 +160,9 @@ class Adapter(nn.Linear):
     ) -> Float[Tensor, "batch token width"]:
         """The features of a whole state that this rank holds: all, unless a grid cuts the stream."""
         return whole
+
+
+_PLAIN_ADAPTER = {Adapter: Adapter.forward}
 
 
 class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
@@ -413,7 +417,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
         adapter = cast(Adapter, self.transformer["adapter"])
         weight = adapter.weight
         is_same = type(weight) is nn.Parameter and weight.dtype == embedded.dtype
-        is_same = is_same and weight.is_contiguous() and is_plain(adapter, frozenset({Adapter}))
+        is_same = is_same and weight.is_contiguous() and is_plain(adapter, _PLAIN_ADAPTER)
         if where.lean is None or not is_same:
             return
         compiled = {stage: CompiledBlocks.of(blocks) for stage, blocks in where.lean.items()}
@@ -424,6 +428,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
         is_other = self.config._attn_implementation != "sdpa" or where.options  # noqa: SLF001
         is_mixed = where.rotary.real.dtype != embedded.dtype
         is_mixed = is_mixed or torch.is_autocast_enabled(embedded.device.type)
+        is_other = is_other or _has_any_global_hook()
         if is_other or is_mixed or torch.compiler.is_compiling():
             return None
         found: dict[str, list[LeanBlock]] = {}
