@@ -336,6 +336,9 @@ def test_the_cache_is_as_large_as_estimated(tiny: Any, tokens: torch.Tensor) -> 
         assert cache.nbytes() == estimate_cache_bytes(
             tiny.config, tokens=12, steps=6, batch=3, budget=budget, element_bytes=4
         )
+    for wrong in (0, 9):
+        with pytest.raises(ValueError, match=f"budget={wrong}"):
+            estimate_cache_bytes(tiny.config, tokens=12, steps=6, budget=wrong)
 
 
 def test_huginns_cache_is_as_large_as_the_paper_says() -> None:

@@ -444,8 +444,15 @@ def estimate_cache_bytes(
     """Bytes of keys and values of cached tokens: (around + layers * recurrences) * 2 * width each.
 
     Huginn-0125 in bfloat16 at 32 recurrences: 2.79 MB a token; with a budget of 1, 0.17 MB.
+
+    Raises:
+        ValueError: for what no `RecurrentCache` would be.
     """
-    kept = steps if budget is None else min(steps, budget)
+    if steps < 1 or (budget is not None and not 1 <= budget <= steps):
+        raise ValueError(
+            f"steps={steps}, budget={budget} are of no cache; use 1 or more, and a budget of {steps} or fewer"
+        )
+    kept = steps if budget is None else budget
     around = config.n_layers_in_prelude + config.n_layers_in_coda
     slots = around + kept * config.n_layers_in_recurrent_block
     return slots * 2 * config.n_embd * element_bytes * tokens * batch
