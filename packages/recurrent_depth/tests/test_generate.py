@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from fourfold_recurrent_depth import state_table
@@ -131,6 +132,38 @@ def test_one_recurrence_of_a_retrofitted_model_is_the_dense_model(tokens: torch.
         assert torch.allclose(
             shorter(tokens).logits, model(tokens, use_cache=False).logits, atol=1e-5
         )
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("Mistral", "sliding_window=4"), ("Qwen2", "sliding_window=4"), ("Gemma2", "softcapping=30"),
+        ("Granite", "embedding_multiplier=3"), ("Cohere", "logit_scale=0.0625"),
+    ],
+)  # fmt: skip
+def test_models_that_are_more_than_layers_are_refused(model: str, message: str) -> None:
+    """Their retrofit would not be the dense model at one recurrence."""
+    shape: dict[str, Any] = {
+        "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 48, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
+    if model in ("Mistral", "Qwen2", "Gemma2"):
+        shape["sliding_window"] = 4
+    if model == "Qwen2":
+        shape |= {"use_sliding_window": True, "max_window_layers": 2}
+    if model == "Granite":
+        shape["embedding_multiplier"] = 3.0
+    built = getattr(transformers, f"{model}ForCausalLM")
+    with pytest.raises(ValueError, match=message):
+        retrofit(built(getattr(transformers, f"{model}Config")(**shape)), 1, 2, 1)
+
+
+def test_microbatches_of_a_retrofitted_model_share_a_step(tokens: torch.Tensor) -> None:
+    """The trainer divides by the labels of the step, and leaves the division to the model."""
+    recurrent = retrofit(dense(), 1, 2, 1)
+    whole = recurrent(tokens, labels=tokens).loss
+    half = recurrent(tokens, labels=tokens, num_items_in_batch=torch.tensor(66)).loss
+    assert float(half.detach()) == pytest.approx(float(whole.detach()) / 2, rel=1e-5)
 
 
 def test_a_retrofitted_model_trains_and_uses_depth(tokens: torch.Tensor) -> None:

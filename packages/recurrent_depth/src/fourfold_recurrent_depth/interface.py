@@ -270,6 +270,22 @@ class RecurrentDepthPreTrainedModel(PreTrainedModel):
             logits=logits, labels=labels, vocab_size=logits.shape[-1], **extra
         )
 
+    def resize_token_embeddings(self, *given: Any, **options: Any) -> Any:
+        """As in transformers; the new size is exact, so that what is saved can be read again."""
+        resized: Any = super().resize_token_embeddings(*given, **options)
+        if self.config.padded_vocab_size != resized.num_embeddings:
+            self.config.padding_multiple = 1
+        return resized
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Angles of a model that was cast as a whole are rounded: the exact ones are saved, as published."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.freqs_cis.dtype not in (torch.float32, torch.float64):
+            exact = rotary_table(self.config).to(self.freqs_cis.device)
+            destination[prefix + "freqs_cis"] = exact
+
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
         return self.transformer["wte"]
