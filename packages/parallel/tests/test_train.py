@@ -171,6 +171,14 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path, small_run: Run) ->
             trained_model(other, last)
 
 
+def test_an_untied_checkpoint_is_refused_by_a_tied_model(tmp_path: Path, small_run: Run) -> None:
+    """Which of the two weights it should keep is not known."""
+    untied = replace(small_run, model=replace(small_run.model, tied=False))  # type: ignore[type-var]
+    last = run_to(tmp_path, untied)
+    with pytest.raises(ValueError, match=r"'lm_head.weight' and 'model.embed_tokens.weight'"):
+        trained_model(small_run, last)
+
+
 def test_a_run_called_again_is_trained_once(tmp_path: Path, small_run: Run) -> None:
     """At its horizon already, it takes no step and its record has one end."""
     for _ in range(2):

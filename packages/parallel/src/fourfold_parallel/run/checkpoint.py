@@ -204,8 +204,13 @@ def _weights_for(model: nn.Module, folder: Path) -> dict[str, Tensor]:
             f"{held.get(first, 'no such weight')}; build the model that the checkpoint was written by"
         )
     for name, alias in _aliases(model).items():
-        if alias in weights:
-            weights.setdefault(name, weights[alias])
+        if alias not in weights:
+            continue
+        if not torch.equal(weights.setdefault(name, weights[alias]), weights[alias]):
+            raise ValueError(
+                f"{folder} holds different values for {name!r} and {alias!r}, which the model ties; build "
+                "the model without tied weights"
+            )
     missing = sorted(set(held) - set(weights))
     if missing:
         raise ValueError(
