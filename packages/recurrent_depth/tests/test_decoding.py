@@ -144,3 +144,10 @@ def test_components_and_correlation_of_known_states() -> None:
     assert found[..., 0].square().sum().item() == pytest.approx(spread_along, rel=1e-4)
     spread = torch.randn(4, 16, 64, generator=generator)
     assert abs(token_correlation(spread)) < 0.1
+    collapsed = spread[:, :1].expand(-1, 16, -1) + 1e-3 * spread
+    assert token_correlation(collapsed) > 0.99
+    opposed = torch.cat([spread[:, :1], -spread[:, :1]], dim=1)
+    assert token_correlation(opposed) == pytest.approx(-1.0, abs=1e-5)
+    for wrong in (lambda: token_correlation(spread[:, :1]), lambda: classify(spread[0, :5])):
+        with pytest.raises(ValueError, match="or more"):
+            wrong()

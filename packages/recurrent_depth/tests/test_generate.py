@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from fourfold_recurrent_depth import state_table
@@ -52,8 +53,31 @@ def test_decoders_serve_generate(tiny: Any, tokens: torch.Tensor, way: Any) -> N
     options["eos_token_id"] = int(free[0, 2])
     expected = tiny.generate(tokens, **options)
     assert tiny.generate(tokens, custom_generate=way, **options).tolist() == expected.tolist()
-    with pytest.raises(ValueError, match="greedy"):
-        tiny.generate(tokens, custom_generate=way, **{**options, "do_sample": True})
+    for wrong, message in (
+        ({"do_sample": True}, "greedy"),
+        ({"repetition_penalty": 3.0}, "RepetitionPenalty"),
+        ({"max_time": 60.0}, "MaxTimeCriteria"),
+        ({"exit": "kl"}, "exit=kl"),
+        ({"warm_start": True}, "warm_start=True"),
+        ({"init_scale": 1.0}, "init_scale=1.0"),
+        ({"kv_budget": 3}, "kv_budget=3"),
+        ({"return_dict_in_generate": True}, "tokens alone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny.generate(tokens, custom_generate=way, **{**options, **wrong})
+
+
+@pytest.mark.parametrize("way", [Speculation(draft_steps=2), Diffusion(), compacting])
+def test_decoders_take_bfloat16_and_prompts_without_a_mask(
+    tiny: Any, tokens: torch.Tensor, way: Any
+) -> None:
+    made = tiny.to(torch.bfloat16).generate(
+        tokens, custom_generate=way, max_new_tokens=4, do_sample=False, num_steps=3
+    )
+    assert made.shape == (3, 16)
+    if way is not compacting:
+        with pytest.raises(ValueError, match="asks for no token"):
+            way.decode(tiny, tokens, max_new_tokens=0, num_steps=3, initial_state=None)
 
 
 def test_compacting_refuses_what_it_cannot_do(tiny: Any, tokens: torch.Tensor) -> None:
@@ -61,6 +85,28 @@ def test_compacting_refuses_what_it_cannot_do(tiny: Any, tokens: torch.Tensor) -
         tiny.generate(
             tokens, custom_generate=compacting, num_beams=2, max_new_tokens=2, pad_token_id=0
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefix_allowed_tokens_fn": lambda *_: [1]}, "do not follow rows that leave"),
+        ({"initial_state": torch.zeros(3, 1, 32)}, "do not follow rows that leave"),
+        ({"return_dict_in_generate": True}, "tokens alone"),
+    ],
+)
+def test_compacting_refuses_what_belongs_to_places_in_the_batch(
+    tiny: Any, tokens: torch.Tensor, options: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny.generate(tokens, custom_generate=compacting, max_new_tokens=2, **options)
+
+
+def test_compacting_refuses_a_cache_that_holds_the_prompt(tiny: Any, tokens: torch.Tensor) -> None:
+    with torch.no_grad():
+        held = tiny(tokens, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="an empty RecurrentCache"):
+        tiny.generate(tokens, custom_generate=compacting, max_new_tokens=2, past_key_values=held)
 
 
 def dense() -> LlamaForCausalLM:
@@ -86,6 +132,38 @@ def test_one_recurrence_of_a_retrofitted_model_is_the_dense_model(tokens: torch.
         assert torch.allclose(
             shorter(tokens).logits, model(tokens, use_cache=False).logits, atol=1e-5
         )
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("Mistral", "sliding_window=4"), ("Qwen2", "sliding_window=4"), ("Gemma2", "softcapping=30"),
+        ("Granite", "embedding_multiplier=3"), ("Cohere", "logit_scale=0.0625"),
+    ],
+)  # fmt: skip
+def test_models_that_are_more_than_layers_are_refused(model: str, message: str) -> None:
+    """Their retrofit would not be the dense model at one recurrence."""
+    shape: dict[str, Any] = {
+        "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 48, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
+    if model in ("Mistral", "Qwen2", "Gemma2"):
+        shape["sliding_window"] = 4
+    if model == "Qwen2":
+        shape |= {"use_sliding_window": True, "max_window_layers": 2}
+    if model == "Granite":
+        shape["embedding_multiplier"] = 3.0
+    built = getattr(transformers, f"{model}ForCausalLM")
+    with pytest.raises(ValueError, match=message):
+        retrofit(built(getattr(transformers, f"{model}Config")(**shape)), 1, 2, 1)
+
+
+def test_microbatches_of_a_retrofitted_model_share_a_step(tokens: torch.Tensor) -> None:
+    """The trainer divides by the labels of the step, and leaves the division to the model."""
+    recurrent = retrofit(dense(), 1, 2, 1)
+    whole = recurrent(tokens, labels=tokens).loss
+    half = recurrent(tokens, labels=tokens, num_items_in_batch=torch.tensor(66)).loss
+    assert float(half.detach()) == pytest.approx(float(whole.detach()) / 2, rel=1e-5)
 
 
 def test_a_retrofitted_model_trains_and_uses_depth(tokens: torch.Tensor) -> None:
@@ -171,9 +249,12 @@ def test_the_harness_scores_as_the_model_does(tiny: Any) -> None:
         tokenizer_object=made, eos_token="<end>", pad_token="<end>", unk_token="w0"
     )
     lm = RecurrentDepthLM(
-        pretrained=tiny, tokenizer=tokenizer, num_steps=4, exit=LatentDiff(threshold=1e-9), batch_size=2,
-        max_length=32,
+        pretrained=tiny, tokenizer=tokenizer, num_steps=4, batch_size=2, max_length=32,
+        exit=LatentDiff(threshold=1e-9, every=2, lags=3),
     )  # fmt: skip
+    assert lm._options["exit"] == LatentDiff(threshold=1e-9, every=2, lags=3, scope="token")
+    with pytest.raises(ValueError, match="num_steps=0"):
+        RecurrentDepthLM(pretrained=tiny, tokenizer=tokenizer, num_steps=0)
     lm._options["init_scale"] = 0.0
     pairs = [("w5 w6 w7", " w8 w9"), ("w3", " w4"), ("w10 w11", " w12 w13 w14")]
     requests = [

@@ -2,12 +2,14 @@
 
 import platform
 import shutil
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from fourfold_parallel.run import native as runtime
@@ -220,6 +222,58 @@ def test_new_weights_are_seen(tiny: Any, length: int) -> None:
             after = tiny(tokens, num_steps=2, init_scale=0.0).logits
             assert not torch.allclose(after, before)
             before = after
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", ["bias", "eps", "width", "class", "global hook"])
+def test_changed_parts_are_seen(
+    tiny: Any, tokens: torch.Tensor, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bias, one norm's eps, a narrower MLP, a patched class, a hook on all modules: what modules give."""
+    core = tiny.transformer["core_block"]
+    options: Any = {"num_steps": 2, "init_scale": 0.0}
+    with torch.no_grad():
+        before = tiny(tokens, **options).logits
+        match change:
+            case "bias":
+                core[0].mlp.fc.bias = nn.Parameter(torch.ones(96))
+            case "eps":
+                core[0].norm_2.eps = 0.5
+            case "width":
+                fc, proj = core[1].mlp.fc, core[1].mlp.proj
+                fc.weight = nn.Parameter(fc.weight.view(2, 48, 32)[:, :16].flatten(0, 1))
+                proj.weight = nn.Parameter(proj.weight[:, :16].contiguous())
+            case "class":
+                plain = nn.Linear.forward
+                monkeypatch.setattr(nn.Linear, "forward", lambda self, x: plain(self, x) * 1.1)
+            case _:
+                halve = lambda part, _, x: x / 2 if isinstance(part, nn.Linear) else None  # noqa: E731
+                hooked = nn.modules.module.register_module_forward_hook(halve)
+        found = tiny(tokens, **options).logits
+        use("modules", monkeypatch)
+        expected = tiny(tokens, **options).logits
+    if change == "global hook":
+        hooked.remove()
+    assert not torch.allclose(found, before, atol=1e-2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
+
+
+@needs_compiler
+def test_functions_of_functions_see_every_operation(tiny: Any, tokens: torch.Tensor) -> None:
+    """Forward derivatives, which no address carries, and vmap over rows take torch's operations."""
+    embeds = tiny.get_input_embeddings()(tokens).detach()
+
+    def states(x: torch.Tensor) -> torch.Tensor:
+        return tiny(inputs_embeds=x, num_steps=2, init_scale=0.0).final_state
+
+    with torch.no_grad(), warnings.catch_warnings():
+        # Torch's own decompositions are scripted, which is deprecated.
+        warnings.simplefilter("ignore")
+        rows = torch.vmap(lambda x: states(x[None])[0])(embeds)
+        torch.testing.assert_close(rows, states(embeds), rtol=0, atol=ROUNDING)
+        assert compiled(tiny, tokens) is not None
+        with forward_ad.dual_level():
+            assert compiled(tiny, tokens) is None
 
 
 def test_what_is_not_plain_keeps_its_modules(tiny: Any, tokens: torch.Tensor) -> None:

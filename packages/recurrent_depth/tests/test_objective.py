@@ -37,6 +37,15 @@ def test_the_curriculum_rises_to_the_law() -> None:
     assert all(ramped.draw(number) == plain.draw(number) for number in range(399, 440))
 
 
+def test_rows_rise_with_the_curriculum() -> None:
+    """Whatever a row's place in the corpus is, the first microbatches are shallow."""
+    law = LogNormalPoisson(ramp=400)
+    early = [law.draw(0, row=row) for row in range(5000, 5100)]
+    assert np.mean([sum(draw) for draw in early]) < 4
+    assert {with_gradient for _, with_gradient in early} == {1}
+    assert law.draw(500, row=7) == LogNormalPoisson().draw(507)
+
+
 def batch(rows: int, *, number: int = 0) -> Batch:
     stream = Automaton(hardest=3, rows=rows).open(sequence=8, seed=1)
     found = stream.batch(0, batch=rows)
@@ -48,14 +57,18 @@ def batch(rows: int, *, number: int = 0) -> Batch:
     )
 
 
+@pytest.mark.parametrize("share", [1, 3])
 @pytest.mark.parametrize("per", ["microbatch", "row"])
-def test_the_loss_is_a_sum_over_rows(tiny: Any, per: Any) -> None:
-    """Splitting a batch into ranks changes no gradient, where each part draws as the whole does."""
+def test_the_loss_is_a_sum_over_rows(tiny: Any, per: Any, share: int) -> None:
+    """Splitting a batch into ranks changes no gradient, down to one row each.
+
+    Nor does the model's own number of recurrences with gradient, which is 3.
+    """
     tiny.train()
     objective = RandomDepth(
         recurrences=Always(recurrences=3, backprop=2)
         if per == "microbatch"
-        else LogNormalPoisson(mean=3, backprop=3),
+        else LogNormalPoisson(mean=6, backprop=1),
         supervision=EvolvedCells(),
         per=per,
     )
@@ -69,12 +82,12 @@ def test_the_loss_is_a_sum_over_rows(tiny: Any, per: Any) -> None:
 
     rows = [
         Batch(
-            tokens=whole.tokens[i : i + 3],
-            document_ids=whole.document_ids[i : i + 3],
-            addresses=whole.addresses[i : i + 3],
+            tokens=whole.tokens[i : i + share],
+            document_ids=whole.document_ids[i : i + share],
+            addresses=whole.addresses[i : i + share],
             number=whole.number,
         )
-        for i in (0, 3)
+        for i in range(0, 6, share)
     ]
     expected = gradient([whole])
     assert torch.allclose(gradient(rows), expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
@@ -102,6 +115,20 @@ def test_every_row_is_asked_for_its_own_k() -> None:
     assert torch.equal(targets_of(tokens)[0], evolve(tokens[:1] % 2, int(k[0, 0]))[0])
     other = Automaton(hardest=3, rows=300).validation(sequence=8)
     assert other.file.vocabulary == 6
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LogNormalPoisson(mean=0), "mean=0"),
+        (lambda: LogNormalPoisson(sigma=0.0), "sigma=0.0"),
+        (lambda: LogNormalPoisson(ramp=-5), "ramp=-5"),
+        (lambda: Always(recurrences=0, backprop=2), "recurrences=0"),
+    ],
+)
+def test_laws_of_nothing_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("backprop", [0, -1])

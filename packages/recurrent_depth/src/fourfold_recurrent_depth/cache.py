@@ -130,7 +130,15 @@ class RecurrentCache(Cache):
         """Write the pass's keys and values into a slot, and give the slot up to them.
 
         Only the rows of `select` are written and given; of their tokens, only those still running.
+
+        Raises:
+            ValueError: for tensors that carry gradient, which memory that is written in place would lose.
         """
+        if key_states.requires_grad:
+            raise ValueError(
+                "a RecurrentCache, which exits use too, keeps no gradient; call the model under "
+                "torch.no_grad(), or leave use_cache, past_key_values and exit out"
+            )
         tokens = key_states.shape[2]
         self._reserve(key_states)
         stop = self.length + tokens
@@ -304,8 +312,16 @@ class RecurrentCache(Cache):
         return -1 if self._keys is None else self._keys.shape[1]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens: nothing moves."""
-        self.length -= tokens_to_remove
+        """Forget the last -n tokens (n is negative, as transformers counts): nothing moves.
+
+        Raises:
+            ValueError: for a positive number, or where fewer are cached.
+        """
+        if not -self.length <= tokens_to_remove <= 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}) of {self.length} cached tokens; use -n to forget the last n"
+            )
+        self.length += tokens_to_remove
         if self.exit_steps is not None:
             self.exit_steps = self.exit_steps[:, : self.length]
         if tokens_to_remove:
@@ -428,8 +444,15 @@ def estimate_cache_bytes(
     """Bytes of keys and values of cached tokens: (around + layers * recurrences) * 2 * width each.
 
     Huginn-0125 in bfloat16 at 32 recurrences: 2.79 MB a token; with a budget of 1, 0.17 MB.
+
+    Raises:
+        ValueError: for what no `RecurrentCache` would be.
     """
-    kept = steps if budget is None else min(steps, budget)
+    if steps < 1 or (budget is not None and not 1 <= budget <= steps):
+        raise ValueError(
+            f"steps={steps}, budget={budget} are of no cache; use 1 or more, and a budget of {steps} or fewer"
+        )
+    kept = steps if budget is None else budget
     around = config.n_layers_in_prelude + config.n_layers_in_coda
     slots = around + kept * config.n_layers_in_recurrent_block
     return slots * 2 * config.n_embd * element_bytes * tokens * batch

@@ -35,7 +35,9 @@ class RecurrentDepthConfig(PreTrainedConfig):
     """
 
     model_type = "huginn_raven"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers' own declaration
+    keys_to_ignore_at_inference = [  # noqa: RUF012 - transformers' own declaration
+        "past_key_values", "final_state", "latent_states", "exit_steps",
+    ]  # fmt: skip
     attribute_map = {  # noqa: RUF012
         "hidden_size": "n_embd",
         "num_attention_heads": "n_heads",
@@ -70,8 +72,19 @@ class RecurrentDepthConfig(PreTrainedConfig):
     """
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for other, name in self.attribute_map.items():
+            if other in kwargs:
+                kwargs[name] = kwargs.pop(other)
+        for name in [name for name in kwargs if name in self.attribute_map.values()]:
+            if name not in _DERIVED:
+                setattr(self, name, kwargs.pop(name))
         for name in _DERIVED:
             kwargs.pop(name, None)
+        for name in ("rope_scaling", "rope_parameters"):
+            if kwargs.pop(name, None):
+                raise ValueError(
+                    f"{name} asks for other positions than the published; leave it out"
+                )
         for name, value in _CHOICES.items():
             if kwargs.pop(name, value) != value:
                 raise ValueError(
@@ -85,6 +98,18 @@ class RecurrentDepthConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check(self) -> None:
+        counts = (
+            "n_embd", "n_heads", "n_layers_in_recurrent_block", "mean_recurrence", "mean_backprop_depth",
+            "intermediate_size", "vocab_size", "padding_multiple", "block_size",
+        )  # fmt: skip
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; use 1 or more")
+        if min(self.n_layers_in_prelude, self.n_layers_in_coda) < 0:
+            raise ValueError(
+                f"n_layers_in_prelude={self.n_layers_in_prelude}, n_layers_in_coda={self.n_layers_in_coda}; "
+                "use 0 or more"
+            )
         if self.n_embd % self.n_heads or (self.n_embd // self.n_heads) % 2:
             raise ValueError(
                 f"n_embd={self.n_embd} over n_heads={self.n_heads} is not an even head width; "
@@ -95,14 +120,15 @@ class RecurrentDepthConfig(PreTrainedConfig):
                 f"num_key_value_heads={self.num_key_value_heads} differs from n_heads={self.n_heads}; "
                 "the bias on keys has one row per head, so use equal numbers"
             )
-        for name in ("n_layers_in_recurrent_block", "mean_recurrence", "mean_backprop_depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; use 1 or more")
 
     @property
     def tie_word_embeddings(self) -> bool:
         """Whether the head shares the embedding's weight, as transformers calls it."""
         return self.tie_embeddings
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, value: bool) -> None:
+        self.tie_embeddings = value
 
     @property
     def head_dim(self) -> int:

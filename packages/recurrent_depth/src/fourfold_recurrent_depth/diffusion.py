@@ -25,6 +25,7 @@ from fourfold_recurrent_depth.states import StateTable
 class Diffusion(GreedyDecoder):
     """How the window moves; the defaults are the paper's."""
 
+    budget = 1
     inner_recurrences: int = 4
     """Recurrences of every position in an outer step."""
     threshold: float = 0.03
@@ -85,7 +86,12 @@ def diffuse(
         max_new_tokens: tokens to make.
         num_steps: recurrences of the prompt, and after which a first position freezes at the latest.
         initial_state: s_0 by position; zeros where it is left out.
+
+    Raises:
+        ValueError: where no token is asked for.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} asks for no token; use 1 or more")
     rows = len(prompt)
     cache = RecurrentCache(
         model.config, steps=num_steps, budget=1, capacity=prompt.shape[1] + max_new_tokens
@@ -97,9 +103,9 @@ def diffuse(
     assert out.logits is not None
     made = out.logits[:, -1:].argmax(-1)
     inputs = made
-    states = prompt.new_zeros((rows, 0, model.config.n_embd), dtype=out.logits.dtype)
+    states = prompt.new_zeros((rows, 0, model.config.n_embd), dtype=model.dtype)
     smoothed = states
-    taken = torch.zeros(0, dtype=torch.long)
+    taken = prompt.new_zeros(0, dtype=torch.long)
     passes, recurred, outer = num_steps, num_steps * prompt.numel(), 0
     while made.shape[1] < max_new_tokens:
         outer += 1

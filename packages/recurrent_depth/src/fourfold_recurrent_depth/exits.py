@@ -11,6 +11,7 @@ at small widths more than recurrences do, and `every=4` then saves time where `e
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,6 +46,10 @@ class Criterion(ABC):
             raise ValueError(
                 f"min_steps={self.min_steps}, every={self.every}; use 1 or more for both"
             )
+        if self.scope not in ("row", "token") or math.isnan(self.threshold):
+            raise ValueError(
+                f"scope={self.scope!r}, threshold={self.threshold}; use 'row' or 'token', and a number"
+            )
 
     @abstractmethod
     def begin(self, features: Float[Tensor, "token features"]) -> Memory:
@@ -68,6 +73,11 @@ class LatentDiff(Criterion):
     reads = "state"
     threshold: float = 0.03
     lags: int = 1
+
+    def __post_init__(self) -> None:
+        Criterion.__post_init__(self)
+        if self.lags < 1:
+            raise ValueError(f"lags={self.lags} leaves no state to compare with; use 1 or more")
 
     def begin(self, features: Float[Tensor, "token features"]) -> Memory:
         """s_0."""
@@ -229,10 +239,12 @@ class Custom(Criterion):
             ValueError: where it does not say it for every token.
         """
         value = self.function(now, before[0])
-        if value.shape != now.shape[:1]:
+        is_tensor = isinstance(value, Tensor) and value.dtype != torch.bool
+        if not is_tensor or value.shape != now.shape[:1]:
+            given = f"{value.dtype} of {tuple(value.shape)}" if isinstance(value, Tensor) else value
             raise ValueError(
-                f"the exit function gave shape {tuple(value.shape)} for {now.shape[0]} tokens; "
-                "give one number for each"
+                f"the exit function gave {given} for {now.shape[0]} tokens; give one number for each, below "
+                f"{self.threshold} where the token stops"
             )
         return value.float(), (now,)
 
@@ -263,4 +275,9 @@ def criterion_named(choice: Criterion | str | Callable[..., Tensor]) -> Criterio
                 "fourfold_recurrent_depth.exits, or a function of (state, state before)"
             )
         return NAMED[choice.replace("-", "_")]()
+    if isinstance(choice, type) or not callable(choice):
+        raise ValueError(
+            f"exit={choice!r} is no criterion; use one such as KL(threshold=5e-4), a name, or a function of "
+            "(state, state before)"
+        )
     return Custom(function=choice)

@@ -13,9 +13,22 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+)  # fmt: skip
 
 from fourfold_recurrent_depth.cache import RecurrentCache
 from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
+from fourfold_recurrent_depth.requests import refuse_extras
+from fourfold_recurrent_depth.states import RowStates
+
+_BY_ROW = (
+    EncoderNoRepeatNGramLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+)  # fmt: skip
+"""Processors that know a row by its place in the batch."""
 
 
 def compacting(
@@ -42,21 +55,30 @@ def compacting(
         options: arguments of the model's forward pass.
 
     Raises:
-        ValueError: for beams, a streamer, synced ranks, or without a cache.
+        ValueError: for beams, a streamer, synced ranks, values of single rows, or without an empty cache.
     """
+    refuse_extras(generation_config, options)
     cache = options.pop("past_key_values", None)
     if generation_config.num_beams > 1 or synced_gpus or streamer is not None:
         raise ValueError(
             "compacting decodes greedily or by sampling, without streamer and synced ranks; "
             "leave custom_generate out for the rest"
         )
-    if not isinstance(cache, RecurrentCache):
+    if not isinstance(cache, RecurrentCache) or cache.length:
         raise ValueError(
-            "compacting needs a RecurrentCache; leave use_cache and past_key_values out"
+            "compacting needs an empty RecurrentCache; leave use_cache and past_key_values out"
+        )
+    state = options.get("initial_state")
+    is_by_row = isinstance(state, RowStates) or (isinstance(state, Tensor) and len(state) > 1)
+    if is_by_row or any(isinstance(one, _BY_ROW) for one in logits_processor):
+        raise ValueError(
+            "initial states or allowed tokens of each row by itself do not follow rows that leave; use a "
+            "StateTable and no prefix_allowed_tokens_fn, or leave custom_generate out"
         )
     options.pop("position_ids", None)
     options.pop("logits_to_keep", None)
-    mask = options.pop("attention_mask", torch.ones_like(input_ids))
+    mask = options.pop("attention_mask", None)
+    mask = torch.ones_like(input_ids) if mask is None else mask
     ends = {}
     rows = torch.arange(len(input_ids))
     tokens, fed = input_ids, input_ids

@@ -10,6 +10,7 @@ GSM8K as the paper reports it ("with system prompt") needs `apply_chat_template=
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,9 +54,10 @@ class RecurrentDepthLM(HFLM):
     ) -> None:
         self._options: dict[str, Any] = {"num_steps": int(num_steps)}
         if exit:
-            chosen = criterion_named(exit)
-            self._options["exit"] = type(chosen)(
-                threshold=chosen.threshold, min_steps=chosen.min_steps, scope="token"
+            self._options["exit"] = replace(criterion_named(exit), scope="token")
+        if int(num_steps) < 1:
+            raise ValueError(
+                f"num_steps={num_steps} asks for fewer than 1 recurrence; use 1 or more"
             )
         self.steps_taken = torch.zeros(int(num_steps) + 1, dtype=torch.long)
         """How many scored tokens took each number of recurrences."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -17,9 +18,9 @@ from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
 from fourfold_recurrent_depth.lean import LeanBlock
 from fourfold_recurrent_depth.native import CompiledBlocks
 
-Steps = int | tuple[int, int] | Tensor
+Steps = int | tuple[int, int] | Tensor | tuple[Tensor, int]
 """Recurrences: r without gradient; (n, k) of which the last k carry gradient; or one (n + k) per row,
-of which the last `mean_backprop_depth` carry gradient in training."""
+of which the last `mean_backprop_depth` carry gradient in training, or as many as stand beside them."""
 
 
 _NOT_FOR_ATTENTION = ("return_dict", "num_items_in_batch", "output_attentions", "shift_labels")
@@ -128,19 +129,64 @@ class RecurrentDepthPreTrainedModel(PreTrainedModel):
             mean = config.mean_recurrence
             steps = (mean - config.mean_backprop_depth, config.mean_backprop_depth)
             steps = (max(0, steps[0]), min(mean, steps[1])) if self.training else mean
-        if isinstance(steps, Tensor) and steps.ndim == 1 and steps.shape[0] == batch > 1:
-            lowest, total = int(steps.min()), int(steps.max())
-            k = min(config.mean_backprop_depth, total) if self.training else 0
-            per_row: Tensor | None = steps
+        each, last = steps, config.mean_backprop_depth * self.training
+        if isinstance(steps, tuple) and len(steps) == 2:
+            each, last = steps
+        if (
+            isinstance(each, Tensor)
+            and each.shape == (batch,)
+            and batch > 1
+            and not each.is_floating_point()
+        ):
+            lowest, total = int(each.min()), int(each.max())
+            k, per_row = min(int(last), total), each
         else:
-            n, k = (int(steps), 0) if isinstance(steps, int | Tensor) else cast(Any, steps)
+            pair: Any = (steps, 0) if hasattr(steps, "__index__") else steps
+            try:
+                n, k = map(operator.index, pair)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"num_steps={steps} is neither a number of recurrences, nor a pair (without gradient, "
+                    f"with gradient), nor a tensor of one number for each of {batch} rows; use one of these"
+                ) from error
             lowest, total, per_row = min(n, k), n + k, None
-        if total < 1 or lowest < 0 or (per_row is not None and lowest < 1):
+        if total < 1 or min(lowest, k) < 0 or (per_row is not None and lowest < 1):
             raise ValueError(
                 f"num_steps={steps} asks for fewer than 1 recurrence; use 1 or more for every row, or a "
                 "pair (without gradient, with gradient) of numbers from 0 that sum to 1 or more"
             )
         return total - k, k, per_row
+
+    def refuse_cache(
+        self,
+        cache: Cache | None,
+        per_row: Tensor | None,
+        budget: int | None,
+        *,
+        warm_start: bool,
+    ) -> None:
+        """Raise where a cache cannot hold what is asked of it, or there is none."""
+        if cache is None:
+            if budget is not None or warm_start:
+                raise ValueError(
+                    f"kv_budget={budget}, warm_start={warm_start} are about a cache, and this pass has none; "
+                    "use use_cache=True"
+                )
+            return
+        if not isinstance(cache, RecurrentCache):
+            raise ValueError(
+                f"a {type(cache).__name__} does not know at which depth a token ended; leave "
+                "past_key_values out, or pass a RecurrentCache"
+            )
+        if budget is not None and cache.budget != budget:
+            raise ValueError(
+                f"kv_budget={budget} for a cache whose budget is {cache.budget}; leave one of them out"
+            )
+        if per_row is not None:
+            raise ValueError(
+                "num_steps of each row by itself leaves a cache's slots without a common depth; use "
+                "use_cache=False, or one number for all rows"
+            )
 
     def refuse_exit(
         self, mask: Tensor | None, tokens: int, per_row: Tensor | None, history: bool | None
@@ -156,7 +202,7 @@ class RecurrentDepthPreTrainedModel(PreTrainedModel):
                 "exit goes on with some rows of a mask, which flex_attention's masks cannot; "
                 "use attn_implementation='sdpa'"
             )
-        if mask is not None:
+        if mask is not None and mask.ndim == 2:
             empty = (~mask[:, -tokens:].bool().any(1)).nonzero().flatten().tolist()
             if empty:
                 raise ValueError(
@@ -165,15 +211,12 @@ class RecurrentDepthPreTrainedModel(PreTrainedModel):
                 )
 
     def _positions(
-        self, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None, tokens: int
+        self, mask: Tensor | None, position_ids: Tensor | None, held: int, tokens: int
     ) -> Int[Tensor, "#batch token"]:
         """Place of each token in its own text: padding does not count."""
-        start = 0 if cache is None else int(cache.get_seq_length())
         if position_ids is None:
-            position_ids = torch.arange(start, start + tokens, device=self.device)[None]
-            is_padded = mask is not None and mask.ndim == 2 and not bool(mask.all())
-            if is_padded and not self.config.reference_semantics:
-                assert mask is not None
+            position_ids = torch.arange(held, held + tokens, device=self.device)[None]
+            if mask is not None and mask.ndim == 2 and not bool(mask.all()):
                 position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
         last = int(position_ids.max())
         if last >= self.config.block_size:
@@ -192,9 +235,12 @@ class RecurrentDepthPreTrainedModel(PreTrainedModel):
         options: dict[str, Any],
     ) -> tuple[Pass, Int[Tensor, "#batch token"]]:
         """Rotations and the mask in the backend's form; and the positions."""
-        positions = self._positions(mask, position_ids, cache, embedded.shape[1])
+        batch, tokens = embedded.shape[:2]
+        held = 0 if cache is None else int(cache.get_seq_length())
         if self.config.reference_semantics:
             mask = None
+        _refuse_places(mask, position_ids, batch=batch, tokens=tokens, held=held)
+        positions = self._positions(mask, position_ids, held, tokens)
         table = self.freqs_cis
         if table.dtype not in (torch.float32, torch.float64):
             # A model cast as a whole has cast its angles too: they are computed anew, in float32.
@@ -206,7 +252,8 @@ class RecurrentDepthPreTrainedModel(PreTrainedModel):
                 config=self.config,
                 inputs_embeds=embedded,
                 attention_mask=mask,
-                past_key_values=cache,
+                # Beside a cache transformers does not look for packed texts in the positions.
+                past_key_values=cache if held else None,
                 position_ids=positions if position_ids is not None else None,
             ),
             cache=cache,
@@ -217,10 +264,27 @@ class RecurrentDepthPreTrainedModel(PreTrainedModel):
     def loss_of(self, logits: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
         """Cross-entropy; labels are the inputs, as in transformers, or shifted, as in the reference."""
         extra = {"shift_labels": labels} if self.config.reference_semantics else {}
-        extra |= {k: v for k, v in options.items() if k == "num_items_in_batch"}
+        given = ("num_items_in_batch", "shift_labels")
+        extra |= {k: options[k] for k in given if options.get(k) is not None}
         return self.loss_function(
             logits=logits, labels=labels, vocab_size=logits.shape[-1], **extra
         )
+
+    def resize_token_embeddings(self, *given: Any, **options: Any) -> Any:
+        """As in transformers; the new size is exact, so that what is saved can be read again."""
+        resized: Any = super().resize_token_embeddings(*given, **options)
+        if self.config.padded_vocab_size != resized.num_embeddings:
+            self.config.padding_multiple = 1
+        return resized
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Angles of a model that was cast as a whole are rounded: the exact ones are saved, as published."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.freqs_cis.dtype not in (torch.float32, torch.float64):
+            exact = rotary_table(self.config).to(self.freqs_cis.device)
+            destination[prefix + "freqs_cis"] = exact
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
@@ -237,6 +301,27 @@ class RecurrentDepthPreTrainedModel(PreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the head."""
         self.lm_head = new_embeddings
+
+
+def _refuse_places(
+    mask: Any, position_ids: Tensor | None, *, batch: int, tokens: int, held: int
+) -> None:
+    """Raise where mask or positions are not those of this pass."""
+    if tokens == 0:
+        raise ValueError("input_ids of no tokens leave nothing to predict from; give one or more")
+    if isinstance(mask, Tensor) and mask.ndim != 4 and mask.shape != (batch, held + tokens):
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)} for {batch} rows of {held} cached and {tokens} new "
+            f"tokens; give ({batch}, {held + tokens}), or four dimensions as transformers' masks have"
+        )
+    if position_ids is None:
+        return
+    is_shaped = position_ids.ndim == 2 and position_ids.shape[0] in (1, batch)
+    if not is_shaped or position_ids.shape[1] != tokens or int(position_ids.min()) < 0:
+        raise ValueError(
+            f"position_ids of shape {tuple(position_ids.shape)} from {int(position_ids.min())} for {batch} "
+            f"rows of {tokens} tokens; give one row or {batch}, with a place from 0 on for each token"
+        )
 
 
 def rotary_table(config: RecurrentDepthConfig) -> Float[Tensor, "1 position 1 half 2"]:

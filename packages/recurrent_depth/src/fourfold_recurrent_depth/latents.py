@@ -38,7 +38,7 @@ def convergence_steps(
         last, dim=-1
     )
     far = distance > tolerance
-    places = torch.arange(1, len(states) + 1)[:, None, None]
+    places = torch.arange(1, len(states) + 1, device=states.device)[:, None, None]
     return (far * places).amax(0)
 
 
@@ -74,7 +74,7 @@ def path_independence(
         assert out.logits is not None
         finals.append(out.final_state)
         argmax.append(out.logits.argmax(-1))
-    distance = torch.zeros(tokens.shape)
+    distance = finals[0].new_zeros(tokens.shape)
     for i, one in enumerate(finals):
         for other in finals[i + 1 :]:
             apart = torch.linalg.vector_norm(one - other, dim=-1)
@@ -99,8 +99,16 @@ def classify(
     """What a token's trajectory ends in, and its period.
 
     A fixed point moves less than `settled`, relatively. An orbit returns to itself after p <= `longest`
-    recurrences. A slider drifts along one direction: its last moves point the same way.
+    recurrences. A slider drifts along one direction: its last moves point the same way; an orbit of more
+    than `longest` recurrences looks like one.
+
+    Raises:
+        ValueError: where there are too few states to look back on.
     """
+    if len(states) <= longest:
+        raise ValueError(
+            f"{len(states)} states do not show orbits of {longest}; use {longest + 1} or more"
+        )
     size = torch.linalg.vector_norm(states[-1])
     back = [
         float(torch.linalg.vector_norm(states[-1] - states[-1 - p]) / size)
@@ -117,8 +125,15 @@ def classify(
 
 
 def token_correlation(states: Float[Tensor, "batch token width"]) -> float:
-    """Mean cosine between the tokens of a row, centred: near 1 where a run has collapsed (figure 5)."""
-    centred = states - states.mean(dim=1, keepdim=True)
-    unit = torch.nn.functional.normalize(centred, dim=-1)
+    """Mean correlation of two tokens of a row, over features: near 1 where a run has collapsed (figure 5).
+
+    Raises:
+        ValueError: for rows of one token.
+    """
     tokens = states.shape[1]
-    return float((unit @ unit.transpose(1, 2)).mean() + 1 / tokens - 2 / tokens)
+    if tokens < 2:
+        raise ValueError(f"rows of {tokens} tokens have no pairs to compare; use 2 or more")
+    unit = torch.nn.functional.normalize(states - states.mean(dim=-1, keepdim=True), dim=-1)
+    pairs = unit @ unit.transpose(1, 2)
+    others = pairs.sum(dim=(1, 2)) - pairs.diagonal(dim1=1, dim2=2).sum(-1)
+    return float((others / (tokens * (tokens - 1))).mean())

@@ -7,6 +7,7 @@ calls are most of the time. Here a block is its tensors and one function. The ar
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,7 +35,7 @@ class LeanBlock:
     eps: float
 
     @classmethod
-    def of(cls, block: Any, plain: frozenset[type]) -> LeanBlock | None:
+    def of(cls, block: Any, plain: Mapping[type, Callable[..., Any]]) -> LeanBlock | None:
         """The block's tensors, not copies; None unless all its parts are `plain`, float32 or float64."""
         if not all(is_plain(part, plain) for part in block.modules()):
             return None
@@ -45,6 +46,8 @@ class LeanBlock:
             if type(weight) is not nn.Parameter or not is_wide:
                 return None
         norms = (block.norm_1, block.norm_2, block.norm_3, block.norm_4)
+        if len({norm.eps for norm in norms}) > 1:
+            return None
         return cls(
             cast(Any, tuple(norm.weight for norm in norms)),
             weights[0].t(), attention.qk_bias.squeeze(1), weights[1].t(), weights[2].t(), weights[3].t(),
@@ -75,8 +78,9 @@ class LeanBlock:
         return normalised(rows, gains[3], eps).view(batch, tokens, width)
 
 
-def is_plain(part: nn.Module, plain: frozenset[type]) -> bool:
-    """Whether a module is one of `plain`, and nothing listens to it or stands in for its forward pass."""
+def is_plain(part: nn.Module, plain: Mapping[type, Callable[..., Any]]) -> bool:
+    """Whether a module is one of `plain` with that forward pass, without bias and listeners."""
     own = vars(part)
     is_hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
-    return type(part) in plain and not is_hooked
+    is_same = plain.get(type(part)) is getattr(type(part), "forward", None)
+    return is_same and not is_hooked and own["_parameters"].get("bias") is None

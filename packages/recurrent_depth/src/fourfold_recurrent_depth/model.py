@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -123,8 +124,8 @@ class SandwichBlock(nn.Module):
         return self.norm_4(self.mlp(self.norm_3(x)) + x)
 
 
-_PLAIN = frozenset({SandwichBlock, Attention, GatedMLP, RMSNorm, nn.Linear})
-"""Parts of a block that its lean form stands for."""
+_PLAIN = {part: part.forward for part in (SandwichBlock, Attention, GatedMLP, RMSNorm, nn.Linear)}
+"""Parts of a block that its lean form stands for, with their forward passes as they were written."""
 
 
 class Adapter(nn.Linear):
@@ -159,6 +160,9 @@ class Adapter(nn.Linear):
     ) -> Float[Tensor, "batch token width"]:
         """The features of a whole state that this rank holds: all, unless a grid cuts the stream."""
         return whole
+
+
+_PLAIN_ADAPTER = {Adapter: Adapter.forward}
 
 
 class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
@@ -238,17 +242,12 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
             self.refuse_exit(attention_mask, tokens, per_row, output_hidden_states)
         if past_key_values is None and use_cache:
             past_key_values = RecurrentCache(self.config, steps=steps, budget=kv_budget)
-        memory = past_key_values
-        if memory is None and criterion is not None:
+        self.refuse_cache(past_key_values, per_row, kv_budget, warm_start=warm_start)
+        cache = cast(RecurrentCache | None, past_key_values)
+        if cache is None and criterion is not None:
             # Tokens that have stopped keep their last keys: one slot per layer remembers enough.
-            memory = RecurrentCache(self.config, steps=steps, budget=1, capacity=tokens)
-        cache = memory if isinstance(memory, RecurrentCache) else None
-        if criterion is not None and cache is None:
-            raise ValueError(
-                f"exit needs a RecurrentCache, not a {type(memory).__name__}; leave past_key_values out, "
-                "or pass one of fourfold_recurrent_depth.cache"
-            )
-        where, positions = self.locate(embedded, attention_mask, position_ids, memory, options)
+            cache = RecurrentCache(self.config, steps=steps, budget=1, capacity=tokens)
+        where, positions = self.locate(embedded, attention_mask, position_ids, cache, options)
         self._compile_blocks(embedded, where)
         if cache is not None:
             cache.open(batch, tokens, steps=steps)
@@ -263,7 +262,8 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
             s = self.iterate(e, s, where, without, with_gradient, per_row=per_row, history=history)
         else:
             assert cache is not None
-            real = None if attention_mask is None else attention_mask[:, -tokens:].bool()
+            padding = None if attention_mask is None or attention_mask.ndim == 4 else attention_mask
+            real = None if padding is None else padding[:, -tokens:].bool()
             found = iterate_until_exit(self, e, s, where, cache, criterion, steps=steps, real=real)
             s, exit_steps = found.state, found.steps
             if found.logits is not None and (tokens == 1 or logits_to_keep == 1):
@@ -382,10 +382,17 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
         where: Pass,
         logits_to_keep: int | Tensor = 0,
     ) -> Float[Tensor, "batch kept vocabulary"]:
-        """C(ln_f(s)): coda, the same norm again, head; float32 or wider."""
+        """C(ln_f(s)): coda, the same norm again, head; float32 or wider.
+
+        Of the last so many tokens, those of some places, or of each row's own: (batch, kept).
+        """
         x = self._through("coda", latents, where, self.config.n_layers_in_prelude)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(self.transformer["ln_f"](x[:, kept]))
+        if isinstance(logits_to_keep, Tensor) and logits_to_keep.ndim == 2:
+            x = torch.take_along_dim(x, logits_to_keep.unsqueeze(-1), dim=1)
+        else:
+            is_count = isinstance(logits_to_keep, int)
+            x = x[:, slice(-logits_to_keep, None) if is_count else logits_to_keep]
+        logits = self.lm_head(self.transformer["ln_f"](x))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _through(self, stage: str, x: Tensor, where: Pass, slot: int) -> Tensor:
@@ -410,7 +417,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
         adapter = cast(Adapter, self.transformer["adapter"])
         weight = adapter.weight
         is_same = type(weight) is nn.Parameter and weight.dtype == embedded.dtype
-        is_same = is_same and weight.is_contiguous() and is_plain(adapter, frozenset({Adapter}))
+        is_same = is_same and weight.is_contiguous() and is_plain(adapter, _PLAIN_ADAPTER)
         if where.lean is None or not is_same:
             return
         compiled = {stage: CompiledBlocks.of(blocks) for stage, blocks in where.lean.items()}
@@ -421,6 +428,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
         is_other = self.config._attn_implementation != "sdpa" or where.options  # noqa: SLF001
         is_mixed = where.rotary.real.dtype != embedded.dtype
         is_mixed = is_mixed or torch.is_autocast_enabled(embedded.device.type)
+        is_other = is_other or _has_any_global_hook()
         if is_other or is_mixed or torch.compiler.is_compiling():
             return None
         found: dict[str, list[LeanBlock]] = {}

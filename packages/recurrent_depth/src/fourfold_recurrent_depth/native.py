@@ -83,7 +83,10 @@ class CompiledBlocks:
     def of(cls, blocks: Sequence[LeanBlock]) -> CompiledBlocks | None:
         """None where there is no compiler, or a block is not float32 on a CPU with widths that fit."""
         compiled = library()
-        if compiled is None or not blocks or is_in_torch_dispatch_mode():
+        if compiled is None or not blocks or is_in_torch_dispatch_mode() or _is_transformed():
+            return None
+        shapes = {(block.eps, block.into_hidden.shape, block.bias.shape) for block in blocks}
+        if len(shapes) > 1:
             return None
         addresses = (_Block * len(blocks))()
         for address, block in zip(addresses, blocks, strict=True):
@@ -192,6 +195,13 @@ class CompiledBlocks:
                 ctypes.byref(address), _NUMBER(width), _NUMBER(hidden), _POINTER(address.panels)
             )
             self.packed.append(panels)
+
+
+def _is_transformed() -> bool:
+    """Whether torch differentiates forwards, or maps over a function, which see torch's operations alone."""
+    functions: Any = torch._C  # noqa: SLF001
+    is_mapped = functions._functorch.peek_interpreter_stack() is not None  # noqa: SLF001
+    return is_mapped or torch.autograd.forward_ad._current_level >= 0  # noqa: SLF001
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -40,11 +40,18 @@ class LogNormalPoisson:
     ramp: int = 0
     """Microbatches over which mean and backprop rise linearly from 1 (curriculum); 0 for none."""
 
-    def draw(self, number: int) -> tuple[int, int]:
-        """(without gradient, with gradient) of microbatch `number`, counted from 0."""
+    def __post_init__(self) -> None:
+        if self.mean < 1 or not self.sigma > 0 or self.ramp < 0:
+            raise ValueError(
+                f"mean={self.mean}, sigma={self.sigma}, ramp={self.ramp} give no law of recurrences; use a "
+                "mean of 1 or more, a sigma above 0, and a ramp of 0 or more microbatches"
+            )
+
+    def draw(self, number: int, *, row: int = 0) -> tuple[int, int]:
+        """(without gradient, with gradient) of microbatch `number`, counted from 0, or of a row of it."""
         risen = min(1.0, (number + 1) / self.ramp) if self.ramp else 1.0
         mean, backprop = max(1.0, risen * self.mean), max(1, round(risen * self.backprop))
-        generator = torch.Generator().manual_seed((self.seed + number + 1) % MODULUS)
+        generator = torch.Generator().manual_seed((self.seed + number + row + 1) % MODULUS)
         location = math.log(mean) - self.sigma**2 / 2
         rate = torch.zeros(1).log_normal_(location, self.sigma, generator=generator)
         drawn = int(torch.poisson(rate, generator=generator)) + 1
@@ -58,7 +65,11 @@ class Always:
     recurrences: int
     backprop: int
 
-    def draw(self, number: int) -> tuple[int, int]:  # noqa: ARG002 - the law's signature
+    def __post_init__(self) -> None:
+        if self.recurrences < 1:
+            raise ValueError(f"recurrences={self.recurrences}; use 1 or more")
+
+    def draw(self, number: int, *, row: int = 0) -> tuple[int, int]:  # noqa: ARG002 - the law's signature
         """(without gradient, with gradient)."""
         with_gradient = min(self.backprop, self.recurrences)
         return self.recurrences - with_gradient, with_gradient
@@ -100,19 +111,20 @@ class RandomDepth:
     ) -> MicrobatchLoss:
         """Summed cross-entropy of one microbatch; telemetry counts recurrences over its rows."""
         rows = len(batch.tokens)
-        steps: Any
-        if self.per == "row" and rows > 1:
-            draws = [self.recurrences.draw(batch.number + address) for address in batch.addresses]
-            steps = torch.tensor([sum(draw) for draw in draws], device=batch.tokens.device)
-            taken = steps.sum()
+        draw, number = self.recurrences.draw, batch.number
+        if self.per == "row":
+            draws = [draw(number, row=address) for address in batch.addresses]
         else:
-            steps = self.recurrences.draw(batch.number)
-            taken = torch.tensor(float(rows * sum(steps)), device=batch.tokens.device)
+            draws = [draw(number)] * rows
+        totals = torch.tensor([sum(one) for one in draws], device=batch.tokens.device)
+        steps: Any = draws[0]
+        if self.per == "row" and rows > 1:
+            steps = (totals, max(with_gradient for _, with_gradient in draws))
         states = RowStates(tuple((batch.number * _PRIME + a) % MODULUS for a in batch.addresses))
         logits = model(
             input_ids=batch.tokens[:, :-1], use_cache=False, num_steps=steps, initial_state=states
         ).logits
         return MicrobatchLoss(
             nats_sum=token_nats(logits, targets, model).sum(),
-            telemetry={"recurrences_times_rows": taken.to(logits.dtype)},
+            telemetry={"recurrences_times_rows": totals.sum().to(logits.dtype)},
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from jaxtyping import Int
@@ -28,6 +28,8 @@ class GreedyDecoder(ABC):
     """A decoder for `model.generate(prompt, custom_generate=...)`: greedy, rows of equal length."""
 
     __slots__ = ()
+    budget: ClassVar[int | None] = None
+    """The cache's, which alone may be asked for as `kv_budget`."""
 
     @abstractmethod
     def decode(
@@ -52,25 +54,55 @@ class GreedyDecoder(ABC):
         """Serve what `generate` hands on.
 
         Raises:
-            ValueError: for sampling, beams or padding.
+            ValueError: for sampling, beams, padding, and for what would change greedy tokens.
         """
         if generation_config.do_sample or generation_config.num_beams > 1:
             raise ValueError(
                 "this decoder is greedy; use do_sample=False and num_beams=1, or leave custom_generate out"
             )
+        refuse_extras(generation_config, options)
+        self._refuse(options)
         mask = options.get("attention_mask")
         if mask is not None and not bool(mask.bool().all()):
             raise ValueError(
                 "this decoder takes rows of equal length; group prompts by length, or drop custom_generate"
             )
+        without, with_gradient, _ = model.recurrences(options.get("num_steps"), 1)
         found = self.decode(
             model,
             input_ids,
             max_new_tokens=generation_config.max_length - input_ids.shape[1],
-            num_steps=options.get("num_steps") or model.config.mean_recurrence,
+            num_steps=without + with_gradient,
             initial_state=options.get("initial_state"),
         )
         return _with_prompt(input_ids, found.tokens, generation_config)
+
+    def _refuse(self, options: dict[str, Any]) -> None:
+        """Raise for what this decoder does not do."""
+        processors = [type(one).__name__ for one in options.get("logits_processor") or ()]
+        known = ("MaxLengthCriteria", "EosTokenCriteria")
+        stopping = [type(one).__name__ for one in options.get("stopping_criteria") or ()]
+        changing = ("exit", "warm_start", "streamer", "init_scale", "kv_budget")
+        given = {name: options.get(name) for name in changing}
+        if given["kv_budget"] == self.budget:
+            del given["kv_budget"]
+        unknown = processors + [name for name in stopping if name not in known]
+        unknown += [f"{name}={value}" for name, value in given.items() if value]
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__} decodes greedily, at one depth, from given states or zeros, without "
+                f"{', '.join(unknown)}; leave these or custom_generate out"
+            )
+
+
+def refuse_extras(generation_config: Any, options: dict[str, Any]) -> None:
+    """Raise where more than tokens is asked for, or embeddings stand for them."""
+    wanted = generation_config.return_dict_in_generate or options.get("inputs_embeds") is not None
+    if wanted:
+        raise ValueError(
+            "custom_generate takes input_ids and gives tokens alone; leave return_dict_in_generate and "
+            "inputs_embeds, or custom_generate, out"
+        )
 
 
 def _with_prompt(

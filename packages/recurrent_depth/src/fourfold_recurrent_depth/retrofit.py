@@ -76,10 +76,11 @@ class Retrofitted(PreTrainedModel, GenerationMixin):
         self.norm = inner.norm
         self.lm_head: Any = dense.get_output_embeddings()
         width = dense.config.hidden_size
-        self.adapter = nn.Linear(2 * width, width, bias=False, dtype=dense.dtype)
+        held = {"dtype": dense.dtype, "device": dense.device}
+        self.adapter = nn.Linear(2 * width, width, bias=False, **held)
         self.gradient_checkpointing = False
         with torch.no_grad():
-            eye = torch.eye(width, dtype=dense.dtype)
+            eye = torch.eye(width, **held)
             self.adapter.weight.copy_(torch.cat([alpha * eye, beta * eye], dim=1))
 
     def forward(
@@ -91,6 +92,7 @@ class Retrofitted(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         position_ids: Int[Tensor, "#batch token"] | None = None,
         use_cache: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast:
         """Recur n times without gradient, then k with it; s_0 is zero.
@@ -103,6 +105,7 @@ class Retrofitted(PreTrainedModel, GenerationMixin):
             past_key_values: a `RecurrentCache`; made where `use_cache` asks for one.
             position_ids: by default counted on from what is cached.
             use_cache: give a cache back.
+            num_items_in_batch: labels that the loss is divided by, where microbatches share a step.
             options: passed on to the layers.
 
         Raises:
@@ -148,8 +151,9 @@ class Retrofitted(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size
-            )
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )  # fmt: skip
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=cache if use_cache else None
         )
@@ -203,8 +207,9 @@ def retrofit(
     between prelude and core are left out.
 
     Raises:
-        ValueError: the parts do not fit, or the model is not built of such layers.
+        ValueError: the parts do not fit, or the model is not built of such layers or does more than they do.
     """
+    _refuse_more_than_layers(dense.config)
     inner: Any = dense.get_decoder()
     parts = ("embed_tokens", "layers", "norm", "rotary_emb")
     missing = [name for name in parts if not hasattr(inner, name)]
@@ -220,6 +225,32 @@ def retrofit(
             f"sum to {count} or less, with a core of 1 or more"
         )
     return Retrofitted(dense, prelude=prelude, core=core, coda=coda, alpha=alpha, beta=beta)
+
+
+def _refuse_more_than_layers(config: Any) -> None:
+    """Raise for models that scale embeddings or logits, or hide tokens beyond a window."""
+    found = {
+        name: getattr(config, name, None)
+        for name in (
+            "embedding_multiplier",
+            "logits_scaling",
+            "logit_scale",
+            "final_logit_softcapping",
+        )
+    }
+    window = getattr(config, "sliding_window", None)
+    kinds = set(
+        getattr(config, "layer_types", None) or ["full_attention" if window is None else "sliding"]
+    )
+    found = {name: value for name, value in found.items() if value not in (None, 1, 1.0)}
+    if kinds != {"full_attention"}:
+        found["sliding_window"] = window
+    if found:
+        told = ", ".join(f"{name}={value}" for name, value in found.items())
+        raise ValueError(
+            f"{config.model_type} computes with {told} outside of its layers, which retrofit does not take "
+            "over; use a model of plain layers, as Llama's or Qwen's without windows"
+        )
 
 
 def _through(

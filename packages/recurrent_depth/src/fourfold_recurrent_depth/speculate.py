@@ -78,8 +78,10 @@ def speculate(
         initial_state: s_0 by position; zeros where it is left out, since drafts and checks must agree.
 
     Raises:
-        ValueError: where the draft is not shallower than the full depth.
+        ValueError: where the draft is not shallower than the full depth, or no token is asked for.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} asks for no token; use 1 or more")
     if speculation.draft_steps >= num_steps:
         raise ValueError(
             f"draft_steps={speculation.draft_steps} is not below num_steps={num_steps}; "

@@ -80,14 +80,21 @@ def draw_state(
         initial: given states, or None to draw them.
         width: of the whole residual stream.
         scale: multiplies the standard deviation of drawn states.
+
+    Raises:
+        ValueError: for states of other rows, tokens or width.
     """
     batch, tokens = like.shape[:2]
     if isinstance(initial, StateTable):
         given = initial.at(positions)
     elif isinstance(initial, RowStates):
         given = initial.of(batch, tokens, width)
-    elif initial is not None:
+    elif isinstance(initial, Tensor):
         given = initial
+    elif initial is not None:
+        raise ValueError(
+            f"initial_state={initial!r} holds no states; give a tensor, a StateTable or RowStates"
+        )
     elif scale == 0:
         given = like.new_zeros(batch, tokens, width)
     else:
@@ -95,4 +102,10 @@ def draw_state(
         drawn = torch.empty(batch, tokens, width, device=like.device)
         nn.init.trunc_normal_(drawn, std=std, a=-CUT * std, b=CUT * std)
         given = drawn * math.sqrt(width)
-    return given.to(like).expand(batch, tokens, width)
+    try:
+        return given.to(like).expand(batch, tokens, width)
+    except RuntimeError as error:
+        raise ValueError(
+            f"initial_state of shape {tuple(given.shape)} for {batch} rows of {tokens} tokens and width "
+            f"{width}; give ({batch}, {tokens}, {width}), with ones where it is the same for all"
+        ) from error

@@ -57,7 +57,7 @@ def iterate_until_exit(
         cache: opened for this pass.
         criterion: when to stop.
         steps: recurrences at most.
-        real: False for padding, which stops at once and counts for nothing.
+        real: False for padding, which stops at once, at recurrence 0, and counts for nothing.
     """
     if e.shape[1] == 1 and cache.budget is None:
         return _one_token(model, e, s, where, cache, criterion, steps=steps)
@@ -80,6 +80,8 @@ def _many_tokens(
     whole_rows = criterion.scope == "row"
     final, stopped_at = s.clone(), torch.full((batch, tokens), steps, device=e.device)
     logits: Tensor | None = None
+    stopped_at = stopped_at if real is None else stopped_at * real
+    judged = _judged(real, whole=whole_rows)
     # The survivors: their rows in the batch, and which of their tokens still run.
     rows = torch.arange(batch, device=e.device)
     running = torch.ones_like(stopped_at, dtype=torch.bool) if real is None else real.clone()
@@ -94,7 +96,8 @@ def _many_tokens(
         is_checked = is_judged and done % criterion.every == 0
         features = s
         if criterion.reads == "logits":
-            features = model.predict(model.transformer["ln_f"](s), here, 1 if whole_rows else 0)
+            kept = judged if isinstance(judged, int) else judged[rows]
+            features = model.predict(model.transformer["ln_f"](s), here, kept)
         stops = running
         if is_checked:
             memory = memory or criterion.begin(_start(criterion, final[rows], features))
@@ -124,8 +127,9 @@ def _many_tokens(
             None if bool(running.all()) else running,
         )
     cache.select(None, None)
-    if tokens > 1 and not whole_rows:
+    if (tokens > 1 and not whole_rows) or not isinstance(judged, int):
         # A token's coda keys were provisional for later ones as long as it ran: nobody has the logits.
+        # And a row that is padded on the right was judged by its last real token.
         logits = None
     return Found(state=final, steps=stopped_at, logits=logits)
 
@@ -209,14 +213,25 @@ def _start(criterion: Criterion, first: Tensor, features: Tensor) -> Tensor:
     return start.flatten(0, -2)
 
 
+def _judged(
+    real: Bool[Tensor, "batch token"] | None, *, whole: bool
+) -> int | Int[Tensor, "batch 1"]:
+    """Whose logits a criterion reads: all (0), each row's last (1), or where each row's padding begins."""
+    if not whole:
+        return 0
+    if real is None or bool(real[:, -1].all()):
+        return 1
+    return (real * torch.arange(real.shape[1], device=real.device)).argmax(1, keepdim=True)
+
+
 def _of_rows(
     value: Float[Tensor, "row kept"], running: Bool[Tensor, "row token"], *, whole: bool
 ) -> Float[Tensor, "row judged"]:
     """Each token's value, or the mean over a row's running tokens where the row stops as one."""
     if not whole or value.shape[1] == 1:
         return value
-    weight = running.to(value.dtype)
-    return (value * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+    # Padding may be measured as anything, also as 0 / 0.
+    return value.where(running, 0).sum(1, keepdim=True) / running.sum(1, keepdim=True)
 
 
 def _memory_of(memory: Memory | None, keep: Int[Tensor, " kept"], tokens: int) -> Memory | None:
