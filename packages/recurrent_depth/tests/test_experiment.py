@@ -35,14 +35,14 @@ def test_recipes_rebuild_from_their_records() -> None:
 
 
 def test_arms_differ_in_the_draw_of_recurrences_alone() -> None:
-    runs = {arm: run for arm, run in recipes.cells("laptop").members if run.seed == 3}
+    runs = {arm: run for arm, run in recipes.cells("laptop").members if run.seed == 13}
     law, untied = runs["law"], runs["untied"]
     for arm, run in runs.items():
         model = law.model if arm == "untied" else run.model
         assert replace(run, name=law.name, objective=law.objective, model=model) == law
     deep, wide = (cast(RecurrentDepth, run.model) for run in (law, untied))
     assert replace(wide, core=deep.core) == deep
-    one, other = (costs(model.config(), context=32) for model in (deep, wide))
+    one, other = (costs(model.config(), context=24) for model in (deep, wide))
     recurrent, at_once = one.forward(recipes.CELLS_MEAN), other.forward(1)
     assert at_once == pytest.approx(recurrent, rel=0.1)
 
