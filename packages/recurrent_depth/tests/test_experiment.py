@@ -9,12 +9,18 @@ import pytest
 import torch
 
 from fourfold_parallel.run.claims import judge
+from fourfold_parallel.run.corpora import TextFiles
 from fourfold_parallel.run.recipe import Steps
 from fourfold_parallel.run.records import RecordWriter, header, read_record
 from fourfold_parallel.run.values import from_json, to_json
 from fourfold_recurrent_depth import recipes
-from fourfold_recurrent_depth.claims import ADDITION, AUTOMATON, CLAIMS, DRAWS, LANGUAGE
-from fourfold_recurrent_depth.experiment import EXPERIMENT, examine_additions, examine_draws
+from fourfold_recurrent_depth.claims import ADDITION, AUTOMATON, CLAIMS, DRAWS, LANGUAGE, RETROFIT
+from fourfold_recurrent_depth.experiment import (
+    EXPERIMENT,
+    examine_additions,
+    examine_draws,
+    examine_retrofits,
+)
 from fourfold_recurrent_depth.flops import costs
 from fourfold_recurrent_depth.fresh import RecurrentDepth
 from fourfold_recurrent_depth.study import DEPTHS
@@ -23,20 +29,20 @@ from fourfold_recurrent_depth.tasks.addition import Digits, Sums, sums_of
 
 def test_recipes_rebuild_from_their_records() -> None:
     plans = [recipes.cells("smoke"), recipes.cells("laptop"), recipes.language("laptop")]
-    plans += [recipes.draws("laptop"), recipes.additions("laptop")]
+    plans += [recipes.draws("laptop"), recipes.additions("laptop"), recipes.retrofits("laptop")]
     for plan in [*plans, recipes.exact("smoke"), recipes.table_1("paper")]:
         assert from_json(json.loads(json.dumps(to_json(plan)))) == plan
 
 
 def test_arms_differ_in_the_draw_of_recurrences_alone() -> None:
-    runs = {arm: run for arm, run in recipes.cells("laptop").members if run.seed == 3}
+    runs = {arm: run for arm, run in recipes.cells("laptop").members if run.seed == 13}
     law, untied = runs["law"], runs["untied"]
     for arm, run in runs.items():
         model = law.model if arm == "untied" else run.model
         assert replace(run, name=law.name, objective=law.objective, model=model) == law
     deep, wide = (cast(RecurrentDepth, run.model) for run in (law, untied))
     assert replace(wide, core=deep.core) == deep
-    one, other = (costs(model.config(), context=32) for model in (deep, wide))
+    one, other = (costs(model.config(), context=24) for model in (deep, wide))
     recurrent, at_once = one.forward(recipes.CELLS_MEAN), other.forward(1)
     assert at_once == pytest.approx(recurrent, rel=0.1)
 
@@ -61,6 +67,33 @@ def test_short_runs_are_trained_and_examined(tmp_path: Path) -> None:
     _, *found = examine_additions(replace(added.members[0], **short), 16, tmp_path)
     places = {(fields["operands"], fields["recurrences"]) for _, fields in found}
     assert places == {(m, r) for m in range(1, 7) for r in DEPTHS}
+
+
+def test_retrofits_of_equal_flops_are_trained_and_examined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Budgets agree to one step's worth; each arm, on two steps after two, is measured at its depths."""
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("a byte, and another. " * 400)
+    corpus = TextFiles(paths=(str(tmp_path / "text.txt"),), licence="made here")
+    members = recipes.retrofits("laptop").members[:4]
+    assert [arm for arm, _ in members] == ["dense", "constant", "curriculum", "fresh"]
+    spent = [recipes.flops_of(arm, run) for arm, run in members]
+    assert max(spent) / min(spent) < 1.01
+    short = {"horizon": Steps(count=2), "validate_every": 2, "checkpoint_every": 2, "batch": 2}
+    fresh = {"model": replace(members[3][1].model, fresh=True)}  # type: ignore[type-var]
+    assert members[3][1] == replace(members[1][1], name="retrofit-fresh-seed20", **fresh)
+    for arm, run in members:
+        model: Any = run.model
+        dense: Any = model if arm == "dense" else model.dense
+        data: Any = replace(cast(Any, run.data), corpus=corpus, held_out=0.2)
+        small: Any = replace(dense, run=replace(dense.run, data=data, microbatch=2, **short))
+        model = small if arm == "dense" else replace(model, dense=small)
+        brief = replace(run, model=model, data=data, microbatch=2, **short)
+        _, *found = examine_retrofits((arm, brief), 4, tmp_path)
+        depths = [fields["recurrences"] for _, fields in found]
+        assert depths == ([None] if arm == "dense" else [1, 2, 4, 8])
+    assert len(list((tmp_path / "cache" / "pretrained").iterdir())) == 1
 
 
 def test_sums_are_of_all_digits_so_far() -> None:
@@ -169,13 +202,26 @@ def additions(folder: Path, *, good: bool) -> Any:
     return record(folder, ADDITION, events)
 
 
+def retrofits(folder: Path, *, good: bool) -> Any:
+    """The curriculum ends below all, or above what it is compared with."""
+    events: list[tuple[str, dict[str, Any]]] = []
+    losses = {"dense": 1.7, "constant": 1.75, "fresh": 2.0, "curriculum": 1.6 if good else 1.8}
+    for seed in range(3):
+        for arm, loss in losses.items():
+            depth = None if arm == "dense" else recipes.MEAN
+            fields = {"arm": arm, "seed": seed, "recurrences": depth, "loss_nats": loss}
+            events.append(("held_out", fields))
+    return record(folder, RETROFIT, events)
+
+
 @pytest.mark.parametrize("good", [True, False])
 def test_rules_judge_as_they_say(tmp_path: Path, good: bool) -> None:
     """Records that show what the paper says are reproduced; records that show the opposite, contradicted."""
     stages = {AUTOMATON: automaton, LANGUAGE: language, DRAWS: draws, ADDITION: additions}
+    stages[RETROFIT] = retrofits
     records = {name: make(tmp_path, good=good) for name, make in stages.items()}
     judged = [claim for claim in CLAIMS if claim.scales and claim.id not in ("C6", "C20")]
     rows = judge(judged, records, package="recurrent_depth", scale="laptop")
     expected = "reproduced" if good else "contradicted"
     assert {row.id: row.verdict for row in rows} == {claim.id: expected for claim in judged}
-    assert len(rows) == 15
+    assert len(rows) == 16

@@ -1,11 +1,15 @@
 """Costs by formula against torch's counter."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fourfold_recurrent_depth import RecurrentDepthConfig, RecurrentDepthForCausalLM
-from fourfold_recurrent_depth.flops import costs, materialised_parameters
+from fourfold_recurrent_depth.flops import costs, materialised_parameters, retrofit_costs
+from fourfold_recurrent_depth.retrofit import retrofit
 
 
 @pytest.mark.parametrize("pair", [(1, 0), (4, 0), (32, 0), (0, 4), (3, 2), (7, 4)])
@@ -23,6 +27,26 @@ def test_the_formula_is_what_torch_counts(
             out.loss.backward()
     expected = price.training(*pair) if with_gradient else price.forward(without)
     assert counter.get_total_flops() == expected * tokens.numel()
+
+
+@pytest.mark.parametrize("pair", [(0, 1), (0, 4), (3, 2)])
+def test_the_formula_counts_retrofitted_models(tokens: torch.Tensor, pair: tuple[int, int]) -> None:
+    """Training at three pairs, exactly, with keys shared among heads; and the dense model."""
+    config = LlamaConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, vocab_size=64, attn_implementation="eager",
+    )  # fmt: skip
+    dense = LlamaForCausalLM(config)
+    shape: dict[str, int] = {"prelude": 1, "core": 2, "coda": 1}
+    for model, price, options in (
+        (dense, retrofit_costs(config, prelude=4, core=0, coda=0, context=12), None),
+        (retrofit(dense, **shape), retrofit_costs(config, **shape, context=12), pair),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            chosen: dict[str, Any] = {} if options is None else {"num_steps": options}
+            model(tokens, labels=tokens, use_cache=False, **chosen).loss.backward()
+        expected = price.training(*(options or (0, 0)))
+        assert counter.get_total_flops() == expected * tokens.numel()
 
 
 def test_huginns_totals() -> None:

@@ -17,13 +17,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from fourfold_parallel.run import checkpoint
 from fourfold_parallel.run.data import tokenize
 from fourfold_parallel.run.experiments import Experiment, Launch, Stage, Workplace
+from fourfold_parallel.run.models import Model
 from fourfold_parallel.run.progress import Progress, silent
 from fourfold_parallel.run.recipe import Run, Scale
 from fourfold_parallel.run.records import RecordWriter, header, read_record
 from fourfold_parallel.run.train import train, trained_model
 from fourfold_parallel.run.values import digest
 from fourfold_recurrent_depth import figures, recipes, study
-from fourfold_recurrent_depth.claims import ADDITION, AUTOMATON, CLAIMS, DRAWS, EXACT, LANGUAGE
+from fourfold_recurrent_depth.claims import (
+    ADDITION,
+    AUTOMATON,
+    CLAIMS,
+    DRAWS,
+    EXACT,
+    LANGUAGE,
+    RETROFIT,
+)
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
 from fourfold_recurrent_depth.diffusion import Diffusion, diffuse
 from fourfold_recurrent_depth.flops import costs, materialised_parameters
@@ -120,6 +129,26 @@ def examine_additions(run: Run, rows: int, folder: Path) -> tuple[Event, ...]:
     model, trained = _trained(run, folder)
     events = [trained, *study.addition_by_depth(model, operands=run.sequence, rows=rows)]
     return tuple((kind, {"seed": run.seed, **fields}) for kind, fields in events)
+
+
+def examine_retrofits(
+    member: tuple[recipes.RetrofitArm, Run], rows: int, folder: Path
+) -> tuple[Event, ...]:
+    """Train a dense or retrofitted model on, and measure held-out rows at every depth that it has."""
+    arm, run = member
+    torch.set_num_threads(1)
+    place = folder / run.name
+    last = train(
+        run, record=place / "record.jsonl", checkpoints=place / "checkpoints", progress=silent
+    )
+    model = trained_model(run, last)
+    batch = run.data.validation(sequence=run.sequence).batch(0, batch=rows)
+    depths = () if arm == "dense" else (1, recipes.MEAN // 2, recipes.MEAN, 2 * recipes.MEAN)
+    found = study.loss_by_depth(model, batch.tokens, depths)
+    trained: Event = ("trained", {"steps": run.steps, "training_flops": recipes.flops_of(arm, run)})
+    return tuple(
+        (kind, {"arm": arm, "seed": run.seed, **fields}) for kind, fields in (trained, *found)
+    )
 
 
 def examine_bytes(run: Run, plan: recipes.Bytes, folder: Path) -> tuple[Event, ...]:
@@ -285,6 +314,25 @@ def perform_additions(plan: recipes.Additions, workplace: Workplace) -> None:
     _write(plan, jobs, workplace, ())
 
 
+def perform_retrofits(plan: recipes.Retrofits, workplace: Workplace) -> None:
+    """Train the dense models, go on from each in every way, and examine; two at a time."""
+    runs = [run for _, run in plan.members]
+    data: Any = runs[0].data
+    materials = tokenize(data.corpus, data.tokenizer).materials
+    dense = {run.seed: run.model for arm, run in plan.members if arm == "dense"}
+    jobs = [partial(_pretrain, model) for model in dense.values()]
+    for _ in _each(jobs):
+        pass
+    jobs = [partial(examine_retrofits, one, plan.rows, workplace.scratch) for one in plan.members]
+    _write(plan, jobs, workplace, materials)
+
+
+def _pretrain(model: Model) -> tuple[Event, ...]:
+    torch.set_num_threads(1)
+    model.build(seed=0)
+    return ()
+
+
 def perform_bytes(plan: recipes.Bytes, workplace: Workplace) -> None:
     """Train and examine every language model, two at a time."""
     data: Any = plan.members[0].data
@@ -319,6 +367,10 @@ def _stages(scale: Scale) -> Sequence[Stage]:
             Stage(name=DRAWS, run=draws, perform=partial(perform_draws, draws)),
             Stage(name=ADDITION, run=additions, perform=partial(perform_additions, additions)),
         ]
+        retrofits = recipes.retrofits(scale)
+        stages.append(
+            Stage(name=RETROFIT, run=retrofits, perform=partial(perform_retrofits, retrofits))
+        )
         language = recipes.language(scale)
         stages.append(Stage(name=LANGUAGE, run=language, perform=partial(perform_bytes, language)))
     return tuple(stages)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from transformers import LlamaConfig
+
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
 
 
@@ -56,6 +58,27 @@ def costs(config: RecurrentDepthConfig, *, context: int, splits_adapter: bool = 
         + config.n_layers_in_recurrent_block * block,
         coda=config.n_layers_in_coda * block,
         head=2 * width * config.padded_vocab_size,
+    )
+
+
+def retrofit_costs(
+    config: LlamaConfig, *, prelude: int, core: int, coda: int, context: int
+) -> Costs:
+    """FLOPs per token and part of a retrofitted Llama, whose adapter multiplies state and embedding anew.
+
+    A dense one is all prelude: `prelude=config.num_hidden_layers, core=0, coda=0` and no recurrence.
+    """
+    width = config.hidden_size
+    shared = config.num_key_value_heads or config.num_attention_heads
+    keys = width * shared // config.num_attention_heads
+    weights = 2 * width * width + 2 * width * keys + 3 * width * config.intermediate_size
+    layer = 2 * weights + 4 * context * width
+    return Costs(
+        prelude=prelude * layer,
+        injection=0.0,
+        recurrence=4 * width * width + core * layer,
+        coda=coda * layer,
+        head=2 * width * config.vocab_size,
     )
 
 

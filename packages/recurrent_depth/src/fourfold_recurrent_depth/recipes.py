@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 from fourfold_parallel.run.corpora import PythonSource
 from fourfold_parallel.run.data import Packed
 from fourfold_parallel.run.engines import DDP, Single
-from fourfold_parallel.run.objective import KeepAll, NextToken
+from fourfold_parallel.run.models import Llama, Model
+from fourfold_parallel.run.objective import KeepAll, NextToken, Objective
 from fourfold_parallel.run.optimizer import AdamW, Constant, Cosine
 from fourfold_parallel.run.recipe import Run, Scale, Steps
 from fourfold_parallel.run.tokenizers import BytePairs
+from fourfold_recurrent_depth.flops import Costs
 from fourfold_recurrent_depth.fresh import RecurrentDepth
 from fourfold_recurrent_depth.objective import Always, LogNormalPoisson, RandomDepth, Recurrences
 from fourfold_recurrent_depth.optimizer import Ellis
+from fourfold_recurrent_depth.pretrained import Pretrained, Recurrent
 from fourfold_recurrent_depth.study import Exam
 from fourfold_recurrent_depth.tasks.addition import BASE, Digits, Sums
 from fourfold_recurrent_depth.tasks.automaton import Automaton, EvolvedCells
@@ -29,9 +33,15 @@ through them once: the same FLOPs in a pass, eight times the parameters.
 DrawArm = Literal["last 1", "last 2", "last 4", "all", "per row"]
 """How many recurrences carry gradient, with one draw for all rows; or the last 4, with one for each."""
 
+RetrofitArm = Literal["dense", "constant", "curriculum", "fresh"]
+"""How a dense model is trained on: as it is, or recurrent by the law, at once or from depth 1 on.
+
+The last is of the recurrent shape with fresh weights.
+"""
+
 SEEDS = (0, 1, 2)
-CELLS_SEEDS = (3, 4, 5)
-"""Of the automaton study: 0 to 2 trained an earlier recipe, 7 was the pilot that chose this one."""
+CELLS_SEEDS = (13, 14, 15)
+"""Of the automaton study: 0 to 2 and 3 to 5 trained earlier recipes, 7 was the pilot of this one."""
 MEAN = 4
 """Mean recurrences of the small models, in training and in evaluation, but for the automaton study's."""
 CELLS_MEAN = 8
@@ -78,6 +88,16 @@ class Bytes:
     """Tokens of each that are given; the rest is decoded with teacher forcing."""
     generated: int
     """Tokens generated freely after the prompt."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retrofits:
+    """Dense models, and runs of equal FLOPs that go on from them."""
+
+    members: tuple[tuple[RetrofitArm, Run], ...]
+    rows: int
+    """Held-out rows of the exam."""
     seed: int = 0
 
 
@@ -150,12 +170,12 @@ def cells(scale: Literal["smoke", "laptop"]) -> Cells:
             hardest, length, steps, seeds, rows = 2, 12, 30, CELLS_SEEDS[:1], 8
             arms: tuple[Arm, ...] = ("law", "shallow")
         case "laptop":
-            hardest, length, steps, seeds, rows = 3, 32, 1400, CELLS_SEEDS, 64
+            hardest, length, steps, seeds, rows = 3, 24, 2000, CELLS_SEEDS, 64
             arms = ("law", "fixed", "shallow")
     named: list[tuple[Arm, int]] = [(arm, seed) for arm in arms for seed in seeds]
     if scale == "laptop":
         named.append(("untied", seeds[0]))
-    shape = {"hardest": hardest, "cells": length, "steps": steps, "mean": CELLS_MEAN, "batch": 24}
+    shape = {"hardest": hardest, "cells": length, "steps": steps, "mean": CELLS_MEAN, "batch": 32}
     members: tuple[tuple[Arm, Run], ...] = tuple(
         (arm, automaton_run(arm, seed, **shape)) for arm, seed in named
     )
@@ -241,6 +261,72 @@ def language(scale: Literal["laptop"]) -> Bytes:  # noqa: ARG001 - one scale has
     """The language study (C12, C13, C15, C16), three seeds."""
     members = tuple(language_run(seed, steps=300) for seed in SEEDS)
     return Bytes(members=members, rows=8, prompt=32, generated=48)
+
+
+def dense_run(seed: int, *, steps: int) -> Run:
+    """The dense model that is made recurrent: six blocks, bytes of the Python standard library."""
+    recurrent = language_run(seed, steps=steps)
+    model = Llama(
+        width=64, depth=6, heads=4, kv_heads=4, hidden=176, vocabulary=257, context=192, tied=False
+    )
+    plain = NextToken(mask=KeepAll())
+    return replace(recurrent, name=f"dense-seed{seed}", model=model, objective=plain)
+
+
+def retrofits(scale: Literal["laptop"]) -> Retrofits:  # noqa: ARG001 - one scale has it so far
+    """The study of retrofitting (C23), three seeds: two layers read, two think, two speak.
+
+    Each arm spends the FLOPs of 400 steps at a constant mean. The curriculum raises the mean from 1 over
+    three quarters of its steps, of which it can afford more.
+    """
+    reference = 400
+    law = LogNormalPoisson(mean=MEAN, backprop=MEAN)
+    keep = NextToken(mask=KeepAll())
+    members: list[tuple[RetrofitArm, Run]] = []
+    for seed in (20, 21, 22):
+        dense = Pretrained(run=dense_run(seed + 100, steps=600))
+        recurrent = Recurrent(dense=dense, prelude=2, core=2, coda=2)
+        price = recurrent.costs(context=64)
+        budget = _training_flops(price, law, reference)
+        longer = round(budget / dense.costs(context=64).training(0, 0))
+        risen = _curriculum_within(price, law, budget)
+        at_once = RandomDepth(recurrences=law, supervision=keep)
+        arms: dict[RetrofitArm, tuple[int, Model, Objective]] = {
+            "dense": (longer, dense, keep),
+            "constant": (reference, recurrent, at_once),
+            "curriculum": (risen.ramp * 4 // 3, recurrent, replace(at_once, recurrences=risen)),
+            "fresh": (reference, replace(recurrent, fresh=True), at_once),
+        }
+        for arm, (count, model, objective) in arms.items():
+            run = language_run(seed, steps=count)
+            rate = replace(cast(AdamW, run.optimizer), learning_rate=2e-3)
+            run = replace(run, name=f"retrofit-{arm}-seed{seed}", model=model, objective=objective)
+            members.append((arm, replace(run, optimizer=rate)))
+    return Retrofits(members=tuple(members), rows=256)
+
+
+def flops_of(arm: RetrofitArm, run: Run) -> float:
+    """FLOPs of a run of that study."""
+    price = cast(Pretrained | Recurrent, run.model).costs(context=run.sequence)
+    if arm == "dense":
+        return run.steps * run.tokens_per_step * price.training(0, 0)
+    recurrences = cast(RandomDepth, run.objective).recurrences
+    return run.tokens_per_step * _training_flops(price, recurrences, run.steps)
+
+
+def _training_flops(price: Costs, recurrences: Recurrences, steps: int) -> float:
+    """Per token of a batch, over so many steps."""
+    return sum(price.training(*recurrences.draw(number)) for number in range(steps))
+
+
+def _curriculum_within(price: Costs, law: LogNormalPoisson, budget: float) -> LogNormalPoisson:
+    """The longest curriculum, rising over 3 of each 4 steps, that the budget pays for."""
+
+    def spent(quarter: int) -> float:
+        return _training_flops(price, replace(law, ramp=3 * quarter), 4 * quarter)
+
+    quarters = range(1, 1000)
+    return replace(law, ramp=3 * quarters[bisect_right(quarters, budget, key=spent) - 1])
 
 
 def exact(scale: Literal["smoke", "laptop"]) -> Exact:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from scipy import stats
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fourfold_recurrent_depth import latents
 from fourfold_recurrent_depth.cache import RecurrentCache
@@ -79,6 +80,18 @@ def held_out(model: RecurrentDepthForCausalLM, exam: Exam, *, steps: int) -> Eve
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     right = (logits.argmax(-1) == targets).double().mean()
     return "held_out", {"loss_nats": round(float(loss), 6), "accuracy": round(float(right), 5)}
+
+
+@torch.no_grad()
+def loss_by_depth(
+    model: PreTrainedModel, tokens: Int[Tensor, "row token"], depths: Sequence[int]
+) -> Iterator[Event]:
+    """Next-token loss after so many recurrences each; of a dense model, which has no depths, once."""
+    for r in depths or (None,):
+        options: Any = {} if r is None else {"num_steps": r}
+        logits = model(input_ids=tokens[:, :-1], use_cache=False, **options).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        yield "held_out", {"recurrences": r, "loss_nats": round(float(loss), 6)}
 
 
 @torch.no_grad()

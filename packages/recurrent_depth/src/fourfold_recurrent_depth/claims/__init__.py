@@ -7,6 +7,7 @@ from fourfold_recurrent_depth.claims.common import (
     DRAWS,
     EXACT,
     LANGUAGE,
+    RETROFIT,
     of,
     seeds_of,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "DRAWS",
     "EXACT",
     "LANGUAGE",
+    "RETROFIT",
     "accuracies",
     "of",
     "seeds_of",

@@ -8,7 +8,7 @@ from fourfold_parallel.run.claims import Finding, Verdict
 from fourfold_parallel.run.records import Event, Record
 
 AUTOMATON, LANGUAGE, EXACT = "automaton", "language", "exact"
-DRAWS, ADDITION = "draws", "addition"
+DRAWS, ADDITION, RETROFIT = "draws", "addition", "retrofit"
 """Names of the stages."""
 
 

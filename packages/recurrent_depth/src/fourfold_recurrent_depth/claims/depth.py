@@ -1,4 +1,4 @@
-"""Rules of the runs on draws, truncated backpropagation and additions."""
+"""Rules of the runs on draws, truncated backpropagation, additions and retrofitting."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fourfold_parallel.run.claims import Finding, Records, over_seeds
 from fourfold_recurrent_depth.claims.common import (
     ADDITION,
     DRAWS,
+    RETROFIT,
     all_or_none,
     finding,
     of,
@@ -88,4 +89,35 @@ def more_operands_need_more(records: Records) -> Finding:
         of(record, "addition")[0],
         f"rises with r and saturates later for more operands in {sum(held)} of {len(held)} seeds",
         ADDITION,
+    )
+
+
+def curriculum_keeps_up(records: Records) -> Finding:
+    """C23."""
+    record = records[RETROFIT]
+    seeds = seeds_of(record, "held_out", arm="dense")
+
+    def losses(arm: str, recurrences: int | None) -> list[float]:
+        return [
+            of(record, "held_out", arm=arm, seed=seed, recurrences=recurrences)[0].number(
+                "loss_nats"
+            )
+            for seed in seeds
+        ]
+
+    dense = losses("dense", None)
+    risen, constant, fresh = (losses(arm, MEAN) for arm in ("curriculum", "constant", "fresh"))
+    above = {
+        name: [one - other for one, other in zip(risen, others, strict=True)]
+        for name, others in (("constant", constant), ("dense", dense), ("fresh", fresh))
+    }
+    held = [all(gap <= 0 for gap in gaps) for gaps in zip(*above.values(), strict=True)]
+    failed = [c > 0 and d > 0 for c, d in zip(above["constant"], above["dense"], strict=True)]
+    return finding(
+        all_or_none(held, failed),
+        f"loss above that of a constant mean {over_seeds(above['constant'])}, of the dense model trained on "
+        f"{over_seeds(above['dense'])}, of fresh weights {over_seeds(above['fresh'])} nats",
+        of(record, "held_out", arm="curriculum", recurrences=MEAN)[0],
+        f"below all three in {sum(held)} of {len(held)} seeds, above constant and dense in {sum(failed)}",
+        RETROFIT,
     )
