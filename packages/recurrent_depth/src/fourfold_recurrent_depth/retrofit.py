@@ -63,6 +63,7 @@ class Retrofitted(PreTrainedModel, GenerationMixin):
         beta: float,
     ) -> None:
         super().__init__(dense.config)
+        self.loss_type = "ForCausalLM"
         inner: Any = dense.get_decoder()
         layers = list(inner.layers)
         self.cut = Cut(
