@@ -16,6 +16,7 @@ import pytest
 from fourfold_hpc_coder import pareval, report, schedule, score, toolchain
 from fourfold_hpc_coder.__main__ import main
 from fourfold_hpc_coder.evaluation import Launch, Model
+from fourfold_hpc_coder.journal import Journal
 from fourfold_hpc_coder.problems import own_problems
 from fourfold_hpc_coder.score import Plan
 from fourfold_hpc_coder.workbench import Settings
@@ -430,23 +431,30 @@ def test_an_absent_compiler_is_named_with_its_package(
     assert all("is not installed (" in toolchain.missing(model) for model in models)
 
 
-def test_an_mpi_of_another_make_leaves_the_rest_to_be_scored(
-    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("wrapper", "words"),
+    [("exit 1", "mpicxx is not Open MPI's"), ("echo -I/nowhere", "mpi.h")],
+    ids=["no --showme", "no header"],
+)
+def test_an_mpi_that_does_not_work_leaves_the_rest_to_be_scored(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapper: str, words: str
 ) -> None:
-    """MPICH's wrapper knows no --showme."""
+    """MPICH's wrapper knows no --showme; half an installation compiles nothing."""
     other = tmp_path / "bin" / "mpicxx"
     other.parent.mkdir()
-    other.write_text("#!/bin/sh\nexit 1\n")
+    other.write_text(f"#!/bin/sh\n{wrapper}\n")
     other.chmod(0o755)
     monkeypatch.setenv("PATH", f"{other.parent}{os.pathsep}{os.environ['PATH']}")
     toolchain._said.cache_clear()
+    toolchain._mpi_flags.cache_clear()
     plan.outputs.write_text(json.dumps([entry(AVERAGE, m, RIGHT) for m in ("serial", "mpi")]))
     try:
         scored = score.score(replace(plan, models=("serial", "mpi")), silent)
     finally:
         toolchain._said.cache_clear()
+        toolchain._mpi_flags.cache_clear()
     assert [one.judgements[0].verdict for one in scored.judged] == ["correct"]
-    assert "mpicxx is not Open MPI's" in scored.problems[0].because
+    assert words in scored.problems[0].because
 
 
 def test_a_row_is_an_answer_whatever_stands_in_it(plan: Plan) -> None:
@@ -495,6 +503,32 @@ def test_scores_of_another_file_are_not_overwritten(plan: Plan) -> None:
     with pytest.raises(ValueError, match="another file"):
         score.score(plan, silent)
     assert (plan.folder / "results.json").read_bytes() == before
+
+
+def test_two_scorings_do_not_write_into_one_folder(plan: Plan) -> None:
+    """Of another process, or of this one: the first is left as it is."""
+    plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT)]))
+    with (
+        Journal(plan.outputs, plan.folder),
+        pytest.raises(ValueError, match="another scoring is writing"),
+    ):
+        score.score(plan, silent)
+    assert len((plan.folder / "verdicts.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_damaged_journal_is_named_by_its_line(plan: Plan) -> None:
+    """Without that line its answer is judged again."""
+    plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT)]))
+    score.score(plan, silent)
+    path = plan.folder / "verdicts.jsonl"
+    header, verdict = path.read_text().splitlines()
+    for line in (verdict[:-9], header, "[]"):
+        path.write_text(f"{header}\n{line}\n")
+        with pytest.raises(ValueError, match=r"verdicts.jsonl, line 2 is damaged; remove"):
+            score.score(plan, silent)
+        assert path.read_text() == f"{header}\n{line}\n"
+    path.write_text(f"{header}\n")
+    assert score.score(plan, silent).judged[0].judgements[0].verdict == "correct"
 
 
 def test_results_can_be_scored_again(plan: Plan, tmp_path: Path) -> None:

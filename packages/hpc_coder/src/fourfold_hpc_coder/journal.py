@@ -1,5 +1,6 @@
 """What was judged, on disk: the journal of a scoring, and the cache that all scorings share."""
 
+import fcntl
 import hashlib
 import json
 import math
@@ -11,13 +12,17 @@ from pathlib import Path
 from fourfold_hpc_coder.evaluation import Launch, Run, Sample
 from fourfold_hpc_coder.judge import Judgement
 from fourfold_hpc_coder.pareval import Fields
-from fourfold_parallel.run.files import cache_folder, write_text
+from fourfold_parallel.run.files import append_line, cache_folder, write_text
 
 SCHEMA = 1
 
 
 class Journal:
-    """Append-only verdicts of one scoring; its first line says of what."""
+    """Append-only verdicts of one scoring; its first line says of what. One process holds it at a time.
+
+    Raises:
+        ValueError: where it is of another file, damaged, or held by another scoring.
+    """
 
     def __init__(self, outputs: Path, folder: Path) -> None:
         self.path = folder / "verdicts.jsonl"
@@ -25,9 +30,19 @@ class Journal:
         self._lock = threading.Lock()
         self._of = hashlib.sha256(outputs.read_bytes()).hexdigest()
         self.secret = secrets.randbits(63)
-        whole = self._read(outputs) if self.path.exists() else b""
         folder.mkdir(parents=True, exist_ok=True)
         self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            whole = self._read(outputs)
+        except BlockingIOError:
+            os.close(self._handle)
+            raise ValueError(
+                f"another scoring is writing to {folder}; wait for it, or name another folder with --out"
+            ) from None
+        except ValueError:
+            os.close(self._handle)
+            raise
         os.ftruncate(self._handle, len(whole))
         if not whole:
             self._append({"schema": SCHEMA, "outputs_sha256": self._of, "secret": self.secret})
@@ -36,16 +51,24 @@ class Journal:
         """Take the lines that are whole; refuse the journal of another file."""
         content = self.path.read_bytes()
         content = content[: content.rfind(b"\n") + 1]
-        lines = [json.loads(line) for line in content.splitlines()]
-        if not lines:
-            return b""
-        if lines[0].get("outputs_sha256") != self._of or lines[0].get("schema") != SCHEMA:
-            raise ValueError(
-                f"{self.path.parent} holds the scores of another file than {outputs}; "
-                "name another folder with --out, or remove that one"
-            )
-        self.secret = lines[0]["secret"]
-        self.held = {line["key"]: judgement_of(line) for line in lines[1:]}
+        for number, line in enumerate(content.splitlines(), start=1):
+            try:
+                fields = json.loads(line)
+                if number > 1:
+                    self.held[fields["key"]] = judgement_of(fields)
+                    continue
+                is_ours = fields["outputs_sha256"] == self._of and fields["schema"] == SCHEMA
+                self.secret = fields["secret"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"{self.path}, line {number} is damaged; remove the line and its answer is judged again, "
+                    "or the folder to start over"
+                ) from None
+            if not is_ours:
+                raise ValueError(
+                    f"{self.path.parent} holds the scores of another file than {outputs}; "
+                    "name another folder with --out, or remove that one"
+                )
         return content
 
     def write(self, key: str, judgement: Judgement) -> None:
@@ -54,7 +77,7 @@ class Journal:
             self._append({"key": key, **judgement_fields(judgement)})
 
     def _append(self, fields: Fields) -> None:
-        os.write(self._handle, (json.dumps(fields) + "\n").encode())
+        append_line(self._handle, json.dumps(fields))
 
     def __enter__(self) -> "Journal":
         return self

@@ -95,13 +95,21 @@ def judge_all(
                 (task for task in window if task.source in rights),
                 key=lambda task: task.question.model == "serial",
             )
-            checked: list[Future[_Kept | None]] = [
-                pool.submit(_checked, bench, task, rights[task.source], settle) for task in able
+            checked: list[tuple[Task, Future[_Kept | None]]] = [
+                (task, pool.submit(_checked, bench, task, rights[task.source], settle))
+                for task in able
             ]
-            for kept in [future.result() for future in checked]:
-                if kept:
-                    with kept.folder:
-                        settle(kept.task, judged_by_time(bench, kept.candidate))
+            kept: list[_Kept | None] = []
+            for task, future in checked:
+                try:
+                    kept.append(future.result())
+                except RuntimeError as error:  # what lies beneath every answer in a model
+                    place = f"{task.problem.name} ({task.question.model})"
+                    failed[place] = str(error)[:500]
+            for one in kept:
+                if one:
+                    with one.folder:
+                        settle(one.task, judged_by_time(bench, one.candidate))
     return failed
 
 

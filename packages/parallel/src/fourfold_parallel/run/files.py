@@ -72,6 +72,23 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
 
 
+def append_line(handle: int, line: str) -> None:
+    """Append one line to a file opened for appending: it is there whole or, where the disk is full, not.
+
+    Raises:
+        OSError: where the line does not fit; what was written of it is taken back.
+    """
+    start = os.fstat(handle).st_size
+    rest = f"{line}\n".encode()
+    try:
+        # A disk that fills up takes part of a line without an error, and refuses the rest.
+        while rest:
+            rest = rest[os.write(handle, rest) :]
+    except OSError:
+        os.ftruncate(handle, start)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole."""
     with whole_file(path) as partial:

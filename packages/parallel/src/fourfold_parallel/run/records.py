@@ -19,6 +19,7 @@ from typing import Self
 
 import torch
 
+from fourfold_parallel.run.files import append_line
 from fourfold_parallel.run.values import Json, digest, from_json, strict, to_json
 
 SCHEMA = 1
@@ -148,15 +149,7 @@ class RecordWriter:
 
     def _append(self, values: dict[str, Json]) -> None:
         assert self._handle is not None
-        start = os.fstat(self._handle).st_size
-        rest = (json.dumps(values) + "\n").encode()
-        try:
-            # A disk that fills up takes part of a line without an error, and refuses the rest.
-            while rest:
-                rest = rest[os.write(self._handle, rest) :]
-        except OSError:
-            os.ftruncate(self._handle, start)
-            raise
+        append_line(self._handle, json.dumps(values))
 
     def close(self) -> None:
         """Push the lines to the disk and close."""
