@@ -296,3 +296,27 @@ def test_what_is_not_plain_keeps_its_modules(tiny: Any, tokens: torch.Tensor) ->
     assert lean(tiny, tokens) is None
     block.attn.proj.__class__ = nn.Linear
     assert lean(tiny.to(torch.bfloat16), tokens) is None
+
+
+@pytest.mark.parametrize("exits", [None, LatentDiff(threshold=0.2)])
+def test_low_rank_adapters_equal_what_they_merge_to(make: Any, exits: Any) -> None:
+    """peft's "all-linear" wraps the adapter too, whose halves are multiplied apart otherwise."""
+    peft: Any = pytest.importorskip("peft")
+    tokens = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft asks transformers under a name that is deprecated
+        wrapped: Any = peft.get_peft_model(make(), config)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    assert any("adapter.lora_B" in name for name, _ in wrapped.named_parameters())
+    wrapped(tokens, labels=tokens, num_steps=(2, 2), init_scale=0.0).loss.backward()
+    lora = {name: one.grad for name, one in wrapped.named_parameters() if "lora_" in name}
+    assert all(grad is not None and bool(grad.any()) for grad in lora.values())
+    options: dict[str, Any] = {"num_steps": 5, "init_scale": 0.0, "exit": exits}
+    with torch.no_grad():
+        apart = wrapped.eval()(tokens, **options).logits
+        merged = wrapped.merge_and_unload().eval()
+        assert torch.allclose(apart, merged(tokens, **options).logits, atol=1e-4)

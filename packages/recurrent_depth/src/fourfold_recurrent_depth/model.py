@@ -141,14 +141,19 @@ class Adapter(nn.Linear):
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        state: Float[Tensor, "*batch width"],
-        embedded: Float[Tensor, "*batch width"],
+        state: Float[Tensor, "*batch width_or_both"],
+        embedded: Float[Tensor, "*batch width"] | None = None,
         *,
         injection: bool = False,
         exact: bool = False,
     ) -> Float[Tensor, "*batch width"]:
-        """The embedding's share (`injection`); the state's share plus it; or the concatenation's product."""
+        """The embedding's share (`injection`); the state's share plus it; or the concatenation's product.
+
+        Without `embedded` the state is the concatenation already.
+        """
         width = self.out_features
+        if embedded is None:
+            return F.linear(state, self.weight)
         if injection:
             return F.linear(embedded, self.weight[:, width:])
         if exact:
@@ -309,7 +314,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
         """s_0: given, or drawn; see `draw_state`."""
         width = self.config.n_embd
         whole = draw_state(e, positions, initial, width=width, scale=scale)
-        return cast(Adapter, self.transformer["adapter"]).piece(whole)
+        return cast(Adapter, self.transformer["adapter"]).piece(whole) if self._splits() else whole
 
     def iterate(
         self,
@@ -352,9 +357,13 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
 
     def inject(self, e: Float[Tensor, "batch token width"]) -> Float[Tensor, "batch token width"]:
         """The part of a recurrence that the state does not change, computed once per pass."""
-        if self.config.reference_semantics:
+        if self.config.reference_semantics or not self._splits():
             return e
         return self.transformer["adapter"](e, e, injection=True)
+
+    def _splits(self) -> bool:
+        """Whether the adapter takes its halves apart; what wraps it (peft) sees them together."""
+        return hasattr(self.transformer["adapter"], "piece")
 
     def recur(
         self,
@@ -366,13 +375,16 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, GenerationMixin):
     ) -> Float[Tensor, "batch token width"]:
         """R(e, s), `count` times; `step` counts from 0 and says which slots of a cache are used."""
         adapter = cast(Adapter, self.transformer["adapter"])
-        is_exact = self.config.reference_semantics
+        is_exact, splits = self.config.reference_semantics, self._splits()
         slots = [self._slot_of_step(where.cache, step + i) for i in range(count)]
         compiled = None if is_exact else self._compiled("core_block", s, where)
         if compiled is not None:
             return compiled(s, where, slots, adapter=adapter.weight, injected=injected)
         for slot in slots:
-            s = adapter(s, injected, exact=is_exact)
+            if splits:
+                s = adapter(s, injected, exact=is_exact)
+            else:
+                s = adapter(torch.cat([s, injected], dim=-1))
             s = self._through("core_block", s, where, slot)
         return s
 
