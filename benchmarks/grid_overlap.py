@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from fourfold_parallel.grid.collectives import Trace
-from fourfold_parallel.grid.laws import OVERLAPS, mesh_of
 from fourfold_parallel.grid.linear import Linear, weight_cut
 from fourfold_parallel.grid.products import Products
 from fourfold_parallel.grid.schedule import Overlaps, Schedule
-from fourfold_parallel.testing import run_on_ranks
+from fourfold_parallel.testing.grids import OVERLAPS, mesh_of
+from fourfold_parallel.testing.ranks import run_on_ranks
 
 LATENCY_S = 0.02
 LAYERS, WIDTH, TOKENS, ROUNDS = 8, 512, 2048, 7

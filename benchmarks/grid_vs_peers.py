@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fourfold_parallel.grid.engine import Fourfold
-from fourfold_parallel.testing import run_on_ranks
+from fourfold_parallel.testing.ranks import run_on_ranks
 
 BATCH, SEQUENCE, ROUNDS = 8, 128, 7
 Step = Callable[[Tensor], None]

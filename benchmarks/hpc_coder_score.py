@@ -32,8 +32,8 @@ from fourfold_hpc_coder.problems import own_problems
 from fourfold_hpc_coder.sandbox import find_sandbox, scratch_folder
 from fourfold_hpc_coder.schedule import Asked
 from fourfold_hpc_coder.workbench import Bench, Settings, precompile, ready
-from fourfold_parallel.run.progress import silent
-from fourfold_parallel.run.records import hardware
+from fourfold_parallel.common.progress import silent
+from fourfold_parallel.common.records import hardware
 
 NAMES = ("55_transform_relu", "27_reduce_average")
 MODELS: tuple[Model, ...] = ("serial", "omp")

@@ -29,8 +29,8 @@ from fourfold_loki.budget import Budget, Share
 from fourfold_loki.huggingface import loki
 from fourfold_loki.provenance import Imported
 from fourfold_loki.traffic import Shape
+from fourfold_parallel.common.records import hardware, versions
 from fourfold_parallel.run.models import SmolLM2
-from fourfold_parallel.run.records import hardware, versions
 
 SHAPES = {
     "SmolLM2-135M": (9, 3, 64),

@@ -24,7 +24,7 @@ from recurrent_depth_plain import Plain
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from fourfold_parallel.run.records import commit, hardware, versions
+from fourfold_parallel.common.records import commit, hardware, versions
 from fourfold_recurrent_depth import (
     RecurrentCache,
     RecurrentDepthConfig,

@@ -13,10 +13,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from fourfold_parallel.run.claims import LedgerRow, read_ledger
-from fourfold_parallel.run.experiments import Experiment, installed
-from fourfold_parallel.run.files import write_text
-from fourfold_parallel.run.records import Record, read_record
+from fourfold_parallel.common.files import write_text
+from fourfold_parallel.common.records import Record, read_record
+from fourfold_parallel.reproduce.claims import LedgerRow, read_ledger
+from fourfold_parallel.reproduce.experiment import Experiment, installed
 
 HERE = Path(__file__).resolve().parent
 

@@ -18,10 +18,10 @@ from rich.console import Console
 
 import report
 import side_by_side
-from fourfold_parallel.run.claims import LedgerRow
-from fourfold_parallel.run.cli import Bars, console, ledger_table, print_launches, start
-from fourfold_parallel.run.experiments import Experiment, installed
-from fourfold_parallel.run.recipe import Scale
+from fourfold_parallel.reproduce.claims import LedgerRow
+from fourfold_parallel.reproduce.cli import Bars, console, ledger_table, print_launches, start
+from fourfold_parallel.reproduce.experiment import Experiment, installed
+from fourfold_parallel.reproduce.scale import Scale
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,7 +31,7 @@ class Options:
     """Reproduce the papers at a scale and write a report of every claim."""
 
     scale: Scale = "laptop"
-    """smoke: a few minutes on 2 cores. laptop: up to 45 minutes. gpu: one GPU. paper: print, for each
+    """smoke: a few minutes on 2 cores. laptop: up to 45 minutes. paper: print, for each
     paper, the launch lines with the paper's own hyper-parameters."""
     only: str = "all"
     """Packages, separated by commas: goldfish,loki."""

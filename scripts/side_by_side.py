@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from fourfold_parallel.run.claims import LedgerRow
-from fourfold_parallel.run.cli import console, start
-from fourfold_parallel.run.experiments import Stage, installed, perform
-from fourfold_parallel.run.progress import Progress
-from fourfold_parallel.run.recipe import Scale
+from fourfold_parallel.common.progress import Progress
+from fourfold_parallel.reproduce.claims import LedgerRow
+from fourfold_parallel.reproduce.cli import console, start
+from fourfold_parallel.reproduce.experiment import Stage, installed, perform
+from fourfold_parallel.reproduce.scale import Scale
 
 Message = tuple[str, int, int, str]
 """Which stage; done; of how many; a note."""

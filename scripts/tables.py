@@ -8,8 +8,8 @@ import re
 import sys
 from pathlib import Path
 
-from fourfold_parallel.run.claims import read_ledger
-from fourfold_parallel.run.files import write_text
+from fourfold_parallel.common.files import write_text
+from fourfold_parallel.reproduce.claims import read_ledger
 
 ROOT = Path(__file__).resolve().parent.parent
 _PLACE = re.compile(r"(<!-- ledger: (\w+) -->\n).*?(<!-- /ledger -->)", re.DOTALL)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_parallel.run.claims import read_ledger
-from fourfold_parallel.run.records import read_record
+from fourfold_parallel.common.records import read_record
+from fourfold_parallel.reproduce.claims import read_ledger
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("packages/*/*.md")])

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_parallel.run.claims import read_ledger
-from fourfold_parallel.run.experiments import installed
-from fourfold_parallel.run.recipe import Scale
-from fourfold_parallel.run.records import read_record
-from fourfold_parallel.run.values import to_json
+from fourfold_parallel.common.records import read_record
+from fourfold_parallel.common.values import to_json
+from fourfold_parallel.reproduce.claims import read_ledger
+from fourfold_parallel.reproduce.experiment import installed
+from fourfold_parallel.reproduce.scale import Scale
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMBERS = {path.parent.name for path in ROOT.glob("packages/*/pyproject.toml")}

@@ -25,7 +25,7 @@ import torch
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fourfold_goldfish import Goldfish, goldfish_cross_entropy
-from fourfold_parallel.run.records import hardware
+from fourfold_parallel.common.records import hardware
 
 Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

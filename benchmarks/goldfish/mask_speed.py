@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from fourfold_goldfish import Goldfish
-from fourfold_parallel.run.records import hardware
+from fourfold_parallel.common.records import hardware
 
 CONTEXTS = (4, 13, 50)
 

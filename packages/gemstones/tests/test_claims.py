@@ -13,8 +13,8 @@ from fourfold_gemstones.judging import LAWS, SUITE
 from fourfold_gemstones.revisit.downstream import texts_agree
 from fourfold_gemstones.revisit.slopes import bootstraps_cover
 from fourfold_gemstones.suite_laws import pooled
-from fourfold_parallel.run.claims import Claim
-from fourfold_parallel.run.records import read_record
+from fourfold_parallel.common.records import read_record
+from fourfold_parallel.reproduce.claims import Claim
 
 RULES = {claim.id: claim for claim in CLAIMS}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fourfold_gemstones import tables
-from fourfold_parallel.run.records import read_record
+from fourfold_parallel.common.records import read_record
 
 PACKAGE = Path(__file__).parents[1]
 

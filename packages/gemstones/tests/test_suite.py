@@ -13,11 +13,11 @@ import torch
 from fourfold_gemstones import recipes, suite
 from fourfold_gemstones.counting import GEMSTONES
 from fourfold_gemstones.suite import Member, decoder
+from fourfold_parallel.common.progress import silent
+from fourfold_parallel.common.records import read_record
 from fourfold_parallel.run.corpora import TextFiles
 from fourfold_parallel.run.data import Packed
-from fourfold_parallel.run.progress import silent
 from fourfold_parallel.run.recipe import At, Steps
-from fourfold_parallel.run.records import read_record
 from fourfold_parallel.run.tokenizers import BytePairs
 from fourfold_parallel.run.train import train
 

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 
 from fourfold_goldfish.objective import CompactedNextToken
+from fourfold_parallel.common.progress import silent
+from fourfold_parallel.common.values import from_json
 from fourfold_parallel.grid.engine import Fourfold
 from fourfold_parallel.run.engines import DDP, FSDP2, Engine
-from fourfold_parallel.run.progress import silent
 from fourfold_parallel.run.recipe import Run
 from fourfold_parallel.run.train import train
-from fourfold_parallel.run.values import from_json
 
 ENGINES: dict[str, Engine] = {
     "ddp": DDP(),

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from fourfold_goldfish.commands import run
+from fourfold_parallel.common.records import Material, read_record
 from fourfold_parallel.run.corpora import Documents
 from fourfold_parallel.run.models import Llama
-from fourfold_parallel.run.records import Material, read_record
 from fourfold_parallel.run.tokenizers import BytePairs
 
 TEXT = "\n".join(f"line {i} of a text that goes on, {i * i} words and more" for i in range(60))

@@ -16,7 +16,7 @@ from fourfold_parallel.grid.mesh import Mesh
 from fourfold_parallel.run.data import Batch
 from fourfold_parallel.run.models import Llama
 from fourfold_parallel.run.objective import KeepAll, NextToken
-from fourfold_parallel.testing import run_on_ranks
+from fourfold_parallel.testing.ranks import run_on_ranks
 
 VOCABULARY = 37
 

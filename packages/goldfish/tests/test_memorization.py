@@ -19,8 +19,8 @@ from fourfold_goldfish.memorization import (
     sample,
 )
 from fourfold_goldfish.rules import recital_law
+from fourfold_parallel.common.progress import silent
 from fourfold_parallel.run.models import Llama
-from fourfold_parallel.run.progress import silent
 
 TINY = Llama(
     width=16, depth=1, heads=2, kv_heads=1, hidden=32, vocabulary=64, context=32, tied=False

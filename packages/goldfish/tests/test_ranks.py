@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from fourfold_goldfish.recipes import verbatim_smoke
+from fourfold_parallel.common.progress import silent
+from fourfold_parallel.common.records import read_record
+from fourfold_parallel.common.values import to_json
 from fourfold_parallel.run.models import Llama
-from fourfold_parallel.run.progress import silent
 from fourfold_parallel.run.recipe import Steps
-from fourfold_parallel.run.records import read_record
 from fourfold_parallel.run.train import train
-from fourfold_parallel.run.values import to_json
 
 ROUNDING = 2e-5
 """float32 sums over two ranks in another order, over four AdamW steps."""

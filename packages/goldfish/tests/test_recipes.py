@@ -9,11 +9,11 @@ import torch
 from fourfold_goldfish.experiment import EXPERIMENT
 from fourfold_goldfish.paper import TINYLLAMA, equal_supervision, tinyllama
 from fourfold_goldfish.recipes import ARMS, Attacked, bucket_study, goldfish, verbatim
+from fourfold_parallel.common.values import from_json, to_json
 from fourfold_parallel.run.corpora import Wikipedia
 from fourfold_parallel.run.data import tokenize
 from fourfold_parallel.run.objective import announced_mask
 from fourfold_parallel.run.tokenizers import BytePairs
-from fourfold_parallel.run.values import from_json, to_json
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 
 from fourfold_goldfish import rules
 from fourfold_goldfish.recipes import ONE_PASS_SEEDS, REPETITIONS, SEEDS, SIZES
-from fourfold_parallel.run.records import Event, Record
+from fourfold_parallel.common.records import Event, Record
 
 
 def record(*events: dict[str, Any]) -> Record:

@@ -13,7 +13,7 @@ from fourfold_hpc_coder.evaluation import Launch, Model
 from fourfold_hpc_coder.pareval import Question
 from fourfold_hpc_coder.score import Plan
 from fourfold_hpc_coder.workbench import Settings
-from fourfold_parallel.run.progress import silent
+from fourfold_parallel.common.progress import silent
 
 NAME = "90_transform_twice"
 UTILITIES = """#pragma once

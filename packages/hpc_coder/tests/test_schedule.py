@@ -19,7 +19,7 @@ from fourfold_hpc_coder.pareval import Question
 from fourfold_hpc_coder.problems import own_problems
 from fourfold_hpc_coder.score import Plan
 from fourfold_hpc_coder.workbench import Quiet, Settings
-from fourfold_parallel.run.progress import silent
+from fourfold_parallel.common.progress import silent
 
 AVERAGE, RELU = "27_reduce_average", "55_transform_relu"
 RIGHT = "double s = 0; for (double v : x) s += v; return s / x.size(); }"
@@ -159,7 +159,7 @@ sys.path.insert(0, {tests!r})
 from test_schedule import SETTINGS
 from fourfold_hpc_coder import schedule, score
 from fourfold_hpc_coder.sandbox import find_sandbox
-from fourfold_parallel.run.progress import silent
+from fourfold_parallel.common.progress import silent
 left = {left}
 real = schedule.judged_by_time
 def killed(*words):

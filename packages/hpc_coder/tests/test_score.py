@@ -20,7 +20,7 @@ from fourfold_hpc_coder.journal import Journal
 from fourfold_hpc_coder.problems import own_problems
 from fourfold_hpc_coder.score import Plan
 from fourfold_hpc_coder.workbench import Settings
-from fourfold_parallel.run.progress import silent
+from fourfold_parallel.common.progress import silent
 
 GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "hpc_coder"
 
@@ -191,7 +191,7 @@ sys.path.insert(0, {tests!r})
 from fourfold_hpc_coder import score
 from fourfold_hpc_coder.workbench import Settings
 from fourfold_hpc_coder.sandbox import find_sandbox
-from fourfold_parallel.run.progress import silent
+from fourfold_parallel.common.progress import silent
 score.score(score.Plan(outputs=Path({outputs!r}), folder=Path({folder!r}), models=("serial",),
     settings=Settings(time_limit_s=8, repetitions=1, sizes=(({name!r}, 50_000),)),
     sandbox=find_sandbox(allow_none=False), jobs=1, ks=(1,), is_cached=False), silent)

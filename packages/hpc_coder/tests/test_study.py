@@ -12,10 +12,10 @@ from fourfold_hpc_coder.claims import CLAIMS
 from fourfold_hpc_coder.experiment import EXPERIMENT, held_out_nats
 from fourfold_hpc_coder.instruct.format import CodePairs
 from fourfold_hpc_coder.recipes import ARMS, SEEDS, Arm, tuned
+from fourfold_parallel.common.records import Record, read_record
+from fourfold_parallel.common.values import digest, from_json, to_json
 from fourfold_parallel.run.optimizer import Constant
 from fourfold_parallel.run.recipe import Steps
-from fourfold_parallel.run.records import Record, read_record
-from fourfold_parallel.run.values import digest, from_json, to_json
 
 
 def changed(arm: Arm) -> set[str]:

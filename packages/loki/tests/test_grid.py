@@ -8,7 +8,7 @@ from fourfold_loki.calibrate import calibrate_tokens
 from fourfold_loki.selectors import Loki
 from fourfold_parallel.grid.huggingface import parallelize
 from fourfold_parallel.grid.mesh import Mesh
-from fourfold_parallel.testing import run_on_ranks
+from fourfold_parallel.testing.ranks import run_on_ranks
 
 FLOAT64 = 1e-6
 """The basis is float32; logits are of order one."""

@@ -13,7 +13,7 @@ from fourfold_loki.attention import approximate_scores, attend
 from fourfold_loki.budget import Budget, Count
 from fourfold_loki.kernels import cpu, native
 from fourfold_loki.kernels.dispatch import twin
-from fourfold_parallel.run.native import COMPILERS
+from fourfold_parallel.common.native import COMPILERS
 
 FLOAT32 = 2e-5
 BFLOAT16 = 1e-2

@@ -10,9 +10,9 @@ from fourfold_loki.experiment import EXPERIMENT
 from fourfold_loki.recipes import Perplexity
 from fourfold_loki.table import committed, selectors_table
 from fourfold_loki.text import windows_of
+from fourfold_parallel.common.values import from_json, to_json
 from fourfold_parallel.run.corpora import Wikipedia
 from fourfold_parallel.run.models import SmolLM2
-from fourfold_parallel.run.values import from_json, to_json
 
 
 @pytest.mark.parametrize("scale", ["smoke", "laptop"])

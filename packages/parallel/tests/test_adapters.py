@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from fourfold_parallel.grid.collectives import Trace
 from fourfold_parallel.grid.gradients import local
 from fourfold_parallel.grid.huggingface import parallelize
-from fourfold_parallel.grid.laws import (
+from fourfold_parallel.testing.grids import (
     OVERLAPS,
     Sizes,
     close,
@@ -22,7 +22,7 @@ from fourfold_parallel.grid.laws import (
     mesh_of,
     piece_of,
 )
-from fourfold_parallel.testing import run_on_ranks
+from fourfold_parallel.testing.ranks import run_on_ranks
 
 MODEL = 1e-9
 """Float64 through two layers and a softmax; a missing sum shows at 1e-3 and above."""

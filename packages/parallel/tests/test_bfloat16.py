@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fourfold_parallel.grid.engine import Fourfold
 from fourfold_parallel.run.objective import token_nats
-from fourfold_parallel.testing import run_on_ranks
+from fourfold_parallel.testing.ranks import run_on_ranks
 
 STEPS, ROWS, SEQUENCE = 200, 8, 32
 ANY_STEP, AT_THE_END = 0.02, 0.01

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fourfold_parallel.run.claims import (
+from fourfold_parallel.reproduce.claims import (
     Claim,
     Finding,
     Records,

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fourfold_parallel.grid.huggingface import parallelize
-from fourfold_parallel.grid.laws import Sizes, close, mesh_of
 from fourfold_parallel.grid.linear import Linear, bias_cut, weight_cut
 from fourfold_parallel.grid.mesh import Mesh
 from fourfold_parallel.grid.products import Products
 from fourfold_parallel.grid.schedule import Overlaps, Schedule
-from fourfold_parallel.testing import run_on_ranks
+from fourfold_parallel.testing.grids import Sizes, close, mesh_of
+from fourfold_parallel.testing.ranks import run_on_ranks
 
 pytestmark = pytest.mark.compile
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fourfold_parallel.common.progress import silent
+from fourfold_parallel.common.records import read_record
+from fourfold_parallel.common.values import to_json
 from fourfold_parallel.run.engines import check_no_stale_lock
-from fourfold_parallel.run.progress import silent
 from fourfold_parallel.run.recipe import Run
-from fourfold_parallel.run.records import read_record
 from fourfold_parallel.run.train import train
-from fourfold_parallel.run.values import to_json
 
 ROUNDING = 2e-5
 """float32 sums over two ranks in another order, over six AdamW steps."""

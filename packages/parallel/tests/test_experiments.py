@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from fourfold_parallel.run.claims import Claim, Finding, Records
-from fourfold_parallel.run.experiments import Drawing, Experiment, Stage, Workplace, perform
-from fourfold_parallel.run.figures import svg
-from fourfold_parallel.run.progress import silent
-from fourfold_parallel.run.records import RecordWriter, header
+from fourfold_parallel.common.progress import silent
+from fourfold_parallel.common.records import RecordWriter, header
+from fourfold_parallel.reproduce.claims import Claim, Finding, Records
+from fourfold_parallel.reproduce.experiment import Drawing, Experiment, Stage, Workplace, perform
+from fourfold_parallel.reproduce.figures import svg
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +103,7 @@ def test_an_interrupted_experiment_goes_on_where_it_stopped(tmp_path: Path) -> N
 
 def test_a_scale_without_stages_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="toy has nothing to run here at scale 'gpu'"):
-        perform(toy_experiment([], {}), "gpu", tmp_path, resume=False, progress=lambda _: silent)
+        perform(toy_experiment([], {}), "paper", tmp_path, resume=False, progress=lambda _: silent)
 
 
 def test_equal_figures_are_equal_files(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from fourfold_parallel.run.files import whole_folder, write_text
+from fourfold_parallel.common.files import whole_folder, write_text
 
 
 def test_the_folder_that_came_first_is_kept(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from fourfold_parallel.grid.gradients import DataReducer, local
-from fourfold_parallel.grid.laws import mesh_of
-from fourfold_parallel.testing import run_on_ranks
+from fourfold_parallel.testing.grids import mesh_of
+from fourfold_parallel.testing.ranks import run_on_ranks
 
 SHAPES = ((3, 4), (5,), (2, 2), (0, 4))
 """The last is a piece without elements, as a grid larger than a matrix has."""

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from fourfold_parallel.grid.engine import Fourfold, GridSession
 from fourfold_parallel.grid.gradients import gradient_norm, local
 from fourfold_parallel.grid.huggingface import parallelize
-from fourfold_parallel.grid.laws import Sizes, close, in_float64, mesh_of, piece_of
 from fourfold_parallel.run.objective import token_nats
 from fourfold_parallel.run.train import seed_dropout
-from fourfold_parallel.testing import run_on_ranks
+from fourfold_parallel.testing.grids import Sizes, close, in_float64, mesh_of, piece_of
+from fourfold_parallel.testing.ranks import run_on_ranks
 
 STEP = 1e-8
 """Parameters after five steps in float64. AdamW divides small gradients by their own size."""

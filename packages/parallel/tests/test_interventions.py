@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from fourfold_parallel.grid.engine import Fourfold
 from fourfold_parallel.grid.gradients import local
 from fourfold_parallel.grid.huggingface import Parallel, parallelize
-from fourfold_parallel.grid.laws import close, in_float64, mesh_of, piece_of
 from fourfold_parallel.grid.trainer import share_loader
-from fourfold_parallel.testing import run_on_ranks
+from fourfold_parallel.testing.grids import close, in_float64, mesh_of, piece_of
+from fourfold_parallel.testing.ranks import run_on_ranks
 
 GRADIENT = 1e-9
 """Float64 through two layers; a missing term shows at 1e-3 and above."""

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fourfold_parallel.grid.collectives import Trace
-from fourfold_parallel.grid.laws import Sizes, close, generator, mesh_of, piece_of
 from fourfold_parallel.grid.layers import (
     IGNORED,
     RESIDUAL,
@@ -17,7 +16,8 @@ from fourfold_parallel.grid.layers import (
     vocabulary_cross_entropy,
 )
 from fourfold_parallel.grid.schedule import Overlaps, Schedule
-from fourfold_parallel.testing import run_on_ranks
+from fourfold_parallel.testing.grids import Sizes, close, generator, mesh_of, piece_of
+from fourfold_parallel.testing.ranks import run_on_ranks
 
 
 def cross_entropy_is_torchs(sizes: Sizes, vocabulary: int, scale: float) -> None:

@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fourfold_parallel.grid.laws import (
+from fourfold_parallel.grid.linear import Linear, bias_cut, weight_cut
+from fourfold_parallel.grid.mesh import Mesh
+from fourfold_parallel.grid.products import Products
+from fourfold_parallel.grid.schedule import Schedule
+from fourfold_parallel.testing.grids import (
     OVERLAPS,
     Sizes,
     close,
@@ -16,11 +20,7 @@ from fourfold_parallel.grid.laws import (
     piece_of,
     summed_over_data,
 )
-from fourfold_parallel.grid.linear import Linear, bias_cut, weight_cut
-from fourfold_parallel.grid.mesh import Mesh
-from fourfold_parallel.grid.products import Products
-from fourfold_parallel.grid.schedule import Schedule
-from fourfold_parallel.testing import run_on_ranks
+from fourfold_parallel.testing.ranks import run_on_ranks
 
 TOKENS, WIDTH, HIDDEN = (24, 1), 10, 14
 """Neither 10 nor 14 divides by 4 or 8: pieces are unequal, and some are empty."""

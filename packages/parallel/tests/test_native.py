@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fourfold_parallel.run import native
+from fourfold_parallel.common import native
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, native.COMPILERS)), reason="needs a C++ compiler, as Debian's g++"

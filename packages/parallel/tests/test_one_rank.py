@@ -10,13 +10,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedModel, Qwen2Config
 
 from fourfold_parallel.grid.huggingface import parallelize
-from fourfold_parallel.grid.laws import mesh_of
 from fourfold_parallel.grid.layout import Plain, check_sizes, rules_for
 from fourfold_parallel.grid.linear import Linear, bias_cut, weight_cut
 from fourfold_parallel.grid.mesh import check_sizes as check_ranks
 from fourfold_parallel.grid.products import Products
 from fourfold_parallel.grid.schedule import Overlaps, Schedule
-from fourfold_parallel.testing import run_on_ranks
+from fourfold_parallel.testing.grids import mesh_of
+from fourfold_parallel.testing.ranks import run_on_ranks
 
 LLAMA: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -16,13 +16,20 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from fourfold_parallel.grid.collectives import SILENT, Event, Observer, Trace
 from fourfold_parallel.grid.gradients import local
-from fourfold_parallel.grid.laws import OVERLAPS, Sizes, close, mesh_of, piece_of, summed_over_data
 from fourfold_parallel.grid.layers import RESIDUAL, RMSNorm
 from fourfold_parallel.grid.linear import Linear, bias_cut, weight_cut
 from fourfold_parallel.grid.mesh import Mesh
 from fourfold_parallel.grid.products import Products
 from fourfold_parallel.grid.schedule import Overlaps, Schedule
-from fourfold_parallel.testing import run_on_ranks
+from fourfold_parallel.testing.grids import (
+    OVERLAPS,
+    Sizes,
+    close,
+    mesh_of,
+    piece_of,
+    summed_over_data,
+)
+from fourfold_parallel.testing.ranks import run_on_ranks
 
 WIDTH, HIDDEN, BLOCKS, ROWS = 12, 20, 4, 8
 

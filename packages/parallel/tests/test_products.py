@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fourfold_parallel.grid.collectives import Cast
-from fourfold_parallel.grid.laws import generator
 from fourfold_parallel.grid.mesh import Mesh
 from fourfold_parallel.grid.products import MODES, Products, TunedProducts
-from fourfold_parallel.testing import run_on_ranks
+from fourfold_parallel.testing.grids import generator
+from fourfold_parallel.testing.ranks import run_on_ranks
 
 
 def matrices() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from fourfold_parallel.common.records import RecordWriter, begun_by, header, read_record
+from fourfold_parallel.common.values import digest
 from fourfold_parallel.run.recipe import Run
-from fourfold_parallel.run.records import RecordWriter, header, read_record
-from fourfold_parallel.run.values import digest
 
 
 def begin(path: Path, run: Run) -> RecordWriter:
@@ -71,7 +71,7 @@ def test_a_run_without_clipping_has_a_header_that_is_json(tmp_path: Path, small_
     json.loads((tmp_path / "r.jsonl").read_text(), parse_constant=pytest.fail)
     record = read_record(tmp_path / "r.jsonl")
     assert record.run == run
-    assert record.run_sha256 == digest(run) == digest(record.run)
+    assert begun_by(tmp_path / "r.jsonl") == digest(run) == digest(record.run)
 
 
 def test_a_line_that_does_not_fit_is_an_error_and_leaves_nothing(
@@ -99,7 +99,7 @@ def test_a_killed_process_leaves_a_readable_record(tmp_path: Path, small_run: Ru
     begin(path, small_run).close()
     program = (
         "import sys; from pathlib import Path\n"
-        "from fourfold_parallel.run.records import RecordWriter\n"
+        "from fourfold_parallel.common.records import RecordWriter\n"
         "records = RecordWriter(Path(sys.argv[1]))\n"
         "for step in range(10**9): records.write('step', step=step, text='x' * 300)\n"
     )

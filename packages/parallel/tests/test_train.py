@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fourfold_parallel.common.progress import Progress, silent
+from fourfold_parallel.common.records import Material, read_record
+from fourfold_parallel.common.values import digest
 from fourfold_parallel.run import checkpoint
 from fourfold_parallel.run.data import Batch
 from fourfold_parallel.run.engines import DDP, FSDP2, DeepSpeed, Engine, Single
 from fourfold_parallel.run.models import Llama
 from fourfold_parallel.run.objective import IGNORE, KeepAll, MicrobatchLoss, NextToken
-from fourfold_parallel.run.progress import Progress, silent
 from fourfold_parallel.run.recipe import At, Run, Steps, Tokens
-from fourfold_parallel.run.records import Material, read_record
 from fourfold_parallel.run.train import train, trained_model
-from fourfold_parallel.run.values import digest
 
 
 def losses(path: Path) -> list[float]:

@@ -1,13 +1,16 @@
 """Values survive their way through a record."""
 
-from dataclasses import replace
+import sys
+import types
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from fourfold_parallel.common import values
+from fourfold_parallel.common.values import digest, formerly, from_json, to_json
 from fourfold_parallel.run.recipe import Run
-from fourfold_parallel.run.values import digest, from_json, to_json
 
 
 def test_a_record_rebuilds_its_run(small_run: Run) -> None:
@@ -42,4 +45,31 @@ def test_a_record_cannot_name_foreign_code() -> None:
     with pytest.raises(ValueError, match="not a fourfold type"):
         from_json({"type": "subprocess:Popen", "args": "true"})
     with pytest.raises(ValueError, match="not a dataclass"):
-        from_json({"type": "fourfold_parallel.run.values:to_json"})
+        from_json({"type": "fourfold_parallel.common.values:to_json"})
+
+
+def test_a_tag_names_the_package_and_the_class_wherever_it_lies(small_run: Run) -> None:
+    described = to_json(small_run)
+    assert described["type"] == "parallel/Run"
+    described["type"] = "fourfold_parallel.a.room.that.was:Run"
+    assert from_json(described) == small_run
+
+
+def test_a_renamed_class_and_a_dropped_field_are_still_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`formerly` stands in the source above a class; the source is searched, here one of its own."""
+    module = types.ModuleType("fourfold_parallel.renamed")
+    source = (
+        '@formerly("parallel/Old", "loki/Borrowed", without=("dead",))\n'
+        "@dataclass\nclass New:\n    kept: int\n"
+    )
+    exec(source, {**vars(module), "formerly": formerly, "dataclass": dataclass}, vars(module))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(values, "_sources", lambda home: ((module.__name__, source),))
+    values._kind.cache_clear()
+    for tag in ("parallel/Old", "loki/Borrowed", "fourfold_loki.somewhere:Borrowed"):
+        assert from_json({"type": tag, "kept": 1, "dead": 2}).kept == 1
+    with pytest.raises(ValueError, match=r"not of the installed version.*unknown"):
+        from_json({"type": "parallel/New", "kept": 1, "unknown": 2})
+    values._kind.cache_clear()

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from fourfold_parallel.grid.collectives import Event, Trace
-from fourfold_parallel.grid.laws import Sizes, factorisations, mesh_of
 from fourfold_parallel.grid.linear import Linear, bias_cut, weight_cut
 from fourfold_parallel.grid.products import Products
 from fourfold_parallel.grid.schedule import Overlaps, Schedule
-from fourfold_parallel.testing import run_on_ranks
+from fourfold_parallel.testing.grids import Sizes, factorisations, mesh_of
+from fourfold_parallel.testing.ranks import run_on_ranks
 
 K, N, TOKENS, ELEMENT = 16, 32, 64, 8
 """Inputs, outputs and tokens that every grid of 8 divides; bytes of a float64."""

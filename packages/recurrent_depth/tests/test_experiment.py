@@ -8,11 +8,11 @@ from typing import Any, cast
 import pytest
 import torch
 
-from fourfold_parallel.run.claims import judge
+from fourfold_parallel.common.records import RecordWriter, header, read_record
+from fourfold_parallel.common.values import from_json, to_json
+from fourfold_parallel.reproduce.claims import judge
 from fourfold_parallel.run.corpora import TextFiles
 from fourfold_parallel.run.recipe import Steps
-from fourfold_parallel.run.records import RecordWriter, header, read_record
-from fourfold_parallel.run.values import from_json, to_json
 from fourfold_recurrent_depth import recipes
 from fourfold_recurrent_depth.claims import ADDITION, AUTOMATON, CLAIMS, DRAWS, LANGUAGE, RETROFIT
 from fourfold_recurrent_depth.experiment import (

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fourfold_parallel.grid.gradients import local
 from fourfold_parallel.grid.huggingface import parallelize
-from fourfold_parallel.grid.laws import Sizes, close, mesh_of, piece_of
-from fourfold_parallel.testing import run_on_ranks
+from fourfold_parallel.testing.grids import Sizes, close, mesh_of, piece_of
+from fourfold_parallel.testing.ranks import run_on_ranks
 from fourfold_recurrent_depth.fresh import RecurrentDepth
 from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.states import RowStates

@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from fourfold_parallel.run import native as runtime
+from fourfold_parallel.common import native as runtime
 from fourfold_recurrent_depth import RecurrentCache, RecurrentDepthForCausalLM, native, state_table
 from fourfold_recurrent_depth.exits import KL, LatentDiff
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fourfold_parallel.run.progress import silent
+from fourfold_parallel.common.progress import silent
+from fourfold_parallel.common.records import read_record
+from fourfold_parallel.common.values import to_json
 from fourfold_parallel.run.recipe import Run, Steps
-from fourfold_parallel.run.records import read_record
 from fourfold_parallel.run.train import train
-from fourfold_parallel.run.values import to_json
 from fourfold_recurrent_depth import LogNormalPoisson, RandomDepth
 from fourfold_recurrent_depth.fresh import RecurrentDepth
 from fourfold_recurrent_depth.recipes import automaton_run

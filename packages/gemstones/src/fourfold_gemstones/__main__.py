@@ -15,7 +15,7 @@ from fourfold_gemstones.counting import Architecture, Embeddings
 from fourfold_gemstones.experiment import EXPERIMENT
 from fourfold_gemstones.laws import ParametricLaw
 from fourfold_gemstones.table import RunTable
-from fourfold_parallel.run import cli
+from fourfold_parallel.reproduce import cli
 
 
 def parser() -> argparse.ArgumentParser:

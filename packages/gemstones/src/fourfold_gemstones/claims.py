@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fourfold_gemstones import suite_claims
 from fourfold_gemstones.revisit import checkpoints, downstream, envelopes, optimum, plans, slopes
-from fourfold_parallel.run.claims import Claim
+from fourfold_parallel.reproduce.claims import Claim
 
 
 def _number(claim: Claim) -> tuple[str, int, str]:

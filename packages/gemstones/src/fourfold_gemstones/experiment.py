@@ -14,9 +14,9 @@ from fourfold_gemstones.revisit.parts import analyse, digest_of
 from fourfold_gemstones.revisit.run import Revisit
 from fourfold_gemstones.suite import train_suite
 from fourfold_gemstones.suite_laws import analyse_suite
-from fourfold_parallel.run.experiments import Drawing, Experiment, Stage, Workplace
-from fourfold_parallel.run.recipe import Scale
-from fourfold_parallel.run.records import Material, RecordWriter, header
+from fourfold_parallel.common.records import Material, RecordWriter, header
+from fourfold_parallel.reproduce.experiment import Drawing, Experiment, Stage, Workplace
+from fourfold_parallel.reproduce.scale import Scale
 
 COPIES = (Path("gemstone-scaling-laws"), Path("../shared/data/gemstones"))
 """Where a copy of the paper's repository is looked for, from the folder one works in."""
@@ -59,7 +59,7 @@ def _stages(scale: Scale) -> Sequence[Stage]:
             processes = 1
         case "laptop":
             processes = cores()
-        case "gpu" | "paper":
+        case "paper":
             return ()
     stages = []
     for folder in published_copy():
@@ -76,8 +76,9 @@ def _stages(scale: Scale) -> Sequence[Stage]:
         Stage(name=SUITE, run=mine, perform=partial(train_suite, mine, processes=processes))
     )
     if scale == "laptop":
-        fitted = recipes.suite_laws(scale)
-        stages.append(Stage(name=LAWS, run=fitted, perform=partial(analyse_suite, fitted)))
+        fitted = recipes.suite_laws()
+        work = partial(analyse_suite, fitted)
+        stages.append(Stage(name=LAWS, run=fitted, perform=work, reads=(SUITE,)))
     return tuple(stages)
 
 

@@ -11,10 +11,10 @@ from fourfold_gemstones.envelope import Hull, frontier
 from fourfold_gemstones.judging import LAWS, PUBLISHED, SUITE, numbers
 from fourfold_gemstones.suite import suite_table
 from fourfold_gemstones.table import Resource
-from fourfold_parallel.run.claims import Records
-from fourfold_parallel.run.experiments import Drawing
-from fourfold_parallel.run.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES
-from fourfold_parallel.run.records import Event
+from fourfold_parallel.common.records import Event
+from fourfold_parallel.reproduce.claims import Records
+from fourfold_parallel.reproduce.experiment import Drawing
+from fourfold_parallel.reproduce.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES
 
 NAMES = {
     "hot_100b+": "all tokens",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fourfold_parallel.run.claims import Claim, Finding, Records, Verdict
-from fourfold_parallel.run.recipe import Scale
-from fourfold_parallel.run.records import Event, Record
+from fourfold_parallel.common.records import Event, Record
+from fourfold_parallel.reproduce.claims import Claim, Finding, Records, Verdict
+from fourfold_parallel.reproduce.scale import Scale
 
 PUBLISHED = "published"
 """Name of the stage that analyses the published measurements."""

@@ -37,8 +37,8 @@ from fourfold_gemstones.laws import (
 )
 from fourfold_gemstones.table import RunTable
 from fourfold_gemstones.uncertainty import Bootstrap, Interval, bootstrap, slope
-from fourfold_parallel.run.figures import BASELINE, METHOD, SHADES, style, svg
-from fourfold_parallel.run.files import write_text
+from fourfold_parallel.common.files import write_text
+from fourfold_parallel.reproduce.figures import BASELINE, METHOD, SHADES, style, svg
 
 LAWS: dict[str, tuple[Variable, ...]] = {
     "parameters": CHINCHILLA,

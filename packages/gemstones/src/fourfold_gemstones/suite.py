@@ -20,19 +20,19 @@ import torch
 from fourfold_gemstones.counting import Architecture
 from fourfold_gemstones.pool import each
 from fourfold_gemstones.table import RunTable
+from fourfold_parallel.common.files import sync
+from fourfold_parallel.common.progress import silent
+from fourfold_parallel.common.records import Event, Record, RecordWriter, header, read_record
+from fourfold_parallel.common.values import digest
+from fourfold_parallel.reproduce.experiment import Workplace
 from fourfold_parallel.run import checkpoint
 from fourfold_parallel.run.checkpoint import Checkpoint
 from fourfold_parallel.run.data import TokenSource
-from fourfold_parallel.run.experiments import Workplace
-from fourfold_parallel.run.files import sync
 from fourfold_parallel.run.models import Llama
 from fourfold_parallel.run.objective import token_nats
 from fourfold_parallel.run.optimizer import Cooldown
-from fourfold_parallel.run.progress import silent
 from fourfold_parallel.run.recipe import Run, Steps
-from fourfold_parallel.run.records import Event, Record, RecordWriter, header, read_record
 from fourfold_parallel.run.train import train, trained_model
-from fourfold_parallel.run.values import digest
 
 SECOND_ROWS = 64
 """Rows of the second corpus on which every finished run is scored."""

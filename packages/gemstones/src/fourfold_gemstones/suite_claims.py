@@ -19,7 +19,7 @@ from fourfold_gemstones.judging import (
 from fourfold_gemstones.revisit.slopes import EMBEDDINGS_MOVE, EMBEDDINGS_RULE, embedding_order
 from fourfold_gemstones.suite import Shape, Suite, shape_of, speed_rounds, suite_table
 from fourfold_gemstones.suite_laws import Spread, pooled, seed_spread
-from fourfold_parallel.run.records import Record
+from fourfold_parallel.common.records import Record
 
 PAIRS: tuple[tuple[Shape, Shape], ...] = (
     ((64, 1), (32, 4)),

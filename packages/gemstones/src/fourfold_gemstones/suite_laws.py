@@ -31,8 +31,9 @@ from fourfold_gemstones.uncertainty import (
     percentile_interval,
     slope,
 )
-from fourfold_parallel.run.experiments import Workplace
-from fourfold_parallel.run.records import RecordWriter, header
+from fourfold_parallel.common.records import RecordWriter, header
+from fourfold_parallel.common.values import formerly
+from fourfold_parallel.reproduce.experiment import Workplace
 
 EXPONENTS = ((0.34, 0.34), (0.25, 0.58))
 """alpha and beta of two laws, of slope .50 and .70, that an envelope ought to tell apart."""
@@ -42,12 +43,11 @@ CURVE = 12
 """Points of each fitted curve that is recorded for the figure."""
 
 
+@formerly(without=("suite_sha256",))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SuiteLaws:
     """How much to resample in the analysis of our own suite."""
 
-    suite_sha256: str
-    """Of the suite whose record is read."""
     draws: int
     """Bootstrap draws of two-term laws, and simulated suites of each noise-free law."""
     shaped_draws: int

@@ -16,8 +16,8 @@ from pathlib import Path
 from fourfold_gemstones.figures import NAMES
 from fourfold_gemstones.judging import PUBLISHED, between, numbers, where
 from fourfold_gemstones.revisit.optimum import OPTIMUM
-from fourfold_parallel.run.files import write_text
-from fourfold_parallel.run.records import Event, Record, read_record
+from fourfold_parallel.common.files import write_text
+from fourfold_parallel.common.records import Event, Record, read_record
 
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 DOCUMENTS = ("README.md", "docs/revisited.md")

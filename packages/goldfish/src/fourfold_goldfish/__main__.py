@@ -4,7 +4,7 @@ import sys
 
 from fourfold_goldfish.commands import COMMANDS, run
 from fourfold_goldfish.experiment import EXPERIMENT
-from fourfold_parallel.run.cli import main
+from fourfold_parallel.reproduce.cli import main
 
 if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:

@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 
 from fourfold_goldfish.canonical import CanonicalGoldfish
 from fourfold_goldfish.loss import Goldfish
-from fourfold_parallel.run.files import write_text
+from fourfold_parallel.common.files import write_text
 
 FILE = "goldfish.json"
 

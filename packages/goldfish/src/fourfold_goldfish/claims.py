@@ -1,7 +1,7 @@
 """What the papers claim, and the rules in words; `rules.py` has them as functions of records."""
 
 from fourfold_goldfish import rules
-from fourfold_parallel.run.claims import Claim
+from fourfold_parallel.reproduce.claims import Claim
 
 _MINIATURE = (
     "smoke: 0.5 M parameters, 16 Wikipedia passages of 65 tokens seen 40 times in one pass, prompt 49, "

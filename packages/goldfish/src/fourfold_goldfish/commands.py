@@ -15,13 +15,13 @@ from fourfold_goldfish.experiment import EXPERIMENT, train_and_attack
 from fourfold_goldfish.loss import Goldfish
 from fourfold_goldfish.memorization import Beam, Decoding, Greedy, compare, continuation
 from fourfold_goldfish.paper import Joined, named, paper_mask
-from fourfold_parallel.run.claims import Records
-from fourfold_parallel.run.cli import Bars, console, start
+from fourfold_parallel.common.progress import Progress, silent
+from fourfold_parallel.common.records import RecordWriter, header, read_record
+from fourfold_parallel.reproduce.claims import Records
+from fourfold_parallel.reproduce.cli import Bars, console, start
+from fourfold_parallel.reproduce.experiment import Stage, Workplace, load
+from fourfold_parallel.reproduce.figures import save, style
 from fourfold_parallel.run.corpora import TextFiles
-from fourfold_parallel.run.experiments import Stage, Workplace, load
-from fourfold_parallel.run.figures import save, style
-from fourfold_parallel.run.progress import Progress, silent
-from fourfold_parallel.run.records import RecordWriter, header, read_record
 
 COMMANDS = ("audit", "extract", "train", "figure")
 

@@ -26,12 +26,12 @@ from fourfold_goldfish.recipes import (
     single_pass,
     verbatim,
 )
+from fourfold_parallel.common.progress import Progress
+from fourfold_parallel.common.records import RecordWriter, header
 from fourfold_parallel.launch import is_main_rank
-from fourfold_parallel.run.experiments import Experiment, Stage, Workplace
+from fourfold_parallel.reproduce.experiment import Experiment, Stage, Workplace
+from fourfold_parallel.reproduce.scale import Scale
 from fourfold_parallel.run.objective import TargetMask
-from fourfold_parallel.run.progress import Progress
-from fourfold_parallel.run.recipe import Scale
-from fourfold_parallel.run.records import RecordWriter, header
 from fourfold_parallel.run.train import train, trained_model
 
 

@@ -13,10 +13,10 @@ from fourfold_goldfish.rules import (
     recited,
     validation_loss,
 )
-from fourfold_parallel.run.claims import Records
-from fourfold_parallel.run.experiments import Drawing
-from fourfold_parallel.run.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES
-from fourfold_parallel.run.recipe import Scale
+from fourfold_parallel.reproduce.claims import Records
+from fourfold_parallel.reproduce.experiment import Drawing
+from fourfold_parallel.reproduce.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES
+from fourfold_parallel.reproduce.scale import Scale
 
 
 def drawings(scale: Scale) -> Sequence[Drawing]:

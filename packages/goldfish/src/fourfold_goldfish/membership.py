@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fourfold_parallel.run.claims import Interval
+from fourfold_parallel.reproduce.claims import Interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

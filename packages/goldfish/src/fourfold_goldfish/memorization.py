@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fourfold_goldfish.metrics import edit_similarity, longest_common_substring, rouge_l
-from fourfold_parallel.run.progress import Progress
+from fourfold_parallel.common.progress import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,15 +10,15 @@ from typing import Literal
 from fourfold_goldfish.buckets import Buckets
 from fourfold_goldfish.loss import Goldfish
 from fourfold_goldfish.recipes import Attacked
+from fourfold_parallel.common.records import Material
 from fourfold_parallel.grid.engine import Fourfold
+from fourfold_parallel.reproduce.experiment import Launch
 from fourfold_parallel.run.corpora import Corpus, Documents
 from fourfold_parallel.run.engines import DDP, Engine
-from fourfold_parallel.run.experiments import Launch
 from fourfold_parallel.run.models import Llama, Model, Published
 from fourfold_parallel.run.objective import KeepAll, NextToken, TargetMask
 from fourfold_parallel.run.optimizer import AdamW, Cosine
 from fourfold_parallel.run.recipe import Run, Steps, Tokens
-from fourfold_parallel.run.records import Material
 from fourfold_parallel.run.tokenizers import PublishedTokenizer, Tokenizer
 
 PaperArm = Literal["plain", "k2", "k3", "k4", "k8", "k32", "k128"]

@@ -5,9 +5,9 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
+from fourfold_parallel.common.records import Material
 from fourfold_parallel.run.corpora import Documents
 from fourfold_parallel.run.models import SmolLM2
-from fourfold_parallel.run.records import Material
 from fourfold_parallel.run.tokenizers import LoadedTokenizer
 
 

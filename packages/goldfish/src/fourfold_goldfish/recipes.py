@@ -6,12 +6,13 @@ from typing import Literal
 from fourfold_goldfish.buckets import Buckets
 from fourfold_goldfish.loss import Goldfish
 from fourfold_goldfish.pretrained import LastBlocks, SmolLM2Tokenizer
+from fourfold_parallel.reproduce.scale import Scale
 from fourfold_parallel.run.corpora import Corpus, Wikipedia
 from fourfold_parallel.run.engines import Single
 from fourfold_parallel.run.models import Llama
 from fourfold_parallel.run.objective import KeepAll, NextToken, TargetMask
 from fourfold_parallel.run.optimizer import AdamW, Constant, Cosine
-from fourfold_parallel.run.recipe import Run, Scale, Steps
+from fourfold_parallel.run.recipe import Run, Steps
 from fourfold_parallel.run.tokenizers import BytePairs, Tokenizer
 
 Arm = Literal["plain", "k2", "k4", "k8", "k32", "random"]
@@ -150,7 +151,7 @@ def verbatim(arm: Arm, seed: int, scale: Scale) -> Attacked:
             return verbatim_smoke(arm, seed)
         case "laptop":
             return verbatim_laptop(arm, seed)
-        case "gpu" | "paper":
+        case "paper":
             raise ValueError(f"scale={scale!r} has no memorisation run; use smoke or laptop")
 
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from fourfold_goldfish.membership import auc
 from fourfold_goldfish.recipes import ONE_PASS_SEEDS, REPETITIONS, SEEDS, SIZES, Arm
-from fourfold_parallel.run.claims import (
+from fourfold_parallel.common.records import Event
+from fourfold_parallel.reproduce.claims import (
     Finding,
     Interval,
     Records,
@@ -16,7 +17,6 @@ from fourfold_parallel.run.claims import (
     over_seeds,
     proportion,
 )
-from fourfold_parallel.run.records import Event
 
 
 def extraction(

@@ -19,13 +19,13 @@ from fourfold_hpc_coder.pareval import Question
 from fourfold_hpc_coder.sandbox import find_sandbox
 from fourfold_hpc_coder.schedule import Asked
 from fourfold_hpc_coder.workbench import Settings
-from fourfold_parallel.run.progress import Progress as Work
+from fourfold_parallel.common.progress import Progress as Work
 
 
 def study(options: Study) -> None:
     """Hand over to the runtime's command line, which knows every package's experiment."""
     from fourfold_hpc_coder.experiment import EXPERIMENT
-    from fourfold_parallel.run.cli import main as perform
+    from fourfold_parallel.reproduce.cli import main as perform
 
     words = ["--scale", options.scale, "--out", str(options.out)]
     perform(EXPERIMENT, [*words, *(["--resume"] if options.resume else [])])

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from fourfold_parallel.common.files import cache_folder
+from fourfold_parallel.common.progress import silent
+from fourfold_parallel.common.records import Material
+from fourfold_parallel.common.values import digest
 from fourfold_parallel.run import checkpoint
-from fourfold_parallel.run.files import cache_folder
 from fourfold_parallel.run.models import Model
-from fourfold_parallel.run.progress import silent
 from fourfold_parallel.run.recipe import Run
-from fourfold_parallel.run.records import Material
 from fourfold_parallel.run.train import train, trained_model
-from fourfold_parallel.run.values import digest
 
 log = logging.getLogger(__name__)
 

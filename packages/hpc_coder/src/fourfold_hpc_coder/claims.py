@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from fourfold_hpc_coder.recipes import SEEDS, Arm
-from fourfold_parallel.run.claims import (
+from fourfold_parallel.reproduce.claims import (
     Claim,
     Finding,
     Interval,
@@ -12,7 +12,7 @@ from fourfold_parallel.run.claims import (
     over_seeds,
     proportion,
 )
-from fourfold_parallel.run.recipe import Scale
+from fourfold_parallel.reproduce.scale import Scale
 
 _MINIATURE = (
     "a Llama of 0.1 to 0.3 M parameters, 48 (smoke) or 192 (laptop) verified samples of a kernel grammar for "

@@ -26,14 +26,14 @@ from fourfold_hpc_coder.instruct.teachers import (
 from fourfold_hpc_coder.options import Finetune, Generate, MakeData, chosen_models
 from fourfold_hpc_coder.problems import own_problems
 from fourfold_hpc_coder.sandbox import find_sandbox, scratch_folder
+from fourfold_parallel.common.files import sha256_of, write_text
+from fourfold_parallel.common.progress import Progress
+from fourfold_parallel.common.records import read_record
 from fourfold_parallel.run.engines import Single
-from fourfold_parallel.run.files import sha256_of, write_text
 from fourfold_parallel.run.models import Published, SmolLM2
 from fourfold_parallel.run.objective import KeepAll, TargetMask, announced_mask
 from fourfold_parallel.run.optimizer import AdamW, Cosine
-from fourfold_parallel.run.progress import Progress
 from fourfold_parallel.run.recipe import Run, Steps
-from fourfold_parallel.run.records import read_record
 from fourfold_parallel.run.train import train, trained_model
 
 RESPONSE_FILE = "prompt.json"

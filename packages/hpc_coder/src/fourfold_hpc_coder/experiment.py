@@ -21,11 +21,11 @@ from fourfold_hpc_coder.instruct.pipeline import held_out
 from fourfold_hpc_coder.instruct.verify import bench, verify
 from fourfold_hpc_coder.recipes import ARMS, SEEDS, TARGET, Tuned, tuned
 from fourfold_hpc_coder.references import judge_references, on_a_laptop
+from fourfold_parallel.common.records import RecordWriter
 from fourfold_parallel.launch import is_main_rank
-from fourfold_parallel.run.experiments import Experiment, Stage, Workplace
+from fourfold_parallel.reproduce.experiment import Experiment, Stage, Workplace
+from fourfold_parallel.reproduce.scale import Scale
 from fourfold_parallel.run.objective import token_nats
-from fourfold_parallel.run.recipe import Scale
-from fourfold_parallel.run.records import RecordWriter
 from fourfold_parallel.run.train import train, trained_model
 
 

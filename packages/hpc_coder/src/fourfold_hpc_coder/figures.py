@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 from fourfold_hpc_coder.claims import losses, pooled
 from fourfold_hpc_coder.evaluation import MODELS
 from fourfold_hpc_coder.recipes import ARMS, SEEDS, Arm
-from fourfold_parallel.run.claims import Records, over_seeds
-from fourfold_parallel.run.experiments import Drawing
-from fourfold_parallel.run.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES
-from fourfold_parallel.run.recipe import Scale
-from fourfold_parallel.run.records import Event
+from fourfold_parallel.common.records import Event
+from fourfold_parallel.reproduce.claims import Records, over_seeds
+from fourfold_parallel.reproduce.experiment import Drawing
+from fourfold_parallel.reproduce.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES
+from fourfold_parallel.reproduce.scale import Scale
 
 _NAMES: dict[Arm, str] = {
     "full": "all verified data",

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fourfold_hpc_coder.pareval import Fields
-from fourfold_parallel.run.files import write_text
-from fourfold_parallel.run.progress import Progress
+from fourfold_parallel.common.files import write_text
+from fourfold_parallel.common.progress import Progress
 
 
 class Backend(Protocol):

@@ -12,7 +12,7 @@ from pathlib import Path
 from fourfold_hpc_coder.evaluation import Launch, Run, Sample
 from fourfold_hpc_coder.judge import Judgement
 from fourfold_hpc_coder.pareval import Fields
-from fourfold_parallel.run.files import append_line, cache_folder, write_text
+from fourfold_parallel.common.files import append_line, cache_folder, write_text
 
 SCHEMA = 1
 

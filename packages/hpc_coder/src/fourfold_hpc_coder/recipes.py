@@ -12,12 +12,13 @@ from fourfold_hpc_coder.evaluation import Model
 from fourfold_hpc_coder.instruct.format import CodePairs, InstructionLoss, InstructionRows
 from fourfold_hpc_coder.instruct.pipeline import Instructions, templates
 from fourfold_hpc_coder.instruct.sources import ParallelSource
+from fourfold_parallel.reproduce.scale import Scale
 from fourfold_parallel.run.data import Packed
 from fourfold_parallel.run.engines import Single
 from fourfold_parallel.run.models import Llama
 from fourfold_parallel.run.objective import KeepAll, NextToken
 from fourfold_parallel.run.optimizer import AdamW, Cosine
-from fourfold_parallel.run.recipe import Run, Scale, Steps
+from fourfold_parallel.run.recipe import Run, Steps
 
 Arm = Literal["full", "quarter", "sixteenth", "masked", "instructed", "spoiled", "mixed", "small"]
 """One change each to `full`: less data; prompts out of the loss; weights that were first tuned on serial

@@ -8,8 +8,8 @@ from fourfold_hpc_coder.judge import judge, reference
 from fourfold_hpc_coder.problems import own_problems
 from fourfold_hpc_coder.sandbox import find_sandbox, scratch_folder
 from fourfold_hpc_coder.workbench import Bench, Settings
-from fourfold_parallel.run.experiments import Workplace
-from fourfold_parallel.run.records import RecordWriter, header
+from fourfold_parallel.common.records import RecordWriter, header
+from fourfold_parallel.reproduce.experiment import Workplace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

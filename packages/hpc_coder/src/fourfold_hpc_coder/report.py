@@ -17,7 +17,7 @@ from fourfold_hpc_coder.pareval import Fields
 from fourfold_hpc_coder.problems import own_problems
 from fourfold_hpc_coder.score import Judged, Scored
 from fourfold_hpc_coder.workbench import Settings
-from fourfold_parallel.run.files import write_text
+from fourfold_parallel.common.files import write_text
 
 GOOD, POOR, BAD = "good", "poor", "bad"
 _TONE: Mapping[str, str] = {

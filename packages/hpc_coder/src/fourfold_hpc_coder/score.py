@@ -36,9 +36,9 @@ from fourfold_hpc_coder.sandbox import scratch_folder
 from fourfold_hpc_coder.schedule import Asked, Task, judge_all
 from fourfold_hpc_coder.walls import Sandbox
 from fourfold_hpc_coder.workbench import Bench, Settings
-from fourfold_parallel.run.files import write_text
-from fourfold_parallel.run.progress import Progress
-from fourfold_parallel.run.values import digest
+from fourfold_parallel.common.files import write_text
+from fourfold_parallel.common.progress import Progress
+from fourfold_parallel.common.values import digest
 
 log = logging.getLogger(__name__)
 

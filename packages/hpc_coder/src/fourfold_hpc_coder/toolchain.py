@@ -28,7 +28,7 @@ from fourfold_hpc_coder.jobs import Job, Limits, Mount, Outcome
 from fourfold_hpc_coder.parallelism import without_comments
 from fourfold_hpc_coder.sandbox import run
 from fourfold_hpc_coder.walls import Landlock, Sandbox
-from fourfold_parallel.run.files import cache_folder, whole_folder
+from fourfold_parallel.common.files import cache_folder, whole_folder
 
 GIB = 1 << 30
 COMPILING = Limits(

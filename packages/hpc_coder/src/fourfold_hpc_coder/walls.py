@@ -20,7 +20,7 @@ from typing import Protocol
 
 from fourfold_hpc_coder import seccomp
 from fourfold_hpc_coder.jobs import Job
-from fourfold_parallel.run.files import cache_folder, whole_file
+from fourfold_parallel.common.files import cache_folder, whole_file
 
 
 class Sandbox(Protocol):

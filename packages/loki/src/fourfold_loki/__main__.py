@@ -8,7 +8,7 @@ import sys
 
 from fourfold_loki import commands
 from fourfold_loki.experiment import EXPERIMENT
-from fourfold_parallel.run import cli
+from fourfold_parallel.reproduce import cli
 
 if sys.argv[1:2] and sys.argv[1] in commands.COMMANDS:
     commands.main(sys.argv[1:])

@@ -26,8 +26,8 @@ from torch import Tensor
 from fourfold_loki.attention import Rotation
 from fourfold_loki.provenance import Imported, Part, Source
 from fourfold_loki.statistics import Stage, Statistics, rank_of, stated
-from fourfold_parallel.run.files import whole_file
-from fourfold_parallel.run.values import to_json
+from fourfold_parallel.common.files import whole_file
+from fourfold_parallel.common.values import to_json
 
 Kind = Literal["pca", "pca_uncentred", "balanced"]
 

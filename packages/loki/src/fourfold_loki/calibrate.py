@@ -14,7 +14,7 @@ from fourfold_loki.plan import Observe, Seen
 from fourfold_loki.provenance import Calibrated, fingerprint
 from fourfold_loki.sites import attention_modules, check_model, is_iterated
 from fourfold_loki.statistics import Moments, Statistics
-from fourfold_parallel.run.progress import Progress, silent
+from fourfold_parallel.common.progress import Progress, silent
 
 ROUNDING = 0.05
 """Of the largest coordinate: bfloat16 turned forth and back loses less than that, other angles nearly all."""

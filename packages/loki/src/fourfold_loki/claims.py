@@ -5,7 +5,7 @@ are named, not quoted.
 """
 
 from fourfold_loki import rules
-from fourfold_parallel.run.claims import Claim
+from fourfold_parallel.reproduce.claims import Claim
 
 _MODEL = "SmolLM2-135M (4-bit weights), 9 query and 3 key/value heads of 64; Wikipedia, windows of 512 tokens"
 _LONG = (

@@ -31,7 +31,7 @@ from fourfold_loki.plan import Sparse
 from fourfold_loki.selectors import Exact, Loki, Streaming
 from fourfold_loki.traffic import DEVICES, Shape, predict
 from fourfold_loki.tune import autotune
-from fourfold_parallel.run import cli
+from fourfold_parallel.reproduce import cli
 from fourfold_parallel.run.corpora import TextFiles, Wikipedia
 from fourfold_parallel.run.models import SmolLM2
 

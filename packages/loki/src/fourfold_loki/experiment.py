@@ -36,14 +36,14 @@ from fourfold_loki.statistics import Stage as When
 from fourfold_loki.statistics import Statistics
 from fourfold_loki.text import tokenized, windows_of
 from fourfold_loki.traffic import Shape
+from fourfold_parallel.common.files import cache_folder, write_text
+from fourfold_parallel.common.progress import Progress, silent
+from fourfold_parallel.common.records import Material, RecordWriter, header, read_record
+from fourfold_parallel.common.values import digest
+from fourfold_parallel.reproduce.experiment import Drawing, Experiment, Stage, Workplace
+from fourfold_parallel.reproduce.scale import Scale
 from fourfold_parallel.run.corpora import Corpus
-from fourfold_parallel.run.experiments import Drawing, Experiment, Stage, Workplace
-from fourfold_parallel.run.files import cache_folder, write_text
 from fourfold_parallel.run.models import Model
-from fourfold_parallel.run.progress import Progress, silent
-from fourfold_parallel.run.recipe import Scale
-from fourfold_parallel.run.records import Material, RecordWriter, header, read_record
-from fourfold_parallel.run.values import digest
 
 
 def built(model: Model) -> PreTrainedModel:
@@ -358,7 +358,7 @@ def _stages(scale: Scale) -> Sequence[Stage]:
                 recipes.passkeys,
                 recipes.decoding,
             ]
-        case "gpu" | "paper":
+        case "paper":
             return ()
     return tuple(_stage(maker(scale)) for maker in makers)
 

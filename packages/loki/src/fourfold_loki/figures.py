@@ -15,11 +15,11 @@ from fourfold_loki.rules import (
     rank_events,
     tokens_scored,
 )
-from fourfold_parallel.run.claims import Records
-from fourfold_parallel.run.experiments import Drawing
-from fourfold_parallel.run.figures import BASELINE, CONTROL, IDEAL, METHOD
-from fourfold_parallel.run.recipe import Scale
-from fourfold_parallel.run.records import Record
+from fourfold_parallel.common.records import Record
+from fourfold_parallel.reproduce.claims import Records
+from fourfold_parallel.reproduce.experiment import Drawing
+from fourfold_parallel.reproduce.figures import BASELINE, CONTROL, IDEAL, METHOD
+from fourfold_parallel.reproduce.scale import Scale
 
 
 def figure_2(records: Records) -> Figure:

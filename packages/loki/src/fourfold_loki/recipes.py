@@ -7,9 +7,9 @@ from fourfold_loki.basis import Kind
 from fourfold_loki.budget import Budget, Count, Share
 from fourfold_loki.selectors import H2O, Exact, Quest, Random, SparQ, Streaming
 from fourfold_loki.statistics import Stage
+from fourfold_parallel.reproduce.scale import Scale
 from fourfold_parallel.run.corpora import Corpus, PythonManual, Wikipedia
 from fourfold_parallel.run.models import Model, SmolLM2
-from fourfold_parallel.run.recipe import Scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +174,7 @@ def calibration(scale: Scale, corpus: Corpus | None = None) -> Calibration:
             return Calibration(model=SmolLM2(), corpus=corpus, tokens=2048, context=512)
         case "laptop":
             return Calibration(model=SmolLM2(), corpus=corpus, tokens=8192, context=512)
-        case "gpu" | "paper":
+        case "paper":
             raise ValueError(f"scale={scale!r} has no calibration; use smoke or laptop")
         case _:
             assert_never(scale)

@@ -7,8 +7,8 @@ window, its mean over windows and Student's 95 % interval.
 import math
 from collections.abc import Callable
 
-from fourfold_parallel.run.claims import Finding, Interval, Records, Verdict, over_seeds
-from fourfold_parallel.run.records import Event, Record
+from fourfold_parallel.common.records import Event, Record
+from fourfold_parallel.reproduce.claims import Finding, Interval, Records, Verdict, over_seeds
 
 FULL = "full"
 AFTER, BEFORE = "after rotary", "before rotary"

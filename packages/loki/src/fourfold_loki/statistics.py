@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fourfold_loki.provenance import Calibrated
+from fourfold_parallel.common.files import whole_file
+from fourfold_parallel.common.values import from_json, to_json
 from fourfold_parallel.grid.mesh import Mesh
-from fourfold_parallel.run.files import whole_file
-from fourfold_parallel.run.values import from_json, to_json
 
 Stage = Literal["before rotary", "after rotary"]
 """Keys as projected, or as cached: after the rotary embedding has turned them by their position."""

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from fourfold_loki.experiment import EXPERIMENT
 from fourfold_loki.rules import FULL, added_percent, diagnosed, losses, tokens_scored
-from fourfold_parallel.run.claims import Records
-from fourfold_parallel.run.experiments import load
-from fourfold_parallel.run.records import Record
+from fourfold_parallel.common.records import Record
+from fourfold_parallel.reproduce.claims import Records
+from fourfold_parallel.reproduce.experiment import load
 
 HEAD = (
     "| selector | read of dense | added perplexity, % | nats a token ± s.e. | keys | mass | sink |",

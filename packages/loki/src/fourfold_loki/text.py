@@ -9,10 +9,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from fourfold_parallel.common.records import Material
 from fourfold_parallel.run.corpora import Corpus, Documents
 from fourfold_parallel.run.data import TokenFile, tokenize
 from fourfold_parallel.run.models import Model, SmolLM2
-from fourfold_parallel.run.records import Material
 from fourfold_parallel.run.tokenizers import LoadedTokenizer
 
 

@@ -1,6 +1,6 @@
 """`python -m fourfold_recurrent_depth`: reproduce the recurrent-depth paper."""
 
-from fourfold_parallel.run.cli import main
+from fourfold_parallel.reproduce.cli import main
 from fourfold_recurrent_depth.experiment import EXPERIMENT
 
 if __name__ == "__main__":

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from fourfold_parallel.common.progress import Progress, silent
+from fourfold_parallel.common.records import RecordWriter, header, read_record
+from fourfold_parallel.common.values import digest
+from fourfold_parallel.reproduce.experiment import Experiment, Launch, Stage, Workplace
+from fourfold_parallel.reproduce.scale import Scale
 from fourfold_parallel.run import checkpoint
 from fourfold_parallel.run.data import tokenize
-from fourfold_parallel.run.experiments import Experiment, Launch, Stage, Workplace
 from fourfold_parallel.run.models import Model
-from fourfold_parallel.run.progress import Progress, silent
-from fourfold_parallel.run.recipe import Run, Scale
-from fourfold_parallel.run.records import RecordWriter, header, read_record
+from fourfold_parallel.run.recipe import Run
 from fourfold_parallel.run.train import train, trained_model
-from fourfold_parallel.run.values import digest
 from fourfold_recurrent_depth import figures, recipes, study
 from fourfold_recurrent_depth.claims import (
     ADDITION,
@@ -355,7 +356,7 @@ def _stages(scale: Scale) -> Sequence[Stage]:
     match scale:
         case "smoke" | "laptop":
             exact, cells = recipes.exact(scale), recipes.cells(scale)
-        case "gpu" | "paper":
+        case "paper":
             return ()
     stages = [
         Stage(name=EXACT, run=exact, perform=partial(perform_exact, exact)),
@@ -380,7 +381,8 @@ def _launches() -> Sequence[Launch]:
     run = recipes.table_1("paper")
     command = (
         "python -c 'from pathlib import Path; from fourfold_recurrent_depth.recipes import table_1; "
-        "from fourfold_parallel.run.train import train; from fourfold_parallel.run.progress import silent; "
+        "from fourfold_parallel.run.train import train; "
+        "from fourfold_parallel.common.progress import silent; "
         'train(table_1("paper"), record=Path("huginn.jsonl"), checkpoints=Path("huginn"), progress=silent)\''
     )
     inner = command.removeprefix("python ")

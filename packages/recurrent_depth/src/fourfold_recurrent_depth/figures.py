@@ -8,11 +8,11 @@ from typing import cast
 import numpy as np
 from matplotlib.figure import Figure
 
-from fourfold_parallel.run.claims import Records
-from fourfold_parallel.run.experiments import Drawing
-from fourfold_parallel.run.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES
-from fourfold_parallel.run.recipe import Scale
-from fourfold_parallel.run.records import Event
+from fourfold_parallel.common.records import Event
+from fourfold_parallel.reproduce.claims import Records
+from fourfold_parallel.reproduce.experiment import Drawing
+from fourfold_parallel.reproduce.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES
+from fourfold_parallel.reproduce.scale import Scale
 from fourfold_recurrent_depth.claims import AUTOMATON, LANGUAGE, accuracies, of, seeds_of
 
 

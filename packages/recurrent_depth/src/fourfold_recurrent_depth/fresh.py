@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from fourfold_parallel.run.records import Material
+from fourfold_parallel.common.records import Material
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
 from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from fourfold_parallel.run import native
+from fourfold_parallel.common import native
 from fourfold_recurrent_depth.cache import Aside, RecurrentCache, Room
 
 if TYPE_CHECKING:

@@ -7,14 +7,14 @@ from typing import cast
 
 from transformers import PreTrainedModel
 
+from fourfold_parallel.common.files import cache_folder, whole_folder
+from fourfold_parallel.common.progress import silent
+from fourfold_parallel.common.records import Material
+from fourfold_parallel.common.values import digest
 from fourfold_parallel.run import checkpoint
-from fourfold_parallel.run.files import cache_folder, whole_folder
 from fourfold_parallel.run.models import Llama
-from fourfold_parallel.run.progress import silent
 from fourfold_parallel.run.recipe import Run
-from fourfold_parallel.run.records import Material
 from fourfold_parallel.run.train import train, trained_model
-from fourfold_parallel.run.values import digest
 from fourfold_recurrent_depth.flops import Costs, retrofit_costs
 from fourfold_recurrent_depth.retrofit import retrofit
 

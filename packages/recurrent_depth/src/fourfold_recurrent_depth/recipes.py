@@ -6,13 +6,14 @@ from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
+from fourfold_parallel.reproduce.scale import Scale
 from fourfold_parallel.run.corpora import PythonSource
 from fourfold_parallel.run.data import Packed
 from fourfold_parallel.run.engines import DDP, Single
 from fourfold_parallel.run.models import Llama, Model
 from fourfold_parallel.run.objective import KeepAll, NextToken, Objective
 from fourfold_parallel.run.optimizer import AdamW, Constant, Cosine
-from fourfold_parallel.run.recipe import Run, Scale, Steps
+from fourfold_parallel.run.recipe import Run, Steps
 from fourfold_parallel.run.tokenizers import BytePairs
 from fourfold_recurrent_depth.flops import Costs
 from fourfold_recurrent_depth.fresh import RecurrentDepth

@@ -13,7 +13,7 @@ from fourfold_gemstones.judging import BOTH, PUBLISHED, Judged, claim, judged
 from fourfold_gemstones.laws import SHAPE_ONLY, WIDTH_DEPTH, ParametricLaw
 from fourfold_gemstones.published import preflight, published_frame
 from fourfold_gemstones.revisit.run import Events, Revisit, spearman
-from fourfold_parallel.run.records import Record
+from fourfold_parallel.common.records import Record
 
 
 def held_out(run: Revisit, folder: Path) -> Events:

@@ -30,7 +30,7 @@ from fourfold_gemstones.published import (
     text_losses,
 )
 from fourfold_gemstones.revisit.run import Events, Revisit, spearman
-from fourfold_parallel.run.records import Record
+from fourfold_parallel.common.records import Record
 
 TIGHT = 0.98
 """R² above which error counts as a function of loss."""

@@ -24,7 +24,7 @@ from fourfold_gemstones.null import EPOCH, HALF, noise_free
 from fourfold_gemstones.published import published_frame
 from fourfold_gemstones.revisit.run import Events, Revisit
 from fourfold_gemstones.uncertainty import bootstrap, leave_one_out, slope
-from fourfold_parallel.run.records import Record
+from fourfold_parallel.common.records import Record
 
 TOKEN_FLOORS = (0.0, 5e9, 1e10, 2e10, 5e10, 1.2e11)
 """Least tokens of the rows an envelope sees: the selection that moves approach 1 most."""

@@ -31,7 +31,7 @@ from fourfold_gemstones.published import (
 )
 from fourfold_gemstones.revisit.run import Events, Revisit
 from fourfold_gemstones.uncertainty import bootstrap, slope
-from fourfold_parallel.run.records import Record
+from fourfold_parallel.common.records import Record
 
 OPTIMUM = 0.03
 """Per cent above the global optimum from which a published fit counts as not at its optimum."""

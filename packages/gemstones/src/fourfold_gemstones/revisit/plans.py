@@ -26,7 +26,7 @@ from fourfold_gemstones.published import published_fits, published_frame
 from fourfold_gemstones.revisit.run import Events, Revisit, spearman
 from fourfold_gemstones.table import Resource
 from fourfold_gemstones.uncertainty import bootstrap, percentile_interval
-from fourfold_parallel.run.records import Event, Record
+from fourfold_parallel.common.records import Event, Record
 
 BUDGETS = (1e18, 1e19, 1e20, 1e21, 1e22)
 """FLOPs; the largest published run spent 4.5e21."""

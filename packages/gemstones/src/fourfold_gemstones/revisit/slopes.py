@@ -31,7 +31,7 @@ from fourfold_gemstones.uncertainty import (
     shared_groups,
     slope,
 )
-from fourfold_parallel.run.records import Record
+from fourfold_parallel.common.records import Record
 
 SELECTIONS = (
     "hot_100b+",

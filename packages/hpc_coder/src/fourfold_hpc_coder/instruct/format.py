@@ -24,13 +24,13 @@ from fourfold_hpc_coder.evaluation import Model
 from fourfold_hpc_coder.instruct.pipeline import Instructions, held_out, make, makers, templates
 from fourfold_hpc_coder.instruct.samples import Sample, read_samples
 from fourfold_hpc_coder.instruct.teachers import Templates
+from fourfold_parallel.common.files import cache_folder, sha256_of, whole_folder
+from fourfold_parallel.common.records import Material
+from fourfold_parallel.common.values import digest
 from fourfold_parallel.run.corpora import Documents
 from fourfold_parallel.run.data import Batch, TokenFile, TokenStream
-from fourfold_parallel.run.files import cache_folder, sha256_of, whole_folder
 from fourfold_parallel.run.objective import IGNORE, MicrobatchLoss, TargetMask, token_nats
-from fourfold_parallel.run.records import Material
 from fourfold_parallel.run.tokenizers import LoadedTokenizer
-from fourfold_parallel.run.values import digest
 
 END = "<|end|>"
 RESPONSE = "<|response|>"

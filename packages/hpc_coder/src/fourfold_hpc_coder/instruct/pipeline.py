@@ -22,9 +22,9 @@ from fourfold_hpc_coder.instruct.samples import Category, Sample, read_samples, 
 from fourfold_hpc_coder.instruct.teachers import Teacher, Templates, shuffled_tasks, split
 from fourfold_hpc_coder.instruct.verify import bench, verify
 from fourfold_hpc_coder.problems import own_problems
-from fourfold_parallel.run.files import cache_folder, write_text
-from fourfold_parallel.run.progress import Progress, silent
-from fourfold_parallel.run.values import digest, to_json
+from fourfold_parallel.common.files import cache_folder, write_text
+from fourfold_parallel.common.progress import Progress, silent
+from fourfold_parallel.common.values import digest, to_json
 
 HELD_OUT_EVERY = 6
 """One task in six is never taught."""

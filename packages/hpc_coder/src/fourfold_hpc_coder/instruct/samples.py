@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from fourfold_hpc_coder.evaluation import Model
-from fourfold_parallel.run.files import write_text
+from fourfold_parallel.common.files import write_text
 
 Category = Literal["programming", "parallelization", "translation", "optimization"]
 """HPC-Instruct's four kinds of tasks; its published files do not say which is which."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fourfold_parallel.common.records import Material
 from fourfold_parallel.run.corpora import Documents
-from fourfold_parallel.run.records import Material
 
 Construct = Literal["openmp", "mpi", "cuda", "kokkos"]
 

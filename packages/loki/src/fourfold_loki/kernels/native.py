@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fourfold_parallel.run import native
+from fourfold_parallel.common import native
 
 LANES = 16
 """Head widths are multiples of it."""

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from fourfold_parallel.run.files import sync, write_text
+from fourfold_parallel.common.files import sync, write_text
 
 _NAME = re.compile(r"step-(\d{8})")
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)

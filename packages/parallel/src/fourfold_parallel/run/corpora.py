@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fourfold_parallel.run.files import sha256_of
-from fourfold_parallel.run.records import Material
+from fourfold_parallel.common.files import sha256_of
+from fourfold_parallel.common.records import Material
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,11 +20,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from fourfold_parallel.common.files import cache_folder, sha256_of, whole_folder, write_text
+from fourfold_parallel.common.records import Material
+from fourfold_parallel.common.values import digest, from_json, to_json
 from fourfold_parallel.run.corpora import Corpus
-from fourfold_parallel.run.files import cache_folder, sha256_of, whole_folder, write_text
-from fourfold_parallel.run.records import Material
 from fourfold_parallel.run.tokenizers import LoadedTokenizer, Tokenizer
-from fourfold_parallel.run.values import digest, from_json, to_json
 
 log = logging.getLogger(__name__)
 

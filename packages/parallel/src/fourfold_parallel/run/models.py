@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from fourfold_parallel.common.files import cache_folder, sha256_of, whole_folder
+from fourfold_parallel.common.records import Material
 from fourfold_parallel.run.corpora import packaged_file
-from fourfold_parallel.run.files import cache_folder, sha256_of, whole_folder
-from fourfold_parallel.run.records import Material
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,6 @@ from fourfold_parallel.run.models import Model
 from fourfold_parallel.run.objective import Objective
 from fourfold_parallel.run.optimizer import Optimizer, Schedule
 
-Scale = Literal["smoke", "laptop", "gpu", "paper"]
-"""How large an experiment is run: minutes on 2 cores (CI), an evening's laptop, one GPU, the paper's own."""
-
 Precision = Literal["fp32", "bf16"]
 """Compute type; weights and optimizer state stay in float32."""
 

@@ -9,9 +9,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fourfold_parallel.common.files import sha256_of
+from fourfold_parallel.common.records import Material
 from fourfold_parallel.run.corpora import Documents
-from fourfold_parallel.run.files import sha256_of
-from fourfold_parallel.run.records import Material
 
 END = "<|end|>"
 """Ends every document; the only special token of a tokenizer trained here."""

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from fourfold_parallel.common.progress import Progress
+from fourfold_parallel.common.records import RecordWriter, begun_by, header
+from fourfold_parallel.common.values import digest
 from fourfold_parallel.launch import world_size
 from fourfold_parallel.run import checkpoint
 from fourfold_parallel.run.checkpoint import Checkpoint
@@ -19,10 +22,7 @@ from fourfold_parallel.run.data import Batch, TokenStream
 from fourfold_parallel.run.engines import Session
 from fourfold_parallel.run.objective import IGNORE, token_nats
 from fourfold_parallel.run.optimizer import set_learning_rate
-from fourfold_parallel.run.progress import Progress
 from fourfold_parallel.run.recipe import At, Run
-from fourfold_parallel.run.records import RecordWriter, begun_by, header
-from fourfold_parallel.run.values import digest
 
 log = logging.getLogger(__name__)
 

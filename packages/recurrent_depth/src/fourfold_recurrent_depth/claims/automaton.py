@@ -8,8 +8,8 @@ from typing import Any
 
 from scipy import stats
 
-from fourfold_parallel.run.claims import Finding, Records, over_seeds
-from fourfold_parallel.run.records import Record
+from fourfold_parallel.common.records import Record
+from fourfold_parallel.reproduce.claims import Finding, Records, over_seeds
 from fourfold_recurrent_depth.claims.common import AUTOMATON, all_or_none, finding, of, seeds_of
 from fourfold_recurrent_depth.recipes import CELLS_MEAN
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fourfold_parallel.run.claims import Finding, Verdict
-from fourfold_parallel.run.records import Event, Record
+from fourfold_parallel.common.records import Event, Record
+from fourfold_parallel.reproduce.claims import Finding, Verdict
 
 AUTOMATON, LANGUAGE, EXACT = "automaton", "language", "exact"
 DRAWS, ADDITION, RETROFIT = "draws", "addition", "retrofit"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from itertools import pairwise
 
-from fourfold_parallel.run.claims import Finding, Records, over_seeds
+from fourfold_parallel.reproduce.claims import Finding, Records, over_seeds
 from fourfold_recurrent_depth.claims.common import (
     ADDITION,
     DRAWS,

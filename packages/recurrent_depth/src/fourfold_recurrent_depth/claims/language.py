@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fourfold_parallel.run.claims import Finding, Records, over_seeds
+from fourfold_parallel.reproduce.claims import Finding, Records, over_seeds
 from fourfold_recurrent_depth.claims.common import (
     EXACT,
     LANGUAGE,

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fourfold_parallel.run.claims import Claim, Finding, Records
-from fourfold_parallel.run.recipe import Scale
+from fourfold_parallel.reproduce.claims import Claim, Finding, Records
+from fourfold_parallel.reproduce.scale import Scale
 from fourfold_recurrent_depth.claims import automaton, depth, language
 
 _CELLS = (

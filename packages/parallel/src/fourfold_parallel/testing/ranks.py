@@ -31,7 +31,7 @@ COLLECTIVE_TIMEOUT_S = 60
 """A collective that takes longer was not called by every rank."""
 LAW_TIMEOUT_S = 240
 
-_PRELOADED = ["fourfold_parallel._checked"]
+_PRELOADED = ["fourfold_parallel.testing.preload"]
 """What the server imports once, so that a rank starts in the time of a fork."""
 
 

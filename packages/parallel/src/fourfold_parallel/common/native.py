@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from fourfold_parallel.run.files import cache_folder, whole_file
+from fourfold_parallel.common.files import cache_folder, whole_file
 
 FLAGS = (
     "-std=c++20",

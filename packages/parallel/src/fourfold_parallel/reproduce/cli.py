@@ -22,11 +22,11 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from fourfold_parallel.common.progress import Progress, silent
 from fourfold_parallel.launch import adopt_slurm, is_main_rank
-from fourfold_parallel.run.claims import LedgerRow
-from fourfold_parallel.run.experiments import Experiment, Launch, Stage, perform
-from fourfold_parallel.run.progress import Progress, silent
-from fourfold_parallel.run.recipe import Scale
+from fourfold_parallel.reproduce.claims import LedgerRow
+from fourfold_parallel.reproduce.experiment import Experiment, Launch, Stage, perform
+from fourfold_parallel.reproduce.scale import Scale
 
 VERDICT_STYLE = {
     "reproduced": "green",

@@ -19,8 +19,8 @@ from typing import Self
 
 import torch
 
-from fourfold_parallel.run.files import append_line
-from fourfold_parallel.run.values import Json, digest, from_json, strict, to_json
+from fourfold_parallel.common.files import append_line
+from fourfold_parallel.common.values import Json, digest, from_json, strict, to_json
 
 SCHEMA = 1
 """Version of the record format; a reader refuses others."""
@@ -225,11 +225,6 @@ class Record:
         return from_json(self.events[0].values["run"])
 
     @property
-    def run_sha256(self) -> str:
-        """Digest of the run, as the first line states it."""
-        return str(self.events[0].values["run_sha256"])
-
-    @property
     def seed(self) -> int:
         """Seed of the run."""
         return int(self.events[0].number("seed"))
@@ -256,9 +251,13 @@ class Record:
 
 
 def begun_by(path: Path) -> str | None:
-    """Digest of the run that a record begins with; None where no first line is whole yet."""
+    """Digest of the run that a record begins with; None where no first line is whole yet.
+
+    Raises:
+        ValueError: The installed version cannot rebuild the run.
+    """
     first = next(_lines(path), None) if path.exists() else None
-    return None if first is None else str(first[1].get("run_sha256"))
+    return None if first is None else digest(from_json(first[1]["run"]))
 
 
 def read_record(path: Path) -> Record:

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from fourfold_parallel.run.files import write_text
+from fourfold_parallel.common.files import write_text
 
 BASELINE = "#7a7f87"
 """What the method is compared with."""

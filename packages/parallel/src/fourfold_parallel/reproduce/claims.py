@@ -4,6 +4,7 @@ A rule is a function of records, written before the run. It measures, gives an i
 decides. What a scale cannot test says what it needs, and is never shown as reproduced.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +14,10 @@ from typing import Literal
 
 from scipy import stats
 
-from fourfold_parallel.run.files import write_text
-from fourfold_parallel.run.recipe import Scale
-from fourfold_parallel.run.records import Record
-from fourfold_parallel.run.values import from_json, to_json
+from fourfold_parallel.common.files import write_text
+from fourfold_parallel.common.records import Record
+from fourfold_parallel.common.values import from_json
+from fourfold_parallel.reproduce.scale import Scale
 
 Verdict = Literal["reproduced", "contradicted", "inconclusive", "not tested"]
 
@@ -151,9 +152,16 @@ def judge(
     return tuple(rows)
 
 
+_LEDGER = "fourfold_parallel.run.claims:LedgerRow"
+"""Tag of a ledger's rows: the first version's, since committed ledgers are compared to the byte."""
+
+
 def write_ledger(path: Path, rows: Sequence[LedgerRow]) -> None:
     """Write rows as JSONL, whole."""
-    write_text(path, "".join(json.dumps(to_json(row)) + "\n" for row in rows))
+    write_text(
+        path,
+        "".join(json.dumps({"type": _LEDGER, **dataclasses.asdict(row)}) + "\n" for row in rows),
+    )
 
 
 def read_ledger(path: Path) -> tuple[LedgerRow, ...]:

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from fourfold_parallel.run import figures
-from fourfold_parallel.run.claims import Claim, LedgerRow, Records, judge, write_ledger
-from fourfold_parallel.run.files import write_text
-from fourfold_parallel.run.progress import Progress
-from fourfold_parallel.run.recipe import Scale
-from fourfold_parallel.run.records import Record, read_record
-from fourfold_parallel.run.values import digest, to_json
+from fourfold_parallel.common.files import write_text
+from fourfold_parallel.common.progress import Progress
+from fourfold_parallel.common.records import Record, read_record
+from fourfold_parallel.common.values import digest, to_json
+from fourfold_parallel.reproduce import figures
+from fourfold_parallel.reproduce.claims import Claim, LedgerRow, Records, judge, write_ledger
+from fourfold_parallel.reproduce.scale import Scale
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +48,10 @@ class Stage:
     name: str
     """Lower case, for file names; also the record's key for rules and figures."""
     run: object
-    """The frozen value that decides the result; its digest says whether a record is of this stage."""
+    """The frozen value that decides the result. A record is of this stage where it rebuilds an equal one."""
     perform: Callable[[Workplace], None]
+    reads: tuple[str, ...] = ()
+    """Earlier stages whose records it works on: it is done again whenever one of them is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +149,9 @@ def perform(
                 progress=report,
             )
             _discard_other(path, workplace.scratch, stage)
+            for later in stages:
+                if stage.name in later.reads:
+                    (folder / f"{later.name}.jsonl").unlink(missing_ok=True)
             stage.perform(workplace)
             shutil.rmtree(workplace.scratch, ignore_errors=True)
         report(1, 1, "done")
@@ -189,9 +194,9 @@ def _is_done(path: Path, stage: Stage) -> bool:
         return False
     try:
         record = read_record(path)
+        return record.is_finished and digest(record.run) == digest(stage.run)
     except ValueError:
         return False
-    return record.is_finished and record.run_sha256 == digest(stage.run)
 
 
 def _discard_other(path: Path, scratch: Path, stage: Stage) -> None:

@@ -1,0 +1,1 @@
+"""The ground floor: values, records, files, compiled code, progress, workers."""

@@ -1,0 +1,1 @@
+"""From records to verdicts: claims, experiments, figures, pages and the command line."""

@@ -1,0 +1,6 @@
+"""How large a reproduction is run."""
+
+from typing import Literal
+
+Scale = Literal["smoke", "laptop", "paper"]
+"""Minutes on 2 cores (CI), an evening's laptop, or the paper's own size, which is launched by hand."""

@@ -1,0 +1,1 @@
+"""Laws on many ranks: start ranks on this machine, build grids, compare with one process."""
