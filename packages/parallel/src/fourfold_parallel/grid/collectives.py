@@ -24,14 +24,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
-from torch.distributed.distributed_c10d import (
-    _resolve_process_group,  # pyright: ignore[reportPrivateUsage] - the only way from a name
+from torch._C._distributed_c10d import (
+    _resolve_process_group,  # the only way from a name to a group
 )
 
 _functional = torch.ops._c10d_functional  # noqa: SLF001 - the operators have no public name
@@ -253,7 +253,7 @@ class Axis:
         if _needs_operators():
             result, work = _functional.all_reduce(sent, op, self.sum_group), None
         else:
-            group = _resolve_process_group(self.sum_group)
+            group = _group(self.sum_group)
             result, work = sent, dist.all_reduce(sent, _REDUCTIONS[op], group, async_op=True)
         rows = tensor.shape[0] if tensor.ndim else 0
         return self._started(
@@ -271,7 +271,7 @@ class Axis:
             result = _functional.all_gather_into_tensor(sent, self.size, self.gather_group)
             work = None
         else:
-            group = _resolve_process_group(self.gather_group)
+            group = _group(self.gather_group)
             result = sent.new_empty(sent.shape[0] * self.size, *sent.shape[1:])
             work = _all_gather(result, sent, group, async_op=True)
         payload = sent.nbytes * self.size
@@ -287,7 +287,7 @@ class Axis:
             result = _functional.reduce_scatter_tensor(sent, "sum", self.size, self.sum_group)
             work = None
         else:
-            group = _resolve_process_group(self.sum_group)
+            group = _group(self.sum_group)
             result = sent.new_empty(sent.shape[0] // self.size, *sent.shape[1:])
             work = _reduce_scatter(result, sent, group=group, async_op=True)
         start, stop = self.bounds(rows)
@@ -379,6 +379,11 @@ def _needs_operators() -> bool:
     may be written into a result that was kept.
     """
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0  # noqa: SLF001 - no public name
+
+
+def _group(name: str) -> dist.ProcessGroup:
+    """This process' communicator of a name."""
+    return _resolve_process_group(cast(Any, name))  # to newer torch a type of its own
 
 
 def _pad(tensor: Tensor, rows: int) -> Tensor:

@@ -155,7 +155,7 @@ class Schedule:
         self._seen = []
         self._training = torch.is_grad_enabled()
         self._place = -1
-        self._drop()
+        self.drop()
 
     def enter(self, request: Request) -> Visit:
         """The layer's parameters with their gathers under way, and the next layers' started."""
@@ -182,7 +182,7 @@ class Schedule:
         if following < len(expected) and expected[following] == request:
             self._place = following
             return
-        self._drop()
+        self.drop()
         try:
             self._place = expected.index(request, following)
         except ValueError:
@@ -194,7 +194,7 @@ class Schedule:
             if visit.request == request and visit.made_for == request.layer.state():
                 return visit
             visit.drop()
-            self._drop()
+            self.drop()
         return self._prepare(request)
 
     def _look_ahead(self) -> None:
@@ -229,7 +229,8 @@ class Schedule:
             held[name] = Held(piece=piece, late=ticket)
         return Visit(request=request, held=held)
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Let the gathers finish that were started ahead; nobody will use them."""
         while self._ready:
             self._ready.popleft().drop()
 
