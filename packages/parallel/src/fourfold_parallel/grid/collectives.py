@@ -200,8 +200,8 @@ def refuse_under_way(*, when: str) -> None:
     if _under_way:
         names = ", ".join(str(pending) for pending in _under_way)
         raise RuntimeError(
-            f"{len(_under_way)} collectives are under way {when}: {names}; wait for each Pending, or "
-            "call `finish_under_way` to throw their results away"
+            f"still under way {when}: {names}; wait for each Pending, or call `finish_under_way` to "
+            "throw their results away"
         )
 
 
