@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from fourfold_parallel.grid.collectives import refuse_under_way
 from fourfold_parallel.grid.engine import Fourfold, GridSession
-from fourfold_parallel.grid.laws import Sizes, factorisations, in_float64
+from fourfold_parallel.grid.laws import Sizes, factorisations, in_float64, mesh_of
+from fourfold_parallel.grid.schedule import Overlaps
 from fourfold_parallel.run.objective import token_nats
 from fourfold_parallel.testing import run_on_ranks
 
@@ -106,7 +107,9 @@ def losses_of_one_process() -> Losses:
 def opened(sizes: Sizes, **how: Any) -> Iterator[GridSession]:
     model = build()
     data, depth, row, col = sizes
-    engine = Fourfold(data=data, depth=depth, row=row, col=col, **how)
+    # More gathers ahead than anyone needs: what is tested here is how they share memory.
+    overlaps = Overlaps(gathers_ahead=4)
+    engine = Fourfold(data=data, depth=depth, row=row, col=col, overlaps=overlaps, **how)
     with engine.open(
         model, optimizer_for(model), precision="fp32", batch=ROWS, microbatch=1
     ) as session:
@@ -183,6 +186,27 @@ def test_three_hundred_steps_on_busy_cores_have_the_losses_of_one_process(
     ):  # fmt: skip
         assert ours[0] == pytest.approx(trained, abs=DRIFT)
         assert ours[1] == pytest.approx(validated, abs=DRIFT)
+
+
+def results_are_whole(sizes: Sizes, rounds: int) -> None:
+    axis = mesh_of(sizes).depth
+    piece = torch.arange(64.0 * 64).view(64, 64)
+    whole = piece.repeat(axis.size, 1)
+    for _ in range(rounds):
+        gathers = [axis.all_gather(piece + number, rows=len(whole)) for number in range(8)]
+        sums = [axis.all_reduce(piece + number) for number in range(4)]
+        spreads = [axis.reduce_scatter(whole + number) for number in range(4)]
+        for number, gather in enumerate(gathers):
+            assert torch.equal(gather.wait(), whole + number)
+        for number, (added, spread) in enumerate(zip(sums, spreads, strict=True)):
+            assert torch.equal(added.wait(), axis.size * (piece + number))
+            assert torch.equal(spread.wait(), axis.size * (piece + number))
+
+
+@pytest.mark.usefixtures("busy_cores")
+def test_many_collectives_under_way_at_once_leave_memory_whole() -> None:
+    """Sixteen at a time, of 16 KiB, a thousand times."""
+    run_on_ranks(2, results_are_whole, sizes=(1, 2, 1, 1), rounds=1000)
 
 
 LEFT_BEHIND = 8 * 2**20

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fourfold_parallel.grid.collectives import finish_under_way, refuse_under_way, under_way
 from fourfold_parallel.grid.engine import Fourfold, GridSession
-from fourfold_parallel.grid.laws import Sizes, mesh_of
+from fourfold_parallel.grid.gradients import local
+from fourfold_parallel.grid.laws import Sizes, close, mesh_of
 from fourfold_parallel.grid.mesh import Mesh
 from fourfold_parallel.run.objective import token_nats
 from fourfold_parallel.testing import run_on_ranks
@@ -202,6 +203,35 @@ def test_after_an_exception_no_gradient_is_under_way_to_its_share() -> None:
     run_on_ranks(
         2, an_exception_leaves_nothing, sizes=(2, 1, 1, 1), where="backward", shards_optimizer=True
     )
+
+
+def other_gradients_leave_nothing(sizes: Sizes) -> None:
+    with opened(sizes) as session:
+        step(session)
+        mine = torch.randn(2, 8, 32, dtype=torch.float64, requires_grad=True)
+        counts: list[int] = []
+        for scale in (1.0, 2.0):
+            out = session.model(inputs_embeds=mine, use_cache=False).logits.sum()
+            torch.autograd.grad(out, mine, retain_graph=True)
+            (out * scale).backward()
+            counts.append(len(under_way()))
+        assert counts[0] == counts[1], "the second forward did not end what the first had left"
+        assert counts[0]
+        # Of this use alone, after one that did not ask for weights' gradients: 1 + 2 times the first's.
+        twice = local(session.model.get_parameter("model.layers.0.mlp.up_proj.weight").grad).clone()
+        session.model.zero_grad(set_to_none=True)
+        session.model(inputs_embeds=mine, use_cache=False).logits.sum().backward()
+        once = local(session.model.get_parameter("model.layers.0.mlp.up_proj.weight").grad)
+        close(twice, 3 * once, what="after other gradients")
+        with session.microbatch(is_last=True):
+            out = session.model(inputs_embeds=mine, use_cache=False).logits.sum()
+            torch.autograd.grad(out, mine)
+        assert not under_way()
+
+
+def test_gradients_that_nobody_asked_for_end_too() -> None:
+    """`torch.autograd.grad` of the inputs alone, and a backward after it through the same graph."""
+    run_on_ranks(2, other_gradients_leave_nothing, sizes=(1, 2, 1, 1))
 
 
 def a_forgotten_collective_is_named(folder: Path) -> None:

@@ -147,6 +147,8 @@ class Pending:
     """The handle; None where there was nothing to do, and of a functional operator."""
     _token: float = 0.0
     _under_way: bool = True
+    is_promised: bool = False
+    """Whether it is a gradient that autograd was promised, and may never ask for."""
 
     def wait(self) -> Tensor:
         """The result. On a GPU this orders streams; it does not stop the host."""
