@@ -113,6 +113,17 @@ def test_one_race_is_seen_beside_what_is_in_order(bench, average) -> None:
         assert found.verdict == "race", found.proof
 
 
+def test_a_race_is_seen_where_an_answer_frees_what_it_was_given(bench) -> None:
+    """The checker once freed fenced memory as if it had no fence, which ended the program and the look."""
+    right = reference(bench, own_problems()["55_transform_relu"])
+    body = """std::vector<double> y(x.size()); int n = 0;
+#pragma omp parallel for
+for (size_t i = 0; i < x.size(); ++i) { n += 1; y[i] = std::max(0.0, x[i]); }
+x.swap(y); x.resize(x.size() + 0 * n); }"""
+    found = verdict(bench, right, body, "omp")
+    assert found.verdict == "race", found.proof
+
+
 @pytest.mark.parametrize(
     ("kind", "task"), [("size_t", "taskloop"), ("int", "taskloop"), ("int", "task")]
 )
