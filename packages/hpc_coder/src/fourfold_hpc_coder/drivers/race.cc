@@ -130,6 +130,10 @@ void watch(Body body, void *data, const Enter &enter) {
     give_up();
     return enter(body, data);
   }
+  {
+    std::lock_guard lock(guard);
+    shadow = {}; // nothing races with regions before, and their cells would take the place of what is freed
+  }
   Watched watched{body, data, ++regions};
   enter(run, &watched);
 }
