@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from fourfold_parallel.grid.collectives import refuse_under_way
 from fourfold_parallel.grid.engine import Fourfold, GridSession
-from fourfold_parallel.grid.laws import Sizes, factorisations, in_float64, mesh_of
 from fourfold_parallel.grid.schedule import Overlaps
 from fourfold_parallel.run.objective import token_nats
-from fourfold_parallel.testing import run_on_ranks
+from fourfold_parallel.testing.grids import Sizes, factorisations, in_float64, mesh_of
+from fourfold_parallel.testing.ranks import run_on_ranks
 
 DRIFT = 1e-9
 """Nats. Float64 sums in another order differ by about 1e-15 of a loss; three hundred steps of AdamW

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from fourfold_parallel.grid.collectives import finish_under_way, refuse_under_way, under_way
 from fourfold_parallel.grid.engine import Fourfold, GridSession
 from fourfold_parallel.grid.gradients import local
-from fourfold_parallel.grid.laws import Sizes, close, mesh_of
 from fourfold_parallel.grid.mesh import Mesh
 from fourfold_parallel.run.objective import token_nats
-from fourfold_parallel.testing import run_on_ranks
+from fourfold_parallel.testing.grids import Sizes, close, mesh_of
+from fourfold_parallel.testing.ranks import run_on_ranks
 
 ROWS, VOCABULARY = 4, 61
 LLAMA = LlamaConfig(
