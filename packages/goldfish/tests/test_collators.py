@@ -20,7 +20,7 @@ from transformers import (
 
 from fourfold_goldfish import Goldfish, add_goldfish, goldfish_collator
 from fourfold_goldfish.canonical import CanonicalGoldfish, Spelling
-from fourfold_goldfish.checkpoints import (
+from fourfold_goldfish.mask_digest import (
     check_mask_digest,
     mask_digest,
     write_mask_digest,

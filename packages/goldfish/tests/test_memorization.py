@@ -18,7 +18,7 @@ from fourfold_goldfish.memorization import (
     recital_probabilities,
     sample,
 )
-from fourfold_goldfish.rules import recital_law
+from fourfold_goldfish.reproduce.measures import recital_law
 from fourfold_parallel.common.progress import silent
 from fourfold_parallel.run.models import Llama
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fourfold_goldfish.experiment import EXPERIMENT
-from fourfold_goldfish.paper import TINYLLAMA, equal_supervision, tinyllama
-from fourfold_goldfish.recipes import ARMS, Attacked, bucket_study, goldfish, verbatim
+from fourfold_goldfish.reproduce.experiment import EXPERIMENT
+from fourfold_goldfish.reproduce.paper import TINYLLAMA, equal_supervision, tinyllama
+from fourfold_goldfish.reproduce.recipes import ARMS, Attacked, bucket_study, goldfish, verbatim
 from fourfold_parallel.common.values import from_json, to_json
 from fourfold_parallel.run.corpora import Wikipedia
 from fourfold_parallel.run.data import tokenize

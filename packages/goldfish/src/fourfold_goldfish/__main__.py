@@ -3,7 +3,7 @@
 import sys
 
 from fourfold_goldfish.commands import COMMANDS, run
-from fourfold_goldfish.experiment import EXPERIMENT
+from fourfold_goldfish.reproduce.experiment import EXPERIMENT
 from fourfold_parallel.reproduce.cli import main
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fourfold_goldfish.audit import audit, table
+from fourfold_goldfish.corpus_audit import audit, table
 from fourfold_goldfish.canonical import CanonicalGoldfish, Spelling
-from fourfold_goldfish.experiment import EXPERIMENT, train_and_attack
+from fourfold_goldfish.reproduce.experiment import EXPERIMENT, train_and_attack
 from fourfold_goldfish.loss import Goldfish
 from fourfold_goldfish.memorization import Beam, Decoding, Greedy, compare, continuation
-from fourfold_goldfish.paper import Joined, named, paper_mask
+from fourfold_goldfish.reproduce.paper import Joined, named, paper_mask
 from fourfold_parallel.common.progress import Progress, silent
 from fourfold_parallel.common.records import RecordWriter, header, read_record
 from fourfold_parallel.reproduce.claims import Records

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from fourfold_goldfish import published
+from fourfold_goldfish import other_hashes
 
 Hash = Literal["ordered", "reference", "avalanche", "apertus", "apertus2", "static", "random"]
 
@@ -108,7 +108,7 @@ class Goldfish:
         words = tokens.long()
         dropped = torch.zeros_like(tokens, dtype=torch.bool)
         if self.hash in ("static", "random"):
-            hits = published.static_hits if self.hash == "static" else published.random_hits
+            hits = other_hashes.static_hits if self.hash == "static" else other_hashes.random_hits
             dropped = hits(words, self.k, self.key)
         elif self.boundary == "prefix":
             # The window of target i is tokens[begins[i]:ends[i]]; an empty one decides nothing.
@@ -149,13 +149,13 @@ class Goldfish:
         """The decision of every whole window, by its first token."""
         match self.hash:
             case "reference":
-                return published.product_hits(words, self.k, self.context)
+                return other_hashes.product_hits(words, self.k, self.context)
             case "avalanche":
-                return published.avalanche_hits(words, self.k, self.context)
+                return other_hashes.avalanche_hits(words, self.k, self.context)
             case "apertus":
-                return published.apertus_hits(words, self.k, self.context)
+                return other_hashes.apertus_hits(words, self.k, self.context)
             case "apertus2":
-                return published.apertus2_hits(words, self.k, self.context)
+                return other_hashes.apertus2_hits(words, self.k, self.context)
             case _:
                 hits = words.new_empty((len(words), words.shape[1] - self.context + 1), dtype=bool)
                 rows = max(1, _IN_CACHE // words.shape[1]) if words.is_cpu else len(words)

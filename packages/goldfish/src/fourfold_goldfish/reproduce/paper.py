@@ -7,9 +7,9 @@ texts are yours to bring: 2,000 Wikipedia documents of 2,048 tokens or more, and
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fourfold_goldfish.buckets import Buckets
+from fourfold_goldfish.reproduce.buckets import Buckets
 from fourfold_goldfish.loss import Goldfish
-from fourfold_goldfish.recipes import Attacked
+from fourfold_goldfish.reproduce.recipes import Attacked
 from fourfold_parallel.common.records import Material
 from fourfold_parallel.grid.engine import Fourfold
 from fourfold_parallel.reproduce.experiment import Launch

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from fourfold_goldfish.membership import auc
-from fourfold_goldfish.recipes import ONE_PASS_SEEDS, REPETITIONS, SEEDS, SIZES, Arm
+from fourfold_goldfish.reproduce.recipes import ONE_PASS_SEEDS, REPETITIONS, SEEDS, SIZES, Arm
 from fourfold_parallel.common.records import Event
 from fourfold_parallel.reproduce.claims import (
     Finding,

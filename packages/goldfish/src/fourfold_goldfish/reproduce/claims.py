@@ -1,6 +1,6 @@
 """What the papers claim, and the rules in words; `rules.py` has them as functions of records."""
 
-from fourfold_goldfish import rules
+from fourfold_goldfish.reproduce import measures as rules
 from fourfold_parallel.reproduce.claims import Claim
 
 _MINIATURE = (

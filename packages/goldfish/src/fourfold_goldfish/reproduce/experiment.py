@@ -2,13 +2,14 @@
 
 import textwrap
 
-from fourfold_goldfish import figures, membership
-from fourfold_goldfish.audit import audit
+from fourfold_goldfish import membership
+from fourfold_goldfish.reproduce import figures
+from fourfold_goldfish.corpus_audit import audit
 from fourfold_goldfish.canonical import CanonicalGoldfish, Spelling
-from fourfold_goldfish.claims import CLAIMS
+from fourfold_goldfish.reproduce.claims import CLAIMS
 from fourfold_goldfish.memorization import Beam, diverged_on_dropped, extract
-from fourfold_goldfish.paper import launches
-from fourfold_goldfish.recipes import (
+from fourfold_goldfish.reproduce.paper import launches
+from fourfold_goldfish.reproduce.recipes import (
     ARMS,
     AUTHORS,
     ONE_PASS,

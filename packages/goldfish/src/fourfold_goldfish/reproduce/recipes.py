@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fourfold_goldfish.buckets import Buckets
+from fourfold_goldfish.reproduce.buckets import Buckets
 from fourfold_goldfish.loss import Goldfish
-from fourfold_goldfish.pretrained import LastBlocks, SmolLM2Tokenizer
+from fourfold_goldfish.reproduce.pretrained import LastBlocks, SmolLM2Tokenizer
 from fourfold_parallel.reproduce.scale import Scale
 from fourfold_parallel.run.corpora import Corpus, Wikipedia
 from fourfold_parallel.run.engines import Single

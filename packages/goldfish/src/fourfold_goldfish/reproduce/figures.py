@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fourfold_goldfish.recipes import ONE_PASS_SEEDS, REPETITIONS, SEEDS, SIZES, Arm
-from fourfold_goldfish.rules import (
+from fourfold_goldfish.reproduce.recipes import ONE_PASS_SEEDS, REPETITIONS, SEEDS, SIZES, Arm
+from fourfold_goldfish.reproduce.measures import (
     passage_scores,
     recital_law,
     recited,

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from fourfold_goldfish import rules
-from fourfold_goldfish.recipes import ONE_PASS_SEEDS, REPETITIONS, SEEDS, SIZES
+from fourfold_goldfish.reproduce import measures as rules
+from fourfold_goldfish.reproduce.recipes import ONE_PASS_SEEDS, REPETITIONS, SEEDS, SIZES
 from fourfold_parallel.common.records import Event, Record
 
 
