@@ -1,1 +1,1 @@
-"""The reproduction of Hans et al. 2024 and of AxoNN's study: recipes, claims, measures, experiment, figures."""
+"""The reproduction of both papers: recipes, claims, measures, experiment, figures."""
