@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fourfold_goldfish import Goldfish
-from fourfold_goldfish.corpus_audit import PERTURBATIONS, audit, table
 from fourfold_goldfish.canonical import CanonicalGoldfish, Spelling, canonical
+from fourfold_goldfish.corpus_audit import PERTURBATIONS, audit, table
 from fourfold_goldfish.reproduce.recipes import AUTHORS
 from fourfold_parallel.common.records import Material
 from fourfold_parallel.run.corpora import Documents

@@ -20,12 +20,12 @@ from transformers import (
 
 from fourfold_goldfish import Goldfish, add_goldfish, goldfish_collator
 from fourfold_goldfish.canonical import CanonicalGoldfish, Spelling
+from fourfold_goldfish.collators import document_ids, mask_labels
 from fourfold_goldfish.mask_digest import (
     check_mask_digest,
     mask_digest,
     write_mask_digest,
 )
-from fourfold_goldfish.collators import document_ids, mask_labels
 from fourfold_parallel.run.models import Llama
 
 GOLDFISH = Goldfish(k=2, context=4)
