@@ -118,14 +118,14 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     """Normal scores one deviation apart: the area is Phi(1/sqrt 2), 95 % intervals of 40 and 40."""
     random = np.random.default_rng(1)
     truth = stats.norm.cdf(1 / math.sqrt(2))
-    held = 0
+    covered = 0
     for seed in range(60):
         interval = auc_interval(
             random.normal(1, 1, 40), random.normal(0, 1, 40), resamples=200, seed=seed
         )
-        held += interval.low <= truth <= interval.high
+        covered += interval.low <= truth <= interval.high
     # 57 are expected; the percentile bootstrap of 40 is a little narrow. 50 has chance 0.4 % at 95 %.
-    assert held >= 50
+    assert covered >= 50
 
 
 def test_a_threshold_lets_through_no_more_others_than_allowed() -> None:

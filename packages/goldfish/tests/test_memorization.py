@@ -51,12 +51,12 @@ def test_an_early_end_is_a_miss() -> None:
 
 def test_divergences_are_counted_where_they_happen() -> None:
     dropped = torch.tensor([[False, True, False], [True, False, False], [True, True, True]])
-    found = [
+    recitals = [
         Extraction(exact=False, rouge_l=0.4, matched=1, longest_run=1, edit_similarity=0.3),
         Extraction(exact=False, rouge_l=0.4, matched=1, longest_run=1, edit_similarity=0.3),
         Extraction(exact=True, rouge_l=1.0, matched=3, longest_run=3, edit_similarity=1.0),
     ]
-    assert diverged_on_dropped(found, dropped) == (1, 2)
+    assert diverged_on_dropped(recitals, dropped) == (1, 2)
 
 
 def test_the_law_of_recital_is_the_chance_that_no_token_was_left_out() -> None:
@@ -120,8 +120,8 @@ def test_looking_ahead_keeps_the_candidate_with_the_surest_future() -> None:
             sureness[int(token)] = total
         chosen = max(sureness, key=lambda token: sureness[token])
         row = torch.cat([row, torch.tensor([[chosen]])], dim=1)
-    found = continuation(model, prompt[:1], 2, always)  # type: ignore[arg-type]
-    assert torch.equal(found, row[:, -2:])
+    continued = continuation(model, prompt[:1], 2, always)  # type: ignore[arg-type]
+    assert torch.equal(continued, row[:, -2:])
 
 
 @pytest.mark.parametrize(

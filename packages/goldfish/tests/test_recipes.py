@@ -64,8 +64,8 @@ def test_skipped_articles_give_other_passages(smoke: Attack) -> None:
     """So that each seed of the fine-tuning has documents of its own."""
     later = replace(smoke.buckets, skipped_articles=2 * smoke.buckets.passages)
     first, second = (
-        {tuple(row) for rows in one.contents(sequence=64) for row in rows.tolist()}
-        for one in (smoke.buckets, later)
+        {tuple(row) for rows in buckets.contents(sequence=64) for row in rows.tolist()}
+        for buckets in (smoke.buckets, later)
     )
     assert not first & second
 

@@ -99,10 +99,12 @@ class CanonicalGoldfish:
         A target is decided by the characters before it in its document, `characters` of them or what there
         is. Tokens without a canonical character share the decision of the next one that has some.
         """
+        # All rows end to end as one string of characters; a row, like a document, begins anew.
         spelled, lengths = self.spelling.characters(tokens.flatten().long())
         rows = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
         documents = rows if document_ids is None else rows * (1 << 40) + document_ids
         flat = documents.flatten()
+        # Where each token's characters begin, and those of its document.
         begins = lengths.cumsum(0) - lengths
         is_new = torch.ones_like(flat, dtype=torch.bool)
         is_new[1:] = flat[1:] != flat[:-1]

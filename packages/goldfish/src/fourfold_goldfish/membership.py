@@ -40,6 +40,7 @@ def token_statistics(
     for first in range(0, len(passages), batch):
         rows = passages[first : first + batch].to(model.device)
         logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+        # Of every id at every place, then of the true one, then the moments over what the model may say.
         every = logits.float().log_softmax(-1)
         true = every.gather(-1, rows[:, 1:, None]).squeeze(-1)
         chances = every.exp()

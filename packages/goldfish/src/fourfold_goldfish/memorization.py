@@ -185,10 +185,12 @@ def _fill(
     """Greedy, but with a search at each token that the model is unsure of."""
     row = prompt
     for _ in range(tokens):
+        # The greedy token, unless the model is unsure of it.
         likely = next_log_probabilities(model, row)[:, -1]
         best = likely.topk(search.candidates, dim=-1)
         chosen = best.indices[:, :1]
         if best.values[0, 0].exp() < search.unsure_below:
+            # Each candidate goes on greedily; the one whose future is the surest is taken.
             tried = torch.cat([row.expand(search.candidates, -1), best.indices[0, :, None]], dim=1)
             sureness = torch.zeros(search.candidates, device=row.device)
             for _ in range(search.steps):
