@@ -124,7 +124,7 @@ class Texts:
                 ", ".join(value) if isinstance(value, dict) else f"none but {type(value).__name__}"
             )
             raise ValueError(
-                f"{where} has no text in field {self.field!r}; it has {fields}: name the field that holds the text"
+                f"{where} has no text in field {self.field!r}; it has {fields}: name the one to read"
             )
         return text
 

@@ -153,7 +153,7 @@ class Goldfish:
         """The decision of every whole window, by its first token."""
         if self.hash in OF_WINDOWS:
             return OF_WINDOWS[self.hash](words, self.k, self.context)
-        hits = words.new_empty((len(words), words.shape[1] - self.context + 1), dtype=bool)
+        hits = words.new_empty((len(words), words.shape[1] - self.context + 1), dtype=torch.bool)
         rows = max(1, _IN_CACHE // words.shape[1]) if words.is_cpu else len(words)
         for block, hit in zip(words.split(rows), hits.split(rows), strict=True):
             sums, powers = _prefix_sums(block)
