@@ -4,16 +4,14 @@ Hyper-parameters are those of the published configurations (tinyllama-1b.yaml an
 texts are yours to bring: 2,000 Wikipedia documents of 2,048 tokens or more, and RedPajama-v2's sample.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
-from fourfold_goldfish.buckets import Buckets
-from fourfold_goldfish.loss import Goldfish
-from fourfold_goldfish.recipes import Attacked
-from fourfold_parallel.common.records import Material
+from fourfold_goldfish.reproduce.buckets import Buckets
+from fourfold_goldfish.reproduce.recipes import AUTHORS, Attack
 from fourfold_parallel.grid.engine import Fourfold
 from fourfold_parallel.reproduce.experiment import Launch
-from fourfold_parallel.run.corpora import Corpus, Documents
+from fourfold_parallel.run.corpora import Corpus
 from fourfold_parallel.run.engines import DDP, Engine
 from fourfold_parallel.run.models import Llama, Model, Published
 from fourfold_parallel.run.objective import KeepAll, NextToken, TargetMask
@@ -37,37 +35,12 @@ TINYLLAMA = Llama(
 """TinyLlama-1.1B's shape."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Joined:
-    """Corpora one after another: the first gives the passages, what follows the background."""
-
-    corpora: tuple[Corpus, ...]
-
-    def load(self) -> Documents:
-        """All documents in memory, in order."""
-        parts = [corpus.load() for corpus in self.corpora]
-        return Documents(
-            texts=tuple(text for part in parts for text in part.texts),
-            material=Material(
-                name=" and ".join(part.material.name for part in parts),
-                kind="corpus",
-                licence=", ".join(part.material.licence for part in parts),
-                sha256="+".join(part.material.sha256 for part in parts),
-                source=" and ".join(part.material.source for part in parts),
-            ),
-        )
-
-
 def paper_mask(arm: PaperArm) -> TargetMask:
     """The published hash at h = 13, which the model cards name, or none."""
-    if arm == "plain":
-        return KeepAll()
-    return Goldfish(
-        k=int(arm[1:]), context=13, hash="reference", window="inclusive", boundary="straddle"
-    )
+    return KeepAll() if arm == "plain" else replace(AUTHORS, k=int(arm[1:]))
 
 
-def tinyllama(arm: PaperArm, *, corpus: Corpus, tokenizer: Tokenizer, seed: int = 1337) -> Attacked:
+def tinyllama(arm: PaperArm, *, corpus: Corpus, tokenizer: Tokenizer, seed: int = 1337) -> Attack:
     """TinyLlama-1.1B from scratch on 20 B tokens, 2,000 documents among them 50 times (section 4.2).
 
     1,024 rows of 2,048 tokens a step for 9,537 steps; 204.8 M tokens of repeated documents, 1 % of all.
@@ -100,12 +73,12 @@ def tinyllama(arm: PaperArm, *, corpus: Corpus, tokenizer: Tokenizer, seed: int 
         validate_every=500,
         checkpoint_every=500,
     )
-    return Attacked(run=run, buckets=buckets, suffix=50, beams=30 if arm != "plain" else 1)
+    return Attack(run=run, buckets=buckets, suffix=50, beams=30 if arm != "plain" else 1)
 
 
 def equal_supervision(
     arm: PaperArm, *, corpus: Corpus, tokenizer: Tokenizer, seed: int = 1337
-) -> Attacked:
+) -> Attack:
     """As `tinyllama`, on k/(k - 1) times the tokens, so that as many targets are supervised.
 
     26.7 B tokens in 12,716 steps at k = 4, as in the published configuration.
@@ -128,7 +101,7 @@ def axonn_study(
     corpus: Corpus,
     tokenizer: Tokenizer,
     seed: int = 0,
-) -> Attacked:
+) -> Attack:
     """Continued pre-training on buckets of 200 pages seen 0, 1, 4 and 6 times; 50 tokens to recite.
 
     The study's learning rates are not published with it, so yours is an argument.
@@ -162,12 +135,12 @@ def axonn_study(
         validate_every=50,
         checkpoint_every=50,
     )
-    return Attacked(run=run, buckets=buckets, suffix=50, beams=1)
+    return Attack(run=run, buckets=buckets, suffix=50, beams=1)
 
 
 def named(
     recipe: Recipe, arm: PaperArm, *, corpus: Corpus, weights: str, learning_rate: float
-) -> Attacked:
+) -> Attack:
     """The recipe of a launch line.
 
     Args:
@@ -195,12 +168,13 @@ def named(
 
 
 def launches() -> tuple[Launch, ...]:
-    """How the paper's runs are started."""
+    """Command lines that start the paper's runs; `$HEAD` is the name of the first node."""
     data = "--passages wikipedia/ --background redpajama/"
     return (
         _launch(
             "TinyLlama-1.1B, 20 B tokens, one run for each of plain, k3, k4, k8, k32, k128",
-            "128 GPUs of 64 GB as in the paper (or fewer, longer), 100 GB of text in memory",
+            "128 GPUs of 64 GB as in the paper (or fewer, longer), 100 GB of text in memory; HEAD is the "
+            "first node's name",
             f"train tinyllama --arm k4 --weights TinyLlama-1.1B/ {data}",
             nodes=16,
         ),

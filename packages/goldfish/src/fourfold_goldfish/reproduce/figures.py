@@ -6,13 +6,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fourfold_goldfish.recipes import ONE_PASS_SEEDS, REPETITIONS, SEEDS, SIZES, Arm
-from fourfold_goldfish.rules import (
+from fourfold_goldfish.reproduce.measures import (
     passage_scores,
     recital_law,
     recited,
     validation_loss,
 )
+from fourfold_goldfish.reproduce.recipes import ONE_PASS_SEEDS, REPETITIONS, SEEDS, SIZES, Arm
 from fourfold_parallel.reproduce.claims import Records
 from fourfold_parallel.reproduce.experiment import Drawing
 from fourfold_parallel.reproduce.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES
@@ -232,8 +232,8 @@ def near_duplicates(records: Records) -> Figure:
     """The leak table as bars."""
     figure = Figure(figsize=(6.4, 3.6))
     axes = figure.subplots()
-    events = records["near-duplicates"].of("leak")
-    names = list(dict.fromkeys(str(event.values["perturbation"]) for event in events))
+    record = records["near-duplicates"]
+    names = list(dict.fromkeys(str(e.values["perturbation"]) for e in record.of("leak")))
     places = np.arange(len(names))
     for offset, (mask, label, color) in enumerate(
         (
@@ -241,14 +241,9 @@ def near_duplicates(records: Records) -> Figure:
             ("canonical", "hash of characters", METHOD),
         )
     ):
-        leaked = {
-            str(event.values["perturbation"]): event.number("leaked")
-            for event in events
-            if event.values["mask"] == mask
-        }
         axes.barh(
             places + 0.4 * offset - 0.2,
-            [leaked[name] for name in names],
+            [record.only("leak", mask=mask, perturbation=n).number("leaked") for n in names],
             height=0.38,
             color=color,
             label=label,

@@ -1,4 +1,4 @@
-"""Training data in which some passages recur, in buckets by how often: the setting in which models memorise.
+"""Training data in which some passages recur, in buckets by how often: models memorise in this setting.
 
 The design of the AxoNN study (Singh et al. 2024, section on memorisation): disjoint buckets of pages, each
 repeated another number of times among background text, one never seen, and the question how large a
@@ -29,7 +29,7 @@ class Buckets:
     corpus: Corpus
     tokenizer: Tokenizer
     repetitions: tuple[int, ...]
-    """How often each bucket's passages are seen in one epoch; 0 is a control."""
+    """Times that each bucket's passages are seen in one epoch; 0 is a control."""
     passages: int
     """Passages per bucket."""
     background: int

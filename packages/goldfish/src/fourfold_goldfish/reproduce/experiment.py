@@ -1,14 +1,15 @@
 """The reproduction of Hans et al. 2024 and of AxoNN's memorisation study: train, attack, judge."""
 
 import textwrap
+from collections.abc import Sequence
 
-from fourfold_goldfish import figures, membership
-from fourfold_goldfish.audit import audit
+from fourfold_goldfish import membership
 from fourfold_goldfish.canonical import CanonicalGoldfish, Spelling
-from fourfold_goldfish.claims import CLAIMS
-from fourfold_goldfish.memorization import Beam, diverged_on_dropped, extract
-from fourfold_goldfish.paper import launches
-from fourfold_goldfish.recipes import (
+from fourfold_goldfish.corpus_audit import audit
+from fourfold_goldfish.memorization import Beam, Extraction, diverged_on_dropped, extract
+from fourfold_goldfish.reproduce import claims
+from fourfold_goldfish.reproduce.paper import launches
+from fourfold_goldfish.reproduce.recipes import (
     ARMS,
     AUTHORS,
     ONE_PASS,
@@ -16,7 +17,7 @@ from fourfold_goldfish.recipes import (
     SEEDS,
     SIZES,
     Arm,
-    Attacked,
+    Attack,
     NearDuplicates,
     Supervision,
     bucket_study,
@@ -27,24 +28,24 @@ from fourfold_goldfish.recipes import (
     verbatim,
 )
 from fourfold_parallel.common.progress import Progress
-from fourfold_parallel.common.records import RecordWriter, header
 from fourfold_parallel.launch import is_main_rank
-from fourfold_parallel.reproduce.experiment import Experiment, Stage, Workplace
+from fourfold_parallel.reproduce.claims import claims_of
+from fourfold_parallel.reproduce.experiment import Drawing, Experiment, Stage, Workplace
 from fourfold_parallel.reproduce.scale import Scale
 from fourfold_parallel.run.objective import TargetMask
 from fourfold_parallel.run.train import train, trained_model
 
 
-def train_and_attack(left_out: TargetMask, attacked: Attacked, workplace: Workplace) -> None:
+def train_and_attack(left_out: TargetMask, attack: Attack, workplace: Workplace) -> None:
     """Train, prompt the model with every passage, and record what it recites.
 
     Events: "passage" for each passage, "extraction" for each bucket, "beam" for the trained passages where
     the recipe searches.
     """
-    run = attacked.run
+    run = attack.run
     last = train(
         run,
-        study=attacked,
+        study=attack,
         record=workplace.record,
         checkpoints=workplace.scratch / "checkpoints",
         progress=workplace.progress,
@@ -53,15 +54,16 @@ def train_and_attack(left_out: TargetMask, attacked: Attacked, workplace: Workpl
         return
     model = trained_model(run, last)
     progress = _from(workplace.progress, run.steps)
-    buckets, suffix = attacked.buckets, attacked.suffix
+    buckets, suffix = attack.buckets, attack.suffix
     texts = buckets.texts(sequence=run.sequence)
     contents = buckets.contents(sequence=run.sequence)
-    with RecordWriter(workplace.record) as records:
+    with workplace.concluding() as records:
         for repetitions, passages, written in zip(
             buckets.repetitions, contents, texts, strict=True
         ):
             bucket = "trained" if repetitions else "control"
-            found = extract(model, passages, suffix=suffix, batch=64, progress=progress)
+            # Greedy continuations and scores of membership, a line a passage.
+            recitals = extract(model, passages, suffix=suffix, batch=64, progress=progress)
             statistics = membership.token_statistics(model, passages, batch=16)
             scores = {
                 "loss_score": membership.loss_score(statistics),
@@ -70,47 +72,51 @@ def train_and_attack(left_out: TargetMask, attacked: Attacked, workplace: Workpl
                 "min_k_plus_score": membership.min_k_plus_score(statistics),
             }
             dropped = left_out.drop(passages)[:, -suffix:]
-            on_dropped, diverged = diverged_on_dropped(found, dropped)
-            for index, one in enumerate(found):
+            on_dropped, diverged = diverged_on_dropped(recitals, dropped)
+            for index, recital in enumerate(recitals):
                 records.write(
                     "passage",
                     bucket=bucket,
                     repetitions=repetitions,
                     passage=index,
-                    exact=one.exact,
-                    rouge_l=round(one.rouge_l, 6),
-                    matched_tokens=one.matched,
-                    longest_run_tokens=one.longest_run,
-                    edit_similarity=round(one.edit_similarity, 6),
+                    exact=recital.exact,
+                    rouge_l=round(recital.rouge_l, 6),
+                    matched_tokens=recital.matched,
+                    longest_run_tokens=recital.longest_run,
+                    edit_similarity=round(recital.edit_similarity, 6),
                     **{name: round(float(score[index]), 6) for name, score in scores.items()},
                 )
+            # The bucket as a whole, which the claims are judged by.
             records.write(
                 "extraction",
                 bucket=bucket,
                 repetitions=repetitions,
-                passages=len(found),
-                exact=sum(one.exact for one in found),
-                mean_rouge_l=round(sum(one.rouge_l for one in found) / len(found), 6),
+                passages=len(recitals),
+                exact=sum(recital.exact for recital in recitals),
+                mean_rouge_l=_mean_rouge_l(recitals),
                 diverged=diverged,
                 diverged_on_dropped=on_dropped,
             )
-            if attacked.beams > 1 and repetitions:
+            if attack.beams > 1 and repetitions:
                 searched = extract(
                     model,
                     passages,
                     suffix=suffix,
                     batch=8,
                     progress=progress,
-                    decoding=Beam(beams=attacked.beams),
+                    decoding=Beam(beams=attack.beams),
                 )
                 records.write(
                     "beam",
-                    beams=attacked.beams,
+                    beams=attack.beams,
                     passages=len(searched),
-                    exact=sum(one.exact for one in searched),
-                    mean_rouge_l=round(sum(one.rouge_l for one in searched) / len(searched), 6),
+                    exact=sum(recital.exact for recital in searched),
+                    mean_rouge_l=_mean_rouge_l(searched),
                 )
-        records.write("finished")
+
+
+def _mean_rouge_l(recitals: Sequence[Extraction]) -> float:
+    return round(sum(recital.rouge_l for recital in recitals) / len(recitals), 6)
 
 
 def train_once(supervision: Supervision, workplace: Workplace) -> None:
@@ -123,44 +129,41 @@ def train_once(supervision: Supervision, workplace: Workplace) -> None:
         progress=workplace.progress,
     )
     if is_main_rank():
-        with RecordWriter(workplace.record) as records:
-            records.write("finished")
+        with workplace.concluding():
+            pass
 
 
 def audit_near_duplicates(study: NearDuplicates, workplace: Workplace) -> None:
-    """What an altered copy teaches of what each mask hides; an event "leak" per mask and alteration."""
+    """Measure what an altered copy teaches of what each mask hides.
+
+    Events: "leak" for each mask and alteration.
+    """
     documents = study.corpus.load()
     loaded = study.tokenizer.load(documents)
     long = [text[: study.length] for text in documents.texts if len(text) >= study.length]
     texts = [textwrap.fill(text, study.columns) for text in long[: study.pieces]]
     masks = {
-        "published": (AUTHORS, AUTHORS.context),
-        "canonical": (
-            CanonicalGoldfish(
-                k=AUTHORS.k,
-                characters=study.characters,
-                spelling=Spelling.of(loaded.tokenizer),
-            ),
-            2,
+        "published": AUTHORS,
+        "canonical": CanonicalGoldfish(
+            k=AUTHORS.k,
+            characters=study.characters,
+            spelling=Spelling.of(loaded.tokenizer),
         ),
     }
-    workplace.record.unlink(missing_ok=True)
-    with RecordWriter(workplace.record) as records:
-        materials = (documents.material, loaded.material)
-        records.write_header(header(study, seed=0, world_size=1, materials=materials, overrides=()))
-        for index, (name, (left_out, shortest)) in enumerate(masks.items()):
+    materials = (documents.material, loaded.material)
+    with workplace.recording(study, seed=0, materials=materials) as records:
+        for index, (name, left_out) in enumerate(masks.items()):
             workplace.progress(index, len(masks), name)
-            found = audit(texts, loaded.tokenizer, left_out, shortest=shortest)
-            for leak in found.leaks:
+            audited = audit(texts, loaded.tokenizer, left_out)
+            for leak in audited.leaks:
                 records.write(
                     "leak",
                     mask=name,
                     perturbation=leak.perturbation,
                     leaked=round(leak.leaked, 6),
                     never_supervised=round(leak.never, 6),
-                    rate=round(found.rate, 6),
+                    rate=round(audited.rate, 6),
                 )
-        records.write("finished")
 
 
 def _from(progress: Progress, steps: int) -> Progress:
@@ -172,11 +175,11 @@ def _from(progress: Progress, steps: int) -> Progress:
     return report
 
 
-def _attacking(arm: Arm, attacked: Attacked) -> Stage:
+def _attacking(arm: Arm, attack: Attack) -> Stage:
     return Stage(
-        name=attacked.run.name,
-        run=attacked,
-        perform=lambda workplace: train_and_attack(mask(arm), attacked, workplace),
+        name=attack.run.name,
+        run=attack,
+        perform=lambda workplace: train_and_attack(mask(arm), attack, workplace),
     )
 
 
@@ -215,13 +218,19 @@ def _stages(scale: Scale) -> list[Stage]:
     return stages
 
 
+def _drawings(scale: Scale) -> Sequence[Drawing]:
+    from fourfold_goldfish.reproduce import figures  # needs matplotlib, and nothing else does
+
+    return figures.drawings(scale)
+
+
 EXPERIMENT = Experiment(
     package="goldfish",
     title="Goldfish loss",
     paper="Hans, Kirchenbauer, Wen, Jain, Kazemi, Singhania, Singh, Somepalli, Geiping, Bhatele, Goldstein: "
     "Be like a Goldfish, Don't Memorize! Mitigating Memorization in Generative LLMs. NeurIPS 2024",
-    claims=CLAIMS,
+    claims=claims_of(claims),
     stages=_stages,
-    drawings=figures.drawings,
+    drawings=_drawings,
     launches=launches,
 )

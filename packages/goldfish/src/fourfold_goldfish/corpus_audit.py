@@ -1,4 +1,4 @@
-"""What a mask would do to a corpus, before anyone trains: its rate, its gaps, its holes and its price."""
+"""The audit of a mask on a corpus, before anyone trains: its rate, its gaps, its holes and its price."""
 
 import random
 import re
@@ -11,8 +11,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from fourfold_goldfish.canonical import Spelling, canonical
-from fourfold_parallel.run.objective import TargetMask
+from fourfold_goldfish.canonical import CanonicalGoldfish, Spelling, canonical
+from fourfold_goldfish.loss import Goldfish
+from fourfold_parallel.common.progress import Progress, silent
+
+Mask = Goldfish | CanonicalGoldfish
 
 Perturbation = Callable[[str], str]
 
@@ -49,7 +52,7 @@ PERTURBATIONS: dict[str, Perturbation] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leak:
-    """How much of what one copy hides another copy teaches."""
+    """The share of one copy's hidden tokens that an altered copy teaches."""
 
     perturbation: str
     leaked: float
@@ -69,7 +72,7 @@ class Audit:
     correlation: float
     """Of neighbouring decisions; 0 for a good hash."""
     longest_run: int
-    """Most supervised targets in a row: what can be recited without a guess."""
+    """Most supervised targets in a row, which can be recited without a guess."""
     never_supervised_ids: float
     """Of the ids that occur as a target 10 times or more, the share that is never supervised."""
     unprotected_documents: float
@@ -86,23 +89,28 @@ class Audit:
 def audit(
     texts: Sequence[str],
     tokenizer: Any,
-    mask: TargetMask,
+    mask: Mask,
     *,
-    shortest: int,
     perturbations: Sequence[str] = tuple(PERTURBATIONS),
+    progress: Progress = silent,
 ) -> Audit:
     """Mask every document by itself and see what is left out, and what near-duplicates give away.
+
+    A document too short for the mask counts as unprotected.
 
     Args:
         texts: documents.
         tokenizer: one of transformers'.
         mask: what the loss would leave out.
-        shortest: tokens below which a document is too short for the mask and counts as unprotected.
         perturbations: names in `PERTURBATIONS`.
+        progress: told after each perturbation.
 
     Raises:
-        ValueError: where no document is long enough.
+        ValueError: where no document is long enough, or `texts` is a single text.
     """
+    if isinstance(texts, str):
+        raise ValueError("texts is a single text; give a list of documents: [text]")
+    shortest = max(2, mask.shortest)  # a row of one token has no target
     spelling = Spelling.of(tokenizer)
     rows = [_encode(tokenizer, text) for text in texts]
     pairs = [(row, mask.drop(row[None])[0]) for row in rows if len(row) >= shortest]
@@ -115,6 +123,10 @@ def audit(
     targets = torch.cat([row[1:] for row, _ in pairs])
     dropped = torch.cat([drop[1:] for _, drop in pairs])
     tokens = sum(max(0, len(row) - 1) for row in rows)
+    leaks: list[Leak] = []
+    for name in perturbations:
+        progress(len(leaks), len(perturbations), name)
+        leaks.append(_leak(name, texts, tokenizer, spelling, mask, shortest))
     return Audit(
         documents=len(rows),
         tokens=tokens,
@@ -124,9 +136,7 @@ def audit(
         never_supervised_ids=_never_supervised(targets, dropped),
         unprotected_documents=1 - sum(bool(drop.any()) for _, drop in pairs) / len(rows),
         supervised_tokens=tokens - int(dropped.sum()),
-        leaks=tuple(
-            _leak(name, texts, tokenizer, spelling, mask, shortest) for name in perturbations
-        ),
+        leaks=tuple(leaks),
     )
 
 
@@ -140,7 +150,7 @@ def _leak(
     texts: Sequence[str],
     tokenizer: Any,
     spelling: Spelling,
-    mask: TargetMask,
+    mask: Mask,
     shortest: int,
 ) -> Leak:
     """Compare copies on canonical characters, which every perturbation here keeps in number and place."""
@@ -152,16 +162,20 @@ def _leak(
         ours, theirs = _encode(tokenizer, text), _encode(tokenizer, altered)
         if min(len(ours), len(theirs)) < shortest:
             continue
+        # Where each copy is masked, and how many canonical characters each of its tokens spells.
         hidden = mask.drop(ours[None])[0]
         other = mask.drop(theirs[None])[0]
         _, lengths = spelling.characters(ours)
         _, other_lengths = spelling.characters(theirs)
+        # Per character: is its token in the altered copy left out?
         hidden_there = other.repeat_interleave(other_lengths)
         ends = lengths.cumsum(0)
         if int(ends[-1]) != len(hidden_there):
             continue  # characters that are cut into bytes are counted by their tokens
+        # A token of ours is safe there if one of its characters is in a token that is left out.
         counted = torch.nn.functional.pad(hidden_there.long().cumsum(0), (1, 0))
         any_hidden = counted[ends] > counted[ends - lengths]
+        # Tokens of blanks and punctuation spell nothing, so nothing can be said of them.
         spelled = lengths > 0
         left_out += int((hidden & spelled).sum())
         leaked += int((hidden & spelled & ~any_hidden).sum())
@@ -193,19 +207,19 @@ def _never_supervised(targets: Int[Tensor, " target"], dropped: Bool[Tensor, " t
     return float((supervised[frequent] == 0).float().mean()) if bool(frequent.any()) else 0.0
 
 
-def table(found: Audit) -> str:
+def table(audit: Audit) -> str:
     """The audit as lines of text."""
     lines = [
-        f"documents                          {found.documents}",
-        f"tokens                             {found.tokens}",
-        f"left out                           {found.rate:.4f}",
-        f"correlation of neighbours          {found.correlation:+.4f}",
-        f"most supervised tokens in a row    {found.longest_run}",
-        f"ids (10 times or more) never taught {found.never_supervised_ids:.4f}",
-        f"documents without a gap            {found.unprotected_documents:.4f}",
-        f"input tokens for equal supervision {found.cost:.4f} times",
+        f"documents                          {audit.documents}",
+        f"tokens                             {audit.tokens}",
+        f"left out                           {audit.rate:.4f}",
+        f"correlation of neighbours          {audit.correlation:+.4f}",
+        f"most supervised tokens in a row    {audit.longest_run}",
+        f"ids (10 times or more) never taught {audit.never_supervised_ids:.4f}",
+        f"documents without a gap            {audit.unprotected_documents:.4f}",
+        f"input tokens for equal supervision {audit.cost:.4f} times",
         "",
         "a second copy with                  gives away  hides for good",
-        *(f"{leak.perturbation:<36}{leak.leaked:>8.3f}{leak.never:>14.3f}" for leak in found.leaks),
+        *(f"{leak.perturbation:<36}{leak.leaked:>8.3f}{leak.never:>14.3f}" for leak in audit.leaks),
     ]
     return "\n".join(lines)

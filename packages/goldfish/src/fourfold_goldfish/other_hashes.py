@@ -1,10 +1,11 @@
 """Hashes that others publish and deploy, bit for bit; the reasons not to use them are in `Goldfish.hash`.
 
-Each function decides for every window of `context` ids that lies in a row: [batch, row - context + 1],
-by the window's first id. All of them look a 64-bit word up in one table of 1,000,003 uniform draws.
+Each function of `OF_WINDOWS` decides for every window of `context` ids that lies in a row: [batch, row -
+context + 1], by the window's first id. All but `avalanche` look a word up in a table of uniform draws.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 import torch
@@ -107,7 +108,7 @@ def _products(tokens: Int[Tensor, "batch row"], length: int) -> Int[Tensor, "bat
 
 
 def _in_table(words: Int[Tensor, "batch window"], k: int) -> Bool[Tensor, "batch window"]:
-    """Whether the table's entry at (word mod 1,000,003) is below 1/k."""
+    """True where the table's entry at (word mod 1,000,003) is below 1/k."""
     return _table(k, words.device)[words.remainder(_TABLE_SIZE)]
 
 
@@ -129,3 +130,17 @@ def _coefficients(context: int) -> tuple[int, ...]:
     """Apertus 2's coefficients: 62 random bits each, made odd."""
     generator = torch.Generator("cpu").manual_seed(_TABLE_SEED + context)
     return tuple((torch.randint(0, 1 << 62, (context,), generator=generator) | 1).tolist())
+
+
+Hits = Callable[[Int[Tensor, "batch row"], int, int], Bool[Tensor, "batch place"]]
+
+OF_WINDOWS: Mapping[str, Hits] = {
+    "reference": product_hits,
+    "avalanche": avalanche_hits,
+    "apertus": apertus_hits,
+    "apertus2": apertus2_hits,
+}
+"""By name: ids, `k` and `context` to the decision of each window."""
+
+OF_PLACES: Mapping[str, Hits] = {"static": static_hits, "random": random_hits}
+"""Controls, which are no function of the ids: ids, `k` and `key` to the decision of each place of a row."""

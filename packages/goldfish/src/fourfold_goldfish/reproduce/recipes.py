@@ -1,40 +1,43 @@
 """The runs of this package: functions that return complete, frozen values."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-from fourfold_goldfish.buckets import Buckets
+from transformers import PreTrainedModel
+
 from fourfold_goldfish.loss import Goldfish
-from fourfold_goldfish.pretrained import LastBlocks, SmolLM2Tokenizer
+from fourfold_goldfish.reproduce.buckets import Buckets
+from fourfold_parallel.common.records import Material
+from fourfold_parallel.common.values import formerly
 from fourfold_parallel.reproduce.scale import Scale
 from fourfold_parallel.run.corpora import Corpus, Wikipedia
 from fourfold_parallel.run.engines import Single
-from fourfold_parallel.run.models import Llama
+from fourfold_parallel.run.models import Llama, SmolLM2
 from fourfold_parallel.run.objective import KeepAll, NextToken, TargetMask
 from fourfold_parallel.run.optimizer import AdamW, Constant, Cosine
 from fourfold_parallel.run.recipe import Run, Steps
-from fourfold_parallel.run.tokenizers import BytePairs, Tokenizer
+from fourfold_parallel.run.tokenizers import BytePairs, SmolLM2Tokenizer, Tokenizer
 
 Arm = Literal["plain", "k2", "k4", "k8", "k32", "random"]
-"""Which loss a model is trained with: cross-entropy, goldfish with one target in k left out, or, as a
-control, one in 4 at random, other ones at each repetition."""
+"""The loss of a model: cross-entropy, goldfish with one target in k left out, or, as a control, one in 4
+at random, other ones at each repetition."""
 
 ARMS: dict[Scale, tuple[Arm, ...]] = {
     "smoke": ("plain", "k4"),
     "laptop": ("plain", "k2", "k4", "k8", "k32", "random"),
 }
-"""What each scale compares."""
+"""The losses that each scale compares."""
 
 SEEDS = (0, 1, 2)
 
 AUTHORS = Goldfish(k=4, context=13, hash="reference", window="inclusive", boundary="straddle")
-"""What the published code does at the paper's k and h."""
+"""The mask of the published code, at the paper's k and h."""
 APERTUS = Goldfish(k=50, context=50, hash="apertus", window="inclusive", boundary="straddle")
-"""What Apertus 8B and 70B were trained with, on 15 T tokens."""
+"""The mask of Apertus 8B and 70B, which were trained on 15 T tokens."""
 
 
 def APERTUS_2(exempt: tuple[int, ...]) -> Goldfish:  # noqa: N802 - beside APERTUS
-    """What the second generation of Apertus is trained with; `exempt` are its special ids."""
+    """The mask of the second generation of Apertus; `exempt` are its special ids."""
     return Goldfish(
         k=50,
         context=50,
@@ -58,12 +61,13 @@ def goldfish(arm: Literal["k2", "k4", "k8", "k32", "random"]) -> Goldfish:
 
 
 def one_in(*, k: int, exempt: tuple[int, ...] = ()) -> Goldfish:
-    """The paper's h of 13, by the paper's formula: what other packages may train with."""
+    """The paper's h of 13, by the paper's formula: the mask that this package announces to others."""
     return Goldfish(k=k, context=13, exempt=exempt)
 
 
+@formerly("goldfish/Attacked")
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Attacked:
+class Attack:
     """A training run and the attack on what it memorised."""
 
     run: Run
@@ -75,7 +79,7 @@ class Attacked:
     """Beams of the adaptive attack; 1 leaves it out."""
 
 
-def verbatim_smoke(arm: Arm, seed: int) -> Attacked:
+def verbatim_smoke(arm: Arm, seed: int) -> Attack:
     """Repeated Wikipedia passages in miniature: 0.5 M parameters, 16 passages of 65 tokens, 40 times.
 
     The paper's extreme setting (section 4.1: Llama-2-7B, 100 documents, 100 epochs) becomes one pass over
@@ -111,10 +115,10 @@ def verbatim_smoke(arm: Arm, seed: int) -> Attacked:
         validate_every=1000,
         checkpoint_every=64,
     )
-    return Attacked(run=run, buckets=buckets, suffix=16, beams=1)
+    return Attack(run=run, buckets=buckets, suffix=16, beams=1)
 
 
-def verbatim_laptop(arm: Arm, seed: int) -> Attacked:
+def verbatim_laptop(arm: Arm, seed: int) -> Attack:
     """As `verbatim_smoke`, with 0.8 M parameters, 32 longer passages seen 48 times, and beam search."""
     small = verbatim_smoke(arm, seed)
     buckets = replace(small.buckets, passages=32, repetitions=(48, 0), background=128)
@@ -140,7 +144,7 @@ def verbatim_laptop(arm: Arm, seed: int) -> Attacked:
     return replace(small, run=run, buckets=buckets, suffix=24, beams=30 if arm == "k4" else 1)
 
 
-def verbatim(arm: Arm, seed: int, scale: Scale) -> Attacked:
+def verbatim(arm: Arm, seed: int, scale: Scale) -> Attack:
     """The memorisation run of a scale.
 
     Raises:
@@ -163,7 +167,7 @@ REPETITIONS = (0, 1, 4, 6, 16, 24, 36, 64)
 """The study's buckets (a control, 1, 4 and 6 passes), and what models this small need."""
 
 
-def bucket_study(size: Size, arm: Arm, seed: int) -> Attacked:
+def bucket_study(size: Size, arm: Arm, seed: int) -> Attack:
     """The AxoNN study in miniature: eight buckets of 8 pages, five sizes from 0.1 to 1.1 M parameters.
 
     Its models have 1 B to 405 B parameters and see buckets of 200 pages of 2,048 tokens 1, 4 and 6 times;
@@ -193,7 +197,36 @@ def bucket_study(size: Size, arm: Arm, seed: int) -> Attacked:
     return replace(small, run=run, buckets=buckets)
 
 
-def finetuned(arm: Arm, seed: int) -> Attacked:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastBlocks:
+    """SmolLM2 with only its last blocks trained: a third of the memory and half of the time."""
+
+    trained: int
+    """Blocks that learn, of 30; embedding and head are one tensor and stay."""
+
+    def build(self, *, seed: int) -> PreTrainedModel:
+        """The published weights, the first blocks frozen.
+
+        Raises:
+            ValueError: for more blocks than there are.
+        """
+        model: Any = SmolLM2().build(seed=seed)
+        blocks = model.model.layers
+        if not 0 < self.trained <= len(blocks):
+            raise ValueError(
+                f"trained={self.trained} of {len(blocks)} blocks; use 1 to {len(blocks)}"
+            )
+        model.requires_grad_(False)
+        for block in blocks[-self.trained :]:
+            block.requires_grad_(True)
+        return model
+
+    def materials(self) -> tuple[Material, ...]:
+        """Those of the model."""
+        return SmolLM2().materials()
+
+
+def finetuned(arm: Arm, seed: int) -> Attack:
     """SmolLM2-135M fine-tuned on 6 Wikipedia passages of 65 tokens until it recites them, or does not.
 
     The last 10 of its 30 blocks learn. Each seed has passages of its own, since nothing else would differ.
@@ -220,12 +253,12 @@ def finetuned(arm: Arm, seed: int) -> Attacked:
         microbatch=6,
         sequence=64,
     )
-    return Attacked(run=run, buckets=buckets, suffix=24, beams=1)
+    return Attack(run=run, buckets=buckets, suffix=24, beams=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Supervision:
-    """Plain and goldfish loss in one pass over fresh text: what leaving targets out costs."""
+    """Plain or goldfish loss in one pass over fresh text, for the cost of leaving targets out."""
 
     run: Run
 
@@ -253,7 +286,7 @@ def single_pass(arm: Arm, batch: int, seed: int) -> Supervision:
 
 
 ONE_PASS: tuple[tuple[Arm, int], ...] = (("plain", 16), ("plain", 8), ("k2", 16))
-"""What the cost of goldfish is judged from: a loss and its batch."""
+"""The runs that the cost of goldfish is judged from: a loss and its batch."""
 ONE_PASS_SEEDS = (3, 4, 5)
 """Fresh ones: with seeds 0 to 2 goldfish supervised a fifth more than plain loss, by whole windows alone."""
 

@@ -1,4 +1,4 @@
-"""Which mask a checkpoint was trained under: written beside it, verified when it is resumed.
+"""The mask that a checkpoint was trained under: written beside it, verified when it is resumed.
 
 A model that goes on under another mask is supervised on what the first left out, and the protection is
 gone without a sign.
@@ -6,6 +6,7 @@ gone without a sign.
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ FILE = "goldfish.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaskDigest:
-    """What identifies a mask without giving its key away."""
+    """The identity of a mask, without its key."""
 
     k: int
     context: int
@@ -50,13 +51,13 @@ def mask_digest(goldfish: Goldfish | CanonicalGoldfish, tokenizer: Any) -> MaskD
     vocabulary = sorted(tokenizer.get_vocab().items()) if tokenizer is not None else "unknown"
     match goldfish:
         case Goldfish():
-            hashed, context, held = goldfish.hash, goldfish.context, 50_021
+            hashed, context, ids = goldfish.hash, goldfish.context, 50_021
             window, boundary, exempt = goldfish.window, goldfish.boundary, goldfish.exempt
         case CanonicalGoldfish():
-            hashed, context, held = "canonical", goldfish.characters, len(goldfish.spelling)
+            hashed, context, ids = "canonical", goldfish.characters, len(goldfish.spelling)
             window, boundary, exempt = "exclusive", "prefix", ()
     probe = torch.arange(1, 16 * (context + 256) + 1).view(16, -1)
-    dropped = goldfish.drop((probe * 2_654_435_761) % held)
+    dropped = goldfish.drop((probe * 2_654_435_761) % ids)
     return MaskDigest(
         k=goldfish.k,
         context=context,
@@ -70,18 +71,18 @@ def mask_digest(goldfish: Goldfish | CanonicalGoldfish, tokenizer: Any) -> MaskD
     )
 
 
-def write_mask_digest(folder: Path, digest: MaskDigest) -> None:
+def write_mask_digest(folder: str | os.PathLike[str], digest: MaskDigest) -> None:
     """Write `goldfish.json` into a checkpoint's folder."""
-    write_text(folder / FILE, json.dumps(asdict(digest), indent=1) + "\n")
+    write_text(Path(folder) / FILE, json.dumps(asdict(digest), indent=1) + "\n")
 
 
-def check_mask_digest(folder: Path, digest: MaskDigest) -> None:
+def check_mask_digest(folder: str | os.PathLike[str], digest: MaskDigest) -> None:
     """Compare a checkpoint's mask with the one that training would go on with.
 
     Raises:
         ValueError: where the checkpoint names none, or another, with every field that differs.
     """
-    path = folder / FILE
+    path = Path(folder) / FILE
     saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     _check(saved, digest, str(folder))
 
@@ -115,7 +116,7 @@ class MaskCheck(TrainerCallback, ExportableState):
         self.digest = MaskDigest(**digest)
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer keeps of this callback."""
+        """The part of this callback that the Trainer keeps."""
         return {"args": asdict(self.digest), "attributes": {}}
 
     def on_save(
