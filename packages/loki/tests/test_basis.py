@@ -13,7 +13,7 @@ from fourfold_loki.attention import approximate_scores, most_relevant, scores_of
 from fourfold_loki.basis import Kind
 from fourfold_loki.calibrate import calibrate_tokens
 from fourfold_loki.provenance import Calibrated
-from fourfold_loki.statistics import Moments, rank_of
+from fourfold_loki.moments import Moments, rank_of
 
 KINDS: tuple[Kind, ...] = ("pca", "pca_uncentred", "balanced")
 MAPS = 1e-5

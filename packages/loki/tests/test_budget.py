@@ -132,7 +132,7 @@ def test_mass_keeps_the_fewest_keys_that_claim_it() -> None:
 
 def test_reads_follow_the_formula() -> None:
     """d/(2D) + k_f of dense attention; per query head, up to as many times k_f as the group has heads."""
-    from fourfold_loki.traffic import Reads
+    from fourfold_loki.evaluate.traffic import Reads
 
     scores, visible = scene()
     visible = torch.ones_like(visible)

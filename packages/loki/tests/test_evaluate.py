@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from fourfold_loki import Basis, Budget, Count, Share, Sparse, Statistics, cost, fit, loki
 from fourfold_loki.basis import Label
-from fourfold_loki.doctor import diagnose
-from fourfold_loki.evaluate import FULL, score
+from fourfold_loki.evaluate.doctor import diagnose
+from fourfold_loki.evaluate.perplexity import FULL, score
 from fourfold_loki.provenance import Imported
 from fourfold_loki.selectors import H2O, Exact, Loki, Random, Streaming
-from fourfold_loki.tune import allocate, autotune, calibrated_mass
+from fourfold_loki.evaluate.tune import allocate, autotune, calibrated_mass
 
 ALL = Budget(amount=Share(of_visible=1.0))
 SOME = Budget(amount=Count(keys=12), selection="per head")

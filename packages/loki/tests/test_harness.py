@@ -36,7 +36,7 @@ def lm(
     tokenizer: Any,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Any:
-    from fourfold_loki.harness import LokiLM
+    from fourfold_loki.evaluate.harness import LokiLM
 
     file = tmp_path_factory.mktemp("basis") / "basis.safetensors"
     fit(statistics).save(file)
@@ -83,7 +83,7 @@ def test_a_task_of_local_text_runs_without_a_hub(
     lm: Any, tokenizer: Any, tokens: Callable[..., Tensor]
 ) -> None:
     """The right answer moves from choice to choice, and is the window's own end."""
-    from fourfold_loki.harness import asked, continuations
+    from fourfold_loki.evaluate.harness import asked, continuations
 
     windows = tokens(5, 24)
     task = continuations(tokenizer, windows, answer=6, choices=3)

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_loki import recipes
+from fourfold_loki.reproduce import recipes
 from fourfold_loki.budget import Count
-from fourfold_loki.experiment import EXPERIMENT
-from fourfold_loki.recipes import Perplexity
-from fourfold_loki.table import committed, selectors_table
-from fourfold_loki.text import windows_of
+from fourfold_loki.reproduce.experiment import EXPERIMENT
+from fourfold_loki.reproduce.recipes import Perplexity
+from fourfold_loki.reproduce.tables import committed, selectors_table
+from fourfold_loki.reproduce.text import windows_of
 from fourfold_parallel.common.values import from_json, to_json
 from fourfold_parallel.run.corpora import Wikipedia
 from fourfold_parallel.run.models import SmolLM2
@@ -74,8 +74,8 @@ def test_the_published_basis_fails_and_the_balanced_one_does_not() -> None:
 
     import torch
 
-    from fourfold_loki.evaluate import score
-    from fourfold_loki.experiment import built, planned
+    from fourfold_loki.evaluate.perplexity import score
+    from fourfold_loki.reproduce.experiment import built, planned
 
     run = recipes.long_context("laptop")
     arms = [arm for arm in run.arms if arm.name in {"loki-pca", "loki-balanced-shared"}]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fourfold_loki.traffic import DEVICES, Device, Reads, Shape, predict
+from fourfold_loki.evaluate.traffic import DEVICES, Device, Reads, Shape, predict
 
 
 def shape(weights: int) -> Shape:

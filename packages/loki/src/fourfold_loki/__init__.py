@@ -5,11 +5,11 @@ from fourfold_loki.basis import Basis, fit, read_published
 from fourfold_loki.budget import Budget, Count, Mass, Share
 from fourfold_loki.cache import LokiCache
 from fourfold_loki.calibrate import calibrate
-from fourfold_loki.evaluate import cost
-from fourfold_loki.huggingface import Session, attending, loki
-from fourfold_loki.plan import Sparse
+from fourfold_loki.evaluate.perplexity import cost
+from fourfold_loki.huggingface.session import Session, attending, loki
+from fourfold_loki.attention_mode import Sparse
 from fourfold_loki.selectors import Selector
-from fourfold_loki.statistics import Statistics
+from fourfold_loki.moments import Statistics
 
 __all__ = [
     "Basis",

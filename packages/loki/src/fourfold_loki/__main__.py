@@ -7,7 +7,7 @@ python -m fourfold_loki calibrate | rank | doctor | ppl | passkey | tasks | benc
 import sys
 
 from fourfold_loki import commands
-from fourfold_loki.experiment import EXPERIMENT
+from fourfold_loki.reproduce.experiment import EXPERIMENT
 from fourfold_parallel.reproduce import cli
 
 if sys.argv[1:2] and sys.argv[1] in commands.COMMANDS:

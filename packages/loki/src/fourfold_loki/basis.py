@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fourfold_loki.attention import Rotation
 from fourfold_loki.provenance import Imported, Part, Source
-from fourfold_loki.statistics import Stage, Statistics, rank_of, stated
+from fourfold_loki.moments import Stage, Statistics, rank_of, stated
 from fourfold_parallel.common.files import whole_file
 from fourfold_parallel.common.values import to_json
 

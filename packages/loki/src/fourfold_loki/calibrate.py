@@ -9,11 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fourfold_loki.huggingface import attending
-from fourfold_loki.plan import Observe, Seen
+from fourfold_loki.huggingface.session import attending
+from fourfold_loki.attention_mode import Observe, Seen
 from fourfold_loki.provenance import Calibrated, fingerprint
-from fourfold_loki.sites import attention_modules, check_model, is_iterated
-from fourfold_loki.statistics import Moments, Statistics
+from fourfold_loki.huggingface.sites import attention_modules, check_model, is_iterated
+from fourfold_loki.moments import Moments, Statistics
 from fourfold_parallel.common.progress import Progress, silent
 
 ROUNDING = 0.05

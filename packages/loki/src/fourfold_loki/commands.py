@@ -21,16 +21,16 @@ from transformers import (
 )
 
 from fourfold_loki.basis import Basis, fit
-from fourfold_loki.bench import contenders, timed
+from fourfold_loki.evaluate.bench import contenders, timed
 from fourfold_loki.budget import Budget, Share
 from fourfold_loki.calibrate import calibrate, windows
-from fourfold_loki.doctor import diagnose
-from fourfold_loki.evaluate import FULL, score
-from fourfold_loki.passkey import hide, retrieve
-from fourfold_loki.plan import Sparse
+from fourfold_loki.evaluate.doctor import diagnose
+from fourfold_loki.evaluate.perplexity import FULL, score
+from fourfold_loki.evaluate.passkey import hide, retrieve
+from fourfold_loki.attention_mode import Sparse
 from fourfold_loki.selectors import Exact, Loki, Streaming
-from fourfold_loki.traffic import DEVICES, Shape, predict
-from fourfold_loki.tune import autotune
+from fourfold_loki.evaluate.traffic import DEVICES, Shape, predict
+from fourfold_loki.evaluate.tune import autotune
 from fourfold_parallel.reproduce import cli
 from fourfold_parallel.run.corpora import TextFiles, Wikipedia
 from fourfold_parallel.run.models import SmolLM2
@@ -162,7 +162,7 @@ def run_tasks(options: argparse.Namespace) -> None:
     # The harness is the extra [evaluation] of this package.
     from lm_eval.models.huggingface import HFLM
 
-    from fourfold_loki.harness import LokiLM, asked, continuations
+    from fourfold_loki.evaluate.harness import LokiLM, asked, continuations
 
     model, tokenizer = model_of(options.model)
     task = continuations(tokenizer, text_windows(options, tokenizer), answer=options.context // 8)

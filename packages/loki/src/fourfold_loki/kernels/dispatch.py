@@ -8,7 +8,7 @@ from torch import Tensor
 from fourfold_loki.budget import Mass
 from fourfold_loki.cache import LokiLayer
 from fourfold_loki.kernels import cpu, native
-from fourfold_loki.plan import Sparse
+from fourfold_loki.attention_mode import Sparse
 from fourfold_loki.selectors import Loki
 
 

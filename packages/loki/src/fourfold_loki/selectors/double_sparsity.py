@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fourfold_loki.attention import scores_of
 from fourfold_loki.selectors.base import Candidates, Selector
-from fourfold_loki.statistics import Statistics
+from fourfold_loki.moments import Statistics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from fourfold_loki.basis import Basis
 from fourfold_loki.budget import Budget, Mass, Share
-from fourfold_loki.evaluate import FULL, score
-from fourfold_loki.huggingface import attending
-from fourfold_loki.plan import Observe, Seen, Sparse
+from fourfold_loki.evaluate.perplexity import FULL, score
+from fourfold_loki.huggingface.session import attending
+from fourfold_loki.attention_mode import Observe, Seen, Sparse
 from fourfold_loki.selectors import Candidates, Loki
-from fourfold_loki.sites import check_basis
+from fourfold_loki.huggingface.sites import check_basis
 
 CLAIMS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 1.0)
 """Claimed masses among which `calibrated_mass` chooses."""

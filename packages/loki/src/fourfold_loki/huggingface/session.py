@@ -27,10 +27,10 @@ from fourfold_loki.basis import Basis
 from fourfold_loki.budget import Budget
 from fourfold_loki.cache import LokiCache, LokiLayer
 from fourfold_loki.kernels.dispatch import can_decode, decode
-from fourfold_loki.plan import Observe, Plan, Seen, Sparse
+from fourfold_loki.attention_mode import Observe, Plan, Seen, Sparse
 from fourfold_loki.selectors import Candidates, Exact, Loki
-from fourfold_loki.sites import Site, check_model, check_plan, is_iterated, number_of, sites
-from fourfold_loki.traffic import Reads
+from fourfold_loki.huggingface.sites import Site, check_model, check_plan, is_iterated, number_of, sites
+from fourfold_loki.evaluate.traffic import Reads
 
 NAME = "loki"
 UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")

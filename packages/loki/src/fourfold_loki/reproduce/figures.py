@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from fourfold_loki.rules import (
+from fourfold_loki.reproduce.measures import (
     AFTER,
     BEFORE,
     FULL,

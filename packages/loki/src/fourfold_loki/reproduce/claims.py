@@ -4,7 +4,7 @@ Numbers of the paper's tables are quoted only where its abstract, captions or te
 are named, not quoted.
 """
 
-from fourfold_loki import rules
+from fourfold_loki.reproduce import measures as rules
 from fourfold_parallel.reproduce.claims import Claim
 
 _MODEL = "SmolLM2-135M (4-bit weights), 9 query and 3 key/value heads of 64; Wikipedia, windows of 512 tokens"

@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from fourfold_loki.huggingface import Session, attending
-from fourfold_loki.plan import Sparse
-from fourfold_loki.traffic import Reads
+from fourfold_loki.huggingface.session import Session, attending
+from fourfold_loki.attention_mode import Sparse
+from fourfold_loki.evaluate.traffic import Reads
 
 FULL = "full"
 """Name of the arm that reads everything."""

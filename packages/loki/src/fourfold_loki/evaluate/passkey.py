@@ -11,8 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fourfold_loki.evaluate import each_arm
-from fourfold_loki.plan import Sparse
+from fourfold_loki.evaluate.perplexity import each_arm
+from fourfold_loki.attention_mode import Sparse
 
 TASK = "A pass key is hidden in the text below. Remember it.\n\n"
 NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"

@@ -1,6 +1,6 @@
 """lm-evaluation-harness under a selection, and a task of ours that needs no hub.
 
-    import fourfold_loki.harness, lm_eval
+    import fourfold_loki.evaluate.harness, lm_eval
     lm_eval.simple_evaluate(
         "loki", model_args="pretrained=DIR,basis=basis.safetensors,share=0.25", tasks=[...]
     )
@@ -26,10 +26,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fourfold_loki.basis import Basis
 from fourfold_loki.budget import Budget, Share
-from fourfold_loki.huggingface import attending
-from fourfold_loki.plan import Sparse
+from fourfold_loki.huggingface.session import attending
+from fourfold_loki.attention_mode import Sparse
 from fourfold_loki.selectors import Loki
-from fourfold_loki.traffic import Reads
+from fourfold_loki.evaluate.traffic import Reads
 
 
 @register_model("loki")

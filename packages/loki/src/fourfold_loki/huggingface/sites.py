@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fourfold_loki.basis import Basis
-from fourfold_loki.plan import Sparse
+from fourfold_loki.attention_mode import Sparse
 from fourfold_loki.provenance import Calibrated, Part, fingerprint
 from fourfold_loki.selectors import Loki
 

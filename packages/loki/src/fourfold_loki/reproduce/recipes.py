@@ -6,7 +6,7 @@ from typing import Literal, assert_never
 from fourfold_loki.basis import Kind
 from fourfold_loki.budget import Budget, Count, Share
 from fourfold_loki.selectors import H2O, Exact, Quest, Random, SparQ, Streaming
-from fourfold_loki.statistics import Stage
+from fourfold_loki.moments import Stage
 from fourfold_parallel.reproduce.scale import Scale
 from fourfold_parallel.run.corpora import Corpus, PythonManual, Wikipedia
 from fourfold_parallel.run.models import Model, SmolLM2

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fourfold_loki.attention import most_relevant
-from fourfold_loki.huggingface import attending
-from fourfold_loki.plan import Observe, Seen, Sparse
+from fourfold_loki.huggingface.session import attending
+from fourfold_loki.attention_mode import Observe, Seen, Sparse
 from fourfold_loki.selectors import Candidates
-from fourfold_loki.sites import check_plan, sites
+from fourfold_loki.huggingface.sites import check_plan, sites
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

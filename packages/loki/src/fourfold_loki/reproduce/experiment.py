@@ -10,16 +10,16 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fourfold_loki import figures, recipes
+from fourfold_loki.reproduce import figures, recipes
 from fourfold_loki.basis import Basis, Kind, fit
-from fourfold_loki.bench import contenders, timed
+from fourfold_loki.evaluate.bench import contenders, timed
 from fourfold_loki.calibrate import calibrate_tokens
-from fourfold_loki.claims import CLAIMS
-from fourfold_loki.doctor import diagnose
-from fourfold_loki.evaluate import score
-from fourfold_loki.passkey import hide, retrieve
-from fourfold_loki.plan import Sparse
-from fourfold_loki.recipes import (
+from fourfold_loki.reproduce.claims import CLAIMS
+from fourfold_loki.evaluate.doctor import diagnose
+from fourfold_loki.evaluate.perplexity import score
+from fourfold_loki.evaluate.passkey import hide, retrieve
+from fourfold_loki.attention_mode import Sparse
+from fourfold_loki.reproduce.recipes import (
     Arm,
     ByApproximateScores,
     ByBasis,
@@ -32,10 +32,10 @@ from fourfold_loki.recipes import (
     Ranks,
 )
 from fourfold_loki.selectors import DoubleSparsity, Loki, PcaAttention, Selector
-from fourfold_loki.statistics import Stage as When
-from fourfold_loki.statistics import Statistics
-from fourfold_loki.text import tokenized, windows_of
-from fourfold_loki.traffic import Shape
+from fourfold_loki.moments import Stage as When
+from fourfold_loki.moments import Statistics
+from fourfold_loki.reproduce.text import tokenized, windows_of
+from fourfold_loki.evaluate.traffic import Shape
 from fourfold_parallel.common.files import cache_folder, write_text
 from fourfold_parallel.common.progress import Progress, silent
 from fourfold_parallel.common.records import Material, RecordWriter, header, read_record

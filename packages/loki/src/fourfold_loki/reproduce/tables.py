@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from fourfold_loki.experiment import EXPERIMENT
-from fourfold_loki.rules import FULL, added_percent, diagnosed, losses, tokens_scored
+from fourfold_loki.reproduce.experiment import EXPERIMENT
+from fourfold_loki.reproduce.measures import FULL, added_percent, diagnosed, losses, tokens_scored
 from fourfold_parallel.common.records import Record
 from fourfold_parallel.reproduce.claims import Records
 from fourfold_parallel.reproduce.experiment import load

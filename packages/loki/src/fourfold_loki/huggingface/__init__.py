@@ -1,0 +1,1 @@
+"""Loki in rotary models of transformers."""
