@@ -43,7 +43,7 @@ def recurrent() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def statistics(recurrent: PreTrainedModel) -> object:
-    from fourfold_loki.calibrate import calibrate_tokens
+    from fourfold_loki.calibration import calibrate_tokens
 
     return calibrate_tokens(recurrent, ids(8, 48))
 

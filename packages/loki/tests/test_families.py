@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from fourfold_loki import Budget, Count, Share, Sparse, attending, fit, loki
-from fourfold_loki.calibrate import calibrate_tokens
+from fourfold_loki.calibration import calibrate_tokens
 from fourfold_loki.selectors import Exact, Loki
 
 Tokens = Callable[..., torch.Tensor]
@@ -94,10 +94,10 @@ def test_layers_that_read_the_keys_of_others_read_them_turned(
     )
     basis, ids = fit(calibrate_tokens(model, tokens(4, 64))), tokens(1, 40)
     full = steps(model, DynamicCache(config=model.config), ids)
-    plan = Sparse(
+    mode = Sparse(
         selector=Loki(basis=basis, widths=(4,) * 4), budget=EVERYTHING, dense_layers=dense
     )
-    with attending(model, plan) as session:
+    with attending(model, mode) as session:
         torch.testing.assert_close(steps(model, session.cache(), ids), full, atol=FLOAT32, rtol=0)
 
 

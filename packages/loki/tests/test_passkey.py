@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fourfold_loki import Budget, Share, Sparse
-from fourfold_loki.evaluate.perplexity import FULL
 from fourfold_loki.evaluate.passkey import NEEDLE, QUESTION, TASK, hide, retrieve
+from fourfold_loki.evaluate.perplexity import FULL
 from fourfold_loki.selectors import Exact
 
 

@@ -5,12 +5,13 @@
         "loki", model_args="pretrained=DIR,basis=basis.safetensors,share=0.25", tasks=[...]
     )
 
-Scored requests are one dense block without a cache, so every query is masked, as in the published
+WindowScore requests are one dense block without a cache, so every query is masked, as in the published
 evaluations; generated answers decode from a prompt that was masked likewise.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fourfold_loki.attention_mode import Sparse
 from fourfold_loki.basis import Basis
 from fourfold_loki.budget import Budget, Share
+from fourfold_loki.huggingface.reads import Reads
 from fourfold_loki.huggingface.session import attending
-from fourfold_loki.attention_mode import Sparse
 from fourfold_loki.selectors import Loki
-from fourfold_loki.evaluate.traffic import Reads
 
 
 @register_model("loki")
@@ -39,20 +40,30 @@ class LokiLM(HFLM):
     Args:
         basis: a file that `Basis.save` wrote.
         share: of the visible keys.
-        page: keys are read in runs of this many.
         divisor: head width over the coordinates that rank.
+        page: keys are read in runs of this many.
+        sinks: first tokens that are always read.
         kwargs: as for lm-eval's own `hf` model.
     """
 
     def __init__(
-        self, *, basis: str, share: float = 0.25, page: int = 1, divisor: int = 4, **kwargs: Any
+        self,
+        *,
+        basis: str,
+        share: float = 0.25,
+        divisor: int = 4,
+        page: int = 1,
+        sinks: int = 0,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        held = Basis.load(Path(basis)).to(self._held().model.device)
-        selector = Loki(basis=held, widths=(held.head_width // int(divisor),) * held.layers)
-        budget = Budget(amount=Share(of_visible=float(share)), page=int(page))
-        self._plan = Sparse(selector=selector, budget=budget, reach="every query")
-        self.reads = Reads.of(self._held().model.config.get_text_config(), selector)
+        model = self._untyped().model
+        fitted = Basis.load(basis).to(model.device)
+        width = max(1, fitted.head_width // int(divisor))
+        selector = Loki(basis=fitted, widths=(width,) * fitted.layers)
+        budget = Budget(amount=Share(of_visible=float(share)), page=int(page), sinks=int(sinks))
+        self._mode = Sparse(selector=selector, budget=budget, reach="every query")
+        self.reads = Reads.of(model.config.get_text_config(), selector)
         """Of all requests so far."""
 
     def _model_call(
@@ -63,7 +74,7 @@ class LokiLM(HFLM):
     ) -> Float[Tensor, "batch token vocabulary"]:
         del attn_mask, labels
         with self._attending(), torch.no_grad():
-            return self._held().model(inps, use_cache=False).logits
+            return self._untyped().model(inps, use_cache=False).logits
 
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
@@ -76,11 +87,11 @@ class LokiLM(HFLM):
 
     @contextmanager
     def _attending(self) -> Iterator[None]:
-        with attending(self._held().model, self._plan) as session:
+        with attending(self._untyped().model, self._mode) as session:
             yield
         self.reads = self.reads + session.reads
 
-    def _held(self) -> Any:
+    def _untyped(self) -> Any:
         """Itself, with the attributes that lm-eval sets where no type checker sees them."""
         return self
 
@@ -132,8 +143,84 @@ def continuations(
     }
 
 
-def asked(lm: HFLM, task: dict[str, Any]) -> Any:
-    """lm-eval's results on one task of ours, without reading the hundreds that it ships with."""
+def task_manager(names: Sequence[str], include: Sequence[Path]) -> TaskManager:
+    """lm-eval's index of tasks, which takes seconds to read where tasks are asked for by name.
+
+    Args:
+        names: tasks that must be in it.
+        include: folders with task files besides its own.
+
+    Raises:
+        ValueError: for a name that it does not hold.
+    """
+    if not names:
+        return TaskManager(include_defaults=False)
+    manager = TaskManager(include_path=[str(folder) for folder in include])
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise ValueError(
+            f"task {unknown[0]!r} is none of lm-eval's {len(manager.all_tasks)} tasks; `lm-eval ls tasks` "
+            "lists them, --include names a folder with task files of yours"
+        )
+    return manager
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskScore:
+    """One metric of one task, under full attention and under Loki."""
+
+    task: str
+    metric: str
+    full: float
+    loki: float
+    questions: int
+
+
+def compare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str | dict[str, Any]],
+    manager: TaskManager,
+    *,
+    questions: int,
+    **reading: Any,
+) -> tuple[tuple[TaskScore, ...], Reads]:
+    """Full attention and Loki on the same questions, and what Loki read.
+
+    Args:
+        model: a model of transformers.
+        tokenizer: its tokenizer.
+        tasks: names that the manager holds, or tasks as `continuations` gives them.
+        manager: of `task_manager`.
+        questions: of each task, at most.
+        reading: as `LokiLM` takes it.
+    """
+    shared = {"pretrained": model, "tokenizer": tokenizer, "batch_size": 4}
+    selective: Any = LokiLM  # lm-eval's decorator hides the signature from type checkers
+    ours = selective(**shared, **reading)
+    full, loki = (asked(lm, tasks, manager, questions=questions) for lm in (HFLM(**shared), ours))
+    rows = [
+        TaskScore(
+            task=task,
+            metric=metric.partition(",")[0],
+            full=float(value),
+            loki=float(loki["results"][task][metric]),
+            questions=int(full["n-samples"].get(task, {}).get("effective", 0)),
+        )
+        for task, metrics in full["results"].items()
+        for metric, value in metrics.items()
+        if isinstance(value, int | float) and "," in metric and "_stderr" not in metric
+    ]
+    return tuple(rows), ours.reads
+
+
+def asked(
+    lm: HFLM,
+    tasks: Sequence[str | dict[str, Any]],
+    manager: TaskManager,
+    *,
+    questions: int,
+) -> Any:
+    """lm-eval's results of a model on some tasks."""
     evaluate: Any = simple_evaluate  # their decorator hides the signature from type checkers
-    tasks = TaskManager(include_defaults=False)
-    return evaluate(lm, tasks=[task], task_manager=tasks, bootstrap_iters=0)
+    return evaluate(lm, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, limit=questions)
