@@ -1,5 +1,6 @@
 """What the recipes promise: fair budgets, text that no calibration saw, records that rebuild their run."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,33 @@ def test_the_committed_ledger_is_what_the_claims_say_of_the_committed_records(
     rows = judge(EXPERIMENT.claims, records, package="loki", scale="laptop")
     write_ledger(tmp_path / "ledger.jsonl", rows)
     assert (tmp_path / "ledger.jsonl").read_bytes() == (results / "ledger.jsonl").read_bytes()
+
+
+def test_the_readmes_speeds_are_those_of_the_benchmarks_record() -> None:
+    """The table row by row, and the ranges in the text below it."""
+    package = Path(__file__).parents[1]
+    record = package.parents[1] / "benchmarks" / "loki_decode.jsonl"
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    timed = [line for line in lines if line["event"] == "loki_decode"]
+    speeds: dict[tuple[str, str], dict[int, str]] = {}
+    for line in timed:
+        row = speeds.setdefault((line["shape"], line["dtype"]), {})
+        row[line["tokens"]] = f"{line['over_best_dense']:.2f}"
+    text = (package / "README.md").read_text()
+    for (shape, dtype), row in speeds.items():
+        cells = [row.get(tokens, "") for tokens in (4096, 8192, 16384, 32768)]
+        assert f"| {shape} | {dtype} | {' | '.join(cells)} |" in text
+
+    def extremes(key: str, digits: int) -> str:
+        values = [line[key] for line in timed]
+        return " to ".join(f"{value:.{digits}g}" for value in (min(values), max(values)))
+
+    flowing = " ".join(text.split())
+    assert f"Over transformers' own sdpa it is {extremes('over_sdpa', 2)} times as fast" in flowing
+    assert f"torch's operations are {extremes('by_torch_over_best_dense', 2)} times" in flowing
+    [end] = [line for line in lines if line["event"] == "loki_end_to_end"]
+    assert f"takes 1/{end['over_dense']:.2g} of the time of dense attention" in flowing
+    assert f"to {100 * abs(1 - end['read_over_predicted']):.1g} %" in flowing
 
 
 @pytest.mark.slow

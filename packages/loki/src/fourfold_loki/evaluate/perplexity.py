@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from fourfold_loki.attention_mode import Sparse
 from fourfold_loki.huggingface.reads import Reads
 from fourfold_loki.huggingface.session import Session, attending
+from fourfold_loki.huggingface.sites import cache_name
 
 FULL = "full"
 """Name of the arm that reads everything."""
@@ -102,18 +103,19 @@ def each_arm(
         return
     # The last token of the prompt predicts the first scored one, so it is part of the block.
     cache = DynamicCache(config=model.config)
+    cached = {cache_name(model): cache, "use_cache": True}
     mass: dict[int, Tensor] = {}
     counting = [mode for mode in arms.values() if mode.selector.keeps_count]
     if counting:
         with attending(model, replace(counting[0], reach="decode")) as session:
-            model.base_model(ids[:, : prompt - 1], past_key_values=cache, use_cache=True)
+            model.base_model(ids[:, : prompt - 1], **cached)
             mass = session.mass
     else:
-        model.base_model(ids[:, : prompt - 1], past_key_values=cache, use_cache=True)
+        model.base_model(ids[:, : prompt - 1], **cached)
     block = ids[:, prompt - 1 : -1]
     for name, mode in {FULL: None, **arms}.items():
         with _attending(model, mode, mass) as reads:
-            logits = model(block, past_key_values=cache, use_cache=True).logits
+            logits = model(block, **cached).logits
         cache.crop(-block.shape[1])
         yield name, reads, logits
 

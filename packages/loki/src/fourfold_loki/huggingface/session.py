@@ -24,6 +24,7 @@ from fourfold_loki.cache import LokiCache, LokiLayer
 from fourfold_loki.huggingface.reads import Reads
 from fourfold_loki.huggingface.sites import (
     Site,
+    cache_name,
     check_mode,
     check_model,
     is_iterated,
@@ -86,6 +87,10 @@ class Session:
         )
         self.caches.add(cache)
         return cache
+
+    def cached(self, *, capacity: int = 0) -> dict[str, LokiCache]:
+        """`cache` as `generate` takes it, under the name that the installed transformers has for it."""
+        return {cache_name(self.model): self.cache(capacity=capacity)}
 
     def is_dense(self, site: Site, layer: int) -> bool:
         """True where a layer keeps full attention."""
@@ -219,7 +224,7 @@ def _enter(session: Session) -> Callable[..., None]:
                 f"attn_implementation was set to {named!r} inside a session of {NAME!r}, which would "
                 "ignore the selection; leave the session first"
             )
-        cache = keywords.get("past_key_values")
+        cache = keywords.get("cache", keywords.get("past_key_values"))
         if isinstance(cache, LokiCache) and cache not in session.caches:
             raise ValueError(
                 "this LokiCache was filled in the basis of another session; use session.cache() of "

@@ -5,6 +5,7 @@ model iterates some of its blocks, and each iteration has keys of its own: there
 from the start of the pass, so that a basis has a rotation for every layer and step.
 """
 
+import inspect
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -69,6 +70,12 @@ def number_of(module: nn.Module, layer: int) -> int:
     """The layer's number in its model, where layers without attention count too."""
     number = getattr(module, "layer_idx", None)
     return number if isinstance(number, int) else layer
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """The argument that takes a cache: `cache` in transformers from 5.24 on, `past_key_values` before."""
+    is_new = "cache" in inspect.signature(model.forward).parameters
+    return "cache" if is_new else "past_key_values"
 
 
 def check_model(model: PreTrainedModel) -> None:
