@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from fourfold_loki import Basis, Statistics, fit, read_published
 from fourfold_loki.attention import approximate_scores, most_relevant, scores_of
-from fourfold_loki.basis import Kind
+from fourfold_loki.basis import Kind, PublishedSource
 from fourfold_loki.calibration import calibrate_tokens
 from fourfold_loki.moments import CalibrationSource, Moments, rank_of
+from fourfold_parallel.common.values import from_json
 
 KINDS: tuple[Kind, ...] = ("pca", "pca_uncentred", "balanced")
 MAPS = 1e-5
@@ -160,6 +161,16 @@ def test_files_give_back_what_was_saved(statistics: Statistics, tmp_path: Path) 
     for folder in (tmp_path, str(tmp_path)):
         with pytest.raises(ValueError, match="holds no pca_components"):
             read_published(folder)
+
+
+def test_files_of_before_name_their_source_otherwise() -> None:
+    """As the first version tagged it, and as the second did."""
+    facts = {"model": "a", "corpora": ["b"], "tokens": 1}
+    expected = CalibrationSource(model="a", corpora=("b",), tokens=1)
+    for tag in ("fourfold_loki.provenance:Calibrated", "loki/Calibrated", "loki/CalibrationSource"):
+        assert from_json({"type": tag, **facts}) == expected
+    published = from_json({"type": "fourfold_loki.provenance:Imported", "folder": "a/b"})
+    assert published == PublishedSource(folder="a/b")
 
 
 def test_statistics_of_two_models_do_not_add_up(

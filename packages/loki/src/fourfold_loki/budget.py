@@ -123,19 +123,23 @@ class Budget:
         layer: int,
     ) -> Bool[Tensor, "batch ranked query token"]:
         """The keys that each query reads, one row a query head or a key/value head."""
+        # 1. Sinks and window, counted in visible keys, so that padding takes none of the budget.
         position = visible.cumsum(-1)
         seen = position[..., -1:]
         forced = visible & ((position <= self.sinks) | (position > seen - self.window))
+        # 2. Pages stand for their best key; from here on a unit is a key or a page.
         allowed = visible
         if self.page > 1:
             scores = self._paged(scores + shut(visible, scores.dtype))
             allowed, forced = self._paged(visible), self._paged(forced)
         if self.selection == "shared in groups" and scores.shape[1] != kv_heads:
             scores = shared_in_groups(scores, allowed, kv_heads=kv_heads)
+        # 3. Rank: what is forced comes before everything else, and counts.
         counts = self._counts(scores, allowed, seen[..., 0], layer)
         if self.sinks or self.window:
             scores = scores.masked_fill(forced, torch.inf)
         keep = most_relevant(scores, allowed, counts)
+        # 4. Back to keys; short queries keep all of theirs.
         if self.page > 1:
             keep = keep.repeat_interleave(self.page, dim=-1)[..., : visible.shape[-1]] & visible
         if self.dense_below:

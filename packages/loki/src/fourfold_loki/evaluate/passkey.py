@@ -75,6 +75,7 @@ def hide(
         for key, answer in zip(keys, answers, strict=True):
             needle = encoded(NEEDLE.format(key=key))
             room = context - len(encoded(TASK) + needle + encoded(QUESTION) + answer)
+            # Every window takes its own stretch of the filling text.
             first = len(windows) * max(room, 0)
             text = filling[first : first + max(room, 0)].tolist()
             if room < 1 or len(text) < room:

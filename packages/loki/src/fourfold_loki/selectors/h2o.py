@@ -46,6 +46,8 @@ class H2O(Selector):
         # Survivors as lists: their places in the cache, and their mass.
         places = mass[..., :before].topk(survivors, dim=-1).indices
         weight = mass.gather(-1, places)
+        # Query by query, since what one evicts the next can no longer see: let the newest key in and the
+        # lightest out, then credit the survivors with this query's weights.
         for query in range(queries):
             newest, room = before + query, int(heavy[0, 0, query])
             places, weight = _evict(places, weight, newest=newest, room=room)
