@@ -124,10 +124,10 @@ def test_mass_keeps_the_fewest_keys_that_claim_it() -> None:
     budget = Budget(amount=Mass(claimed=(0.8,), floor=1), selection="per head")
     keep = budget.keep(scores, visible, kv_heads=2, layer=0)
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-    held = (weights * keep).sum(-1)
+    kept_mass = (weights * keep).sum(-1)
     lightest = (weights.masked_fill(~keep, 2.0)).amin(-1)
-    assert (held >= 0.8 - 1e-6).all()
-    assert (held - lightest < 0.8).all()
+    assert (kept_mass >= 0.8 - 1e-6).all()
+    assert (kept_mass - lightest < 0.8).all()
 
 
 def test_reads_follow_the_formula() -> None:

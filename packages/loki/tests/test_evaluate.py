@@ -35,12 +35,12 @@ def test_an_arm_that_reads_everything_scores_as_full_attention(
             score(llama, ids, {"all": Sparse(selector=Exact(), budget=ALL)}, prompt=32,
                   protocol=protocol, batch=2)  # type: ignore[arg-type]
         )  # fmt: skip
-        assert [(one.arm, one.window) for one in scored] == [
+        assert [(each.arm, each.window) for each in scored] == [
             (FULL, 0), (FULL, 1), ("all", 0), ("all", 1),
         ]  # fmt: skip
-        for one in scored:
-            torch.testing.assert_close(one.nats, expected[one.window], atol=1e-4, rtol=0)
-            assert one.kept_share == 1.0
+        for each in scored:
+            torch.testing.assert_close(each.nats, expected[each.window], atol=1e-4, rtol=0)
+            assert each.kept_share == 1.0
 
 
 def test_arms_do_not_disturb_one_another(
@@ -53,9 +53,9 @@ def test_arms_do_not_disturb_one_another(
         "exact": Sparse(selector=Exact(), budget=SOME),
         "streaming": Sparse(selector=Streaming(sinks=2), budget=SOME),
     }
-    together = {one.arm: one.nats for one in score(llama, ids, arms, prompt=32)}
+    together = {each.arm: each.nats for each in score(llama, ids, arms, prompt=32)}
     for name, mode in arms.items():
-        alone = {one.arm: one.nats for one in score(llama, ids, {name: mode}, prompt=32)}
+        alone = {each.arm: each.nats for each in score(llama, ids, {name: mode}, prompt=32)}
         torch.testing.assert_close(alone[name], together[name], atol=1e-5, rtol=0)
         assert not torch.allclose(alone[name], alone[FULL], atol=1e-3)
 
@@ -69,8 +69,10 @@ def test_windows_scored_together_score_as_alone(
         "h2o": Sparse(selector=H2O(), budget=SOME),
         "loki": Sparse(selector=Loki(basis=fit(statistics), widths=(4, 4)), budget=SOME),
     }
-    together = {(one.arm, one.window): one.nats for one in score(llama, ids, arms, prompt=32)}
-    alone = {(one.arm, one.window): one.nats for one in score(llama, ids, arms, prompt=32, batch=1)}
+    together = {(each.arm, each.window): each.nats for each in score(llama, ids, arms, prompt=32)}
+    alone = {
+        (each.arm, each.window): each.nats for each in score(llama, ids, arms, prompt=32, batch=1)
+    }
     assert together.keys() == alone.keys()
     for place, nats in alone.items():
         torch.testing.assert_close(together[place], nats, atol=1e-4, rtol=0)
@@ -84,8 +86,8 @@ def test_the_published_protocol_keeps_more_than_its_share(
     mode = Sparse(
         selector=Exact(), budget=Budget(amount=Count(keys=32), selection="shared in groups")
     )
-    _, one = score(llama, ids, {"exact": mode}, prompt=2, protocol="every query")
-    assert one.kept_share == pytest.approx(2 / 4 - 1 / 16, abs=0.01)
+    _, each = score(llama, ids, {"exact": mode}, prompt=2, protocol="every query")
+    assert each.kept_share == pytest.approx(2 / 4 - 1 / 16, abs=0.01)
 
 
 def test_the_cost_of_a_session_is_that_of_its_selection(
@@ -109,7 +111,7 @@ def test_the_doctor_finds_a_perfect_ranking_perfect(
     """And a ranking by all coordinates likewise, random keys at their share, in every layer."""
     basis = fit(statistics)
     quarter = Budget(amount=Share(of_visible=0.25), selection="per head")
-    found = diagnose(
+    diagnoses = diagnose(
         llama,
         tokens(1, 96)[0],
         {
@@ -119,13 +121,13 @@ def test_the_doctor_finds_a_perfect_ranking_perfect(
         },
         queries=32,
     )
-    for one in found:
-        if one.arm == "random":
-            assert one.recall == pytest.approx(one.kept_share, abs=0.1)
+    for each in diagnoses:
+        if each.arm == "random":
+            assert each.recall == pytest.approx(each.kept_share, abs=0.1)
         else:
-            assert one.recall > 0.999
-    exact = [one for one in found if one.arm == "exact"]
-    random = [one for one in found if one.arm == "random"]
+            assert each.recall > 0.999
+    exact = [each for each in diagnoses if each.arm == "exact"]
+    random = [each for each in diagnoses if each.arm == "random"]
     assert all(a.mass_recall > b.mass_recall for a, b in zip(exact, random, strict=True))
     with pytest.raises(ValueError, match="keeps count"):
         diagnose(llama, tokens(1, 20)[0], {"h2o": Sparse(selector=H2O(), budget=quarter)})
@@ -141,8 +143,8 @@ def test_the_doctor_judges_what_would_select(
     quarter = Budget(amount=Share(of_visible=0.25))
     mode = Sparse(selector=Exact(), budget=quarter)
     arms = {"all": mode, "last": replace(mode, dense_layers=(0,))}
-    found = diagnose(llama, tokens(1, 48)[0], arms)
-    assert [(one.arm, one.layer) for one in found] == [("all", 0), ("all", 1), ("last", 1)]
+    diagnoses = diagnose(llama, tokens(1, 48)[0], arms)
+    assert [(each.arm, each.layer) for each in diagnoses] == [("all", 0), ("all", 1), ("last", 1)]
     other = make_llama()
     with torch.no_grad():
         other.model.norm.weight.mul_(2)
@@ -233,8 +235,8 @@ def test_a_calibrated_mass_is_truly_held(
     basis, ids = fit(statistics), tokens(1, 96)[0]
     mass = calibrated_mass(llama, ids, basis, widths=(4, 4), target=0.9, queries=32)
     mode = Sparse(selector=Loki(basis=basis, widths=(4, 4)), budget=Budget(amount=mass))
-    for one in diagnose(llama, ids, {"loki": mode}, queries=32):
-        assert one.mass_recall >= 0.9 - 1e-4
+    for each in diagnose(llama, ids, {"loki": mode}, queries=32):
+        assert each.mass_recall >= 0.9 - 1e-4
     with pytest.raises(ValueError, match="target=1"):
         calibrated_mass(llama, ids, basis, widths=(4, 4), target=1.0)
 

@@ -68,9 +68,9 @@ def test_a_hybrid_model_selects_in_its_attention_layers(tokens: Tokens) -> None:
     full = steps(model, DynamicCache(config=model.config), ids)
     for budget, is_full in ((EVERYTHING, True), (Budget(amount=Count(keys=1)), False)):
         with loki(model, basis, budget) as session:
-            found = steps(model, DynamicCache(config=model.config), ids)
+            logits = steps(model, DynamicCache(config=model.config), ids)
             assert session.reads.queries == 20
-            assert torch.allclose(found, full, atol=FLOAT32, rtol=0) == is_full
+            assert torch.allclose(logits, full, atol=FLOAT32, rtol=0) == is_full
             with pytest.raises(ValueError, match="layers without attention"):
                 session.cache()
 

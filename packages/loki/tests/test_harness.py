@@ -92,8 +92,8 @@ def test_a_task_of_local_text_runs_without_a_hub(
     for document, window in zip(documents, windows, strict=True):
         assert document["choices"][document["right"]] == words(window[-6:].tolist())
         assert len(set(document["choices"])) == 3
-    found = asked(lm, [task], task_manager([], ()), questions=9)
-    assert 0 <= found["results"]["continuations"]["acc,none"] <= 1
-    assert found["n-samples"]["continuations"]["effective"] == 5
+    results = asked(lm, [task], task_manager([], ()), questions=9)
+    assert 0 <= results["results"]["continuations"]["acc,none"] <= 1
+    assert results["n-samples"]["continuations"]["effective"] == 5
     with pytest.raises(ValueError, match="at least as many windows"):
         continuations(tokenizer, windows, answer=6, choices=9)

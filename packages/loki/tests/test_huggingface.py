@@ -221,7 +221,7 @@ def test_a_session_leaves_the_model_as_it_was(
         assert llama.config._attn_implementation == "loki"
     assert llama.config._attn_implementation == "sdpa"
     assert [sorted(module.__dict__) for module in llama.modules()] == [
-        sorted(held) for held in attributes
+        sorted(own) for own in attributes
     ]
     assert torch.equal(llama(ids).logits, before)
 

@@ -113,14 +113,14 @@ def test_the_compiled_twin_reads_bfloat16() -> None:
 @needs_compiler
 def test_threads_share_the_heads_and_change_nothing() -> None:
     before = torch.get_num_threads()
-    found = []
+    outputs = []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(native.decode(*scene(SHAPES[1]), READ))
+            outputs.append(native.decode(*scene(SHAPES[1]), READ))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(*found)
+    assert torch.equal(*outputs)
 
 
 @needs_compiler

