@@ -12,6 +12,7 @@ evaluations; generated answers decode from a prompt that was masked likewise.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class LokiLM(HFLM):
     def __init__(
         self,
         *,
-        basis: str,
+        basis: str | PathLike[str],
         share: float = 0.25,
         divisor: int = 4,
         page: int = 1,
