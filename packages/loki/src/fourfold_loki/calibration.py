@@ -1,7 +1,7 @@
 """One pass over a text: moments of queries and keys of every layer, streamed; no activation is stored."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,11 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fourfold_loki.huggingface import attending
-from fourfold_loki.plan import Observe, Seen
-from fourfold_loki.provenance import Calibrated, fingerprint
-from fourfold_loki.sites import attention_modules, check_model, is_iterated
-from fourfold_loki.statistics import Moments, Statistics
+from fourfold_loki.attention_mode import AttentionCall, Observe
+from fourfold_loki.huggingface.session import attending
+from fourfold_loki.huggingface.sites import attention_modules, check_model, is_iterated
+from fourfold_loki.moments import CalibrationSource, Moments, Statistics, fingerprint
 from fourfold_parallel.common.progress import Progress, silent
 
 ROUNDING = 0.05
@@ -23,7 +22,7 @@ ROUNDING = 0.05
 def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: str | Iterable[str],
     *,
     tokens: int = 8192,
     context: int = 2048,
@@ -34,7 +33,7 @@ def calibrate(
     Args:
         model: a rotary causal language model of transformers.
         tokenizer: its tokenizer.
-        texts: documents, taken in order until there are enough tokens.
+        texts: documents, taken in order until there are enough tokens; a string is one document.
         tokens: how many to use; 50 times the head width is enough (the paper gives no number).
         context: tokens a window. Rotary keys depend on positions: calibrate at the length of use.
         progress: told after each window.
@@ -48,7 +47,7 @@ def calibrate(
 
 
 def windows(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, tokens: int, context: int
+    tokenizer: PreTrainedTokenizerBase, texts: str | Iterable[str], *, tokens: int, context: int
 ) -> Int[Tensor, "window context"]:
     """Texts as ids, end to end, cut into windows; what does not fill a window is left out.
 
@@ -57,7 +56,7 @@ def windows(
     """
     needed = max(tokens // context, 1) * context
     ids: list[int] = []
-    for text in texts:
+    for text in [texts] if isinstance(texts, str) else texts:
         ids.extend(tokenizer.encode(text, add_special_tokens=False, verbose=False))
         if len(ids) >= needed:
             return torch.tensor(ids[:needed]).view(-1, context)
@@ -94,7 +93,7 @@ def calibrate_tokens(
 
     is_before_known = turns_back(model, ids[:1, :8])
 
-    def take(seen: Seen) -> None:
+    def take(seen: AttentionCall) -> None:
         if (seen.keys.shape[1], seen.keys.shape[3]) != (kv_heads, width):
             raise ValueError(
                 f"{type(model).__name__} attends to {seen.keys.shape[1]} key/value heads of width "
@@ -120,7 +119,7 @@ def calibrate_tokens(
         queries=queries,
         keys_before=keys_before,
         queries_before=queries_before,
-        source=Calibrated(
+        source=CalibrationSource(
             model=fingerprint(model),
             corpora=(hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest(),),
             tokens=ids.numel(),
@@ -141,13 +140,13 @@ def layers_of(model: PreTrainedModel) -> int:
 
 @torch.no_grad()
 def turns_back(model: PreTrainedModel, ids: Int[Tensor, "one token"]) -> bool:
-    """Whether `unrotated` gives every layer's vectors as they were before the rotary embedding.
+    """True where `unrotated` gives every layer's vectors as they were before the rotary embedding.
 
     Every attention module is called a second time with angles of zero, which turn nothing. Some models
     turn neighbouring coordinates instead of halves, some have layers that do not turn, and some do not
     tell their angles.
     """
-    seen: list[Seen] = []
+    calls: list[AttentionCall] = []
 
     def again(module: nn.Module, arguments: Any, keywords: dict[str, Any], output: object) -> None:
         del output
@@ -159,14 +158,14 @@ def turns_back(model: PreTrainedModel, ids: Int[Tensor, "one token"]) -> bool:
         module.register_forward_hook(again, with_kwargs=True) for module in attention_modules(model)
     ]
     try:
-        with attending(model, Observe(observer=seen.append)):
+        with attending(model, Observe(observer=calls.append)):
             model.base_model(ids.to(model.device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    if any(one.positions is None for one in seen):
+    if any(call.positions is None for call in calls):
         return False
-    for turned, still in zip(seen[::2], seen[1::2], strict=True):
+    for turned, still in zip(calls[::2], calls[1::2], strict=True):
         assert turned.positions is not None
         error = (unrotated(turned.keys, turned.positions) - still.keys).abs().max()
         if float(error) > ROUNDING * float(still.keys.abs().max()):

@@ -9,13 +9,14 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fourfold_loki.attention_mode import AttentionCall, Observe, Sparse
 from fourfold_loki.basis import Basis
 from fourfold_loki.budget import Budget, Mass, Share
-from fourfold_loki.evaluate import FULL, score
-from fourfold_loki.huggingface import attending
-from fourfold_loki.plan import Observe, Seen, Sparse
-from fourfold_loki.selectors import Candidates, Loki
-from fourfold_loki.sites import check_basis
+from fourfold_loki.evaluate.perplexity import FULL, score
+from fourfold_loki.huggingface.session import attending
+from fourfold_loki.huggingface.sites import check_basis
+from fourfold_loki.selectors import Loki
+from fourfold_parallel.common.progress import Progress, silent
 
 CLAIMS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 1.0)
 """Claimed masses among which `calibrated_mass` chooses."""
@@ -34,9 +35,9 @@ def allocate(basis: Basis, *, mean_width: int) -> tuple[int, ...]:
         raise ValueError(
             f"mean_width={mean_width} of heads of {basis.head_width}; use 1 to {basis.head_width}"
         )
-    held = (basis.spectra / basis.spectra.sum(-1, keepdim=True)).mean(1)
+    share = (basis.spectra / basis.spectra.sum(-1, keepdim=True)).mean(1)
     # The first coordinate of every layer is given; the others compete.
-    spare = held[:, 1:].flatten()
+    spare = share[:, 1:].flatten()
     chosen = spare.topk((mean_width - 1) * basis.layers).indices // (basis.head_width - 1)
     return tuple(int(count) + 1 for count in chosen.bincount(minlength=basis.layers))
 
@@ -66,26 +67,17 @@ def calibrated_mass(
     selector = Loki(basis=basis, widths=widths)
     claimed: dict[int, float] = {}
 
-    def look(seen: Seen) -> None:
-        visible = seen.visible[:, :, -queries:]
-        among = Candidates(
-            queries=seen.queries[:, :, -queries:],
-            keys=seen.keys,
-            visible=visible,
-            scaling=seen.scaling,
-            layer=seen.layer,
-            turned=False,
-            past_mass=seen.queries.new_zeros(1, seen.queries.shape[1], seen.keys.shape[2]),
-            allowance=visible.sum(-1),
-        )
+    def look(call: AttentionCall) -> None:
+        among = call.candidates(queries=queries)
+        visible = among.visible
         weights = among.scores().masked_fill(~visible, -torch.inf).softmax(-1)
         scores = selector.scores(among)
-        kv_heads = seen.keys.shape[1]
+        kv_heads = call.keys.shape[1]
         for claim in CLAIMS:
             budget = Budget(amount=Mass(claimed=(claim,) * basis.layers, floor=floor))
-            keep = budget.keep(scores, visible, kv_heads=kv_heads, layer=seen.layer)
+            keep = budget.keep(scores, visible, kv_heads=kv_heads, layer=call.layer)
             keep = keep.repeat_interleave(weights.shape[1] // keep.shape[1], dim=1)
-            claimed[seen.layer] = claim
+            claimed[call.layer] = claim
             if float((weights * keep).sum(-1).mean()) >= target:
                 return
 
@@ -100,6 +92,8 @@ class Trial:
 
     share: float
     """Keys that are read in full, over those visible."""
+    divisor: int
+    """Head width over the coordinates that rank."""
     width: int
     """Coordinates that rank."""
     read_share: float
@@ -120,6 +114,7 @@ def autotune(
     page: int = 16,
     shares: Sequence[float] = (0.0625, 0.125, 0.25, 0.5),
     divisors: Sequence[int] = (8, 4, 2),
+    progress: Progress = silent,
 ) -> tuple[Trial, tuple[Trial, ...]]:
     """The setting that reads least while its loss is bounded, and everything that was tried.
 
@@ -134,6 +129,7 @@ def autotune(
         page: keys are read in pages of this many.
         shares: of keys.
         divisors: the head's width over the coordinates that rank.
+        progress: told after each setting.
 
     Raises:
         ValueError: where no setting is good enough, with the best one.
@@ -143,16 +139,14 @@ def autotune(
             f"max_loss={max_loss} allows no loss at all; use full attention, or 0.01 for 1 %"
         )
     settings = sorted(
-        ((share, basis.head_width // divisor) for share in shares for divisor in divisors),
-        key=lambda setting: setting[0] + setting[1] / basis.head_width / 2,
+        ((share, divisor) for share in shares for divisor in divisors),
+        key=lambda setting: setting[0] + 1 / setting[1] / 2,
     )
     tried: list[Trial] = []
-    for share, width in settings:
-        plan = Sparse(
-            selector=Loki(basis=basis, widths=(width,) * basis.layers),
-            budget=Budget(amount=Share(of_visible=share), page=page),
-        )
-        tried.append(_trial(model, windows, plan, share=share, width=width, prompt=prompt))
+    for share, divisor in settings:
+        budget = Budget(amount=Share(of_visible=share), page=page)
+        tried.append(_trial(model, windows, basis, budget, divisor=divisor, prompt=prompt))
+        progress(len(tried), len(settings), f"share {share}, divisor {divisor}")
         if tried[-1].nats_bound <= math.log1p(max_loss):
             return tried[-1], tuple(tried)
     best = min(tried, key=lambda trial: trial.nats_bound)
@@ -163,17 +157,26 @@ def autotune(
 
 
 def _trial(
-    model: PreTrainedModel, windows: Tensor, plan: Sparse, *, share: float, width: int, prompt: int
+    model: PreTrainedModel,
+    windows: Tensor,
+    basis: Basis,
+    budget: Budget,
+    *,
+    divisor: int,
+    prompt: int,
 ) -> Trial:
-    scored = list(score(model, windows, {"trial": plan}, prompt=prompt))
-    full = torch.cat([one.nats for one in scored if one.arm == FULL])
-    ours = torch.cat([one.nats for one in scored if one.arm != FULL])
-    added = (ours - full).double()
-    read = [one.read_share for one in scored if one.arm != FULL]
+    assert isinstance(budget.amount, Share)
+    width = max(1, basis.head_width // divisor)
+    mode = Sparse(selector=Loki(basis=basis, widths=(width,) * basis.layers), budget=budget)
+    scores = list(score(model, windows, {"trial": mode}, prompt=prompt))
+    full = torch.cat([each.nats for each in scores if each.arm == FULL])
+    ours = [each for each in scores if each.arm != FULL]
+    added = (torch.cat([each.nats for each in ours]) - full).double()
     return Trial(
-        share=share,
+        share=budget.amount.of_visible,
+        divisor=divisor,
         width=width,
-        read_share=sum(read) / len(read),
+        read_share=sum(each.read_share for each in ours) / len(ours),
         nats=float(added.mean()),
         nats_bound=float(added.mean() + 1.96 * added.std() / math.sqrt(len(added))),
     )

@@ -5,26 +5,27 @@ model iterates some of its blocks, and each iteration has keys of its own: there
 from the start of the pass, so that a basis has a rotation for every layer and step.
 """
 
+import inspect
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fourfold_loki.basis import Basis
-from fourfold_loki.plan import Sparse
-from fourfold_loki.provenance import Calibrated, Part, fingerprint
+from fourfold_loki.attention_mode import Sparse
+from fourfold_loki.basis import Basis, Part
+from fourfold_loki.moments import CalibrationSource, fingerprint
 from fourfold_loki.selectors import Loki
 
 
 @dataclass(slots=True, eq=False)
 class Site:
-    """What an attention module is told while its model is in a session."""
+    """The place of an attention module, as it is told while its model is in a session."""
 
     module: nn.Module
     layer: int
     """Its place among the attention modules, as bases count; of an iterated module, not the layer."""
     slides: bool
-    """Whether it sees a sliding window only, and stays dense."""
+    """True where it sees a sliding window only, and stays dense."""
     positions: tuple[Tensor, Tensor] | None = None
     """Cosines and sines of the rotary embedding, where the model hands them to its modules."""
 
@@ -35,17 +36,17 @@ FULL = ("full_attention", "attention")
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The modules of a model that ask for an attention function, in order of their layers."""
-    found = [
+    causal = [
         module
         for module in model.modules()
         if type(module).__name__.endswith("Attention") and getattr(module, "is_causal", True)
     ]
-    numbered = [module for module in found if isinstance(getattr(module, "layer_idx", None), int)]
-    return numbered or found
+    numbered = [module for module in causal if isinstance(getattr(module, "layer_idx", None), int)]
+    return numbered or causal
 
 
 def is_iterated(model: PreTrainedModel) -> bool:
-    """Whether layers are calls: the attention modules bear no number."""
+    """True where layers are calls: the attention modules bear no number."""
     return not any(hasattr(module, "layer_idx") for module in attention_modules(model))
 
 
@@ -69,6 +70,12 @@ def number_of(module: nn.Module, layer: int) -> int:
     """The layer's number in its model, where layers without attention count too."""
     number = getattr(module, "layer_idx", None)
     return number if isinstance(number, int) else layer
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """The argument that takes a cache: `cache` in transformers from 5.24 on, `past_key_values` before."""
+    is_new = "cache" in inspect.signature(model.forward).parameters
+    return "cache" if is_new else "past_key_values"
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -101,29 +108,29 @@ def check_model(model: PreTrainedModel) -> None:
         raise ValueError(f"{name} has no causal attention modules; use a decoder model")
 
 
-def check_plan(model: PreTrainedModel, plan: Sparse) -> None:
-    """Refuse a plan that a model cannot follow.
+def check_mode(model: PreTrainedModel, mode: Sparse) -> None:
+    """Refuse a mode that a model cannot follow.
 
     Raises:
         ValueError: naming both.
     """
-    plan.budget.check_fits(int(model.config.get_text_config().max_position_embeddings))
+    mode.budget.check_fits(int(model.config.get_text_config().max_position_embeddings))
     layers = len(attention_modules(model))
-    wrong = [layer for layer in plan.dense_layers if not 0 <= layer < layers]
+    wrong = [layer for layer in mode.dense_layers if not 0 <= layer < layers]
     if wrong and not is_iterated(model):
         raise ValueError(
             f"dense_layers={wrong} of a model of {layers} layers; use 0 to {layers - 1}"
         )
     if not is_iterated(model) and all(
-        site.slides or site.layer in plan.dense_layers for site in sites(model)
+        site.slides or site.layer in mode.dense_layers for site in sites(model)
     ):
         raise ValueError(
             f"no layer of {type(model).__name__} would select: layers with a sliding window and "
-            f"dense_layers={plan.dense_layers} keep full attention; use a model with layers that see "
+            f"dense_layers={mode.dense_layers} keep full attention; use a model with layers that see "
             "everything, or sliding_window=None where the context is no longer than the window"
         )
-    if isinstance(plan.selector, Loki):
-        check_basis(model, plan.selector.basis)
+    if isinstance(mode.selector, Loki):
+        check_basis(model, mode.selector.basis)
 
 
 def check_basis(model: PreTrainedModel, basis: Basis) -> None:
@@ -147,7 +154,7 @@ def check_basis(model: PreTrainedModel, basis: Basis) -> None:
             + "a model of {} layers, {} key/value heads of width {}; ".format(*mine)
             + "calibrate this model"
         )
-    if isinstance(source, Calibrated) and source.model != (own := fingerprint(model)):
+    if isinstance(source, CalibrationSource) and source.model != (own := fingerprint(model)):
         raise ValueError(
             f"basis of model {source.model[:12]} for model {own[:12]}; calibrate this model"
         )

@@ -5,17 +5,17 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from fourfold_loki.rules import (
+from fourfold_loki.reproduce.measures import (
     AFTER,
     BEFORE,
     FULL,
     added_percent,
+    arms_of,
     diagnosed,
     losses,
     rank_events,
     tokens_scored,
 )
-from fourfold_parallel.common.records import Record
 from fourfold_parallel.reproduce.claims import Records
 from fourfold_parallel.reproduce.experiment import Drawing
 from fourfold_parallel.reproduce.figures import BASELINE, CONTROL, IDEAL, METHOD
@@ -30,7 +30,7 @@ def figure_2(records: Records) -> Figure:
     for stage, color in ((BEFORE, CONTROL), (AFTER, METHOD)):
         means = []
         for layer, event in enumerate(rank_events(records["ranks"], stage)):
-            ranks = np.asarray(event.values["rank"], dtype=float)
+            ranks = np.asarray(event.numbers("rank"))
             width = event.number("head_width")
             axes.plot([layer] * len(ranks), ranks, ".", color=color, alpha=0.35, markersize=4)
             means.append(ranks.mean())
@@ -45,7 +45,7 @@ def figure_2(records: Records) -> Figure:
 
 
 def outliers(records: Records) -> Figure:
-    """How far keys are from a round cloud: what their mean holds, and their largest channel."""
+    """Distance of keys from a round cloud: the share of their mean, and their largest channel."""
     figure = Figure(figsize=(6.4, 3.2))
     for axes, key, label in zip(
         figure.subplots(1, 2),
@@ -55,8 +55,7 @@ def outliers(records: Records) -> Figure:
     ):
         for stage, color in ((BEFORE, CONTROL), (AFTER, METHOD)):
             rows = [
-                np.asarray(event.values[key], dtype=float)
-                for event in rank_events(records["ranks"], stage)
+                np.asarray(event.numbers(key)) for event in rank_events(records["ranks"], stage)
             ]
             axes.plot([row.mean() for row in rows], color=color, label=stage)
             for layer, row in enumerate(rows):
@@ -69,13 +68,6 @@ def outliers(records: Records) -> Figure:
     figure.axes[1].set_ylim(bottom=1)
     figure.axes[0].legend()
     return figure
-
-
-def arms_of(record: Record) -> list[str]:
-    """Arms of a record but full attention, in order."""
-    return [
-        a for a in dict.fromkeys(str(e.values["arm"]) for e in record.of("scored")) if a != FULL
-    ]
 
 
 def quality(records: Records) -> Figure:
@@ -150,12 +142,12 @@ def decoding(records: Records) -> Figure:
         ("packed_sdpa_ms", CONTROL, "-", "sdpa, heads packed"),
         ("loki_ms", METHOD, "-", "Loki, pages of 16"),
     ):
-        medians = [np.median(np.asarray(e.values[name], dtype=float)) for e in events]
+        medians = [np.median(e.numbers(name)) for e in events]
         right.plot(tokens, medians, line, marker="o", markersize=4, color=color, label=label)
     right.set_ylabel("milliseconds (median)")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
-        axes.set_xticks(tokens, [f"{one / 1024:g}k" for one in tokens])
+        axes.set_xticks(tokens, [f"{count / 1024:g}k" for count in tokens])
         axes.set_yscale("log")
         axes.set_xlabel("tokens of context")
         axes.legend(fontsize=7.5)
@@ -194,7 +186,7 @@ def recall_and_damage(records: Records) -> Figure:
 
 
 def sinks(records: Records) -> Figure:
-    """How often each arm keeps the first token, layer by layer, under what it weighs."""
+    """Share of the queries that keep the first token, by arm and layer, under its attention weight."""
     doctor = records["diagnoses"]
     arms = list(dict.fromkeys(str(e.values["arm"]) for e in doctor.of("diagnosis")))
     figure = Figure(figsize=(6.4, 1.6 + 0.22 * len(arms)))

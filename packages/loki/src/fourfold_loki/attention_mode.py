@@ -1,4 +1,4 @@
-"""What a model's attention is asked to do: read sparsely, or be watched."""
+"""The two ways in which a model attends during a session: by a selection, or in full and watched."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fourfold_loki.budget import Budget
-from fourfold_loki.selectors.base import Selector
+from fourfold_loki.selectors.base import Candidates, Selector
 
-Observer = Callable[["Seen"], None]
+Observer = Callable[["AttentionCall"], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Seen:
+class AttentionCall:
     """One call of one layer's attention, as an observer sees it: after the rotary embedding."""
 
     layer: int
@@ -25,10 +25,24 @@ class Seen:
     positions: tuple[Tensor, Tensor] | None
     """Cosines and sines of the rotary embedding [batch, query, rotary width], where the model tells."""
 
+    def candidates(self, *, queries: int) -> Candidates:
+        """The keys as a selector sees them, for the last `queries` queries alone."""
+        visible = self.visible[:, :, -queries:]
+        return Candidates(
+            queries=self.queries[:, :, -queries:],
+            keys=self.keys,
+            visible=visible,
+            scaling=self.scaling,
+            layer=self.layer,
+            turned=False,
+            past_mass=self.queries.new_zeros(1, self.queries.shape[1], self.keys.shape[2]),
+            allowance=visible.sum(-1),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sparse:
-    """How a model reads its cache: who ranks, how much is kept, for which queries."""
+    """Reading the cache by a selection: who ranks, how much is kept, for which queries."""
 
     selector: Selector
     budget: Budget
@@ -47,4 +61,4 @@ class Observe:
     observer: Observer
 
 
-Plan = Sparse | Observe
+AttentionMode = Sparse | Observe

@@ -1,11 +1,13 @@
-"""What calibration keeps of a corpus: second moments of queries and keys, and nothing else.
+"""Second moments of queries and keys: all that calibration keeps of a corpus.
 
 A matrix a key/value head, however long the corpus. Moments add up, so corpora and ranks of a distributed
 run are merged with `+`.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Literal
 
@@ -14,13 +16,13 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from fourfold_loki.provenance import Calibrated
 from fourfold_parallel.common.files import whole_file
-from fourfold_parallel.common.values import from_json, to_json
+from fourfold_parallel.common.values import formerly, from_json, to_json
 from fourfold_parallel.grid.mesh import Mesh
 
-Stage = Literal["before rotary", "after rotary"]
+RotaryStage = Literal["before rotary", "after rotary"]
 """Keys as projected, or as cached: after the rotary embedding has turned them by their position."""
 
 
@@ -98,10 +100,47 @@ class Moments:
 
 
 def rank_of(spectrum: Float[Tensor, "*heads width"], share: float) -> Int[Tensor, "*heads"]:
-    """How many leading entries hold a share of the sum."""
-    held = spectrum.cumsum(-1) / spectrum.sum(-1, keepdim=True)
+    """The number of leading entries that hold a share of the sum."""
+    share_of_leading = spectrum.cumsum(-1) / spectrum.sum(-1, keepdim=True)
     # The last partial sum may round below 1; all directions hold everything.
-    return ((held < share).sum(-1) + 1).clamp(max=spectrum.shape[-1])
+    return ((share_of_leading < share).sum(-1) + 1).clamp(max=spectrum.shape[-1])
+
+
+@formerly("loki/Calibrated")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSource:
+    """The model and the text that a basis was calibrated with."""
+
+    model: str
+    """`fingerprint` of the model."""
+    corpora: tuple[str, ...]
+    """sha256 of each corpus's token ids, sorted."""
+    tokens: int
+
+    def __add__(self, other: "CalibrationSource") -> "CalibrationSource":
+        if self.model != other.model:
+            raise ValueError(
+                f"statistics of model {self.model[:12]} and of model {other.model[:12]} do not add up; "
+                "merge statistics of one model"
+            )
+        return CalibrationSource(
+            model=self.model,
+            corpora=tuple(sorted({*self.corpora, *other.corpora})),
+            tokens=self.tokens + other.tokens,
+        )
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """sha256 (hex) over the names, shapes and leading values of a model's parameters.
+
+    A few numbers of each tensor tell models and checkpoints apart without reading gigabytes. They are
+    rounded to bfloat16, so that a float32 model and its bfloat16 copy are the same model.
+    """
+    whole = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        head = parameter.detach().flatten()[:16].bfloat16().float().cpu()
+        whole.update(f"{name} {tuple(parameter.shape)} {head.tolist()}".encode())
+    return whole.hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -112,14 +151,14 @@ class Statistics:
     queries: Moments
     keys_before: Moments
     queries_before: Moments
-    source: Calibrated
+    source: CalibrationSource
 
     @property
     def layers(self) -> int:
         """Attention layers that were seen."""
         return self.keys.outer.shape[0]
 
-    def of(self, stage: Stage) -> tuple[Moments, Moments]:
+    def of(self, stage: RotaryStage) -> tuple[Moments, Moments]:
         """Keys' and queries' moments at a stage.
 
         Raises:
@@ -172,27 +211,27 @@ class Statistics:
             ),
         )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file with its provenance, whole."""
         tensors = {
             f"{name}.{part}": getattr(getattr(self, name), part)
             for name in ("keys", "queries", "keys_before", "queries_before")
             for part in ("count", "total", "outer")
         }
-        with whole_file(path) as partial:
+        with whole_file(Path(path)) as partial:
             save_file(
                 tensors, partial, metadata={"loki_statistics": json.dumps(to_json(self.source))}
             )
 
     @classmethod
-    def load(cls, path: Path) -> "Statistics":
+    def load(cls, path: str | PathLike[str]) -> "Statistics":
         """Read what `save` wrote.
 
         Raises:
             ValueError: for a file that holds something else.
         """
         source = stated(path, "loki_statistics", "Statistics.save")
-        assert isinstance(source, Calibrated)
+        assert isinstance(source, CalibrationSource)
         with safe_open(path, "pt") as file:
 
             def moments(name: str) -> Moments:
@@ -209,7 +248,7 @@ class Statistics:
             )
 
 
-def stated(path: Path, key: str, writer: str) -> object:
+def stated(path: str | PathLike[str], key: str, writer: str) -> object:
     """The value in a file's metadata, or a refusal."""
     try:
         with safe_open(path, "pt") as file:

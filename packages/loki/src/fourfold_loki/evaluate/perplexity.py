@@ -1,4 +1,4 @@
-"""What sparse attention costs: perplexity by two protocols, each arm beside full attention on the same text.
+"""The cost of sparse attention: perplexity by two protocols, each arm beside full attention on the same text.
 
 `decode`: a dense prompt, then every scored token is predicted by a query that reads sparsely, as when
 generating with the text as given (one block of queries; causal, so it equals one at a time).
@@ -18,16 +18,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from fourfold_loki.huggingface import Session, attending
-from fourfold_loki.plan import Sparse
-from fourfold_loki.traffic import Reads
+from fourfold_loki.attention_mode import Sparse
+from fourfold_loki.huggingface.reads import Reads
+from fourfold_loki.huggingface.session import Session, attending
+from fourfold_loki.huggingface.sites import cache_name
 
 FULL = "full"
 """Name of the arm that reads everything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Scored:
+class WindowScore:
     """One arm on one window."""
 
     arm: str
@@ -49,7 +50,7 @@ def score(
     prompt: int,
     protocol: Literal["decode", "every query"] = "decode",
     batch: int = 4,
-) -> Iterator[Scored]:
+) -> Iterator[WindowScore]:
     """Full attention and every arm on every window.
 
     A prompt is computed once for all arms. Windows are independent: a batch of them is one larger matrix
@@ -79,7 +80,7 @@ def score(
             kept, read = (1.0, 1.0) if reads is None else (reads.share, reads.read_share)
             for place, own in enumerate(logits):
                 nats = F.cross_entropy(own.float(), targets[place], reduction="none").cpu()
-                yield Scored(
+                yield WindowScore(
                     arm=name, window=first + place, nats=nats, kept_share=kept, read_share=read
                 )
 
@@ -95,45 +96,46 @@ def each_arm(
 ) -> Iterator[tuple[str, Reads | None, Float[Tensor, "window scored vocabulary"]]]:
     """Name, reads and logits of the tokens after the prompt, for full attention and then every arm."""
     if protocol == "every query":
-        for name, plan in {FULL: None, **arms}.items():
-            with _attending(model, plan, {}) as reads:
+        for name, mode in {FULL: None, **arms}.items():
+            with _attending(model, mode, {}) as reads:
                 logits = model(ids[:, :-1], use_cache=False).logits[:, prompt - 1 :]
             yield name, reads, logits
         return
     # The last token of the prompt predicts the first scored one, so it is part of the block.
     cache = DynamicCache(config=model.config)
+    cached = {cache_name(model): cache, "use_cache": True}
     mass: dict[int, Tensor] = {}
-    counting = [plan for plan in arms.values() if plan.selector.keeps_count]
+    counting = [mode for mode in arms.values() if mode.selector.keeps_count]
     if counting:
         with attending(model, replace(counting[0], reach="decode")) as session:
-            model.base_model(ids[:, : prompt - 1], past_key_values=cache, use_cache=True)
+            model.base_model(ids[:, : prompt - 1], **cached)
             mass = session.mass
     else:
-        model.base_model(ids[:, : prompt - 1], past_key_values=cache, use_cache=True)
+        model.base_model(ids[:, : prompt - 1], **cached)
     block = ids[:, prompt - 1 : -1]
-    for name, plan in {FULL: None, **arms}.items():
-        with _attending(model, plan, mass) as reads:
-            logits = model(block, past_key_values=cache, use_cache=True).logits
+    for name, mode in {FULL: None, **arms}.items():
+        with _attending(model, mode, mass) as reads:
+            logits = model(block, **cached).logits
         cache.crop(-block.shape[1])
         yield name, reads, logits
 
 
 @contextmanager
 def _attending(
-    model: PreTrainedModel, plan: Sparse | None, mass: Mapping[int, Tensor]
+    model: PreTrainedModel, mode: Sparse | None, mass: Mapping[int, Tensor]
 ) -> Iterator[Reads | None]:
     """An arm's session, with the mass that a prompt gave to its keys; none for full attention."""
-    if plan is None:
+    if mode is None:
         yield None
         return
-    with attending(model, replace(plan, reach="every query")) as session:
+    with attending(model, replace(mode, reach="every query")) as session:
         session.mass.update(mass)
         yield session.reads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What a selection did to one text."""
+    """The loss that a selection adds on one text."""
 
     nats: float
     """Added to the loss of a token, in the mean."""
@@ -151,7 +153,7 @@ class Cost:
 
 
 def cost(session: Session, ids: Int[Tensor, "one token"], *, prompt: int) -> Cost:
-    """What a session's selection costs on a text: its loss beside full attention's, token by token.
+    """The cost of a session's selection on a text: its loss beside full attention's, token by token.
 
     Args:
         session: of `loki` or `attending`, after its block.
@@ -161,9 +163,9 @@ def cost(session: Session, ids: Int[Tensor, "one token"], *, prompt: int) -> Cos
     Raises:
         ValueError: where the prompt leaves nothing to score.
     """
-    if not isinstance(session.plan, Sparse):
+    if not isinstance(session.mode, Sparse):
         raise ValueError("an observed model reads everything; pass the session of a selection")
-    full, ours = score(session.model, ids, {"selection": session.plan}, prompt=prompt)
+    full, ours = score(session.model, ids, {"selection": session.mode}, prompt=prompt)
     added = (ours.nats - full.nats).double()
     return Cost(
         nats=float(added.mean()),

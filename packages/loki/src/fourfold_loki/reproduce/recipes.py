@@ -5,18 +5,18 @@ from typing import Literal, assert_never
 
 from fourfold_loki.basis import Kind
 from fourfold_loki.budget import Budget, Count, Share
+from fourfold_loki.moments import RotaryStage
 from fourfold_loki.selectors import H2O, Exact, Quest, Random, SparQ, Streaming
-from fourfold_loki.statistics import Stage
 from fourfold_parallel.reproduce.scale import Scale
 from fourfold_parallel.run.corpora import Corpus, PythonManual, Wikipedia
-from fourfold_parallel.run.models import Model, SmolLM2
+from fourfold_parallel.run.models import SmolLM2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
     """A pass over the beginning of a corpus."""
 
-    model: Model
+    model: SmolLM2
     corpus: Corpus
     tokens: int
     context: int
@@ -28,7 +28,7 @@ class ByBasis:
     """Loki, in a basis fitted to a calibration."""
 
     kind: Kind
-    stage: Stage
+    stage: RotaryStage
     calibration: Calibration
     width: int
     """Coordinates that rank, in every layer."""
@@ -74,7 +74,7 @@ class Arm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """How many directions keys need, on each corpus, and how well bases carry over."""
+    """Directions that keys need, on each corpus, and how well bases carry over."""
 
     name: str
     calibrations: tuple[Calibration, ...]
@@ -89,7 +89,7 @@ class Perplexity:
     """Arms against full attention on a text that no calibration has seen."""
 
     name: str
-    model: Model
+    model: SmolLM2
     corpus: Corpus
     skip_tokens: int
     """At least as many, in whole documents at the beginning of the corpus, are left to calibration."""
@@ -114,7 +114,7 @@ class Diagnoses:
     """The doctor's look at one window."""
 
     name: str
-    model: Model
+    model: SmolLM2
     corpus: Corpus
     skip_tokens: int
     context: int
@@ -127,7 +127,7 @@ class Passkeys:
     """Numbers hidden in a text, at several depths."""
 
     name: str
-    model: Model
+    model: SmolLM2
     corpus: Corpus
     skip_tokens: int
     context: int
@@ -187,7 +187,7 @@ def loki_arm(
     *,
     keys: int,
     width: int = WIDTH,
-    stage: Stage = "after rotary",
+    stage: RotaryStage = "after rotary",
     sinks: int = 0,
     window: int = 0,
     page: int = 1,
@@ -238,7 +238,7 @@ def baselines(fitted: Calibration, *, keys: int) -> tuple[Arm, ...]:
 
 
 def variants(fitted: Calibration, foreign: Calibration, *, keys: int) -> tuple[Arm, ...]:
-    """What else research compares: repairs of the published basis, fewer coordinates, another corpus."""
+    """Repairs of the published basis, fewer coordinates, another corpus."""
     return (
         loki_arm("loki-pca-sinks", "pca", fitted, keys=keys, sinks=4, window=32),
         loki_arm("loki-pca-before", "pca", fitted, keys=keys, stage="before rotary"),

@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fourfold_loki.kernels import cpu
 from fourfold_loki.kernels.dispatch import twin
+from fourfold_loki.kernels.page_read import PageRead
 
 Contender = Callable[[], Tensor]
 
@@ -47,22 +48,22 @@ def contenders(
     scaling = head_width**-0.5
     module: Any = SimpleNamespace(num_key_value_groups=heads // kv_heads, is_causal=True)
     packed = queries.view(1, kv_heads, -1, head_width)
-    budget = {
-        "length": tokens,
-        "pages": int(tokens * share) // page,
-        "page": page,
-        "sinks": 0,
-        "window": 0,
-        "scaling": scaling,
-    }
+    read = PageRead(
+        length=tokens,
+        pages=int(tokens * share) // page,
+        page=page,
+        sinks=0,
+        window=0,
+        scaling=scaling,
+    )
     cached = (queries, keys, values, leading)
     fastest = twin(*cached)
     return {
         "sdpa": lambda: sdpa_attention_forward(module, queries, keys, values, None)[0],
         "packed sdpa": lambda: F.scaled_dot_product_attention(packed, keys, values),
         "packed": lambda: cpu.dense(queries, keys, values, length=tokens, scaling=scaling),
-        "loki": lambda: fastest(*cached, **budget),
-        "loki by torch": lambda: cpu.decode(*cached, **budget),
+        "loki": lambda: fastest(*cached, read),
+        "loki by torch": lambda: cpu.decode(*cached, read),
     }
 
 
@@ -77,7 +78,7 @@ def timed(
         seconds: after which no further round begins.
         patience_s: a contender that takes longer is timed three times only.
     """
-    found: dict[str, list[float]] = {name: [] for name in run}
+    times_ms: dict[str, list[float]] = {name: [] for name in run}
     for call in run.values():
         call()
     until_s = time.perf_counter() + seconds
@@ -85,9 +86,9 @@ def timed(
     while time.perf_counter() < until_s or rounds < 5:
         rounds += 1
         for name, call in run.items():
-            if len(found[name]) >= 3 and min(found[name]) > 1e3 * patience_s:
+            if len(times_ms[name]) >= 3 and min(times_ms[name]) > 1e3 * patience_s:
                 continue
             started_s = time.perf_counter()
             call()
-            found[name].append(1e3 * (time.perf_counter() - started_s))
-    return found
+            times_ms[name].append(1e3 * (time.perf_counter() - started_s))
+    return times_ms

@@ -1,6 +1,7 @@
 """Passkeys: a number hidden somewhere in a long text and asked for at its end.
 
-Whether greedy decoding would say it: every token of the answer is the likeliest one, given those before.
+A number counts as retrieved where greedy decoding would say it: every token of the answer is the likeliest
+one, given those before.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,8 +12,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fourfold_loki.evaluate import each_arm
-from fourfold_loki.plan import Sparse
+from fourfold_loki.attention_mode import Sparse
+from fourfold_loki.evaluate.perplexity import each_arm
 
 TASK = "A pass key is hidden in the text below. Remember it.\n\n"
 NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
@@ -20,7 +21,7 @@ QUESTION = "\n\nWhat is the pass key? The pass key is"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Hidden:
+class PasskeyWindows:
     """Windows with a passkey each."""
 
     ids: Int[Tensor, "window context"]
@@ -31,7 +32,7 @@ class Hidden:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class Retrieval:
     """One arm on one window."""
 
     arm: str
@@ -47,7 +48,7 @@ def hide(
     context: int,
     depths: Sequence[float],
     keys: Sequence[int],
-) -> Hidden:
+) -> PasskeyWindows:
     """A window for every key at every depth, of `context` tokens with its answer.
 
     Args:
@@ -74,6 +75,7 @@ def hide(
         for key, answer in zip(keys, answers, strict=True):
             needle = encoded(NEEDLE.format(key=key))
             room = context - len(encoded(TASK) + needle + encoded(QUESTION) + answer)
+            # Every window takes its own stretch of the filling text.
             first = len(windows) * max(room, 0)
             text = filling[first : first + max(room, 0)].tolist()
             if room < 1 or len(text) < room:
@@ -85,12 +87,14 @@ def hide(
             body = text[:cut] + needle + text[cut:]
             windows.append(encoded(TASK) + body + encoded(QUESTION) + answer)
             places.append(depth)
-    return Hidden(ids=torch.tensor(windows), depths=tuple(places), prompt=context - len(answers[0]))
+    return PasskeyWindows(
+        ids=torch.tensor(windows), depths=tuple(places), prompt=context - len(answers[0])
+    )
 
 
 def retrieve(
-    model: PreTrainedModel, hidden: Hidden, arms: Mapping[str, Sparse], *, batch: int = 2
-) -> Iterator[Found]:
+    model: PreTrainedModel, hidden: PasskeyWindows, arms: Mapping[str, Sparse], *, batch: int = 2
+) -> Iterator[Retrieval]:
     """Full attention and every arm on every window; the prompt is dense, the answer is read sparsely."""
     for first in range(0, len(hidden.ids), batch):
         ids = hidden.ids[first : first + batch].to(model.device)
@@ -98,7 +102,7 @@ def retrieve(
         for name, reads, logits in each_arm(model, ids, arms, prompt=hidden.prompt):
             told = (logits.argmax(-1) == answers).all(-1).tolist()
             for depth, is_found in zip(hidden.depths[first:], told, strict=False):
-                yield Found(
+                yield Retrieval(
                     arm=name,
                     depth=depth,
                     is_found=is_found,

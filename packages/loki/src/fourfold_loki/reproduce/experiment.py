@@ -1,6 +1,6 @@
 """The reproduction of Singhania et al. 2024: calibrate, rank, score, diagnose; claims and figures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import assert_never
@@ -10,16 +10,18 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fourfold_loki import figures, recipes
+from fourfold_loki.attention_mode import Sparse
 from fourfold_loki.basis import Basis, Kind, fit
-from fourfold_loki.bench import contenders, timed
-from fourfold_loki.calibrate import calibrate_tokens
-from fourfold_loki.claims import CLAIMS
-from fourfold_loki.doctor import diagnose
-from fourfold_loki.evaluate import score
-from fourfold_loki.passkey import hide, retrieve
-from fourfold_loki.plan import Sparse
-from fourfold_loki.recipes import (
+from fourfold_loki.calibration import calibrate_tokens
+from fourfold_loki.evaluate.bench import contenders, timed
+from fourfold_loki.evaluate.doctor import diagnose
+from fourfold_loki.evaluate.passkey import hide, retrieve
+from fourfold_loki.evaluate.perplexity import score
+from fourfold_loki.evaluate.traffic import Shape
+from fourfold_loki.moments import RotaryStage, Statistics
+from fourfold_loki.reproduce import recipes
+from fourfold_loki.reproduce.claims import CLAIMS
+from fourfold_loki.reproduce.recipes import (
     Arm,
     ByApproximateScores,
     ByBasis,
@@ -31,22 +33,20 @@ from fourfold_loki.recipes import (
     Perplexity,
     Ranks,
 )
+from fourfold_loki.reproduce.tables import TABLES
+from fourfold_loki.reproduce.text import tokenized, windows_of
 from fourfold_loki.selectors import DoubleSparsity, Loki, PcaAttention, Selector
-from fourfold_loki.statistics import Stage as When
-from fourfold_loki.statistics import Statistics
-from fourfold_loki.text import tokenized, windows_of
-from fourfold_loki.traffic import Shape
 from fourfold_parallel.common.files import cache_folder, write_text
 from fourfold_parallel.common.progress import Progress, silent
-from fourfold_parallel.common.records import Material, RecordWriter, header, read_record
+from fourfold_parallel.common.records import Material, RecordWriter, read_record
 from fourfold_parallel.common.values import digest
 from fourfold_parallel.reproduce.experiment import Drawing, Experiment, Stage, Workplace
 from fourfold_parallel.reproduce.scale import Scale
 from fourfold_parallel.run.corpora import Corpus
-from fourfold_parallel.run.models import Model
+from fourfold_parallel.run.models import SmolLM2
 
 
-def built(model: Model) -> PreTrainedModel:
+def built(model: SmolLM2) -> PreTrainedModel:
     """A model, ready to be read from."""
     return model.build(seed=0).eval()
 
@@ -58,22 +58,22 @@ def statistics_of(
     path = cache_folder() / "loki" / f"{digest(recipe)[:32]}.safetensors"
     if not path.exists():
         count = recipe.tokens // recipe.context
-        ids = windows_of(recipe.corpus, recipe.model, count=count, context=recipe.context)
+        ids = windows_of(recipe.corpus, count=count, context=recipe.context)
         calibrate_tokens(model, ids, progress=progress).save(path)
     return Statistics.load(path)
 
 
-def planned(
+def modes_of(
     arms: Sequence[Arm], model: PreTrainedModel, progress: Progress = silent
 ) -> dict[str, Sparse]:
     """Arms ready to run; a basis that several share is fitted once."""
-    held: dict[str, Basis] = {}
+    bases: dict[str, Basis] = {}
 
-    def fitted_basis(kind: Kind, stage: When, fitted: Calibration) -> Basis:
+    def fitted_basis(kind: Kind, stage: RotaryStage, fitted: Calibration) -> Basis:
         key = f"{kind} {stage} {digest(fitted)}"
-        if key not in held:
-            held[key] = fit(statistics_of(fitted, model, progress), kind, stage)
-        return held[key]
+        if key not in bases:
+            bases[key] = fit(statistics_of(fitted, model, progress), kind, stage)
+        return bases[key]
 
     def selector(arm: Arm) -> Selector:
         match arm.ranking:
@@ -98,15 +98,14 @@ def planned(
 def measure_ranks(run: Ranks, workplace: Workplace) -> None:
     """Events "rank" by corpus, layer, head and stage; "transfer" by pair of corpora and width."""
     model = built(run.calibrations[0].model)
-    held = {
-        tokenized(fitted.corpus, fitted.model).materials[0].name: statistics_of(
-            fitted, model, workplace.progress
-        )
+    by_corpus = {
+        tokenized(fitted.corpus).materials[0].name: statistics_of(fitted, model, workplace.progress)
         for fitted in run.calibrations
     }
     corpora = [fitted.corpus for fitted in run.calibrations]
-    with _record(run, run.calibrations[0].model, workplace, corpora) as records:
-        for corpus, statistics in held.items():
+    materials = _materials(run.calibrations[0].model, *corpora)
+    with workplace.recording(run, seed=0, materials=materials) as records:
+        for corpus, statistics in by_corpus.items():
             for stage in ("before rotary", "after rotary"):
                 keys, _ = statistics.of(stage)
                 rank = keys.rank(run.share)
@@ -130,14 +129,15 @@ def measure_ranks(run: Ranks, workplace: Workplace) -> None:
                             for width in run.widths
                         },
                     )
-        _write_score_errors(run, held, records)
-        _write_transfer(run, held, records)
-        records.write("finished")
+        _write_score_errors(run, by_corpus, records)
+        _write_transfer(run, by_corpus, records)
 
 
-def _write_score_errors(run: Ranks, held: dict[str, Statistics], records: RecordWriter) -> None:
+def _write_score_errors(
+    run: Ranks, by_corpus: dict[str, Statistics], records: RecordWriter
+) -> None:
     """Expected squared error of scores, relative, by basis: tr(Cq R Ck R^T) / tr(Cq Ck)."""
-    for corpus, statistics in held.items():
+    for corpus, statistics in by_corpus.items():
         queries = statistics.queries.covariance(centred=False)
         keys = statistics.keys.covariance(centred=True)
         whole = (queries * keys).sum((-2, -1))
@@ -159,11 +159,11 @@ def _write_score_errors(run: Ranks, held: dict[str, Statistics], records: Record
                 )
 
 
-def _write_transfer(run: Ranks, held: dict[str, Statistics], records: RecordWriter) -> None:
-    for fitted_on, source in held.items():
+def _write_transfer(run: Ranks, by_corpus: dict[str, Statistics], records: RecordWriter) -> None:
+    for fitted_on, source in by_corpus.items():
         for stage in ("before rotary", "after rotary"):
             basis = fit(source, "pca", stage)
-            for corpus, statistics in held.items():
+            for corpus, statistics in by_corpus.items():
                 covariance = statistics.of(stage)[0].covariance(centred=True)
                 total = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
                 for width in run.widths:
@@ -182,30 +182,28 @@ def _write_transfer(run: Ranks, held: dict[str, Statistics], records: RecordWrit
 def measure_perplexity(run: Perplexity, workplace: Workplace) -> None:
     """Events "scored": one a window and arm, full attention first. Goes on after the last whole window."""
     model = built(run.model)
-    arms = planned(run.arms, model, workplace.progress)
+    modes = modes_of(run.arms, model, workplace.progress)
     ids = _windows(run, run.windows)
-    each = len(arms) + 1
-    done = _whole_batches(workplace.record, each * run.batch) * run.batch
-    if done:
-        records = RecordWriter(workplace.record)
-    else:
-        records = _record(run, run.model, workplace, (run.corpus,))
-    with records:
-        scored = score(
-            model, ids[done:], arms, prompt=run.prompt, protocol=run.protocol, batch=run.batch
+    lines_each = len(modes) + 1
+    done = _whole_batches(workplace.record, lines_each * run.batch) * run.batch
+    materials = _materials(run.model, run.corpus)
+    with (
+        workplace.concluding() if done else workplace.recording(run, seed=0, materials=materials)
+    ) as records:
+        scores = score(
+            model, ids[done:], modes, prompt=run.prompt, protocol=run.protocol, batch=run.batch
         )
-        for count, one in enumerate(scored, start=done * each + 1):
+        for count, each in enumerate(scores, start=done * lines_each + 1):
             records.write(
                 "scored",
-                arm=one.arm,
-                window=one.window + done,
-                tokens=len(one.nats),
-                loss_nats=float(one.nats.double().mean()),
-                kept_share=round(one.kept_share, 6),
-                read_share=round(one.read_share, 6),
+                arm=each.arm,
+                window=each.window + done,
+                tokens=len(each.nats),
+                loss_nats=float(each.nats.double().mean()),
+                kept_share=round(each.kept_share, 6),
+                read_share=round(each.read_share, 6),
             )
-            workplace.progress(count, run.windows * each, one.arm)
-        records.write("finished")
+            workplace.progress(count, run.windows * lines_each, each.arm)
 
 
 def _whole_batches(path: Path, lines_each: int) -> int:
@@ -221,46 +219,47 @@ def _whole_batches(path: Path, lines_each: int) -> int:
 def measure_diagnoses(run: Diagnoses, workplace: Workplace) -> None:
     """Events "diagnosis": one a layer and arm."""
     model = built(run.model)
-    arms = planned(run.arms, model, workplace.progress)
+    modes = modes_of(run.arms, model, workplace.progress)
     [window] = _windows(run, 1)
-    with _record(run, run.model, workplace, (run.corpus,)) as records:
-        for one in diagnose(model, window, arms, queries=run.queries):
+    materials = _materials(run.model, run.corpus)
+    with workplace.recording(run, seed=0, materials=materials) as records:
+        for layer in diagnose(model, window, modes, queries=run.queries):
             records.write(
                 "diagnosis",
-                arm=one.arm,
-                layer=one.layer,
-                recall=round(one.recall, 5),
-                mass_recall=round(one.mass_recall, 5),
-                sink_kept=round(one.sink_kept, 5),
-                sink_mass=round(one.sink_mass, 5),
-                kept_share=round(one.kept_share, 5),
+                arm=layer.arm,
+                layer=layer.layer,
+                recall=round(layer.recall, 5),
+                mass_recall=round(layer.mass_recall, 5),
+                sink_kept=round(layer.sink_kept, 5),
+                sink_mass=round(layer.sink_mass, 5),
+                kept_share=round(layer.kept_share, 5),
             )
-        records.write("finished")
 
 
 def measure_passkeys(run: Passkeys, workplace: Workplace) -> None:
     """Events "passkey": one a window and arm, full attention first."""
     model = built(run.model)
-    arms = planned(run.arms, model, workplace.progress)
+    modes = modes_of(run.arms, model, workplace.progress)
     many = len(run.depths) * len(run.keys)
-    filling = windows_of(
-        run.corpus, run.model, skip_tokens=run.skip_tokens, count=many, context=run.context
-    )
-    tokenizer = tokenized(run.corpus, run.model).tokenizer().tokenizer
+    filling = windows_of(run.corpus, skip_tokens=run.skip_tokens, count=many, context=run.context)
     hidden = hide(
-        tokenizer, filling.flatten(), context=run.context, depths=run.depths, keys=run.keys
+        tokenized(run.corpus).tokenizer().tokenizer,
+        filling.flatten(),
+        context=run.context,
+        depths=run.depths,
+        keys=run.keys,
     )
-    with _record(run, run.model, workplace, (run.corpus,)) as records:
-        for count, one in enumerate(retrieve(model, hidden, arms), start=1):
+    materials = _materials(run.model, run.corpus)
+    with workplace.recording(run, seed=0, materials=materials) as records:
+        for count, answer in enumerate(retrieve(model, hidden, modes), start=1):
             records.write(
                 "passkey",
-                arm=one.arm,
-                depth=one.depth,
-                is_found=one.is_found,
-                read_share=round(one.read_share, 6),
+                arm=answer.arm,
+                depth=answer.depth,
+                is_found=answer.is_found,
+                read_share=round(answer.read_share, 6),
             )
-            workplace.progress(count, many * (len(arms) + 1), one.arm)
-        records.write("finished")
+            workplace.progress(count, many * (len(modes) + 1), answer.arm)
 
 
 def measure_decoding(run: Decoding, workplace: Workplace) -> None:
@@ -285,22 +284,17 @@ def _time_contexts(run: Decoding, workplace: Workplace) -> None:
         weights=0,
         bytes_each=4,
     )
-    workplace.record.unlink(missing_ok=True)
-    with RecordWriter(workplace.record) as records:
-        records.write_header(header(run, seed=0, world_size=1, materials=[], overrides=()))
+    with workplace.recording(run, seed=0) as records:
         for length in run.lengths:
-            found = timed(
-                contenders(
-                    run.heads,
-                    run.kv_heads,
-                    run.head_width,
-                    tokens=length,
-                    dtype=torch.float32,
-                    share=run.share,
-                    page=run.page,
-                    divisor=run.divisor,
-                ),
-                seconds=run.seconds,
+            run_by = contenders(
+                run.heads,
+                run.kv_heads,
+                run.head_width,
+                tokens=length,
+                dtype=torch.float32,
+                share=run.share,
+                page=run.page,
+                divisor=run.divisor,
             )
             records.write(
                 "decoding",
@@ -312,30 +306,18 @@ def _time_contexts(run: Decoding, workplace: Workplace) -> None:
                 ),
                 **{
                     f"{name.replace(' ', '_')}_ms": [round(time, 4) for time in times]
-                    for name, times in found.items()
+                    for name, times in timed(run_by, seconds=run.seconds).items()
                 },
             )
-        records.write("finished")
 
 
 def _windows(run: Perplexity | Diagnoses, count: int) -> Int[Tensor, "window context"]:
-    return windows_of(
-        run.corpus, run.model, skip_tokens=run.skip_tokens, count=count, context=run.context
-    )
+    return windows_of(run.corpus, skip_tokens=run.skip_tokens, count=count, context=run.context)
 
 
-def _record(
-    run: object, model: Model, workplace: Workplace, corpora: Sequence[Corpus]
-) -> RecordWriter:
-    """A fresh record with its first line. Nothing here draws random numbers but the arm that says so."""
-    workplace.record.unlink(missing_ok=True)
-    materials: list[Material] = [
-        *model.materials(),
-        *dict.fromkeys(part for one in corpora for part in tokenized(one, model).materials),
-    ]
-    records = RecordWriter(workplace.record)
-    records.write_header(header(run, seed=0, world_size=1, materials=materials, overrides=()))
-    return records
+def _materials(model: SmolLM2, *corpora: Corpus) -> tuple[Material, ...]:
+    of_corpora = dict.fromkeys(part for corpus in corpora for part in tokenized(corpus).materials)
+    return (*model.materials(), *of_corpora)
 
 
 def _rounded(values: Tensor) -> list[float]:
@@ -364,7 +346,6 @@ def _stages(scale: Scale) -> Sequence[Stage]:
 
 
 def _stage(run: Ranks | Perplexity | Diagnoses | Passkeys | Decoding) -> Stage:
-    perform: Callable[[Workplace], None]
     match run:
         case Ranks():
             perform = partial(measure_ranks, run)
@@ -382,6 +363,8 @@ def _stage(run: Ranks | Perplexity | Diagnoses | Passkeys | Decoding) -> Stage:
 
 
 def _drawings(scale: Scale) -> Sequence[Drawing]:
+    from fourfold_loki.reproduce import figures  # matplotlib is an extra
+
     return figures.drawings(scale)
 
 
@@ -394,4 +377,5 @@ EXPERIMENT = Experiment(
     stages=_stages,
     drawings=_drawings,
     launches=lambda: (),
+    tables=TABLES,
 )
