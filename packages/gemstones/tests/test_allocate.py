@@ -19,10 +19,11 @@ from fourfold_gemstones.allocate import (
     allocate,
 )
 from fourfold_gemstones.compare import Split, compare, corrected_aic, mean_error
-from fourfold_gemstones.counting import GEMSTONES
-from fourfold_gemstones.design import suggest_next
-from fourfold_gemstones.laws import CHINCHILLA, WIDTH_DEPTH, LawWarning, ParametricLaw, PowerLaw
-from fourfold_gemstones.table import RunTable
+from fourfold_gemstones.architecture import GEMSTONES
+from fourfold_gemstones.next_run import suggest_next
+from fourfold_gemstones.laws import CHINCHILLA, WIDTH_DEPTH, PowerLaw
+from fourfold_gemstones.parametric import LawWarning, ParametricLaw
+from fourfold_gemstones.runs import RunTable
 from fourfold_gemstones.uncertainty import bootstrap
 
 SHAPED = PowerLaw(

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fourfold_gemstones import solve
+from fourfold_gemstones import minimise
 from fourfold_gemstones.envelope import EnvelopeLaw, Target
-from fourfold_gemstones.laws import LawWarning, ParametricLaw
-from fourfold_gemstones.null import EPOCH, HALF, design_null
-from fourfold_gemstones.published import (
+from fourfold_gemstones.parametric import LawWarning, ParametricLaw
+from fourfold_gemstones.simulate import EPOCH, HALF, design_null
+from fourfold_gemstones.reproduce.paper.data import (
     TASKS,
     PublishedFit,
     benchmark_accuracy,
@@ -45,9 +45,9 @@ def test_the_24_lines_of_approach_1(published: Path) -> None:
         assert found.intercept == pytest.approx(line.intercept, abs=1e-9), line.name
 
 
-def published_objective(fit: PublishedFit, problem: solve.Problem) -> float:
+def published_objective(fit: PublishedFit, problem: minimise.Problem) -> float:
     ones = np.ones((1, len(problem.log_loss)))
-    return float(solve.objective(problem, fit.estimate.vector()[None], ones)[0])
+    return float(minimise.objective(problem, fit.estimate.vector()[None], ones)[0])
 
 
 def test_the_42_objectives_of_approach_3(published: Path) -> None:

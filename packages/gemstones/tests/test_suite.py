@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fourfold_gemstones import recipes, suite
-from fourfold_gemstones.counting import GEMSTONES
-from fourfold_gemstones.suite import Member, decoder
+from fourfold_gemstones.architecture import GEMSTONES
+from fourfold_gemstones.reproduce.suite.train import Member, decoder
 from fourfold_parallel.common.progress import silent
 from fourfold_parallel.common.records import read_record
 from fourfold_parallel.run.corpora import TextFiles

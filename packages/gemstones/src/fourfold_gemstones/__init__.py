@@ -12,20 +12,13 @@ from fourfold_gemstones.allocate import (
     allocate,
 )
 from fourfold_gemstones.compare import Split, compare
-from fourfold_gemstones.counting import GEMSTONES, Architecture, Embeddings
-from fourfold_gemstones.design import suggest_next
+from fourfold_gemstones.architecture import GEMSTONES, Architecture, Embeddings
+from fourfold_gemstones.next_run import suggest_next
 from fourfold_gemstones.envelope import Bins, EnvelopeLaw, Hull, IsoFlopLaw
-from fourfold_gemstones.laws import (
-    CHINCHILLA,
-    SHAPE_ONLY,
-    WIDTH_DEPTH,
-    LawWarning,
-    ParametricFit,
-    ParametricLaw,
-    PowerLaw,
-)
-from fourfold_gemstones.null import coverage, design_null
-from fourfold_gemstones.table import RunTable
+from fourfold_gemstones.laws import CHINCHILLA, SHAPE_ONLY, WIDTH_DEPTH, PowerLaw
+from fourfold_gemstones.parametric import LawWarning, ParametricFit, ParametricLaw
+from fourfold_gemstones.simulate import coverage, design_null
+from fourfold_gemstones.runs import RunTable
 from fourfold_gemstones.uncertainty import (
     bootstrap,
     difference,

@@ -11,10 +11,10 @@ import numpy as np
 
 from fourfold_gemstones import report
 from fourfold_gemstones.allocate import Lattice
-from fourfold_gemstones.counting import Architecture, Embeddings
-from fourfold_gemstones.experiment import EXPERIMENT
-from fourfold_gemstones.laws import ParametricLaw
-from fourfold_gemstones.table import RunTable
+from fourfold_gemstones.architecture import Architecture, Embeddings
+from fourfold_gemstones.reproduce.experiment import EXPERIMENT
+from fourfold_gemstones.parametric import ParametricLaw
+from fourfold_gemstones.runs import RunTable
 from fourfold_parallel.reproduce import cli
 
 

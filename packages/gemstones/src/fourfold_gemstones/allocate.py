@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from fourfold_gemstones.counting import Architecture, Embeddings
-from fourfold_gemstones.laws import LawWarning, ParametricFit, PowerLaw, Variable
-from fourfold_gemstones.table import RunTable, UnknownArchitecture
+from fourfold_gemstones.architecture import Architecture, Embeddings
+from fourfold_gemstones.laws import PowerLaw, Variable
+from fourfold_gemstones.parametric import LawWarning, ParametricFit
+from fourfold_gemstones.runs import RunTable, UnknownArchitecture
 from fourfold_gemstones.uncertainty import Bootstrap, Interval, percentile_interval
 
 Throughput = Callable[

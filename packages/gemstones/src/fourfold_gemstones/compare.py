@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
-from fourfold_gemstones.laws import CHINCHILLA, LawWarning, ParametricFit, ParametricLaw
-from fourfold_gemstones.table import RunTable
+from fourfold_gemstones.laws import CHINCHILLA
+from fourfold_gemstones.parametric import LawWarning, ParametricFit, ParametricLaw
+from fourfold_gemstones.runs import RunTable
 from fourfold_gemstones.uncertainty import Interval, paired_bootstrap, percentile_interval, slope
 
 SLOPED = (CHINCHILLA, ("effective_parameters", "tokens"))

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.spatial import ConvexHull
 
-from fourfold_gemstones.counting import Embeddings
-from fourfold_gemstones.settings import Settings
-from fourfold_gemstones.table import Resource, RunTable
+from fourfold_gemstones.architecture import Embeddings
+from fourfold_gemstones.laws import Settings
+from fourfold_gemstones.runs import Resource, RunTable
 
 Target = Literal["parameters", "tokens", "tokens_per_parameter"]
 """What an envelope or a parabola prescribes as a power of the resource."""

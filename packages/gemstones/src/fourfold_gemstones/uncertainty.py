@@ -16,9 +16,10 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import chi2
 
-from fourfold_gemstones.laws import LawWarning, ParametricFit, PowerLaw
-from fourfold_gemstones.pinned import pinned
-from fourfold_gemstones.table import Grouping, RunTable
+from fourfold_gemstones.laws import PowerLaw
+from fourfold_gemstones.parametric import LawWarning, ParametricFit
+from fourfold_gemstones.profile import pinned
+from fourfold_gemstones.runs import Grouping, RunTable
 
 Functional = Callable[[Any], float]
 """A number read off an estimate: a slope, a prescription at a budget, a predicted loss."""
@@ -240,66 +241,3 @@ def leave_one_out(
     weights = (index[None] != np.arange(len(names))[:, None]).astype(np.float64)
     estimates = fit.law.refits(fit, fit.table, weights)
     return {name: functional(found) for name, found in zip(names, estimates, strict=True)}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Profile:
-    """The least objective at each value of a functional, and the interval it gives.
-
-    A Huber objective is no log likelihood, and rows of a run are not independent, so the curve is
-    scaled: half a unit at one bootstrap standard error either side of the estimate. Its shape is
-    the law's, its width the clusters'.
-    """
-
-    values: Float[np.ndarray, " point"]
-    excess: Float[np.ndarray, " point"]
-    """Objective above its minimum, in the scaled unit: the interval ends at chi2/2."""
-    estimate: float
-    interval: Interval
-
-
-def profile(
-    fit: ParametricFit,
-    functional: Callable[[PowerLaw], float],
-    draws: Bootstrap,
-    *,
-    points: int = 31,
-    level: float = 0.95,
-) -> Profile:
-    """Profile of any functional of a power law."""
-    values = draws.values(functional)
-    low, high = percentile_interval(values, 0.95).low, percentile_interval(values, 0.95).high
-    error = (high - low) / (2 * 1.96)
-    estimate = functional(fit.estimate)
-    problem = fit.law.problem(fit.table)
-    targets = np.linspace(estimate - 3.5 * error, estimate + 3.5 * error, points)
-
-    def of_vector(vector: Float[np.ndarray, " parameter"]) -> float:
-        try:
-            return functional(PowerLaw.from_vector(fit.law.variables, vector))
-        except UNDEFINED:
-            return float("nan")
-
-    reached, least = pinned(
-        problem,
-        fit.estimate.vector(),
-        of_vector,
-        targets,
-        stiffness=100 * fit.objective / error**2,
-    )
-    order = np.argsort(reached)
-    reached, excess = reached[order], np.maximum(least[order] - fit.objective, 0.0)
-    beside = np.interp([estimate - error, estimate + error], reached, excess)
-    excess = excess * 0.5 / max(float(beside.mean()), 1e-300)
-    threshold = float(chi2.ppf(level, 1)) / 2
-    below, above = reached <= estimate, reached >= estimate
-    ends = (
-        np.interp(-threshold, -excess[below], reached[below]),
-        np.interp(threshold, excess[above], reached[above]),
-    )
-    return Profile(
-        values=reached,
-        excess=excess,
-        estimate=estimate,
-        interval=Interval(low=float(ends[0]), high=float(ends[1]), level=level),
-    )

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Float
 from scipy.optimize import minimize
 
-from fourfold_gemstones import solve
+from fourfold_gemstones import minimise
 from fourfold_gemstones.envelope import EnvelopeLaw, Target
-from fourfold_gemstones.judging import (
+from fourfold_gemstones.reproduce.stages import (
     BOTH,
     LAPTOP,
     PUBLISHED,
@@ -22,14 +22,14 @@ from fourfold_gemstones.judging import (
     largest,
     where,
 )
-from fourfold_gemstones.laws import ParametricLaw
-from fourfold_gemstones.published import (
+from fourfold_gemstones.parametric import ParametricLaw
+from fourfold_gemstones.reproduce.paper.data import (
     chinchilla_points,
     published_fits,
     published_frame,
     published_lines,
 )
-from fourfold_gemstones.revisit.run import Events, Revisit
+from fourfold_gemstones.reproduce.paper.settings import Events, Revisit
 from fourfold_gemstones.uncertainty import bootstrap, slope
 from fourfold_parallel.common.records import Record
 
@@ -46,7 +46,7 @@ def refits(run: Revisit, folder: Path) -> Events:
         fit = run.fitted(one.law, table)
         problem = one.law.problem(table)
         ones = np.ones((1, len(table)))
-        theirs = float(solve.objective(problem, one.estimate.vector()[None], ones)[0])
+        theirs = float(minimise.objective(problem, one.estimate.vector()[None], ones)[0])
         two = len(one.law.variables) == 2
         yield (
             "refit",
@@ -90,7 +90,7 @@ def restarts(run: Revisit, folder: Path) -> Events:
     del run
     for one in published_fits(folder):
         problem = one.law.problem(published_frame(folder, one.frame))
-        descent = solve.Descent(problem.log_inputs, problem.log_loss, np.ones((1, 1)))
+        descent = minimise.Descent(problem.log_inputs, problem.log_loss, np.ones((1, 1)))
         start = one.estimate.vector()
 
         def value(theta: Float[np.ndarray, " parameter"]) -> float:

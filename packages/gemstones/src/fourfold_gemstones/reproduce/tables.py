@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from fourfold_gemstones.figures import NAMES
-from fourfold_gemstones.judging import PUBLISHED, between, numbers, where
-from fourfold_gemstones.revisit.optimum import OPTIMUM
+from fourfold_gemstones.reproduce.figures import NAMES
+from fourfold_gemstones.reproduce.stages import PUBLISHED, between, numbers, where
+from fourfold_gemstones.reproduce.paper.optimum import OPTIMUM
 from fourfold_parallel.common.files import write_text
 from fourfold_parallel.common.records import Event, Record, read_record
 

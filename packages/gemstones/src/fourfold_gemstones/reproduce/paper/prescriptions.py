@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from fourfold_gemstones.allocate import Compute, Free, Planner
-from fourfold_gemstones.counting import GEMSTONES
+from fourfold_gemstones.architecture import GEMSTONES
 from fourfold_gemstones.envelope import overspent
-from fourfold_gemstones.judging import (
+from fourfold_gemstones.reproduce.stages import (
     BOTH,
     PUBLISHED,
     Judged,
@@ -21,10 +21,11 @@ from fourfold_gemstones.judging import (
     largest,
     where,
 )
-from fourfold_gemstones.laws import WIDTH_DEPTH, ParametricLaw
-from fourfold_gemstones.published import published_fits, published_frame
-from fourfold_gemstones.revisit.run import Events, Revisit, spearman
-from fourfold_gemstones.table import Resource
+from fourfold_gemstones.laws import WIDTH_DEPTH
+from fourfold_gemstones.parametric import ParametricLaw
+from fourfold_gemstones.reproduce.paper.data import published_fits, published_frame
+from fourfold_gemstones.reproduce.paper.settings import Events, Revisit, spearman
+from fourfold_gemstones.runs import Resource
 from fourfold_gemstones.uncertainty import bootstrap, percentile_interval
 from fourfold_parallel.common.records import Event, Record
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from fourfold_gemstones.compare import GEMSTONE_SPLITS, mean_error
-from fourfold_gemstones.counting import Embeddings
-from fourfold_gemstones.judging import BOTH, PUBLISHED, Judged, claim, judged
-from fourfold_gemstones.laws import SHAPE_ONLY, WIDTH_DEPTH, ParametricLaw
-from fourfold_gemstones.published import preflight, published_frame
-from fourfold_gemstones.revisit.run import Events, Revisit, spearman
+from fourfold_gemstones.architecture import Embeddings
+from fourfold_gemstones.reproduce.stages import BOTH, PUBLISHED, Judged, claim, judged
+from fourfold_gemstones.laws import SHAPE_ONLY, WIDTH_DEPTH
+from fourfold_gemstones.parametric import ParametricLaw
+from fourfold_gemstones.reproduce.paper.data import preflight, published_frame
+from fourfold_gemstones.reproduce.paper.settings import Events, Revisit, spearman
 from fourfold_parallel.common.records import Record
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from fourfold_gemstones.envelope import overspent
-from fourfold_gemstones.judging import (
+from fourfold_gemstones.reproduce.stages import (
     LAWS,
     SUITE,
     Judged,
@@ -16,9 +16,9 @@ from fourfold_gemstones.judging import (
     claim,
     decide,
 )
-from fourfold_gemstones.revisit.slopes import EMBEDDINGS_MOVE, EMBEDDINGS_RULE, embedding_order
-from fourfold_gemstones.suite import Shape, Suite, shape_of, speed_rounds, suite_table
-from fourfold_gemstones.suite_laws import Spread, pooled, seed_spread
+from fourfold_gemstones.reproduce.paper.slopes import EMBEDDINGS_MOVE, EMBEDDINGS_RULE, embedding_order
+from fourfold_gemstones.reproduce.suite.train import Shape, Suite, shape_of, speed_rounds, suite_table
+from fourfold_gemstones.reproduce.suite.analyses import Spread, pooled, seed_spread
 from fourfold_parallel.common.records import Record
 
 PAIRS: tuple[tuple[Shape, Shape], ...] = (

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fourfold_gemstones.counting import GEMSTONES, Embeddings
-from fourfold_gemstones.table import RunTable
+from fourfold_gemstones.architecture import GEMSTONES, Embeddings
+from fourfold_gemstones.runs import RunTable
 
 
 def columns(**changes: list) -> dict[str, list]:

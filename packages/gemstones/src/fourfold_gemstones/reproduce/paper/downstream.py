@@ -12,7 +12,7 @@ from jaxtyping import Float
 from scipy.optimize import curve_fit
 
 from fourfold_gemstones.envelope import Line
-from fourfold_gemstones.judging import (
+from fourfold_gemstones.reproduce.stages import (
     BOTH,
     PUBLISHED,
     Judged,
@@ -21,7 +21,7 @@ from fourfold_gemstones.judging import (
     judged,
     material,
 )
-from fourfold_gemstones.published import (
+from fourfold_gemstones.reproduce.paper.data import (
     TEXTS,
     Checkpoint,
     benchmark_accuracy,
@@ -29,7 +29,7 @@ from fourfold_gemstones.published import (
     task_losses,
     text_losses,
 )
-from fourfold_gemstones.revisit.run import Events, Revisit, spearman
+from fourfold_gemstones.reproduce.paper.settings import Events, Revisit, spearman
 from fourfold_parallel.common.records import Record
 
 TIGHT = 0.98

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import spearmanr
 
-from fourfold_gemstones.laws import LawWarning, ParametricFit, ParametricLaw
-from fourfold_gemstones.table import RunTable
+from fourfold_gemstones.parametric import LawWarning, ParametricFit, ParametricLaw
+from fourfold_gemstones.runs import RunTable
 
 Fields = Mapping[str, object]
 """Values of one event, by key."""

@@ -1,6 +1,6 @@
 """The global minimum of the log-Huber objective, and a certificate that says how sure that is.
 
-Machinery of `laws.py`. The objective has many near-flat valleys, so three things are combined:
+The solver of `parametric.py`. The objective has many near-flat valleys, so three things are combined:
 
 1. *Seeds by variable projection.* For fixed exponents the law is linear in its coefficients and
    its floor, so a grid over the exponents alone finds every valley with one small linear system
@@ -14,6 +14,7 @@ Machinery of `laws.py`. The objective has many near-flat valleys, so three thing
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -42,7 +43,7 @@ SEED_EXPONENTS = {1: 48, 2: 24, 3: 12, 4: 8}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """What is known about an optimum beyond its value."""
+    """Facts about an optimum beyond its value: how many descents agree, and how sharp it is."""
 
     starts: int
     """Descents that were followed to the end."""
@@ -59,7 +60,7 @@ class Certificate:
 
     @property
     def isolated(self) -> bool:
-        """Whether at least two starts agree and no parameter sits at a bound."""
+        """True where at least two starts agree and no parameter sits at a bound."""
         return self.agreeing >= 2 and not self.at_bound
 
 
@@ -101,9 +102,33 @@ def objective(
     return descent.value(parameters, problem.delta)
 
 
+Derivatives = tuple[
+    Float[np.ndarray, "start parameter"],
+    Float[np.ndarray, "start parameter parameter"],
+    Float[np.ndarray, "start parameter"],
+]
+"""Gradient, Hessian, and a positive scale for each parameter."""
+
+
+class Downhill(Protocol):
+    """An objective that `descend` can lower: values and derivatives of many starts at once."""
+
+    def value(self, theta: Parameters, delta: float, /) -> Float[np.ndarray, " start"]:
+        """The objective of every start."""
+        ...
+
+    def derivatives(self, theta: Parameters, delta: float, /) -> Derivatives:
+        """Gradient, Hessian and scale of every start."""
+        ...
+
+    def select(self, keep: Bool[np.ndarray, " start"], /) -> Self:
+        """The same objective for some of the starts."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Descent:
-    """Values and derivatives of many starts at once, on whatever inputs it is given."""
+    """The log-Huber objective of many starts at once, on whatever inputs it is given."""
 
     log_inputs: Float[np.ndarray, "row term"]
     log_loss: Float[np.ndarray, " row"]
@@ -142,14 +167,19 @@ class Descent:
         slope[:, 2 * m] = share[:, m]
         return self.log_loss - np.log(total), share, slope
 
-    def derivatives(
-        self, theta: Parameters, delta: float
-    ) -> tuple[
-        Float[np.ndarray, "start parameter"],
-        Float[np.ndarray, "start parameter parameter"],
-        Float[np.ndarray, "start parameter"],
-    ]:
-        """Gradient, exact Hessian, and a positive scale per parameter (majorising diagonal)."""
+    def derivatives(self, theta: Parameters, delta: float) -> Derivatives:
+        """Gradient, exact Hessian, and a positive scale per parameter (majorising diagonal).
+
+        With r the residuals, f the log prediction, s = df/dtheta and psi = r clipped to delta:
+
+            gradient = -sum psi s
+            Hessian  =  sum psi' s s' - sum psi f''
+
+        The prediction is a sum of exponentials, each with a share of it, so that f'' is the
+        curvature of every term weighted by its share, less s s'. The second sum therefore adds
+        `psi s s'` and, within the block of each term, takes its share back: times 1 for its
+        coefficient, -x for coefficient and exponent, x² for its exponent.
+        """
         m = self.log_inputs.shape[1]
         residual, share, slope = self.jacobian(theta)
         pull = self.weights * np.clip(residual, -delta, delta)
@@ -161,12 +191,15 @@ class Descent:
         zeroth = pulled.sum(axis=2)
         first = np.einsum("bjn,nj->bj", pulled[:, :m], x)
         second = np.einsum("bjn,nj->bj", pulled[:, :m], x * x)
+        # The blocks of f'': coefficient, coefficient and exponent, exponent; then the floor.
         j = np.arange(m)
         hessian[:, j, j] -= zeroth[:, :m]
         hessian[:, j, m + j] += first
         hessian[:, m + j, j] += first
         hessian[:, m + j, m + j] -= second
         hessian[:, 2 * m, 2 * m] -= zeroth[:, m]
+        # Huber's function lies under a parabola of this curvature, so that the scale never vanishes
+        # where all residuals are beyond delta and psi' is zero.
         majorised = self.weights * np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-300))
         scale = np.einsum("bpn,bpn,bn->bp", slope, slope, majorised)
         return gradient, hessian, scale + 1e-12 * scale.max(axis=1, keepdims=True) + 1e-300
@@ -178,7 +211,7 @@ class Descent:
 
 
 def descend(
-    descent: Descent,
+    objective: Downhill,
     theta: Parameters,
     delta: float,
     *,
@@ -188,39 +221,66 @@ def descend(
     tolerance: float,
     patience: int,
 ) -> tuple[Parameters, Float[np.ndarray, " start"]]:
-    """Damped projected Newton steps from every start; each accepted step lowers its objective."""
+    """Damped projected Newton steps from every start; each accepted step lowers its objective.
+
+    All starts step together, each with a damping of its own. In one step, for those still moving:
+
+    1. Derivatives, of the starts whose last step was accepted; the others stand where they stood.
+    2. A parameter at its bound whose gradient points outwards is stuck: its row leaves the system.
+    3. The system is scaled to unit diagonal, solved with damping (`_damped_step`), and the step
+       clipped to the bounds.
+    4. Where the objective fell, the start moves and trusts the next step more; elsewhere it stays
+       and damps more. So the same Hessian is tried with shorter steps until one goes down.
+    5. A start is done once it gained less than `tolerance` of its objective for `patience` steps,
+       or once an undamped Newton step would gain less than a tenth of that.
+
+    Args:
+        objective: what is lowered.
+        theta: where the starts stand; not changed.
+        delta: Huber threshold.
+        lower: of each parameter.
+        upper: of each parameter.
+        steps: at most as many.
+        tolerance: gain over the objective that counts as none.
+        patience: steps without gain after which a start is done.
+    """
     theta = theta.copy()
-    value = descent.value(theta, delta)
+    value = objective.value(theta, delta)
     damping = np.full(len(theta), 1e-3)
     idle = np.zeros(len(theta), dtype=int)
     moving = np.ones(len(theta), dtype=bool)
-    fresh = np.ones(len(theta), dtype=bool)
+    fresh = np.ones(len(theta), dtype=bool)  # moved since its derivatives were taken
     p = theta.shape[1]
     kept_gradient = np.empty_like(theta)
     kept_hessian = np.empty((len(theta), p, p))
     kept_scale = np.empty_like(theta)
     for _ in range(steps):
-        at = moving & fresh
-        if at.any():
-            found = descent.select(at).derivatives(theta[at], delta)
-            kept_gradient[at], kept_hessian[at], kept_scale[at] = found
+        # 1. Derivatives where they are stale.
+        stale = moving & fresh
+        if stale.any():
+            derivatives = objective.select(stale).derivatives(theta[stale], delta)
+            kept_gradient[stale], kept_hessian[stale], kept_scale[stale] = derivatives
         here, gradient, scale = theta[moving], kept_gradient[moving], kept_scale[moving]
         hessian = kept_hessian[moving]
+        # 2. Bounds: a projected step leaves stuck parameters alone.
         stuck = ((here <= lower) & (gradient > 0)) | ((here >= upper) & (gradient < 0))
         gradient = np.where(stuck, 0.0, gradient)
+        # 3. The step, in units in which every parameter bends the objective alike; at most 5 long.
         root = np.sqrt(scale)
         hessian = hessian / (root[:, :, None] * root[:, None, :])
         hessian = np.where(stuck[:, :, None] | stuck[:, None, :], 0.0, hessian)
         step, decrement = _damped_step(hessian, gradient / root, damping[moving])
         step /= root
         trial = np.clip(here + np.clip(step, -5.0, 5.0), lower, upper)
-        reached = descent.select(moving).value(trial, delta)
+        # 4. Accept what goes down.
+        reached = objective.select(moving).value(trial, delta)
         before = value[moving]
         better = reached < before
         theta[moving] = np.where(better[:, None], trial, here)
         value[moving] = np.where(better, reached, before)
         damping[moving] = np.clip(damping[moving] * np.where(better, 0.15, 6.0), 1e-12, 1e14)
         fresh[moving] = better
+        # 5. Who is done. `moving` changes last, since it selects all of the above.
         gained = before - np.minimum(reached, before)
         idle[moving] = np.where(gained > tolerance * before, 0, idle[moving] + 1)
         done = (idle[moving] >= patience) | (decrement <= 0.1 * tolerance * before)
@@ -261,28 +321,44 @@ def seeds(problem: Problem, weights: Float[np.ndarray, " row"], starts: int) -> 
 
     At each node the coefficients and the floor are the non-negative least-squares solution for
     relative residuals: rows divided by the loss, so that they agree with log residuals to first
-    order.
+    order. With `m` terms and `k` nodes of each exponent there are `k^m` systems of `m + 1`
+    equations, and all are cut from one Gram matrix:
+
+    1. A column for each term and node, exp(-e x) over the loss, and one of the floor: `m k + 1`.
+    2. The Gram matrix of all columns; a node of the grid picks its `m + 1` rows and columns.
+    3. Solve all systems; rank nodes by their squared error, for which no row is looked at again.
+    4. Rank the best few hundred once more by absolute log error, which is nearer to the objective.
+    5. Take them in this order, leaving out those close to what is already taken.
+
+    Args:
+        problem: what is minimised.
+        weights: of the rows.
+        starts: nodes to take; fewer where the grid has fewer that are apart.
     """
     m = problem.log_inputs.shape[1]
     x = problem.log_inputs - problem.centre
     spread = np.maximum(x.std(axis=0), 1e-9)
+    # 1. Exponents between nearly logarithmic and steep, relative to how far each variable ranges.
     nodes = SEED_EXPONENTS.get(m, 5)
-    # Between nearly logarithmic and steep, relative to how far each variable ranges.
-    grid = np.geomspace(0.05, 1.3, nodes)[:, None] / np.maximum(spread, 0.4) * 0.9
+    grid = np.geomspace(0.05, 1.3, nodes)[:, None] / np.maximum(spread, 0.4) * 0.9  # [node, term]
     loss = np.exp(problem.log_loss)
     features = np.exp(-grid.T[:, :, None] * x.T[:, None, :]).reshape(m * nodes, -1)
-    features = np.vstack([features, np.ones(len(loss))]) / loss
+    features = np.vstack([features, np.ones(len(loss))]) / loss  # [column, row]
+    # 2. Column `j * nodes + i` is term j at its node i; the last is the floor.
     gram = (features * weights) @ features.T
     target = (features * weights).sum(axis=1)
     index = np.stack(np.meshgrid(*[np.arange(nodes)] * m, indexing="ij"), axis=-1).reshape(-1, m)
     picked = np.c_[index + nodes * np.arange(m), np.full(len(index), m * nodes)]
     system = gram[picked[:, :, None], picked[:, None, :]]
+    # 3. |A c - 1|² = c' G c - 2 c' t, but for a constant.
     amplitude = _nonnegative(system, target[picked])
     quadratic = np.einsum("gi,gij,gj->g", amplitude, system, amplitude)
     quadratic -= 2 * np.einsum("gi,gi->g", amplitude, target[picked])
     shortlist = np.argsort(quadratic)[: max(40, 12 * starts)]
+    # 4. Prediction over loss is one where the law is right.
     predicted = np.einsum("gj,gjn->gn", amplitude[shortlist], features[picked[shortlist]])
     score = np.abs(np.log(np.maximum(predicted, 1e-12))) @ weights
+    # 5. Apart: in logarithms of the exponents, so that neighbours on the grid differ enough.
     chosen: list[int] = []
     log_grid = np.log(grid)
     for node in shortlist[np.argsort(score)]:
@@ -293,6 +369,7 @@ def seeds(problem: Problem, weights: Float[np.ndarray, " row"], starts: int) -> 
         if len(chosen) == starts:
             break
     exponents = grid[index[chosen], np.arange(m)]
+    # A coefficient of zero has no logarithm, and a descent could not leave it.
     floor = 1e-3 * float(np.exp(problem.log_loss.min()))
     return np.c_[
         np.log(np.maximum(amplitude[chosen][:, :m], floor)),
@@ -304,13 +381,17 @@ def seeds(problem: Problem, weights: Float[np.ndarray, " row"], starts: int) -> 
 def _nonnegative(
     system: Float[np.ndarray, "node term term"], target: Float[np.ndarray, "node term"]
 ) -> Float[np.ndarray, "node term"]:
-    """Solve many small least-squares problems under non-negativity: exact where nothing binds."""
+    """Solve many small least-squares problems under non-negativity: exact where nothing binds.
+
+    Where the free solution has a negative entry, sixty rounds of coordinate descent from its positive part:
+    each entry in turn is set to its best value given the others, or to zero.
+    """
     k = system.shape[-1]
     trace = np.trace(system, axis1=1, axis2=2)[:, None, None]
     ridge = system + 1e-10 * trace * np.eye(k)
-    found = np.linalg.solve(ridge, target[..., None])[..., 0]
-    binding = (found < 0).any(axis=1)
-    inner = np.maximum(found[binding], 0.0)
+    solution = np.linalg.solve(ridge, target[..., None])[..., 0]
+    binding = (solution < 0).any(axis=1)
+    inner = np.maximum(solution[binding], 0.0)
     small, aim = ridge[binding], target[binding]
     for _ in range(60):
         for j in range(k):
@@ -318,8 +399,8 @@ def _nonnegative(
                 aim[:, j] - np.einsum("gk,gk->g", small[:, j], inner) + small[:, j, j] * inner[:, j]
             )
             inner[:, j] = np.maximum(rest / small[:, j, j], 0.0)
-    found[binding] = inner
-    return found
+    solution[binding] = inner
+    return solution
 
 
 def thresholds(delta: float) -> tuple[float, ...]:
@@ -360,7 +441,7 @@ def follow(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimum:
-    """The best parameters found, their objective, and the certificate."""
+    """The best parameters of all descents, their objective, and the certificate."""
 
     parameters: Float[np.ndarray, " parameter"]
     objective: float
@@ -395,7 +476,7 @@ def certify(
     values: Float[np.ndarray, " start"],
     names: tuple[str, ...],
 ) -> Certificate:
-    """What the final objectives of all starts and the derivatives at the best one say."""
+    """The certificate that the final objectives of all starts and the derivatives at the best give."""
     m = problem.log_inputs.shape[1]
     best = float(values.min())
     excess = np.sort(values) / max(best, 1e-300) - 1
@@ -413,23 +494,23 @@ def certify(
         *(f"exponent of {name}" for name in names),
     ]
     labels.append("floor")
-    held = centred <= lower + 1e-9
-    held[[*range(m), 2 * m]] |= centred[[*range(m), 2 * m]] <= lower[0] + 0.5 * VANISHED
+    bound = centred <= lower + 1e-9
+    bound[[*range(m), 2 * m]] |= centred[[*range(m), 2 * m]] <= lower[0] + 0.5 * VANISHED
     descent = Descent(
         problem.log_inputs - problem.centre, problem.log_loss, np.ones((1, len(problem.log_loss)))
     )
     gradient, _, _ = descent.derivatives(centred[None], problem.delta)
     _, _, slope = descent.jacobian(centred[None])
-    free = slope[0][~held]
+    free = slope[0][~bound]
     lengths = np.linalg.norm(free, axis=1)
     columns = free[lengths > 0] / lengths[lengths > 0, None]
     return Certificate(
         starts=len(values),
         agreeing=int((excess < AGREEMENT).sum()),
         basins=tuple(basins),
-        relative_gradient=float(np.abs(gradient[0][~held]).max() / max(best, 1e-300)),
+        relative_gradient=float(np.abs(gradient[0][~bound]).max() / max(best, 1e-300)),
         condition=float(np.linalg.cond(columns)),
-        at_bound=tuple(label for label, at in zip(labels, held, strict=True) if at),
+        at_bound=tuple(label for label, at in zip(labels, bound, strict=True) if at),
     )
 
 
@@ -445,9 +526,9 @@ def refit(
     Each draw starts from the optimum of all rows, at the widest threshold of the homotopy, where
     the problem has nearly lost its other basins.
     """
-    found = []
+    batches = []
     for first in range(0, len(weights), batch):
         some = weights[first : first + batch]
         theta, _ = follow(problem, np.repeat(parameters[None], len(some), axis=0), some)
-        found.append(theta)
-    return np.concatenate(found)
+        batches.append(theta)
+    return np.concatenate(batches)

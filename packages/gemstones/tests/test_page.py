@@ -11,9 +11,10 @@ import pytest
 from fourfold_gemstones import __main__ as command
 from fourfold_gemstones import report
 from fourfold_gemstones.allocate import Lattice
-from fourfold_gemstones.counting import GEMSTONES
-from fourfold_gemstones.laws import CHINCHILLA, ParametricLaw
-from fourfold_gemstones.table import RunTable
+from fourfold_gemstones.architecture import GEMSTONES
+from fourfold_gemstones.laws import CHINCHILLA
+from fourfold_gemstones.parametric import ParametricLaw
+from fourfold_gemstones.runs import RunTable
 
 
 def write(table: RunTable, path: Path) -> Path:

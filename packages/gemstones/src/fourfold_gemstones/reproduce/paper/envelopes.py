@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fourfold_gemstones.envelope import Bins, EnvelopeLaw, Hull
-from fourfold_gemstones.judging import (
+from fourfold_gemstones.reproduce.stages import (
     BOTH,
     PUBLISHED,
     Judged,
@@ -19,10 +19,10 @@ from fourfold_gemstones.judging import (
     numbers,
     where,
 )
-from fourfold_gemstones.laws import ParametricLaw
-from fourfold_gemstones.null import EPOCH, HALF, noise_free
-from fourfold_gemstones.published import published_frame
-from fourfold_gemstones.revisit.run import Events, Revisit
+from fourfold_gemstones.parametric import ParametricLaw
+from fourfold_gemstones.simulate import EPOCH, HALF, noise_free
+from fourfold_gemstones.reproduce.paper.data import published_frame
+from fourfold_gemstones.reproduce.paper.settings import Events, Revisit
 from fourfold_gemstones.uncertainty import bootstrap, leave_one_out, slope
 from fourfold_parallel.common.records import Record
 

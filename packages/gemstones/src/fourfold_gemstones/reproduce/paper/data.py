@@ -17,16 +17,10 @@ from types import MappingProxyType
 
 import numpy as np
 
-from fourfold_gemstones.counting import GEMSTONES, Embeddings
-from fourfold_gemstones.laws import (
-    CHINCHILLA,
-    SHAPE_ONLY,
-    WIDTH_DEPTH,
-    ParametricLaw,
-    PowerLaw,
-    Variable,
-)
-from fourfold_gemstones.table import RunTable
+from fourfold_gemstones.architecture import GEMSTONES, Embeddings
+from fourfold_gemstones.laws import CHINCHILLA, SHAPE_ONLY, WIDTH_DEPTH, PowerLaw, Variable
+from fourfold_gemstones.parametric import ParametricLaw
+from fourfold_gemstones.runs import RunTable, read_parquet
 
 TOKENS_PER_STEP = 2_048 * 2_048
 """Tokens per optimizer step of every published run."""
@@ -242,8 +236,6 @@ def benchmark_accuracy(folder: Path) -> dict[Checkpoint, float]:
     if path is None:
         return {}
     if path.suffix == ".parquet":
-        from fourfold_gemstones.parquet import read_parquet
-
         columns = read_parquet(path)
     else:
         rows = list(csv.DictReader(path.read_text().splitlines()))

@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fourfold_gemstones.envelope import Hull, frontier
-from fourfold_gemstones.judging import LAWS, PUBLISHED, SUITE, numbers
-from fourfold_gemstones.suite import suite_table
-from fourfold_gemstones.table import Resource
+from fourfold_gemstones.reproduce.stages import LAWS, PUBLISHED, SUITE, numbers
+from fourfold_gemstones.reproduce.suite.train import suite_table
+from fourfold_gemstones.runs import Resource
 from fourfold_parallel.common.records import Event
 from fourfold_parallel.reproduce.claims import Records
 from fourfold_parallel.reproduce.experiment import Drawing

@@ -6,9 +6,9 @@ import itertools
 import warnings
 from pathlib import Path
 
-from fourfold_gemstones.counting import Embeddings
+from fourfold_gemstones.architecture import Embeddings
 from fourfold_gemstones.envelope import EnvelopeLaw
-from fourfold_gemstones.judging import (
+from fourfold_gemstones.reproduce.stages import (
     BOTH,
     PUBLISHED,
     Judged,
@@ -18,10 +18,10 @@ from fourfold_gemstones.judging import (
     judged,
     where,
 )
-from fourfold_gemstones.laws import LawWarning, ParametricLaw
-from fourfold_gemstones.null import coverage
-from fourfold_gemstones.published import published_fits, published_frame
-from fourfold_gemstones.revisit.run import Events, Revisit
+from fourfold_gemstones.parametric import LawWarning, ParametricLaw
+from fourfold_gemstones.simulate import coverage
+from fourfold_gemstones.reproduce.paper.data import published_fits, published_frame
+from fourfold_gemstones.reproduce.paper.settings import Events, Revisit
 from fourfold_gemstones.uncertainty import (
     bootstrap,
     difference,

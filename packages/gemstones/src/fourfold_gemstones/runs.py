@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from fourfold_gemstones.counting import Architecture, Embeddings
+from fourfold_gemstones.architecture import Architecture, Embeddings
 
 Resource = Literal["flops", "flops_6nt", "gpu_hours", "seconds"]
 """What a budget is counted in: the architecture's FLOPs, 6 N T, or measured time."""
@@ -239,8 +239,6 @@ class RunTable:
                 rows = [json.loads(line) for line in data.decode().splitlines() if line.strip()]
                 columns = _columns(rows, path)
             case ".parquet":
-                from fourfold_gemstones.parquet import read_parquet
-
                 columns = read_parquet(path)
             case other:
                 raise ValueError(
@@ -335,6 +333,13 @@ class RunTable:
                 keys = np.asarray([f"{w:g}x{d:g}" for w, d in zip(width, depth, strict=True)])
         names, index = np.unique(keys, return_inverse=True)
         return tuple(str(name) for name in names), index
+
+
+def read_parquet(path: Path) -> dict[str, list[Any]]:
+    """Columns of a Parquet file by name; needs the extra `fourfold-gemstones[parquet]`."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(path).to_pydict()
 
 
 def _to_float(name: str, values: Any, source: str) -> Float[np.ndarray, " row"]:

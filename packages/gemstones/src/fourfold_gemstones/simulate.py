@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Float
 
 from fourfold_gemstones.envelope import EnvelopeLaw, IsoFlopLaw
-from fourfold_gemstones.laws import ParametricLaw, PowerLaw
-from fourfold_gemstones.table import Grouping, RunTable
+from fourfold_gemstones.laws import PowerLaw
+from fourfold_gemstones.parametric import ParametricLaw
+from fourfold_gemstones.runs import Grouping, RunTable
 from fourfold_gemstones.uncertainty import Functional, bootstrap, slope
 
 HALF = PowerLaw(

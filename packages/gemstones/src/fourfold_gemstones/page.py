@@ -23,19 +23,11 @@ from fourfold_gemstones.allocate import (
     SixNT,
     allocate,
 )
-from fourfold_gemstones.counting import Architecture
-from fourfold_gemstones.design import Suggestion, suggest_next
-from fourfold_gemstones.laws import (
-    CHINCHILLA,
-    SHAPE_ONLY,
-    WIDTH_DEPTH,
-    LawWarning,
-    ParametricFit,
-    ParametricLaw,
-    PowerLaw,
-    Variable,
-)
-from fourfold_gemstones.table import RunTable
+from fourfold_gemstones.architecture import Architecture
+from fourfold_gemstones.next_run import Suggestion, suggest_next
+from fourfold_gemstones.laws import CHINCHILLA, SHAPE_ONLY, WIDTH_DEPTH, PowerLaw, Variable
+from fourfold_gemstones.parametric import LawWarning, ParametricFit, ParametricLaw
+from fourfold_gemstones.runs import RunTable
 from fourfold_gemstones.uncertainty import Bootstrap, Interval, bootstrap, slope
 from fourfold_parallel.common.files import write_text
 from fourfold_parallel.reproduce.figures import BASELINE, METHOD, SHADES, style, svg

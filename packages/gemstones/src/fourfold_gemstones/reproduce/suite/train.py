@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from fourfold_gemstones.counting import Architecture
-from fourfold_gemstones.pool import each
-from fourfold_gemstones.table import RunTable
+from fourfold_gemstones.architecture import Architecture
+from fourfold_parallel.common.workers import each
+from fourfold_gemstones.runs import RunTable
 from fourfold_parallel.common.files import sync
 from fourfold_parallel.common.progress import silent
 from fourfold_parallel.common.records import Event, Record, RecordWriter, header, read_record

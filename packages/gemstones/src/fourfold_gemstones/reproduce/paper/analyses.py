@@ -8,13 +8,13 @@ from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
-from fourfold_gemstones.revisit.checkpoints import cooldown, held_out, learning_rates
-from fourfold_gemstones.revisit.downstream import benchmarks, other_texts
-from fourfold_gemstones.revisit.envelopes import envelopes, left_out
-from fourfold_gemstones.revisit.optimum import chinchilla, lines, refits, restarts, thresholds
-from fourfold_gemstones.revisit.plans import overspending, overtraining, prescriptions
-from fourfold_gemstones.revisit.run import Events, Fields, Revisit
-from fourfold_gemstones.revisit.slopes import (
+from fourfold_gemstones.reproduce.paper.schedules import cooldown, held_out, learning_rates
+from fourfold_gemstones.reproduce.paper.downstream import benchmarks, other_texts
+from fourfold_gemstones.reproduce.paper.envelopes import envelopes, left_out
+from fourfold_gemstones.reproduce.paper.optimum import chinchilla, lines, refits, restarts, thresholds
+from fourfold_gemstones.reproduce.paper.prescriptions import overspending, overtraining, prescriptions
+from fourfold_gemstones.reproduce.paper.settings import Events, Fields, Revisit
+from fourfold_gemstones.reproduce.paper.slopes import (
     embeddings,
     paired,
     profiles,

@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 
 from fourfold_gemstones import figures, recipes
-from fourfold_gemstones.claims import CLAIMS
-from fourfold_gemstones.judging import LAWS, PUBLISHED, SUITE
-from fourfold_gemstones.pool import cores, each
-from fourfold_gemstones.revisit.parts import analyse, digest_of
-from fourfold_gemstones.revisit.run import Revisit
-from fourfold_gemstones.suite import train_suite
-from fourfold_gemstones.suite_laws import analyse_suite
+from fourfold_gemstones.reproduce.claims import CLAIMS
+from fourfold_gemstones.reproduce.stages import LAWS, PUBLISHED, SUITE
+from fourfold_parallel.common.workers import cores, each
+from fourfold_gemstones.reproduce.paper.analyses import analyse, digest_of
+from fourfold_gemstones.reproduce.paper.settings import Revisit
+from fourfold_gemstones.reproduce.suite.train import train_suite
+from fourfold_gemstones.reproduce.suite.analyses import analyse_suite
 from fourfold_parallel.common.records import Material, RecordWriter, header
 from fourfold_parallel.reproduce.experiment import Drawing, Experiment, Stage, Workplace
 from fourfold_parallel.reproduce.scale import Scale
