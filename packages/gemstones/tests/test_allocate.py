@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fourfold_gemstones.allocate import (
+from fourfold_gemstones.allocation import (
     Aspect,
     Compute,
     Cost,
@@ -18,10 +18,10 @@ from fourfold_gemstones.allocate import (
     SixNT,
     allocate,
 )
-from fourfold_gemstones.compare import Split, compare, corrected_aic, mean_error
 from fourfold_gemstones.architecture import GEMSTONES
-from fourfold_gemstones.next_run import suggest_next
+from fourfold_gemstones.comparison import Split, compare, corrected_aic, mean_error
 from fourfold_gemstones.laws import CHINCHILLA, WIDTH_DEPTH, PowerLaw
+from fourfold_gemstones.next_run import suggest_next
 from fourfold_gemstones.parametric import LawWarning, ParametricLaw
 from fourfold_gemstones.runs import RunTable
 from fourfold_gemstones.uncertainty import bootstrap

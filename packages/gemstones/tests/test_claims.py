@@ -9,9 +9,9 @@ import pytest
 
 from fourfold_gemstones import suite_claims
 from fourfold_gemstones.reproduce.claims import CLAIMS
-from fourfold_gemstones.reproduce.stages import LAWS, SUITE
 from fourfold_gemstones.reproduce.paper.downstream import texts_agree
 from fourfold_gemstones.reproduce.paper.slopes import bootstraps_cover
+from fourfold_gemstones.reproduce.stages import LAWS, SUITE
 from fourfold_gemstones.reproduce.suite.analyses import pooled
 from fourfold_parallel.common.records import read_record
 from fourfold_parallel.reproduce.claims import Claim

@@ -10,7 +10,7 @@ import pytest
 
 from fourfold_gemstones import __main__ as command
 from fourfold_gemstones import report
-from fourfold_gemstones.allocate import Lattice
+from fourfold_gemstones.allocation import Lattice
 from fourfold_gemstones.architecture import GEMSTONES
 from fourfold_gemstones.laws import CHINCHILLA
 from fourfold_gemstones.parametric import ParametricLaw

@@ -12,7 +12,6 @@ import pytest
 from fourfold_gemstones import minimise
 from fourfold_gemstones.envelope import EnvelopeLaw, Target
 from fourfold_gemstones.parametric import LawWarning, ParametricLaw
-from fourfold_gemstones.simulate import EPOCH, HALF, design_null
 from fourfold_gemstones.reproduce.paper.data import (
     TASKS,
     PublishedFit,
@@ -24,6 +23,7 @@ from fourfold_gemstones.reproduce.paper.data import (
     task_losses,
     text_losses,
 )
+from fourfold_gemstones.simulate import EPOCH, HALF, design_null
 from fourfold_gemstones.uncertainty import bootstrap, slope
 
 TARGETS: dict[str, Target] = {

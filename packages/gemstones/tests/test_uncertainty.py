@@ -10,9 +10,10 @@ import pytest
 from fourfold_gemstones.envelope import EnvelopeLaw
 from fourfold_gemstones.laws import PowerLaw
 from fourfold_gemstones.parametric import LawWarning, ParametricLaw
-from fourfold_gemstones.simulate import coverage, design_null, noise_free
 from fourfold_gemstones.reproduce.paper.data import published_frame
 from fourfold_gemstones.runs import RunTable
+from fourfold_gemstones.simulate import coverage, design_null, noise_free
+from fourfold_gemstones.profiles import profile
 from fourfold_gemstones.uncertainty import (
     bootstrap,
     difference,
@@ -20,7 +21,6 @@ from fourfold_gemstones.uncertainty import (
     leave_one_out,
     paired_bootstrap,
     percentile_interval,
-    profile,
     shared_groups,
     slope,
 )

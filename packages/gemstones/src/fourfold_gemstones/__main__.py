@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from fourfold_gemstones import report
-from fourfold_gemstones.allocate import Lattice
+from fourfold_gemstones.allocation import Lattice
 from fourfold_gemstones.architecture import Architecture, Embeddings
-from fourfold_gemstones.reproduce.experiment import EXPERIMENT
 from fourfold_gemstones.parametric import ParametricLaw
+from fourfold_gemstones.reproduce.experiment import EXPERIMENT
 from fourfold_gemstones.runs import RunTable
 from fourfold_parallel.reproduce import cli
 

@@ -170,15 +170,14 @@ class Descent:
     def derivatives(self, theta: Parameters, delta: float) -> Derivatives:
         """Gradient, exact Hessian, and a positive scale per parameter (majorising diagonal).
 
-        With r the residuals, f the log prediction, s = df/dtheta and psi = r clipped to delta:
+        With r the residuals, f the log prediction, s its derivative and p = r clipped to delta:
 
-            gradient = -sum psi s
-            Hessian  =  sum psi' s s' - sum psi f''
+            gradient = -sum p s
+            Hessian  =  sum [|r| <= delta] s sᵀ - sum p d²f
 
-        The prediction is a sum of exponentials, each with a share of it, so that f'' is the
-        curvature of every term weighted by its share, less s s'. The second sum therefore adds
-        `psi s s'` and, within the block of each term, takes its share back: times 1 for its
-        coefficient, -x for coefficient and exponent, x² for its exponent.
+        The prediction is a sum of exponentials, each with a share of it. So d²f is the sum of
+        share * a aᵀ over the terms, less s sᵀ, where a is the derivative of a term's logarithm:
+        1 for its coefficient, -x for its exponent.
         """
         m = self.log_inputs.shape[1]
         residual, share, slope = self.jacobian(theta)
@@ -191,15 +190,15 @@ class Descent:
         zeroth = pulled.sum(axis=2)
         first = np.einsum("bjn,nj->bj", pulled[:, :m], x)
         second = np.einsum("bjn,nj->bj", pulled[:, :m], x * x)
-        # The blocks of f'': coefficient, coefficient and exponent, exponent; then the floor.
+        # share * a aᵀ: coefficients, coefficient with exponent, exponents; last the floor.
         j = np.arange(m)
         hessian[:, j, j] -= zeroth[:, :m]
         hessian[:, j, m + j] += first
         hessian[:, m + j, j] += first
         hessian[:, m + j, m + j] -= second
         hessian[:, 2 * m, 2 * m] -= zeroth[:, m]
-        # Huber's function lies under a parabola of this curvature, so that the scale never vanishes
-        # where all residuals are beyond delta and psi' is zero.
+        # Huber's function lies under a parabola of this curvature, so that the scale does not
+        # vanish where all residuals are beyond delta and the Hessian's first sum is zero.
         majorised = self.weights * np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-300))
         scale = np.einsum("bpn,bpn,bn->bp", slope, slope, majorised)
         return gradient, hessian, scale + 1e-12 * scale.max(axis=1, keepdims=True) + 1e-300

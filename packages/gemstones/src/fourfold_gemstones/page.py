@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from fourfold_gemstones.allocate import (
+from fourfold_gemstones.allocation import (
     Allocation,
     Aspect,
     Band,
@@ -24,8 +24,8 @@ from fourfold_gemstones.allocate import (
     allocate,
 )
 from fourfold_gemstones.architecture import Architecture
-from fourfold_gemstones.next_run import Suggestion, suggest_next
 from fourfold_gemstones.laws import CHINCHILLA, SHAPE_ONLY, WIDTH_DEPTH, PowerLaw, Variable
+from fourfold_gemstones.next_run import Suggestion, suggest_next
 from fourfold_gemstones.parametric import LawWarning, ParametricFit, ParametricLaw
 from fourfold_gemstones.runs import RunTable
 from fourfold_gemstones.uncertainty import Bootstrap, Interval, bootstrap, slope

@@ -1,4 +1,4 @@
-"""How sure an estimate is: bootstraps over runs, leave-one-out, profiles.
+"""How sure an estimate is: bootstraps over runs, paired differences, leave-one-out.
 
 Checkpoints of one run share that run's luck: its initialisation, its learning rate's fit to its
 shape, the error of the law at its shape. Drawing rows as if they were independent gives intervals
@@ -14,11 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import chi2
 
-from fourfold_gemstones.laws import PowerLaw
-from fourfold_gemstones.parametric import LawWarning, ParametricFit
-from fourfold_gemstones.profile import pinned
+from fourfold_gemstones.parametric import LawWarning
 from fourfold_gemstones.runs import Grouping, RunTable
 
 Functional = Callable[[Any], float]
@@ -31,7 +28,11 @@ FEW_GROUPS = 8
 
 @runtime_checkable
 class Law(Protocol):
-    """What a bootstrap needs of an estimator."""
+    """An estimator that can be resampled and simulated: every form of law is one."""
+
+    def fit(self, table: RunTable, /) -> Fit:
+        """The fit to a table; the estimator itself does not change."""
+        ...
 
     def refits(
         self, fit: Any, table: RunTable, weights: Float[np.ndarray, "draw row"], /
@@ -42,7 +43,7 @@ class Law(Protocol):
 
 @runtime_checkable
 class Fit(Protocol):
-    """What a bootstrap needs of a fit."""
+    """A fit that can be resampled."""
 
     @property
     def law(self) -> Any:
@@ -51,12 +52,12 @@ class Fit(Protocol):
 
     @property
     def table(self) -> RunTable:
-        """What it was fitted to."""
+        """The rows it was fitted to."""
         ...
 
     @property
     def estimate(self) -> Any:
-        """What functionals are read off."""
+        """The value that functionals are read off."""
         ...
 
 
@@ -74,7 +75,7 @@ class Interval:
     level: float
 
     def contains(self, value: float) -> bool:
-        """Whether `value` lies in it, ends included."""
+        """True where `value` lies in it, ends included."""
         return self.low <= value <= self.high
 
     def __str__(self) -> str:
@@ -105,13 +106,13 @@ class Bootstrap:
 
     def values(self, functional: Functional) -> Float[np.ndarray, " draw"]:
         """The functional on every draw; what it cannot be computed on gives NaN."""
-        found = np.full(len(self.estimates), np.nan)
+        values = np.full(len(self.estimates), np.nan)
         for draw, estimate in enumerate(self.estimates):
             try:
-                found[draw] = functional(estimate)
+                values[draw] = functional(estimate)
             except UNDEFINED:
                 continue
-        return found
+        return values
 
     def interval(self, functional: Functional, *, level: float = 0.95) -> Interval:
         """Percentile interval of the functional."""
@@ -145,8 +146,7 @@ def bootstrap(
     names, index = fit.table.groups(groups)
     if len(names) < FEW_GROUPS:
         warnings.warn(
-            f"{fit.table.source} has {len(names)} groups by {groups}; below {FEW_GROUPS} a "
-            "bootstrap "
+            f"{fit.table.source} has {len(names)} groups by {groups}; below {FEW_GROUPS} a bootstrap "
             "interval is too narrow",
             LawWarning,
             stacklevel=2,
@@ -203,7 +203,7 @@ class Difference:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval does not contain zero."""
+        """True where the interval does not contain zero."""
         return not self.interval.contains(0.0)
 
 
@@ -240,4 +240,4 @@ def leave_one_out(
     names, index = fit.table.groups(groups)
     weights = (index[None] != np.arange(len(names))[:, None]).astype(np.float64)
     estimates = fit.law.refits(fit, fit.table, weights)
-    return {name: functional(found) for name, found in zip(names, estimates, strict=True)}
+    return {name: functional(estimate) for name, estimate in zip(names, estimates, strict=True)}

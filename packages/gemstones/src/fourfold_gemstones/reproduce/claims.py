@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from fourfold_gemstones import suite_claims
-from fourfold_gemstones.revisit import checkpoints, downstream, envelopes, optimum, plans, slopes
-from fourfold_parallel.reproduce.claims import Claim
+from fourfold_gemstones.reproduce.paper import (
+    downstream,
+    envelopes,
+    optimum,
+    prescriptions,
+    schedules,
+    slopes,
+)
+from fourfold_gemstones.reproduce.suite import claims as suite
+from fourfold_parallel.reproduce.claims import Claim, claims_of
 
 
-def _number(claim: Claim) -> tuple[str, int, str]:
+def _number(claim: Claim) -> tuple[int, int, str]:
     """P1 before C1 before C5b before C10 before S1."""
     digits = "".join(letter for letter in claim.id if letter.isdigit())
-    return str("PCS".index(claim.id[0])), int(digits), claim.id
+    return "PCS".index(claim.id[0]), int(digits), claim.id
 
 
 CLAIMS: tuple[Claim, ...] = tuple(
     sorted(
-        (
-            one
-            for room in (optimum, slopes, envelopes, plans, checkpoints, downstream, suite_claims)
-            for one in room.CLAIMS
-        ),
+        claims_of(optimum, slopes, envelopes, prescriptions, schedules, downstream, suite),
         key=_number,
     )
 )

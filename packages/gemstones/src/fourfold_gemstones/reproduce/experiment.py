@@ -1,20 +1,20 @@
-"""The experiment: the published measurements revisited, and a suite of our own; claims and figures."""
+"""The experiment: the published measurements analysed again, and a suite of our own; claims and figures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from fourfold_gemstones import figures, recipes
+from fourfold_gemstones.reproduce import recipes, tables
 from fourfold_gemstones.reproduce.claims import CLAIMS
-from fourfold_gemstones.reproduce.stages import LAWS, PUBLISHED, SUITE
-from fourfold_parallel.common.workers import cores, each
 from fourfold_gemstones.reproduce.paper.analyses import analyse, digest_of
 from fourfold_gemstones.reproduce.paper.settings import Revisit
-from fourfold_gemstones.reproduce.suite.train import train_suite
+from fourfold_gemstones.reproduce.stages import LAWS, PUBLISHED, SUITE
 from fourfold_gemstones.reproduce.suite.analyses import analyse_suite
-from fourfold_parallel.common.records import Material, RecordWriter, header
+from fourfold_gemstones.reproduce.suite.train import train_suite
+from fourfold_parallel.common.records import Material
+from fourfold_parallel.common.workers import cores, each
 from fourfold_parallel.reproduce.experiment import Drawing, Experiment, Stage, Workplace
 from fourfold_parallel.reproduce.scale import Scale
 
@@ -22,17 +22,13 @@ COPIES = (Path("gemstone-scaling-laws"), Path("../shared/data/gemstones"))
 """Where a copy of the paper's repository is looked for, from the folder one works in."""
 
 
-def published_copy() -> Iterator[Path]:
+def published_copy() -> tuple[Path, ...]:
     """The first copy of the measurements that is there, if any."""
-    for folder in COPIES:
-        if (folder / "wandb_dfs").is_dir():
-            yield folder
-            return
+    return tuple(folder for folder in COPIES if (folder / "wandb_dfs").is_dir())[:1]
 
 
 def analyse_published(run: Revisit, folder: Path, workplace: Workplace, *, processes: int) -> None:
     """Write the record of every part of `revisit`."""
-    workplace.record.unlink(missing_ok=True)
     material = Material(
         name="Gemstones measurements and published parameters",
         kind="measurements",
@@ -40,16 +36,12 @@ def analyse_published(run: Revisit, folder: Path, workplace: Workplace, *, proce
         sha256=run.data_sha256,
         source="a copy of github.com/mcleish7/gemstone-scaling-laws",
     )
-    with RecordWriter(workplace.record) as records:
-        records.write_header(
-            header(run, seed=run.seed, world_size=1, materials=(material,), overrides=())
-        )
-        found = each(partial(analyse, run, folder), run.parts, processes=processes)
-        for done, (name, events) in enumerate(zip(run.parts, found, strict=True), start=1):
+    with workplace.recording(run, seed=run.seed, materials=(material,)) as records:
+        parts = each(partial(analyse, run, folder), run.parts, processes=processes)
+        for done, (name, events) in enumerate(zip(run.parts, parts, strict=True), start=1):
             for kind, fields in events:
                 records.write(kind, **fields)
             workplace.progress(done, len(run.parts), name)
-        records.write("finished")
 
 
 def _stages(scale: Scale) -> Sequence[Stage]:
@@ -84,12 +76,14 @@ def _stages(scale: Scale) -> Sequence[Stage]:
 
 def _drawings(scale: Scale) -> Sequence[Drawing]:
     """The figures of the stages that there are."""
+    from fourfold_gemstones.reproduce import figures
+
     names = [stage.name for stage in _stages(scale)]
-    drawn = figures.PUBLISHED_DRAWINGS if PUBLISHED in names else ()
+    theirs = figures.PUBLISHED_DRAWINGS if PUBLISHED in names else ()
     if scale != "laptop":
-        drawn = tuple(one for one in drawn if one.name not in figures.SLOW)
+        theirs = tuple(drawing for drawing in theirs if drawing.name not in figures.SLOW)
     mine = figures.SUITE_DRAWINGS if SUITE in names else ()
-    return (*drawn, *mine, *(figures.LAWS_DRAWINGS if LAWS in names else ()))
+    return (*theirs, *mine, *(figures.LAWS_DRAWINGS if LAWS in names else ()))
 
 
 EXPERIMENT = Experiment(
@@ -103,5 +97,6 @@ EXPERIMENT = Experiment(
     stages=_stages,
     drawings=_drawings,
     launches=lambda: (),  # 163,000 device-hours: the paper's measurements are read instead
+    tables=tables.TABLES,
 )
 """Announced as the entry point `gemstones`."""

@@ -8,25 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fourfold_gemstones.envelope import Hull, frontier
-from fourfold_gemstones.reproduce.stages import LAWS, PUBLISHED, SUITE, numbers
+from fourfold_gemstones.reproduce.paper.data import NAMES
+from fourfold_gemstones.reproduce.stages import LAWS, PUBLISHED, SUITE
 from fourfold_gemstones.reproduce.suite.train import suite_table
 from fourfold_gemstones.runs import Resource
 from fourfold_parallel.common.records import Event
 from fourfold_parallel.reproduce.claims import Records
 from fourfold_parallel.reproduce.experiment import Drawing
 from fourfold_parallel.reproduce.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES
-
-NAMES = {
-    "hot_100b+": "all tokens",
-    "hot": "up to 100 B tokens",
-    "hot_120b+_only": "from 120 B tokens",
-    "lr_ablation_hot": "half the learning rate",
-    "cool_begin": "before cooldown",
-    "cool_end": "after cooldown",
-    "hot_sampled_like_chinchilla": "5 models, 24 points",
-    "slim_chinchilla": "Chinchilla, 28 points",
-}
-"""What the published frames are."""
 
 
 def _numbers(events: tuple[Event, ...], key: str) -> list[float]:
@@ -129,11 +118,11 @@ def figure_null(records: Records) -> Figure:
             linewidth=0,
         )
         axes.plot(floors, _numbers(events, "slope"), "o-", color=METHOD, label="measured, 95 %")
-        true = numbers(events[0], "true_slopes")
+        true = events[0].numbers("true_slopes")
         for number, slope in enumerate(true):
             axes.plot(
                 floors,
-                [numbers(event, "null_slopes")[number] for event in events],
+                [event.numbers("null_slopes")[number] for event in events],
                 linestyle="--",
                 color=(BASELINE, CONTROL, IDEAL)[number],
                 linewidth=1.3,
@@ -306,10 +295,10 @@ def figure_surface(records: Records) -> Figure:
             event = shapes[which]
             rows = table.run == event.values["run"]
             colour = (METHOD, CONTROL, BASELINE)[place]
-            tokens = numbers(event, "tokens")
-            low, high = numbers(event, "low"), numbers(event, "high")
+            tokens = event.numbers("tokens")
+            low, high = event.numbers("low"), event.numbers("high")
             axes.fill_between(tokens, low, high, color=colour, alpha=0.2, linewidth=0)
-            axes.plot(tokens, numbers(event, "loss_nats"), color=colour, linewidth=1.3)
+            axes.plot(tokens, event.numbers("loss_nats"), color=colour, linewidth=1.3)
             axes.plot(
                 table.column("tokens")[rows],
                 table.column("loss_nats")[rows],

@@ -9,8 +9,8 @@ import numpy as np
 from fourfold_gemstones.architecture import Architecture
 from fourfold_gemstones.reproduce.paper.analyses import PARTS, SLOW
 from fourfold_gemstones.reproduce.paper.settings import Revisit
-from fourfold_gemstones.reproduce.suite.train import Member, Suite, decoder, scaled_rate
 from fourfold_gemstones.reproduce.suite.analyses import SuiteLaws
+from fourfold_gemstones.reproduce.suite.train import Member, Suite, decoder, scaled_rate
 from fourfold_parallel.run.corpora import Corpus, PythonSource, Wikipedia
 from fourfold_parallel.run.data import Packed
 from fourfold_parallel.run.engines import Single

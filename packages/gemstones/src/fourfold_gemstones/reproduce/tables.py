@@ -1,35 +1,19 @@
-"""The tables of `docs/revisited.md`, rendered from the committed records.
-
-    python -m fourfold_gemstones.tables packages/gemstones
-
-rewrites every table between `<!-- table: NAME -->` and `<!-- end -->`; a test fails where a table
-and its record disagree.
-"""
+"""The tables of the documents, as functions of records: `Experiment.tables`."""
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from types import MappingProxyType
 
-from fourfold_gemstones.reproduce.figures import NAMES
-from fourfold_gemstones.reproduce.stages import PUBLISHED, between, numbers, where
+from fourfold_gemstones.reproduce.paper.data import NAMES
 from fourfold_gemstones.reproduce.paper.optimum import OPTIMUM
-from fourfold_parallel.common.files import write_text
-from fourfold_parallel.common.records import Event, Record, read_record
+from fourfold_gemstones.reproduce.stages import between, published
+from fourfold_parallel.common.records import Event, Record
+from fourfold_parallel.reproduce.claims import Records
+from fourfold_parallel.reproduce.tables import markdown
 
-_TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-DOCUMENTS = ("README.md", "docs/revisited.md")
-"""Files with tables, under the package's folder."""
 TERMS = {2: "N, T", 3: "w, d, T", 4: "w, d, N, T"}
 ONE_TABLE = {"both": "", "one": ", one table"}
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all but the first column flush right."""
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *rows))
 
 
 def above_optimum(record: Record) -> Sequence[Event]:
@@ -39,11 +23,12 @@ def above_optimum(record: Record) -> Sequence[Event]:
     ]
 
 
-def refits(record: Record) -> str:
+def refits(records: Records) -> str:
     """Published fits above the optimum, and where the reference's descent goes from them."""
+    record = published(records)
     rows = []
     for event in above_optimum(record):
-        restart = where(record, "restart", name=event.values["name"])
+        restart = record.only("restart", name=event.values["name"])
         optimum = event.number("objective")
         two = int(event.number("terms")) == 2
         rows.append(
@@ -65,11 +50,12 @@ def refits(record: Record) -> str:
             ]
         )
     head = ["frame", "law", "δ", "published f", "optimum", "above, %", "restarted, %", "scaled, %"]
-    return markdown([*head, "a published", "a", "agree", "line"], rows)
+    return markdown([*head, "a published", "a", "agree", "line"], rows, numeric=True)
 
 
-def distances(record: Record) -> str:
+def distances(records: Records) -> str:
     """All published fits by frame, law and threshold: how far above the optimum, and the slopes."""
+    record = published(records)
     rows = []
     for event in record.of("refit"):
         two = int(event.number("terms")) == 2
@@ -85,11 +71,14 @@ def distances(record: Record) -> str:
                 f"[{event.line}](results/published.jsonl#L{event.line})",
             ]
         )
-    return markdown(["frame", "law", "δ", "above, %", "slope, published to ours", "line"], rows)
+    return markdown(
+        ["frame", "law", "δ", "above, %", "slope, published to ours", "line"], rows, numeric=True
+    )
 
 
-def coverage(record: Record) -> str:
+def coverage(records: Records) -> str:
     """Coverage of the two bootstraps."""
+    record = published(records)
     rows = [
         [
             {"run": "models", "row": "rows"}[str(event.values["groups"])],
@@ -98,11 +87,12 @@ def coverage(record: Record) -> str:
         ]
         for event in record.of("coverage")
     ]
-    return markdown(["drawn", "intervals that hold the slope", "mean width"], rows)
+    return markdown(["drawn", "intervals that hold the slope", "mean width"], rows, numeric=True)
 
 
-def slopes(record: Record) -> str:
+def slopes(records: Records) -> str:
     """Slopes by selection with three intervals."""
+    record = published(records)
     rows = [
         [
             NAMES[str(event.values["frame"])],
@@ -111,17 +101,18 @@ def slopes(record: Record) -> str:
             f"{event.number('published_slope'):.3f}",
             f"{event.number('slope'):.3f}",
             between(event, "model_low", "model_high"),
-            between(where(record, "profile", frame=event.values["frame"])),
+            between(record.only("profile", frame=event.values["frame"])),
             between(event, "row_low", "row_high"),
         ]
         for event in record.of("slope")
     ]
     head = ["selection", "rows", "models", "published", "optimum", "95 % over models", "profile"]
-    return markdown([*head, "over rows"], rows)
+    return markdown([*head, "over rows"], rows, numeric=True)
 
 
-def differences(record: Record) -> str:
+def differences(records: Records) -> str:
     """Paired differences."""
+    record = published(records)
     rows = [
         [
             f"{NAMES[str(event.values['first'])]} less {NAMES[str(event.values['second'])]}",
@@ -131,11 +122,14 @@ def differences(record: Record) -> str:
         ]
         for event in record.of("difference")
     ]
-    return markdown(["selections", "difference", "paired 95 %", "share of draws above 0"], rows)
+    return markdown(
+        ["selections", "difference", "paired 95 %", "share of draws above 0"], rows, numeric=True
+    )
 
 
-def null(record: Record) -> str:
+def null(records: Records) -> str:
     """Hull slopes and their null."""
+    record = published(records)
     rows = []
     for event in record.of("envelope"):
         estimator = str(event.values["estimator"])
@@ -147,17 +141,17 @@ def null(record: Record) -> str:
                 {"hull": "the paper's", "hull, 6NT": "6 N T"}[estimator],
                 f"{event.number('slope'):.3f}",
                 between(event),
-                *(f"{value:.3f}" for value in numbers(event, "null_slopes")),
+                *(f"{value:.3f}" for value in event.numbers("null_slopes")),
             ]
         )
     head = ["tokens", "FLOPs", "measured", "95 % over models"]
-    return markdown([*head, "null, a = .500", "null, a = .513", "null, a = .696"], rows)
+    return markdown(
+        [*head, "null, a = .500", "null, a = .513", "null, a = .696"], rows, numeric=True
+    )
 
 
-def tables(results: Path) -> Mapping[str, str]:
-    """Every table by name, from the records in a folder."""
-    record = read_record(results / f"{PUBLISHED}.jsonl")
-    of_record: Mapping[str, Callable[[Record], str]] = {
+TABLES: Mapping[str, Callable[[Records], str]] = MappingProxyType(
+    {
         "refits": refits,
         "distances": distances,
         "coverage": coverage,
@@ -165,31 +159,5 @@ def tables(results: Path) -> Mapping[str, str]:
         "differences": differences,
         "null": null,
     }
-    return {name: render(record) for name, render in of_record.items()}
-
-
-def filled(text: str, rendered: Mapping[str, str]) -> str:
-    """A document with its tables replaced.
-
-    Raises:
-        ValueError: It names a table that is not rendered.
-    """
-
-    def replacement(match: re.Match[str]) -> str:
-        if match[2] not in rendered:
-            raise ValueError(f"no table {match[2]!r}; there are {sorted(rendered)}")
-        return f"{match[1]}{rendered[match[2]]}{match[3]}"
-
-    return _TABLE.sub(replacement, text)
-
-
-def main(package: Path) -> None:
-    """Rewrite the tables of a package's documents."""
-    rendered = tables(package / "results")
-    for name in DOCUMENTS:
-        path = package / name
-        write_text(path, filled(path.read_text(encoding="utf-8"), rendered))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+)
+"""By the name in `<!-- table: NAME -->`."""

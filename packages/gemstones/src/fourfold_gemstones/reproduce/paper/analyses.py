@@ -8,11 +8,21 @@ from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
-from fourfold_gemstones.reproduce.paper.schedules import cooldown, held_out, learning_rates
 from fourfold_gemstones.reproduce.paper.downstream import benchmarks, other_texts
 from fourfold_gemstones.reproduce.paper.envelopes import envelopes, left_out
-from fourfold_gemstones.reproduce.paper.optimum import chinchilla, lines, refits, restarts, thresholds
-from fourfold_gemstones.reproduce.paper.prescriptions import overspending, overtraining, prescriptions
+from fourfold_gemstones.reproduce.paper.optimum import (
+    chinchilla,
+    lines,
+    refits,
+    restarts,
+    thresholds,
+)
+from fourfold_gemstones.reproduce.paper.prescriptions import (
+    overspending,
+    overtraining,
+    prescriptions,
+)
+from fourfold_gemstones.reproduce.paper.schedules import cooldown, held_out, learning_rates
 from fourfold_gemstones.reproduce.paper.settings import Events, Fields, Revisit
 from fourfold_gemstones.reproduce.paper.slopes import (
     embeddings,

@@ -28,6 +28,17 @@ DEVICES_PER_NODE = 8
 """Graphics dies per Frontier node."""
 OUTLIERS = 5
 """Points with the largest loss that Epoch AI leaves out of its 245."""
+NAMES = {
+    "hot_100b+": "all tokens",
+    "hot": "up to 100 B tokens",
+    "hot_120b+_only": "from 120 B tokens",
+    "lr_ablation_hot": "half the learning rate",
+    "cool_begin": "before cooldown",
+    "cool_end": "after cooldown",
+    "hot_sampled_like_chinchilla": "5 models, 24 points",
+    "slim_chinchilla": "Chinchilla, 28 points",
+}
+"""Frames by the name of their file, as documents and figures call them."""
 FITTED = ("parameters_delta-3", "parameters_delta-4")
 """Folders of approach-3 parameters; the name ends in the exponent of the Huber threshold."""
 

@@ -12,15 +12,6 @@ from jaxtyping import Float
 from scipy.optimize import curve_fit
 
 from fourfold_gemstones.envelope import Line
-from fourfold_gemstones.reproduce.stages import (
-    BOTH,
-    PUBLISHED,
-    Judged,
-    claim,
-    decide,
-    judged,
-    material,
-)
 from fourfold_gemstones.reproduce.paper.data import (
     TEXTS,
     Checkpoint,
@@ -30,7 +21,8 @@ from fourfold_gemstones.reproduce.paper.data import (
     text_losses,
 )
 from fourfold_gemstones.reproduce.paper.settings import Events, Revisit, spearman
-from fourfold_parallel.common.records import Record
+from fourfold_gemstones.reproduce.stages import BOTH, material, paper_claim, published
+from fourfold_parallel.reproduce.claims import Finding, Records, decide
 
 TIGHT = 0.98
 """R² above which error counts as a function of loss."""
@@ -166,21 +158,21 @@ def _losses(folder: Path) -> dict[Checkpoint, float]:
     }
 
 
-@claim(
+@paper_claim(
     "C12",
-    stage=PUBLISHED,
     section="6",
-    statement="Benchmark error is a function of loss",
+    says="Benchmark error is a function of loss",
     paper="R² .993",
     rule="reproduced if R² > .98 and the residual has no rank correlation with w/d at p < .01",
     scales=BOTH,
 )
-def benchmarks_follow_loss(record: Record) -> Judged:
+def benchmarks_follow_loss(records: Records) -> Finding:
     """Mean benchmark error against loss, and shape given loss."""
+    record = published(records)
     event = material(record, "benchmarks", "benchmarks/light_eval_df.parquet of the repository")
     tight = event.number("r_squared") > TIGHT
     shape = event.number("shape_p") < 0.01
-    return judged(
+    return Finding(
         decide(reproduced=tight and not shape, contradicted=not tight),
         f"R² {event.number('r_squared'):.4f}; residual against w/d: Spearman "
         f"{event.number('shape_spearman'):+.3f} (p = {event.number('shape_p'):.2g})",
@@ -192,21 +184,21 @@ def benchmarks_follow_loss(record: Record) -> Judged:
     )
 
 
-@claim(
+@paper_claim(
     "C12b",
-    stage=PUBLISHED,
     section="6",
-    statement="Accuracy against the tasks' own loss is noisier",
+    says="Accuracy against the tasks' own loss is noisier",
     paper="R² .899",
     rule="reproduced if R² of the sigmoid lies below that of C12",
     scales=BOTH,
 )
-def accuracy_is_noisier(record: Record) -> Judged:
+def accuracy_is_noisier(records: Records) -> Finding:
     """The two forms' R²."""
+    record = published(records)
     event = material(record, "task_losses", "benchmarks/bhagia_task_losses of the repository")
     error = material(record, "benchmarks", "benchmarks/light_eval_df.parquet of the repository")
     noisier = event.number("r_squared") < error.number("r_squared")
-    return judged(
+    return Finding(
         decide(reproduced=noisier, contradicted=not noisier),
         f"R² {event.number('r_squared'):.4f}, root mean square {event.number('rmse'):.4f}",
         event,
@@ -215,23 +207,23 @@ def accuracy_is_noisier(record: Record) -> Judged:
     )
 
 
-@claim(
+@paper_claim(
     "C13",
-    stage=PUBLISHED,
     section="appendix",
-    statement="Rankings agree across validation sets",
+    says="Rankings agree across validation sets",
     paper="Spearman .9994",
     rule="reproduced if every Spearman correlation is above .95",
     scales=BOTH,
 )
-def texts_agree(record: Record) -> Judged:
+def texts_agree(records: Records) -> Finding:
     """Rank correlations of losses between texts."""
+    record = published(records)
     least = material(record, "other_text", "benchmarks/*_losses_combined.jsonl of the repository")
     for event in record.of("other_text"):
         if event.number("spearman") < least.number("spearman"):
             least = event
     agree = least.number("spearman") > STABLE_RANKS
-    return judged(
+    return Finding(
         decide(reproduced=agree, contradicted=not agree),
         "; ".join(
             f"{event.values['text']}: Spearman {event.number('spearman'):.4f}"
@@ -241,6 +233,3 @@ def texts_agree(record: Record) -> Judged:
         f"{least.number('checkpoints'):.0f} checkpoints; of the {least.number('models'):.0f} last ones "
         f"{least.number('spearman_at_end'):.4f}",
     )
-
-
-CLAIMS = (benchmarks_follow_loss, accuracy_is_noisier, texts_agree)

@@ -8,23 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from fourfold_gemstones.envelope import Bins, EnvelopeLaw, Hull
-from fourfold_gemstones.reproduce.stages import (
-    BOTH,
-    PUBLISHED,
-    Judged,
-    between,
-    claim,
-    decide,
-    judged,
-    numbers,
-    where,
-)
 from fourfold_gemstones.parametric import ParametricLaw
-from fourfold_gemstones.simulate import EPOCH, HALF, noise_free
 from fourfold_gemstones.reproduce.paper.data import published_frame
 from fourfold_gemstones.reproduce.paper.settings import Events, Revisit
+from fourfold_gemstones.reproduce.stages import BOTH, between, paper_claim, published
+from fourfold_gemstones.simulate import EPOCH, HALF, noise_free
 from fourfold_gemstones.uncertainty import bootstrap, leave_one_out, slope
-from fourfold_parallel.common.records import Record
+from fourfold_parallel.reproduce.claims import Finding, Records, decide
 
 TOKEN_FLOORS = (0.0, 5e9, 1e10, 2e10, 5e10, 1.2e11)
 """Least tokens of the rows an envelope sees: the selection that moves approach 1 most."""
@@ -122,25 +112,25 @@ def left_out(run: Revisit, folder: Path) -> Events:
     )
 
 
-@claim(
+@paper_claim(
     "C2",
-    stage=PUBLISHED,
     section="4.1",
-    statement="On the hull tokens per parameter are nearly constant",
+    says="On the hull tokens per parameter are nearly constant",
     paper="slope -.018, ratio 49",
     rule="inconclusive if noise-free laws of other slopes give the same; else reproduced if the "
     "interval holds zero",
     scales=BOTH,
 )
-def constant_ratio(record: Record) -> Judged:
+def constant_ratio(records: Records) -> Finding:
     """Tokens per parameter on the hull."""
+    record = published(records)
     event = record.last("ratio")
     low, high = event.number("low"), event.number("high")
-    null = numbers(event, "null_slopes")
+    null = event.numbers("null_slopes")
     ours = f"{event.number('slope'):.3f} {between(event)}"
     inside = min(null) <= high and low <= max(null)
     flat = low <= 0 <= high
-    return judged(
+    return Finding(
         decide(reproduced=flat and not inside, contradicted=not flat and not inside),
         ours,
         event,
@@ -152,24 +142,24 @@ def constant_ratio(record: Record) -> Judged:
     )
 
 
-@claim(
+@paper_claim(
     "C3",
-    stage=PUBLISHED,
     section="4.1",
-    statement="The hull is more robust than a binned envelope when models are few",
+    says="The hull is more robust than a binned envelope when models are few",
     paper="a figure",
     rule="reproduced if the range over left-out models is smaller for the hull than for 750 bins",
     scales=BOTH,
 )
-def hull_robust(record: Record) -> Judged:
+def hull_robust(records: Records) -> Finding:
     """Leave-one-model-out range of the hull and of 750 bins."""
-    hull = where(record, "left_out", estimator="hull")
-    bins = where(record, "left_out", estimator="750 bins")
+    record = published(records)
+    hull = record.only("left_out", estimator="hull")
+    bins = record.only("left_out", estimator="750 bins")
     spread = {
         name: event.number("high") - event.number("low")
         for name, event in (("hull", hull), ("bins", bins))
     }
-    return judged(
+    return Finding(
         "reproduced" if spread["hull"] < spread["bins"] else "contradicted",
         f"range over left-out models: hull {spread['hull']:.3f}, 750 bins {spread['bins']:.3f}",
         hull,
@@ -178,21 +168,21 @@ def hull_robust(record: Record) -> Judged:
     )
 
 
-@claim(
+@paper_claim(
     "C4",
-    stage=PUBLISHED,
     section="5, table of slopes",
-    statement="Approach 1's slope depends on the selection of data",
+    says="Approach 1's slope depends on the selection of data",
     paper=".458 to .799",
     rule="reproduced if the swing exceeds that of noise-free laws by more than its interval",
     scales=BOTH,
 )
-def swing_of_envelopes(record: Record) -> Judged:
+def swing_of_envelopes(records: Records) -> Finding:
     """How far the hull slope moves with the token floor, here and on noise-free laws."""
-    first = where(record, "envelope", estimator="hull", selection="T >= 0B")
-    last = where(record, "envelope", estimator="hull", selection="T >= 120B")
+    record = published(records)
+    first = record.only("envelope", estimator="hull", selection="T >= 0B")
+    last = record.only("envelope", estimator="hull", selection="T >= 120B")
     swing = last.number("slope") - first.number("slope")
-    ends = (numbers(event, "null_slopes") for event in (first, last))
+    ends = (event.numbers("null_slopes") for event in (first, last))
     null = [b - a for a, b in zip(*ends, strict=True)]
     reach = (
         math.hypot(
@@ -201,7 +191,7 @@ def swing_of_envelopes(record: Record) -> Judged:
         / 2
     )
     beyond = all(abs(swing - one) > reach for one in null)
-    return judged(
+    return Finding(
         "reproduced" if beyond else "inconclusive",
         f"{swing:+.3f} +- {reach:.3f}; noise-free laws {min(null):+.3f} to {max(null):+.3f}",
         last,
@@ -209,6 +199,3 @@ def swing_of_envelopes(record: Record) -> Judged:
         if beyond
         else "a law that does not change with the selection swings as far, so the swing is the design's",
     )
-
-
-CLAIMS = (constant_ratio, hull_robust, swing_of_envelopes)

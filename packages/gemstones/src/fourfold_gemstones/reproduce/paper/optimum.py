@@ -1,4 +1,4 @@
-"""Are the published fits at the optimum of their objective? All 42 of them, and Chinchilla's."""
+"""All 42 published fits, and Chinchilla's, beside the optimum of their objective."""
 
 from __future__ import annotations
 
@@ -12,16 +12,6 @@ from scipy.optimize import minimize
 
 from fourfold_gemstones import minimise
 from fourfold_gemstones.envelope import EnvelopeLaw, Target
-from fourfold_gemstones.reproduce.stages import (
-    BOTH,
-    LAPTOP,
-    PUBLISHED,
-    Judged,
-    claim,
-    judged,
-    largest,
-    where,
-)
 from fourfold_gemstones.parametric import ParametricLaw
 from fourfold_gemstones.reproduce.paper.data import (
     chinchilla_points,
@@ -30,8 +20,9 @@ from fourfold_gemstones.reproduce.paper.data import (
     published_lines,
 )
 from fourfold_gemstones.reproduce.paper.settings import Events, Revisit
+from fourfold_gemstones.reproduce.stages import BOTH, LAPTOP, largest, paper_claim, published
 from fourfold_gemstones.uncertainty import bootstrap, slope
-from fourfold_parallel.common.records import Record
+from fourfold_parallel.reproduce.claims import Finding, Records
 
 OPTIMUM = 0.03
 """Per cent above the global optimum from which a published fit counts as not at its optimum."""
@@ -82,7 +73,7 @@ def _nearest_node(log_coefficients: Sequence[float]) -> float:
 
 
 def restarts(run: Revisit, folder: Path) -> Events:
-    """What the reference's descent does from each published fit, as it is and with the objective scaled.
+    """The end of the reference's descent from each published fit, as it is and with the objective scaled.
 
     The same call of L-BFGS-B, with finite differences and default stopping rules, on f and on f over its
     value at the start: only the scale of f differs, and with it what the absolute rules mean.
@@ -180,17 +171,17 @@ def thresholds(run: Revisit, folder: Path) -> Events:
             )
 
 
-@claim(
+@paper_claim(
     "P1",
-    stage=PUBLISHED,
     section="4.2, appendix",
-    statement="The published parametric fits minimise their objective",
+    says="The published parametric fits minimise their objective",
     paper="42 fits",
     rule=f"reproduced if none is more than {OPTIMUM} % above the global optimum",
     scales=BOTH,
 )
-def fits_at_optimum(record: Record) -> Judged:
+def fits_at_optimum(records: Records) -> Finding:
     """Published objectives against the global optimum."""
+    record = published(records)
     events = record.of("refit")
     above = [event for event in events if event.number("published_above_percent") > OPTIMUM]
     below = [event for event in events if event.number("published_above_percent") < -1e-4]
@@ -204,25 +195,25 @@ def fits_at_optimum(record: Record) -> Judged:
         f"{len(above)} published fits are more than {OPTIMUM} % above the objective found here, "
         f"{len(below)} below it; at least 3 descents agree on {agree} of {len(events)}"
     )
-    return judged("contradicted" if above else "reproduced", ours, worst, because)
+    return Finding("contradicted" if above else "reproduced", ours, worst, because)
 
 
-@claim(
+@paper_claim(
     "P2",
-    stage=PUBLISHED,
     section="4.1",
-    statement="The published envelope lines follow from the published measurements",
+    says="The published envelope lines follow from the published measurements",
     paper="24 lines",
     rule="reproduced if every slope and intercept agrees to 1e-9",
     scales=BOTH,
 )
-def lines_equal(record: Record) -> Judged:
+def lines_equal(records: Records) -> Finding:
     """The published envelope lines."""
+    record = published(records)
     events = record.of("line")
     worst = largest(events, "difference")
     same = worst.number("difference") < 1e-9
     ours = f"{len(events)} lines, largest difference {worst.number('difference'):.1e}"
-    return judged(
+    return Finding(
         "reproduced" if same else "contradicted",
         ours,
         worst,
@@ -230,22 +221,22 @@ def lines_equal(record: Record) -> Judged:
     )
 
 
-@claim(
+@paper_claim(
     "P3",
-    stage=PUBLISHED,
     section="Besiroglu et al. 2024",
-    statement="Chinchilla's law, refitted",
+    says="Chinchilla's law, refitted",
     paper="A 482.01, B 2085.43, E 1.8172, alpha .3478, beta .3658",
     rule="reproduced if all five agree to 5e-4",
     scales=BOTH,
 )
-def chinchilla_refitted(record: Record) -> Judged:
+def chinchilla_refitted(records: Records) -> Finding:
     """Besiroglu et al.'s parameters."""
-    event = where(record, "chinchilla", delta=4.7e-9)
-    published = {"A": 482.01, "B": 2085.43, "E": 1.8172, "alpha": 0.3478, "beta": 0.3658}
-    off = max(abs(event.number(name) / value - 1) for name, value in published.items())
-    ours = ", ".join(f"{name} {event.number(name):.5g}" for name in published)
-    return judged(
+    record = published(records)
+    event = record.only("chinchilla", delta=4.7e-9)
+    theirs = {"A": 482.01, "B": 2085.43, "E": 1.8172, "alpha": 0.3478, "beta": 0.3658}
+    off = max(abs(event.number(name) / value - 1) for name, value in theirs.items())
+    ours = ", ".join(f"{name} {event.number(name):.5g}" for name in theirs)
+    return Finding(
         "reproduced" if off < 5e-4 else "contradicted",
         ours,
         event,
@@ -254,17 +245,17 @@ def chinchilla_refitted(record: Record) -> Judged:
     )
 
 
-@claim(
+@paper_claim(
     "C14",
-    stage=PUBLISHED,
     section="appendix",
-    statement="The slope is unstable at small Huber thresholds",
+    says="The slope is unstable at small Huber thresholds",
     paper="a figure, start grids of 3k to 100k",
     rule=f"contradicted if at the optimum it moves by less than {THRESHOLD_SPREAD} from 1e-3 to 1e-6",
     scales=LAPTOP,
 )
-def threshold_instability(record: Record) -> Judged:
+def threshold_instability(records: Records) -> Finding:
     """Slope over Huber thresholds at the global optimum."""
+    record = published(records)
     spread: dict[str, float] = {}
     for frame in {str(event.values["frame"]) for event in record.of("threshold")}:
         slopes = [
@@ -274,9 +265,9 @@ def threshold_instability(record: Record) -> Judged:
         ]
         spread[frame] = max(slopes) - min(slopes)
     worst = max(spread, key=lambda frame: spread[frame])
-    event = where(record, "threshold", frame=worst, delta=1e-5)
+    event = record.only("threshold", frame=worst, delta=1e-5)
     stable = spread[worst] < THRESHOLD_SPREAD
-    return judged(
+    return Finding(
         "contradicted" if stable else "reproduced",
         f"largest spread {spread[worst]:.4f} over thresholds 1e-3 to 1e-6, {worst}",
         event,
@@ -285,6 +276,3 @@ def threshold_instability(record: Record) -> Judged:
         if stable
         else "the slope depends on the threshold",
     )
-
-
-CLAIMS = (fits_at_optimum, lines_equal, chinchilla_refitted, threshold_instability)

@@ -7,27 +7,18 @@ from pathlib import Path
 
 import numpy as np
 
-from fourfold_gemstones.allocate import Compute, Free, Planner
+from fourfold_gemstones.allocation import Compute, Free, Planner
 from fourfold_gemstones.architecture import GEMSTONES
 from fourfold_gemstones.envelope import overspent
-from fourfold_gemstones.reproduce.stages import (
-    BOTH,
-    PUBLISHED,
-    Judged,
-    between,
-    claim,
-    decide,
-    judged,
-    largest,
-    where,
-)
 from fourfold_gemstones.laws import WIDTH_DEPTH
 from fourfold_gemstones.parametric import ParametricLaw
 from fourfold_gemstones.reproduce.paper.data import published_fits, published_frame
 from fourfold_gemstones.reproduce.paper.settings import Events, Revisit, spearman
+from fourfold_gemstones.reproduce.stages import BOTH, between, largest, paper_claim, published
 from fourfold_gemstones.runs import Resource
 from fourfold_gemstones.uncertainty import bootstrap, percentile_interval
 from fourfold_parallel.common.records import Event, Record
+from fourfold_parallel.reproduce.claims import Finding, Records, decide
 
 BUDGETS = (1e18, 1e19, 1e20, 1e21, 1e22)
 """FLOPs; the largest published run spent 4.5e21."""
@@ -144,8 +135,7 @@ def overspending(run: Revisit, folder: Path) -> Events:
 def _growth(record: Record, quantity: str) -> tuple[tuple[Event, ...], str]:
     """Growth of an optimum with FLOPs, on hot and on cooled checkpoints, and as it is printed."""
     events = tuple(
-        where(record, "growth", frame=frame, quantity=quantity)
-        for frame in ("hot_100b+", "cool_end")
+        record.only("growth", frame=frame, quantity=quantity) for frame in ("hot_100b+", "cool_end")
     )
     return events, "; ".join(
         f"{event.values['frame']} {event.number('exponent'):+.3f} {between(event)}"
@@ -153,20 +143,20 @@ def _growth(record: Record, quantity: str) -> tuple[tuple[Event, ...], str]:
     )
 
 
-@claim(
+@paper_claim(
     "C7",
-    stage=PUBLISHED,
     section="4.3",
-    statement="The optimal width over depth grows with compute",
+    says="The optimal width over depth grows with compute",
     paper="48 at 1e18 to 147 at 1e24",
     rule="reproduced if both intervals of the exponent, on hot and on cooled checkpoints, lie above "
     "zero; contradicted if one lies below",
 )
-def aspect_grows(record: Record) -> Judged:
+def aspect_grows(records: Records) -> Finding:
     """Growth of the optimal width over depth."""
+    record = published(records)
     events, ours = _growth(record, "aspect")
     grows = all(event.number("low") > 0 for event in events)
-    return judged(
+    return Finding(
         decide(reproduced=grows, contradicted=any(e.number("high") < 0 for e in events)),
         ours,
         events[0],
@@ -175,19 +165,19 @@ def aspect_grows(record: Record) -> Judged:
     )
 
 
-@claim(
+@paper_claim(
     "C7b",
-    stage=PUBLISHED,
     section="4.3",
-    statement="The optimal tokens per parameter fall with compute",
+    says="The optimal tokens per parameter fall with compute",
     paper="53 at 1e18 to 2.8 at 1e22",
     rule="reproduced if both intervals of the exponent lie below zero",
 )
-def ratio_falls(record: Record) -> Judged:
+def ratio_falls(records: Records) -> Finding:
     """Fall of the optimal tokens per parameter."""
+    record = published(records)
     events, ours = _growth(record, "tokens_per_parameter")
     falls = all(event.number("high") < 0 for event in events)
-    return judged(
+    return Finding(
         decide(reproduced=falls, contradicted=False),
         ours,
         events[0],
@@ -197,12 +187,12 @@ def ratio_falls(record: Record) -> Judged:
     )
 
 
-def _overspending(record: Record, kind: str, *, sign: int) -> Judged:
+def _overspending(record: Record, kind: str, *, sign: int) -> Finding:
     """Rank correlation of overspending with width over depth, of the sign that the paper says."""
     event = record.last("overspending_correlation")
     rho, p = event.number(f"{kind}_spearman"), event.number(f"{kind}_p")
     sure = p < SIGNIFICANT
-    return judged(
+    return Finding(
         decide(reproduced=sure and rho * sign > 0, contradicted=sure and rho * sign < 0),
         f"Spearman {rho:+.2f} (p = {p:.2g}), {event.number('models'):.0f} models at 300 B tokens",
         event,
@@ -211,49 +201,49 @@ def _overspending(record: Record, kind: str, *, sign: int) -> Judged:
     )
 
 
-@claim(
+@paper_claim(
     "C8",
-    stage=PUBLISHED,
     section="4.1",
-    statement="Deep models need fewer FLOPs for a loss",
+    says="Deep models need fewer FLOPs for a loss",
     paper="a figure",
     rule="reproduced if overspending in FLOPs rises with w/d at p < .05",
     scales=BOTH,
 )
-def deep_in_flops(record: Record) -> Judged:
+def deep_in_flops(records: Records) -> Finding:
     """Overspending in FLOPs rises with width over depth."""
+    record = published(records)
     return _overspending(record, "flops", sign=1)
 
 
-@claim(
+@paper_claim(
     "C8b",
-    stage=PUBLISHED,
     section="4.1",
-    statement="Wide models need fewer GPU-hours for a loss, under tensor parallelism alone",
+    says="Wide models need fewer GPU-hours for a loss, under tensor parallelism alone",
     paper="256x80: +358 %",
     rule="reproduced if overspending in device-hours falls with w/d at p < .05",
     scales=BOTH,
 )
-def wide_in_time(record: Record) -> Judged:
+def wide_in_time(records: Records) -> Finding:
     """Overspending in device-hours falls with width over depth."""
+    record = published(records)
     return _overspending(record, "gpu_hours", sign=-1)
 
 
-@claim(
+@paper_claim(
     "C9",
-    stage=PUBLISHED,
     section="4.4",
-    statement="Training longer than optimal costs little",
+    says="Training longer than optimal costs little",
     paper=".006 to .03 nats for 4 times the ratio",
     rule="reproduced if four times the ratio costs less than .05 nats at 1e20 to 1e22 FLOPs",
     scales=BOTH,
 )
-def overtraining_cheap(record: Record) -> Judged:
+def overtraining_cheap(records: Records) -> Finding:
     """Four times the optimal ratio of tokens to parameters."""
+    record = published(records)
     events = [event for event in record.of("overtraining") if event.number("factor") == 4]
     worst = largest(events, "cost_nats")
     cheap = worst.number("cost_nats") < 0.05
-    return judged(
+    return Finding(
         "reproduced" if cheap else "contradicted",
         f"at most {worst.number('cost_nats'):.3f} nats, at {worst.number('budget_flops'):.0e} "
         "FLOPs",
@@ -262,6 +252,3 @@ def overtraining_cheap(record: Record) -> Judged:
         if cheap
         else "costs .05 nats or more at some budget",
     )
-
-
-CLAIMS = (aspect_grows, ratio_falls, deep_in_flops, wide_in_time, overtraining_cheap)

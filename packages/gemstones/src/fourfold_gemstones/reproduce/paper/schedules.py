@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fourfold_gemstones.compare import GEMSTONE_SPLITS, mean_error
 from fourfold_gemstones.architecture import Embeddings
-from fourfold_gemstones.reproduce.stages import BOTH, PUBLISHED, Judged, claim, judged
+from fourfold_gemstones.comparison import GEMSTONE_SPLITS, mean_error
 from fourfold_gemstones.laws import SHAPE_ONLY, WIDTH_DEPTH
 from fourfold_gemstones.parametric import ParametricLaw
 from fourfold_gemstones.reproduce.paper.data import preflight, published_frame
 from fourfold_gemstones.reproduce.paper.settings import Events, Revisit, spearman
-from fourfold_parallel.common.records import Record
+from fourfold_gemstones.reproduce.stages import BOTH, paper_claim, published
+from fourfold_parallel.reproduce.claims import Finding, Records
 
 
 def held_out(run: Revisit, folder: Path) -> Events:
@@ -82,24 +82,24 @@ def learning_rates(run: Revisit, folder: Path) -> Events:
     )
 
 
-@claim(
+@paper_claim(
     "C1",
-    stage=PUBLISHED,
     section="3.1",
-    statement="A base rate over width times root depth transfers",
+    says="A base rate over width times root depth transfers",
     paper="one base for 22 shapes",
     rule="reproduced if the best base varies less than half as much as the best rate",
     scales=BOTH,
 )
-def learning_rate_rule(record: Record) -> Judged:
+def learning_rate_rule(records: Records) -> Finding:
     """The rule lines the best rates up."""
+    record = published(records)
     event = record.last("learning_rates")
     base, rate = event.number("base_ratio"), event.number("rate_ratio")
     ours = (
         f"best base varies {base:.1f}x, best rate {rate:.0f}x, {event.number('shapes'):.0f} shapes"
     )
     better = base < rate / 2
-    return judged(
+    return Finding(
         "reproduced" if better else "contradicted",
         ours,
         event,
@@ -109,6 +109,3 @@ def learning_rate_rule(record: Record) -> Judged:
         if better
         else "the base varies as much as the rate",
     )
-
-
-CLAIMS = (learning_rate_rule,)

@@ -1,4 +1,4 @@
-"""How sure is the slope, and does it depend on the selection of data?"""
+"""The slope with its intervals, by the selection of data and the way of counting embeddings."""
 
 from __future__ import annotations
 
@@ -8,30 +8,22 @@ from pathlib import Path
 
 from fourfold_gemstones.architecture import Embeddings
 from fourfold_gemstones.envelope import EnvelopeLaw
-from fourfold_gemstones.reproduce.stages import (
-    BOTH,
-    PUBLISHED,
-    Judged,
-    between,
-    claim,
-    decide,
-    judged,
-    where,
-)
 from fourfold_gemstones.parametric import LawWarning, ParametricLaw
-from fourfold_gemstones.simulate import coverage
+from fourfold_gemstones.profiles import profile
 from fourfold_gemstones.reproduce.paper.data import published_fits, published_frame
 from fourfold_gemstones.reproduce.paper.settings import Events, Revisit
+from fourfold_gemstones.reproduce.stages import BOTH, between, excludes_zero, paper_claim, published
+from fourfold_gemstones.simulate import coverage
 from fourfold_gemstones.uncertainty import (
     bootstrap,
     difference,
     paired_bootstrap,
     percentile_interval,
-    profile,
     shared_groups,
     slope,
 )
 from fourfold_parallel.common.records import Record
+from fourfold_parallel.reproduce.claims import Finding, Records, decide
 
 SELECTIONS = (
     "hot_100b+",
@@ -66,33 +58,33 @@ COVERAGE_SEED = 2026
 
 def slopes(run: Revisit, folder: Path) -> Events:
     """Slope of every selection with intervals over models and over rows."""
-    published = {
-        one.frame: one.estimate.slope
-        for one in published_fits(folder)
-        if one.name.startswith("delta-4")
-        and len(one.law.variables) == 2
-        and one.law.embeddings is Embeddings.BOTH
+    theirs = {
+        fit.frame: fit.estimate.slope
+        for fit in published_fits(folder)
+        if fit.name.startswith("delta-4")
+        and len(fit.law.variables) == 2
+        and fit.law.embeddings is Embeddings.BOTH
     }
     for frame in SELECTIONS:
         table = published_frame(folder, frame)
         fit = run.fitted(ParametricLaw(), table)
-        found: dict[str, float] = {}
+        intervals: dict[str, float] = {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", LawWarning)
             clusters = bootstrap(fit, draws=run.draws, generator=run.generator())
             rows = bootstrap(fit, draws=run.draws, generator=run.generator(), groups="row")
         for name, draws in (("model", clusters), ("row", rows)):
             interval = draws.interval(slope)
-            found |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
+            intervals |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
         yield (
             "slope",
             {
                 "frame": frame,
                 "rows": len(table),
                 "models": clusters.number_of_groups,
-                "published_slope": published[frame],
+                "published_slope": theirs[frame],
                 "slope": fit.estimate.slope,
-                **found,
+                **intervals,
                 "draws": run.draws,
             },
         )
@@ -169,7 +161,7 @@ def simulated_coverage(run: Revisit, folder: Path) -> Events:
     apart, which is what makes rows of a run anything but independent.
     """
     table = published_frame(folder, "hot_100b+")
-    found = coverage(
+    of_groups = coverage(
         table,
         ParametricLaw(delta=1e-3, starts=4),
         run.fitted(ParametricLaw(), table).estimate,
@@ -180,38 +172,38 @@ def simulated_coverage(run: Revisit, folder: Path) -> Events:
         groups=("run", "row"),
         seed=COVERAGE_SEED,
     )
-    for groups, one in zip(("run", "row"), found, strict=True):
+    for groups, covered in zip(("run", "row"), of_groups, strict=True):
         yield (
             "coverage",
             {
                 "groups": groups,
-                "suites": one.suites,
+                "suites": covered.suites,
                 "draws": COVERAGE_DRAWS,
                 "rows": len(table),
-                "covered": one.covered,
-                "share": one.share,
-                "mean_width": one.mean_width,
+                "covered": covered.covered,
+                "share": covered.share,
+                "mean_width": covered.mean_width,
             },
         )
 
 
-@claim(
+@paper_claim(
     "C5",
-    stage=PUBLISHED,
     section="5, table of slopes",
-    statement="Approach 3's slopes by selection",
+    says="Approach 3's slopes by selection",
     paper=".697, .699, .752, .674, .699, .632",
     rule="reproduced if no slope is off by more than .01 at the optimum",
     scales=BOTH,
 )
-def published_slopes(record: Record) -> Judged:
+def published_slopes(records: Records) -> Finding:
     """The slopes of the sensitivity table."""
+    record = published(records)
     events = record.of("slope")
     worst = max(
         events, key=lambda event: abs(event.number("slope") - event.number("published_slope"))
     )
     off = worst.number("slope") - worst.number("published_slope")
-    return judged(
+    return Finding(
         "contradicted" if abs(off) > 0.01 else "reproduced",
         f"{worst.values['frame']}: {worst.number('published_slope'):.3f} published, "
         f"{worst.number('slope'):.3f} at the optimum",
@@ -221,21 +213,21 @@ def published_slopes(record: Record) -> Judged:
     )
 
 
-@claim(
+@paper_claim(
     "C5b",
-    stage=PUBLISHED,
     section="5, table of slopes",
-    statement="Approach 3's slope depends on the selection of data",
+    says="Approach 3's slope depends on the selection of data",
     paper="differences of -.07 to +.05",
     rule="reproduced if a paired interval over shared shapes excludes zero",
     scales=BOTH,
 )
-def slopes_differ(record: Record) -> Judged:
+def slopes_differ(records: Records) -> Finding:
     """Paired differences between selections."""
+    record = published(records)
     events = record.of("difference")
-    resolved = [event for event in events if event.number("low") > 0 or event.number("high") < 0]
+    resolved = [event for event in events if excludes_zero(event)]
     widest = max(events, key=lambda event: abs(event.number("difference")))
-    return judged(
+    return Finding(
         "reproduced" if resolved else "inconclusive",
         f"largest {widest.number('difference'):+.3f} {between(widest)}, "
         f"{widest.values['first']} less {widest.values['second']}",
@@ -245,21 +237,21 @@ def slopes_differ(record: Record) -> Judged:
     )
 
 
-@claim(
+@paper_claim(
     "C6",
-    stage=PUBLISHED,
     section="5",
-    statement="A few models give another law",
+    says="A few models give another law",
     paper="-.065 to -.1 with 5 models, 24 points",
     rule="reproduced if the interval of the small fit excludes the slope of the whole",
     scales=BOTH,
 )
-def few_models(record: Record) -> Judged:
+def few_models(records: Records) -> Finding:
     """Five models at Chinchilla's tokens."""
-    few = where(record, "slope", frame="hot_sampled_like_chinchilla")
-    whole = where(record, "slope", frame="hot_100b+")
+    record = published(records)
+    few = record.only("slope", frame="hot_sampled_like_chinchilla")
+    whole = record.only("slope", frame="hot_100b+")
     inside = few.number("model_low") <= whole.number("slope") <= few.number("model_high")
-    return judged(
+    return Finding(
         "inconclusive" if inside else "reproduced",
         f"{few.number('slope'):.3f} {between(few, 'model_low', 'model_high')} from "
         f"{few.number('models'):.0f} models, {whole.number('slope'):.3f} from all",
@@ -270,16 +262,16 @@ def few_models(record: Record) -> Judged:
     )
 
 
-def embedding_order(record: Record) -> Judged:
+def embedding_order(record: Record) -> Finding:
     """Slopes by convention of counting."""
-    events = [where(record, "embedding", counted=kind) for kind in ("both", "one", "none")]
+    events = [record.only("embedding", counted=kind) for kind in ("both", "one", "none")]
     rises = all(
         a.number(key) < b.number(key)
         for a, b in itertools.pairwise(events)
         for key in ("slope", "hull_slope")
     )
     sure = events[-1].number("above_both_low") > 0
-    return judged(
+    return Finding(
         decide(reproduced=rises and sure, contradicted=not rises),
         "both/one/none: law "
         + "/".join(f"{event.number('slope'):.3f}" for event in events)
@@ -291,21 +283,33 @@ def embedding_order(record: Record) -> Judged:
     )
 
 
-@claim(
-    "C11",
-    stage=PUBLISHED,
+@paper_claim(
+    "C10",
     section="5",
-    statement="Cooling down shifts the law",
+    says="Counting embeddings moves the slope",
+    paper=EMBEDDINGS_MOVE,
+    rule=EMBEDDINGS_RULE,
+)
+def embeddings_move(records: Records) -> Finding:
+    """Slopes by convention of counting, on the paper's measurements."""
+    return embedding_order(published(records))
+
+
+@paper_claim(
+    "C11",
+    section="5",
+    says="Cooling down shifts the law",
     paper=".499 to .597 (approach 1)",
     rule="reproduced if the paired interval of the slope, after less before, excludes zero",
     scales=BOTH,
 )
-def cooldown_shifts(record: Record) -> Judged:
+def cooldown_shifts(records: Records) -> Finding:
     """The slope after cooling down."""
-    event = where(record, "difference", first="cool_end", second="cool_begin")
+    record = published(records)
+    event = record.only("difference", first="cool_end", second="cool_begin")
     gain = record.last("cooldown")
-    resolved = event.number("low") > 0 or event.number("high") < 0
-    return judged(
+    resolved = excludes_zero(event)
+    return Finding(
         "reproduced" if resolved else "inconclusive",
         f"slope {event.number('difference'):+.3f} {between(event)}; loss "
         f"-{gain.number('mean_nats'):.3f} nats",
@@ -317,21 +321,21 @@ def cooldown_shifts(record: Record) -> Judged:
     )
 
 
-@claim(
+@paper_claim(
     "P4",
-    stage=PUBLISHED,
     section="none",
-    statement="Intervals over runs cover the truth, intervals over rows do not",
+    says="Intervals over runs cover the truth, intervals over rows do not",
     paper="no intervals given",
     rule="nominal 95 % intervals of 40 simulated suites of 770 rows: reproduced if at least 36 hold the "
     "truth over runs and fewer than 28 over rows; contradicted if fewer than 36 do over runs, or at "
     "least 36 over rows",
 )
-def bootstraps_cover(record: Record) -> Judged:
+def bootstraps_cover(records: Records) -> Finding:
     """Coverage of the two bootstraps."""
-    runs, rows = (where(record, "coverage", groups=groups) for groups in ("run", "row"))
+    record = published(records)
+    runs, rows = (record.only("coverage", groups=groups) for groups in ("run", "row"))
     over_runs, over_rows = runs.number("share"), rows.number("share")
-    return judged(
+    return Finding(
         decide(
             reproduced=over_runs >= 0.9 and over_rows < 0.7,
             contradicted=over_runs < 0.9 or over_rows >= 0.9,
@@ -343,20 +347,3 @@ def bootstraps_cover(record: Record) -> Judged:
         "errors of one run have a correlation of .95 between neighbours, and rows are drawn as if they "
         "had none",
     )
-
-
-CLAIMS = (
-    published_slopes,
-    slopes_differ,
-    few_models,
-    claim(
-        "C10",
-        stage=PUBLISHED,
-        section="5",
-        statement="Counting embeddings moves the slope",
-        paper=EMBEDDINGS_MOVE,
-        rule=EMBEDDINGS_RULE,
-    )(embedding_order),
-    cooldown_shifts,
-    bootstraps_cover,
-)

@@ -10,22 +10,22 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from fourfold_gemstones.allocate import Compute, Free, Planner
+from fourfold_gemstones.allocation import Compute, Free, Planner
 from fourfold_gemstones.architecture import Embeddings
 from fourfold_gemstones.envelope import EnvelopeLaw
-from fourfold_gemstones.reproduce.stages import SUITE
 from fourfold_gemstones.laws import WIDTH_DEPTH, PowerLaw, Variable
 from fourfold_gemstones.parametric import LawWarning, ParametricFit, ParametricLaw
-from fourfold_gemstones.simulate import balanced, noisy
+from fourfold_gemstones.reproduce.stages import SUITE
 from fourfold_gemstones.reproduce.suite.train import Suite, suite_table
 from fourfold_gemstones.runs import RunTable
+from fourfold_gemstones.simulate import balanced, noisy
 from fourfold_gemstones.uncertainty import (
     bootstrap,
     paired_bootstrap,
     percentile_interval,
     slope,
 )
-from fourfold_parallel.common.records import RecordWriter, header
+from fourfold_parallel.common.records import RecordWriter
 from fourfold_parallel.common.values import formerly
 from fourfold_parallel.reproduce.experiment import Workplace
 
@@ -89,22 +89,19 @@ def seed_spread(table: RunTable) -> Spread:
 
 def analyse_suite(run: SuiteLaws, workplace: Workplace) -> None:
     """Write the record of every analysis of the finished suite."""
-    workplace.record.unlink(missing_ok=True)
     trained = workplace.finished[SUITE]
     suite = trained.run
     assert isinstance(suite, Suite)
     every = suite_table(trained)
     first = every.where(every.column("seed") == suite.seed)
-    with RecordWriter(workplace.record) as records, warnings.catch_warnings():
+    with workplace.recording(run, seed=run.seed) as records, warnings.catch_warnings():
         warnings.simplefilter("ignore", LawWarning)
-        records.write_header(header(run, seed=run.seed, world_size=1, materials=(), overrides=()))
         spread = seed_spread(every)
         records.write("spread", log_loss_sd=spread.sd, freedom=spread.freedom)
         law = _write_slopes(records, run, first)
         _write_surface(records, run, law)
         _write_null(records, run, first, spread)
         _write_growth(records, run, first, suite)
-        records.write("finished")
 
 
 def _write_slopes(records: RecordWriter, run: SuiteLaws, table: RunTable) -> ParametricFit:

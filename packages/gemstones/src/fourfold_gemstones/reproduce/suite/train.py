@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from fourfold_gemstones.architecture import Architecture
-from fourfold_parallel.common.workers import each
 from fourfold_gemstones.runs import RunTable
 from fourfold_parallel.common.files import sync
 from fourfold_parallel.common.progress import silent
-from fourfold_parallel.common.records import Event, Record, RecordWriter, header, read_record
+from fourfold_parallel.common.records import Event, Record, read_record
 from fourfold_parallel.common.values import digest
+from fourfold_parallel.common.workers import each
 from fourfold_parallel.reproduce.experiment import Workplace
 from fourfold_parallel.run import checkpoint
 from fourfold_parallel.run.checkpoint import Checkpoint
@@ -257,24 +257,19 @@ def speeds(suite: Suite) -> list[Fields]:
 
 def train_suite(suite: Suite, workplace: Workplace, *, processes: int) -> None:
     """Train every member, as many at a time as there are `processes`, and write one record of all."""
-    workplace.record.unlink(missing_ok=True)
     first = suite.members[0].run
     # Tokenized once here, so that the workers find it in the cache.
     texts = [source.open(sequence=first.sequence, seed=0) for source in (first.data, suite.second)]
-    materials = tuple(dict.fromkeys(one for text in texts for one in text.file.materials))
-    with RecordWriter(workplace.record) as records:
-        records.write_header(
-            header(suite, seed=suite.seed, world_size=1, materials=materials, overrides=())
-        )
+    materials = tuple(dict.fromkeys(item for text in texts for item in text.file.materials))
+    with workplace.recording(suite, seed=suite.seed, materials=materials) as records:
         work = partial(train_member, folder=workplace.scratch, second=suite.second)
-        trained = each(work, suite.members, processes=processes)
-        for done, events in enumerate(trained, start=1):
+        members = each(work, suite.members, processes=processes)
+        for done, events in enumerate(members, start=1):
             for kind, fields in events:
                 records.write(kind, **fields)
             workplace.progress(done, len(suite.members), suite.members[done - 1].run.name)
         for fields in speeds(suite):
             records.write("speed", **fields)
-        records.write("finished")
 
 
 def suite_table(record: Record, *, schedule: str = "constant", rate: float = 1.0) -> RunTable:

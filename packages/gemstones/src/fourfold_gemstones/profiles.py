@@ -74,8 +74,8 @@ def pinned(
 ) -> tuple[Float[np.ndarray, " start"], Float[np.ndarray, " start"]]:
     """Values of `functional` that were reached, and the least objective at each of them.
 
-    A spring gives way, so that the value is read where the descent ended. The targets are approached one after another, away from `parameters`, each from the solution
-    of its neighbour.
+    A spring gives way, so that the value is read where its descent ended. The targets are approached
+    one after another, away from `parameters`, each from the solution of its neighbour.
     """
     m = problem.log_inputs.shape[1]
     centre = problem.centre
