@@ -1,4 +1,4 @@
-"""What a law prescribes: width, depth, parameters and tokens for a budget of compute or time."""
+"""Width, depth, parameters and tokens that a law prescribes for a budget of compute or time."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Allocation:
     tokens: float
     loss_nats: float
     at_edge: bool
-    """Whether the search window, not the law, decided: then there is no optimum to report."""
+    """The search window, not the law, decided: then there is no optimum to report."""
 
     @property
     def aspect(self) -> float:
@@ -153,7 +153,7 @@ class Planner:
         depth: Float[np.ndarray, "*shape"],
         tokens: Float[np.ndarray, "*shape"],
     ) -> Float[np.ndarray, "*shape"]:
-        """What the law expects of shapes and token counts."""
+        """Loss that the law expects of shapes and token counts, in nats per token."""
         inputs: dict[Variable, Float[np.ndarray, "*shape"]] = {}
         for variable in law.variables:
             match variable:
@@ -190,8 +190,7 @@ class Planner:
     def _refuse_blind(self, law: PowerLaw) -> None:
         if not {"width", "depth"} <= set(law.variables):
             raise ValueError(
-                f"a law in {law.variables} cannot tell shapes of one size apart, and would choose "
-                "the "
+                f"a law in {law.variables} cannot tell shapes of one size apart, and would choose the "
                 "cheapest; fit a law in width and depth, or plan with shapes=Aspect(ratio=...)"
             )
 
@@ -279,7 +278,7 @@ class Planner:
         by it, as in the paper's section on overtraining.
         """
         optimum = self.allocate(law, budget)
-        found = []
+        plans = []
         for factor in factors:
             if not factor > 0:
                 raise ValueError(f"factor={factor} must be positive; 4 trains four times as long")
@@ -289,19 +288,19 @@ class Planner:
             real = np.isfinite(depth)
             loss = self.loss(law, width[real], depth[real], np.full(int(real.sum()), tokens))
             best = int(np.argmin(loss))
-            found.append(
+            plans.append(
                 self._at(
                     law, budget, float(width[real][best]), float(depth[real][best]), at_edge=False
                 )
             )
-        return tuple(found)
+        return tuple(plans)
 
     def _depth(
         self, width: Float[np.ndarray, " node"], tokens: float, budget: float, aspect: float
     ) -> Float[np.ndarray, " node"]:
         """Depth at which each width spends the budget on `tokens`; NaN where there is none.
 
-        The cost per token is affine in depth for both FLOP counts. Under an `Aspect` only the one
+        The cost per token is affine in depth for both FLOP counts. Under an `Aspect` only the
         width that lies on it remains.
         """
         match self.cost:
@@ -312,9 +311,9 @@ class Planner:
             case Compute() | SixNT():
                 pass
         ones = np.ones_like(width)
-        one = 1 / self.cost.tokens(self.architecture, width, ones, budget)
-        two = 1 / self.cost.tokens(self.architecture, width, 2 * ones, budget)
-        depth = 1 + (1 / tokens - one) / (two - one)
+        shallow = 1 / self.cost.tokens(self.architecture, width, ones, budget)
+        deeper = 1 / self.cost.tokens(self.architecture, width, 2 * ones, budget)
+        depth = 1 + (1 / tokens - shallow) / (deeper - shallow)
         depth = np.where(depth >= 1, depth, np.nan)
         match self.shapes:
             case Aspect():
@@ -354,7 +353,7 @@ def allocate(
         LawWarning: The budget is more than `FAR` times that of the largest run.
     """
     best = planner.allocate(fit.estimate, budget)
-    found = [planner.allocate(estimate, budget) for estimate in draws.estimates]
+    plans = [planner.allocate(estimate, budget) for estimate in draws.estimates]
     match planner.cost:
         case Compute():
             largest = float(fit.table.flops().max())
@@ -371,7 +370,7 @@ def allocate(
         )
 
     def interval(name: str) -> Interval:
-        return percentile_interval(np.asarray([getattr(one, name) for one in found]), level)
+        return percentile_interval(np.asarray([getattr(plan, name) for plan in plans]), level)
 
     return Band(
         best=best,
@@ -380,7 +379,7 @@ def allocate(
         aspect=interval("aspect"),
         tokens_per_parameter=interval("tokens_per_parameter"),
         loss_nats=interval("loss_nats"),
-        share_at_edge=float(np.mean([one.at_edge for one in found])),
+        share_at_edge=float(np.mean([plan.at_edge for plan in plans])),
         beyond_largest_run=budget / largest,
     )
 
@@ -413,15 +412,13 @@ class MeasuredThroughput:
         """
         if isinstance(table.architecture, UnknownArchitecture):
             raise ValueError(
-                f"the architecture of {table.source} is unknown, so its FLOPs cannot be counted; "
-                "pass "
+                f"the architecture of {table.source} is unknown, so its FLOPs cannot be counted; pass "
                 "architecture=Architecture(...) when reading it"
             )
         names, index = table.groups("run")
         if len(names) < 4:
             raise ValueError(
-                f"{table.source} has {len(names)} runs, and a rate over width and depth needs 4; "
-                "add "
+                f"{table.source} has {len(names)} runs, and a rate over width and depth needs 4; add "
                 "timed runs, or give a throughput function"
             )
         last = np.asarray([np.flatnonzero(index == run)[-1] for run in range(len(names))])

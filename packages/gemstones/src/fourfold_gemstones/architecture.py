@@ -1,4 +1,4 @@
-"""What a shape costs: parameters and FLOPs of a decoder, by width and depth."""
+"""Parameters and FLOPs of a decoder, by width and depth."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 
 class Embeddings(enum.Enum):
-    """How many of the two vocabulary tables (input embedding, output head) count as parameters.
+    """The vocabulary tables (input embedding, output head) that count as parameters.
 
     The paper's "no embeds" means `NONE` in its approach 1 and `ONE` in its approach 3.
     """

@@ -1,4 +1,4 @@
-"""Which law to believe: error on runs that were held out, and information criteria."""
+"""Two laws side by side: error on runs that were held out, and information criteria."""
 
 from __future__ import annotations
 
@@ -37,8 +37,7 @@ class Split:
         if not left.any() or not right.any() or (left & right).any():
             raise ValueError(
                 f"split {self.name!r} of {table.source} keeps {left.sum()} rows to fit and "
-                f"{right.sum()} to judge, {(left & right).sum()} of them the same; choose "
-                "thresholds "
+                f"{right.sum()} to judge, {(left & right).sum()} of them the same; choose thresholds "
                 "inside the range of the table"
             )
         return table.where(left), table.where(right)
@@ -111,8 +110,7 @@ def corrected_aic(fit: ParametricFit) -> float:
     rows, parameters = len(residual), 2 * len(fit.law.variables) + 2
     if rows <= parameters + 1:
         raise ValueError(
-            f"{fit.table.source} has {rows} rows, and AICc of a law with {parameters} parameters "
-            "needs "
+            f"{fit.table.source} has {rows} rows, and AICc of a law with {parameters} parameters needs "
             f"{parameters + 2}; add runs"
         )
     deviance = 2 * rows * (1 + float(np.log(2 * np.abs(residual).mean())))

@@ -1,6 +1,6 @@
 """Approaches 1 and 2: prescriptions read off the runs themselves, without a form of the law.
 
-The frontier of the runs that one has follows where they end: read `null.design_null` beside every slope.
+The frontier of a table of runs depends on where they end: read `simulate.design_null` beside every slope.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def overspent(table: RunTable, kind: Resource) -> Float[np.ndarray, " row"]:
 class EnvelopeLaw(Settings):
     """Approach 1: a line through the models on the frontier of loss against a resource.
 
-    It asks for no form of the law, but the frontier is that of the runs one has, and follows where
-    they end: read `null.design_null` beside every slope.
+    It asks for no form of the law, but the frontier is that of these runs, and depends on where they
+    end: read `simulate.design_null` beside every slope.
     """
 
     resource: Resource = "flops"
@@ -97,7 +97,7 @@ class EnvelopeLaw(Settings):
     embeddings: Embeddings = Embeddings.BOTH
 
     def targets(self, table: RunTable) -> Float[np.ndarray, " row"]:
-        """What is prescribed, at each row."""
+        """The quantity that is prescribed, at each row."""
         match self.target:
             case "parameters":
                 return table.parameters(self.embeddings)
@@ -198,19 +198,17 @@ class IsoFlopLaw(Settings):
                 vertices.append((float(budget), at[0], trade.predict(at)[0], curve))
         if len(vertices) < 3:
             raise ValueError(
-                f"{len(vertices)} of {len(budgets)} budgets cut {table.source} in a parabola with "
-                "its "
-                "vertex among the runs, and a line needs 3; add sizes, or choose budgets that more "
-                "runs pass"
+                f"{len(vertices)} of {len(budgets)} budgets cut {table.source} in a parabola with its "
+                "vertex among the runs, and a line needs 3; add sizes, or choose budgets that more runs pass"
             )
-        found = np.asarray(vertices)
-        prescribed = found[:, 1] if self.target == "parameters" else found[:, 2]
+        cuts = np.asarray(vertices)
+        prescribed = cuts[:, 1] if self.target == "parameters" else cuts[:, 2]
         return IsoFlopFit(
             law=self,
-            budgets=found[:, 0],
+            budgets=cuts[:, 0],
             prescribed=prescribed,
-            curvature=found[:, 3],
-            estimate=Line.through(found[:, 0], prescribed),
+            curvature=cuts[:, 3],
+            estimate=Line.through(cuts[:, 0], prescribed),
         )
 
     def refits(
@@ -240,7 +238,7 @@ class IsoFlopLaw(Settings):
         """Parameters, tokens and loss of every run that passes `budget`, at it."""
         resource, parameters = table.resource(self.resource), table.parameters(self.embeddings)
         _, index = table.groups("run")
-        found = []
+        points = []
         for run in range(index.max() + 1):
             rows = np.flatnonzero(index == run)
             spent = resource[rows]
@@ -248,8 +246,8 @@ class IsoFlopLaw(Settings):
                 at = np.log(budget), np.log(spent)
                 tokens = np.interp(*at, np.log(table.column("tokens")[rows]))
                 loss = np.interp(*at, np.log(table.column("loss_nats")[rows]))
-                found.append((parameters[rows[0]], np.exp(tokens), np.exp(loss)))
-        columns = np.asarray(found).reshape(-1, 3)
+                points.append((parameters[rows[0]], np.exp(tokens), np.exp(loss)))
+        columns = np.asarray(points).reshape(-1, 3)
         return columns[:, 0], columns[:, 1], columns[:, 2]
 
 

@@ -1,4 +1,4 @@
-"""Which run to do next: the one that narrows a prescription most."""
+"""The run to do next: the one that narrows a prescription most."""
 
 from __future__ import annotations
 

@@ -71,16 +71,14 @@ class ParametricLaw(Settings):
         unknowns = 2 * len(self.variables) + 1
         if len(table) < unknowns:
             raise ValueError(
-                f"{table.source} has {len(table)} rows, and a law in {self.variables} has "
-                f"{unknowns} "
+                f"{table.source} has {len(table)} rows, and a law in {self.variables} has {unknowns} "
                 "parameters; add runs, or choose a law with fewer variables"
             )
         for variable, values in zip(self.variables, x.T, strict=True):
             distinct = len(np.unique(values.round(9)))
             if distinct < 2:
                 raise ValueError(
-                    f"{variable} is {np.exp(values[0]):g} in all {len(table)} rows of "
-                    f"{table.source}: "
+                    f"{variable} is {np.exp(values[0]):g} in all {len(table)} rows of {table.source}: "
                     "its exponent cannot be told; add runs that vary it, or leave it out of the law"
                 )
         model_terms = [name for name in self.variables if name != "tokens"]
@@ -97,8 +95,7 @@ class ParametricLaw(Settings):
         smallest = np.linalg.svd(scaled, compute_uv=False)[-1] / np.sqrt(len(table))
         if smallest < 1e-6:
             raise ValueError(
-                f"one of {self.variables} is a power of the others in {table.source}, so that "
-                "their "
+                f"one of {self.variables} is a power of the others in {table.source}, so that their "
                 "exponents cannot be told apart; add shapes, or leave one out"
             )
         return minimise.Problem(
@@ -111,8 +108,8 @@ class ParametricLaw(Settings):
         Warns:
             LawWarning: Measured losses lie below the fitted floor, or a parameter is at its bound.
         """
-        found = minimise.minimise(self.problem(table), starts=self.starts, names=self.variables)
-        estimate = PowerLaw.from_vector(self.variables, found.parameters)
+        optimum = minimise.minimise(self.problem(table), starts=self.starts, names=self.variables)
+        estimate = PowerLaw.from_vector(self.variables, optimum.parameters)
         below = np.flatnonzero(table.column("loss_nats") < np.exp(estimate.log_floor))
         if len(below):
             warnings.warn(
@@ -122,9 +119,9 @@ class ParametricLaw(Settings):
                 LawWarning,
                 stacklevel=2,
             )
-        if found.certificate.at_bound:
+        if optimum.certificate.at_bound:
             warnings.warn(
-                f"at its bound: {', '.join(found.certificate.at_bound)}. {table.source} does not "
+                f"at its bound: {', '.join(optimum.certificate.at_bound)}. {table.source} does not "
                 "identify it; do not extrapolate this law",
                 LawWarning,
                 stacklevel=2,
@@ -133,16 +130,16 @@ class ParametricLaw(Settings):
             law=self,
             table=table,
             estimate=estimate,
-            objective=found.objective,
-            certificate=found.certificate,
+            objective=optimum.objective,
+            certificate=optimum.certificate,
         )
 
     def refits(
         self, fit: ParametricFit, table: RunTable, weights: Float[np.ndarray, "draw row"]
     ) -> tuple[PowerLaw, ...]:
         """The law refitted once per row of weights, from the basins of `fit`."""
-        found = minimise.refit(self.problem(table), fit.estimate.vector(), weights)
-        return tuple(PowerLaw.from_vector(self.variables, vector) for vector in found)
+        vectors = minimise.refit(self.problem(table), fit.estimate.vector(), weights)
+        return tuple(PowerLaw.from_vector(self.variables, vector) for vector in vectors)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

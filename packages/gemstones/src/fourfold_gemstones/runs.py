@@ -81,9 +81,9 @@ class UnknownArchitecture:
 
 def _rows(mask: Bool[np.ndarray, " row"]) -> str:
     """The numbers of the offending rows, from zero, shortened."""
-    found = np.flatnonzero(mask)
-    tail = f" and {len(found) - ROWS_NAMED} more" if len(found) > ROWS_NAMED else ""
-    return f"row{'s' if len(found) > 1 else ''} " + ", ".join(map(str, found[:ROWS_NAMED])) + tail
+    rows = np.flatnonzero(mask)
+    tail = f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
+    return f"row{'s' if len(rows) > 1 else ''} " + ", ".join(map(str, rows[:ROWS_NAMED])) + tail
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -143,8 +143,7 @@ class RunTable:
         if high.any():
             raise ValueError(
                 f"loss_nats is {loss.max():g} in {_rows(high)} of {self.source}, above "
-                f"{LARGEST_LOSS_NATS:g}: a perplexity or a diverged run; give nats per token and "
-                "drop "
+                f"{LARGEST_LOSS_NATS:g}: a perplexity or a diverged run; give nats per token and drop "
                 "diverged checkpoints"
             )
         if tokens.max() < FEWEST_TOKENS:

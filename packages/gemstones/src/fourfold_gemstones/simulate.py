@@ -1,4 +1,4 @@
-"""What an estimator says when the truth is known: the design null, and coverage.
+"""Estimators on losses whose law is known: the design null, and coverage.
 
 The same runs, token counts and budgets, with losses from a known law. Without noise, what differs
 from that law is the estimator's bias on this design; with noise, how often an interval covers it.
@@ -115,7 +115,7 @@ def design_null(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coverage:
-    """How often a nominal interval held the truth."""
+    """The share of nominal intervals that contain the truth."""
 
     suites: int
     covered: int
@@ -144,7 +144,7 @@ def coverage(
 ) -> tuple[Coverage, ...]:
     """Coverage of the bootstrap interval for each way of grouping, on the same simulated suites."""
     true = functional(truth)
-    held: Float[np.ndarray, "group suite"] = np.zeros((len(groups), suites))
+    covers: Float[np.ndarray, "group suite"] = np.zeros((len(groups), suites))
     width = np.zeros((len(groups), suites))
     for suite in range(suites):
         generator = np.random.default_rng((seed, suite))
@@ -152,15 +152,15 @@ def coverage(
             noisy(table, truth, run_sd=run_sd, correlation=correlation, generator=generator)
         )
         for row, by in enumerate(groups):
-            found = bootstrap(fit, draws=draws, generator=generator, groups=by).interval(
+            interval = bootstrap(fit, draws=draws, generator=generator, groups=by).interval(
                 functional, level=level
             )
-            held[row, suite] = found.contains(true)
-            width[row, suite] = found.high - found.low
+            covers[row, suite] = interval.contains(true)
+            width[row, suite] = interval.high - interval.low
     return tuple(
         Coverage(
             suites=suites,
-            covered=int(held[row].sum()),
+            covered=int(covers[row].sum()),
             level=level,
             mean_width=float(width[row].mean()),
         )

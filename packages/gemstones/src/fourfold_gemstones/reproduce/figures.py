@@ -23,7 +23,7 @@ def _numbers(events: tuple[Event, ...], key: str) -> list[float]:
 
 
 def figure_refits(records: Records) -> Figure:
-    """How far each published parametric fit lies above the global optimum of its objective."""
+    """Distance of each published parametric fit above the global optimum of its objective."""
     events = sorted(
         records[PUBLISHED].of("refit"), key=lambda event: event.number("published_above_percent")
     )
@@ -210,7 +210,7 @@ def figure_held_out(records: Records) -> Figure:
 
 
 def figure_overspending(records: Records) -> Figure:
-    """What each shape overspends at 300 B tokens, in FLOPs and in device-hours."""
+    """Overspending of each shape at 300 B tokens, in FLOPs and in device-hours."""
     events = records[PUBLISHED].of("overspending")
     aspect = [event.number("width") / event.number("depth") for event in events]
     figure = Figure(figsize=(7.6, 3.6))

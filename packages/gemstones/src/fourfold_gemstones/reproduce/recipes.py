@@ -93,7 +93,7 @@ def geometric(steps: int, points: int = POINTS) -> tuple[int, ...]:
 
 
 def steps_of(width: int, depth: int, *, most_tokens: int, most_flops: float) -> int:
-    """How long a shape is trained: to a number of tokens, or to a number of FLOPs where that is less."""
+    """Steps of a shape: to a number of tokens, or to a number of FLOPs where that is less."""
     per_token = float(
         BYTES.flops_per_token(np.asarray([float(width)]), np.asarray([float(depth)]))[0]
     )
@@ -157,16 +157,16 @@ def suite(scale: Literal["smoke", "laptop"]) -> Suite:
     def runs(shape: tuple[int, int]) -> tuple[Member, ...]:
         steps = steps_of(*shape, most_tokens=tokens, most_flops=MOST_FLOPS)
         forks = geometric(steps)[cooldowns] if shape in twinned else ()
-        found = [
+        members = [
             member(*shape, seed=seed, steps=steps, forks=forks)
             for seed in (seeds if shape in SEEDED else seeds[:1])
         ]
         if shape in twinned:
-            found.append(member(*shape, seed=FIRST_SEED, steps=steps, rate=0.5))
-        return tuple(found)
+            members.append(member(*shape, seed=FIRST_SEED, steps=steps, rate=0.5))
+        return tuple(members)
 
     return Suite(
-        members=tuple(one for shape in shapes for one in runs(shape)),
+        members=tuple(each for shape in shapes for each in runs(shape)),
         architecture=BYTES,
         second=text(Wikipedia()),
         rounds=rounds,

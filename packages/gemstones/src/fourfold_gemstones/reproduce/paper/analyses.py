@@ -1,4 +1,4 @@
-"""Every analysis of the published measurements by name, and what it reads."""
+"""Every analysis of the published measurements by name, and the files that they read."""
 
 from __future__ import annotations
 
@@ -86,11 +86,11 @@ READ = (
 @lru_cache(maxsize=2)
 def digest_of(folder: Path) -> str:
     """SHA-256 over the names and bytes of the files that are read."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted({path for pattern in READ for path in folder.glob(pattern)}):
-        found.update(path.name.encode())
-        found.update(path.read_bytes())
-    return found.hexdigest()
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def analyse(run: Revisit, folder: Path, name: str) -> tuple[tuple[str, Fields], ...]:

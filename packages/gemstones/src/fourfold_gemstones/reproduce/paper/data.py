@@ -117,14 +117,13 @@ def chinchilla_points(folder: Path, *, outliers: int = OUTLIERS) -> RunTable:
 
 def _jsons(folder: Path, group: str, pattern: str) -> list[Path]:
     """Files of one folder of parameters, which may lie in the root or in `published_parameters`."""
-    found = sorted(folder.glob(f"{group}/{pattern}"))
-    found = found or sorted(folder.glob(f"published_parameters/{group}/{pattern}"))
-    if not found:
+    files = sorted(folder.glob(f"{group}/{pattern}"))
+    files = files or sorted(folder.glob(f"published_parameters/{group}/{pattern}"))
+    if not files:
         raise ValueError(
-            f"no {group}/{pattern} under {folder}; give the path of a copy of the paper's "
-            "repository"
+            f"no {group}/{pattern} under {folder}; give the path of a copy of the paper's repository"
         )
-    return found
+    return files
 
 
 def published_fits(folder: Path) -> tuple[PublishedFit, ...]:
@@ -134,7 +133,7 @@ def published_fits(folder: Path) -> tuple[PublishedFit, ...]:
         "width_depth": SHAPE_ONLY,
         "parameters": CHINCHILLA,
     }
-    found = []
+    fits = []
     for group in FITTED:
         for path in _jsons(folder, group, "approach_3_*.json"):
             kind, frame = path.stem.removeprefix("approach_3_").split("_grid_search_0_")
@@ -146,13 +145,13 @@ def published_fits(folder: Path) -> tuple[PublishedFit, ...]:
                 exponents=tuple(content["exponents"]["0"]),
                 log_floor=content["irreducible_error"]["0"],
             )
-            one = frame.endswith("_no_embeds")
+            less_one = frame.endswith("_no_embeds")
             law = ParametricLaw(
                 variables=variables,
                 delta=float(f"1e{group.removeprefix('parameters_delta')}"),
-                embeddings=Embeddings.ONE if one else Embeddings.BOTH,
+                embeddings=Embeddings.ONE if less_one else Embeddings.BOTH,
             )
-            found.append(
+            fits.append(
                 PublishedFit(
                     name=f"{group.removeprefix('parameters_')}/{path.stem}",
                     frame=frame.removesuffix("_no_embeds"),
@@ -161,7 +160,7 @@ def published_fits(folder: Path) -> tuple[PublishedFit, ...]:
                     objective=content["loss"]["0"],
                 )
             )
-    return tuple(found)
+    return tuple(fits)
 
 
 def published_lines(folder: Path) -> tuple[PublishedLine, ...]:
@@ -174,14 +173,14 @@ def published_lines(folder: Path) -> tuple[PublishedLine, ...]:
         "cooldown": "cool_end",
     }
     targets = ("tokens_per_param", "tokens", "params")
-    found = []
+    lines = []
     for path in _jsons(folder, "parameters", "approach_1_*.json"):
         label = path.stem.removeprefix("approach_1_linear_regression_")
         target = next(name for name in targets if label.startswith(name))
         rest = label.removeprefix(target).strip("_")
         none = rest.endswith("no_embeds")
         content = json.loads(path.read_text())
-        found.append(
+        lines.append(
             PublishedLine(
                 name=path.stem,
                 frame=frames[rest.removesuffix("no_embeds").strip("_")],
@@ -191,7 +190,7 @@ def published_lines(folder: Path) -> tuple[PublishedLine, ...]:
                 intercept=content["intercept"],
             )
         )
-    return tuple(found)
+    return tuple(lines)
 
 
 def preflight(folder: Path) -> tuple[tuple[int, int, float, float], ...]:
@@ -206,19 +205,19 @@ def preflight(folder: Path) -> tuple[tuple[int, int, float, float], ...]:
         raise ValueError(
             f"no {name} in {folder} or its data/; give the path of a copy of the paper's repository"
         )
-    found = []
+    runs = []
     for row in csv.DictReader(path.read_text().splitlines()):
         words = re.match(r"PyGemma-(\d+)x(\d+)_.*_lr([0-9.e+-]+)_", row["Name"])
         if words is not None:
             loss = float(row["scaling/global_loss"])
-            found.append((int(words[1]), int(words[2]), float(words[3]), loss))
-    return tuple(found)
+            runs.append((int(words[1]), int(words[2]), float(words[3]), loss))
+    return tuple(runs)
 
 
 Checkpoint = tuple[int, int, int]
 """Width, depth and step of an evaluated checkpoint."""
 LAST_STEP = 83_475
-"""What the repository calls "main"."""
+"""The step that the repository calls "main"."""
 TEXTS = ("fineweb_edu", "fineweb_dclm")
 """Texts other than the suite's own on which every checkpoint was scored, as their files are named."""
 TASKS = ("mmlu", "arce", "arcc", "hellaswag")
@@ -271,13 +270,13 @@ def task_losses(folder: Path) -> dict[Checkpoint, float]:
             at = (int(width), int(depth), int(row["step"]))
             means[at] = float(np.mean([float(row[task]) for task in TASKS]))
         return means
-    found: dict[Checkpoint, list[float]] = {}
-    for one in sorted((folder / "benchmarks/bhagia_task_losses").glob("*/*/losses_*.json")):
-        if one.stem.removeprefix("losses_") in TASKS:
-            answers = [loss for losses in json.loads(one.read_text()).values() for loss in losses]
-            at = _checkpoint(f"{one.parent.parent.name}/{one.parent.name}")
-            found.setdefault(at, []).append(float(np.mean(answers)))
-    return {at: float(np.mean(means)) for at, means in found.items()}
+    by_task: dict[Checkpoint, list[float]] = {}
+    for file in sorted((folder / "benchmarks/bhagia_task_losses").glob("*/*/losses_*.json")):
+        if file.stem.removeprefix("losses_") in TASKS:
+            answers = [loss for losses in json.loads(file.read_text()).values() for loss in losses]
+            at = _checkpoint(f"{file.parent.parent.name}/{file.parent.name}")
+            by_task.setdefault(at, []).append(float(np.mean(answers)))
+    return {at: float(np.mean(means)) for at, means in by_task.items()}
 
 
 def text_losses(folder: Path, text: str) -> dict[Checkpoint, float]:

@@ -1,4 +1,4 @@
-"""What follows from the loss: benchmark error, accuracy, and losses on other texts."""
+"""Benchmark error, accuracy and losses on other texts, as functions of the loss."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def fit_curve(
     """Least squares from a start, as the reference fits both of its forms."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        found = curve_fit(form, x, y, p0=start, maxfev=20_000)[0]
-    residual = y - form(x, *found)
+        solution = curve_fit(form, x, y, p0=start, maxfev=20_000)[0]
+    residual = y - form(x, *solution)
     return Curve(
-        parameters=tuple(float(value) for value in found),
+        parameters=tuple(float(value) for value in solution),
         residual=residual,
         r_squared=1 - float(np.square(residual).sum() / np.square(y - y.mean()).sum()),
     )
@@ -77,7 +77,7 @@ def bhagia(
 
 
 def benchmarks(run: Revisit, folder: Path) -> Events:
-    """Mean error against validation loss, mean accuracy against task loss; does shape add anything?"""
+    """Mean error against validation loss, what shape adds to it, and mean accuracy against task loss."""
     del run
     accuracy = benchmark_accuracy(folder)
     losses = _losses(folder)
@@ -133,7 +133,7 @@ def other_texts(run: Revisit, folder: Path) -> Events:
         if not both:
             continue
         last = [at for at in both if at[2] == max(step for _, _, step in both)]
-        x, y = (np.asarray([one[at] for at in both]) for one in (ours, theirs))
+        x, y = (np.asarray([losses[at] for at in both]) for losses in (ours, theirs))
         ends = spearman(np.asarray([ours[a] for a in last]), np.asarray([theirs[a] for a in last]))
         yield (
             "other_text",

@@ -1,4 +1,4 @@
-"""What the envelope sees, and what it would see of laws that are known."""
+"""Slopes of the envelope, beside those it gives on losses of known laws."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def envelopes(run: Revisit, folder: Path) -> Events:
                 np.exp(np.log(ratio.targets(table)[fit.rows]).mean())
             ),
             "true_slopes": [truth.slope for truth in truths],
-            "null_slopes": [ratio.fit(noise_free(table, one)).estimate.slope for one in truths],
+            "null_slopes": [ratio.fit(noise_free(table, truth)).estimate.slope for truth in truths],
         },
     )
 
@@ -84,28 +84,31 @@ def left_out(run: Revisit, folder: Path) -> Events:
         ("20 bins", EnvelopeLaw(method=Bins(count=20))),
     ):
         fit = law.fit(table)
-        found = leave_one_out(fit, slope)
+        without = leave_one_out(fit, slope)
         clean = law.fit(noise_free(table, ours)).estimate.slope
         yield (
             "left_out",
             {
                 "estimator": name,
                 "slope": fit.estimate.slope,
-                "low": min(found.values()),
-                "high": max(found.values()),
+                "low": min(without.values()),
+                "high": max(without.values()),
                 "bias_on_fitted_law": clean - ours.slope,
             },
         )
     fit = run.fitted(ParametricLaw(), published_frame(folder, "hot_100b+"))
-    found = leave_one_out(fit, slope)
-    low, high = min(found, key=lambda name: found[name]), max(found, key=lambda name: found[name])
+    without = leave_one_out(fit, slope)
+    low, high = (
+        min(without, key=lambda name: without[name]),
+        max(without, key=lambda name: without[name]),
+    )
     yield (
         "left_out",
         {
             "estimator": "law in N and T",
             "slope": fit.estimate.slope,
-            "low": found[low],
-            "high": found[high],
+            "low": without[low],
+            "high": without[high],
             "lowest_without": low.removeprefix("PyGemma-").removesuffix("_pretrain"),
             "highest_without": high.removeprefix("PyGemma-").removesuffix("_pretrain"),
         },
@@ -190,7 +193,7 @@ def swing_of_envelopes(records: Records) -> Finding:
         )
         / 2
     )
-    beyond = all(abs(swing - one) > reach for one in null)
+    beyond = all(abs(swing - clean) > reach for clean in null)
     return Finding(
         "reproduced" if beyond else "inconclusive",
         f"{swing:+.3f} +- {reach:.3f}; noise-free laws {min(null):+.3f} to {max(null):+.3f}",

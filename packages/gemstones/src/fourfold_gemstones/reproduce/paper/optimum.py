@@ -32,26 +32,26 @@ THRESHOLD_SPREAD = 0.02
 
 def refits(run: Revisit, folder: Path) -> Events:
     """All 42 published parametric fits beside the global optimum of the same objective."""
-    for one in published_fits(folder):
-        table = published_frame(folder, one.frame)
-        fit = run.fitted(one.law, table)
-        problem = one.law.problem(table)
+    for theirs in published_fits(folder):
+        table = published_frame(folder, theirs.frame)
+        fit = run.fitted(theirs.law, table)
+        problem = theirs.law.problem(table)
         ones = np.ones((1, len(table)))
-        theirs = float(minimise.objective(problem, one.estimate.vector()[None], ones)[0])
-        two = len(one.law.variables) == 2
+        objective = float(minimise.objective(problem, theirs.estimate.vector()[None], ones)[0])
+        two = len(theirs.law.variables) == 2
         yield (
             "refit",
             {
-                "name": one.name,
-                "frame": one.frame,
-                "terms": len(one.law.variables),
-                "delta": one.law.delta,
-                "embeddings": one.law.embeddings.value,
+                "name": theirs.name,
+                "frame": theirs.frame,
+                "terms": len(theirs.law.variables),
+                "delta": theirs.law.delta,
+                "embeddings": theirs.law.embeddings.value,
                 "rows": len(table),
-                "published_objective": theirs,
+                "published_objective": objective,
                 "objective": fit.objective,
-                "published_above_percent": 100 * (theirs / fit.objective - 1),
-                "published_slope": one.estimate.slope if two else math.nan,
+                "published_above_percent": 100 * (objective / fit.objective - 1),
+                "published_slope": theirs.estimate.slope if two else math.nan,
                 "slope": fit.estimate.slope if two else math.nan,
                 "exponents": fit.estimate.exponents,
                 "log_coefficients": fit.estimate.log_coefficients,
@@ -61,7 +61,7 @@ def refits(run: Revisit, folder: Path) -> Events:
                 "relative_gradient": fit.certificate.relative_gradient,
                 "condition": fit.certificate.condition,
                 "at_bound": fit.certificate.at_bound,
-                "nearest_grid_log_coefficient": _nearest_node(one.estimate.log_coefficients),
+                "nearest_grid_log_coefficient": _nearest_node(theirs.estimate.log_coefficients),
             },
         )
 
@@ -79,10 +79,10 @@ def restarts(run: Revisit, folder: Path) -> Events:
     value at the start: only the scale of f differs, and with it what the absolute rules mean.
     """
     del run
-    for one in published_fits(folder):
-        problem = one.law.problem(published_frame(folder, one.frame))
+    for theirs in published_fits(folder):
+        problem = theirs.law.problem(published_frame(folder, theirs.frame))
         descent = minimise.Descent(problem.log_inputs, problem.log_loss, np.ones((1, 1)))
-        start = one.estimate.vector()
+        start = theirs.estimate.vector()
 
         def value(theta: Float[np.ndarray, " parameter"]) -> float:
             return float(descent.value(theta[None], problem.delta)[0])  # noqa: B023
@@ -95,7 +95,7 @@ def restarts(run: Revisit, folder: Path) -> Events:
         yield (
             "restart",
             {
-                "name": one.name,
+                "name": theirs.name,
                 "published_objective": begun,
                 "default_objective": ends[0],
                 "scaled_objective": ends[1],
@@ -111,17 +111,17 @@ def lines(run: Revisit, folder: Path) -> Events:
         "tokens": "tokens",
         "tokens_per_param": "tokens_per_parameter",
     }
-    for one in published_lines(folder):
-        law = EnvelopeLaw(target=targets[one.target], embeddings=one.embeddings)
-        found = law.fit(published_frame(folder, one.frame)).estimate
+    for theirs in published_lines(folder):
+        law = EnvelopeLaw(target=targets[theirs.target], embeddings=theirs.embeddings)
+        ours = law.fit(published_frame(folder, theirs.frame)).estimate
         yield (
             "line",
             {
-                "name": one.name,
-                "published_slope": one.slope,
-                "slope": found.slope,
+                "name": theirs.name,
+                "published_slope": theirs.slope,
+                "slope": ours.slope,
                 "difference": max(
-                    abs(found.slope - one.slope), abs(found.intercept - one.intercept)
+                    abs(ours.slope - theirs.slope), abs(ours.intercept - theirs.intercept)
                 ),
             },
         )

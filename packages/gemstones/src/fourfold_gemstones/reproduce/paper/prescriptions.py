@@ -1,4 +1,4 @@
-"""What the width-depth law prescribes, and what departing from it costs."""
+"""Shapes and tokens that the width-depth law prescribes, and the cost of departing from them."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ SIGNIFICANT = 0.05
 def prescriptions(run: Revisit, folder: Path) -> Events:
     """Compute-optimal shapes of the width-depth law, with bands, on hot and on cooled checkpoints."""
     planner = Planner(architecture=GEMSTONES, cost=Compute(), shapes=Free())
-    published = {
-        one.frame: one.estimate
-        for one in published_fits(folder)
-        if one.name.startswith("delta-4") and len(one.law.variables) == 4
+    by_frame = {
+        fit.frame: fit.estimate
+        for fit in published_fits(folder)
+        if fit.name.startswith("delta-4") and len(fit.law.variables) == 4
     }
     for frame in ("hot_100b+", "cool_end"):
         fit = run.fitted(ParametricLaw(variables=WIDTH_DEPTH), published_frame(folder, frame))
         draws = bootstrap(fit, draws=run.shaped_draws, generator=run.generator())
-        found = [[planner.allocate(law, budget) for budget in BUDGETS] for law in draws.estimates]
+        drawn = [[planner.allocate(law, budget) for budget in BUDGETS] for law in draws.estimates]
         for number, budget in enumerate(BUDGETS):
             best = planner.allocate(fit.estimate, budget)
-            theirs = planner.allocate(published[frame], budget)
+            theirs = planner.allocate(by_frame[frame], budget)
             fields: dict[str, object] = {
                 "frame": frame,
                 "budget_flops": budget,
                 "published_aspect": theirs.aspect,
                 "published_tokens_per_parameter": theirs.tokens_per_parameter,
                 "draws": run.shaped_draws,
-                "share_at_edge": float(np.mean([one[number].at_edge for one in found])),
+                "share_at_edge": float(np.mean([plans[number].at_edge for plans in drawn])),
             }
             for name in ("width", "depth", "aspect", "parameters", "tokens_per_parameter"):
-                values = np.asarray([getattr(one[number], name) for one in found])
+                values = np.asarray([getattr(plans[number], name) for plans in drawn])
                 interval = percentile_interval(values, 0.95)
                 fields |= {
                     name: getattr(best, name),
@@ -64,7 +64,8 @@ def prescriptions(run: Revisit, folder: Path) -> Events:
         span = math.log(BUDGETS[3] / BUDGETS[1])
         for name in ("aspect", "tokens_per_parameter"):
             growth = [
-                math.log(getattr(one[3], name) / getattr(one[1], name)) / span for one in found
+                math.log(getattr(plans[3], name) / getattr(plans[1], name)) / span
+                for plans in drawn
             ]
             interval = percentile_interval(np.asarray(growth), 0.95)
             ends = [planner.allocate(fit.estimate, BUDGETS[at]) for at in (1, 3)]
@@ -81,13 +82,13 @@ def prescriptions(run: Revisit, folder: Path) -> Events:
 
 
 def overtraining(run: Revisit, folder: Path) -> Events:
-    """What it costs to train longer or shorter than optimal at the same FLOPs."""
+    """Cost of training longer or shorter than optimal at the same FLOPs."""
     planner = Planner(architecture=GEMSTONES, cost=Compute(), shapes=Free())
     for frame in ("hot_100b+", "cool_end"):
         fit = run.fitted(ParametricLaw(variables=WIDTH_DEPTH), published_frame(folder, frame))
         for budget in (1e20, 1e21, 1e22):
             best = planner.allocate(fit.estimate, budget)
-            for factor, one in zip(
+            for factor, plan in zip(
                 FACTORS, planner.overtrained(fit.estimate, budget, FACTORS), strict=True
             ):
                 yield (
@@ -96,7 +97,7 @@ def overtraining(run: Revisit, folder: Path) -> Events:
                         "frame": frame,
                         "budget_flops": budget,
                         "factor": factor,
-                        "cost_nats": one.loss_nats - best.loss_nats,
+                        "cost_nats": plan.loss_nats - best.loss_nats,
                     },
                 )
 
@@ -126,8 +127,8 @@ def overspending(run: Revisit, folder: Path) -> Events:
         "overspending_correlation",
         {
             "models": len(last),
-            **{f"{kind}_spearman": one[0] for kind, one in correlation.items()},
-            **{f"{kind}_p": one[1] for kind, one in correlation.items()},
+            **{f"{kind}_spearman": test[0] for kind, test in correlation.items()},
+            **{f"{kind}_p": test[1] for kind, test in correlation.items()},
         },
     )
 

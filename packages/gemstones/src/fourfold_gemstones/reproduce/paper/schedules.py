@@ -1,4 +1,4 @@
-"""What cooling down, the learning rate, other texts and benchmarks add to the law."""
+"""Cooling down, the rule of the learning rate, and the error of five laws on runs held out."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def held_out(run: Revisit, folder: Path) -> Events:
 
 
 def cooldown(run: Revisit, folder: Path) -> Events:
-    """What cooling down gains, against size and tokens."""
+    """Gain of cooling down, against size and tokens."""
     del run
     begin, end = published_frame(folder, "cool_begin"), published_frame(folder, "cool_end")
     gain = np.log(begin.column("loss_nats")) - np.log(end.column("loss_nats"))
@@ -103,8 +103,7 @@ def learning_rate_rule(records: Records) -> Finding:
         "reproduced" if better else "contradicted",
         ours,
         event,
-        "the base varies less than half as much as the rate; one step of the sweep is 2 to 5x, so "
-        "no "
+        "the base varies less than half as much as the rate; one step of the sweep is 2 to 5x, so no "
         "finer statement is possible"
         if better
         else "the base varies as much as the rate",

@@ -1,4 +1,4 @@
-"""What every analysis of the published measurements is given, and what it gives back."""
+"""The settings that every analysis of the published measurements is given, and the events it gives back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Events = Iterator[tuple[str, Fields]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Revisit:
-    """How much to search and to resample in the analysis of the published measurements."""
+    """Amounts of searching and resampling in the analysis of the published measurements."""
 
     data_sha256: str
     """Over the names and bytes of every file that is read."""
@@ -50,5 +50,5 @@ class Revisit:
 
 def spearman(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> tuple[float, float]:
     """Rank correlation and its p-value."""
-    found = np.asarray(spearmanr(x, y))
-    return float(found[0]), float(found[1])
+    test = np.asarray(spearmanr(x, y))
+    return float(test[0]), float(test[1])

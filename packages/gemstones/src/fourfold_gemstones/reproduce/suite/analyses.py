@@ -1,4 +1,4 @@
-"""What the laws and the envelope say of our own suite, with the spread between seeds as the yardstick."""
+"""Laws and envelope fitted to our own suite, with the spread between seeds as the yardstick."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CURVE = 12
 @formerly(without=("suite_sha256",))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SuiteLaws:
-    """How much to resample in the analysis of our own suite."""
+    """Amounts of resampling in the analysis of our own suite."""
 
     draws: int
     """Bootstrap draws of two-term laws, and simulated suites of each noise-free law."""
@@ -73,12 +73,12 @@ def pooled(groups: Sequence[Sequence[float]]) -> Spread:
 def final_losses(table: RunTable) -> dict[str, list[float]]:
     """Last loss of every run, by shape, in the order of the seeds."""
     names, index = table.groups("run")
-    found: dict[str, list[float]] = {}
+    losses: dict[str, list[float]] = {}
     for run in range(len(names)):
         last = np.flatnonzero(index == run)[-1]
         shape = f"{table.column('width')[last]:g}x{table.column('depth')[last]:g}"
-        found.setdefault(shape, []).append(float(table.column("loss_nats")[last]))
-    return found
+        losses.setdefault(shape, []).append(float(table.column("loss_nats")[last]))
+    return losses
 
 
 def seed_spread(table: RunTable) -> Spread:
@@ -188,7 +188,7 @@ def _write_null(records: RecordWriter, run: SuiteLaws, table: RunTable, spread: 
 
 
 def _write_growth(records: RecordWriter, run: SuiteLaws, table: RunTable, suite: Suite) -> None:
-    """How the width-depth law's optimal width over depth grows with compute."""
+    """Growth of the width-depth law's optimal width over depth with compute."""
     planner = Planner(architecture=suite.architecture, cost=Compute(), shapes=Free())
     fit = ParametricLaw(variables=WIDTH_DEPTH, delta=1e-3).fit(table)
     draws = bootstrap(fit, draws=run.shaped_draws, generator=np.random.default_rng(run.seed))
@@ -199,14 +199,14 @@ def _write_growth(records: RecordWriter, run: SuiteLaws, table: RunTable, suite:
         exponent = math.log(ends[1].aspect / ends[0].aspect) / math.log(high / low)
         return exponent, any(end.at_edge for end in ends)
 
-    found = [growth(law) for law in draws.estimates]
-    interval = percentile_interval(np.asarray([exponent for exponent, _ in found]), 0.95)
+    drawn = [growth(law) for law in draws.estimates]
+    interval = percentile_interval(np.asarray([exponent for exponent, _ in drawn]), 0.95)
     records.write(
         "growth",
         exponent=growth(fit.estimate)[0],
         low=interval.low,
         high=interval.high,
-        share_at_edge=float(np.mean([edge for _, edge in found])),
+        share_at_edge=float(np.mean([edge for _, edge in drawn])),
         agreeing=fit.certificate.agreeing,
         starts=fit.certificate.starts,
         at_bound=fit.certificate.at_bound,

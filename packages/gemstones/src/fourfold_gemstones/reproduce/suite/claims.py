@@ -38,25 +38,25 @@ STABLE_RANKS = 0.95
 
 
 def gains(record: Record) -> dict[str, list[float]]:
-    """What each cooldown gains on the loss that it forks from, in nats, by run, in order of the forks."""
+    """Gain of each cooldown on the loss that it forks from, in nats, by run, in order of the forks."""
     hot = {
         (event.values["run"], event.number("step")): event.number("loss_nats")
         for event in record.of("point")
         if event.values["schedule"] == "constant"
     }
-    found: dict[str, list[float]] = {}
+    by_run: dict[str, list[float]] = {}
     for event in record.of("point"):
         if event.values["schedule"] == "cooled":
             run = str(event.values["run"])
             before = hot[run, event.number("forked_at")]
-            found.setdefault(run, []).append(before - event.number("loss_nats"))
-    return found
+            by_run.setdefault(run, []).append(before - event.number("loss_nats"))
+    return by_run
 
 
 def gain_spread(found: dict[str, list[float]]) -> Spread:
     """Spread of the gain between seeds of a shape, pooled over shapes and forks."""
     by_shape: dict[str, list[list[float]]] = {}
-    for run, values in found.items():
+    for run, values in by_run.items():
         by_shape.setdefault(run.split("-")[0], []).append(values)
     return pooled(
         [
@@ -79,9 +79,9 @@ def gain_spread(found: dict[str, list[float]]) -> Spread:
 def cooling_gains(records: Records) -> Finding:
     """Every cooldown's gain against twice its pooled spread between seeds."""
     record = own_suite(records)
-    found = gains(record)
-    spread = gain_spread(found)
-    every = np.asarray([gain for values in found.values() for gain in values])
+    by_run = gains(record)
+    spread = gain_spread(by_run)
+    every = np.asarray([gain for values in by_run.values() for gain in values])
     above = int((every > 2 * spread.sd).sum())
     return Finding(
         decide(reproduced=above == len(every), contradicted=above <= len(every) / 2),
@@ -103,11 +103,11 @@ def cooling_gains(records: Records) -> Finding:
 def cooling_shifts(records: Records) -> Finding:
     """Change of the gain along the run, first seeds."""
     record = own_suite(records)
-    found = gains(record)
-    spread = gain_spread(found)
+    by_run = gains(record)
+    spread = gain_spread(by_run)
     suite = record.run
     assert isinstance(suite, Suite)
-    first = [values for run, values in found.items() if run.endswith(f"-seed{suite.seed}")]
+    first = [values for run, values in by_run.items() if run.endswith(f"-seed{suite.seed}")]
     change = float(np.mean([values[-1] - values[0] for values in first]))
     error = spread.sd * math.sqrt(2 / len(first))
     shifts = abs(change) > 2 * error
@@ -165,17 +165,17 @@ def deep_in_flops_wide_in_time(records: Records) -> Finding:
     table = table.where(table.column("seed") == suite.seed)
     last = np.r_[table.run[1:] != table.run[:-1], True]
     aspect = (table.column("width") / table.column("depth"))[last]
-    found = {
+    ranks = {
         kind: np.asarray(spearmanr(aspect, overspent(table, kind)[last]))
         for kind in ("flops", "seconds")
     }
-    signs = ((found["flops"], 1), (found["seconds"], -1))
+    signs = ((ranks["flops"], 1), (ranks["seconds"], -1))
     return Finding(
         decide(
             reproduced=all(rho * sign > 0 and p < SIGNIFICANT for (rho, p), sign in signs),
             contradicted=any(rho * sign < 0 and p < SIGNIFICANT for (rho, p), sign in signs),
         ),
-        "; ".join(f"{kind}: Spearman {rho:+.2f} (p = {p:.2g})" for kind, (rho, p) in found.items()),
+        "; ".join(f"{kind}: Spearman {rho:+.2f} (p = {p:.2g})" for kind, (rho, p) in ranks.items()),
         record.of("point")[-1],
         f"{int(last.sum())} shapes at the end of their runs; positive means that wide shapes "
         "overspend",

@@ -127,7 +127,7 @@ def fork(source: Checkpoint, run: Run, folder: Path) -> None:
 
 def segments(member: Member) -> tuple[tuple[Run, Run | None], ...]:
     """Constant runs to each fork and to the end, each beside the cooldown that forks from its end."""
-    found: list[tuple[Run, Run | None]] = []
+    pieces: list[tuple[Run, Run | None]] = []
     steps = member.run.steps
     for stop in sorted({*member.forks, steps}):
         constant = replace(
@@ -143,8 +143,8 @@ def segments(member: Member) -> tuple[tuple[Run, Run | None], ...]:
                 schedule=Cooldown(warmup_steps=0, cooldown_steps=extra),
                 validate_every=stop + extra,
             )
-        found.append((constant, cooled))
-    return tuple(found)
+        pieces.append((constant, cooled))
+    return tuple(pieces)
 
 
 Fields = dict[str, float | str]
@@ -232,7 +232,7 @@ def speeds(suite: Suite) -> list[Fields]:
         (first.batch, first.sequence + 1),
         generator=torch.Generator().manual_seed(suite.seed),
     )
-    found: list[Fields] = []
+    measured: list[Fields] = []
     for number in range(suite.rounds):
         for shape in suite.shapes:
             model = shape.build(seed=number)
@@ -251,8 +251,8 @@ def speeds(suite: Suite) -> list[Fields]:
             elapsed_s = time.process_time() - began_s
             rate = TIMED_STEPS * first.tokens_per_step / elapsed_s
             about: Fields = {"width": shape.width, "depth": shape.depth, "round": number}
-            found.append(about | {"tokens_per_cpu_s": rate})
-    return found
+            measured.append(about | {"tokens_per_cpu_s": rate})
+    return measured
 
 
 def train_suite(suite: Suite, workplace: Workplace, *, processes: int) -> None:
@@ -286,7 +286,7 @@ def suite_table(record: Record, *, schedule: str = "constant", rate: float = 1.0
     columns = {key: [event.values[key] for event in points] for key in keys}
     seconds = [event.number("tokens") / speed[shape_of(event)] for event in points]
     return RunTable.from_columns(
-        {**columns, "seconds": seconds, "gpu_hours": [one / 3600 for one in seconds]},
+        {**columns, "seconds": seconds, "gpu_hours": [spent / 3600 for spent in seconds]},
         architecture=suite.architecture,
         source=f"{record.path.name}, {schedule}",
     )
@@ -304,12 +304,12 @@ def shape_of(event: Event) -> Shape:
 def speed_of(record: Record) -> dict[Shape, float]:
     """Median over the rounds of the tokens per second of each shape."""
     rounds = speed_rounds(record)
-    return {shape: sorted(found)[len(found) // 2] for shape, found in rounds.items()}
+    return {shape: sorted(speeds)[len(speeds) // 2] for shape, speeds in rounds.items()}
 
 
 def speed_rounds(record: Record) -> dict[Shape, list[float]]:
     """Tokens per second of each shape, in the order of the rounds."""
-    found: dict[Shape, list[float]] = {}
+    rounds: dict[Shape, list[float]] = {}
     for event in record.of("speed"):
-        found.setdefault(shape_of(event), []).append(event.number("tokens_per_cpu_s"))
-    return found
+        rounds.setdefault(shape_of(event), []).append(event.number("tokens_per_cpu_s"))
+    return rounds
