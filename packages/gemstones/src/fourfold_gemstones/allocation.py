@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from fourfold_gemstones.architecture import Architecture, Embeddings
 from fourfold_gemstones.laws import PowerLaw, Variable
+from fourfold_gemstones.minimise import CONFIRMATIONS
 from fourfold_gemstones.parametric import LawWarning, ParametricFit
 from fourfold_gemstones.runs import RunTable, UnknownArchitecture
 from fourfold_gemstones.uncertainty import Bootstrap, Interval, percentile_interval
@@ -26,6 +27,10 @@ DEPTHS = (1.0, 4096.0)
 GRID = 49
 """Nodes per dimension of the search grid, which is refined `ZOOMS` times around its best node."""
 ZOOMS = 11
+WIDEST_ASPECT = 10.0
+"""Ratio of the ends of an interval of width over depth above which no shape is read off it."""
+MOST_AT_EDGE = 0.05
+"""Share of draws at the edge of the search window above which no shape is read."""
 FAR = 10.0
 """Budgets beyond this multiple of the largest run's are extrapolation, and warned about."""
 
@@ -204,21 +209,39 @@ class Planner:
         ],
         dimensions: int,
     ) -> Allocation:
+        """The least loss over shapes, by a grid that is refined around its best node.
+
+        The loss need not be convex in shape, so that a grid looks everywhere first. `GRID` nodes an
+        axis, even in logarithms, span the window; the next window is centred on the best node and .3
+        times as wide, some 14 spacings of the last grid: wide enough for an optimum that lies between
+        nodes, in a valley that runs aslant. After `ZOOMS` windows the spacing is a millionth of the
+        first one's.
+
+        Args:
+            law: whose loss is least.
+            budget: that each shape spends whole, on tokens.
+            shape: width and depth of the nodes, which are widths and depths, or widths alone.
+            dimensions: of the grid: one under an `Aspect`, else two.
+        """
+        # Centre of a window, its limits, and everything else on this grid are logarithms.
         window = [np.log(WIDTHS), np.log(DEPTHS)]
         limits = [pair.copy() for pair in window]
         width = depth = np.ones(1)
         nodes = [np.zeros(1)] * dimensions
         best = 0
         for _ in range(ZOOMS):
+            # All pairs of nodes in one list: `nodes[0]` the widths, `nodes[-1]` the depths, or widths again.
             axes = [np.linspace(low, high, GRID) for low, high in window[:dimensions]]
             nodes = [axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")]
             width, depth = shape(np.exp(nodes[0]), np.exp(nodes[-1]))
             tokens = self.cost.tokens(self.architecture, width, depth, budget)
             best = int(np.argmin(self.loss(law, width, depth, tokens)))
+            # The search window itself is never left.
             for dim in range(dimensions):
                 reach = 0.15 * (window[dim][1] - window[dim][0])
                 low, high = nodes[dim][best] - reach, nodes[dim][best] + reach
                 window[dim] = np.clip([low, high], *limits[dim])
+        # An optimum on a limit is the window's and not the law's.
         edges = [
             abs(nodes[dim][best] - limit) < 1e-3
             for dim in range(dimensions)
@@ -334,7 +357,7 @@ class Band:
     tokens_per_parameter: Interval
     loss_nats: Interval
     share_at_edge: float
-    """Draws for which the search window decided; above a few per cent, do not read the band."""
+    """Draws for which the search window decided; above `MOST_AT_EDGE`, do not read the band."""
     beyond_largest_run: float
     """Budget over that of the largest run; above one is extrapolation."""
 
@@ -382,6 +405,33 @@ def allocate(
         share_at_edge=float(np.mean([plan.at_edge for plan in plans])),
         beyond_largest_run=budget / largest,
     )
+
+
+def doubts_of_shape(fit: ParametricFit, band: Band) -> tuple[str, ...]:
+    """Reasons for which a table does not identify the optimal shape; none where it does.
+
+    A law in width and depth can be fitted to runs in which shape plays no part: it has an optimum all the
+    same. Its shape may be read only if all four hold:
+
+    - as many descents as the solver asks for agree, so that there is one optimum to speak of;
+    - no term of width or depth has run to its bound, where it drops out of the law;
+    - the law and not the edge of the search window decides, for the fit and for 95 % of the draws;
+    - the interval of width over depth, over the draws of runs, spans less than a factor of ten.
+    """
+    certificate = fit.certificate
+    gone = [name for name in certificate.at_bound if name.split()[-1] in ("width", "depth")]
+    span = band.aspect.high / band.aspect.low
+    doubts = {
+        f"only {certificate.agreeing} of {certificate.starts} descents agree, fewer than "
+        f"{CONFIRMATIONS}": certificate.agreeing < CONFIRMATIONS,
+        f"at its bound: {', '.join(gone)}": bool(gone),
+        f"the optimum lies at the edge of the shapes searched in {band.share_at_edge:.0%} of the draws"
+        + (" and in the fit" if band.best.at_edge else ""): band.best.at_edge
+        or band.share_at_edge > MOST_AT_EDGE,
+        f"the interval of width/depth, {band.aspect.low:.3g} to {band.aspect.high:.3g}, spans more than a "
+        f"factor of {WIDEST_ASPECT:g}": not span <= WIDEST_ASPECT,
+    }
+    return tuple(reason for reason, holds in doubts.items() if holds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

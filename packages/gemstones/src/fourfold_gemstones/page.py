@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import html
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,42 +22,66 @@ from fourfold_gemstones.allocation import (
     Planner,
     SixNT,
     allocate,
+    doubts_of_shape,
 )
 from fourfold_gemstones.architecture import Architecture
-from fourfold_gemstones.laws import CHINCHILLA, SHAPE_ONLY, WIDTH_DEPTH, PowerLaw, Variable
+from fourfold_gemstones.laws import PowerLaw
 from fourfold_gemstones.next_run import Suggestion, suggest_next
 from fourfold_gemstones.parametric import LawWarning, ParametricFit, ParametricLaw
-from fourfold_gemstones.runs import RunTable
+from fourfold_gemstones.runs import RunsWarning, RunTable, StrPath
 from fourfold_gemstones.uncertainty import Bootstrap, Interval, bootstrap, slope
 from fourfold_parallel.common.files import write_text
 from fourfold_parallel.reproduce.figures import BASELINE, METHOD, SHADES, style, svg
+from fourfold_parallel.reproduce.page import inline, render
 
-LAWS: dict[str, tuple[Variable, ...]] = {
-    "parameters": CHINCHILLA,
-    "compute": ("effective_parameters", "tokens"),
-    "width-depth": WIDTH_DEPTH,
-    "shape": SHAPE_ONLY,
-}
-"""Laws by the name that the command line gives them."""
+ASPECT = 40.0
+"""Width over depth at which a law without shape counts FLOPs."""
 NEAR_NATS = 0.002
 """Shapes whose expected loss is this near the best are listed beside it."""
 SHOWN = 8
 """Rows shown of a list."""
+TEMPLATE = Path(__file__).with_name("page.html.jinja")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prescription:
+    """Size, tokens and, where the law has a shape, shape of least loss for a budget."""
+
+    band: Band
+    near: tuple[Allocation, ...]
+    """Shapes that can be built whose expected loss is near the best one's; none without a shape."""
+    suggestions: tuple[Suggestion, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoShape:
+    """A law in width and depth whose optimal shape the table does not identify."""
+
+    doubts: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"shape is not identified by this table: {'; '.join(self.doubts)}. Add runs of other widths and "
+            "depths at one size, or fit a law without shape: --law parameters"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Analysis:
-    """Everything the page shows."""
+    """All numbers of the page."""
 
     fit: ParametricFit
     draws: Bootstrap
     run_sd: float
     """Standard deviation over runs of the mean log residual: what one run errs by."""
     slope: Interval | NoInterval
-    band: Band
-    near: tuple[Allocation, ...]
-    suggestions: tuple[Suggestion, ...]
+    prescription: Prescription | NoShape
     warnings: tuple[str, ...]
+
+    @property
+    def shaped(self) -> bool:
+        """True where the law has a shape."""
+        return _shaped(self.fit.law)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +89,12 @@ class NoInterval:
     """The law has no closed-form slope."""
 
 
+def _shaped(law: ParametricLaw) -> bool:
+    return {"width", "depth"} <= set(law.variables)
+
+
 def analyse(
-    table: RunTable,
+    table: RunTable | StrPath,
     law: ParametricLaw,
     budget: float,
     *,
@@ -75,44 +103,86 @@ def analyse(
     draws: int,
     generator: np.random.Generator,
 ) -> Analysis:
-    """Fit, resample, prescribe and suggest."""
-    shaped = {"width", "depth"} <= set(law.variables)
-    cost: Cost = Compute() if "width" in table.columns else SixNT()
+    """Read, fit, resample, prescribe and suggest; what is warned of on the way is part of the analysis."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", LawWarning)
+        warnings.simplefilter("always", RunsWarning)
+        if not isinstance(table, RunTable):
+            table = RunTable.read(table, architecture=architecture)
+        cost: Cost = Compute() if "width" in table.columns else SixNT()
         fit = law.fit(table)
-        drawn = bootstrap(fit, draws=draws, generator=generator)
+        resampled = bootstrap(fit, draws=draws, generator=generator)
         planner = Planner(
             architecture=architecture,
             cost=cost,
-            shapes=Free() if shaped else Aspect(ratio=40.0),
+            shapes=Free() if _shaped(law) else Aspect(ratio=ASPECT),
             embeddings=law.embeddings,
         )
-        band = allocate(fit, drawn, planner, budget)
+        band = allocate(fit, resampled, planner, budget)
     residual = np.log(table.column("loss_nats") / fit.predict(table))
     _, index = table.groups("run")
     means = np.asarray([residual[index == run].mean() for run in range(index.max() + 1)])
     run_sd = float(means.std(ddof=1))
-    built = Planner(architecture=architecture, cost=cost, shapes=lattice, embeddings=law.embeddings)
+    doubts = doubts_of_shape(fit, band) if _shaped(law) else ()
     return Analysis(
         fit=fit,
-        draws=drawn,
+        draws=resampled,
         run_sd=run_sd,
-        slope=NoInterval() if shaped or len(law.variables) != 2 else drawn.interval(slope),
-        band=band,
-        near=built.near(fit.estimate, budget, within_nats=NEAR_NATS)[:SHOWN] if shaped else (),
-        suggestions=suggest_next(
-            fit,
-            drawn,
-            planner,
-            lambda estimate: float(np.log(planner.allocate(estimate, budget).parameters)),
-            budget,
-            run_sd=max(run_sd, 1e-4),
-        )[:SHOWN]
-        if "width" in table.columns
-        else (),
-        warnings=tuple(str(one.message) for one in caught),
+        slope=NoInterval() if len(law.variables) != 2 else resampled.interval(slope),
+        prescription=NoShape(doubts=doubts)
+        if doubts
+        else Prescription(
+            band=band,
+            near=_near(fit, planner, lattice, budget) if _shaped(law) else (),
+            suggestions=_suggestions(fit, resampled, planner, budget, run_sd=run_sd),
+        ),
+        warnings=tuple(dict.fromkeys(str(warning.message) for warning in caught)),
     )
+
+
+def _near(
+    fit: ParametricFit, planner: Planner, lattice: Lattice, budget: float
+) -> tuple[Allocation, ...]:
+    built = Planner(
+        architecture=planner.architecture,
+        cost=planner.cost,
+        shapes=lattice,
+        embeddings=planner.embeddings,
+    )
+    return built.near(fit.estimate, budget, within_nats=NEAR_NATS)[:SHOWN]
+
+
+def _suggestions(
+    fit: ParametricFit, draws: Bootstrap, planner: Planner, budget: float, *, run_sd: float
+) -> tuple[Suggestion, ...]:
+    if "width" not in fit.table.columns:
+        return ()
+
+    def log_size(law: PowerLaw) -> float:
+        return float(np.log(planner.allocate(law, budget).parameters))
+
+    ranked = suggest_next(fit, draws, planner, log_size, budget, run_sd=max(run_sd, 1e-4))
+    return ranked[:SHOWN]
+
+
+def said(analysis: Analysis) -> Iterator[str]:
+    """The main numbers in two sentences."""
+    certificate = analysis.fit.certificate
+    yield (
+        f"{certificate.agreeing} of {certificate.starts} descents agree; "
+        f"R² {analysis.fit.score(analysis.fit.table):.4f}"
+    )
+    match analysis.prescription:
+        case NoShape() as reasons:
+            yield str(reasons)
+        case Prescription(band=band):
+            best = band.best
+            shape = f"width/depth {best.aspect:.3g}, " if analysis.shaped else ""
+            yield (
+                f"for {best.budget:.3g} FLOPs: {best.parameters:.3g} parameters "
+                f"({band.parameters.low:.3g} to {band.parameters.high:.3g}), {best.tokens:.3g} tokens, "
+                f"{shape}loss {best.loss_nats:.4f} nats"
+            )
 
 
 def figure_fit(analysis: Analysis) -> Figure:
@@ -153,14 +223,6 @@ def figure_residuals(analysis: Analysis) -> Figure:
     return figure
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
-
-
 def _equation(law: PowerLaw) -> str:
     terms = [
         f"{np.exp(c):.4g} / {variable.replace('_', ' ')}^{e:.4f}"
@@ -169,123 +231,77 @@ def _equation(law: PowerLaw) -> str:
     return "L = " + " + ".join([f"{np.exp(law.log_floor):.4f}", *terms])
 
 
-def _prescription(band: Band) -> list[list[str]]:
-    best = band.best
-    return [
-        [
-            "parameters",
-            f"{best.parameters:.3g}",
-            f"{band.parameters.low:.3g} to {band.parameters.high:.3g}",
-        ],
-        ["tokens", f"{best.tokens:.3g}", f"{band.tokens.low:.3g} to {band.tokens.high:.3g}"],
-        [
-            "tokens per parameter",
-            f"{best.tokens_per_parameter:.3g}",
-            f"{band.tokens_per_parameter.low:.3g} to {band.tokens_per_parameter.high:.3g}",
-        ],
-        ["width / depth", f"{best.aspect:.3g}", f"{band.aspect.low:.3g} to {band.aspect.high:.3g}"],
-        [
-            "loss (nats)",
-            f"{best.loss_nats:.4f}",
-            f"{band.loss_nats.low:.4f} to {band.loss_nats.high:.4f}",
-        ],
+def _numbers(analysis: Analysis, band: Band) -> list[tuple[str, str, str]]:
+    """Name, best value and interval of each prescribed quantity."""
+    rows: list[tuple[str, float, Interval, str]] = [
+        ("parameters", band.best.parameters, band.parameters, ".3g"),
+        ("tokens", band.best.tokens, band.tokens, ".3g"),
+        ("tokens per parameter", band.best.tokens_per_parameter, band.tokens_per_parameter, ".3g"),
+        ("loss (nats)", band.best.loss_nats, band.loss_nats, ".4f"),
     ]
-
-
-_STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;color:#1f2328;max-width:62rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}.wide{overflow-x:auto}
-th,td{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid #e5e7ea;white-space:nowrap}
-code{background:#f4f5f6;padding:.1rem .3rem}svg{max-width:100%;height:auto}
-.warn{border-left:3px solid #c2410c;padding-left:.8rem}
-"""
+    if analysis.shaped:
+        rows.insert(3, ("width / depth", band.best.aspect, band.aspect, ".3g"))
+    return [
+        (name, f"{value:{digits}}", f"{interval.low:{digits}} to {interval.high:{digits}}")
+        for name, value, interval, digits in rows
+    ]
 
 
 def page(analysis: Analysis) -> str:
     """A self-contained HTML page."""
-    fit, certificate = analysis.fit, analysis.fit.certificate
-    table = fit.table
+    certificate = analysis.fit.certificate
     with style():
-        drawings = [svg(figure_fit(analysis)), svg(figure_residuals(analysis))]
-    drawings = [drawing[drawing.index("<svg") :] for drawing in drawings]
-    warned = "".join(f'<p class="warn">{html.escape(text)}</p>' for text in analysis.warnings)
+        drawings = [
+            inline(svg(draw(analysis)), prefix=f"{draw.__name__}-")
+            for draw in (figure_fit, figure_residuals)
+        ]
     gaps = certificate.basins[1:]
-    next_best = f"+{100 * gaps[0]:.3g} %" if gaps else "none"
-    certified = [
-        ["descents that agree", f"{certificate.agreeing} of {certificate.starts}"],
-        ["distinct optima", str(len(certificate.basins))],
-        ["next best optimum", next_best],
-        ["gradient over objective", f"{certificate.relative_gradient:.1e}"],
-        ["condition number", f"{certificate.condition:.3g}"],
-        ["at a bound", ", ".join(certificate.at_bound) or "none"],
-    ]
-    match analysis.slope:
-        case Interval() as interval:
-            slopes = (
-                f"<p>Compute-optimal size grows as C<sup>a</sup>, a = {fit.estimate.slope:.3f}, "
-                f"95&nbsp;% over runs {html.escape(str(interval))}.</p>"
-            )
-        case NoInterval():
-            slopes = ""
-    near = _table(
-        ["width", "depth", "parameters", "tokens", "expected loss"],
-        [
-            [
-                f"{one.width:.0f}",
-                f"{one.depth:.0f}",
-                f"{one.parameters:.3g}",
-                f"{one.tokens:.3g}",
-                f"{one.loss_nats:.4f}",
-            ]
-            for one in analysis.near
-        ],
-    )
-    suggested = _table(
-        ["width", "depth", "tokens", "FLOPs", "narrows the prescription by"],
-        [
-            [
-                f"{one.width:.0f}",
-                f"{one.depth:.0f}",
-                f"{one.tokens:.3g}",
-                f"{one.budget:.2g}",
-                f"{100 * one.shrinks:.0f} %",
-            ]
-            for one in analysis.suggestions
-        ],
-    )
-    parts = [
-        f"<h1>Scaling law of {html.escape(table.source)}</h1>",
-        f"<p>{len(table)} rows of {len(set(table.run))} runs, SHA-256 "
-        f"<code>{table.digest[:16]}</code>; "
-        f"Huber threshold {fit.law.delta:g}; {len(analysis.draws.estimates)} draws over runs.</p>",
-        warned,
-        f"<h2>The law</h2><p><code>{html.escape(_equation(fit.estimate))}</code></p>",
-        f"<p>R² {fit.score(table):.4f}; runs err by {100 * analysis.run_sd:.2f} % (standard "
-        f"deviation over runs).</p>{slopes}{drawings[0]}",
-        "<h2>Certificate</h2><p>Is this the global minimum, and is it sharp?</p>",
-        _table(["", ""], certified),
-        f"<h2>For {analysis.band.best.budget:.3g} FLOPs</h2>",
-        _table(["", "best", "95 % over runs"], _prescription(analysis.band)),
-        f"<p>The budget is {analysis.band.beyond_largest_run:.2g} times that of the largest "
-        "run.</p>",
-        f"<h2>Shapes that can be built, within {NEAR_NATS} nats</h2>{near}"
-        if analysis.near
-        else "",
-        "<h2>What to run next</h2><p>Runs within the budget that narrow the optimal size most.</p>"
-        f"{suggested}"
-        if analysis.suggestions
-        else "",
-        f"<h2>Where the law misses</h2>{drawings[1]}",
-    ]
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>Scaling law of {html.escape(table.source)}</title><style>{_STYLE}</style>"
-        f"<body>{''.join(parts)}</body></html>\n"
+    prescription = analysis.prescription
+    return render(
+        TEMPLATE,
+        analysis=analysis,
+        runs=len(set(analysis.fit.table.run)),
+        rows=len(analysis.fit.table),
+        equation=_equation(analysis.fit.estimate),
+        r_squared=analysis.fit.score(analysis.fit.table),
+        slope=analysis.slope if isinstance(analysis.slope, Interval) else None,
+        certificate={
+            "descents that agree": f"{certificate.agreeing} of {certificate.starts}",
+            "distinct optima": len(certificate.basins),
+            "next best optimum": f"+{100 * gaps[0]:.3g} %" if gaps else "none",
+            "gradient over objective": f"{certificate.relative_gradient:.1e}",
+            "condition number": f"{certificate.condition:.3g}",
+            "at a bound": ", ".join(certificate.at_bound) or "none",
+        },
+        prescription=prescription if isinstance(prescription, Prescription) else None,
+        no_shape=str(prescription),
+        numbers=_numbers(analysis, prescription.band)
+        if isinstance(prescription, Prescription)
+        else [],
+        aspect=None if analysis.shaped else ASPECT,
+        near_nats=NEAR_NATS,
+        fitted=drawings[0],
+        residuals=drawings[1],
     )
 
 
-def write(path: Path, analysis: Analysis) -> None:
+def ready(path: StrPath) -> None:
+    """See that a page can be written, before the work whose result it is to hold.
+
+    Raises:
+        ValueError: The path is a folder, or its folder cannot be made or written.
+    """
+    place = Path(path)
+    if place.is_dir():
+        raise ValueError(f"{place} is a folder; name the file to write: {place / 'report.html'}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder of {place} ({error}); name another") from error
+    if not os.access(place.parent, os.W_OK):
+        raise ValueError(f"cannot write in {place.parent}; name another folder for the page")
+
+
+def write(path: StrPath, analysis: Analysis) -> None:
     """Write the page, whole."""
-    write_text(path, page(analysis))
+    write_text(Path(path), page(analysis))

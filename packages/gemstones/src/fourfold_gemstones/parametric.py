@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Float
 
 from fourfold_gemstones import minimise
 from fourfold_gemstones.architecture import Embeddings
-from fourfold_gemstones.laws import CHINCHILLA, PowerLaw, Settings, Variable
+from fourfold_gemstones.laws import (
+    CHINCHILLA,
+    SHAPE_ONLY,
+    WIDTH_DEPTH,
+    PowerLaw,
+    Settings,
+    Variable,
+)
 from fourfold_gemstones.runs import RunTable
+
+LAWS: Mapping[str, tuple[Variable, ...]] = MappingProxyType(
+    {
+        "parameters": CHINCHILLA,
+        "compute": ("effective_parameters", "tokens"),
+        "width-depth": WIDTH_DEPTH,
+        "shape": SHAPE_ONLY,
+    }
+)
+"""Variables by the name that the command line gives a law of them."""
 
 
 class LawWarning(UserWarning):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +17,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from fourfold_gemstones.architecture import Architecture, Embeddings
+from fourfold_parallel.common.files import whole_file
 
+StrPath = str | os.PathLike[str]
+"""A path as a user writes it."""
 Resource = Literal["flops", "flops_6nt", "gpu_hours", "seconds"]
-"""What a budget is counted in: the architecture's FLOPs, 6 N T, or measured time."""
+"""Units of a budget: the architecture's FLOPs, 6 N T, or measured time."""
 Grouping = Literal["run", "shape", "row"]
-"""What is drawn as one in a bootstrap: a training run, all runs of a shape, or single rows."""
+"""Units of a bootstrap: a training run, all runs of a shape, or single rows."""
 
 ALIASES: Mapping[str, str] = MappingProxyType(
     {
@@ -33,7 +38,7 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "Training FLOP": "flops",
     }
 )
-"""Names of columns in the published frames and in Epoch AI's file, and ours."""
+"""Names of columns in the published frames and in Epoch AI's file, and ours; capitals do not matter."""
 NUMERIC = (
     "width",
     "depth",
@@ -50,6 +55,10 @@ NUMERIC = (
     "seed",
 )
 """Columns that are read as numbers; others are ignored, except `run`."""
+_BY_LOWER_CASE = MappingProxyType(
+    {name.lower(): name for name in (*NUMERIC, "run")}
+    | {alias.lower(): name for alias, name in ALIASES.items()}
+)
 MAY_BE_ZERO = frozenset({"seed", "step"})
 """Columns in which zero is a value like any other."""
 LARGEST_LOSS_NATS = 25.0
@@ -58,6 +67,10 @@ FEWEST_TOKENS = 1_000.0
 """A largest token count below this is a count of steps, or in units of millions or billions."""
 ROWS_NAMED = 8
 """Offending rows named in one message."""
+
+
+class RunsWarning(UserWarning):
+    """A table that can be used, with a weakness that its user must know."""
 
 
 @runtime_checkable
@@ -101,9 +114,11 @@ class RunTable:
     """`tokens` and `loss_nats` (nats per token) always; `width`, `depth`, `parameters` (all
     weights, both embedding tables), `flops`, `gpu_hours`, `seconds` (cumulative) where known."""
     architecture: Architecture | UnknownArchitecture = UnknownArchitecture()
-    """How to count FLOPs and embedding tables from width and depth."""
+    """The way to count FLOPs and embedding tables from width and depth."""
     source: str = "memory"
-    """Where the rows came from: a file name."""
+    """File name of the rows."""
+    header: tuple[str, ...] = ()
+    """Names of all columns of the file, those that are not read included; for messages."""
     digest: str = "none"
     """SHA-256 of the file's bytes."""
 
@@ -111,8 +126,8 @@ class RunTable:
         for name in ("tokens", "loss_nats"):
             if name not in self.columns:
                 raise ValueError(
-                    f"column {name!r} is missing from {self.source} (has {sorted(self.columns)}); "
-                    f"add it, or rename the column that holds it"
+                    f"column {name!r} is missing from {self.source}, whose columns are {self._names}; "
+                    "add it, or rename the column that holds it"
                 )
         if len(self.run) == 0:
             raise ValueError(
@@ -122,6 +137,10 @@ class RunTable:
             self._check_values(name, values)
         self._check_units()
         self._check_order()
+
+    @property
+    def _names(self) -> str:
+        return ", ".join(self.header or sorted(self.columns)) or "none"
 
     def _check_values(self, name: str, values: Float[np.ndarray, " row"]) -> None:
         assert len(values) == len(self.run), name
@@ -181,8 +200,20 @@ class RunTable:
         source: str = "memory",
         digest: str = "none",
     ) -> RunTable:
-        """Columns by our names or the published ones; without `run`, every row is its own run."""
-        named = {ALIASES.get(str(name), str(name)): values for name, values in columns.items()}
+        """Columns by our names or the published ones, in any case; without `run`, each row is a run.
+
+        Raises:
+            ValueError: Two columns mean the same, or the rows are refused.
+        """
+        named = {}
+        for name, values in columns.items():
+            known = _known(str(name))
+            if known in named:
+                given = [str(other) for other in columns if _known(str(other)) == known]
+                raise ValueError(
+                    f"columns {given} of {source} all mean {known!r}; drop or rename all but one"
+                )
+            named[known] = values
         numbers: dict[str, Float[np.ndarray, " row"]] = {}
         for name in NUMERIC:
             if name in named:
@@ -200,6 +231,7 @@ class RunTable:
             columns=MappingProxyType(numbers),
             architecture=architecture,
             source=source,
+            header=tuple(str(name) for name in columns),
             digest=digest,
         )
 
@@ -210,14 +242,19 @@ class RunTable:
         *,
         architecture: Architecture | UnknownArchitecture = UnknownArchitecture(),
     ) -> RunTable:
-        """A pandas or polars frame, without importing either."""
+        """A pandas or polars frame, without importing either.
+
+        Warns:
+            RunsWarning: It has no column `run`.
+        """
         columns = {str(name): list(frame[name]) for name in frame.columns}
+        _warn_without_run(columns, "a frame")
         return cls.from_columns(columns, architecture=architecture, source="a frame")
 
     @classmethod
     def read(
         cls,
-        path: Path | str,
+        path: StrPath,
         *,
         architecture: Architecture | UnknownArchitecture = UnknownArchitecture(),
     ) -> RunTable:
@@ -225,6 +262,9 @@ class RunTable:
 
         Raises:
             ValueError: The file is absent, of another kind, or its rows are refused.
+
+        Warns:
+            RunsWarning: It has no column `run`.
         """
         path = Path(path)
         if not path.is_file():
@@ -244,6 +284,7 @@ class RunTable:
                     f"{path.name} ends in {other!r}, and .csv, .jsonl and .parquet can be read; "
                     "convert it to one of these"
                 )
+        _warn_without_run(columns, path.name)
         return cls.from_columns(
             columns,
             architecture=architecture,
@@ -263,8 +304,7 @@ class RunTable:
             )
         if name not in self.columns:
             raise ValueError(
-                f"{self.source} has no column {name!r} (has {sorted(self.columns)}); add the "
-                "column, "
+                f"{self.source} has no column {name!r}, its columns are {self._names}; add the column, "
                 "or choose a law that does not read it"
             )
         return self.columns[name]
@@ -275,10 +315,8 @@ class RunTable:
                 return architecture
             case UnknownArchitecture():
                 raise ValueError(
-                    f"{self.source} does not say {purpose}, and its architecture is unknown; add "
-                    "the "
-                    f"column, or pass architecture=Architecture(vocabulary=..., context=..., "
-                    f"head_width=...)"
+                    f"{self.source} does not say {purpose}, and its architecture is unknown; add the "
+                    "column, or pass architecture=Architecture(vocabulary=..., context=..., head_width=...)"
                 )
 
     def parameters(self, embeddings: Embeddings) -> Float[np.ndarray, " row"]:
@@ -301,7 +339,7 @@ class RunTable:
         )
 
     def resource(self, kind: Resource) -> Float[np.ndarray, " row"]:
-        """What each row had cost."""
+        """The cost of the training up to each row."""
         match kind:
             case "flops":
                 return self.flops()
@@ -314,6 +352,14 @@ class RunTable:
         """The rows for which `keep` is true."""
         columns = {name: values[keep] for name, values in self.columns.items()}
         return replace(self, run=self.run[keep], columns=MappingProxyType(columns))
+
+    def write(self, path: StrPath) -> None:
+        """Write run and columns as CSV, which `read` takes."""
+        with whole_file(Path(path)) as partial, partial.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("run", *self.columns))
+            for run, *values in zip(self.run, *self.columns.values(), strict=True):
+                writer.writerow((run, *(f"{value:.12g}" for value in values)))
 
     def with_losses(self, loss_nats: Float[np.ndarray, " row"]) -> RunTable:
         """The same runs with other losses."""
@@ -332,6 +378,21 @@ class RunTable:
                 keys = np.asarray([f"{w:g}x{d:g}" for w, d in zip(width, depth, strict=True)])
         names, index = np.unique(keys, return_inverse=True)
         return tuple(str(name) for name in names), index
+
+
+def _known(name: str) -> str:
+    """Our name of a column, or the name itself where we read none such."""
+    return _BY_LOWER_CASE.get(name.strip().lower(), name)
+
+
+def _warn_without_run(columns: Mapping[str, Any], source: str) -> None:
+    if not any(_known(name) == "run" for name in columns):
+        warnings.warn(
+            f"{source} has no column 'run': each row counts as a run of its own, and intervals over runs "
+            "are too narrow where rows are checkpoints of one run; add the column",
+            RunsWarning,
+            stacklevel=3,
+        )
 
 
 def read_parquet(path: Path) -> dict[str, list[Any]]:
@@ -360,12 +421,12 @@ def _to_float(name: str, values: Any, source: str) -> Float[np.ndarray, " row"]:
 def _columns(rows: Sequence[Mapping[str, Any]], path: Path) -> dict[str, list[Any]]:
     """Rows to columns; every row must have every column of the first that we read."""
     if not rows:
-        return {"tokens": [], "loss_nats": []}
-    known = [name for name in rows[0] if ALIASES.get(name, name) in (*NUMERIC, "run")]
+        return {"run": [], "tokens": [], "loss_nats": []}
+    read = [name for name in rows[0] if name and _known(name) in (*NUMERIC, "run")]
     for number, row in enumerate(rows):
-        absent = [name for name in known if row.get(name) in (None, "")]
+        absent = [name for name in read if row.get(name) in (None, "")]
         if absent:
             raise ValueError(
                 f"row {number} of {path.name} lacks {absent}; fill them or drop the row"
             )
-    return {name: [row[name] for row in rows] for name in known}
+    return {str(name): [row.get(name) for row in rows] for name in rows[0]}

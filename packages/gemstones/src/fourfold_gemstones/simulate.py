@@ -7,13 +7,14 @@ from that law is the estimator's bias on this design; with noise, how often an i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
 
+from fourfold_gemstones.architecture import GEMSTONES
 from fourfold_gemstones.envelope import EnvelopeLaw, IsoFlopLaw
-from fourfold_gemstones.laws import PowerLaw
+from fourfold_gemstones.laws import WIDTH_DEPTH, PowerLaw
 from fourfold_gemstones.parametric import ParametricLaw
 from fourfold_gemstones.runs import Grouping, RunTable
 from fourfold_gemstones.uncertainty import Functional, bootstrap, slope
@@ -32,6 +33,48 @@ EPOCH = PowerLaw(
     log_floor=float(np.log(1.8172)),
 )
 """Chinchilla as refitted by Besiroglu et al. 2024: a = 0.513."""
+
+
+SAMPLE = PowerLaw(
+    variables=WIDTH_DEPTH,
+    log_coefficients=(1.08, -0.22, 6.1, 10.5),
+    exponents=(0.22, 0.48, 0.36, 0.49),
+    log_floor=0.43,
+)
+"""A law in width, depth, parameters and tokens, near the published one; `sample` follows it."""
+SAMPLE_SHAPES = (
+    (256, 8), (256, 23), (256, 40), (384, 12), (512, 6), (512, 12), (512, 24), (640, 30),
+    (768, 4), (768, 40), (1024, 16), (1024, 28), (1280, 7), (1280, 36), (1536, 10), (1792, 7),
+    (2048, 12), (2048, 27), (2560, 8), (3072, 12),
+)  # fmt: skip
+"""Widths and depths of the sample's runs."""
+
+
+def sample() -> RunTable:
+    """A made-up table of runs to try things on: twenty runs of `SAMPLE`, twelve checkpoints each.
+
+    From 5 to 300 billion tokens; log losses err by .1 % along a run. Nothing of it was trained.
+    """
+    tokens = np.geomspace(5e9, 3e11, 12).round(-6)
+    width, depth, count = (
+        np.asarray(column, dtype=float)
+        for column in zip(*[(w, d, t) for w, d in SAMPLE_SHAPES for t in tokens], strict=True)
+    )
+    table = RunTable.from_columns(
+        {
+            "run": [f"{w:g}x{d:g}" for w, d in zip(width, depth, strict=True)],
+            "width": width,
+            "depth": depth,
+            "parameters": GEMSTONES.parameters(width, depth),
+            "tokens": count,
+            "loss_nats": np.ones_like(count),
+        },
+        architecture=GEMSTONES,
+        source="the sample",
+    )
+    generator = np.random.default_rng(0)
+    erring = noisy(table, SAMPLE, run_sd=0.001, correlation=0.95, generator=generator)
+    return replace(table.with_losses(erring.column("loss_nats").round(5)), source="the sample")
 
 
 def balanced(table: RunTable, *, alpha: float, beta: float) -> PowerLaw:

@@ -11,6 +11,7 @@ import csv
 import hashlib
 import json
 import re
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +21,7 @@ import numpy as np
 from fourfold_gemstones.architecture import GEMSTONES, Embeddings
 from fourfold_gemstones.laws import CHINCHILLA, SHAPE_ONLY, WIDTH_DEPTH, PowerLaw, Variable
 from fourfold_gemstones.parametric import ParametricLaw
-from fourfold_gemstones.runs import RunTable, read_parquet
+from fourfold_gemstones.runs import RunsWarning, RunTable, StrPath, read_parquet
 
 TOKENS_PER_STEP = 2_048 * 2_048
 """Tokens per optimizer step of every published run."""
@@ -66,13 +67,13 @@ class PublishedLine:
     intercept: float
 
 
-def published_frame(folder: Path, name: str) -> RunTable:
+def published_frame(folder: StrPath, name: str) -> RunTable:
     """Rows of `wandb_df_for_fitting_<name>.jsonl`, for example `hot_100b+`.
 
     Raises:
         ValueError: There is no such frame; the message lists those there are.
     """
-    path = folder / "wandb_dfs" / f"wandb_df_for_fitting_{name}.jsonl"
+    path = Path(folder) / "wandb_dfs" / f"wandb_df_for_fitting_{name}.jsonl"
     if not path.is_file():
         prefix = "wandb_df_for_fitting_"
         frames = sorted(file.stem.removeprefix(prefix) for file in path.parent.glob(f"{prefix}*"))
@@ -80,7 +81,10 @@ def published_frame(folder: Path, name: str) -> RunTable:
             f"no published frame {name!r} under {folder} (there are {frames}); give the path of a "
             "copy of the paper's repository"
         )
-    table = RunTable.read(path)
+    with warnings.catch_warnings():
+        # The frames of Chinchilla's points name no runs: each of its points is one.
+        warnings.simplefilter("ignore", RunsWarning)
+        table = RunTable.read(path)
     if "width" not in table.columns:
         return table
     columns = dict(table.columns)
@@ -89,10 +93,12 @@ def published_frame(folder: Path, name: str) -> RunTable:
     return replace(table, columns=MappingProxyType(columns), architecture=GEMSTONES)
 
 
-def chinchilla_points(folder: Path, *, outliers: int = OUTLIERS) -> RunTable:
+def chinchilla_points(folder: StrPath, *, outliers: int = OUTLIERS) -> RunTable:
     """Epoch AI's points of Hoffmann et al. 2022, figure 4, less those of largest loss."""
     name = "epoch_chinchilla_svg_extracted_data.csv"
-    path = next((at for at in (folder / name, folder / "data" / name) if at.is_file()), None)
+    path = next(
+        (at for at in (Path(folder) / name, Path(folder) / "data" / name) if at.is_file()), None
+    )
     if path is None:
         raise ValueError(
             f"no {name} in {folder} or its data/; give the path of a copy of the paper's repository"
@@ -103,6 +109,7 @@ def chinchilla_points(folder: Path, *, outliers: int = OUTLIERS) -> RunTable:
     flops = np.asarray([float(row["Training FLOP"]) for row in rows])
     table = RunTable.from_columns(
         {
+            "run": [f"row {row}" for row in range(len(rows))],
             "parameters": parameters,
             "tokens": flops / (6 * parameters),
             "flops": flops,
@@ -115,10 +122,10 @@ def chinchilla_points(folder: Path, *, outliers: int = OUTLIERS) -> RunTable:
     return table.where(rank < len(table) - outliers)
 
 
-def _jsons(folder: Path, group: str, pattern: str) -> list[Path]:
+def _jsons(folder: StrPath, group: str, pattern: str) -> list[Path]:
     """Files of one folder of parameters, which may lie in the root or in `published_parameters`."""
-    files = sorted(folder.glob(f"{group}/{pattern}"))
-    files = files or sorted(folder.glob(f"published_parameters/{group}/{pattern}"))
+    files = sorted(Path(folder).glob(f"{group}/{pattern}"))
+    files = files or sorted(Path(folder).glob(f"published_parameters/{group}/{pattern}"))
     if not files:
         raise ValueError(
             f"no {group}/{pattern} under {folder}; give the path of a copy of the paper's repository"
@@ -126,7 +133,7 @@ def _jsons(folder: Path, group: str, pattern: str) -> list[Path]:
     return files
 
 
-def published_fits(folder: Path) -> tuple[PublishedFit, ...]:
+def published_fits(folder: StrPath) -> tuple[PublishedFit, ...]:
     """All approach-3 files, in the order of their names."""
     kinds: dict[str, tuple[Variable, ...]] = {
         "width_depth_parameters": WIDTH_DEPTH,
@@ -163,7 +170,7 @@ def published_fits(folder: Path) -> tuple[PublishedFit, ...]:
     return tuple(fits)
 
 
-def published_lines(folder: Path) -> tuple[PublishedLine, ...]:
+def published_lines(folder: StrPath) -> tuple[PublishedLine, ...]:
     """All approach-1 files, in the order of their names."""
     frames = {
         "": "hot_477",
@@ -193,14 +200,16 @@ def published_lines(folder: Path) -> tuple[PublishedLine, ...]:
     return tuple(lines)
 
 
-def preflight(folder: Path) -> tuple[tuple[int, int, float, float], ...]:
+def preflight(folder: StrPath) -> tuple[tuple[int, int, float, float], ...]:
     """Width, depth, learning rate and loss of the 24 runs of the learning-rate preflight.
 
     Raises:
         ValueError: The file is absent.
     """
     name = "preflight_mup_olmo_variant.csv"
-    path = next((at for at in (folder / name, folder / "data" / name) if at.is_file()), None)
+    path = next(
+        (at for at in (Path(folder) / name, Path(folder) / "data" / name) if at.is_file()), None
+    )
     if path is None:
         raise ValueError(
             f"no {name} in {folder} or its data/; give the path of a copy of the paper's repository"
@@ -224,9 +233,9 @@ TASKS = ("mmlu", "arce", "arcc", "hellaswag")
 """Tasks whose losses the paper averages."""
 
 
-def _either(folder: Path, *names: str) -> Path | None:
+def _either(folder: StrPath, *names: str) -> Path | None:
     """The first of some files that is there, in the root of the copy or where the repository has it."""
-    places = [folder / at / name for name in names for at in ("benchmarks", ".")]
+    places = [Path(folder) / at / name for name in names for at in ("benchmarks", ".")]
     return next((path for path in places if path.is_file()), None)
 
 
@@ -240,7 +249,7 @@ def _checkpoint(revision: str) -> Checkpoint:
     return int(words[1]), int(words[2]), int(words[3]) if words[3] else LAST_STEP
 
 
-def benchmark_accuracy(folder: Path) -> dict[Checkpoint, float]:
+def benchmark_accuracy(folder: StrPath) -> dict[Checkpoint, float]:
     """Mean accuracy of the nine benchmarks by checkpoint; empty where the file is not there."""
     path = _either(folder, "light_eval_df.parquet", "light_eval_df.csv")
     if path is None:
@@ -256,7 +265,7 @@ def benchmark_accuracy(folder: Path) -> dict[Checkpoint, float]:
     return {_checkpoint(str(at)): float(mean) for at, mean in zip(revisions, means, strict=True)}
 
 
-def task_losses(folder: Path) -> dict[Checkpoint, float]:
+def task_losses(folder: StrPath) -> dict[Checkpoint, float]:
     """Mean answer loss of four tasks by checkpoint; empty where the files are not there.
 
     From the repository's 3,080 files of single answers, or from `task_losses_mean.csv`, a table of
@@ -271,7 +280,7 @@ def task_losses(folder: Path) -> dict[Checkpoint, float]:
             means[at] = float(np.mean([float(row[task]) for task in TASKS]))
         return means
     by_task: dict[Checkpoint, list[float]] = {}
-    for file in sorted((folder / "benchmarks/bhagia_task_losses").glob("*/*/losses_*.json")):
+    for file in sorted((Path(folder) / "benchmarks/bhagia_task_losses").glob("*/*/losses_*.json")):
         if file.stem.removeprefix("losses_") in TASKS:
             answers = [loss for losses in json.loads(file.read_text()).values() for loss in losses]
             at = _checkpoint(f"{file.parent.parent.name}/{file.parent.name}")
@@ -279,7 +288,7 @@ def task_losses(folder: Path) -> dict[Checkpoint, float]:
     return {at: float(np.mean(means)) for at, means in by_task.items()}
 
 
-def text_losses(folder: Path, text: str) -> dict[Checkpoint, float]:
+def text_losses(folder: StrPath, text: str) -> dict[Checkpoint, float]:
     """Loss of every checkpoint on another text; empty where the file is not there."""
     path = _either(folder, f"{text}_losses_combined.jsonl")
     if path is None:

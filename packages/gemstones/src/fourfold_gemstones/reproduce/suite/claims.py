@@ -53,7 +53,7 @@ def gains(record: Record) -> dict[str, list[float]]:
     return by_run
 
 
-def gain_spread(found: dict[str, list[float]]) -> Spread:
+def gain_spread(by_run: dict[str, list[float]]) -> Spread:
     """Spread of the gain between seeds of a shape, pooled over shapes and forks."""
     by_shape: dict[str, list[list[float]]] = {}
     for run, values in by_run.items():
