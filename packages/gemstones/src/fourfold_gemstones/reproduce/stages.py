@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
-from fourfold_parallel.common.records import Event, Record
+from fourfold_parallel.common.records import Record
 from fourfold_parallel.reproduce.claims import NotTestedError, Records, claim
 from fourfold_parallel.reproduce.scale import Scale
 
@@ -65,29 +64,3 @@ def _record(records: Records, stage: str, needs: str) -> Record:
     if stage not in records:
         raise NotTestedError(needs)
     return records[stage]
-
-
-def material(record: Record, kind: str, files: str) -> Event:
-    """The last event of a kind that is written only where some files are there.
-
-    Raises:
-        NotTestedError: There is none.
-    """
-    if not record.of(kind):
-        raise NotTestedError(files)
-    return record.last(kind)
-
-
-def largest(events: Sequence[Event], key: str) -> Event:
-    """The event with the largest value."""
-    return max(events, key=lambda event: event.number(key))
-
-
-def between(event: Event, low: str = "low", high: str = "high") -> str:
-    """An interval as printed in ledgers."""
-    return f"[{event.number(low):.3f}, {event.number(high):.3f}]"
-
-
-def excludes_zero(event: Event, low: str = "low", high: str = "high") -> bool:
-    """True where an interval lies on one side of zero."""
-    return event.number(low) > 0 or event.number(high) < 0

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from fourfold_gemstones.reproduce.measures import OPTIMUM, above_optimum, between
 from fourfold_gemstones.reproduce.paper.data import NAMES
-from fourfold_gemstones.reproduce.paper.optimum import OPTIMUM
-from fourfold_gemstones.reproduce.stages import between, published
-from fourfold_parallel.common.records import Event, Record
+from fourfold_gemstones.reproduce.stages import published
 from fourfold_parallel.reproduce.claims import Records
 from fourfold_parallel.reproduce.tables import markdown
 
 TERMS = {2: "N, T", 3: "w, d, T", 4: "w, d, N, T"}
 ONE_TABLE = {"both": "", "one": ", one table"}
-
-
-def above_optimum(record: Record) -> Sequence[Event]:
-    """Published fits more than .03 % above the optimum."""
-    return [
-        event for event in record.of("refit") if event.number("published_above_percent") > OPTIMUM
-    ]
 
 
 def refits(records: Records) -> str:

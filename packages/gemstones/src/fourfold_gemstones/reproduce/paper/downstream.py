@@ -12,6 +12,7 @@ from jaxtyping import Float
 from scipy.optimize import curve_fit
 
 from fourfold_gemstones.envelope import Line
+from fourfold_gemstones.reproduce.measures import material
 from fourfold_gemstones.reproduce.paper.data import (
     TEXTS,
     Checkpoint,
@@ -21,7 +22,7 @@ from fourfold_gemstones.reproduce.paper.data import (
     text_losses,
 )
 from fourfold_gemstones.reproduce.paper.settings import Events, Revisit, spearman
-from fourfold_gemstones.reproduce.stages import BOTH, material, paper_claim, published
+from fourfold_gemstones.reproduce.stages import BOTH, paper_claim, published
 from fourfold_parallel.reproduce.claims import Finding, Records, decide
 
 TIGHT = 0.98

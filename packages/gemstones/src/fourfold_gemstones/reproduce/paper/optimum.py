@@ -13,6 +13,7 @@ from scipy.optimize import minimize
 from fourfold_gemstones import minimise
 from fourfold_gemstones.envelope import EnvelopeLaw, Target
 from fourfold_gemstones.parametric import ParametricLaw
+from fourfold_gemstones.reproduce.measures import OPTIMUM, above_optimum, largest
 from fourfold_gemstones.reproduce.paper.data import (
     chinchilla_points,
     published_fits,
@@ -20,12 +21,10 @@ from fourfold_gemstones.reproduce.paper.data import (
     published_lines,
 )
 from fourfold_gemstones.reproduce.paper.settings import Events, Revisit
-from fourfold_gemstones.reproduce.stages import BOTH, LAPTOP, largest, paper_claim, published
+from fourfold_gemstones.reproduce.stages import BOTH, LAPTOP, paper_claim, published
 from fourfold_gemstones.uncertainty import bootstrap, slope
 from fourfold_parallel.reproduce.claims import Finding, Records
 
-OPTIMUM = 0.03
-"""Per cent above the global optimum from which a published fit counts as not at its optimum."""
 THRESHOLD_SPREAD = 0.02
 """Spread of the slope over Huber thresholds that would count as unstable."""
 
@@ -183,7 +182,7 @@ def fits_at_optimum(records: Records) -> Finding:
     """Published objectives against the global optimum."""
     record = published(records)
     events = record.of("refit")
-    above = [event for event in events if event.number("published_above_percent") > OPTIMUM]
+    above = above_optimum(record)
     below = [event for event in events if event.number("published_above_percent") < -1e-4]
     worst = largest(events, "published_above_percent")
     agree = sum(event.number("agreeing") >= 3 for event in events)

@@ -12,9 +12,10 @@ from fourfold_gemstones.architecture import GEMSTONES
 from fourfold_gemstones.envelope import overspent
 from fourfold_gemstones.laws import WIDTH_DEPTH
 from fourfold_gemstones.parametric import ParametricLaw
+from fourfold_gemstones.reproduce.measures import between, largest
 from fourfold_gemstones.reproduce.paper.data import published_fits, published_frame
 from fourfold_gemstones.reproduce.paper.settings import Events, Revisit, spearman
-from fourfold_gemstones.reproduce.stages import BOTH, between, largest, paper_claim, published
+from fourfold_gemstones.reproduce.stages import BOTH, paper_claim, published
 from fourfold_gemstones.runs import Resource
 from fourfold_gemstones.uncertainty import bootstrap, percentile_interval
 from fourfold_parallel.common.records import Event, Record

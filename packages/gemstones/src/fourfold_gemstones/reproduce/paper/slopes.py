@@ -10,9 +10,10 @@ from fourfold_gemstones.architecture import Embeddings
 from fourfold_gemstones.envelope import EnvelopeLaw
 from fourfold_gemstones.parametric import LawWarning, ParametricLaw
 from fourfold_gemstones.profiles import profile
+from fourfold_gemstones.reproduce.measures import between, excludes_zero
 from fourfold_gemstones.reproduce.paper.data import published_fits, published_frame
 from fourfold_gemstones.reproduce.paper.settings import Events, Revisit
-from fourfold_gemstones.reproduce.stages import BOTH, between, excludes_zero, paper_claim, published
+from fourfold_gemstones.reproduce.stages import BOTH, paper_claim, published
 from fourfold_gemstones.simulate import coverage
 from fourfold_gemstones.uncertainty import (
     bootstrap,

@@ -8,12 +8,13 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from fourfold_gemstones.envelope import overspent
+from fourfold_gemstones.reproduce.measures import between
 from fourfold_gemstones.reproduce.paper.slopes import (
     EMBEDDINGS_MOVE,
     EMBEDDINGS_RULE,
     embedding_order,
 )
-from fourfold_gemstones.reproduce.stages import between, own_laws, own_suite, suite_claim
+from fourfold_gemstones.reproduce.stages import own_laws, own_suite, suite_claim
 from fourfold_gemstones.reproduce.suite.analyses import Spread, pooled, seed_spread
 from fourfold_gemstones.reproduce.suite.train import (
     Shape,
