@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_gemstones import suite_claims
 from fourfold_gemstones.reproduce.claims import CLAIMS
 from fourfold_gemstones.reproduce.paper.downstream import texts_agree
 from fourfold_gemstones.reproduce.paper.slopes import bootstraps_cover
-from fourfold_gemstones.reproduce.stages import LAWS, SUITE
+from fourfold_gemstones.reproduce.stages import LAWS, PUBLISHED, SUITE
+from fourfold_gemstones.reproduce.suite import claims as suite_claims
 from fourfold_gemstones.reproduce.suite.analyses import pooled
 from fourfold_parallel.common.records import read_record
-from fourfold_parallel.reproduce.claims import Claim
+from fourfold_parallel.reproduce import claims
+from fourfold_parallel.reproduce.claims import Claim, LedgerRow, Records
 
+RESULTS = Path(__file__).parents[1] / "results"
 RULES = {claim.id: claim for claim in CLAIMS}
 
 
@@ -24,8 +26,21 @@ def judge(claim: Claim, stage: str, events: list[dict], folder: Path) -> tuple[s
     lines = [{"event": "run", "schema": 1, "run": {}, "run_sha256": "", "seed": 0}, *events]
     path = folder / f"{stage}.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = claim.rule({stage: read_record(path)})
-    return found.verdict, found.because
+    row = judged(claim, {stage: read_record(path)})
+    return row.verdict, row.because
+
+
+def judged(claim: Claim, records: Records) -> LedgerRow:
+    (row,) = claims.judge([claim], records, package="gemstones", scale="laptop")
+    return row
+
+
+def test_the_committed_ledger_follows_from_the_committed_records(tmp_path: Path) -> None:
+    """Every rule on the records of the laptop scale gives the ledger to the byte."""
+    records = {stage: read_record(RESULTS / f"{stage}.jsonl") for stage in (PUBLISHED, SUITE, LAWS)}
+    rows = claims.judge(CLAIMS, records, package="gemstones", scale="laptop")
+    claims.write_ledger(tmp_path / "ledger.jsonl", rows)
+    assert (tmp_path / "ledger.jsonl").read_bytes() == (RESULTS / "ledger.jsonl").read_bytes()
 
 
 def test_claims_have_names_of_their_own_and_wait_for_their_record() -> None:
@@ -34,9 +49,9 @@ def test_claims_have_names_of_their_own_and_wait_for_their_record() -> None:
     assert {f"C{number}" for number in range(1, 15)} <= set(RULES)
     assert [claim.id for claim in CLAIMS][:5] == ["P1", "P2", "P3", "P4", "C1"]
     for claim in CLAIMS:
-        found = claim.rule({})
-        assert found.verdict == "not tested"
-        assert found.because.startswith("needs: ")
+        row = judged(claim, {})
+        assert row.verdict == "not tested"
+        assert row.because.startswith("needs: ")
 
 
 def test_a_pooled_spread_is_that_within_groups() -> None:

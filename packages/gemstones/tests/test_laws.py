@@ -92,24 +92,16 @@ def test_units_move_coefficients_only(suite: RunTable) -> None:
     assert other.predict(paired) == pytest.approx(one.predict(suite), rel=1e-5)
 
 
-def test_order_and_repetition_of_rows_do_not_matter(suite: RunTable) -> None:
+def test_repeated_rows_double_the_objective(suite: RunTable) -> None:
     law = ParametricLaw()
-    names = suite.run
-    backwards = suite.where(np.ones(len(suite), dtype=bool))
-    order = np.concatenate([np.flatnonzero(names == name) for name in sorted(set(names))[::-1]])
-    columns = {name: values[order] for name, values in suite.columns.items()}
-    backwards = RunTable.from_columns(
-        {"run": names[order], **columns}, architecture=suite.architecture
-    )
     twice = RunTable.from_columns(
         {
-            "run": [*names, *(f"{name} again" for name in names)],
+            "run": [*suite.run, *(f"{name} again" for name in suite.run)],
             **{name: np.tile(values, 2) for name, values in suite.columns.items()},
         }
     )
-    fit = law.fit(suite)
-    assert law.fit(backwards).objective == pytest.approx(fit.objective, rel=INVARIANT)
-    assert law.fit(twice).objective == pytest.approx(2 * fit.objective, rel=INVARIANT)
+    objective = law.fit(suite).objective
+    assert law.fit(twice).objective == pytest.approx(2 * objective, rel=INVARIANT)
 
 
 def test_every_start_agrees_and_no_slope_is_left(suite: RunTable) -> None:
@@ -223,22 +215,6 @@ def test_a_law_without_a_floor_says_so() -> None:
         fit = ParametricLaw().fit(table)
     assert np.exp(fit.estimate.log_floor) < 1e-3
     assert fit.estimate.exponents == pytest.approx(truth.exponents, rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    "law",
-    [
-        ParametricLaw(variables=WIDTH_DEPTH, delta=1e-3, embeddings=Embeddings.ONE),
-        EnvelopeLaw(method=Bins(count=20), target="tokens"),
-        IsoFlopLaw(budgets=(1e19, 1e20, 1e21)),
-    ],
-)
-def test_scikit_learn_copies_estimators(law: ParametricLaw | EnvelopeLaw | IsoFlopLaw) -> None:
-    """`clone` and its check of `get_params` pass; the other checks fit arrays, or need a `__dict__`."""
-    base = pytest.importorskip("sklearn.base", reason="scikit-learn's own checks")
-    checks = pytest.importorskip("sklearn.utils.estimator_checks")
-    assert base.clone(law) == law
-    checks.check_get_params_invariance(type(law).__name__, law)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fourfold_gemstones.architecture import GEMSTONES, Embeddings
-from fourfold_gemstones.runs import RunTable
+from fourfold_gemstones.runs import RunsWarning, RunTable
 
 
 def columns(**changes: list) -> dict[str, list]:
@@ -52,6 +52,45 @@ def test_missing_columns_are_named() -> None:
         RunTable.from_columns(columns()).column("width")
     with pytest.raises(ValueError, match="how large its vocabulary is"):
         RunTable.from_columns(columns()).parameters(Embeddings.NONE)
+
+
+def test_a_missing_column_shows_the_columns_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_text("run,Width,n_layers,tokens,eval_loss\na,256,8,1e9,3\n")
+    with pytest.raises(ValueError, match="columns are run, Width, n_layers, tokens, eval_loss"):
+        RunTable.read(path)
+    path.write_text("run,Width,n_layers,tokens,loss\na,256,8,1e9,3\n")
+    with pytest.raises(ValueError, match="no column 'depth', its columns are run, Width, n_layers"):
+        RunTable.read(path).column("depth")
+
+
+def test_capitals_do_not_matter_and_two_names_for_one_thing_do(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_text("Run,Width,Depth,TOKENS,Loss\na,256,8,1e9,3\n")
+    table = RunTable.read(str(path))
+    assert sorted(table.columns) == ["depth", "loss_nats", "tokens", "width"]
+    assert table.run.tolist() == ["a"]
+    path.write_text("run,loss,tokens,loss_nats\na,3,1e9,3\n")
+    with pytest.raises(
+        ValueError, match=r"\['loss', 'loss_nats'\] of runs.csv all mean 'loss_nats'"
+    ):
+        RunTable.read(path)
+
+
+def test_a_table_without_runs_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_text("parameters,tokens,loss\n1e8,1e9,3\n1e8,2e9,2.9\n")
+    with pytest.warns(RunsWarning, match=r"runs.csv has no column 'run': each row counts as a run"):
+        table = RunTable.read(path)
+    assert table.run.tolist() == ["row 0", "row 1"]
+
+
+def test_what_is_written_is_read_again(tmp_path: Path, suite: RunTable) -> None:
+    suite.write(str(tmp_path / "runs.csv"))
+    again = RunTable.read(tmp_path / "runs.csv")
+    assert again.run.tolist() == suite.run.tolist()
+    for name, values in suite.columns.items():
+        assert again.column(name) == pytest.approx(values, rel=1e-11)
 
 
 def test_an_empty_table_is_refused(tmp_path: Path) -> None:

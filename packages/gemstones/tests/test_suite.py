@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from fourfold_gemstones import recipes, suite
 from fourfold_gemstones.architecture import GEMSTONES
+from fourfold_gemstones.reproduce import recipes
+from fourfold_gemstones.reproduce.suite import train as suite
 from fourfold_gemstones.reproduce.suite.train import Member, decoder
 from fourfold_parallel.common.progress import silent
 from fourfold_parallel.common.records import read_record

@@ -26,12 +26,6 @@ from fourfold_gemstones.uncertainty import (
 )
 
 
-def test_weights_of_one_are_the_fit_itself(suite: RunTable) -> None:
-    fit = ParametricLaw().fit(suite)
-    (again,) = fit.law.refits(fit, suite, np.ones((1, len(suite))))
-    assert again.slope == pytest.approx(fit.estimate.slope, abs=1e-7)
-
-
 def test_a_weight_counts_as_copies_of_the_row(suite: RunTable) -> None:
     """Refitting with run weights 0 and 2 is fitting the table with those runs dropped and doubled."""
     fit = ParametricLaw(delta=1e-3).fit(suite)
@@ -53,14 +47,6 @@ def test_a_weight_counts_as_copies_of_the_row(suite: RunTable) -> None:
 def test_counts_keep_the_number_of_groups() -> None:
     counts = group_counts(7, 50, np.random.default_rng(0))
     assert (counts.sum(axis=1) == 7).all()
-
-
-def test_draws_depend_on_the_generator_alone(suite: RunTable) -> None:
-    fit = ParametricLaw().fit(suite)
-    one, other = (
-        bootstrap(fit, draws=30, generator=np.random.default_rng(3)).values(slope) for _ in "ab"
-    )
-    assert one.tolist() == other.tolist()
 
 
 def test_a_difference_with_itself_is_zero(suite: RunTable) -> None:

@@ -5,15 +5,32 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Bool, Float
 
+from fourfold_gemstones.envelope import Bins, EnvelopeLaw, IsoFlopLaw
 from fourfold_gemstones.laws import CHINCHILLA
-from fourfold_gemstones.parametric import LawWarning, ParametricFit, ParametricLaw
+from fourfold_gemstones.parametric import LAWS, LawWarning, ParametricFit, ParametricLaw
 from fourfold_gemstones.runs import RunTable
-from fourfold_gemstones.uncertainty import Interval, paired_bootstrap, percentile_interval, slope
+from fourfold_gemstones.uncertainty import (
+    Interval,
+    Law,
+    paired_bootstrap,
+    percentile_interval,
+    slope,
+)
 
+FORMS: Mapping[str, Law] = MappingProxyType(
+    {
+        **{name: ParametricLaw(variables=LAWS[name], delta=1e-3) for name in LAWS},
+        "hull": EnvelopeLaw(),
+        "bins": EnvelopeLaw(method=Bins(count=20), target="tokens"),
+        "parabolas": IsoFlopLaw(budgets=(1e19, 2e19, 4e19, 8e19)),
+    }
+)
+"""Every form of law by name; `tests/test_forms.py` runs each through what any form must satisfy."""
 SLOPED = (CHINCHILLA, ("effective_parameters", "tokens"))
 """Variables of laws whose optimum has a closed form."""
 Rows = Callable[[RunTable], Bool[np.ndarray, " row"]]

@@ -205,6 +205,7 @@ class IsoFlopLaw(Settings):
         prescribed = cuts[:, 1] if self.target == "parameters" else cuts[:, 2]
         return IsoFlopFit(
             law=self,
+            table=table,
             budgets=cuts[:, 0],
             prescribed=prescribed,
             curvature=cuts[:, 3],
@@ -256,6 +257,7 @@ class IsoFlopFit:
     """Vertices of parabolas and the line through them."""
 
     law: IsoFlopLaw
+    table: RunTable
     budgets: Float[np.ndarray, " budget"]
     prescribed: Float[np.ndarray, " budget"]
     curvature: Float[np.ndarray, " budget"]
@@ -265,3 +267,10 @@ class IsoFlopFit:
     def predict(self, table: RunTable) -> Float[np.ndarray, " row"]:
         """The prescribed target at each row's resource."""
         return self.estimate.predict(table.resource(self.law.resource))
+
+    def score(self, table: RunTable) -> float:
+        """R² of the line over the vertices of `table`, in log target."""
+        other = self.law.fit(table)
+        actual = np.log(other.prescribed)
+        residual = actual - np.log(self.estimate.predict(other.budgets))
+        return 1 - float(np.square(residual).sum() / np.square(actual - actual.mean()).sum())

@@ -13,11 +13,10 @@ import numpy as np
 from jaxtyping import Float
 
 from fourfold_gemstones.architecture import GEMSTONES
-from fourfold_gemstones.envelope import EnvelopeLaw, IsoFlopLaw
 from fourfold_gemstones.laws import WIDTH_DEPTH, PowerLaw
 from fourfold_gemstones.parametric import ParametricLaw
 from fourfold_gemstones.runs import Grouping, RunTable
-from fourfold_gemstones.uncertainty import Functional, bootstrap, slope
+from fourfold_gemstones.uncertainty import Functional, Law, bootstrap, slope
 
 HALF = PowerLaw(
     variables=("parameters", "tokens"),
@@ -139,7 +138,7 @@ def noisy(
 
 def design_null(
     table: RunTable,
-    law: EnvelopeLaw | IsoFlopLaw | ParametricLaw,
+    law: Law,
     truths: Sequence[PowerLaw] = (HALF, EPOCH),
 ) -> tuple[Null, ...]:
     """The estimator on noise-free losses over the table's own design, once per truth.

@@ -60,6 +60,14 @@ class Fit(Protocol):
         """The value that functionals are read off."""
         ...
 
+    def predict(self, table: RunTable, /) -> Float[np.ndarray, " row"]:
+        """One number a row: a loss, or what is prescribed at the row's resource."""
+        ...
+
+    def score(self, table: RunTable, /) -> float:
+        """Share of the variance of the logarithm that the fit explains (R²)."""
+        ...
+
 
 def slope(estimate: Any) -> float:
     """The exponent of compute in the prescription: of a power law or of a line."""
