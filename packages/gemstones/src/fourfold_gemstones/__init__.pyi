@@ -7,6 +7,7 @@ from .allocation import MeasuredThroughput as MeasuredThroughput
 from .allocation import Planner as Planner
 from .allocation import SixNT as SixNT
 from .allocation import allocate as allocate
+from .allocation import doubts_of_shape as doubts_of_shape
 from .architecture import GEMSTONES as GEMSTONES
 from .architecture import Architecture as Architecture
 from .architecture import Embeddings as Embeddings

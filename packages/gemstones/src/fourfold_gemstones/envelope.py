@@ -18,7 +18,7 @@ from fourfold_gemstones.laws import Settings
 from fourfold_gemstones.runs import Resource, RunTable
 
 Target = Literal["parameters", "tokens", "tokens_per_parameter"]
-"""What an envelope or a parabola prescribes as a power of the resource."""
+"""Quantities that an envelope or a parabola prescribes as a power of the resource."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +172,7 @@ class IsoFlopLaw(Settings):
     resource: Resource = "flops"
     target: Literal["parameters", "tokens"] = "parameters"
     budgets: tuple[float, ...] = ()
-    """Where to cut; empty cuts at ten budgets spread over those that at least five runs pass."""
+    """Places of the cuts; empty cuts at ten budgets spread over those that at least five runs pass."""
     embeddings: Embeddings = Embeddings.BOTH
 
     def fit(self, table: RunTable) -> IsoFlopFit:

@@ -18,8 +18,9 @@ Two of Hoffmann et al.'s (2022) three approaches are followed, and the third is 
   shapes apart; or (w, d, T), equation 3. It is fitted by the Huber loss of log residuals, and its
   least loss under a budget is the prescription.
 
-The third is in this file, the others in `envelope`. How the law is solved (`solve`), how sure each
-estimate is (`uncertainty`), how biased (`null`), and what it prescribes (`allocate`) are its neighbours.
+This file holds the form of the third. Its neighbours: `parametric` fits it (with the solver in `minimise`),
+`envelope` holds the other two; `uncertainty` and `profiles` say how sure an estimate is, `simulate` how biased,
+`comparison` which law extrapolates; `allocation` spends a budget, and `next_run` names the run to do next.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import numpy as np
 from jaxtyping import Float
 
 Variable = Literal["parameters", "effective_parameters", "width", "depth", "tokens"]
-"""What a term of a law may be a power of. Effective parameters are FLOPs per token over six: a
+"""Variables that a term of a law may be a power of. Effective parameters are FLOPs per token over six: a
 count that gives attention, which has FLOPs and no weights, its share."""
 CHINCHILLA: tuple[Variable, ...] = ("parameters", "tokens")
 """Equation 1."""

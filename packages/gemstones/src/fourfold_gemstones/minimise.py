@@ -36,7 +36,7 @@ PATIENCE = 12
 CONFIRMATIONS = 3
 """Descents that must agree on the best objective before no further seeds are tried."""
 MOST_DOUBLINGS = 2
-"""How often the number of starts is doubled for the sake of `CONFIRMATIONS`."""
+"""Doublings of the number of starts, at most, for the sake of `CONFIRMATIONS`."""
 SEED_EXPONENTS = {1: 48, 2: 24, 3: 12, 4: 8}
 """Grid nodes per exponent, by number of terms: between 48 and 4096 nodes in all."""
 

@@ -1,4 +1,4 @@
-"""How sure an estimate is: bootstraps over runs, paired differences, leave-one-out.
+"""Intervals of an estimate: bootstraps over runs, paired differences, leave-one-out.
 
 Checkpoints of one run share that run's luck: its initialisation, its learning rate's fit to its
 shape, the error of the law at its shape. Drawing rows as if they were independent gives intervals
@@ -21,7 +21,7 @@ from fourfold_gemstones.runs import Grouping, RunTable
 Functional = Callable[[Any], float]
 """A number read off an estimate: a slope, a prescription at a budget, a predicted loss."""
 UNDEFINED = (ValueError, ZeroDivisionError, FloatingPointError, OverflowError)
-"""What a functional may raise on an estimate that has no such value."""
+"""Errors that a functional may raise on an estimate that has no such value."""
 FEW_GROUPS = 8
 """Below this many groups a percentile interval is too narrow (Cameron, Gelbach and Miller 2008)."""
 
@@ -134,7 +134,7 @@ class Bootstrap:
 def group_counts(
     groups: int, draws: int, generator: np.random.Generator
 ) -> Float[np.ndarray, "draw group"]:
-    """How often each group is drawn, with replacement, as many draws as there are groups."""
+    """Draws of each group, with replacement, as many as there are groups."""
     if groups < 2:
         raise ValueError(f"{groups} group cannot be resampled; add runs, or group by row")
     if draws < 1:

@@ -26,4 +26,4 @@ CLAIMS: tuple[Claim, ...] = tuple(
         key=_number,
     )
 )
-"""P: what the published fits are; C: the paper's claims on its own measurements; S: on our suite."""
+"""P: the published fits themselves; C: the paper's claims on its own measurements; S: on our suite."""

@@ -60,7 +60,7 @@ def distances(records: Records) -> str:
                 f"{event.number('delta'):g}",
                 f"**{far:.3f}**" if far > OPTIMUM else f"{far:.4f}",
                 " to ".join(f"{slope:.3f}" for slope in slopes),
-                f"[{event.line}](results/published.jsonl#L{event.line})",
+                f"[{event.line}](../results/published.jsonl#L{event.line})",
             ]
         )
     return markdown(

@@ -181,7 +181,7 @@ def hull_robust(records: Records) -> Finding:
     scales=BOTH,
 )
 def swing_of_envelopes(records: Records) -> Finding:
-    """How far the hull slope moves with the token floor, here and on noise-free laws."""
+    """Movement of the hull slope with the token floor, here and on noise-free laws."""
     record = published(records)
     first = record.only("envelope", estimator="hull", selection="T >= 0B")
     last = record.only("envelope", estimator="hull", selection="T >= 120B")

@@ -156,7 +156,7 @@ def embeddings(run: Revisit, folder: Path) -> Events:
 
 
 def simulated_coverage(run: Revisit, folder: Path) -> Events:
-    """How often nominal 95 % intervals hold the true slope, on suites of the published design.
+    """Coverage of nominal 95 % intervals of the slope, on suites of the published design.
 
     All 770 rows; log losses err by 1 % along a run, with a correlation of .95 between neighbours 10 B tokens
     apart, which is what makes rows of a run anything but independent.

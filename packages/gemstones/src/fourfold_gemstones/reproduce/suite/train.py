@@ -92,7 +92,7 @@ class Suite:
     second: TokenSource
     """Text of another kind, on which every finished run is scored too."""
     rounds: int
-    """How often the speed of each shape is measured, all shapes in turn."""
+    """Measurements of the speed of each shape, all shapes in turn."""
     seed: int
 
     @property
