@@ -18,9 +18,10 @@ Two of Hoffmann et al.'s (2022) three approaches are followed, and the third is 
   shapes apart; or (w, d, T), equation 3. It is fitted by the Huber loss of log residuals, and its
   least loss under a budget is the prescription.
 
-This file holds the form of the third. Its neighbours: `parametric` fits it (with the solver in `minimise`),
-`envelope` holds the other two; `uncertainty` and `profiles` say how sure an estimate is, `simulate` how biased,
-`comparison` which law extrapolates; `allocation` spends a budget, and `next_run` names the run to do next.
+This file holds the form of the third. Its neighbours: `parametric` fits it (with the solver in
+`minimise`), `envelope` holds the other two. `uncertainty` and `profiles` say how sure an estimate
+is, `simulate` how biased, `comparison` which law extrapolates. `allocation` spends a budget, and
+`next_run` names the run to do next.
 """
 
 from __future__ import annotations
