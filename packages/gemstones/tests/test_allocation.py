@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from fourfold_gemstones.allocation import (
     Aspect,
+    Band,
     Compute,
     Cost,
     DeviceHours,
@@ -17,14 +20,16 @@ from fourfold_gemstones.allocation import (
     Shapes,
     SixNT,
     allocate,
+    doubts_of_shape,
 )
 from fourfold_gemstones.architecture import GEMSTONES
 from fourfold_gemstones.comparison import Split, compare, corrected_aic, mean_error
 from fourfold_gemstones.laws import CHINCHILLA, WIDTH_DEPTH, PowerLaw
 from fourfold_gemstones.next_run import suggest_next
-from fourfold_gemstones.parametric import LawWarning, ParametricLaw
+from fourfold_gemstones.parametric import LawWarning, ParametricFit, ParametricLaw
 from fourfold_gemstones.runs import RunTable
-from fourfold_gemstones.uncertainty import bootstrap
+from fourfold_gemstones.simulate import sample
+from fourfold_gemstones.uncertainty import Interval, bootstrap
 
 SHAPED = PowerLaw(
     variables=WIDTH_DEPTH,
@@ -44,17 +49,17 @@ def planner(cost: Cost = COMPUTE, shapes: Shapes = FREE) -> Planner:
 def test_the_search_finds_the_closed_form(truth: PowerLaw) -> None:
     """A law in N and T under 6 N T has an optimum in closed form."""
     for budget in (1e19, 1e21, 1e23):
-        found = planner(SixNT(), Aspect(ratio=40.0)).allocate(truth, budget)
+        best = planner(SixNT(), Aspect(ratio=40.0)).allocate(truth, budget)
         parameters, tokens = truth.optimum(budget)
-        assert found.parameters == pytest.approx(parameters, rel=1e-3)
-        assert found.tokens == pytest.approx(tokens, rel=1e-3)
-        assert not found.at_edge
+        assert best.parameters == pytest.approx(parameters, rel=1e-3)
+        assert best.tokens == pytest.approx(tokens, rel=1e-3)
+        assert not best.at_edge
 
 
 def test_the_budget_is_spent() -> None:
-    found = planner().allocate(SHAPED, 1e21)
-    spent = found.tokens * GEMSTONES.flops_per_token(
-        np.asarray([found.width]), np.asarray([found.depth])
+    best = planner().allocate(SHAPED, 1e21)
+    spent = best.tokens * GEMSTONES.flops_per_token(
+        np.asarray([best.width]), np.asarray([best.depth])
     )
     assert spent == pytest.approx(1e21)
 
@@ -81,17 +86,17 @@ def test_near_optimal_shapes_are_within_their_promise() -> None:
     near = plan.near(SHAPED, 1e20, within_nats=0.003)
     assert len(near) > 3
     assert near[-1].loss_nats <= near[0].loss_nats + 0.003
-    assert [one.loss_nats for one in near] == sorted(one.loss_nats for one in near)
+    assert [plan.loss_nats for plan in near] == sorted(plan.loss_nats for plan in near)
 
 
 def test_overtraining_costs_and_its_ratio_is_as_asked() -> None:
     plan = planner()
     best = plan.allocate(SHAPED, 1e22)
     some = plan.overtrained(SHAPED, 1e22, [1 / 16, 1 / 4, 1.0, 4.0, 16.0])
-    loss = [one.loss_nats - best.loss_nats for one in some]
+    loss = [plan.loss_nats - best.loss_nats for plan in some]
     # The dossier's published law: .061 .014 .0 .012 .048.
     assert loss == pytest.approx([0.061, 0.014, 0.0, 0.012, 0.048], abs=1.5e-3)
-    assert [one.tokens / best.tokens for one in some] == pytest.approx([1 / 4, 1 / 2, 1, 2, 4])
+    assert [plan.tokens / best.tokens for plan in some] == pytest.approx([1 / 4, 1 / 2, 1, 2, 4])
 
 
 def test_an_aspect_is_kept_when_overtraining(truth: PowerLaw) -> None:
@@ -122,10 +127,12 @@ def test_measured_throughput_is_recovered(suite: RunTable) -> None:
         {"run": suite.run, **suite.columns, "gpu_hours": suite.flops() / rate / 3600},
         architecture=GEMSTONES,
     )
-    found = MeasuredThroughput.of(timed)
-    assert (found.width_exponent, found.depth_exponent) == pytest.approx((0.3, -0.1))
-    assert found.residual_sd == pytest.approx(0, abs=1e-9)
-    assert found(width, depth) == pytest.approx(rate / (suite.flops() / suite.column("tokens")))
+    throughput = MeasuredThroughput.of(timed)
+    assert (throughput.width_exponent, throughput.depth_exponent) == pytest.approx((0.3, -0.1))
+    assert throughput.residual_sd == pytest.approx(0, abs=1e-9)
+    assert throughput(width, depth) == pytest.approx(
+        rate / (suite.flops() / suite.column("tokens"))
+    )
 
 
 def test_a_blind_law_chooses_no_shape(truth: PowerLaw) -> None:
@@ -170,11 +177,11 @@ def test_the_true_form_extrapolates_better(suite: RunTable) -> None:
         judge=lambda table: table.column("parameters") > 9e8,
     )
     right, wrong = ParametricLaw(delta=1e-3), ParametricLaw(variables=("tokens", "width"))
-    found = compare(right, wrong, suite, [split], draws=30, generator=np.random.default_rng(0))
-    assert found.wins == 1
-    assert found.corrected_aic[0] < found.corrected_aic[1]
-    assert found.errors["small to large"][0] == mean_error(right, suite, split)
-    assert corrected_aic(right.fit(suite)) == found.corrected_aic[0]
+    comparison = compare(right, wrong, suite, [split], draws=30, generator=np.random.default_rng(0))
+    assert comparison.wins == 1
+    assert comparison.corrected_aic[0] < comparison.corrected_aic[1]
+    assert comparison.errors["small to large"][0] == mean_error(right, suite, split)
+    assert corrected_aic(right.fit(suite)) == comparison.corrected_aic[0]
 
 
 def test_a_split_that_overlaps_is_refused(suite: RunTable) -> None:
@@ -185,3 +192,44 @@ def test_a_split_that_overlaps_is_refused(suite: RunTable) -> None:
     )
     with pytest.raises(ValueError, match="'all' of synthetic suite"):
         mean_error(ParametricLaw(variables=CHINCHILLA), suite, everything)
+
+
+@pytest.fixture(scope="module")
+def told() -> tuple[ParametricFit, Band]:
+    """A fit and a band whose shape may be read."""
+    fit = ParametricLaw(variables=WIDTH_DEPTH, delta=1e-3).fit(sample())
+    draws = bootstrap(fit, draws=40, generator=np.random.default_rng(0))
+    return fit, allocate(fit, draws, planner(), 1e21)
+
+
+def test_a_shape_that_the_runs_tell_raises_no_doubt(told: tuple[ParametricFit, Band]) -> None:
+    assert doubts_of_shape(*told) == ()
+
+
+@pytest.mark.parametrize(
+    ("certificate", "band", "doubt"),
+    [
+        ({"agreeing": 2}, {}, "only 2 of"),
+        ({"at_bound": ("floor", "exponent of depth")}, {}, "at its bound: exponent of depth"),
+        ({}, {"share_at_edge": 0.06}, "edge of the shapes searched in 6% of the draws"),
+        ({}, {"aspect": Interval(low=9.9, high=100.0, level=0.95)}, "9.9 to 100, spans more than"),
+    ],
+)
+def test_each_doubt_is_enough(
+    told: tuple[ParametricFit, Band], certificate: dict, band: dict, doubt: str
+) -> None:
+    fit = replace(told[0], certificate=replace(told[0].certificate, **certificate))
+    [reason] = doubts_of_shape(fit, replace(told[1], **band))
+    assert doubt in reason
+
+
+def test_an_optimum_at_the_edge_is_doubted(told: tuple[ParametricFit, Band]) -> None:
+    fit, band = told
+    [reason] = doubts_of_shape(fit, replace(band, best=replace(band.best, at_edge=True)))
+    assert "and in the fit" in reason
+
+
+def test_terms_without_shape_may_vanish(told: tuple[ParametricFit, Band]) -> None:
+    fit, band = told
+    certificate = replace(fit.certificate, at_bound=("floor", "exponent of parameters"))
+    assert doubts_of_shape(replace(fit, certificate=certificate), band) == ()

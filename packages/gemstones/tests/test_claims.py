@@ -56,22 +56,22 @@ def test_claims_have_names_of_their_own_and_wait_for_their_record() -> None:
 
 def test_a_pooled_spread_is_that_within_groups() -> None:
     """Groups apart do not add to it; without two of a kind there is none."""
-    found = pooled([[1.0, 3.0], [101.0, 103.0], [5.0]])
-    assert (found.sd, found.freedom) == (pytest.approx(2**0.5), 2)
+    spread = pooled([[1.0, 3.0], [101.0, 103.0], [5.0]])
+    assert (spread.sd, spread.freedom) == (pytest.approx(2**0.5), 2)
     with pytest.raises(ValueError, match="no shape has two seeds"):
         pooled([[1.0], [2.0]])
 
 
 def points(gain: float, spread: float) -> list[dict]:
     """A shape with three seeds and two forks, whose cooldowns gain about `gain`."""
-    found = []
+    events = []
     for seed in range(3):
         run = {"event": "point", "run": f"16x2-seed{seed}"}
         for step in (10, 20):
             cooled = 3.0 - gain + spread * (seed - 1)
-            found.append(run | {"schedule": "constant", "step": step, "loss_nats": 3.0})
-            found.append(run | {"schedule": "cooled", "forked_at": step, "loss_nats": cooled})
-    return found
+            events.append(run | {"schedule": "constant", "step": step, "loss_nats": 3.0})
+            events.append(run | {"schedule": "cooled", "forked_at": step, "loss_nats": cooled})
+    return events
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,8 @@ def points(gain: float, spread: float) -> list[dict]:
 def test_a_cooldown_counts_where_it_gains_more_than_seeds_differ(
     gain: float, spread: float, verdict: str, tmp_path: Path
 ) -> None:
-    found, because = judge(RULES["S1"], SUITE, points(gain, spread), tmp_path)
-    assert found == verdict
+    given, because = judge(RULES["S1"], SUITE, points(gain, spread), tmp_path)
+    assert given == verdict
     assert f"{spread:.4f} nats between seeds (4 degrees of freedom)" in because
 
 
@@ -139,8 +139,8 @@ def test_coverage_is_judged_as_its_rule_says(
         }
         for groups, covered in (("run", runs), ("row", rows))
     ]
-    found, _ = judge(bootstraps_cover, "published", events, tmp_path)
-    assert found == (verdict or "inconclusive")
+    given, _ = judge(bootstraps_cover, "published", events, tmp_path)
+    assert given == (verdict or "inconclusive")
 
 
 def test_the_text_that_agrees_least_decides(tmp_path: Path) -> None:

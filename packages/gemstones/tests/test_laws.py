@@ -41,10 +41,10 @@ def test_parameters_and_flops_of_published_shapes() -> None:
 
 def test_conventions_of_embeddings_differ_by_tables() -> None:
     width, depth = np.asarray([512.0]), np.asarray([12.0])
-    both, one, none = (GEMSTONES.parameters(width, depth, kind) for kind in Embeddings)
+    both, single, none = (GEMSTONES.parameters(width, depth, kind) for kind in Embeddings)
     table = GEMSTONES.vocabulary * width
-    assert both - one == table
-    assert one - none == table
+    assert both - single == table
+    assert single - none == table
     assert none == replace(GEMSTONES, vocabulary=0).parameters(width, depth)
 
 
@@ -86,10 +86,10 @@ def test_units_move_coefficients_only(suite: RunTable) -> None:
     law = ParametricLaw()
     columns = {**suite.columns, "tokens": suite.column("tokens") / 2}
     paired = RunTable.from_columns({"run": suite.run, **columns}, architecture=GEMSTONES)
-    one, other = law.fit(suite), law.fit(paired)
-    assert other.objective == pytest.approx(one.objective, rel=INVARIANT)
-    assert other.estimate.exponents == pytest.approx(one.estimate.exponents, rel=1e-4)
-    assert other.predict(paired) == pytest.approx(one.predict(suite), rel=1e-5)
+    plain, other = law.fit(suite), law.fit(paired)
+    assert other.objective == pytest.approx(plain.objective, rel=INVARIANT)
+    assert other.estimate.exponents == pytest.approx(plain.estimate.exponents, rel=1e-4)
+    assert other.predict(paired) == pytest.approx(plain.predict(suite), rel=1e-5)
 
 
 def test_repeated_rows_double_the_objective(suite: RunTable) -> None:
@@ -166,9 +166,9 @@ def test_parabolas_find_the_slope_of_noise_free_data_of_dense_sizes() -> None:
 
 
 def test_a_width_law_needs_widths(suite: RunTable) -> None:
-    one = suite.where(suite.column("width") == 512)
+    narrow = suite.where(suite.column("width") == 512)
     with pytest.raises(ValueError, match="width is 512 in all 24 rows"):
-        ParametricLaw(variables=SHAPE_ONLY).fit(one)
+        ParametricLaw(variables=SHAPE_ONLY).fit(narrow)
 
 
 def test_a_law_needs_more_models_than_it_has_terms(suite: RunTable) -> None:

@@ -122,7 +122,7 @@ def evolved(problem: minimise.Problem) -> float:
         np.ones((1, len(problem.log_loss))),
     )
     bounds = [(-8, 2)] * m + [(0.01, 2)] * m + [(-2, 1.2)]
-    found = differential_evolution(
+    search = differential_evolution(
         lambda theta: descent.value(np.ascontiguousarray(theta.T), problem.delta),
         bounds,
         popsize=20,
@@ -134,4 +134,4 @@ def evolved(problem: minimise.Problem) -> float:
         polish=False,
         rng=np.random.default_rng(0),
     )
-    return float(found.fun)
+    return float(search.fun)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import os
+import subprocess
+import sys
 import typing
 from dataclasses import replace
 from pathlib import Path
@@ -147,3 +149,23 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path
 def test_the_command_line_offers_every_parametric_law() -> None:
     offered = typing.get_type_hints(commands.fit)["law"]
     assert set(typing.get_args(offered)) == set(LAWS)
+
+
+def test_only_the_page_needs_matplotlib(tmp_path: Path) -> None:
+    """Without it, `fit` names the line that installs it before it reads anything; `sample` works."""
+    script = (
+        "import sys; sys.modules['matplotlib'] = None; "
+        "from fourfold_gemstones.__main__ import main; main()"
+    )
+
+    def called(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", script, *words],
+            capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False,
+        )  # fmt: skip
+
+    assert called("sample").returncode == 0
+    refused = called("fit", "absent.csv", "--budget", "1e21")
+    assert refused.returncode == 2
+    assert "this needs matplotlib" in refused.stderr
+    assert "pip install 'matplotlib" in refused.stderr

@@ -90,15 +90,15 @@ def test_the_profile_bounds_the_objective_from_below(suite: RunTable) -> None:
     """No parameters with that slope have a lower objective than the profile says."""
     fit = ParametricLaw(delta=1e-2).fit(suite)
     draws = bootstrap(fit, draws=100, generator=np.random.default_rng(0))
-    found = profile(fit, slope, draws, points=9)
-    assert found.interval.low < fit.estimate.slope < found.interval.high
-    assert found.excess.argmin() == np.abs(found.values - fit.estimate.slope).argmin()
-    left, right = np.split(found.excess, [int(found.excess.argmin())])
+    curve = profile(fit, slope, draws, points=9)
+    assert curve.interval.low < fit.estimate.slope < curve.interval.high
+    assert curve.excess.argmin() == np.abs(curve.values - fit.estimate.slope).argmin()
+    left, right = np.split(curve.excess, [int(curve.excess.argmin())])
     assert (np.diff(left) < 0).all()
     assert (np.diff(right) > 0).all()
     by_draws = draws.interval(slope)
-    assert found.interval.low == pytest.approx(by_draws.low, abs=0.05)
-    assert found.interval.high == pytest.approx(by_draws.high, abs=0.05)
+    assert curve.interval.low == pytest.approx(by_draws.low, abs=0.05)
+    assert curve.interval.high == pytest.approx(by_draws.high, abs=0.05)
 
 
 def test_few_groups_are_warned_about(suite: RunTable) -> None:
@@ -127,7 +127,7 @@ def test_equal_tokens_make_a_hull_blind_to_the_law(suite: RunTable, truth: Power
         exponents=(0.5, 0.3),
         log_floor=0.1,
     )
-    slopes = [one.estimated_slope for one in design_null(last, law, (truth, steep))]
+    slopes = [bias.estimated_slope for bias in design_null(last, law, (truth, steep))]
     assert slopes == pytest.approx([1.0, 1.0], abs=1e-9)
     assert abs(truth.slope - steep.slope) > 0.2
 
