@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fourfold_recurrent_depth import state_table
-from fourfold_recurrent_depth.diffusion import Diffusion, diffuse
+from fourfold_recurrent_depth.decoding.diffusion import Diffusion, diffuse
+from fourfold_recurrent_depth.decoding.speculate import Speculation, speculate
 from fourfold_recurrent_depth.latents import (
     classify,
     convergence_steps,
@@ -15,7 +16,6 @@ from fourfold_recurrent_depth.latents import (
     token_correlation,
     trajectory,
 )
-from fourfold_recurrent_depth.speculate import Speculation, speculate
 
 
 def greedy(model: Any, tokens: torch.Tensor, **options: Any) -> list[list[int]]:

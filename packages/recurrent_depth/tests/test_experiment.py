@@ -13,18 +13,25 @@ from fourfold_parallel.common.values import from_json, to_json
 from fourfold_parallel.reproduce.claims import judge
 from fourfold_parallel.run.corpora import TextFiles
 from fourfold_parallel.run.recipe import Steps
-from fourfold_recurrent_depth import recipes
-from fourfold_recurrent_depth.claims import ADDITION, AUTOMATON, CLAIMS, DRAWS, LANGUAGE, RETROFIT
-from fourfold_recurrent_depth.experiment import (
+from fourfold_recurrent_depth.flops import costs
+from fourfold_recurrent_depth.reproduce import recipes
+from fourfold_recurrent_depth.reproduce.claims import (
+    ADDITION,
+    AUTOMATON,
+    CLAIMS,
+    DRAWS,
+    LANGUAGE,
+    RETROFIT,
+)
+from fourfold_recurrent_depth.reproduce.experiment import (
     EXPERIMENT,
     examine_additions,
     examine_draws,
     examine_retrofits,
 )
-from fourfold_recurrent_depth.flops import costs
-from fourfold_recurrent_depth.fresh import RecurrentDepth
-from fourfold_recurrent_depth.study import DEPTHS
-from fourfold_recurrent_depth.tasks.addition import Digits, Sums, sums_of
+from fourfold_recurrent_depth.reproduce.measurements import DEPTHS
+from fourfold_recurrent_depth.reproduce.tasks.addition import Digits, Sums, sums_of
+from fourfold_recurrent_depth.training.models import RecurrentDepth
 
 
 def test_recipes_rebuild_from_their_records() -> None:

@@ -8,11 +8,11 @@ import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from fourfold_recurrent_depth import state_table
-from fourfold_recurrent_depth.diffusion import Diffusion
+from fourfold_recurrent_depth.decoding.compacting import compacting
+from fourfold_recurrent_depth.decoding.diffusion import Diffusion
+from fourfold_recurrent_depth.decoding.speculate import Speculation
 from fourfold_recurrent_depth.exits import LatentDiff
-from fourfold_recurrent_depth.generate import compacting
 from fourfold_recurrent_depth.retrofit import retrofit
-from fourfold_recurrent_depth.speculate import Speculation
 
 
 @pytest.mark.parametrize("exits", [None, LatentDiff(threshold=0.2)])

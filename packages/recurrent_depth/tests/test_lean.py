@@ -13,8 +13,9 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from fourfold_parallel.common import native as runtime
-from fourfold_recurrent_depth import RecurrentCache, RecurrentDepthForCausalLM, native, state_table
+from fourfold_recurrent_depth import RecurrentCache, RecurrentDepthForCausalLM, state_table
 from fourfold_recurrent_depth.exits import KL, LatentDiff
+from fourfold_recurrent_depth.fast import compiled as native
 
 ROUNDING = 3e-5
 """As in test_model.py: float32 sums in another order, contracted; logits are of size one to ten."""

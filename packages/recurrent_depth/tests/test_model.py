@@ -13,7 +13,6 @@ from fourfold_recurrent_depth import (
     RecurrentCache,
     estimate_cache_bytes,
     state_table,
-    stopping,
 )
 from fourfold_recurrent_depth.exits import (
     KL,
@@ -22,6 +21,7 @@ from fourfold_recurrent_depth.exits import (
     EntropyDiff,
     Fixed,
     LatentDiff,
+    stopping,
 )
 
 ROUNDING = 3e-5

@@ -16,7 +16,8 @@ from fourfold_recurrent_depth import (
     RecurrentDepthForCausalLM,
     StateTable,
 )
-from fourfold_recurrent_depth.diffusion import Diffusion, diffuse
+from fourfold_recurrent_depth.decoding.diffusion import Diffusion, diffuse
+from fourfold_recurrent_depth.decoding.speculate import Speculation, speculate
 from fourfold_recurrent_depth.exits import (
     KL,
     ArgmaxStability,
@@ -26,8 +27,7 @@ from fourfold_recurrent_depth.exits import (
     LatentDiff,
     MinPKL,
 )
-from fourfold_recurrent_depth.optimizer import ELLISAdam
-from fourfold_recurrent_depth.speculate import Speculation, speculate
+from fourfold_recurrent_depth.training.ellis import ELLISAdam
 
 GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "recurrent_depth"
 

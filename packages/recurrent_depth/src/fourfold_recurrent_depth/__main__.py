@@ -1,7 +1,7 @@
 """`python -m fourfold_recurrent_depth`: reproduce the recurrent-depth paper."""
 
 from fourfold_parallel.reproduce.cli import main
-from fourfold_recurrent_depth.experiment import EXPERIMENT
+from fourfold_recurrent_depth.reproduce.experiment import EXPERIMENT
 
 if __name__ == "__main__":
     main(EXPERIMENT)

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fourfold_recurrent_depth.fused import gated, normalised
+from fourfold_recurrent_depth.fast.elementwise import gated, normalised
 
 if TYPE_CHECKING:
-    from fourfold_recurrent_depth.interface import Pass
+    from fourfold_recurrent_depth.transformers_base import Pass
 
 
 @dataclass(frozen=True, slots=True, eq=False)

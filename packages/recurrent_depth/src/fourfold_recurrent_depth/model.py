@@ -29,18 +29,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fourfold_recurrent_depth.cache import RecurrentCache
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
 from fourfold_recurrent_depth.exits import Criterion, criterion_named
-from fourfold_recurrent_depth.fused import eager_attention, gated_silu, rms_norm
-from fourfold_recurrent_depth.interface import (
+from fourfold_recurrent_depth.exits.stopping import iterate_until_exit
+from fourfold_recurrent_depth.fast.compiled import CompiledBlocks
+from fourfold_recurrent_depth.fast.elementwise import eager_attention, gated_silu, rms_norm
+from fourfold_recurrent_depth.lean import LeanBlock, is_plain
+from fourfold_recurrent_depth.states import RowStates, StateTable, draw_state
+from fourfold_recurrent_depth.transformers_base import (
     Pass,
     RecurrentDepthOutput,
     RecurrentDepthPreTrainedModel,
     Steps,
     rotary_table,
 )
-from fourfold_recurrent_depth.lean import LeanBlock, is_plain
-from fourfold_recurrent_depth.native import CompiledBlocks
-from fourfold_recurrent_depth.states import RowStates, StateTable, draw_state
-from fourfold_recurrent_depth.stopping import iterate_until_exit
 
 
 class RMSNorm(nn.Module):

@@ -10,8 +10,14 @@ from scipy import stats
 
 from fourfold_parallel.common.records import Record
 from fourfold_parallel.reproduce.claims import Finding, Records, over_seeds
-from fourfold_recurrent_depth.claims.common import AUTOMATON, all_or_none, finding, of, seeds_of
-from fourfold_recurrent_depth.recipes import CELLS_MEAN
+from fourfold_recurrent_depth.reproduce.claims.common import (
+    AUTOMATON,
+    all_or_none,
+    finding,
+    of,
+    seeds_of,
+)
+from fourfold_recurrent_depth.reproduce.recipes import CELLS_MEAN
 
 
 def accuracies(record: Record, arm: str, seed: int) -> dict[tuple[int, int], float]:

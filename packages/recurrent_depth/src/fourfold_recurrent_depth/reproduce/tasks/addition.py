@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fourfold_parallel.run.data import Batch, TokenStream
-from fourfold_recurrent_depth.tasks.rows import in_order
+from fourfold_recurrent_depth.reproduce.tasks.rows import in_order
 
 BASE = 10
 """Digits, and the modulus."""

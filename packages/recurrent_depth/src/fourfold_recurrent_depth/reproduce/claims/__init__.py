@@ -1,7 +1,7 @@
 """The claims ledger: rules by the runs they judge, and the table of claims."""
 
-from fourfold_recurrent_depth.claims.automaton import accuracies
-from fourfold_recurrent_depth.claims.common import (
+from fourfold_recurrent_depth.reproduce.claims.automaton import accuracies
+from fourfold_recurrent_depth.reproduce.claims.common import (
     ADDITION,
     AUTOMATON,
     DRAWS,
@@ -11,7 +11,7 @@ from fourfold_recurrent_depth.claims.common import (
     of,
     seeds_of,
 )
-from fourfold_recurrent_depth.claims.ledger import CLAIMS
+from fourfold_recurrent_depth.reproduce.claims.ledger import CLAIMS
 
 __all__ = [
     "ADDITION",

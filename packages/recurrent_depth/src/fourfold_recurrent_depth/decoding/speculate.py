@@ -16,8 +16,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fourfold_recurrent_depth.cache import RecurrentCache
+from fourfold_recurrent_depth.decoding.greedy import GreedyDecoder
 from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
-from fourfold_recurrent_depth.requests import GreedyDecoder
 from fourfold_recurrent_depth.states import StateTable
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from fourfold_parallel.reproduce.claims import Claim, Finding, Records
 from fourfold_parallel.reproduce.scale import Scale
-from fourfold_recurrent_depth.claims import automaton, depth, language
+from fourfold_recurrent_depth.reproduce.claims import automaton, depth, language
 
 _CELLS = (
     "57 k parameters, cellular automaton of k = 1 to 3 steps, core of one block, mean recurrence 8, "

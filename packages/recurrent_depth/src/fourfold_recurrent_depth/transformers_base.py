@@ -15,8 +15,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fourfold_recurrent_depth.cache import RecurrentCache
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
+from fourfold_recurrent_depth.fast.compiled import CompiledBlocks
 from fourfold_recurrent_depth.lean import LeanBlock
-from fourfold_recurrent_depth.native import CompiledBlocks
 
 Steps = int | tuple[int, int] | Tensor | tuple[Tensor, int]
 """Recurrences: r without gradient; (n, k) of which the last k carry gradient; or one (n + k) per row,

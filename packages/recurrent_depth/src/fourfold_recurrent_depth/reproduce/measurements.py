@@ -17,9 +17,9 @@ from fourfold_recurrent_depth.cache import RecurrentCache
 from fourfold_recurrent_depth.exits import KL, Criterion, LatentDiff
 from fourfold_recurrent_depth.flops import costs
 from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
+from fourfold_recurrent_depth.reproduce.tasks.addition import BASE, sums_of
+from fourfold_recurrent_depth.reproduce.tasks.automaton import encode, targets_of
 from fourfold_recurrent_depth.states import state_table
-from fourfold_recurrent_depth.tasks.addition import BASE, sums_of
-from fourfold_recurrent_depth.tasks.automaton import encode, targets_of
 
 Event = tuple[str, dict[str, Any]]
 DEPTHS = (1, 2, 3, 4, 6, 8, 16, 32, 64)

@@ -18,7 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fourfold_parallel.run.data import Batch, TokenStream
-from fourfold_recurrent_depth.tasks.rows import in_order
+from fourfold_recurrent_depth.reproduce.tasks.rows import in_order
 
 
 def evolve(cells: Int[Tensor, "batch cell"], steps: int) -> Int[Tensor, "batch cell"]:

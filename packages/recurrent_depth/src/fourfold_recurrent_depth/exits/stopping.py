@@ -10,11 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fourfold_recurrent_depth.cache import Aside, RecurrentCache
-from fourfold_recurrent_depth.exits import Criterion, Memory
+from fourfold_recurrent_depth.exits.criteria import Criterion, Memory
 
 if TYPE_CHECKING:
-    from fourfold_recurrent_depth.interface import Pass
     from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
+    from fourfold_recurrent_depth.transformers_base import Pass
 
 TOGETHER = 4
 """Recurrences of a decoded token whose logits are judged in one pass: a few recurrences more per token,

@@ -24,8 +24,13 @@ from fourfold_parallel.run.data import tokenize
 from fourfold_parallel.run.models import Model
 from fourfold_parallel.run.recipe import Run
 from fourfold_parallel.run.train import train, trained_model
-from fourfold_recurrent_depth import figures, recipes, study
-from fourfold_recurrent_depth.claims import (
+from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
+from fourfold_recurrent_depth.decoding.diffusion import Diffusion, diffuse
+from fourfold_recurrent_depth.decoding.speculate import Speculation, speculate
+from fourfold_recurrent_depth.flops import costs, materialised_parameters
+from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
+from fourfold_recurrent_depth.reproduce import figures, measurements, recipes
+from fourfold_recurrent_depth.reproduce.claims import (
     ADDITION,
     AUTOMATON,
     CLAIMS,
@@ -34,13 +39,8 @@ from fourfold_recurrent_depth.claims import (
     LANGUAGE,
     RETROFIT,
 )
-from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
-from fourfold_recurrent_depth.diffusion import Diffusion, diffuse
-from fourfold_recurrent_depth.flops import costs, materialised_parameters
-from fourfold_recurrent_depth.fresh import RecurrentDepth
-from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
-from fourfold_recurrent_depth.speculate import Speculation, speculate
-from fourfold_recurrent_depth.study import Event
+from fourfold_recurrent_depth.reproduce.measurements import Event
+from fourfold_recurrent_depth.training.models import RecurrentDepth
 
 WORKERS = 2
 """Processes of a stage; each trains and measures on one thread."""
@@ -78,26 +78,28 @@ def _trained(
 
 
 def examine_cells(
-    member: tuple[recipes.Arm, Run], exam: study.Exam, folder: Path
+    member: tuple[recipes.Arm, Run], exam: measurements.Exam, folder: Path
 ) -> tuple[Event, ...]:
     """Train one automaton model and sit the exam; the law's models sit it on the way too."""
     arm, run = member
     notes = folder / run.name / "on_the_way.jsonl"
     watch = partial(_sit_on_the_way, run, exam, notes) if arm == "law" else silent
     model, trained = _trained(run, folder, watch)
-    events = [trained, *study.accuracy_by_depth(model, exam)]
+    events = [trained, *measurements.accuracy_by_depth(model, exam)]
     if arm == "law":
         # A resumed run may have sat an exam twice, with the same answers.
         lines = dict.fromkeys(notes.read_text(encoding="utf-8").splitlines())
         events += [("on_the_way", json.loads(line)) for line in lines]
-        events += study.exits(model, exam, study.CRITERIA, steps=2 * recipes.CELLS_MEAN)
-        events += study.latent_paths(model, exam)
+        events += measurements.exits(
+            model, exam, measurements.CRITERIA, steps=2 * recipes.CELLS_MEAN
+        )
+        events += measurements.latent_paths(model, exam)
     return tuple((kind, {"arm": arm, "seed": run.seed, **fields}) for kind, fields in events)
 
 
 def _sit_on_the_way(
     run: Run,
-    exam: study.Exam,
+    exam: measurements.Exam,
     notes: Path,
     done: int,
     total: int,
@@ -111,24 +113,24 @@ def _sit_on_the_way(
     assert last is not None
     model = cast(RecurrentDepthForCausalLM, trained_model(run, last))
     with notes.open("a", encoding="utf-8") as file:
-        for _, fields in study.accuracy_by_depth(model, exam, (1, recipes.CELLS_MEAN)):
+        for _, fields in measurements.accuracy_by_depth(model, exam, (1, recipes.CELLS_MEAN)):
             file.write(json.dumps({"step": last.step, **fields}) + "\n")
 
 
 def examine_draws(
-    member: tuple[recipes.DrawArm, Run], exam: study.Exam, folder: Path
+    member: tuple[recipes.DrawArm, Run], exam: measurements.Exam, folder: Path
 ) -> tuple[Event, ...]:
     """Train one model, and examine it at the mean recurrence."""
     arm, run = member
     model, trained = _trained(run, folder)
-    events = (trained, study.held_out(model, exam, steps=recipes.MEAN))
+    events = (trained, measurements.held_out(model, exam, steps=recipes.MEAN))
     return tuple((kind, {"arm": arm, "seed": run.seed, **fields}) for kind, fields in events)
 
 
 def examine_additions(run: Run, rows: int, folder: Path) -> tuple[Event, ...]:
     """Train one model, and examine it at every depth."""
     model, trained = _trained(run, folder)
-    events = [trained, *study.addition_by_depth(model, operands=run.sequence, rows=rows)]
+    events = [trained, *measurements.addition_by_depth(model, operands=run.sequence, rows=rows)]
     return tuple((kind, {"seed": run.seed, **fields}) for kind, fields in events)
 
 
@@ -145,7 +147,7 @@ def examine_retrofits(
     model = trained_model(run, last)
     batch = run.data.validation(sequence=run.sequence).batch(0, batch=rows)
     depths = () if arm == "dense" else (1, recipes.MEAN // 2, recipes.MEAN, 2 * recipes.MEAN)
-    found = study.loss_by_depth(model, batch.tokens, depths)
+    found = measurements.loss_by_depth(model, batch.tokens, depths)
     trained: Event = ("trained", {"steps": run.steps, "training_flops": recipes.flops_of(arm, run)})
     return tuple(
         (kind, {"arm": arm, "seed": run.seed, **fields}) for kind, fields in (trained, *found)
@@ -159,8 +161,8 @@ def examine_bytes(run: Run, plan: recipes.Bytes, folder: Path) -> tuple[Event, .
     rows = stream.batch(0, batch=plan.rows).tokens[:, :-1]
     steps = 4 * recipes.MEAN
     events: list[Event] = [trained]
-    events += study.cache_sharing(model, rows, steps=steps, prompt=plan.prompt)
-    events += study.warm_start(model, rows, steps=steps, prompt=plan.prompt)
+    events += measurements.cache_sharing(model, rows, steps=steps, prompt=plan.prompt)
+    events += measurements.warm_start(model, rows, steps=steps, prompt=plan.prompt)
     events += speculation(model, rows[:, : plan.prompt], steps=steps, new=plan.generated)
     events += diffusion(model, rows[:, : plan.prompt], steps=steps, new=plan.generated)
     return tuple((kind, {"seed": run.seed, **fields}) for kind, fields in events)
@@ -380,7 +382,8 @@ def _stages(scale: Scale) -> Sequence[Stage]:
 def _launches() -> Sequence[Launch]:
     run = recipes.table_1("paper")
     command = (
-        "python -c 'from pathlib import Path; from fourfold_recurrent_depth.recipes import table_1; "
+        "python -c 'from pathlib import Path; "
+        "from fourfold_recurrent_depth.reproduce.recipes import table_1; "
         "from fourfold_parallel.run.train import train; "
         "from fourfold_parallel.common.progress import silent; "
         'train(table_1("paper"), record=Path("huginn.jsonl"), checkpoints=Path("huginn"), progress=silent)\''

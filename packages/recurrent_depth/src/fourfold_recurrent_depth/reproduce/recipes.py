@@ -16,13 +16,18 @@ from fourfold_parallel.run.optimizer import AdamW, Constant, Cosine
 from fourfold_parallel.run.recipe import Run, Steps
 from fourfold_parallel.run.tokenizers import BytePairs
 from fourfold_recurrent_depth.flops import Costs
-from fourfold_recurrent_depth.fresh import RecurrentDepth
-from fourfold_recurrent_depth.objective import Always, LogNormalPoisson, RandomDepth, Recurrences
-from fourfold_recurrent_depth.optimizer import Ellis
-from fourfold_recurrent_depth.pretrained import Pretrained, Recurrent
-from fourfold_recurrent_depth.study import Exam
-from fourfold_recurrent_depth.tasks.addition import BASE, Digits, Sums
-from fourfold_recurrent_depth.tasks.automaton import Automaton, EvolvedCells
+from fourfold_recurrent_depth.reproduce.measurements import Exam
+from fourfold_recurrent_depth.reproduce.models import Pretrained, Recurrent
+from fourfold_recurrent_depth.reproduce.tasks.addition import BASE, Digits, Sums
+from fourfold_recurrent_depth.reproduce.tasks.automaton import Automaton, EvolvedCells
+from fourfold_recurrent_depth.training.ellis import Ellis
+from fourfold_recurrent_depth.training.models import RecurrentDepth
+from fourfold_recurrent_depth.training.random_depth import (
+    Always,
+    LogNormalPoisson,
+    RandomDepth,
+    Recurrences,
+)
 
 Arm = Literal["law", "fixed", "shallow", "untied"]
 """How depth is chosen in training: by the paper's law, always the mean, or always 1.

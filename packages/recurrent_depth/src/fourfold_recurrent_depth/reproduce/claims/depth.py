@@ -6,7 +6,7 @@ import statistics
 from itertools import pairwise
 
 from fourfold_parallel.reproduce.claims import Finding, Records, over_seeds
-from fourfold_recurrent_depth.claims.common import (
+from fourfold_recurrent_depth.reproduce.claims.common import (
     ADDITION,
     DRAWS,
     RETROFIT,
@@ -15,7 +15,7 @@ from fourfold_recurrent_depth.claims.common import (
     of,
     seeds_of,
 )
-from fourfold_recurrent_depth.recipes import MEAN
+from fourfold_recurrent_depth.reproduce.recipes import MEAN
 
 
 def _held_out(records: Records, arm: str, field: str) -> list[float]:

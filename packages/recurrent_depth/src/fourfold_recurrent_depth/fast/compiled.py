@@ -21,8 +21,8 @@ from fourfold_parallel.common import native
 from fourfold_recurrent_depth.cache import Aside, RecurrentCache, Room
 
 if TYPE_CHECKING:
-    from fourfold_recurrent_depth.interface import Pass
     from fourfold_recurrent_depth.lean import LeanBlock
+    from fourfold_recurrent_depth.transformers_base import Pass
 
 LANES = 16
 """Widths of the stream, a head and the hidden layer are multiples of it."""
@@ -66,7 +66,7 @@ class _Pass(ctypes.Structure):
 
 def library() -> ctypes.CDLL | None:
     """The compiled blocks, or None where nothing here can compile them."""
-    return native.load("fourfold_recurrent_depth", "recurrence.cpp")
+    return native.load("fourfold_recurrent_depth.fast", "recurrence.cpp")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

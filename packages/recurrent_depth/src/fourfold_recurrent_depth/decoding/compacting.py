@@ -20,8 +20,8 @@ from transformers import (
 )  # fmt: skip
 
 from fourfold_recurrent_depth.cache import RecurrentCache
+from fourfold_recurrent_depth.decoding.greedy import refuse_extras
 from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
-from fourfold_recurrent_depth.requests import refuse_extras
 from fourfold_recurrent_depth.states import RowStates
 
 _BY_ROW = (

@@ -13,7 +13,7 @@ from fourfold_parallel.reproduce.claims import Records
 from fourfold_parallel.reproduce.experiment import Drawing
 from fourfold_parallel.reproduce.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES
 from fourfold_parallel.reproduce.scale import Scale
-from fourfold_recurrent_depth.claims import AUTOMATON, LANGUAGE, accuracies, of, seeds_of
+from fourfold_recurrent_depth.reproduce.claims import AUTOMATON, LANGUAGE, accuracies, of, seeds_of
 
 
 def drawings(scale: Scale) -> Sequence[Drawing]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fourfold_parallel.reproduce.claims import Finding, Records, over_seeds
-from fourfold_recurrent_depth.claims.common import (
+from fourfold_recurrent_depth.reproduce.claims.common import (
     EXACT,
     LANGUAGE,
     all_or_none,
