@@ -58,7 +58,7 @@ def test_the_sampler_without_shortcuts_is_greedy(tiny: Any, tokens: torch.Tensor
     for rows in (1, 2):
         found = diffuse(
             tiny, tokens[:rows], diffusion=Diffusion(threshold=0.0, smoothing=0.0), max_new_tokens=9,
-            num_steps=24,
+            num_steps=24, init_scale=0.0,
         )  # fmt: skip
         expected = greedy(
             tiny, tokens[:rows], max_new_tokens=9, num_steps=24, init_scale=0.0, kv_budget=1

@@ -443,15 +443,6 @@ def test_labels_are_shifted_as_in_transformers(tiny: Any, tokens: torch.Tensor) 
     assert torch.equal(logits(tiny, None, inputs_embeds=embeds), out.logits)
 
 
-def test_fresh_states_follow_the_initial_law(tiny: Any) -> None:
-    """Standard deviation sqrt(2/5) cut at three of them, anew in every pass."""
-    states = state_table(4000, 32, seed=3).states
-    assert states.std().item() == pytest.approx(0.4**0.5, rel=0.03)
-    assert states.abs().max() <= 3 * 0.4**0.5 + 1e-6
-    one, two = (tiny(torch.zeros(1, 2, dtype=torch.long), num_steps=1).logits for _ in range(2))
-    assert not torch.equal(one, two)
-
-
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("exits", [None, LatentDiff(threshold=0.2, scope="token")])
 def test_packed_texts_do_not_see_each_other(

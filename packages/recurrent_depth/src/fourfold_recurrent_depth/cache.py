@@ -10,8 +10,9 @@ With a budget of n recurrences, recurrence i uses the slot of i mod n (section 6
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,9 +20,6 @@ from torch import Tensor
 from transformers import Cache
 
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 
 class Layout(Protocol):
@@ -36,8 +34,8 @@ class Layout(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Room:
-    """Memory that a pass reads or writes by itself, where `Cache.update` would copy."""
+class SlotView:
+    """Memory of slots that a pass reads or writes by itself, where `Cache.update` would copy."""
 
     keys: Float[Tensor, "slot row head place width"]
     values: Float[Tensor, "slot row head place width"]
@@ -165,9 +163,9 @@ class RecurrentCache(Cache):
                 found.append(here)
         return found[0], found[1]
 
-    def rooms(
+    def views(
         self, like: Float[Tensor, "row head token width"], slots: Sequence[int], layers: int
-    ) -> tuple[Room, Room, Bool[Tensor, "row token"] | None]:
+    ) -> tuple[SlotView, SlotView, Bool[Tensor, "row token"] | None]:
         """What an update would read and write: the cached tokens, the pass's own, and which of them write.
 
         Args:
@@ -182,21 +180,21 @@ class RecurrentCache(Cache):
         keys, values, rows = self._keys, self._values, self._rows
         assert keys is not None
         assert values is not None
-        held = (
+        known = (
             keys.shape[1] if rows is None else len(rows),
             keys.shape[2],
             keys.shape[-1],
             keys.dtype,
         )
         given = (like.shape[0], like.shape[1], like.shape[-1], like.dtype)
-        if given != held or max(slots) + layers > len(keys):
+        if given != known or max(slots) + layers > len(keys):
             raise ValueError(
-                f"rows, heads, width and format {given} for a cache of {held}, slot "
+                f"rows, heads, width and format {given} for a cache of {known}, slot "
                 f"{max(slots) + layers - 1} of {len(keys)}; use a cache that was opened for this pass"
             )
         running = None if self._running is None else self._running[:, 0, :, 0].contiguous()
-        cached = Room(keys=keys, values=values, rows=rows)
-        return cached, Room(keys=keys, values=values, rows=rows, place=self.length), running
+        cached = SlotView(keys=keys, values=values, rows=rows)
+        return cached, SlotView(keys=keys, values=values, rows=rows, place=self.length), running
 
     def read(
         self, slot: int
@@ -359,18 +357,18 @@ class RecurrentCache(Cache):
         self._key_slots, self._value_slots = keys.unbind(0), values.unbind(0)
 
     def _reserve(self, states: Tensor) -> None:
-        """Room for the tokens of `states`, at least doubling, with what is cached copied over."""
+        """SlotView for the tokens of `states`, at least doubling, with what is cached copied over."""
         _, heads, tokens, width = states.shape
         needed = self.length + tokens
         if self._keys is not None and needed <= self._keys.shape[-2]:
             return
-        held = 0 if self._keys is None else self._keys.shape[-2]
-        room = max(needed, self.capacity if held == 0 else 2 * held)
+        known = 0 if self._keys is None else self._keys.shape[-2]
+        room = max(needed, self.capacity if known == 0 else 2 * known)
         slots = self.around + self.steps * self.per_step
         fresh = states.new_zeros((2, slots, self._asked, heads, room, width))
         if self._keys is not None and self._values is not None:
             # A pass that is under way has written its own tokens too.
-            known = min(held, needed)
+            known = min(known, needed)
             fresh[0, ..., :known, :] = self._keys[..., :known, :]
             fresh[1, ..., :known, :] = self._values[..., :known, :]
         self._hold(fresh[0], fresh[1])
@@ -389,7 +387,7 @@ class RecurrentCache(Cache):
         self.steps = steps
 
 
-class Aside(Cache):
+class CandidateCache(Cache):
     """Versions of one new token beside a cache: they see what is cached, and nothing is written.
 
     Until `keep` chooses a version for a row.
@@ -417,14 +415,14 @@ class Aside(Cache):
         """Tokens cached, without the versions."""
         return self._cache.length
 
-    def rooms(
+    def views(
         self, like: Float[Tensor, "row head version width"], slots: Sequence[int], layers: int
-    ) -> tuple[Room, Room, None]:
-        """What is cached, and new memory for the versions; see `RecurrentCache.rooms`."""
-        cached, _, _ = self._cache.rooms(like[:, :, :0], slots, layers)
+    ) -> tuple[SlotView, SlotView, None]:
+        """What is cached, and new memory for the versions; see `RecurrentCache.views`."""
+        cached, _, _ = self._cache.views(like[:, :, :0], slots, layers)
         keys, values = like.new_empty(2, layers, *like.shape)
         self._versions = {slots[0] + i: (keys[i], values[i]) for i in range(layers)}
-        return cached, Room(keys=keys, values=values, first_slot=slots[0]), None
+        return cached, SlotView(keys=keys, values=values, first_slot=slots[0]), None
 
     def keep(self, row: Int[Tensor, " kept"], rows: Int[Tensor, " kept"], *, version: int) -> None:
         """Write a version of some rows: `row` counts among those selected, `rows` in the batch."""

@@ -19,8 +19,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
+from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.exits import Criterion, criterion_named
-from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
 
 CHAT_TEMPLATE = (
     "<|begin_text|>{% for message in messages %}"

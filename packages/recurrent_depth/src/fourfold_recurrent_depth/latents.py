@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
+from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.states import state_table
 
-Path = Literal["fixed point", "orbit", "slider", "unsettled"]
+Ending = Literal["fixed point", "orbit", "slider", "unsettled"]
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def principal_components(
 
 def classify(
     states: Float[Tensor, "step width"], *, settled: float = 1e-2, longest: int = 8
-) -> tuple[Path, int]:
+) -> tuple[Ending, int]:
     """What a token's trajectory ends in, and its period.
 
     A fixed point moves less than `settled`, relatively. An orbit returns to itself after p <= `longest`

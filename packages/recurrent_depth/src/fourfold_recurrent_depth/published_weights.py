@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
-from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
 
 TRAINING_PREFIX = "_orig_mod._original_module."
 """What torch.compile and the training wrapper put before every name of a `.pth` checkpoint."""

@@ -20,8 +20,8 @@ from transformers import (
 )  # fmt: skip
 
 from fourfold_recurrent_depth.cache import RecurrentCache
+from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.decoding.greedy import refuse_extras
-from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.states import RowStates
 
 _BY_ROW = (
@@ -70,7 +70,7 @@ def compacting(
         )
     state = options.get("initial_state")
     is_by_row = isinstance(state, RowStates) or (isinstance(state, Tensor) and len(state) > 1)
-    if is_by_row or any(isinstance(one, _BY_ROW) for one in logits_processor):
+    if is_by_row or any(isinstance(processor, _BY_ROW) for processor in logits_processor):
         raise ValueError(
             "initial states or allowed tokens of each row by itself do not follow rows that leave; use a "
             "StateTable and no prefix_allowed_tokens_fn, or leave custom_generate out"

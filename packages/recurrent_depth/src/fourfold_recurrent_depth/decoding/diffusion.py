@@ -16,9 +16,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fourfold_recurrent_depth.cache import RecurrentCache
+from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.decoding.greedy import GreedyDecoder
-from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
-from fourfold_recurrent_depth.states import StateTable
+from fourfold_recurrent_depth.states import FreshNoise, InitialState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,13 +50,13 @@ class Diffusion(GreedyDecoder):
 
     def decode(
         self, model: RecurrentDepthForCausalLM, prompt: Int[Tensor, "batch token"], **how: Any
-    ) -> Diffused:
+    ) -> DiffusionResult:
         """For `model.generate(prompt, custom_generate=Diffusion(...))`."""
         return diffuse(model, prompt, diffusion=self, **how)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Diffused:
+class DiffusionResult:
     """What the sampler made, and with how much work."""
 
     tokens: Int[Tensor, "batch generated"]
@@ -75,8 +75,9 @@ def diffuse(
     diffusion: Diffusion,
     max_new_tokens: int,
     num_steps: int,
-    initial_state: StateTable | None = None,
-) -> Diffused:
+    initial_state: InitialState | None = None,
+    init_scale: float = 1.0,
+) -> DiffusionResult:
     """Greedy tokens, decoded in a moving window; rows go on together, by the slowest row's prefix.
 
     Args:
@@ -85,7 +86,8 @@ def diffuse(
         diffusion: how.
         max_new_tokens: tokens to make.
         num_steps: recurrences of the prompt, and after which a first position freezes at the latest.
-        initial_state: s_0 by position; zeros where it is left out.
+        initial_state: s_0 of a position that opens, as for a forward pass.
+        init_scale: multiplies states that are drawn; 0 gives zeros.
 
     Raises:
         ValueError: where no token is asked for.
@@ -98,7 +100,7 @@ def diffuse(
     )
     out = model(
         prompt, past_key_values=cache, use_cache=True, num_steps=num_steps, logits_to_keep=1,
-        initial_state=initial_state, init_scale=0.0,
+        initial_state=initial_state, init_scale=init_scale,
     )  # fmt: skip
     assert out.logits is not None
     made = out.logits[:, -1:].argmax(-1)
@@ -109,23 +111,23 @@ def diffuse(
     passes, recurred, outer = num_steps, num_steps * prompt.numel(), 0
     while made.shape[1] < max_new_tokens:
         outer += 1
-        embedded, where, positions = model.begin(inputs, cache)
+        embedded, this_pass, positions = model.begin(inputs, cache)
         cache.open(rows, inputs.shape[1], steps=1)
-        e = model.read(embedded, where)
-        fresh = model.start(e, positions, initial_state, scale=0.0)
+        e = model.read(embedded, this_pass)
+        fresh = model.start(e, inputs, positions, initial_state, scale=init_scale)
         known = states.shape[1]
         e[:, :known] = torch.lerp(e[:, :known], smoothed, diffusion.smoothing)
         s = torch.cat([states, fresh[:, known:]], dim=1)
         taken = torch.cat([taken, taken.new_zeros(inputs.shape[1] - known)])
         if diffusion.noise:
-            noise = model.start(e, positions, None, scale=1.0)
+            noise = model.start(e, inputs, positions, FreshNoise(), scale=1.0)
             s = torch.lerp(s, noise, (diffusion.noise / (1 + taken))[None, :, None])
-        s = model.iterate(e, s, where, diffusion.inner_recurrences - 1, 0)
-        before, s = s, model.recur(s, model.inject(e), where, 0)
+        s = model.iterate(e, s, this_pass, diffusion.inner_recurrences - 1, 0)
+        before, s = s, model.recur(s, model.inject(e), this_pass, 0)
         passes += diffusion.inner_recurrences
         recurred += diffusion.inner_recurrences * inputs.numel()
         taken = taken + diffusion.inner_recurrences
-        guesses = model.predict(model.transformer["ln_f"](s), where).argmax(-1)
+        guesses = model.predict(s, this_pass).argmax(-1)
 
         moved = torch.linalg.vector_norm(s - before, dim=-1) / torch.linalg.vector_norm(s, dim=-1)
         settled = (moved < diffusion.threshold) | (taken >= num_steps)
@@ -138,4 +140,6 @@ def diffuse(
         inputs = torch.cat([inputs[:, :1], guesses], dim=1)[:, frozen:][:, : max(1, room)]
         states, smoothed = (x[:, frozen:][:, : inputs.shape[1]] for x in (s, e))
         taken = taken[frozen:][: inputs.shape[1]]
-    return Diffused(tokens=made, core_passes=passes, positions_recurred=recurred, outer_steps=outer)
+    return DiffusionResult(
+        tokens=made, core_passes=passes, positions_recurred=recurred, outer_steps=outer
+    )

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fourfold_recurrent_depth.states import StateTable
-
-if TYPE_CHECKING:
-    from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
+from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
+from fourfold_recurrent_depth.states import InitialState
 
 
-class Made(Protocol):
-    """What a decoder made, beside how."""
+class Decoded(Protocol):
+    """Generated tokens, beside what a decoder says of how it made them."""
 
     @property
     def tokens(self) -> Int[Tensor, "batch generated"]:
@@ -39,8 +37,9 @@ class GreedyDecoder(ABC):
         *,
         max_new_tokens: int,
         num_steps: int,
-        initial_state: StateTable | None,
-    ) -> Made:
+        initial_state: InitialState | None,
+        init_scale: float,
+    ) -> Decoded:
         """Continue rows without padding."""
 
     def __call__(
@@ -68,21 +67,22 @@ class GreedyDecoder(ABC):
                 "this decoder takes rows of equal length; group prompts by length, or drop custom_generate"
             )
         without, with_gradient, _ = model.recurrences(options.get("num_steps"), 1)
-        found = self.decode(
+        result = self.decode(
             model,
             input_ids,
             max_new_tokens=generation_config.max_length - input_ids.shape[1],
             num_steps=without + with_gradient,
             initial_state=options.get("initial_state"),
+            init_scale=options.get("init_scale", 1.0),
         )
-        return _with_prompt(input_ids, found.tokens, generation_config)
+        return _with_prompt(input_ids, result.tokens, generation_config)
 
     def _refuse(self, options: dict[str, Any]) -> None:
         """Raise for what this decoder does not do."""
-        processors = [type(one).__name__ for one in options.get("logits_processor") or ()]
+        processors = [type(part).__name__ for part in options.get("logits_processor") or ()]
         known = ("MaxLengthCriteria", "EosTokenCriteria")
-        stopping = [type(one).__name__ for one in options.get("stopping_criteria") or ()]
-        changing = ("exit", "warm_start", "streamer", "init_scale", "kv_budget")
+        stopping = [type(part).__name__ for part in options.get("stopping_criteria") or ()]
+        changing = ("exit", "warm_start", "streamer", "kv_budget")
         given = {name: options.get(name) for name in changing}
         if given["kv_budget"] == self.budget:
             del given["kv_budget"]
@@ -90,7 +90,7 @@ class GreedyDecoder(ABC):
         unknown += [f"{name}={value}" for name, value in given.items() if value]
         if unknown:
             raise ValueError(
-                f"{type(self).__name__} decodes greedily, at one depth, from given states or zeros, without "
+                f"{type(self).__name__} decodes greedily, at one depth, without "
                 f"{', '.join(unknown)}; leave these or custom_generate out"
             )
 
@@ -106,14 +106,14 @@ def refuse_extras(generation_config: Any, options: dict[str, Any]) -> None:
 
 
 def _with_prompt(
-    input_ids: Int[Tensor, "batch token"], made: Int[Tensor, "batch generated"], config: Any
+    input_ids: Int[Tensor, "batch token"], generated: Int[Tensor, "batch generated"], config: Any
 ) -> Int[Tensor, "batch longer"]:
     """Prompt and tokens, with padding behind each row's first end token."""
     ends = config.eos_token_id
     if ends is not None:
-        chosen = torch.isin(made, torch.as_tensor(ends, device=made.device).flatten())
+        chosen = torch.isin(generated, torch.as_tensor(ends, device=generated.device).flatten())
         behind = chosen.cumsum(1) - chosen.long() > 0
         padding = config.pad_token_id
-        made = made.masked_fill(behind, 0 if padding is None else padding)
-        made = made[:, : int((~behind).sum(1).max())]
-    return torch.cat([input_ids, made], dim=1)
+        generated = generated.masked_fill(behind, 0 if padding is None else padding)
+        generated = generated[:, : int((~behind).sum(1).max())]
+    return torch.cat([input_ids, generated], dim=1)

@@ -16,9 +16,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fourfold_recurrent_depth.cache import RecurrentCache
+from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.decoding.greedy import GreedyDecoder
-from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
-from fourfold_recurrent_depth.states import StateTable
+from fourfold_recurrent_depth.states import InitialState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +37,13 @@ class Speculation(GreedyDecoder):
 
     def decode(
         self, model: RecurrentDepthForCausalLM, prompt: Int[Tensor, "batch token"], **how: Any
-    ) -> Speculated:
+    ) -> SpeculationResult:
         """For `model.generate(prompt, custom_generate=Speculation(...))`."""
         return speculate(model, prompt, speculation=self, **how)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Speculated:
+class SpeculationResult:
     """What speculation made."""
 
     tokens: Int[Tensor, "batch generated"]
@@ -63,8 +63,9 @@ def speculate(
     speculation: Speculation,
     max_new_tokens: int,
     num_steps: int,
-    initial_state: StateTable | None = None,
-) -> Speculated:
+    initial_state: InitialState | None = None,
+    init_scale: float = 1.0,
+) -> SpeculationResult:
     """Greedy decoding, the same tokens as without speculation, for any batch.
 
     Rows go on together, by the shortest accepted prefix of any row.
@@ -75,7 +76,8 @@ def speculate(
         speculation: how to draft.
         max_new_tokens: tokens to make; never exceeded.
         num_steps: full depth.
-        initial_state: s_0 by position; zeros where it is left out, since drafts and checks must agree.
+        initial_state: s_0, as for a forward pass; not drawn anew, since drafts and checks must agree.
+        init_scale: multiplies states that are drawn; 0 gives zeros.
 
     Raises:
         ValueError: where the draft is not shallower than the full depth, or no token is asked for.
@@ -88,7 +90,7 @@ def speculate(
             "draft with fewer recurrences"
         )
     cache = RecurrentCache(model.config, steps=num_steps, capacity=prompt.shape[1] + max_new_tokens)
-    options = {"initial_state": initial_state, "init_scale": 0.0}
+    options = {"initial_state": initial_state, "init_scale": init_scale}
     out = model(
         prompt,
         past_key_values=cache,
@@ -104,7 +106,9 @@ def speculate(
         ahead = min(speculation.lookahead, max_new_tokens - made.shape[1])
         window, embeds, states = [made[:, -1:]], [], []
         for _ in range(ahead):
-            e, s, logits = _draft(model, window[-1], cache, speculation.draft_steps, initial_state)
+            e, s, logits = _draft(
+                model, window[-1], cache, speculation.draft_steps, initial_state, init_scale
+            )
             embeds.append(e)
             states.append(s)
             window.append(logits.argmax(-1))
@@ -120,7 +124,9 @@ def speculate(
         drafted += ahead * len(prompt)
         accepted += kept * len(prompt)
         recurrences += ahead * speculation.draft_steps + num_steps - speculation.draft_steps
-    return Speculated(tokens=made, drafted=drafted, accepted=accepted, recurrences=recurrences)
+    return SpeculationResult(
+        tokens=made, drafted=drafted, accepted=accepted, recurrences=recurrences
+    )
 
 
 def _draft(
@@ -128,15 +134,16 @@ def _draft(
     token: Int[Tensor, "batch 1"],
     cache: RecurrentCache,
     steps: int,
-    initial_state: StateTable | None,
+    initial_state: InitialState | None,
+    init_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One shallow pass: prelude's output, state, logits. Its keys stay in the cache's slots."""
-    e, where, positions = model.begin(token, cache)
+    e, this_pass, positions = model.begin(token, cache)
     cache.open(len(token), 1, steps=cache.steps)
-    e = model.read(e, where)
-    s = model.start(e, positions, initial_state, scale=0.0)
-    s = model.iterate(e, s, where, steps, 0)
-    return e, s, model.predict(model.transformer["ln_f"](s), where)
+    e = model.read(e, this_pass)
+    s = model.start(e, token, positions, initial_state, scale=init_scale)
+    s = model.iterate(e, s, this_pass, steps, 0)
+    return e, s, model.predict(s, this_pass)
 
 
 def _verify(
@@ -149,7 +156,7 @@ def _verify(
 ) -> Int[Tensor, "batch drafted"]:
     """The full depth's choice after each drafted input, going on from recurrence `done`."""
     e, s = torch.cat(embeds, dim=1), torch.cat(states, dim=1)
-    where, _ = model.locate(e, None, None, cache, {})
+    this_pass, _ = model.locate(e, None, None, cache, {})
     cache.open(e.shape[0], e.shape[1], steps=cache.steps)
-    s = model.iterate(e, s, where, steps - done, 0, first=done)
-    return model.predict(model.transformer["ln_f"](s), where).argmax(-1)
+    s = model.iterate(e, s, this_pass, steps - done, 0, first=done)
+    return model.predict(s, this_pass).argmax(-1)

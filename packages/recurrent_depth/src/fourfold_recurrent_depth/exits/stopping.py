@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fourfold_recurrent_depth.cache import Aside, RecurrentCache
+from fourfold_recurrent_depth.cache import CandidateCache, RecurrentCache
 from fourfold_recurrent_depth.exits.criteria import Criterion, Memory
-
-if TYPE_CHECKING:
-    from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
-    from fourfold_recurrent_depth.transformers_base import Pass
+from fourfold_recurrent_depth.stages import Pass
 
 TOGETHER = 4
 """Recurrences of a decoded token whose logits are judged in one pass: a few recurrences more per token,
 a quarter of the passes. With `every` above one, so many fewer are worth it."""
 
 
+class Recurrent(Protocol):
+    """What the loops need of a model."""
+
+    def inject(self, e: Tensor) -> Tensor:
+        """What every recurrence is given of the prelude's output."""
+        ...
+
+    def recur(
+        self, s: Tensor, injected: Tensor, this_pass: Pass, step: int, count: int = 1
+    ) -> Tensor:
+        """`count` recurrences from recurrence `step` on."""
+        ...
+
+    def predict(self, s: Tensor, this_pass: Pass, logits_to_keep: int | Tensor = 0) -> Tensor:
+        """Logits of a state."""
+        ...
+
+
 @dataclass(slots=True, kw_only=True)
-class Found:
+class ExitResult:
     """Where the tokens of a pass stopped."""
 
     state: Float[Tensor, "batch token width"]
@@ -33,16 +48,16 @@ class Found:
 
 @torch.no_grad()
 def iterate_until_exit(
-    model: RecurrentDepthForCausalLM,
+    model: Recurrent,
     e: Float[Tensor, "batch token width"],
     s: Float[Tensor, "batch token width"],
-    where: Pass,
+    this_pass: Pass,
     cache: RecurrentCache,
     criterion: Criterion,
     *,
     steps: int,
     real: Bool[Tensor, "batch token"] | None,
-) -> Found:
+) -> ExitResult:
     """Recur until every token has stopped, or `steps` times.
 
     Rows leave the loop when all their tokens have stopped, and the core runs on the others alone. What a
@@ -53,28 +68,28 @@ def iterate_until_exit(
         model: whose core, coda and head.
         e: the prelude's output.
         s: s_0.
-        where: positions and mask of the whole batch.
+        this_pass: positions and mask of the whole batch.
         cache: opened for this pass.
         criterion: when to stop.
         steps: recurrences at most.
         real: False for padding, which stops at once, at recurrence 0, and counts for nothing.
     """
     if e.shape[1] == 1 and cache.budget is None:
-        return _one_token(model, e, s, where, cache, criterion, steps=steps)
-    return _many_tokens(model, e, s, where, cache, criterion, steps=steps, real=real)
+        return _one_token(model, e, s, this_pass, cache, criterion, steps=steps)
+    return _many_tokens(model, e, s, this_pass, cache, criterion, steps=steps, real=real)
 
 
 def _many_tokens(
-    model: RecurrentDepthForCausalLM,
+    model: Recurrent,
     e: Float[Tensor, "batch token width"],
     s: Float[Tensor, "batch token width"],
-    where: Pass,
+    this_pass: Pass,
     cache: RecurrentCache,
     criterion: Criterion,
     *,
     steps: int,
     real: Bool[Tensor, "batch token"] | None,
-) -> Found:
+) -> ExitResult:
     """The loop as it is meant: check after every recurrence, and go on with the rows that remain."""
     batch, tokens = e.shape[:2]
     whole_rows = criterion.scope == "row"
@@ -85,7 +100,7 @@ def _many_tokens(
     # The survivors: their rows in the batch, and which of their tokens still run.
     rows = torch.arange(batch, device=e.device)
     running = torch.ones_like(stopped_at, dtype=torch.bool) if real is None else real.clone()
-    injected, here, memory = model.inject(e), where, None
+    injected, here, memory = model.inject(e), this_pass, None
     if real is not None:
         cache.select(None, running)
     is_judged, done = tokens == 1 or criterion.in_prompt, 0
@@ -97,7 +112,7 @@ def _many_tokens(
         features = s
         if criterion.reads == "logits":
             kept = judged if isinstance(judged, int) else judged[rows]
-            features = model.predict(model.transformer["ln_f"](s), here, kept)
+            features = model.predict(s, here, kept)
         stops = running
         if is_checked:
             memory = memory or criterion.begin(_start(criterion, final[rows], features))
@@ -121,7 +136,7 @@ def _many_tokens(
         if len(keep) < len(rows):
             memory = _memory_of(memory, keep, features.shape[1])
             rows, s, injected, running = rows[keep], s[keep], injected[keep], running[keep]
-            here = where.of_rows(rows)
+            here = this_pass.of_rows(rows)
         cache.select(
             None if len(rows) == batch else rows,
             None if bool(running.all()) else running,
@@ -131,19 +146,19 @@ def _many_tokens(
         # A token's coda keys were provisional for later ones as long as it ran: nobody has the logits.
         # And a row that is padded on the right was judged by its last real token.
         logits = None
-    return Found(state=final, steps=stopped_at, logits=logits)
+    return ExitResult(state=final, steps=stopped_at, logits=logits)
 
 
 def _one_token(
-    model: RecurrentDepthForCausalLM,
+    model: Recurrent,
     e: Float[Tensor, "batch 1 width"],
     s: Float[Tensor, "batch 1 width"],
-    where: Pass,
+    this_pass: Pass,
     cache: RecurrentCache,
     criterion: Criterion,
     *,
     steps: int,
-) -> Found:
+) -> ExitResult:
     """The loop for one new token of each row, with the same results in less time.
 
     A narrow pass costs almost as much for one row as for eight, and its share of Python counts. So
@@ -153,13 +168,13 @@ def _one_token(
     cannot take this way.
     """
     batch, reads_logits = len(e), criterion.reads == "logits"
-    is_stackable = model.config._attn_implementation in ("sdpa", "eager")  # noqa: SLF001 - transformers' own name
-    together = max(1, TOGETHER // criterion.every) if reads_logits and is_stackable else 1
+    is_stackable = reads_logits and this_pass.takes_any_mask
+    together = max(1, TOGETHER // criterion.every) if is_stackable else 1
     final, stopped_at = s.clone(), torch.full((batch, 1), steps, device=e.device)
     logits: Tensor | None = None
     rows = torch.arange(batch, device=e.device)
     running = torch.ones_like(rows, dtype=torch.bool)
-    injected, here, memory, done = model.inject(e), where, None, 0
+    injected, here, memory, done = model.inject(e), this_pass, None, 0
     stopped: list[tuple[Tensor, int]] = []
     while bool(running.any()):
         states: dict[int, Tensor] = {}
@@ -167,12 +182,12 @@ def _one_token(
             before, done = done, _next_check(criterion, done, steps)
             s = model.recur(s, injected, here, before, done - before)
             states[done] = s
-        features, aside = s, None
+        features, candidates = s, None
         if reads_logits:
-            aside = Aside(cache)
-            apart = here.versions(len(states), aside)
+            candidates = CandidateCache(cache)
+            apart = here.versions(len(states), candidates)
             versions = torch.cat([*states.values()], dim=1)
-            features = model.predict(model.transformer["ln_f"](versions), apart)
+            features = model.predict(versions, apart)
             logits = features.new_zeros(batch, 1, features.shape[-1]) if logits is None else logits
         for version, (step, state) in enumerate(states.items()):
             stops = running
@@ -187,19 +202,19 @@ def _one_token(
                 final[left], stopped_at[left] = state[row], step
                 stopped.append((left, step))
                 running = running & ~stops
-                if aside is not None and logits is not None:
+                if candidates is not None and logits is not None:
                     logits[left] = features[row, version : version + 1]
-                    aside.keep(row, left, version=version)
+                    candidates.keep(row, left, version=version)
         keep = running.nonzero().flatten()
         if 0 < len(keep) <= len(rows) // 2:
-            memory = None if memory is None else tuple(one[keep] for one in memory)
+            memory = None if memory is None else tuple(part[keep] for part in memory)
             rows, s, injected, running = rows[keep], s[keep], injected[keep], running[keep]
-            here = where.of_rows(rows)
+            here = this_pass.of_rows(rows)
             cache.select(rows, None)
     for left, step in stopped:
         cache.stop(left, torch.zeros_like(left), depth=step)
     cache.select(None, None)
-    return Found(state=final, steps=stopped_at, logits=logits)
+    return ExitResult(state=final, steps=stopped_at, logits=logits)
 
 
 def _next_check(criterion: Criterion, done: int, steps: int) -> int:
@@ -238,4 +253,4 @@ def _memory_of(memory: Memory | None, keep: Int[Tensor, " kept"], tokens: int) -
     """The memory of some rows."""
     if memory is None:
         return None
-    return tuple(one.unflatten(0, (-1, tokens))[keep].flatten(0, 1) for one in memory)
+    return tuple(part.unflatten(0, (-1, tokens))[keep].flatten(0, 1) for part in memory)

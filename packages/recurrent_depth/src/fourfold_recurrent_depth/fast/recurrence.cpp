@@ -1,9 +1,10 @@
 // Sandwich blocks on a CPU, without gradient: one call for all recurrences of a pass.
 //
-// The arithmetic is that of `lean.py`, in float32. Weights are read as torch holds them, [out, in]; where the rows
-// have many tokens they are packed once for a forward pass, so that no copy can be stale. In which order a product
-// sums depends on the tokens of a row, never on how many rows are computed together: a row's numbers are its own.
-// `native.py` makes the arguments, and says there what this file does not take.
+// The arithmetic is that of the modules in `model.py`, in float32. Weights are read as torch holds them, [out, in];
+// where the rows have many tokens they are packed once for a forward pass, so that no copy can be stale. In which
+// order a product sums depends on the tokens of a row, never on how many rows are computed together: a row's numbers
+// are its own.
+// `compiled.py` makes the arguments, and says there what this file does not take.
 #include "products.h"
 
 #include <limits>
@@ -15,7 +16,7 @@ constexpr int64_t CHUNK = 144;   // rows that go through the products of a block
 constexpr int64_t QUERIES = 12;  // tokens whose scores are held together
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
-// The structures below are mirrored in native.py.
+// The structures below are mirrored in compiled.py.
 
 struct Block {
     const float *gains[4];

@@ -24,11 +24,11 @@ from fourfold_parallel.run.data import tokenize
 from fourfold_parallel.run.models import Model
 from fourfold_parallel.run.recipe import Run
 from fourfold_parallel.run.train import train, trained_model
+from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
 from fourfold_recurrent_depth.decoding.diffusion import Diffusion, diffuse
 from fourfold_recurrent_depth.decoding.speculate import Speculation, speculate
 from fourfold_recurrent_depth.flops import costs, materialised_parameters
-from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.reproduce import figures, measurements, recipes
 from fourfold_recurrent_depth.reproduce.claims import (
     ADDITION,
@@ -189,6 +189,7 @@ def speculation(
             speculation=Speculation(draft_steps=draft, lookahead=4),
             max_new_tokens=new,
             num_steps=steps,
+            init_scale=0.0,
         )
         yield (
             "speculation",
@@ -209,7 +210,9 @@ def diffusion(
 ) -> Iterable[Event]:
     """The diffusion-style sampler against greedy decoding."""
     greedy = _greedy(model, prompt, steps, new)
-    found = diffuse(model, prompt, diffusion=Diffusion(), max_new_tokens=new, num_steps=steps)
+    found = diffuse(
+        model, prompt, diffusion=Diffusion(), max_new_tokens=new, num_steps=steps, init_scale=0.0
+    )
     yield (
         "diffusion",
         {

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from fourfold_recurrent_depth import latents
 from fourfold_recurrent_depth.cache import RecurrentCache
+from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.exits import KL, Criterion, LatentDiff
 from fourfold_recurrent_depth.flops import costs
-from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.reproduce.tasks.addition import BASE, sums_of
 from fourfold_recurrent_depth.reproduce.tasks.automaton import encode, targets_of
 from fourfold_recurrent_depth.states import state_table
@@ -63,9 +63,9 @@ def accuracy_by_depth(
     for k in range(1, exam.hardest + 1):
         tokens, targets = exam.of(k)
         states = latents.trajectory(model, tokens, steps=max(depths), seed=EXIT_SEED)
-        _, where, _ = model.begin(tokens, None)
+        _, this_pass, _ = model.begin(tokens, None)
         for r in depths:
-            logits = model.predict(model.transformer["ln_f"](states[r]), where)
+            logits = model.predict(states[r], this_pass)
             right = (logits.argmax(-1) == targets).double().mean().item()
             yield "accuracy", {"k": k, "recurrences": r, "accuracy": round(right, 5)}
 
@@ -102,9 +102,9 @@ def addition_by_depth(
     generator = torch.Generator().manual_seed(10_000 * EXIT_SEED)
     digits = torch.randint(0, BASE, (rows, operands), generator=generator)
     states = latents.trajectory(model, digits, steps=max(DEPTHS), seed=EXIT_SEED)
-    _, where, _ = model.begin(digits, None)
+    _, this_pass, _ = model.begin(digits, None)
     for r in DEPTHS:
-        logits = model.predict(model.transformer["ln_f"](states[r]), where)
+        logits = model.predict(states[r], this_pass)
         right = (logits.argmax(-1) == sums_of(digits)).double().mean(0)
         for m, share in enumerate(right.tolist(), start=1):
             yield "addition", {"operands": m, "recurrences": r, "accuracy": round(share, 5)}

@@ -6,8 +6,8 @@ import torch
 from transformers import PreTrainedModel
 
 from fourfold_parallel.common.records import Material
+from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
-from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The lean and the compiled form of the blocks are the blocks; what is wrapped or mixed has none."""
+"""Compiled stages give what modules give; what is wrapped, watched or mixed is not compiled."""
 
 import platform
 import shutil
@@ -13,32 +13,30 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from fourfold_parallel.common import native as runtime
-from fourfold_recurrent_depth import RecurrentCache, RecurrentDepthForCausalLM, state_table
+from fourfold_recurrent_depth import RecurrentCache, state_table
 from fourfold_recurrent_depth.exits import KL, LatentDiff
 from fourfold_recurrent_depth.fast import compiled as native
 
 ROUNDING = 3e-5
 """As in test_model.py: float32 sums in another order, contracted; logits are of size one to ten."""
-FORMS = ("modules", "lean", "compiled")
+FORMS = ("modules", "compiled")
+STAGES = {"prelude", "core_block", "coda"}
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, runtime.COMPILERS)), reason="needs a C++ compiler, as Debian's g++"
 )
 
 
-def lean(model: Any, tokens: torch.Tensor) -> Any:
-    return model.begin(tokens, None)[1].lean
-
-
-def compiled(model: Any, tokens: torch.Tensor) -> Any:
-    return model.begin(tokens, None)[1].compiled
+def compiled(model: Any, tokens: torch.Tensor) -> set[str]:
+    """Names of the stages that a pass of these tokens has in C++."""
+    stages = model.begin(tokens, None)[1].stages
+    assert set(stages) == STAGES
+    return {name for name, stage in stages.items() if isinstance(stage, native.CompiledStage)}
 
 
 def use(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let passes without gradient run through one form of the blocks."""
-    if form != "compiled":
-        monkeypatch.setattr(native, "library", lambda: None)
     if form == "modules":
-        monkeypatch.setattr(RecurrentDepthForCausalLM, "_lean_blocks", lambda *_: None)
+        monkeypatch.setattr(native, "library", lambda: None)
 
 
 @torch.no_grad()
@@ -73,8 +71,7 @@ def test_every_form_gives_what_modules_give(
     for form in FORMS:
         with pytest.MonkeyPatch.context() as patch:
             use(form, patch)
-            assert (lean(tiny, tokens) is None) == (form == "modules")
-            assert (compiled(tiny, tokens) is None) == (form != "compiled")
+            assert compiled(tiny, tokens) == (STAGES if form == "compiled" else set())
             found.append(passes(tiny, tokens, padded=padded, budget=budget))
     for other in found[1:]:
         for one, same in zip(found[0], other, strict=True):
@@ -93,14 +90,14 @@ def test_compiled_blocks_are_as_exact_as_torchs(make: Any, gain: float, length: 
     tokens = torch.randint(0, 64, (2, length), generator=torch.Generator().manual_seed(3))
     found = {}
     with torch.no_grad():
-        for form in ("lean", "compiled", "exact"):
+        for form in ("modules", "compiled", "exact"):
             with pytest.MonkeyPatch.context() as patch:
                 use(form if form != "exact" else "compiled", patch)
                 if form == "exact":
                     model.double()
                 out = model(tokens, num_steps=1, initial_state=state_table(64, 64, seed=1))
                 found[form] = out.final_state.double()
-    ours, theirs = ((found[form] - found["exact"]).abs().max() for form in ("compiled", "lean"))
+    ours, theirs = ((found[form] - found["exact"]).abs().max() for form in ("compiled", "modules"))
     assert 0 < ours < 2 * theirs
 
 
@@ -117,12 +114,12 @@ def test_products_of_any_size(make: Any, width: int, heads: int, hidden: int) ->
             tokens = torch.randint(0, 64, (rows, length), generator=generator)
             s, injected = torch.randn(2, rows, length, width, generator=generator)
             found = []
-            for form in ("lean", "compiled"):
+            for form in FORMS:
                 with pytest.MonkeyPatch.context() as patch, torch.no_grad():
                     use(form, patch)
-                    where = model.begin(tokens, None)[1]
-                    assert (where.compiled is None) == (form == "lean")
-                    found.append(model.recur(s, injected, where, 0, 2))
+                    this_pass = model.begin(tokens, None)[1]
+                    assert bool(compiled(model, tokens)) == (form == "compiled")
+                    found.append(model.recur(s, injected, this_pass, 0, 2))
             torch.testing.assert_close(found[1], found[0], rtol=0, atol=ROUNDING)
 
 
@@ -133,15 +130,15 @@ def test_a_rows_numbers_are_its_own(tiny: Any, length: int) -> None:
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(0, 64, (13, length), generator=generator)
     s, injected = torch.randn(2, 13, length, 32, generator=generator)
-    where = tiny.begin(tokens, None)[1]
+    this_pass = tiny.begin(tokens, None)[1]
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        together = tiny.recur(s, injected, where, 0, 3)
+        together = tiny.recur(s, injected, this_pass, 0, 3)
         for rows in ([3], [6, 0], [1, 2, 3, 4, 12], [*range(1, 13)]):
-            here = where.of_rows(torch.tensor(rows))
+            here = this_pass.of_rows(torch.tensor(rows))
             assert torch.equal(tiny.recur(s[rows], injected[rows], here, 0, 3), together[rows])
         patch.setattr(native, "WORTH_SHARING", 0)
         torch.set_num_threads(3)
-        assert torch.equal(tiny.recur(s, injected, where, 0, 3), together)
+        assert torch.equal(tiny.recur(s, injected, this_pass, 0, 3), together)
 
 
 @pytest.fixture
@@ -160,7 +157,7 @@ def narrow_vectors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_narrower_vectors_compute_the_same(tiny: Any, tokens: torch.Tensor) -> None:
     ours = passes(tiny, tokens, padded=True, budget=None)
     with pytest.MonkeyPatch.context() as patch:
-        use("lean", patch)
+        use("modules", patch)
         theirs = passes(tiny, tokens, padded=True, budget=None)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=ROUNDING)
@@ -168,10 +165,9 @@ def test_narrower_vectors_compute_the_same(tiny: Any, tokens: torch.Tensor) -> N
 
 @needs_compiler
 def test_what_the_compiled_form_does_not_take(tiny: Any, make: Any, tokens: torch.Tensor) -> None:
-    """Other widths and formats, masks that add, and counters of torch's operations: the lean form."""
+    """Other widths and formats, masks that add, and counters of torch's operations: modules."""
     odd = make(n_embd=24, intermediate_size=40)
-    assert lean(odd, tokens) is not None
-    assert compiled(odd, tokens) is None
+    assert compiled(odd, tokens) == set()
     with torch.no_grad():
         expected = tiny(tokens, num_steps=2, init_scale=0.0)
         with FlopCounterMode(display=False) as counter:
@@ -181,13 +177,25 @@ def test_what_the_compiled_form_does_not_take(tiny: Any, make: Any, tokens: torc
         found = tiny(tokens, attention_mask=adding, num_steps=2, init_scale=0.0)
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=ROUNDING)
     handle = tiny.transformer["adapter"].register_forward_hook(lambda *_: None)
-    assert lean(tiny, tokens) is not None
-    assert compiled(tiny, tokens) is None
+    assert compiled(tiny, tokens) == {"prelude", "coda"}
     handle.remove()
-    assert compiled(tiny, tokens) is not None
-    tiny.double()
-    assert lean(tiny, tokens) is not None
-    assert compiled(tiny, tokens) is None
+    assert compiled(tiny, tokens) == STAGES
+    tiny.config.reference_semantics = True
+    assert compiled(tiny, tokens) == {"prelude", "coda"}
+    tiny.config.reference_semantics = False
+    assert compiled(tiny.double(), tokens) == set()
+
+
+@needs_compiler
+def test_a_core_alone_is_compiled(make: Any, tokens: torch.Tensor) -> None:
+    """Without prelude and coda, as the automaton's models are: the core in C++, and modules' numbers."""
+    model = make(n_layers_in_prelude=0, n_layers_in_coda=0)
+    assert compiled(model, tokens) == {"core_block"}
+    with torch.no_grad():
+        ours = model(tokens).logits
+        with pytest.MonkeyPatch.context() as patch:
+            use("modules", patch)
+            torch.testing.assert_close(ours, model(tokens).logits, rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize(
@@ -208,8 +216,8 @@ def test_memory_that_a_cache_does_not_hold_is_refused(
         tiny(tokens, past_key_values=cache, use_cache=True, num_steps=2)
     cache.select(torch.tensor([0, 2]), None)
     with pytest.raises(ValueError, match="opened for this pass"):
-        cache.rooms(torch.zeros(shape, dtype=dtype), [slot], 1)
-    assert cache.rooms(torch.zeros(2, 2, 1, 16), [5], 1)[1].place == 12
+        cache.views(torch.zeros(shape, dtype=dtype), [slot], 1)
+    assert cache.views(torch.zeros(2, 2, 1, 16), [5], 1)[1].place == 12
 
 
 @pytest.mark.parametrize("length", [12, 37])
@@ -272,31 +280,32 @@ def test_functions_of_functions_see_every_operation(tiny: Any, tokens: torch.Ten
         warnings.simplefilter("ignore")
         rows = torch.vmap(lambda x: states(x[None])[0])(embeds)
         torch.testing.assert_close(rows, states(embeds), rtol=0, atol=ROUNDING)
-        assert compiled(tiny, tokens) is not None
+        assert compiled(tiny, tokens) == STAGES
         with forward_ad.dual_level():
-            assert compiled(tiny, tokens) is None
+            assert compiled(tiny, tokens) == set()
 
 
+@needs_compiler
 def test_what_is_not_plain_keeps_its_modules(tiny: Any, tokens: torch.Tensor) -> None:
-    """A hook, a wrapped product, another backend, mixed precision."""
+    """A hook, a wrapped product, another backend, mixed precision; the other stages where it is one's own."""
     block = tiny.transformer["core_block"][1]
     handle = block.mlp.fc.register_forward_hook(lambda *_: None)
-    assert lean(tiny, tokens) is None
+    assert compiled(tiny, tokens) == STAGES - {"core_block"}
     handle.remove()
-    assert lean(tiny, tokens) is not None
+    assert compiled(tiny, tokens) == STAGES
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert lean(tiny, tokens) is None
+        assert compiled(tiny, tokens) == set()
     tiny.set_attn_implementation("eager")
-    assert lean(tiny, tokens) is None
+    assert compiled(tiny, tokens) == set()
     tiny.set_attn_implementation("sdpa")
 
     class Wrapped(nn.Linear):
         pass
 
     block.attn.proj.__class__ = Wrapped
-    assert lean(tiny, tokens) is None
+    assert compiled(tiny, tokens) == STAGES - {"core_block"}
     block.attn.proj.__class__ = nn.Linear
-    assert lean(tiny.to(torch.bfloat16), tokens) is None
+    assert compiled(tiny.to(torch.bfloat16), tokens) == set()
 
 
 @pytest.mark.parametrize("exits", [None, LatentDiff(threshold=0.2)])
