@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from fourfold_recurrent_depth import state_table
-from fourfold_recurrent_depth.decoding.diffusion import Diffusion, diffuse
-from fourfold_recurrent_depth.decoding.speculate import Speculation, speculate
-from fourfold_recurrent_depth.latents import (
+from fourfold_recurrent_depth.analysis.latents import (
     classify,
     convergence_steps,
     path_independence,
@@ -16,6 +14,8 @@ from fourfold_recurrent_depth.latents import (
     token_correlation,
     trajectory,
 )
+from fourfold_recurrent_depth.decoding.diffusion import Diffusion, diffuse
+from fourfold_recurrent_depth.decoding.speculate import Speculation, speculate
 
 
 def greedy(model: Any, tokens: torch.Tensor, **options: Any) -> list[list[int]]:

@@ -1,22 +1,11 @@
-"""Recurrent-depth language models (Geiping et al. 2025)."""
+"""Recurrent-depth language models (Geiping et al. 2025).
 
-from fourfold_recurrent_depth.cache import RecurrentCache, estimate_cache_bytes
-from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM, RecurrentDepthOutput
-from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
-from fourfold_recurrent_depth.states import FreshNoise, StateTable, TokenStates, state_table
-from fourfold_recurrent_depth.training.random_depth import Always, LogNormalPoisson, RandomDepth
+The public names stand in `__init__.pyi`; each is imported when it is first used.
+"""
 
-__all__ = [
-    "Always",
-    "FreshNoise",
-    "LogNormalPoisson",
-    "RandomDepth",
-    "RecurrentCache",
-    "RecurrentDepthConfig",
-    "RecurrentDepthForCausalLM",
-    "RecurrentDepthOutput",
-    "StateTable",
-    "TokenStates",
-    "estimate_cache_bytes",
-    "state_table",
-]
+import importlib.metadata
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__version__ = importlib.metadata.version("fourfold-recurrent-depth")

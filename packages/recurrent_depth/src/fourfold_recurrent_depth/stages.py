@@ -9,8 +9,7 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
-
-from fourfold_recurrent_depth.cache import CandidateCache, RecurrentCache
+from transformers import Cache
 
 
 class Stage(Protocol):
@@ -38,7 +37,8 @@ class Pass:
     """Rotation of each position, as complex numbers of length one."""
     mask: Any
     """In the form that the attention backend takes; None is plain causal attention."""
-    cache: RecurrentCache | CandidateCache | None
+    cache: Cache | None
+    """A `RecurrentCache`, or the candidates beside it."""
     options: dict[str, Any]
     """Further keyword arguments of transformers' attention functions."""
     stages: Mapping[str, Stage]
@@ -55,7 +55,7 @@ class Pass:
             rotary = rotary[rows]
         return replace(self, rotary=rotary, mask=mask)
 
-    def versions(self, count: int, cache: CandidateCache) -> Pass:
+    def versions(self, count: int, cache: Cache) -> Pass:
         """The pass in which `count` versions of one token see what is cached and themselves alone."""
         mask = self.mask
         if count > 1:

@@ -125,7 +125,7 @@ class CompiledStage:
         x = x.clone(memory_format=torch.contiguous_format)
         rotary = torch.view_as_real(this_pass.rotary).contiguous()
         mask, cache, cached_tokens, running = this_pass.mask, this_pass.cache, 0, None
-        if cache is not None:
+        if isinstance(cache, RecurrentCache | CandidateCache):
             cached_tokens = cache.get_seq_length()
             like = x.new_empty(batch, heads, tokens, head_width)
             cached, own, running = cache.views(like, slots, len(self.blocks))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,31 +13,33 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fourfold_parallel.common.progress import Progress, silent
-from fourfold_parallel.common.records import RecordWriter, header, read_record
+from fourfold_parallel.common.records import Material, read_record
 from fourfold_parallel.common.values import digest
-from fourfold_parallel.reproduce.experiment import Experiment, Launch, Stage, Workplace
+from fourfold_parallel.common.workers import each
+from fourfold_parallel.reproduce.experiment import Drawing, Experiment, Stage, Workplace
+from fourfold_parallel.reproduce.launches import Launch
 from fourfold_parallel.reproduce.scale import Scale
 from fourfold_parallel.run import checkpoint
 from fourfold_parallel.run.data import tokenize
 from fourfold_parallel.run.models import Model
 from fourfold_parallel.run.recipe import Run
 from fourfold_parallel.run.train import train, trained_model
+from fourfold_recurrent_depth.analysis.flops import costs, materialised_parameters
 from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
 from fourfold_recurrent_depth.decoding.diffusion import Diffusion, diffuse
 from fourfold_recurrent_depth.decoding.speculate import Speculation, speculate
-from fourfold_recurrent_depth.flops import costs, materialised_parameters
-from fourfold_recurrent_depth.reproduce import figures, measurements, recipes
-from fourfold_recurrent_depth.reproduce.claims import (
+from fourfold_recurrent_depth.reproduce import measurements, recipes
+from fourfold_recurrent_depth.reproduce.claims import CLAIMS
+from fourfold_recurrent_depth.reproduce.measurements import Event
+from fourfold_recurrent_depth.reproduce.measures import (
     ADDITION,
     AUTOMATON,
-    CLAIMS,
     DRAWS,
     EXACT,
     LANGUAGE,
     RETROFIT,
 )
-from fourfold_recurrent_depth.reproduce.measurements import Event
 from fourfold_recurrent_depth.training.models import RecurrentDepth
 
 WORKERS = 2
@@ -154,17 +154,17 @@ def examine_retrofits(
     )
 
 
-def examine_bytes(run: Run, plan: recipes.Bytes, folder: Path) -> tuple[Event, ...]:
+def examine_bytes(run: Run, study: recipes.Bytes, folder: Path) -> tuple[Event, ...]:
     """Train one language model, then decode in every way."""
     model, trained = _trained(run, folder)
-    stream = run.data.validation(sequence=plan.prompt + plan.generated)
-    rows = stream.batch(0, batch=plan.rows).tokens[:, :-1]
+    stream = run.data.validation(sequence=study.prompt + study.generated)
+    rows = stream.batch(0, batch=study.rows).tokens[:, :-1]
     steps = 4 * recipes.MEAN
     events: list[Event] = [trained]
-    events += measurements.cache_sharing(model, rows, steps=steps, prompt=plan.prompt)
-    events += measurements.warm_start(model, rows, steps=steps, prompt=plan.prompt)
-    events += speculation(model, rows[:, : plan.prompt], steps=steps, new=plan.generated)
-    events += diffusion(model, rows[:, : plan.prompt], steps=steps, new=plan.generated)
+    events += measurements.cache_sharing(model, rows, steps=steps, prompt=study.prompt)
+    events += measurements.warm_start(model, rows, steps=steps, prompt=study.prompt)
+    events += speculation(model, rows[:, : study.prompt], steps=steps, new=study.generated)
+    events += diffusion(model, rows[:, : study.prompt], steps=steps, new=study.generated)
     return tuple((kind, {"seed": run.seed, **fields}) for kind, fields in events)
 
 
@@ -225,16 +225,16 @@ def diffusion(
     )
 
 
-def check_exact(plan: recipes.Exact) -> Iterable[Event]:
+def check_exact(study: recipes.Exact) -> Iterable[Event]:
     """Counted FLOPs against torch's counter, Huginn's totals, and speculation on random weights."""
     shape = RecurrentDepth(
         width=48, heads=4, prelude=1, core=2, coda=1, hidden=80, vocabulary=96, context=64,
         mean_recurrence=8, mean_backprop=4,
     )  # fmt: skip
-    model = shape.build(seed=plan.seed)
+    model = shape.build(seed=study.seed)
     assert isinstance(model, RecurrentDepthForCausalLM)
     model.set_attn_implementation("eager")
-    tokens = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(plan.seed))
+    tokens = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(study.seed))
     price = costs(model.config, context=tokens.shape[1])
     pairs = [(r, 0) for r in (1, 4, 32)] + [(0, 4), (3, 2), (7, 4)]
     for without, with_gradient in pairs:
@@ -271,90 +271,92 @@ def check_exact(plan: recipes.Exact) -> Iterable[Event]:
         },
     )
     model.set_attn_implementation("sdpa")
-    yield from speculation(model.eval(), tokens[:, :8], steps=recipes.MEAN * 2, new=plan.generated)
+    yield from speculation(model.eval(), tokens[:, :8], steps=recipes.MEAN * 2, new=study.generated)
 
 
-def _write(
-    plan: Any, jobs: Sequence[Callable[[], Sequence[Event]]], workplace: Workplace, materials: Any
+def _record(
+    study: Any,
+    jobs: Sequence[Callable[[], Sequence[Event]]],
+    workplace: Workplace,
+    materials: Sequence[Material] = (),
 ) -> None:
-    workplace.record.unlink(missing_ok=True)
-    with RecordWriter(workplace.record) as records:
-        records.write_header(
-            header(plan, seed=plan.seed, world_size=1, materials=materials, overrides=())
-        )
-        for done, found in enumerate(_each(jobs), start=1):
-            for kind, fields in found:
+    """Do the jobs, two at a time, and write their events in order."""
+    with workplace.recording(study, seed=study.seed, materials=materials) as records:
+        for done, events in enumerate(each(_call, jobs, processes=WORKERS), start=1):
+            for kind, fields in events:
                 records.write(kind, **fields)
             workplace.progress(done, len(jobs), f"{done} of {len(jobs)} models")
-        records.write("finished")
-
-
-def _each(jobs: Sequence[Callable[[], Sequence[Event]]]) -> Iterator[Sequence[Event]]:
-    """The jobs' events in order; few are done here, since a process costs seconds to start."""
-    if len(jobs) <= WORKERS:
-        yield from (job() for job in jobs)
-        return
-    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_call, jobs)
 
 
 def _call(job: Callable[[], Sequence[Event]]) -> Sequence[Event]:
     return job()
 
 
-def perform_cells(plan: recipes.Cells, workplace: Workplace) -> None:
-    """Train and examine every automaton model, two at a time."""
-    jobs = [partial(examine_cells, one, plan.exam, workplace.scratch) for one in plan.members]
-    _write(plan, jobs, workplace, ())
+def perform_cells(study: recipes.Cells, workplace: Workplace) -> None:
+    """Train and examine every automaton model."""
+    _record(
+        study,
+        [partial(examine_cells, arm, study.exam, workplace.scratch) for arm in study.members],
+        workplace,
+    )
 
 
-def perform_draws(plan: recipes.Draws, workplace: Workplace) -> None:
-    """Train and examine every model, two at a time."""
-    jobs = [partial(examine_draws, one, plan.exam, workplace.scratch) for one in plan.members]
-    _write(plan, jobs, workplace, ())
+def perform_draws(study: recipes.Draws, workplace: Workplace) -> None:
+    """Train and examine every model."""
+    _record(
+        study,
+        [partial(examine_draws, arm, study.exam, workplace.scratch) for arm in study.members],
+        workplace,
+    )
 
 
-def perform_additions(plan: recipes.Additions, workplace: Workplace) -> None:
-    """Train and examine every addition model, two at a time."""
-    jobs = [partial(examine_additions, run, plan.rows, workplace.scratch) for run in plan.members]
-    _write(plan, jobs, workplace, ())
+def perform_additions(study: recipes.Additions, workplace: Workplace) -> None:
+    """Train and examine every addition model."""
+    _record(
+        study,
+        [partial(examine_additions, run, study.rows, workplace.scratch) for run in study.members],
+        workplace,
+    )
 
 
-def perform_retrofits(plan: recipes.Retrofits, workplace: Workplace) -> None:
-    """Train the dense models, go on from each in every way, and examine; two at a time."""
-    runs = [run for _, run in plan.members]
-    data: Any = runs[0].data
-    materials = tokenize(data.corpus, data.tokenizer).materials
-    dense = {run.seed: run.model for arm, run in plan.members if arm == "dense"}
-    jobs = [partial(_pretrain, model) for model in dense.values()]
-    for _ in _each(jobs):
+def perform_retrofits(study: recipes.Retrofits, workplace: Workplace) -> None:
+    """Train the dense models, go on from each in every way, and examine."""
+    dense = {run.seed: run.model for arm, run in study.members if arm == "dense"}
+    for _ in each(_pretrain, tuple(dense.values()), processes=WORKERS):
         pass
-    jobs = [partial(examine_retrofits, one, plan.rows, workplace.scratch) for one in plan.members]
-    _write(plan, jobs, workplace, materials)
+    _record(
+        study,
+        [partial(examine_retrofits, arm, study.rows, workplace.scratch) for arm in study.members],
+        workplace,
+        _materials(study.members[0][1]),
+    )
 
 
-def _pretrain(model: Model) -> tuple[Event, ...]:
+def _pretrain(model: Model) -> None:
     torch.set_num_threads(1)
     model.build(seed=0)
-    return ()
 
 
-def perform_bytes(plan: recipes.Bytes, workplace: Workplace) -> None:
-    """Train and examine every language model, two at a time."""
-    data: Any = plan.members[0].data
-    materials = tokenize(data.corpus, data.tokenizer).materials
-    jobs = [partial(examine_bytes, run, plan, workplace.scratch) for run in plan.members]
-    _write(plan, jobs, workplace, materials)
+def _materials(run: Run) -> Sequence[Material]:
+    data: Any = run.data
+    return tokenize(data.corpus, data.tokenizer).materials
 
 
-def perform_exact(plan: recipes.Exact, workplace: Workplace) -> None:
+def perform_bytes(study: recipes.Bytes, workplace: Workplace) -> None:
+    """Train and examine every language model."""
+    _record(
+        study,
+        [partial(examine_bytes, run, study, workplace.scratch) for run in study.members],
+        workplace,
+        _materials(study.members[0]),
+    )
+
+
+def perform_exact(study: recipes.Exact, workplace: Workplace) -> None:
     """Write the counts and equalities."""
-    workplace.record.unlink(missing_ok=True)
-    with RecordWriter(workplace.record) as records:
-        records.write_header(header(plan, seed=plan.seed, world_size=1, materials=(), overrides=()))
-        for kind, fields in check_exact(plan):
+    with workplace.recording(study, seed=study.seed) as records:
+        for kind, fields in check_exact(study):
             records.write(kind, **fields)
-        records.write("finished")
 
 
 def _stages(scale: Scale) -> Sequence[Stage]:
@@ -382,23 +384,23 @@ def _stages(scale: Scale) -> Sequence[Stage]:
     return tuple(stages)
 
 
+def _drawings(scale: Scale) -> Sequence[Drawing]:
+    from fourfold_recurrent_depth.reproduce import figures
+
+    return figures.drawings(scale)
+
+
 def _launches() -> Sequence[Launch]:
     run = recipes.table_1("paper")
-    command = (
-        "python -c 'from pathlib import Path; "
-        "from fourfold_recurrent_depth.reproduce.recipes import table_1; "
-        "from fourfold_parallel.run.train import train; "
-        "from fourfold_parallel.common.progress import silent; "
-        'train(table_1("paper"), record=Path("huginn.jsonl"), checkpoints=Path("huginn"), progress=silent)\''
-    )
-    inner = command.removeprefix("python ")
     return (
         Launch(
+            name=run.name,
             title=f"{run.name}, {run.steps} steps of {run.tokens_per_step / 1e6:.1f} M tokens",
-            needs="4,096 GPUs of 64 GB, and the published data mix as the run's corpus",
-            torchrun=f"torchrun --nnodes 512 --nproc-per-node 8 --rdzv-backend c10d "
-            f"--rdzv-endpoint $HEAD:29500 --no-python {command}",
-            slurm=f"srun --nodes 512 --ntasks-per-node 8 --gpus-per-task 1 python {inner}",
+            needs="4,096 GPUs of 64 GB, and the published data mix as text files of its own",
+            command="-m fourfold_recurrent_depth train huginn --text $TEXTS --out huginn-0125",
+            nodes=512,
+            gpus=8,
+            hours=24,
         ),
     )
 
@@ -410,7 +412,7 @@ EXPERIMENT = Experiment(
     "up Test-Time Compute with Latent Reasoning: A Recurrent Depth Approach, 2025 (arXiv 2502.05171)",
     claims=CLAIMS,
     stages=_stages,
-    drawings=figures.drawings,
+    drawings=_drawings,
     launches=_launches,
 )
 """Announced as the entry point `recurrent_depth`."""

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from fourfold_parallel.common.records import Event
 from fourfold_parallel.reproduce.claims import Records
 from fourfold_parallel.reproduce.experiment import Drawing
 from fourfold_parallel.reproduce.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES
 from fourfold_parallel.reproduce.scale import Scale
-from fourfold_recurrent_depth.reproduce.claims import AUTOMATON, LANGUAGE, accuracies, of, seeds_of
+from fourfold_recurrent_depth.reproduce.measures import AUTOMATON, LANGUAGE, accuracies
 
 
 def drawings(scale: Scale) -> Sequence[Drawing]:
@@ -63,9 +61,9 @@ def accuracy_by_recurrences(records: Records) -> Figure:
     record = records[AUTOMATON]
     figure = Figure(figsize=(6.4, 3.4))
     axes = figure.subplots()
-    tables = [accuracies(record, "law", seed) for seed in seeds_of(record, "accuracy", arm="law")]
+    tables = [accuracies(record, "law", seed) for seed in record.seeds("accuracy", arm="law")]
     twins = [
-        accuracies(record, "shallow", seed) for seed in seeds_of(record, "accuracy", arm="shallow")
+        accuracies(record, "shallow", seed) for seed in record.seeds("accuracy", arm="shallow")
     ]
     depths = sorted({r for _, r in tables[0]})
     for k in sorted({k for k, _ in tables[0]}):
@@ -90,18 +88,14 @@ def accuracy_by_recurrences(records: Records) -> Figure:
 def exit_steps(records: Records) -> Figure:
     """Histogram of exit steps, one panel per k."""
     record = records[AUTOMATON]
-    events = of(record, "exit_steps", arm="law", criterion="kl")
+    events = record.of("exit_steps", arm="law", criterion="kl")
     ks = sorted({int(event.number("k")) for event in events})
     figure = Figure(figsize=(6.4, 1.1 + 0.9 * len(ks)))
     for index, (axes, k) in enumerate(
         zip(np.ravel(figure.subplots(len(ks), 1, sharex=True)), ks, strict=True)
     ):
         counts = np.sum(
-            [
-                _numbers(event, "tokens_by_recurrences")
-                for event in events
-                if event.number("k") == k
-            ],
+            [event.numbers("tokens_by_recurrences") for event in events if event.number("k") == k],
             axis=0,
         )
         axes.bar(np.arange(1, len(counts) + 1), counts / counts.sum(), color=METHOD, width=0.8)
@@ -114,12 +108,6 @@ def exit_steps(records: Records) -> Figure:
     return figure
 
 
-def _numbers(event: Event, key: str) -> list[float]:
-    values = event.values[key]
-    assert isinstance(values, list)
-    return [float(cast(float, value)) for value in values]
-
-
 def path_independence(records: Records) -> Figure:
     """Quantiles of the distance between paths."""
     record = records[AUTOMATON]
@@ -129,8 +117,8 @@ def path_independence(records: Records) -> Figure:
     for color, depth in zip((BASELINE, CONTROL, METHOD), (4, 16, 64), strict=True):
         deciles = np.mean(
             [
-                _numbers(event, "distance_deciles")
-                for event in of(record, "path", arm="law", recurrences=depth)
+                event.numbers("distance_deciles")
+                for event in record.of("path", arm="law", recurrences=depth)
             ],
             axis=0,
         )
@@ -149,11 +137,11 @@ def path_independence(records: Records) -> Figure:
 def trajectories(records: Records) -> Figure:
     """Paths in the plane of the first two components."""
     record = records[AUTOMATON]
-    seed = seeds_of(record, "trajectory", arm="law")[0]
+    seed = record.seeds("trajectory", arm="law")[0]
     figure = Figure(figsize=(6.4, 3.6))
     axes = figure.subplots()
     seen: set[int] = set()
-    for event in of(record, "trajectory", arm="law", seed=seed):
+    for event in record.of("trajectory", arm="law", seed=seed):
         k = int(event.number("k"))
         points = np.asarray(event.values["components"])
         color = SHADES[(k - 1) % len(SHADES)]
@@ -181,8 +169,8 @@ def cache_sharing(records: Records) -> Figure:
     record = records[LANGUAGE]
     figure = Figure(figsize=(6.4, 3.0))
     axes = figure.subplots()
-    for index, seed in enumerate(seeds_of(record, "cache")):
-        events = sorted(of(record, "cache", seed=seed), key=lambda e: e.number("recurrences_kept"))
+    for index, seed in enumerate(record.seeds("cache")):
+        events = sorted(record.of("cache", seed=seed), key=lambda e: e.number("recurrences_kept"))
         kept = [event.number("recurrences_kept") for event in events]
         loss = np.asarray([event.number("loss_nats") for event in events])
         color = (METHOD, CONTROL, BASELINE)[index % 3]

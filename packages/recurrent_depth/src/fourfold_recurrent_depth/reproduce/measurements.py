@@ -12,11 +12,11 @@ from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fourfold_recurrent_depth import latents
+from fourfold_recurrent_depth.analysis import latents
+from fourfold_recurrent_depth.analysis.flops import costs
 from fourfold_recurrent_depth.cache import RecurrentCache
 from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.exits import KL, Criterion, LatentDiff
-from fourfold_recurrent_depth.flops import costs
 from fourfold_recurrent_depth.reproduce.tasks.addition import BASE, sums_of
 from fourfold_recurrent_depth.reproduce.tasks.automaton import encode, targets_of
 from fourfold_recurrent_depth.states import state_table

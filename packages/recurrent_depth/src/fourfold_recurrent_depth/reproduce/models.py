@@ -1,4 +1,4 @@
-"""A dense model trained by a run of its own, and the same made recurrent, as values of recipes."""
+"""A dense model trained by a run of its own, made recurrent, as a value of recipes."""
 
 from __future__ import annotations
 
@@ -7,56 +7,25 @@ from typing import cast
 
 from transformers import PreTrainedModel
 
-from fourfold_parallel.common.files import cache_folder, whole_folder
-from fourfold_parallel.common.progress import silent
 from fourfold_parallel.common.records import Material
-from fourfold_parallel.common.values import digest
-from fourfold_parallel.run import checkpoint
 from fourfold_parallel.run.models import Llama
-from fourfold_parallel.run.recipe import Run
-from fourfold_parallel.run.train import train, trained_model
-from fourfold_recurrent_depth.flops import Costs, retrofit_costs
+from fourfold_parallel.run.trained import TrainedBy
+from fourfold_recurrent_depth.analysis.flops import Costs, retrofit_costs
 from fourfold_recurrent_depth.retrofit import retrofit
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pretrained:
-    """The model at the end of a run, which is trained where the cache does not hold it yet."""
-
-    run: Run
-
-    def build(self, *, seed: int) -> PreTrainedModel:  # noqa: ARG002 - the run's own seed decides
-        """The trained weights."""
-        sha256 = digest(self.run)
-        folder = cache_folder() / "pretrained" / f"{self.run.name}-{sha256[:16]}"
-        if not folder.exists():
-            with whole_folder(folder) as partial:
-                train(
-                    self.run,
-                    record=partial / "record.jsonl",
-                    checkpoints=partial / "checkpoints",
-                    progress=silent,
-                )
-        last = checkpoint.latest(folder / "checkpoints", run_sha256=sha256)
-        assert last is not None
-        return trained_model(self.run, last).train()
-
-    def materials(self) -> tuple[Material, ...]:
-        """What the run's own model uses."""
-        return self.run.model.materials()
-
-    def costs(self, *, context: int) -> Costs:
-        """FLOPs of one token, attention reading `context` tokens: all prelude."""
-        config = cast(Llama, self.run.model).config()
-        depth = config.num_hidden_layers
-        return retrofit_costs(config, prelude=depth, core=0, coda=0, context=context)
+def dense_costs(dense: TrainedBy, *, context: int) -> Costs:
+    """FLOPs of one token of a dense Llama, attention reading `context` tokens: all prelude."""
+    config = cast(Llama, dense.run.model).config()
+    depth = config.num_hidden_layers
+    return retrofit_costs(config, prelude=depth, core=0, coda=0, context=context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recurrent:
     """A dense Llama whose layers are cut in three, the middle iterated (arXiv 2511.07384)."""
 
-    dense: Pretrained
+    dense: TrainedBy
     prelude: int
     core: int
     coda: int

@@ -15,9 +15,10 @@ from fourfold_parallel.run.objective import KeepAll, NextToken, Objective
 from fourfold_parallel.run.optimizer import AdamW, Constant, Cosine
 from fourfold_parallel.run.recipe import Run, Steps
 from fourfold_parallel.run.tokenizers import BytePairs
-from fourfold_recurrent_depth.flops import Costs
+from fourfold_parallel.run.trained import TrainedBy
+from fourfold_recurrent_depth.analysis.flops import Costs
 from fourfold_recurrent_depth.reproduce.measurements import Exam
-from fourfold_recurrent_depth.reproduce.models import Pretrained, Recurrent
+from fourfold_recurrent_depth.reproduce.models import Recurrent, dense_costs
 from fourfold_recurrent_depth.reproduce.tasks.addition import BASE, Digits, Sums
 from fourfold_recurrent_depth.reproduce.tasks.automaton import Automaton, EvolvedCells
 from fourfold_recurrent_depth.training.ellis import Ellis
@@ -290,11 +291,11 @@ def retrofits(scale: Literal["laptop"]) -> Retrofits:  # noqa: ARG001 - one scal
     keep = NextToken(mask=KeepAll())
     members: list[tuple[RetrofitArm, Run]] = []
     for seed in (20, 21, 22):
-        dense = Pretrained(run=dense_run(seed + 100, steps=600))
+        dense = TrainedBy(run=dense_run(seed + 100, steps=600))
         recurrent = Recurrent(dense=dense, prelude=2, core=2, coda=2)
         price = recurrent.costs(context=64)
         budget = _training_flops(price, law, reference)
-        longer = round(budget / dense.costs(context=64).training(0, 0))
+        longer = round(budget / dense_costs(dense, context=64).training(0, 0))
         risen = _curriculum_within(price, law, budget)
         at_once = RandomDepth(recurrences=law, supervision=keep)
         arms: dict[RetrofitArm, tuple[int, Model, Objective]] = {
@@ -313,9 +314,10 @@ def retrofits(scale: Literal["laptop"]) -> Retrofits:  # noqa: ARG001 - one scal
 
 def flops_of(arm: RetrofitArm, run: Run) -> float:
     """FLOPs of a run of that study."""
-    price = cast(Pretrained | Recurrent, run.model).costs(context=run.sequence)
     if arm == "dense":
+        price = dense_costs(cast(TrainedBy, run.model), context=run.sequence)
         return run.steps * run.tokens_per_step * price.training(0, 0)
+    price = cast(Recurrent, run.model).costs(context=run.sequence)
     recurrences = cast(RandomDepth, run.objective).recurrences
     return run.tokens_per_step * _training_flops(price, recurrences, run.steps)
 
