@@ -10,6 +10,7 @@ With a budget of n recurrences, recurrence i uses the slot of i mod n (section 6
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,8 +19,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import Cache
+from transformers.masking_utils import create_causal_mask
 
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
+
+CACHE = (
+    "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+)
+"""How the installed transformers calls a cache among arguments and results; `cache` from 5.24 on."""
 
 
 class Layout(Protocol):

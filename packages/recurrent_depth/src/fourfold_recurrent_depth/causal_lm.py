@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fourfold_recurrent_depth.cache import RecurrentCache
+from fourfold_recurrent_depth.cache import CACHE, RecurrentCache
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
 from fourfold_recurrent_depth.exits.criteria import Criterion, criterion_named
 from fourfold_recurrent_depth.exits.stopping import iterate_until_exit
@@ -62,7 +62,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _no_split_modules = ["SandwichBlock"]  # noqa: RUF012 - transformers' own declarations
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -87,6 +87,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthModel, GenerationMixin):
         warm_start: bool = False,
         kv_budget: int | None = None,
         output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
         **options: Any,
     ) -> RecurrentDepthOutput:
         """Think `num_steps` times about every token, or until `exit` says that it is enough.
@@ -111,6 +112,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthModel, GenerationMixin):
             warm_start: begin from the last token's final state, which the cache keeps.
             kv_budget: recurrences whose keys and values the cache keeps; by default all.
             output_hidden_states: also give the states s_0 .. s_r (`hidden_states`).
+            cache: what transformers calls `past_key_values` from 5.24 on.
             options: passed on to transformers' attention function.
 
         Raises:
@@ -123,10 +125,11 @@ class RecurrentDepthForCausalLM(RecurrentDepthModel, GenerationMixin):
         criterion = None if exit is None else criterion_named(exit)
         if criterion is not None:
             self.refuse_exit(attention_mask, tokens, per_row, output_hidden_states)
-        if past_key_values is None and use_cache:
-            past_key_values = RecurrentCache(self.config, steps=steps, budget=kv_budget)
-        self.refuse_cache(past_key_values, per_row, kv_budget, warm_start=warm_start)
-        cache = cast(RecurrentCache | None, past_key_values)
+        given = past_key_values if cache is None else cache
+        if given is None and use_cache:
+            given = RecurrentCache(self.config, steps=steps, budget=kv_budget)
+        self.refuse_cache(given, per_row, kv_budget, warm_start=warm_start)
+        cache = cast(RecurrentCache | None, given)
         if cache is None and criterion is not None:
             # Tokens that have stopped keep their last keys: one slot per layer remembers enough.
             cache = RecurrentCache(self.config, steps=steps, budget=1, capacity=tokens)
@@ -162,11 +165,11 @@ class RecurrentDepthForCausalLM(RecurrentDepthModel, GenerationMixin):
         return RecurrentDepthOutput(
             loss=None if labels is None else self.loss_of(logits, labels, options),
             logits=cast(Any, logits),
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=cast(Any, None if history is None else tuple(history)),
             final_state=s,
             latent_states=latents,
             exit_steps=exit_steps,
+            **{CACHE: cast(Any, cache if use_cache else None)},
         )
 
     def begin(
@@ -208,12 +211,12 @@ class RecurrentDepthForCausalLM(RecurrentDepthModel, GenerationMixin):
         this_pass = Pass(
             rotary=table[positions].unsqueeze(2),
             mask=create_causal_mask(
-                config=self.config,
-                inputs_embeds=embedded,
-                attention_mask=mask,
+                self.config,
+                embedded,
+                mask,
                 # Beside a cache transformers does not look for packed texts in the positions.
-                past_key_values=cache if cached else None,
-                position_ids=positions if position_ids is not None else None,
+                cache if cached else None,
+                positions if position_ids is not None else None,
             ),
             cache=cache,
             options={k: v for k, v in options.items() if k not in _NOT_FOR_ATTENTION},
@@ -250,11 +253,11 @@ class RecurrentDepthForCausalLM(RecurrentDepthModel, GenerationMixin):
     ) -> bool:
         """What `generate` calls: a cache of ours, allocated once for the whole length, if none came."""
         del generation_mode, batch_size
-        is_given = model_kwargs.get("past_key_values") is not None
+        is_given = model_kwargs.get(CACHE) is not None
         if is_given or generation_config.use_cache is False:
             return False
         steps = self.recurrences(model_kwargs.get("num_steps"), 1)
-        model_kwargs["past_key_values"] = RecurrentCache(
+        model_kwargs[CACHE] = RecurrentCache(
             self.config,
             steps=steps[0] + steps[1],
             budget=model_kwargs.get("kv_budget"),

@@ -17,7 +17,7 @@ def train(
 
     Args:
         shape: tiny: 0.2 M parameters on bytes, minutes on a laptop; `steps` says how long. huginn: the
-            paper's own run, 3.5 B parameters, 47,360 steps on 4,096 GPUs (job files: reproduce --scale paper).
+            paper's own run, 3.5 B parameters, 47,360 steps on 4,096 GPUs (`reproduce --scale paper`).
         text: Plain UTF-8 files, one document each.
         licence: What you may do with them; stated in the record.
         steps: Optimizer steps of the tiny shape.
@@ -26,6 +26,7 @@ def train(
     """
     from dataclasses import replace
 
+    from fourfold_parallel.common.progress import silent
     from fourfold_parallel.launch import is_main_rank
     from fourfold_parallel.reproduce import terminal
     from fourfold_parallel.run.corpora import TextFiles
@@ -49,7 +50,7 @@ def train(
             run,
             record=out / "record.jsonl",
             checkpoints=out / "checkpoints",
-            progress=bars.named(run.name),
+            progress=bars.named(run.name) if is_main_rank() else silent,
         )
     if is_main_rank():
         trained_model(run, last).save_pretrained(out / "model")

@@ -19,7 +19,7 @@ from transformers import (
     PrefixConstrainedLogitsProcessor,
 )  # fmt: skip
 
-from fourfold_recurrent_depth.cache import RecurrentCache
+from fourfold_recurrent_depth.cache import CACHE, RecurrentCache
 from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.decoding.greedy import refuse_extras
 from fourfold_recurrent_depth.states import RowStates
@@ -58,7 +58,7 @@ def compacting(
         ValueError: for beams, a streamer, synced ranks, values of single rows, or without an empty cache.
     """
     refuse_extras(generation_config, options)
-    cache = options.pop("past_key_values", None)
+    cache = options.pop(CACHE, None)
     if generation_config.num_beams > 1 or synced_gpus or streamer is not None:
         raise ValueError(
             "compacting decodes greedily or by sampling, without streamer and synced ranks; "
@@ -83,7 +83,7 @@ def compacting(
     rows = torch.arange(len(input_ids))
     tokens, fed = input_ids, input_ids
     while len(rows):
-        out = model(fed, attention_mask=mask, past_key_values=cache, logits_to_keep=1, **options)
+        out = model(fed, attention_mask=mask, logits_to_keep=1, **{CACHE: cache}, **options)
         scores = logits_processor(tokens, out.logits[:, -1])
         if generation_config.do_sample:
             fed = torch.multinomial(scores.softmax(-1), 1)
