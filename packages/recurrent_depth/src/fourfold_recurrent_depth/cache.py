@@ -26,11 +26,11 @@ from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
 CACHE = (
     "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 )
-"""How the installed transformers calls a cache among arguments and results; `cache` from 5.24 on."""
+"""The installed transformers' name for a cache among arguments and results; `cache` from 5.24 on."""
 
 
 class Layout(Protocol):
-    """How many layers a model has in each part."""
+    """Numbers of layers in each part of a model."""
 
     @property
     def n_layers_in_prelude(self) -> int: ...  # noqa: D102
@@ -47,11 +47,11 @@ class SlotView:
     keys: Float[Tensor, "slot row head place width"]
     values: Float[Tensor, "slot row head place width"]
     rows: Int[Tensor, " row"] | None = None
-    """Which of its rows those of the pass are; None for all, in order."""
+    """The rows of this memory that the pass has; None for all, in order."""
     first_slot: int = 0
     """The number of the slot that comes first here."""
     place: int = 0
-    """Where the tokens begin."""
+    """Place at which the tokens begin."""
     is_one_slot: bool = False
     """One slot serves every layer in turn."""
 
@@ -173,7 +173,7 @@ class RecurrentCache(Cache):
     def views(
         self, like: Float[Tensor, "row head token width"], slots: Sequence[int], layers: int
     ) -> tuple[SlotView, SlotView, Bool[Tensor, "row token"] | None]:
-        """What an update would read and write: the cached tokens, the pass's own, and which of them write.
+        """Memory for an update without copies: the cached tokens, the pass's own, and which of them write.
 
         Args:
             like: the keys of the pass, for their shape and format.
@@ -227,7 +227,7 @@ class RecurrentCache(Cache):
     def select(
         self, rows: Int[Tensor, " row"] | None, running: Bool[Tensor, "row token"] | None
     ) -> None:
-        """What the next updates are about: some rows of the batch, and which of their tokens write."""
+        """Choose what the next updates are about: some rows of the batch, and which of their tokens write."""
         self._rows = rows
         self._running = None if running is None else running[:, None, :, None]
 
@@ -272,7 +272,7 @@ class RecurrentCache(Cache):
         self._rows, self._running = None, None
 
     def kept(self, step: int) -> int:
-        """Which of the kept recurrences stands for recurrence `step`, counted from 0."""
+        """The kept recurrence that stands for recurrence `step`, counted from 0."""
         return step if self.budget is None else step % self.steps
 
     def nbytes(self) -> int:
@@ -303,7 +303,7 @@ class RecurrentCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        """Whether anything is allocated."""
+        """True where anything is allocated."""
         return self._keys is not None
 
     @property
@@ -413,7 +413,7 @@ class CandidateCache(Cache):
         *_: object,
         **__: object,
     ) -> tuple[Float[Tensor, "row head context width"], Float[Tensor, "row head context width"]]:
-        """What is cached in a slot, and the versions behind it."""
+        """The cached tokens of a slot, and the versions behind them."""
         self._versions[layer_idx] = (key_states, value_states)
         keys, values = self._cache.read(layer_idx)
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
@@ -425,7 +425,7 @@ class CandidateCache(Cache):
     def views(
         self, like: Float[Tensor, "row head version width"], slots: Sequence[int], layers: int
     ) -> tuple[SlotView, SlotView, None]:
-        """What is cached, and new memory for the versions; see `RecurrentCache.views`."""
+        """The cached tokens, and new memory for the versions; see `RecurrentCache.views`."""
         cached, _, _ = self._cache.views(like[:, :, :0], slots, layers)
         keys, values = like.new_empty(2, layers, *like.shape)
         self._versions = {slots[0] + i: (keys[i], values[i]) for i in range(layers)}

@@ -46,7 +46,7 @@ _WRITTEN = {
 
 @dataclass
 class RecurrentDepthOutput(CausalLMOutputWithPast):
-    """What a pass gives, beside what any causal language model of transformers gives."""
+    """The result of a pass: that of any causal language model of transformers, and states and exits."""
 
     final_state: Tensor | None = None
     """s_r, raw: (batch, token, width)."""
@@ -251,7 +251,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> bool:
-        """What `generate` calls: a cache of ours, allocated once for the whole length, if none came."""
+        """Called by `generate`: a cache of ours, allocated once for the whole length, if none came."""
         del generation_mode, batch_size
         is_given = model_kwargs.get(CACHE) is not None
         if is_given or generation_config.use_cache is False:

@@ -1,4 +1,4 @@
-"""What `python -m fourfold_recurrent_depth` does besides reproducing the paper."""
+"""The commands of `python -m fourfold_recurrent_depth` besides reproducing the paper."""
 
 from pathlib import Path
 from typing import Literal

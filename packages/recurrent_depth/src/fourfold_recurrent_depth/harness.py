@@ -60,7 +60,7 @@ class RecurrentDepthLM(HFLM):
                 f"num_steps={num_steps} asks for fewer than 1 recurrence; use 1 or more"
             )
         self.steps_taken = torch.zeros(int(num_steps) + 1, dtype=torch.long)
-        """How many scored tokens took each number of recurrences."""
+        """Counts of the scored tokens that took each number of recurrences."""
         super().__init__(**kwargs)
         if not isinstance(self._held().model, RecurrentDepthForCausalLM):
             raise ValueError(

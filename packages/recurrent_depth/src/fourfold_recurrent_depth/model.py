@@ -199,7 +199,7 @@ class RecurrentDepthModel(PreTrainedModel):
         return x
 
     def takes_halves(self) -> bool:
-        """Whether the adapter takes its halves apart; what wraps it (peft) sees them together."""
+        """True where the adapter takes its halves apart; what wraps it (peft) sees them together."""
         return hasattr(self.transformer["adapter"], "piece")
 
     def read(self, embedded: Stream, this_pass: Pass) -> Stream:

@@ -14,7 +14,7 @@ from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
 
 TRAINING_PREFIX = "_orig_mod._original_module."
-"""What torch.compile and the training wrapper put before every name of a `.pth` checkpoint."""
+"""Prefix that torch.compile and the training wrapper put before every name of a `.pth` checkpoint."""
 
 
 def load_published(

@@ -25,7 +25,7 @@ from fourfold_recurrent_depth.cache import CACHE, RecurrentCache
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """How many layers read, think and speak."""
+    """Numbers of layers that read, think and speak."""
 
     n_layers_in_prelude: int
     n_layers_in_recurrent_block: int
@@ -79,11 +79,11 @@ class Retrofitted(PreTrainedModel, GenerationMixin):
         self.norm = inner.norm
         self.lm_head: Any = dense.get_output_embeddings()
         width = dense.config.hidden_size
-        held = {"dtype": dense.dtype, "device": dense.device}
-        self.adapter = nn.Linear(2 * width, width, bias=False, **held)
+        place = {"dtype": dense.dtype, "device": dense.device}
+        self.adapter = nn.Linear(2 * width, width, bias=False, **place)
         self.gradient_checkpointing = False
         with torch.no_grad():
-            eye = torch.eye(width, **held)
+            eye = torch.eye(width, **place)
             self.adapter.weight.copy_(torch.cat([alpha * eye, beta * eye], dim=1))
 
     def forward(
@@ -183,7 +183,7 @@ class Retrofitted(PreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> bool:
-        """What `generate` calls: none of transformers' caches; `forward` makes one."""
+        """Called by `generate`: none of transformers' caches; `forward` makes one."""
         del generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         return False
 

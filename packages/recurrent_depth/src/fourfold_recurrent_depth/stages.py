@@ -31,7 +31,7 @@ class Stage(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class Pass:
-    """What all blocks of one forward pass share."""
+    """The things that all blocks of one forward pass share."""
 
     rotary: Complex[Tensor, "#batch token 1 half"]
     """Rotation of each position, as complex numbers of length one."""
@@ -44,7 +44,7 @@ class Pass:
     stages: Mapping[str, Stage]
     """By name: `prelude`, `core_block`, `coda`. By default loops over the model's modules."""
     takes_any_mask: bool
-    """Whether the attention backend takes masks of any pattern, as `versions` needs."""
+    """True where the attention backend takes masks of any pattern, as `versions` needs."""
 
     def of_rows(self, rows: Int[Tensor, " row"]) -> Pass:
         """The same pass for some rows of the batch."""

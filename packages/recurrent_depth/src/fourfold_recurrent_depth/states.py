@@ -1,4 +1,4 @@
-"""Where the recurrence begins: s_0 ~ N(0, 2/5), cut at three standard deviations.
+"""The beginning of the recurrence: s_0 ~ N(0, 2/5), cut at three standard deviations.
 
 In training every state is drawn anew. In evaluation a state is by default a function of its token and the
 token's position: as random from token to token, and the same in every call, whatever else the batch holds,
@@ -103,7 +103,7 @@ def state_table(positions: int, width: int, *, seed: int) -> StateTable:
 InitialState = (
     Float[Tensor, "#batch #token width"] | TokenStates | FreshNoise | StateTable | RowStates
 )
-"""What s_0 may be: given by tensor, by position or by row, or drawn."""
+"""Choices of s_0: given by tensor, by position or by row, or drawn."""
 
 
 def draw_state(

@@ -1,4 +1,4 @@
-"""What a pass costs: products of matrices, two operations per multiplication and addition.
+"""The cost of a pass: products of matrices, two operations per multiplication and addition.
 
 Counted by formula, so that a recipe can be priced before it runs; a test compares with torch's own
 counter. Norms, rotations, softmax and the embedding's lookup are left out, as that counter leaves them.

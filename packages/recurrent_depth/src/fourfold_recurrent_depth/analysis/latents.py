@@ -44,12 +44,12 @@ def convergence_steps(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PathIndependence:
-    """How much of s_0 is left after r recurrences, over pairs of seeds."""
+    """Traces of s_0 that are left after r recurrences, over pairs of seeds."""
 
     distance: Float[Tensor, "batch token"]
     """Largest relative distance between two seeds' states."""
     agrees: Bool[Tensor, "batch token"]
-    """Whether all seeds predict the same token."""
+    """True where all seeds predict the same token."""
 
 
 @torch.no_grad()
@@ -75,11 +75,11 @@ def path_independence(
         finals.append(out.final_state)
         argmax.append(out.logits.argmax(-1))
     distance = finals[0].new_zeros(tokens.shape)
-    for i, one in enumerate(finals):
+    for i, final in enumerate(finals):
         for other in finals[i + 1 :]:
-            apart = torch.linalg.vector_norm(one - other, dim=-1)
-            distance = torch.maximum(distance, apart / torch.linalg.vector_norm(one, dim=-1))
-    agrees = torch.stack([one == argmax[0] for one in argmax]).all(0)
+            apart = torch.linalg.vector_norm(final - other, dim=-1)
+            distance = torch.maximum(distance, apart / torch.linalg.vector_norm(final, dim=-1))
+    agrees = torch.stack([choice == argmax[0] for choice in argmax]).all(0)
     return PathIndependence(distance=distance, agrees=agrees)
 
 
@@ -96,7 +96,7 @@ def principal_components(
 def classify(
     states: Float[Tensor, "step width"], *, settled: float = 1e-2, longest: int = 8
 ) -> tuple[Ending, int]:
-    """What a token's trajectory ends in, and its period.
+    """The kind of end that a token's trajectory comes to, and its period.
 
     A fixed point moves less than `settled`, relatively. An orbit returns to itself after p <= `longest`
     recurrences. A slider drifts along one direction: its last moves point the same way; an orbit of more

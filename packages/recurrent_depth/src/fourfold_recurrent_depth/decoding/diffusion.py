@@ -23,7 +23,7 @@ from fourfold_recurrent_depth.states import FreshNoise, InitialState
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diffusion(GreedyDecoder):
-    """How the window moves; the defaults are the paper's."""
+    """Settings of the moving window; the defaults are the paper's."""
 
     budget = 1
     inner_recurrences: int = 4
@@ -57,7 +57,7 @@ class Diffusion(GreedyDecoder):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiffusionResult:
-    """What the sampler made, and with how much work."""
+    """Generated tokens, and the work that they took."""
 
     tokens: Int[Tensor, "batch generated"]
     core_passes: int
@@ -111,6 +111,7 @@ def diffuse(
     passes, recurred, outer = num_steps, num_steps * prompt.numel(), 0
     while made.shape[1] < max_new_tokens:
         outer += 1
+        # 1. Read the window's guesses, smoothed over outer steps; states go on, a new position begins.
         embedded, this_pass, positions = model.begin(inputs, cache)
         cache.open(rows, inputs.shape[1], steps=1)
         e = model.read(embedded, this_pass)
@@ -122,6 +123,7 @@ def diffuse(
         if diffusion.noise:
             noise = model.start(e, inputs, positions, FreshNoise(), scale=1.0)
             s = torch.lerp(s, noise, (diffusion.noise / (1 + taken))[None, :, None])
+        # 2. A few recurrences of all positions, and a guess after each of them.
         s = model.iterate(e, s, this_pass, diffusion.inner_recurrences - 1, 0)
         before, s = s, model.recur(s, model.inject(e), this_pass, 0)
         passes += diffusion.inner_recurrences
@@ -129,6 +131,7 @@ def diffuse(
         taken = taken + diffusion.inner_recurrences
         guesses = model.predict(s, this_pass).argmax(-1)
 
+        # 3. Freeze the prefix that has settled: little movement, and inputs that are what was predicted.
         moved = torch.linalg.vector_norm(s - before, dim=-1) / torch.linalg.vector_norm(s, dim=-1)
         settled = (moved < diffusion.threshold) | (taken >= num_steps)
         settled[:, 1:] &= inputs[:, 1:] == guesses[:, :-1]
@@ -136,6 +139,7 @@ def diffuse(
         frozen = min(frozen, max_new_tokens - made.shape[1])
         made = torch.cat([made, guesses[:, :frozen]], dim=1)
         cache.length += frozen
+        # 4. Move the window behind it, with one position more.
         room = min(diffusion.window, max_new_tokens - made.shape[1])
         inputs = torch.cat([inputs[:, :1], guesses], dim=1)[:, frozen:][:, : max(1, room)]
         states, smoothed = (x[:, frozen:][:, : inputs.shape[1]] for x in (s, e))

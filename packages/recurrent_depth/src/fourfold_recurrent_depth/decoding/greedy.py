@@ -1,4 +1,4 @@
-"""What `model.generate(custom_generate=...)` asks of a decoder of ours, and what it gets back."""
+"""The frame of greedy decoders for `model.generate(custom_generate=...)`."""
 
 from __future__ import annotations
 

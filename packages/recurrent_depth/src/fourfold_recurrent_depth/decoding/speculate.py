@@ -23,7 +23,7 @@ from fourfold_recurrent_depth.states import InitialState
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speculation(GreedyDecoder):
-    """How far to look ahead, and how shallowly."""
+    """Depth and number of the tokens that are drafted."""
 
     draft_steps: int = 4
     lookahead: int = 4
@@ -44,7 +44,7 @@ class Speculation(GreedyDecoder):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculationResult:
-    """What speculation made."""
+    """Generated tokens, and how many drafts were right."""
 
     tokens: Int[Tensor, "batch generated"]
     drafted: int

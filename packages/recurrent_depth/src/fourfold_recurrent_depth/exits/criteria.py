@@ -23,12 +23,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 Memory = tuple[Tensor, ...]
-"""What a criterion carries from check to check; every tensor is (token, ...)."""
+"""Memory that a criterion carries from check to check; every tensor is (token, ...)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Criterion(ABC):
-    """What all criteria share."""
+    """The base of all criteria: a threshold, and when to check."""
 
     reads: ClassVar[Literal["state", "logits"]]
     threshold: float
@@ -39,7 +39,7 @@ class Criterion(ABC):
     scope: Literal["row", "token"] = "row"
     """In a prompt, the tokens of a row stop together (published), or each by itself."""
     in_prompt: bool = True
-    """Whether passes of more than one token may stop early."""
+    """True where passes of more than one token may stop early."""
 
     def __post_init__(self) -> None:
         if self.min_steps < 1 or self.every < 1:
@@ -87,7 +87,7 @@ class LatentDiff(Criterion):
         self, now: Float[Tensor, "token features"], before: Memory
     ) -> tuple[Float[Tensor, " token"], Memory]:
         """Relative distance to the nearest of the last states."""
-        moved = torch.stack([torch.linalg.vector_norm(now - one, dim=-1) for one in before])
+        moved = torch.stack([torch.linalg.vector_norm(now - state, dim=-1) for state in before])
         value = moved.amin(0) / torch.linalg.vector_norm(now, dim=-1)
         return value, (now, *before)[: self.lags]
 
@@ -173,7 +173,7 @@ class EntropyDiff(Criterion):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArgmaxStability(Criterion):
-    """How many checks in a row the likeliest token was the same; stops at `threshold` or more."""
+    """Count of checks in a row with the same likeliest token; stops at `threshold` or more."""
 
     reads = "logits"
     threshold: float = 5
@@ -233,7 +233,7 @@ class Custom(Criterion):
     def measure(
         self, now: Float[Tensor, "token features"], before: Memory
     ) -> tuple[Float[Tensor, " token"], Memory]:
-        """What the function says.
+        """The function's value.
 
         Raises:
             ValueError: where it does not say it for every token.

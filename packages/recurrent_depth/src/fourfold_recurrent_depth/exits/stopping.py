@@ -19,10 +19,10 @@ a quarter of the passes. With `every` above one, so many fewer are worth it."""
 
 
 class Recurrent(Protocol):
-    """What the loops need of a model."""
+    """The part of a model that the loops use."""
 
     def inject(self, e: Tensor) -> Tensor:
-        """What every recurrence is given of the prelude's output."""
+        """The share of the prelude's output that every recurrence is given."""
         ...
 
     def recur(
@@ -38,7 +38,7 @@ class Recurrent(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class ExitResult:
-    """Where the tokens of a pass stopped."""
+    """The depths at which the tokens of a pass stopped, and their states there."""
 
     state: Float[Tensor, "batch token width"]
     steps: Int[Tensor, "batch token"]
@@ -105,9 +105,11 @@ def _many_tokens(
         cache.select(None, running)
     is_judged, done = tokens == 1 or criterion.in_prompt, 0
     while done < steps:
+        # 1. Recur up to the next check; tokens that have stopped keep the state that they stopped with.
         before, done = done, _next_check(criterion, done, steps) if is_judged else steps
         new = model.recur(s, injected, here, before, done - before)
         s = new if tokens == 1 else torch.where(running.unsqueeze(-1), new, s)
+        # 2. Measure, and decide who stops; after the last recurrence all who still run do.
         is_checked = is_judged and done % criterion.every == 0
         features = s
         if criterion.reads == "logits":
@@ -124,11 +126,13 @@ def _many_tokens(
             logits = features.new_zeros((batch, *features.shape[1:])) if logits is None else logits
             leaving = stops if features.shape[1] == tokens else stops.any(1, keepdim=True)
             logits[rows] = torch.where(leaving.unsqueeze(-1), features, logits[rows])
+        # 3. Note where they stopped, and fill the slots that they will not reach.
         row, token = stops.nonzero(as_tuple=True)
         if not len(row):
             continue
         final[rows[row], token], stopped_at[rows[row], token] = s[row, token], done
         cache.stop(rows[row], token, depth=done)
+        # 4. Go on with the rows of which a token still runs.
         running = running & ~stops
         keep = running.any(1).nonzero().flatten()
         if not len(keep):
@@ -177,18 +181,21 @@ def _one_token(
     injected, here, memory, done = model.inject(e), this_pass, None, 0
     stopped: list[tuple[Tensor, int]] = []
     while bool(running.any()):
+        # 1. Recur for as many checks as are judged together.
         states: dict[int, Tensor] = {}
         while done < steps and len(states) < together:
             before, done = done, _next_check(criterion, done, steps)
             s = model.recur(s, injected, here, before, done - before)
             states[done] = s
         features, candidates = s, None
+        # 2. Coda and head once for all of them: each state is a version of the token beside the cache.
         if reads_logits:
             candidates = CandidateCache(cache)
             apart = here.versions(len(states), candidates)
             versions = torch.cat([*states.values()], dim=1)
             features = model.predict(versions, apart)
             logits = features.new_zeros(batch, 1, features.shape[-1]) if logits is None else logits
+        # 3. Judge the versions in order; a row's first that stops is the row's answer.
         for version, (step, state) in enumerate(states.items()):
             stops = running
             if step < steps:
@@ -205,6 +212,7 @@ def _one_token(
                 if candidates is not None and logits is not None:
                     logits[left] = features[row, version : version + 1]
                     candidates.keep(row, left, version=version)
+        # 4. Shrink the batch once half of it has stopped.
         keep = running.nonzero().flatten()
         if 0 < len(keep) <= len(rows) // 2:
             memory = None if memory is None else tuple(part[keep] for part in memory)
@@ -218,12 +226,12 @@ def _one_token(
 
 
 def _next_check(criterion: Criterion, done: int, steps: int) -> int:
-    """How many recurrences are done at the next check, or at the end."""
+    """Recurrences done at the next check, or at the end."""
     return min(steps, (done // criterion.every + 1) * criterion.every)
 
 
 def _start(criterion: Criterion, first: Tensor, features: Tensor) -> Tensor:
-    """What `begin` is given: s_0, or zeros like the logits, by token."""
+    """The argument of `begin`: s_0, or zeros like the logits, by token."""
     start = first if criterion.reads == "state" else torch.zeros_like(features)
     return start.flatten(0, -2)
 

@@ -172,7 +172,7 @@ class CompiledStage:
 
 
 def _is_plain_pass(model: Any, embedded: Tensor, this_pass: Pass) -> bool:
-    """Whether nobody watches this pass, and its numbers are float32 of a CPU throughout."""
+    """True where nobody watches this pass, and its numbers are float32 of a CPU throughout."""
     is_watched = (
         torch.compiler.is_compiling()
         or is_in_torch_dispatch_mode()
@@ -190,7 +190,7 @@ def _have_addresses(
     adapter: nn.Module | None,
     written: Mapping[type, Callable[..., Any]],
 ) -> bool:
-    """Whether parts are as they were written, with weights in float32, row by row, on a CPU."""
+    """True where parts are as they were written, with weights in float32, row by row, on a CPU."""
     modules = [part for block in blocks for part in block.modules()]
     modules += [] if adapter is None else [adapter]
     if not blocks or not all(_is_as_written(part, written) for part in modules):
@@ -213,7 +213,7 @@ def _have_addresses(
 
 
 def _is_as_written(part: nn.Module, written: Mapping[type, Callable[..., Any]]) -> bool:
-    """Whether a part has the forward pass that it was written with, no bias and no listeners."""
+    """True where a part has the forward pass that it was written with, no bias and no listeners."""
     own = vars(part)
     is_hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
     is_same = written.get(type(part)) is getattr(type(part), "forward", None)
@@ -234,7 +234,7 @@ def _addresses(blocks: Sequence[Any]) -> ctypes.Array[_Block]:
 
 
 def _takes(x: Tensor, this_pass: Pass) -> bool:
-    """Whether this call's tensors are of the form that the compiled code reads."""
+    """True where this call's tensors are of the form that the compiled code reads."""
     batch, tokens = x.shape[:2]
     cache, mask, rotary = this_pass.cache, this_pass.mask, this_pass.rotary
     if type(x) is not Tensor or not x.is_cpu or x.dtype != torch.float32:
@@ -256,7 +256,7 @@ def _takes(x: Tensor, this_pass: Pass) -> bool:
 
 
 def _is_transformed() -> bool:
-    """Whether torch differentiates forwards, or maps over a function, which see torch's operations alone."""
+    """True under forward derivatives and vmap, which see torch's operations alone."""
     functions: Any = torch._C  # noqa: SLF001
     is_mapped = functions._functorch.peek_interpreter_stack() is not None  # noqa: SLF001
     return is_mapped or torch.autograd.forward_ad._current_level >= 0  # noqa: SLF001

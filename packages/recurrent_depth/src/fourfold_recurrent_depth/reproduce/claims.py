@@ -1,4 +1,4 @@
-"""What the paper claims, and the rules, fixed before the runs, by which our records judge it.
+"""The paper's claims, and the rules, fixed before the runs, by which our records judge them.
 
 Thresholds are those of the pre-registration. The rules stand in `claims_automaton.py`, `claims_training.py`
 and `claims_inference.py`; here are the claims that no scale can test, and all of them in order.

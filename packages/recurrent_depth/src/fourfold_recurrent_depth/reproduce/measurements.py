@@ -1,4 +1,4 @@
-"""What is measured on trained models, as plain functions from a model to events of a record."""
+"""Measurements of trained models, as plain functions from a model to events of a record."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Exam:
     ) -> tuple[Int[Tensor, "row cell"], Int[Tensor, "row cell"], Int[Tensor, "row cell"]]:
         """Tokens, targets and k of all difficulties together."""
         parts = [self.of(k) for k in range(1, self.hardest + 1)]
-        tokens, targets = (torch.cat(list(one)) for one in zip(*parts, strict=True))
+        tokens, targets = (torch.cat(list(column)) for column in zip(*parts, strict=True))
         return tokens, targets, tokens // 2 + 1
 
 

@@ -1,4 +1,4 @@
-"""What rules and figures both read off the records of this package."""
+"""Functions of this package's records that rules and figures share."""
 
 from __future__ import annotations
 

@@ -31,17 +31,17 @@ from fourfold_recurrent_depth.training.random_depth import (
 )
 
 Arm = Literal["law", "fixed", "shallow", "untied"]
-"""How depth is chosen in training: by the paper's law, always the mean, or always 1.
+"""The choice of depth in training: by the paper's law, always the mean, or always 1.
 
 The untied twin has as many blocks as the mean has recurrences, each with weights of its own, and runs
 through them once: the same FLOPs in a pass, eight times the parameters.
 """
 
 DrawArm = Literal["last 1", "last 2", "last 4", "all", "per row"]
-"""How many recurrences carry gradient, with one draw for all rows; or the last 4, with one for each."""
+"""Recurrences that carry gradient, with one draw for all rows; or the last 4, with one for each."""
 
 RetrofitArm = Literal["dense", "constant", "curriculum", "fresh"]
-"""How a dense model is trained on: as it is, or recurrent by the law, at once or from depth 1 on.
+"""Ways to train a dense model on: as it is, or recurrent by the law, at once or from depth 1 on.
 
 The last is of the recurrent shape with fresh weights.
 """
@@ -110,7 +110,7 @@ class Retrofits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exact:
-    """What needs no training: counts, sizes, equalities."""
+    """Things that need no training: counts, sizes, equalities."""
 
     generated: int
     seed: int = 0

@@ -1,4 +1,4 @@
-"""What a training run takes from this package: a model, an objective of random depth, an optimizer."""
+"""Parts of a training run: a model, an objective of random depth, an optimizer."""
 
 from fourfold_recurrent_depth.training.ellis import Ellis, ELLISAdam
 from fourfold_recurrent_depth.training.models import RecurrentDepth

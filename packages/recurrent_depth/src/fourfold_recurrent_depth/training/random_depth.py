@@ -103,7 +103,7 @@ class RandomDepth:
             )
 
     def targets(self, batch: Batch) -> Int[Tensor, "batch token"]:
-        """What the supervision says."""
+        """The supervision's."""
         return self.supervision.targets(batch)
 
     def loss(
@@ -116,7 +116,7 @@ class RandomDepth:
             draws = [draw(number, row=address) for address in batch.addresses]
         else:
             draws = [draw(number)] * rows
-        totals = torch.tensor([sum(one) for one in draws], device=batch.tokens.device)
+        totals = torch.tensor([sum(draw) for draw in draws], device=batch.tokens.device)
         steps: Any = draws[0]
         if self.per == "row" and rows > 1:
             steps = (totals, max(with_gradient for _, with_gradient in draws))
