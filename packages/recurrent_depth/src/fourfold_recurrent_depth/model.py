@@ -9,8 +9,8 @@ R has one set of weights and sees the embedding e again in every recurrence, so 
 depends on the tokens and not on s_0. Training draws r at random and lets gradients through the last k
 recurrences only; a trained model may be run at any r, and at a different r for every token.
 
-This file is the model: its blocks, and the four lines above as methods. `causal_lm.py` is the same model
-as transformers knows it, with masks, caches, exits and a loss.
+This file is the model: its blocks, and P, R and C as methods. `states.py` draws s_0. `causal_lm.py` is the
+same model as transformers knows it, with masks, caches, exits and a loss.
 """
 
 from __future__ import annotations
