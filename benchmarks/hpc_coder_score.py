@@ -25,13 +25,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from fourfold_hpc_coder import score
-from fourfold_hpc_coder.checkout import open_checkout
 from fourfold_hpc_coder.evaluation import Launch, Model
+from fourfold_hpc_coder.judge.bench import Bench, Settings, precompile, ready
+from fourfold_hpc_coder.pareval.checkout import open_checkout
 from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.sandbox import find_sandbox, scratch_folder
-from fourfold_hpc_coder.schedule import Asked
-from fourfold_hpc_coder.workbench import Bench, Settings, precompile, ready
+from fourfold_hpc_coder.sandbox.process import find_sandbox, scratch_folder
+from fourfold_hpc_coder.score import score
+from fourfold_hpc_coder.score.schedule import Asked
 from fourfold_parallel.common.progress import silent
 from fourfold_parallel.common.records import hardware
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_hpc_coder import toolchain
-from fourfold_hpc_coder.jobs import Job, Limits
-from fourfold_hpc_coder.sandbox import find_sandbox, run, scratch_folder
-from fourfold_hpc_coder.walls import Landlock, Sandbox, Unprotected
-from fourfold_hpc_coder.workbench import Bench, Settings
+from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.judge.bench import Bench, Settings
+from fourfold_hpc_coder.sandbox.backends import Landlock, Sandbox, Unprotected
+from fourfold_hpc_coder.sandbox.job import Job, Limits
+from fourfold_hpc_coder.sandbox.process import find_sandbox, run, scratch_folder
 
 
 @pytest.fixture(scope="session")

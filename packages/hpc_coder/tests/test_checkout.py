@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_hpc_coder import score, toolchain
 from fourfold_hpc_coder.__main__ import main
-from fourfold_hpc_coder.checkout import HOPELESS, Checkout, open_checkout, strict
 from fourfold_hpc_coder.evaluation import Launch, Model
-from fourfold_hpc_coder.pareval import Question
-from fourfold_hpc_coder.score import Plan
-from fourfold_hpc_coder.workbench import Settings
+from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.judge.bench import Settings
+from fourfold_hpc_coder.pareval.checkout import HOPELESS, Checkout, open_checkout, strict
+from fourfold_hpc_coder.pareval.files import Question
+from fourfold_hpc_coder.score import score
+from fourfold_hpc_coder.score.score import Plan
 from fourfold_parallel.common.progress import silent
 
 NAME = "90_transform_twice"

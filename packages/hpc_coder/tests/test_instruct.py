@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourfold_hpc_coder import toolchain
 from fourfold_hpc_coder.instruct import pipeline
 from fourfold_hpc_coder.instruct.decontaminate import Screen
 from fourfold_hpc_coder.instruct.dedup import Seen
@@ -43,6 +42,7 @@ from fourfold_hpc_coder.instruct.seeds import compiled, restoration, seeds
 from fourfold_hpc_coder.instruct.sources import Tree, parallel_files
 from fourfold_hpc_coder.instruct.teachers import Endpoint, Templates, shuffled_tasks, split
 from fourfold_hpc_coder.instruct.verify import verify
+from fourfold_hpc_coder.judge import toolchain
 from fourfold_parallel.run.data import Batch
 from fourfold_parallel.run.models import Llama
 from fourfold_parallel.run.objective import IGNORE, KeepAll

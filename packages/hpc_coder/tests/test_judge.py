@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from fourfold_hpc_coder import toolchain
 from fourfold_hpc_coder.evaluation import Launch, Model
-from fourfold_hpc_coder.judge import judge, reference
+from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.judge.bench import Quiet, Settings
+from fourfold_hpc_coder.judge.judge import judge, reference
 from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.walls import Landlock, Unprotected
-from fourfold_hpc_coder.workbench import Quiet, Settings
+from fourfold_hpc_coder.sandbox.backends import Landlock, Unprotected
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 

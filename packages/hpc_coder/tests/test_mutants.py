@@ -12,9 +12,9 @@ import pytest
 import tree_sitter_cpp
 from tree_sitter import Language, Node, Parser
 
-from fourfold_hpc_coder.judge import Reference, judge, reference
+from fourfold_hpc_coder.judge.bench import Bench
+from fourfold_hpc_coder.judge.judge import Reference, judge, reference
 from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.workbench import Bench
 
 LANGUAGE = Language(tree_sitter_cpp.language())
 

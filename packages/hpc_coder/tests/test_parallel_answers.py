@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from fourfold_hpc_coder import toolchain
 from fourfold_hpc_coder.evaluation import Launch, Model
-from fourfold_hpc_coder.judge import judge, reference
+from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.judge.judge import judge, reference
 from fourfold_hpc_coder.problems import own_problems
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from fourfold_hpc_coder.channel import Evidence
 from fourfold_hpc_coder.evaluation import Launch, Model
-from fourfold_hpc_coder.parallelism import in_action, in_text, without_comments
+from fourfold_hpc_coder.judge.parallelism import in_action, in_text, without_comments
+from fourfold_hpc_coder.judge.protocol import Evidence
 
 LOOP = "for (int i = 0; i < n; ++i) s += i;"
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_hpc_coder import pareval, published
 from fourfold_hpc_coder.evaluation import (
     Launch,
     Sample,
@@ -15,6 +14,8 @@ from fourfold_hpc_coder.evaluation import (
     speedup_at_k,
     speedup_max_at_k,
 )
+from fourfold_hpc_coder.pareval import files as pareval
+from fourfold_hpc_coder.pareval import metrics as published
 
 GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "hpc_coder"
 

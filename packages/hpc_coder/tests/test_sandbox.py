@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_hpc_coder import seccomp
-from fourfold_hpc_coder.jobs import Job, Limits, Mount, Outcome
-from fourfold_hpc_coder.sandbox import find_sandbox, run, scratch_folder, started
-from fourfold_hpc_coder.walls import Bubblewrap, Landlock, Namespaces, Unprotected
+from fourfold_hpc_coder.sandbox import seccomp
+from fourfold_hpc_coder.sandbox.backends import Bubblewrap, Landlock, Namespaces, Unprotected
+from fourfold_hpc_coder.sandbox.job import Job, Limits, Mount, Outcome
+from fourfold_hpc_coder.sandbox.process import find_sandbox, run, scratch_folder, started
 
 LIMITS = Limits(wall_s=120, cpu_s=2, memory_bytes=1 << 28, processes=32, file_bytes=1 << 20)
 

@@ -13,12 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourfold_hpc_coder import judge, schedule, score, toolchain, workbench
 from fourfold_hpc_coder.evaluation import Launch, Model
-from fourfold_hpc_coder.pareval import Question
+from fourfold_hpc_coder.judge import bench as workbench
+from fourfold_hpc_coder.judge import judge, toolchain
+from fourfold_hpc_coder.judge.bench import Quiet, Settings
+from fourfold_hpc_coder.pareval.files import Question
 from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.score import Plan
-from fourfold_hpc_coder.workbench import Quiet, Settings
+from fourfold_hpc_coder.score import schedule, score
+from fourfold_hpc_coder.score.score import Plan
 from fourfold_parallel.common.progress import silent
 
 AVERAGE, RELU = "27_reduce_average", "55_transform_relu"
@@ -157,8 +159,9 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_schedule import SETTINGS
-from fourfold_hpc_coder import schedule, score
-from fourfold_hpc_coder.sandbox import find_sandbox
+from fourfold_hpc_coder.score import schedule
+from fourfold_hpc_coder.score import score
+from fourfold_hpc_coder.sandbox.process import find_sandbox
 from fourfold_parallel.common.progress import silent
 left = {left}
 real = schedule.judged_by_time

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_hpc_coder import pareval, report, schedule, score, toolchain
 from fourfold_hpc_coder.__main__ import main
 from fourfold_hpc_coder.evaluation import Launch, Model
-from fourfold_hpc_coder.journal import Journal
+from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.judge.bench import Settings
+from fourfold_hpc_coder.pareval import files as pareval
 from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.score import Plan
-from fourfold_hpc_coder.workbench import Settings
+from fourfold_hpc_coder.score import report, schedule, score
+from fourfold_hpc_coder.score.journal import Journal
+from fourfold_hpc_coder.score.score import Plan
 from fourfold_parallel.common.progress import silent
 
 GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "hpc_coder"
@@ -188,9 +190,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from fourfold_hpc_coder import score
-from fourfold_hpc_coder.workbench import Settings
-from fourfold_hpc_coder.sandbox import find_sandbox
+from fourfold_hpc_coder.score import score
+from fourfold_hpc_coder.judge.bench import Settings
+from fourfold_hpc_coder.sandbox.process import find_sandbox
 from fourfold_parallel.common.progress import silent
 score.score(score.Plan(outputs=Path({outputs!r}), folder=Path({folder!r}), models=("serial",),
     settings=Settings(time_limit_s=8, repetitions=1, sizes=(({name!r}, 50_000),)),
@@ -291,7 +293,7 @@ def test_killed_at_any_moment_the_result_file_is_the_same(
 
 
 def _below(pid: int) -> list[int]:
-    from fourfold_hpc_coder.sandbox import descendants
+    from fourfold_hpc_coder.sandbox.process import descendants
 
     return descendants(pid)
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fourfold_hpc_coder.bases import Continued, LowRank
-from fourfold_hpc_coder.claims import CLAIMS
-from fourfold_hpc_coder.experiment import EXPERIMENT, held_out_nats
 from fourfold_hpc_coder.instruct.format import CodePairs
-from fourfold_hpc_coder.recipes import ARMS, SEEDS, Arm, tuned
+from fourfold_hpc_coder.reproduce.claims import CLAIMS
+from fourfold_hpc_coder.reproduce.experiment import EXPERIMENT, held_out_nats
+from fourfold_hpc_coder.reproduce.recipes import ARMS, SEEDS, Arm, tuned
 from fourfold_parallel.common.records import Record, read_record
 from fourfold_parallel.common.values import digest, from_json, to_json
 from fourfold_parallel.run.optimizer import Constant

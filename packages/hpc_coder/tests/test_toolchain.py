@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_hpc_coder import toolchain
 from fourfold_hpc_coder.evaluation import Model
-from fourfold_hpc_coder.jobs import Job, Outcome
+from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.judge.bench import built
 from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.walls import Unprotected
-from fourfold_hpc_coder.workbench import built
+from fourfold_hpc_coder.sandbox.backends import Unprotected
+from fourfold_hpc_coder.sandbox.job import Job, Outcome
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 

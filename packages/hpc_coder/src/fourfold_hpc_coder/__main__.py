@@ -11,20 +11,21 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fourfold_hpc_coder import report, score, toolchain
-from fourfold_hpc_coder.checkout import open_checkout
 from fourfold_hpc_coder.evaluation import Launch
+from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.judge.bench import Settings
 from fourfold_hpc_coder.options import Finetune, Generate, MakeData, Score, Study, chosen_models
-from fourfold_hpc_coder.pareval import Question
-from fourfold_hpc_coder.sandbox import find_sandbox
-from fourfold_hpc_coder.schedule import Asked
-from fourfold_hpc_coder.workbench import Settings
+from fourfold_hpc_coder.pareval.checkout import open_checkout
+from fourfold_hpc_coder.pareval.files import Question
+from fourfold_hpc_coder.sandbox.process import find_sandbox
+from fourfold_hpc_coder.score import report, score
+from fourfold_hpc_coder.score.schedule import Asked
 from fourfold_parallel.common.progress import Progress as Work
 
 
 def study(options: Study) -> None:
     """Hand over to the runtime's command line, which knows every package's experiment."""
-    from fourfold_hpc_coder.experiment import EXPERIMENT
+    from fourfold_hpc_coder.reproduce.experiment import EXPERIMENT
     from fourfold_parallel.reproduce.cli import main as perform
 
     words = ["--scale", options.scale, "--out", str(options.out)]

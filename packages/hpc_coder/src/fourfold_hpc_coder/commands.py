@@ -25,7 +25,7 @@ from fourfold_hpc_coder.instruct.teachers import (
 )
 from fourfold_hpc_coder.options import Finetune, Generate, MakeData, chosen_models
 from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.sandbox import find_sandbox, scratch_folder
+from fourfold_hpc_coder.sandbox.process import find_sandbox, scratch_folder
 from fourfold_parallel.common.files import sha256_of, write_text
 from fourfold_parallel.common.progress import Progress
 from fourfold_parallel.common.records import read_record

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fourfold_hpc_coder.pareval import Fields
+from fourfold_hpc_coder.pareval.files import Fields
 from fourfold_parallel.common.files import write_text
 from fourfold_parallel.common.progress import Progress
 

@@ -134,7 +134,7 @@ def _claim(folder: Path, recipe: Instructions) -> None:
 def makers() -> str:
     """Digest of the sources that decide a sample's text."""
     package = importlib.resources.files("fourfold_hpc_coder")
-    files = [package / "kernels.py", package / "problems" / "__init__.py"]
+    files = [package / "problems" / "kernels.py", package / "problems" / "__init__.py"]
     files += [package / "instruct" / name for name in ("grammar.py", "teachers.py", "pipeline.py")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 

@@ -17,10 +17,10 @@ from tree_sitter import Language, Node, Parser
 from fourfold_hpc_coder.instruct.dedup import Seen
 from fourfold_hpc_coder.instruct.samples import Provenance, Sample
 from fourfold_hpc_coder.instruct.sources import CONSTRUCTS, Construct, SourceFile
-from fourfold_hpc_coder.jobs import Job, Mount
-from fourfold_hpc_coder.sandbox import run
-from fourfold_hpc_coder.toolchain import COMPILING
-from fourfold_hpc_coder.walls import Sandbox
+from fourfold_hpc_coder.judge.toolchain import COMPILING
+from fourfold_hpc_coder.sandbox.backends import Sandbox
+from fourfold_hpc_coder.sandbox.job import Job, Mount
+from fourfold_hpc_coder.sandbox.process import run
 
 _PARSER = Parser(Language(tree_sitter_cpp.language()))
 LONGEST = 4000

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from fourfold_hpc_coder import toolchain
 from fourfold_hpc_coder.evaluation import Launch, Model
 from fourfold_hpc_coder.instruct.grammar import Task
-from fourfold_hpc_coder.judge import Judgement, Reference, Round, judge
-from fourfold_hpc_coder.sandbox import find_sandbox, scratch_folder
-from fourfold_hpc_coder.score import equal_answers
-from fourfold_hpc_coder.workbench import Bench, Settings
+from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.judge.bench import Bench, Settings
+from fourfold_hpc_coder.judge.judge import Judgement, Reference, Round, judge
+from fourfold_hpc_coder.sandbox.process import find_sandbox, scratch_folder
+from fourfold_hpc_coder.score.score import equal_answers
 
 CHECKED_ON: tuple[tuple[Model, tuple[Launch, ...]], ...] = (
     ("serial", (Launch(),)),

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fourfold_hpc_coder import kernels
 from fourfold_hpc_coder.evaluation import MODELS, Model, Tolerance
+from fourfold_hpc_coder.problems import kernels
 from fourfold_hpc_coder.problems.inputs import draw
 
 DTYPES = {

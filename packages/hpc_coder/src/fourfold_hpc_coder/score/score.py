@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
-from fourfold_hpc_coder import pareval, published, toolchain
-from fourfold_hpc_coder.checkout import HOPELESS, Borrowed
 from fourfold_hpc_coder.evaluation import (
     Model,
     Prompt,
@@ -28,14 +26,18 @@ from fourfold_hpc_coder.evaluation import (
     speedup_at_k,
     speedup_max_at_k,
 )
-from fourfold_hpc_coder.journal import Journal, cached, keep
-from fourfold_hpc_coder.judge import Judgement
-from fourfold_hpc_coder.pareval import Fields, Question
+from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.judge.bench import Bench, Settings
+from fourfold_hpc_coder.judge.judge import Judgement
+from fourfold_hpc_coder.pareval import files as pareval
+from fourfold_hpc_coder.pareval import metrics as published
+from fourfold_hpc_coder.pareval.checkout import HOPELESS, Borrowed
+from fourfold_hpc_coder.pareval.files import Fields, Question
 from fourfold_hpc_coder.problems import Problem, find_problem
-from fourfold_hpc_coder.sandbox import scratch_folder
-from fourfold_hpc_coder.schedule import Asked, Task, judge_all
-from fourfold_hpc_coder.walls import Sandbox
-from fourfold_hpc_coder.workbench import Bench, Settings
+from fourfold_hpc_coder.sandbox.backends import Sandbox
+from fourfold_hpc_coder.sandbox.process import scratch_folder
+from fourfold_hpc_coder.score.journal import Journal, cached, keep
+from fourfold_hpc_coder.score.schedule import Asked, Task, judge_all
 from fourfold_parallel.common.files import write_text
 from fourfold_parallel.common.progress import Progress
 from fourfold_parallel.common.values import digest
@@ -210,27 +212,27 @@ def _machinery() -> str:
     whole = hashlib.sha256()
     package = importlib.resources.files("fourfold_hpc_coder")
     names = (
-        "checkout.py",
+        "pareval/checkout.py",
         "evaluation.py",
-        "jobs.py",
-        "sandbox.py",
-        "walls.py",
-        "landlock.py",
-        "seccomp.py",
-        "workbench.py",
-        "judge.py",
-        "schedule.py",
-        "channel.py",
-        "parallelism.py",
-        "failures.py",
-        "toolchain.py",
-        "gomp.py",
-        "kernels.py",
+        "sandbox/job.py",
+        "sandbox/process.py",
+        "sandbox/backends.py",
+        "sandbox/landlock.py",
+        "sandbox/seccomp.py",
+        "judge/bench.py",
+        "judge/judge.py",
+        "score/schedule.py",
+        "judge/protocol.py",
+        "judge/parallelism.py",
+        "judge/failures.py",
+        "judge/toolchain.py",
+        "judge/openmp_calls.py",
+        "problems/kernels.py",
         "problems/__init__.py",
         "problems/inputs.py",
     )
     files = [package / name for name in names]
-    files += sorted((package / "drivers").iterdir(), key=lambda one: one.name)
+    files += sorted((package / "judge" / "drivers").iterdir(), key=lambda one: one.name)
     for file in files:
         if file.is_file():
             whole.update(file.read_bytes())

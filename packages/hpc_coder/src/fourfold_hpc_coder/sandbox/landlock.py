@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fourfold_hpc_coder import seccomp
+from fourfold_hpc_coder.sandbox import seccomp
 
 OLDEST = 6
 """ABI of Landlock that guards signals and abstract sockets (Linux 6.12); without it a job could signal us."""

@@ -20,8 +20,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
-from fourfold_hpc_coder.jobs import Cause, Job, Limits, Mount, Outcome
-from fourfold_hpc_coder.walls import Bubblewrap, Landlock, Namespaces, Sandbox, Unprotected
+from fourfold_hpc_coder.sandbox.backends import (
+    Bubblewrap,
+    Landlock,
+    Namespaces,
+    Sandbox,
+    Unprotected,
+)
+from fourfold_hpc_coder.sandbox.job import Cause, Job, Limits, Mount, Outcome
 
 STRANGERS = itertools.count(os.getpid() * 7 % 4000)
 """Users that own nothing, one per job, so that no job's process count adds to another's (root only)."""

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import assert_never
 
-from fourfold_hpc_coder.channel import Evidence
 from fourfold_hpc_coder.evaluation import Launch, Model
+from fourfold_hpc_coder.judge.protocol import Evidence
 
 WORKING_SHARE = 0.05
 """Least share of a call's processor time that must be spent in parallel regions, or by other threads."""

@@ -10,8 +10,8 @@ import threading
 from pathlib import Path
 
 from fourfold_hpc_coder.evaluation import Launch, Run, Sample
-from fourfold_hpc_coder.judge import Judgement
-from fourfold_hpc_coder.pareval import Fields
+from fourfold_hpc_coder.judge.judge import Judgement
+from fourfold_hpc_coder.pareval.files import Fields
 from fourfold_parallel.common.files import append_line, cache_folder, write_text
 
 SCHEMA = 1

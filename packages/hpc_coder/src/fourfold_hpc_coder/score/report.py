@@ -10,13 +10,13 @@ from pathlib import Path
 
 import jinja2
 
-from fourfold_hpc_coder import score
 from fourfold_hpc_coder.evaluation import Launch
-from fourfold_hpc_coder.judge import Judgement
-from fourfold_hpc_coder.pareval import Fields
+from fourfold_hpc_coder.judge.bench import Settings
+from fourfold_hpc_coder.judge.judge import Judgement
+from fourfold_hpc_coder.pareval.files import Fields
 from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.score import Judged, Scored
-from fourfold_hpc_coder.workbench import Settings
+from fourfold_hpc_coder.score import score
+from fourfold_hpc_coder.score.score import Judged, Scored
 from fourfold_parallel.common.files import write_text
 
 GOOD, POOR, BAD = "good", "poor", "bad"
@@ -77,7 +77,7 @@ def write(
         settings: with the launches.
         facts: lines about the machine: compilers, sandbox.
     """
-    source = importlib.resources.files("fourfold_hpc_coder") / "report.html.jinja"
+    source = importlib.resources.files("fourfold_hpc_coder.score") / "report.html.jinja"
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from fourfold_hpc_coder import toolchain
-from fourfold_hpc_coder.channel import Channel, opened
 from fourfold_hpc_coder.evaluation import Launch, Model, Tolerance
-from fourfold_hpc_coder.jobs import Job, Limits, Mount, Outcome
+from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.judge.protocol import Channel, opened
 from fourfold_hpc_coder.problems import Parameter, Problem, Signature
-from fourfold_hpc_coder.walls import Sandbox
+from fourfold_hpc_coder.sandbox.backends import Sandbox
+from fourfold_hpc_coder.sandbox.job import Job, Limits, Mount, Outcome
 
 ANSWER_BEGINS = '#line 1 "answer.cpp"\n'
 """Where an answer's lines begin to count, in a unit that does not begin with it."""

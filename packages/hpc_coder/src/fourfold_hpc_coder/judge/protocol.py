@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fourfold_hpc_coder.jobs import Job, Mount
 from fourfold_hpc_coder.problems import Parameter
-from fourfold_hpc_coder.sandbox import Process, started
-from fourfold_hpc_coder.walls import Sandbox
+from fourfold_hpc_coder.sandbox.backends import Sandbox
+from fourfold_hpc_coder.sandbox.job import Job, Mount
+from fourfold_hpc_coder.sandbox.process import Process, started
 
 TOKEN = 16
 _PIPE_BYTES = 1 << 20

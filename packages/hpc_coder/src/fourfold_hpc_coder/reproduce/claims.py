@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from fourfold_hpc_coder.recipes import SEEDS, Arm
+from fourfold_hpc_coder.reproduce.recipes import SEEDS, Arm
 from fourfold_parallel.reproduce.claims import (
     Claim,
     Finding,

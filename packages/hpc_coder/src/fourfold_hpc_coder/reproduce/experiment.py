@@ -6,8 +6,6 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from fourfold_hpc_coder import figures
-from fourfold_hpc_coder.claims import CLAIMS
 from fourfold_hpc_coder.evaluation import at_least_one
 from fourfold_hpc_coder.generate import Local, body_of
 from fourfold_hpc_coder.instruct.format import (
@@ -19,8 +17,10 @@ from fourfold_hpc_coder.instruct.format import (
 )
 from fourfold_hpc_coder.instruct.pipeline import held_out
 from fourfold_hpc_coder.instruct.verify import bench, verify
-from fourfold_hpc_coder.recipes import ARMS, SEEDS, TARGET, Tuned, tuned
-from fourfold_hpc_coder.references import judge_references, on_a_laptop
+from fourfold_hpc_coder.reproduce import figures
+from fourfold_hpc_coder.reproduce.claims import CLAIMS
+from fourfold_hpc_coder.reproduce.recipes import ARMS, SEEDS, TARGET, Tuned, tuned
+from fourfold_hpc_coder.reproduce.references import judge_references, on_a_laptop
 from fourfold_parallel.common.records import RecordWriter
 from fourfold_parallel.launch import is_main_rank
 from fourfold_parallel.reproduce.experiment import Experiment, Stage, Workplace

@@ -6,9 +6,9 @@ import signal
 import numpy as np
 
 from fourfold_hpc_coder.evaluation import Launch, Verdict, agrees
-from fourfold_hpc_coder.jobs import Outcome
+from fourfold_hpc_coder.judge.bench import Exercise
 from fourfold_hpc_coder.problems import Parameter
-from fourfold_hpc_coder.workbench import Exercise
+from fourfold_hpc_coder.sandbox.job import Outcome
 
 SIGNALS = {
     signal.SIGSEGV: "an access outside its memory",

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fourfold_hpc_coder import failures, parallelism, toolchain
-from fourfold_hpc_coder.channel import Answer, Channel, EndedError, Evidence, ForgedError
 from fourfold_hpc_coder.evaluation import Launch, Model, Run, Sample, Verdict
-from fourfold_hpc_coder.parallelism import Proof
+from fourfold_hpc_coder.judge import failures, parallelism, toolchain
+from fourfold_hpc_coder.judge.bench import ANSWER_BEGINS, Bench, Exercise, built, launched
+from fourfold_hpc_coder.judge.parallelism import Proof
+from fourfold_hpc_coder.judge.protocol import Answer, Channel, EndedError, Evidence, ForgedError
 from fourfold_hpc_coder.problems import Problem
-from fourfold_hpc_coder.workbench import ANSWER_BEGINS, Bench, Exercise, built, launched
 
 KEPT_CHARACTERS = 4000
 """Kept of what a compiler or program wrote."""

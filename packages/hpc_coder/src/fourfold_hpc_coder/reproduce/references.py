@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from fourfold_hpc_coder import toolchain
 from fourfold_hpc_coder.evaluation import Launch, Model
-from fourfold_hpc_coder.judge import judge, reference
+from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.judge.bench import Bench, Settings
+from fourfold_hpc_coder.judge.judge import judge, reference
 from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.sandbox import find_sandbox, scratch_folder
-from fourfold_hpc_coder.workbench import Bench, Settings
+from fourfold_hpc_coder.sandbox.process import find_sandbox, scratch_folder
 from fourfold_parallel.common.records import RecordWriter, header
 from fourfold_parallel.reproduce.experiment import Workplace
 

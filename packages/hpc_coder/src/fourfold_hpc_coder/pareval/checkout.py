@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from fourfold_hpc_coder.evaluation import Model, Tolerance
-from fourfold_hpc_coder.judge import Reference, Round, allowed, trusted_answers
-from fourfold_hpc_coder.pareval import Question
+from fourfold_hpc_coder.judge.bench import ANSWER_BEGINS, Bench
+from fourfold_hpc_coder.judge.judge import Reference, Round, allowed, trusted_answers
+from fourfold_hpc_coder.judge.toolchain import runs_here
+from fourfold_hpc_coder.pareval.files import Question
 from fourfold_hpc_coder.problems import Parameter, Signature, parse_signature
-from fourfold_hpc_coder.toolchain import runs_here
-from fourfold_hpc_coder.workbench import ANSWER_BEGINS, Bench
 
 VALIDATE, COMPUTE, BEST, RESET = map(np.int32, range(4))
 """What a request asks of a driver."""

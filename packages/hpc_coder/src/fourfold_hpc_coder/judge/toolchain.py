@@ -23,11 +23,11 @@ from pathlib import Path
 from types import MappingProxyType
 
 from fourfold_hpc_coder.evaluation import Model
-from fourfold_hpc_coder.gomp import REGIONS, SYNCHRONISED
-from fourfold_hpc_coder.jobs import Job, Limits, Mount, Outcome
-from fourfold_hpc_coder.parallelism import without_comments
-from fourfold_hpc_coder.sandbox import run
-from fourfold_hpc_coder.walls import Landlock, Sandbox
+from fourfold_hpc_coder.judge.openmp_calls import REGIONS, SYNCHRONISED
+from fourfold_hpc_coder.judge.parallelism import without_comments
+from fourfold_hpc_coder.sandbox.backends import Landlock, Sandbox
+from fourfold_hpc_coder.sandbox.job import Job, Limits, Mount, Outcome
+from fourfold_hpc_coder.sandbox.process import run
 from fourfold_parallel.common.files import cache_folder, whole_folder
 
 GIB = 1 << 30
@@ -240,7 +240,7 @@ def objects(flavoured: Flavour, driver: str, sandbox: Sandbox) -> tuple[Path, ..
 
 @cache
 def _texts() -> dict[str, str]:
-    folder = importlib.resources.files("fourfold_hpc_coder") / "drivers"
+    folder = importlib.resources.files("fourfold_hpc_coder.judge") / "drivers"
     return {one.name: one.read_text(encoding="utf-8") for one in folder.iterdir() if one.is_file()}
 
 

@@ -18,8 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
-from fourfold_hpc_coder import seccomp
-from fourfold_hpc_coder.jobs import Job
+from fourfold_hpc_coder.sandbox import seccomp
+from fourfold_hpc_coder.sandbox.job import Job
 from fourfold_parallel.common.files import cache_folder, whole_file
 
 
@@ -230,7 +230,13 @@ class Landlock:
                 "own": [str(mount.source) for mount in job.mounts if mount.writable],
             },
         }
-        return [sys.executable, "-I", "-m", "fourfold_hpc_coder.landlock", json.dumps(asked)]
+        return [
+            sys.executable,
+            "-I",
+            "-m",
+            "fourfold_hpc_coder.sandbox.landlock",
+            json.dumps(asked),
+        ]
 
 
 def _tasks_of_user() -> int:

@@ -11,10 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from fourfold_hpc_coder import toolchain
-from fourfold_hpc_coder.checkout import Borrowed, borrowed_reference
 from fourfold_hpc_coder.evaluation import Model
-from fourfold_hpc_coder.judge import (
+from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.judge.bench import Bench, precompile, ready
+from fourfold_hpc_coder.judge.judge import (
     Candidate,
     Judgement,
     Reference,
@@ -22,9 +22,9 @@ from fourfold_hpc_coder.judge import (
     judged_by_time,
     reference,
 )
-from fourfold_hpc_coder.pareval import Question
+from fourfold_hpc_coder.pareval.checkout import Borrowed, borrowed_reference
+from fourfold_hpc_coder.pareval.files import Question
 from fourfold_hpc_coder.problems import Problem
-from fourfold_hpc_coder.workbench import Bench, precompile, ready
 
 Asked = Problem | Borrowed
 """A problem of this package, or of a checkout of ParEval."""
