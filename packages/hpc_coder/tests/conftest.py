@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fourfold_hpc_coder.judge import toolchain
-from fourfold_hpc_coder.judge.bench import Bench, Settings
+from fourfold_hpc_coder.judge.bench import Bench, JudgeSettings
 from fourfold_hpc_coder.sandbox.backends import Landlock, Sandbox, Unprotected
 from fourfold_hpc_coder.sandbox.job import Job, Limits
 from fourfold_hpc_coder.sandbox.process import find_sandbox, run, scratch_folder
@@ -28,7 +28,7 @@ def sandbox() -> Sandbox:
 @pytest.fixture(scope="session")
 def bench(sandbox):
     """One timed call, and patience: a busy machine must not end what would answer."""
-    settings = Settings(time_limit_s=30, repetitions=1)
+    settings = JudgeSettings(time_limit_s=30, repetitions=1)
     with scratch_folder() as scratch:
         yield Bench(sandbox=sandbox, scratch=scratch, settings=settings, secret=1)
 

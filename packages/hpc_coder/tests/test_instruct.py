@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fourfold_hpc_coder.instruct import pipeline
 from fourfold_hpc_coder.instruct.decontaminate import Screen
-from fourfold_hpc_coder.instruct.dedup import Seen
+from fourfold_hpc_coder.instruct.dedup import TextMemory
 from fourfold_hpc_coder.instruct.format import (
     OURS,
     InstructionLoss,
@@ -214,7 +214,7 @@ def test_an_impossible_recipe_is_refused_before_any_work() -> None:
 
 def test_near_duplicates_are_seen() -> None:
     text = " ".join(f"word{i}" for i in range(60))
-    seen = Seen.of([text], threshold=0.7)
+    seen = TextMemory.of([text], threshold=0.7)
     assert not seen.add(text.replace(" ", "\n"))
     assert not seen.add(text + " more")
     assert seen.add(" ".join(f"other{i}" for i in range(60)))

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from fourfold_hpc_coder.evaluation import Launch, Model
 from fourfold_hpc_coder.judge import toolchain
 from fourfold_hpc_coder.judge.judge import judge, reference
 from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.vocabulary import Model, Processors
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -19,7 +19,7 @@ RIGHT = "double s = 0; for (double v : x) s += v; return s / x.size(); }"
 def quick(bench):
     """One launch per model, and no look for races."""
     settings = replace(bench.settings, races=False)
-    return replace(bench, settings=settings.with_launches({"mpi": (Launch(ranks=2),)}))
+    return replace(bench, settings=settings.with_launches({"mpi": (Processors(ranks=2),)}))
 
 
 @pytest.fixture(scope="module")

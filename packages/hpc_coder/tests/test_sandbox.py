@@ -9,7 +9,7 @@ import pytest
 
 from fourfold_hpc_coder.sandbox import seccomp
 from fourfold_hpc_coder.sandbox.backends import Bubblewrap, Landlock, Namespaces, Unprotected
-from fourfold_hpc_coder.sandbox.job import Job, Limits, Mount, Outcome
+from fourfold_hpc_coder.sandbox.job import Job, JobResult, Limits, Mount
 from fourfold_hpc_coder.sandbox.process import find_sandbox, run, scratch_folder, started
 
 LIMITS = Limits(wall_s=120, cpu_s=2, memory_bytes=1 << 28, processes=32, file_bytes=1 << 20)
@@ -35,7 +35,7 @@ def sandbox(request):
     return request.param
 
 
-def inside(sandbox, script: str, *words: str | Mount, limits: Limits = LIMITS) -> Outcome:
+def inside(sandbox, script: str, *words: str | Mount, limits: Limits = LIMITS) -> JobResult:
     """Run a shell script; its arguments are paths inside, which not every wall can keep."""
     mounts = tuple(one for one in words if isinstance(one, Mount))
     arguments = tuple(one for one in words if isinstance(one, str))

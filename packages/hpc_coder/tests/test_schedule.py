@@ -13,21 +13,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourfold_hpc_coder.evaluation import Launch, Model
 from fourfold_hpc_coder.judge import bench as workbench
 from fourfold_hpc_coder.judge import judge, toolchain
-from fourfold_hpc_coder.judge.bench import Quiet, Settings
+from fourfold_hpc_coder.judge.bench import JudgeSettings, Quiet
 from fourfold_hpc_coder.pareval.files import Question
 from fourfold_hpc_coder.problems import own_problems
 from fourfold_hpc_coder.score import schedule, score
-from fourfold_hpc_coder.score.score import Plan
+from fourfold_hpc_coder.score.score import Scoring
+from fourfold_hpc_coder.vocabulary import Model, Processors
 from fourfold_parallel.common.progress import silent
 
 AVERAGE, RELU = "27_reduce_average", "55_transform_relu"
 RIGHT = "double s = 0; for (double v : x) s += v; return s / x.size(); }"
-SETTINGS = Settings(
+SETTINGS = JudgeSettings(
     time_limit_s=8, repetitions=1, sizes=((AVERAGE, 50_000), (RELU, 50_000))
-).with_launches({"omp": (Launch(), Launch(threads=2))})
+).with_launches({"omp": (Processors(), Processors(threads=2))})
 
 
 def entry(name: str, model: Model, *outputs: str) -> dict:
@@ -42,9 +42,9 @@ def entry(name: str, model: Model, *outputs: str) -> dict:
     }
 
 
-def plan(sandbox, folder: Path, *entries: dict) -> Plan:
+def plan(sandbox, folder: Path, *entries: dict) -> Scoring:
     (folder / "outputs.json").write_text(json.dumps(entries))
-    return Plan(
+    return Scoring(
         outputs=folder / "outputs.json",
         folder=folder / "scores",
         models=("serial", "omp"),
@@ -172,7 +172,7 @@ def killed(*words):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*words)
 schedule.judged_by_time = killed
-score.score(score.Plan(outputs=Path({outputs!r}), folder=Path({folder!r}), models=("serial", "omp"),
+score.score(score.Scoring(outputs=Path({outputs!r}), folder=Path({folder!r}), models=("serial", "omp"),
     settings=SETTINGS, sandbox=find_sandbox(allow_none=False), jobs=2, ks=(1,), is_cached=False), silent)
 """
 
@@ -205,7 +205,8 @@ def test_windows_keep_the_order_and_their_bounds(names: list[str]) -> None:
     problems = own_problems()
     question = Question(name="", problem_type="", model="serial", prompt="", outputs=(), fields={})
     tasks = [
-        schedule.Task(question, problems[name], "", str(at), ()) for at, name in enumerate(names)
+        schedule.AnswerTask(question, problems[name], "", str(at), ())
+        for at, name in enumerate(names)
     ]
     cut = [*schedule.windows(tasks)]
     assert [task for window in cut for task in window] == tasks
@@ -226,7 +227,7 @@ def test_the_bench_of_a_window_is_empty_after_it(bench, sandbox, tmp_path: Path)
     )
     own = workbench.Bench(sandbox=sandbox, scratch=tmp_path, settings=SETTINGS, secret=1)
     found = []
-    task = schedule.Task(question, own_problems()[AVERAGE], RIGHT, "key", ((0, 0),))
+    task = schedule.AnswerTask(question, own_problems()[AVERAGE], RIGHT, "key", ((0, 0),))
     failed = schedule.judge_all(own, [task], ("serial",), 2, lambda *one: found.append(one))
     assert not failed
     assert [judgement.verdict for _, judgement in found] == ["correct"]

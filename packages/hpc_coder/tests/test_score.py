@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from fourfold_hpc_coder.__main__ import main
-from fourfold_hpc_coder.evaluation import Launch, Model
 from fourfold_hpc_coder.judge import toolchain
-from fourfold_hpc_coder.judge.bench import Settings
+from fourfold_hpc_coder.judge.bench import JudgeSettings
 from fourfold_hpc_coder.pareval import files as pareval
 from fourfold_hpc_coder.problems import own_problems
 from fourfold_hpc_coder.score import report, schedule, score
 from fourfold_hpc_coder.score.journal import Journal
-from fourfold_hpc_coder.score.score import Plan
+from fourfold_hpc_coder.score.score import Scoring
+from fourfold_hpc_coder.vocabulary import Model, Processors
 from fourfold_parallel.common.progress import silent
 
 GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "hpc_coder"
@@ -45,7 +45,7 @@ VERDICT = {
 }
 """What each label of the hand-written outputs means in our words."""
 
-QUICK = Settings(
+QUICK = JudgeSettings(
     time_limit_s=8,
     repetitions=1,
     sizes=(
@@ -56,16 +56,16 @@ QUICK = Settings(
     ),
 ).with_launches(
     {
-        "omp": (Launch(), Launch(threads=2)),
-        "mpi": (Launch(ranks=2),),
-        "mpi+omp": (Launch(ranks=2, threads=2),),
+        "omp": (Processors(), Processors(threads=2)),
+        "mpi": (Processors(ranks=2),),
+        "mpi+omp": (Processors(ranks=2, threads=2),),
     }
 )
 
 
 @pytest.fixture
-def plan(sandbox, tmp_path: Path) -> Plan:
-    return Plan(
+def plan(sandbox, tmp_path: Path) -> Scoring:
+    return Scoring(
         outputs=tmp_path / "outputs.json",
         folder=tmp_path / "scores",
         models=("serial", "omp"),
@@ -102,7 +102,7 @@ RIGHT = "double s = 0; for (double v : x) s += v; return s / x.size(); }"
     not GOLDEN.is_dir(), reason="../shared/golden/hpc_coder is not beside this checkout"
 )
 @pytest.mark.parametrize("model", ["serial", "omp", "mpi", "mpi+omp", "kokkos", "cuda"])
-def test_golden_outputs_get_the_verdicts_of_their_labels(plan: Plan, model: Model) -> None:
+def test_golden_outputs_get_the_verdicts_of_their_labels(plan: Scoring, model: Model) -> None:
     """All 41, each with a sentence; ParEval's own runner accepts NaN, a race and sequential answers."""
     if reason := toolchain.missing(model):
         pytest.skip(reason)
@@ -125,7 +125,7 @@ def test_golden_outputs_get_the_verdicts_of_their_labels(plan: Plan, model: Mode
     assert not scored.problems
 
 
-def test_what_was_never_run_is_neither_right_nor_wrong(plan: Plan) -> None:
+def test_what_was_never_run_is_neither_right_nor_wrong(plan: Scoring) -> None:
     """A GPU kernel's build rate is known; its pass@1 is empty, not 0."""
     if reason := toolchain.missing("cuda"):
         pytest.skip(reason)
@@ -139,7 +139,7 @@ def test_what_was_never_run_is_neither_right_nor_wrong(plan: Plan) -> None:
     assert (row["build@1"], row["pass@1"], row["speedup_n@1"]) == ("0.5", "", "")
 
 
-def test_results_are_in_parevals_layout_and_read_back(plan: Plan) -> None:
+def test_results_are_in_parevals_layout_and_read_back(plan: Scoring) -> None:
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT, "return 0; }", "oops }")]))
     score.score(plan, silent)
     [result] = json.loads((plan.folder / "results.json").read_text())
@@ -171,7 +171,7 @@ def test_results_are_in_parevals_layout_and_read_back(plan: Plan) -> None:
 
 
 def test_equal_answers_are_judged_once_and_the_cache_spares_the_rest(
-    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Scoring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path / "cache"))
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT, "return 2; }", RIGHT)]))
@@ -191,20 +191,20 @@ from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from fourfold_hpc_coder.score import score
-from fourfold_hpc_coder.judge.bench import Settings
+from fourfold_hpc_coder.judge.bench import JudgeSettings
 from fourfold_hpc_coder.sandbox.process import find_sandbox
 from fourfold_parallel.common.progress import silent
-score.score(score.Plan(outputs=Path({outputs!r}), folder=Path({folder!r}), models=("serial",),
-    settings=Settings(time_limit_s=8, repetitions=1, sizes=(({name!r}, 50_000),)),
+score.score(score.Scoring(outputs=Path({outputs!r}), folder=Path({folder!r}), models=("serial",),
+    settings=JudgeSettings(time_limit_s=8, repetitions=1, sizes=(({name!r}, 50_000),)),
     sandbox=find_sandbox(allow_none=False), jobs=1, ks=(1,), is_cached=False), silent)
 """
 
 
-def test_a_killed_scoring_goes_on_and_gives_the_same_results(plan: Plan, tmp_path: Path) -> None:
+def test_a_killed_scoring_goes_on_and_gives_the_same_results(plan: Scoring, tmp_path: Path) -> None:
     """SIGKILL after the first verdict: nothing it had is judged again, no process of its jobs remains."""
     bodies = [RIGHT, "return 1; }", "return x[0]; }", "oops }", "return -1; }", RIGHT + "//"]
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", *bodies)]))
-    settings = Settings(time_limit_s=8, repetitions=1, sizes=((AVERAGE, 50_000),))
+    settings = JudgeSettings(time_limit_s=8, repetitions=1, sizes=((AVERAGE, 50_000),))
     plan = replace(plan, models=("serial",), settings=settings, jobs=1)
     script = KILLED.format(
         tests=str(Path(__file__).parent),
@@ -256,12 +256,12 @@ def _untimed(folder: Path) -> list[dict]:
     "moment", [0.3, *(pytest.param(one, marks=pytest.mark.slow) for one in (0.1, 0.5, 0.7, 0.9))]
 )
 def test_killed_at_any_moment_the_result_file_is_the_same(
-    plan: Plan, tmp_path: Path, moment: float
+    plan: Scoring, tmp_path: Path, moment: float
 ) -> None:
     """Killed after a share of the time that it takes, twice, then left to end: as if nothing had been."""
     bodies = [RIGHT, "return 1; }", "oops }", RIGHT + "//", "return x[0]; }"]
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", *bodies)]))
-    settings = Settings(time_limit_s=8, repetitions=1, sizes=((AVERAGE, 50_000),))
+    settings = JudgeSettings(time_limit_s=8, repetitions=1, sizes=((AVERAGE, 50_000),))
     plan = replace(plan, models=("serial",), settings=settings, jobs=1)
     began_s = time.perf_counter()
     score.score(replace(plan, folder=tmp_path / "whole"), silent)
@@ -298,7 +298,7 @@ def _below(pid: int) -> list[int]:
     return descendants(pid)
 
 
-def test_an_interrupted_scoring_leaves_no_process(plan: Plan) -> None:
+def test_an_interrupted_scoring_leaves_no_process(plan: Scoring) -> None:
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", "for (;;) {} }")]))
     script = KILLED.format(
         tests=str(Path(__file__).parent),
@@ -318,7 +318,7 @@ def test_an_interrupted_scoring_leaves_no_process(plan: Plan) -> None:
     assert not any(Path(f"/proc/{pid}/exe").exists() for pid in jobs)
 
 
-def test_the_page_holds_every_answer_and_escapes_it(plan: Plan) -> None:
+def test_the_page_holds_every_answer_and_escapes_it(plan: Scoring) -> None:
     body = 'return "<script>alert(1)</script>"[0] + 0 * x[0]; }'
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT, body)]))
     scored = score.score(plan, silent)
@@ -375,7 +375,7 @@ def test_a_file_that_cannot_be_scored_says_why(
 
 
 def test_what_cannot_be_scored_is_named_and_the_rest_is_scored(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
+    plan: Scoring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bad entry, an unknown problem, an absent MPI, a k above n."""
     entries = [
@@ -401,7 +401,7 @@ def test_what_cannot_be_scored_is_named_and_the_rest_is_scored(
 
 
 def test_absent_gpu_compilers_are_named_per_prompt_and_the_rest_is_scored(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
+    plan: Scoring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A prompt for CUDA, one for HIP, one that can be scored."""
     found = shutil.which
@@ -420,7 +420,7 @@ def test_absent_gpu_compilers_are_named_per_prompt_and_the_rest_is_scored(
 
 
 def test_an_absent_compiler_is_named_with_its_package(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    plan: Scoring, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT)]))
     monkeypatch.setattr("shutil.which", lambda _: None)
@@ -439,7 +439,7 @@ def test_an_absent_compiler_is_named_with_its_package(
     ids=["no --showme", "no header"],
 )
 def test_an_mpi_that_does_not_work_leaves_the_rest_to_be_scored(
-    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapper: str, words: str
+    plan: Scoring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapper: str, words: str
 ) -> None:
     """MPICH's wrapper knows no --showme; half an installation compiles nothing."""
     other = tmp_path / "bin" / "mpicxx"
@@ -459,7 +459,7 @@ def test_an_mpi_that_does_not_work_leaves_the_rest_to_be_scored(
     assert words in scored.problems[0].because
 
 
-def test_a_row_is_an_answer_whatever_stands_in_it(plan: Plan) -> None:
+def test_a_row_is_an_answer_whatever_stands_in_it(plan: Scoring) -> None:
     """Texts of Windows, and half a character, which JSON can hold and a file cannot."""
     bodies = (RIGHT.replace("; ", ";\r\n"), f"// \ud83d\n{RIGHT}", f'// \U0001f600, ""\n{RIGHT}')
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", *bodies)]))
@@ -472,7 +472,7 @@ def test_a_row_is_an_answer_whatever_stands_in_it(plan: Plan) -> None:
     assert "\U0001f600" in rows[2]["generated_output"]
 
 
-def test_a_prompt_that_our_driver_cannot_call_is_left_out(plan: Plan) -> None:
+def test_a_prompt_that_our_driver_cannot_call_is_left_out(plan: Scoring) -> None:
     """ParEval's Kokkos prompts have matrices of two dimensions; an answer to one would not link."""
     asked = entry("02_dense_la_gemm", "kokkos", "}")
     views = "Kokkos::View<const double**> &A, Kokkos::View<const double**> &B, Kokkos::View<double**> &C"
@@ -497,7 +497,7 @@ def test_a_message_is_shown_as_it_is(name: str, tmp_path: Path, capsys, sandbox)
     assert f"{tmp_path / name} cannot be read" in capsys.readouterr().err
 
 
-def test_scores_of_another_file_are_not_overwritten(plan: Plan) -> None:
+def test_scores_of_another_file_are_not_overwritten(plan: Scoring) -> None:
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT)]))
     score.score(plan, silent)
     before = (plan.folder / "results.json").read_bytes()
@@ -507,7 +507,7 @@ def test_scores_of_another_file_are_not_overwritten(plan: Plan) -> None:
     assert (plan.folder / "results.json").read_bytes() == before
 
 
-def test_two_scorings_do_not_write_into_one_folder(plan: Plan) -> None:
+def test_two_scorings_do_not_write_into_one_folder(plan: Scoring) -> None:
     """Of another process, or of this one: the first is left as it is."""
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT)]))
     with (
@@ -518,7 +518,7 @@ def test_two_scorings_do_not_write_into_one_folder(plan: Plan) -> None:
     assert len((plan.folder / "verdicts.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_damaged_journal_is_named_by_its_line(plan: Plan) -> None:
+def test_a_damaged_journal_is_named_by_its_line(plan: Scoring) -> None:
     """Without that line its answer is judged again."""
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT)]))
     score.score(plan, silent)
@@ -533,7 +533,7 @@ def test_a_damaged_journal_is_named_by_its_line(plan: Plan) -> None:
     assert score.score(plan, silent).judged[0].judgements[0].verdict == "correct"
 
 
-def test_results_can_be_scored_again(plan: Plan, tmp_path: Path) -> None:
+def test_results_can_be_scored_again(plan: Scoring, tmp_path: Path) -> None:
     """A driver's results hold the outputs: a file that was scored is a file to score."""
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT)]))
     score.score(plan, silent)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_hpc_coder.evaluation import Model
 from fourfold_hpc_coder.judge import toolchain
 from fourfold_hpc_coder.judge.bench import built
 from fourfold_hpc_coder.problems import own_problems
 from fourfold_hpc_coder.sandbox.backends import Unprotected
-from fourfold_hpc_coder.sandbox.job import Job, Outcome
+from fourfold_hpc_coder.sandbox.job import Job, JobResult
+from fourfold_hpc_coder.vocabulary import Model
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -26,9 +26,9 @@ def test_what_answers_share_is_compiled_once(tmp_path: Path, monkeypatch) -> Non
     """One prelude and one driver for all CPU models, races included."""
     made: list[str] = []
 
-    def remember(_, job: Job) -> Outcome:
+    def remember(_, job: Job) -> JobResult:
         made.append(" ".join(job.command))
-        return Outcome(code=0, stdout="", stderr="", elapsed_s=0, cpu_s=0, limit="nothing")
+        return JobResult(code=0, stdout="", stderr="", elapsed_s=0, cpu_s=0, limit="nothing")
 
     monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
     monkeypatch.setattr(toolchain, "run", remember)

@@ -11,15 +11,15 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fourfold_hpc_coder.evaluation import Launch
 from fourfold_hpc_coder.judge import toolchain
-from fourfold_hpc_coder.judge.bench import Settings
+from fourfold_hpc_coder.judge.bench import JudgeSettings
 from fourfold_hpc_coder.options import Finetune, Generate, MakeData, Score, Study, chosen_models
 from fourfold_hpc_coder.pareval.checkout import open_checkout
 from fourfold_hpc_coder.pareval.files import Question
 from fourfold_hpc_coder.sandbox.process import find_sandbox
 from fourfold_hpc_coder.score import report, score
-from fourfold_hpc_coder.score.schedule import Asked
+from fourfold_hpc_coder.score.schedule import AnyProblem
+from fourfold_hpc_coder.vocabulary import Processors
 from fourfold_parallel.common.progress import Progress as Work
 
 
@@ -77,19 +77,19 @@ def score_outputs(options: Score, target: Console) -> None:
         )
     if options.problem_sizes and not options.pareval:
         raise ValueError("--problem-sizes belongs to --pareval PATH; name the checkout as well")
-    find: Callable[[Question], Asked] = score.built_in
+    find: Callable[[Question], AnyProblem] = score.built_in
     if options.pareval:
         find = open_checkout(options.pareval, options.problem_sizes).find
     sandbox = find_sandbox(allow_none=options.unsafe_no_sandbox)
-    settings = Settings(
+    settings = JudgeSettings(
         time_limit_s=options.time_limit_s, repetitions=options.repetitions
     ).with_launches(
         {
-            "omp": tuple(Launch(threads=threads) for threads in options.threads),
-            "mpi": tuple(Launch(ranks=ranks) for ranks in options.ranks),
+            "omp": tuple(Processors(threads=threads) for threads in options.threads),
+            "mpi": tuple(Processors(ranks=ranks) for ranks in options.ranks),
         }
     )
-    plan = score.Plan(
+    plan = score.Scoring(
         outputs=options.outputs,
         folder=options.out,
         models=models,
@@ -116,7 +116,7 @@ def score_outputs(options: Score, target: Console) -> None:
     target.print(f"{scored.reused} verdicts reused. Report: {page}", soft_wrap=True, markup=False)
 
 
-def say(scored: score.Scored, target: Console) -> None:
+def say(scored: score.ScoringResult, target: Console) -> None:
     """Every failure in a sentence, what was left out, and the counts."""
     for one in scored.judged:
         for index, judgement in enumerate(one.judgements):

@@ -6,8 +6,8 @@ from typing import Annotated, cast
 
 import tyro
 
-from fourfold_hpc_coder.evaluation import MODELS, Model
 from fourfold_hpc_coder.instruct.samples import ANY, Category
+from fourfold_hpc_coder.vocabulary import MODELS, Model
 
 
 def chosen_models(text: str) -> tuple[Model, ...]:

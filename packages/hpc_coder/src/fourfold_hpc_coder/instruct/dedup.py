@@ -13,7 +13,7 @@ SHINGLE = 5
 
 
 @dataclass(slots=True)
-class Seen:
+class TextMemory:
     """Texts seen so far."""
 
     threshold: float = 0.97
@@ -24,7 +24,7 @@ class Seen:
     _sketches: list[MinHash] = field(default_factory=list)
 
     @classmethod
-    def of(cls, texts: Iterable[str], *, threshold: float = 0.97) -> "Seen":
+    def of(cls, texts: Iterable[str], *, threshold: float = 0.97) -> "TextMemory":
         """A memory that holds texts already."""
         seen = cls(threshold=threshold)
         for text in texts:

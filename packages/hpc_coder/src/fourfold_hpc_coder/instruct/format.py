@@ -20,10 +20,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from fourfold_hpc_coder.evaluation import Model
 from fourfold_hpc_coder.instruct.pipeline import Instructions, held_out, make, makers, templates
-from fourfold_hpc_coder.instruct.samples import Sample, read_samples
+from fourfold_hpc_coder.instruct.samples import InstructionSample, read_samples
 from fourfold_hpc_coder.instruct.teachers import Templates
+from fourfold_hpc_coder.vocabulary import Model
 from fourfold_parallel.common.files import cache_folder, sha256_of, whole_folder
 from fourfold_parallel.common.records import Material
 from fourfold_parallel.common.values import digest
@@ -138,13 +138,15 @@ class InstructionRows:
         """Held-out tasks with their right answers."""
         return self._stream(self.held_out_samples(), sequence, 0)
 
-    def held_out_samples(self) -> list[Sample]:
+    def held_out_samples(self) -> list[InstructionSample]:
         """Programming instructions of held-out tasks, answered by the templates."""
         teacher = Templates()
         tasks = held_out(self.held_out_tasks, seed=0)
         return [teacher.teach(task, self.model, "programming") for task in tasks]
 
-    def _stream(self, samples: Sequence[Sample], sequence: int, seed: int) -> TokenStream:
+    def _stream(
+        self, samples: Sequence[InstructionSample], sequence: int, seed: int
+    ) -> TokenStream:
         return stream_of(
             samples,
             self.tokenizer.fast(),
@@ -222,7 +224,7 @@ def _published(name: str) -> PreTrainedTokenizerFast:
 
 
 def stream_of(
-    samples: Sequence[Sample],
+    samples: Sequence[InstructionSample],
     tokenizer: PreTrainedTokenizerFast,
     marks: Marks,
     material: Material,
@@ -265,7 +267,9 @@ def stream_of(
     return TokenStream(file=file, row_starts=starts, sequence=sequence, seed=seed)
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, sample: Sample, marks: Marks = OURS) -> list[int]:
+def encode(
+    tokenizer: PreTrainedTokenizerFast, sample: InstructionSample, marks: Marks = OURS
+) -> list[int]:
     """Prompt, the response token, the answer and the end."""
     prompt = tokenizer.encode(sample.instruction, add_special_tokens=False)
     answer = tokenizer.encode(f"\n{sample.answer}", add_special_tokens=False)

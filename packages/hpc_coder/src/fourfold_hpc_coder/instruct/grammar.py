@@ -13,8 +13,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from fourfold_hpc_coder.evaluation import Model
 from fourfold_hpc_coder.problems import Problem, kernels, parse_signature
+from fourfold_hpc_coder.vocabulary import Model
 
 Shape = Literal["map", "replace", "sum", "largest", "smallest", "count", "zip", "scan"]
 Element = Literal["double", "int"]

@@ -14,14 +14,19 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from fourfold_hpc_coder.evaluation import Model
 from fourfold_hpc_coder.instruct.decontaminate import Screen
-from fourfold_hpc_coder.instruct.dedup import Seen
+from fourfold_hpc_coder.instruct.dedup import TextMemory
 from fourfold_hpc_coder.instruct.grammar import SHAPES, SHORT, Shape, Task
-from fourfold_hpc_coder.instruct.samples import Category, Sample, read_samples, write_samples
+from fourfold_hpc_coder.instruct.samples import (
+    Category,
+    InstructionSample,
+    read_samples,
+    write_samples,
+)
 from fourfold_hpc_coder.instruct.teachers import Teacher, Templates, shuffled_tasks, split
 from fourfold_hpc_coder.instruct.verify import bench, verify
 from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.vocabulary import Model
 from fourfold_parallel.common.files import cache_folder, write_text
 from fourfold_parallel.common.progress import Progress, silent
 from fourfold_parallel.common.values import digest, to_json
@@ -71,11 +76,11 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
+class Dataset:
     """What a recipe gave."""
 
-    samples: tuple[Sample, ...]
-    refused: tuple[Sample, ...]
+    samples: tuple[InstructionSample, ...]
+    refused: tuple[InstructionSample, ...]
     """Judged and not right, duplicates and contaminated ones, with the reason as their verdict."""
 
     @property
@@ -94,7 +99,7 @@ def make(
     progress: Progress = silent,
     folder: Path | None = None,
     budget: Budget = Budget(),
-) -> Made:
+) -> Dataset:
     """The samples of a recipe, from the cache where it was made before; goes on where it was stopped.
 
     Args:
@@ -115,7 +120,7 @@ def make(
     refused = [*read_samples(refused_file)] if refused_file.exists() else []
     if len(kept) < recipe.samples:
         _extend(recipe, kept, refused, progress, (kept_file, refused_file), budget)
-    return Made(samples=tuple(kept), refused=tuple(refused))
+    return Dataset(samples=tuple(kept), refused=tuple(refused))
 
 
 def _claim(folder: Path, recipe: Instructions) -> None:
@@ -141,15 +146,15 @@ def makers() -> str:
 
 def _extend(
     recipe: Instructions,
-    kept: list[Sample],
-    refused: list[Sample],
+    kept: list[InstructionSample],
+    refused: list[InstructionSample],
     progress: Progress,
     files: tuple[Path, Path],
     budget: Budget,
 ) -> None:
     """Teach, screen, verify; both lists grow, and both files with them, also when something fails."""
     judged = [one for one in refused if one.verdict != DUPLICATE]
-    seen = Seen.of([one.instruction + one.answer for one in (*kept, *judged)])
+    seen = TextMemory.of([one.instruction + one.answer for one in (*kept, *judged)])
     screen = Screen.of(benchmark_prompts())
     plan = _plan(recipe)
     taught, tokens = (
@@ -208,7 +213,7 @@ def _plan(recipe: Instructions) -> list[tuple[Task, Model, Category]]:
     ]
 
 
-def _refusal(sample: Sample, seen: Seen, screen: Screen) -> str:
+def _refusal(sample: InstructionSample, seen: TextMemory, screen: Screen) -> str:
     if not seen.add(sample.instruction + sample.answer):
         return DUPLICATE
     hit = screen.hit(sample.instruction)

@@ -14,8 +14,8 @@ from pathlib import Path
 import tree_sitter_cpp
 from tree_sitter import Language, Node, Parser
 
-from fourfold_hpc_coder.instruct.dedup import Seen
-from fourfold_hpc_coder.instruct.samples import Provenance, Sample
+from fourfold_hpc_coder.instruct.dedup import TextMemory
+from fourfold_hpc_coder.instruct.samples import InstructionSample, Provenance
 from fourfold_hpc_coder.instruct.sources import CONSTRUCTS, Construct, SourceFile
 from fourfold_hpc_coder.judge.toolchain import COMPILING
 from fourfold_hpc_coder.sandbox.backends import Sandbox
@@ -47,7 +47,7 @@ class Seed:
 
 def seeds(files: Sequence[SourceFile]) -> tuple[Seed, ...]:
     """Functions of the files that use a parallel model, near-duplicates once, in order."""
-    seen = Seen.of((), threshold=SCRAPED)
+    seen = TextMemory.of((), threshold=SCRAPED)
     return tuple(seed for file in files for seed in _of_file(file) if seen.add(seed.text))
 
 
@@ -80,7 +80,7 @@ def _functions(node: Node) -> Iterator[Node]:
 _DIRECTIVE = re.compile(r"^[ \t]*#[ \t]*pragma[ \t]+omp\b(?:[^\n]*\\\n)*[^\n]*\n?", re.MULTILINE)
 
 
-def restoration(seed: Seed) -> Sample:
+def restoration(seed: Seed) -> InstructionSample:
     """The task to put a real function's OpenMP directives back.
 
     Raises:
@@ -89,7 +89,7 @@ def restoration(seed: Seed) -> Sample:
     serial = _DIRECTIVE.sub("", seed.text)
     if serial == seed.text:
         raise ValueError(f"seed {seed.origin} has no OpenMP directive to take out; choose another")
-    return Sample(
+    return InstructionSample(
         category="parallelization",
         model="omp",
         instruction=f"/* Parallelize this function with OpenMP. */\n{serial}",
@@ -101,7 +101,9 @@ def restoration(seed: Seed) -> Sample:
     )
 
 
-def compiled(samples: Sequence[Sample], sandbox: Sandbox, folder: Path) -> tuple[Sample, ...]:
+def compiled(
+    samples: Sequence[InstructionSample], sandbox: Sandbox, folder: Path
+) -> tuple[InstructionSample, ...]:
     """The samples with the compiler's verdict on their answers: "compiles" or "no build".
 
     Args:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from fourfold_hpc_coder.evaluation import Model
 from fourfold_hpc_coder.instruct.grammar import Shape, Task, all_tasks
-from fourfold_hpc_coder.instruct.samples import Category, Provenance, Sample
+from fourfold_hpc_coder.instruct.samples import Category, InstructionSample, Provenance
+from fourfold_hpc_coder.vocabulary import Model
 
 if TYPE_CHECKING:
     from fourfold_hpc_coder.generate import Local
@@ -34,7 +34,7 @@ class Teacher(Protocol):
         """For provenance."""
         ...
 
-    def teach(self, task: Task, model: Model, category: Category) -> Sample:
+    def teach(self, task: Task, model: Model, category: Category) -> InstructionSample:
         """A sample for a task; its answer may be wrong."""
         ...
 
@@ -47,14 +47,14 @@ class Templates:
     """Share of answers spoiled on purpose, to study what bad data do."""
     name: str = "templates"
 
-    def teach(self, task: Task, model: Model, category: Category) -> Sample:
+    def teach(self, task: Task, model: Model, category: Category) -> InstructionSample:
         """The answer in the model, asked for in the category's words."""
         problem = task.problem()
         answer = problem.answer(model)
         generator = np.random.default_rng(_number(f"{task.name} {model} {category}"))
         if generator.random() < self.corrupted:
             answer = spoiled(answer, generator)
-        return Sample(
+        return InstructionSample(
             category=category,
             model=model,
             instruction=instruction(task, model, category),
@@ -133,13 +133,13 @@ class Endpoint:
         """The served model."""
         return self.model_name
 
-    def teach(self, task: Task, model: Model, category: Category) -> Sample:
+    def teach(self, task: Task, model: Model, category: Category) -> InstructionSample:
         """Ask for a function's body."""
         asked = instruction(task, model, category)
         text, tokens = self._request(FUNCTION_ONLY + asked)
         from fourfold_hpc_coder.generate import body_of
 
-        return Sample(
+        return InstructionSample(
             category=category,
             model=model,
             instruction=asked,
@@ -210,13 +210,13 @@ class Transformers:
         """The model."""
         return self.model_name
 
-    def teach(self, task: Task, model: Model, category: Category) -> Sample:
+    def teach(self, task: Task, model: Model, category: Category) -> InstructionSample:
         """Have the function completed, greedily."""
         from fourfold_hpc_coder.generate import body_of
 
         asked = instruction(task, model, category)
         [text] = _local(self.model_name, self.max_new_tokens).complete_many([asked])
-        return Sample(
+        return InstructionSample(
             category=category,
             model=model,
             instruction=asked,

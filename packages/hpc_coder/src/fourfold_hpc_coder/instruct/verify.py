@@ -6,24 +6,24 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from fourfold_hpc_coder.evaluation import Launch, Model
 from fourfold_hpc_coder.instruct.grammar import Task
 from fourfold_hpc_coder.judge import toolchain
-from fourfold_hpc_coder.judge.bench import Bench, Settings
+from fourfold_hpc_coder.judge.bench import Bench, JudgeSettings
 from fourfold_hpc_coder.judge.judge import Judgement, Reference, Round, judge
 from fourfold_hpc_coder.sandbox.process import find_sandbox, scratch_folder
 from fourfold_hpc_coder.score.score import equal_answers
+from fourfold_hpc_coder.vocabulary import Model, Processors
 
-CHECKED_ON: tuple[tuple[Model, tuple[Launch, ...]], ...] = (
-    ("serial", (Launch(),)),
-    ("omp", (Launch(threads=2),)),
-    ("mpi", (Launch(ranks=2),)),
-    ("mpi+omp", (Launch(ranks=2, threads=2),)),
-    ("kokkos", (Launch(),)),
+CHECKED_ON: tuple[tuple[Model, tuple[Processors, ...]], ...] = (
+    ("serial", (Processors(),)),
+    ("omp", (Processors(threads=2),)),
+    ("mpi", (Processors(ranks=2),)),
+    ("mpi+omp", (Processors(ranks=2, threads=2),)),
+    ("kokkos", (Processors(),)),
 )
 """One launch per model, with more than one processor where the model has them."""
 
-SETTINGS = Settings(repetitions=1, races=False, launches=CHECKED_ON)
+SETTINGS = JudgeSettings(repetitions=1, races=False, launches=CHECKED_ON)
 """Correctness and parallelism, no timing: an answer of data is not raced."""
 
 

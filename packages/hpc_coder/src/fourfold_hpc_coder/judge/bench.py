@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from fourfold_hpc_coder.evaluation import Launch, Model, Tolerance
 from fourfold_hpc_coder.judge import toolchain
 from fourfold_hpc_coder.judge.protocol import Channel, opened
 from fourfold_hpc_coder.problems import Parameter, Problem, Signature
 from fourfold_hpc_coder.sandbox.backends import Sandbox
-from fourfold_hpc_coder.sandbox.job import Job, Limits, Mount, Outcome
+from fourfold_hpc_coder.sandbox.job import Job, JobResult, Limits, Mount
+from fourfold_hpc_coder.vocabulary import Model, Processors, Tolerance
+from fourfold_parallel.common.values import formerly
 
 ANSWER_BEGINS = '#line 1 "answer.cpp"\n'
 """Where an answer's lines begin to count, in a unit that does not begin with it."""
@@ -50,20 +51,21 @@ class Exercise(Protocol):
         ...
 
 
-LAUNCHES: dict[Model, tuple[Launch, ...]] = {
-    "serial": (Launch(),),
-    "omp": (Launch(), Launch(threads=2), Launch(threads=4)),
-    "mpi": (Launch(), Launch(ranks=2), Launch(ranks=3)),
-    "mpi+omp": (Launch(), Launch(ranks=2, threads=2)),
-    "kokkos": (Launch(),),
-    "cuda": (Launch(),),
-    "hip": (Launch(),),
+LAUNCHES: dict[Model, tuple[Processors, ...]] = {
+    "serial": (Processors(),),
+    "omp": (Processors(), Processors(threads=2), Processors(threads=4)),
+    "mpi": (Processors(), Processors(ranks=2), Processors(ranks=3)),
+    "mpi+omp": (Processors(), Processors(ranks=2, threads=2)),
+    "kokkos": (Processors(),),
+    "cuda": (Processors(),),
+    "hip": (Processors(),),
 }
 """What each model's programs are run on by default; three ranks divide few sizes."""
 
 
+@formerly("hpc_coder/Settings")
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class JudgeSettings:
     """What decides a verdict, beside the answer and the problem."""
 
     time_limit_s: float = 10.0
@@ -73,17 +75,17 @@ class Settings:
     """Timed calls, each on inputs of its own; the shortest counts, and every answer must be right."""
     races: bool = True
     """Whether OpenMP answers that are right are also checked for races."""
-    launches: tuple[tuple[Model, tuple[Launch, ...]], ...] = tuple(LAUNCHES.items())
+    launches: tuple[tuple[Model, tuple[Processors, ...]], ...] = tuple(LAUNCHES.items())
     sizes: tuple[tuple[str, int], ...] = ()
     """Timing sizes that differ from the problems' own, by name."""
 
-    def of(self, model: Model) -> tuple[Launch, ...]:
+    def of(self, model: Model) -> tuple[Processors, ...]:
         """The launches of a model."""
         return dict(self.launches)[model]
 
-    def with_launches(self, chosen: Mapping[Model, tuple[Launch, ...]]) -> "Settings":
+    def with_launches(self, chosen: Mapping[Model, tuple[Processors, ...]]) -> "JudgeSettings":
         """The same with other launches for some models."""
-        launches: dict[Model, tuple[Launch, ...]] = {**dict(self.launches), **chosen}
+        launches: dict[Model, tuple[Processors, ...]] = {**dict(self.launches), **chosen}
         return replace(self, launches=tuple(launches.items()))
 
     def timing_size(self, problem: Problem) -> int:
@@ -141,7 +143,7 @@ class Bench:
 
     sandbox: Sandbox
     scratch: Path
-    settings: Settings
+    settings: JudgeSettings
     secret: int
     """Decides sizes and inputs; unknown to the candidates."""
     quiet: Quiet = field(default_factory=Quiet)
@@ -206,7 +208,7 @@ def built(
     folder: Path,
     *,
     watched: bool = False,
-) -> Outcome:
+) -> JobResult:
     """Compile a translation unit; the program is in the folder's `out`.
 
     Args:
@@ -232,14 +234,14 @@ def built(
 
 @contextlib.contextmanager
 def launched(
-    bench: Bench, folder: Path, model: Model, launch: Launch, *, settings: Settings
+    bench: Bench, folder: Path, model: Model, processors: Processors, *, settings: JudgeSettings
 ) -> Iterator[Channel]:
     """Start the program in the folder's `out`; on leaving the block it is gone.
 
     Within, the bench counts as working: ask it for quiet around what is timed.
     """
     with bench.folder() as own, bench.quiet.working():
-        job = _job(settings, folder / "out", model, launch)
+        job = _job(settings, folder / "out", model, processors)
         with opened(bench.sandbox, job, own, patience_s=settings.time_limit_s) as channel:
             yield channel
 
@@ -258,7 +260,7 @@ _OPEN_MPI = (
 """One machine, no network, no remote shell. Root is the case only where there is no sandbox."""
 
 
-def _job(settings: Settings, program: Path, model: Model, launch: Launch) -> Job:
+def _job(settings: JudgeSettings, program: Path, model: Model, processors: Processors) -> Job:
     command = ("/job/answer", "/channel/")
     if model in ("mpi", "mpi+omp"):
         command = (
@@ -267,7 +269,7 @@ def _job(settings: Settings, program: Path, model: Model, launch: Launch) -> Job
             "--bind-to",
             "none",
             "-n",
-            str(launch.ranks),
+            str(processors.ranks),
             *command,
         )
     return Job(
@@ -275,13 +277,13 @@ def _job(settings: Settings, program: Path, model: Model, launch: Launch) -> Job
         mounts=(Mount(source=program, target="/job"),),
         limits=Limits(
             wall_s=12 * settings.time_limit_s,
-            cpu_s=math.ceil(2 * settings.time_limit_s * launch.threads),
+            cpu_s=math.ceil(2 * settings.time_limit_s * processors.threads),
             memory_bytes=settings.memory_bytes,
-            processes=64 + 4 * launch.processors,
+            processes=64 + 4 * processors.count,
             file_bytes=64 << 20,
         ),
         environment=(
-            ("OMP_NUM_THREADS", str(launch.threads)),
+            ("OMP_NUM_THREADS", str(processors.threads)),
             ("OMP_DYNAMIC", "false"),
             # A thread that waits by spinning looks like one that works.
             ("OMP_WAIT_POLICY", "passive"),

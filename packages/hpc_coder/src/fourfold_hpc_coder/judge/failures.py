@@ -5,10 +5,11 @@ import signal
 
 import numpy as np
 
-from fourfold_hpc_coder.evaluation import Launch, Verdict, agrees
+from fourfold_hpc_coder.evaluation import agrees
 from fourfold_hpc_coder.judge.bench import Exercise
 from fourfold_hpc_coder.problems import Parameter
-from fourfold_hpc_coder.sandbox.job import Outcome
+from fourfold_hpc_coder.sandbox.job import JobResult
+from fourfold_hpc_coder.vocabulary import Processors, Verdict
 
 SIGNALS = {
     signal.SIGSEGV: "an access outside its memory",
@@ -23,7 +24,7 @@ SIGNALS = {
 }
 
 
-def of_build(outcome: Outcome) -> tuple[Verdict, str]:
+def of_build(outcome: JobResult) -> tuple[Verdict, str]:
     """Why an answer did not become a program."""
     if outcome.limit != "nothing":
         return "no build", f"the compiler was stopped: {_limit(outcome)}"
@@ -42,20 +43,20 @@ def of_build(outcome: Outcome) -> tuple[Verdict, str]:
 
 
 def of_run(
-    outcome: Outcome, launch: Launch, where: str, *, patience_s: float
+    outcome: JobResult, processors: Processors, where: str, *, patience_s: float
 ) -> tuple[Verdict, str]:
     """Why a program ended, or was ended, before it answered.
 
     Args:
         outcome: how it ended.
-        launch: on what it ran.
+        processors: on what it ran.
         where: the call under way, as in "on 2 threads, for an input of size 17".
         patience_s: longest that a call may take.
     """
     words = _last_words(outcome.stderr)
     said = f'; its last words: "{words}"' if words else ""
     if outcome.limit in ("wall", "cpu"):
-        spent = min(outcome.cpu_s / max(launch.processors, 1), outcome.elapsed_s)
+        spent = min(outcome.cpu_s / max(processors.count, 1), outcome.elapsed_s)
         why = (
             f"it gave no answer within {patience_s:g} s"
             if outcome.limit == "wall"
@@ -75,33 +76,33 @@ def of_run(
 
 
 def of_end(
-    outcome: Outcome, launch: Launch, *, is_over: bool, patience_s: float
+    outcome: JobResult, processors: Processors, *, is_over: bool, patience_s: float
 ) -> tuple[Verdict, str]:
     """Why a program that gave every answer did not come to a good end.
 
     Args:
         outcome: how it ended.
-        launch: on what it ran.
+        processors: on what it ran.
         is_over: whether it ended by itself.
         patience_s: how long it was waited for.
     """
     if not is_over:
         return (
             "timeout",
-            f"its answers were right, but it did not end within {patience_s:g} s, on {launch}",
+            f"its answers were right, but it did not end within {patience_s:g} s, on {processors}",
         )
     words = _last_words(outcome.stderr)
     how = _signal(outcome) if outcome.signal else f"exit code {outcome.code}"
     said = f'; its last words: "{words}"' if words else ""
-    return "crash", f"its answers were right, but it then ended with {how}, on {launch}{said}"
+    return "crash", f"its answers were right, but it then ended with {how}, on {processors}{said}"
 
 
-def _signal(outcome: Outcome) -> str:
+def _signal(outcome: JobResult) -> str:
     name = signal.Signals(outcome.signal)
     return f"{name.name} ({SIGNALS.get(name, 'a signal')})"
 
 
-def _limit(outcome: Outcome) -> str:
+def _limit(outcome: JobResult) -> str:
     return {
         "wall": f"more than {outcome.elapsed_s:.0f} s",
         "cpu": f"more than {outcome.cpu_s:.0f} s of processor time",

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fourfold_hpc_coder.evaluation import Launch, Model, Run, Sample, Verdict
 from fourfold_hpc_coder.judge import failures, parallelism, toolchain
 from fourfold_hpc_coder.judge.bench import ANSWER_BEGINS, Bench, Exercise, built, launched
 from fourfold_hpc_coder.judge.parallelism import Proof
-from fourfold_hpc_coder.judge.protocol import Answer, Channel, EndedError, Evidence, ForgedError
+from fourfold_hpc_coder.judge.protocol import Channel, EndedError, Evidence, ForgedError, Reply
 from fourfold_hpc_coder.problems import Problem
+from fourfold_hpc_coder.vocabulary import Execution, Model, Processors, Sample, Verdict
 
 KEPT_CHARACTERS = 4000
 """Kept of what a compiler or program wrote."""
@@ -107,7 +107,7 @@ def allowed(moving_cpu_s: float) -> float:
 
 def trusted_answers(
     bench: Bench, exercise: Exercise, text: str, calls: Sequence[Sequence[np.ndarray]]
-) -> list[Answer]:
+) -> list[Reply]:
     """What a sequential program of ours answers, alone on the machine.
 
     Raises:
@@ -119,7 +119,7 @@ def trusted_answers(
             raise RuntimeError(f"the reference of {exercise.name} does not build: {outcome.stderr}")
         # A busy machine must not fail what is known to end.
         patient = replace(bench.settings, time_limit_s=PATIENCE * bench.settings.time_limit_s)
-        with launched(bench, folder, "serial", Launch(), settings=patient) as channel:
+        with launched(bench, folder, "serial", Processors(), settings=patient) as channel:
             try:
                 channel.connect()
                 with bench.quiet.timing():
@@ -133,7 +133,7 @@ def trusted_answers(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Looked:
+class RaceReport:
     """What a look for races gave."""
 
     race: str = ""
@@ -153,9 +153,9 @@ class Candidate:
     written: Proof
     folder: Path
     """Its program is in `out` there."""
-    checks: tuple["_Launched", ...]
+    checks: tuple["_LaunchResult", ...]
     """Every launch in order, up to the first that failed."""
-    race: Looked | None
+    race: RaceReport | None
     """None where nobody looked."""
 
     @property
@@ -209,9 +209,9 @@ def check(
             _failed("compiled, not run", "it builds; running it needs a GPU", built=True),
             proof=written.because,
         )
-    checks: list[_Launched] = []
-    for launch in bench.settings.of(model):
-        checks.append(_run_one(bench, right, model, launch, folder, is_timed=False))
+    checks: list[_LaunchResult] = []
+    for processors in bench.settings.of(model):
+        checks.append(_run_one(bench, right, model, processors, folder, is_timed=False))
         if not checks[-1].run.valid:
             break
     if not any(one.run.valid for one in checks):
@@ -233,10 +233,10 @@ def check(
 def judged_by_time(bench: Bench, candidate: Candidate) -> Judgement:
     """Time a checked answer on the launches on which it was right, and say what became of it."""
     right, model, written = candidate.right, candidate.model, candidate.written
-    found: list[_Launched] = []
+    found: list[_LaunchResult] = []
     for checked in candidate.checks:
         found.append(
-            _run_one(bench, right, model, checked.run.launch, candidate.folder, is_timed=True)
+            _run_one(bench, right, model, checked.run.processors, candidate.folder, is_timed=True)
             if checked.run.valid
             else checked
         )
@@ -244,7 +244,7 @@ def judged_by_time(bench: Bench, candidate: Candidate) -> Judgement:
             break
     judgement = _summary(right, found)
     if judgement.verdict == "correct":
-        evidence = {one.run.launch: one.evidence for one in found}
+        evidence = {one.run.processors: one.evidence for one in found}
         proof = parallelism.in_action(evidence, model) if written.parallel else written
         judgement = replace(
             judgement,
@@ -285,7 +285,7 @@ def _failed(verdict: Verdict, because: str, *, built: bool, output: str = "") ->
     )
 
 
-def _summary(right: Reference, found: Sequence["_Launched"]) -> Judgement:
+def _summary(right: Reference, found: Sequence["_LaunchResult"]) -> Judgement:
     """Launches in order, of which the last may have failed, as one judgement."""
     last = found[-1]
     sample = Sample(
@@ -318,37 +318,43 @@ _SILENT = Evidence(
 )
 
 
-def _charged_s(answer: Answer, one: Round, launch: Launch) -> float:
+def _charged_s(answer: Reply, one: Round, processors: Processors) -> float:
     """Seconds of the call, and of what the program did around it beyond moving its data to every rank."""
     moved = zip(answer.moving_cpu_s, one.moving_cpu_s, strict=True)
     return answer.runtime_s + sum(
-        max(0.0, spent_s - launch.ranks * free_s) for spent_s, free_s in moved
+        max(0.0, spent_s - processors.ranks * free_s) for spent_s, free_s in moved
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Launched:
+class _LaunchResult:
     verdict: Verdict
     because: str
     output: str
-    run: Run
+    run: Execution
     evidence: Evidence
 
 
 def _run_one(
-    bench: Bench, right: Reference, model: Model, launch: Launch, folder: Path, *, is_timed: bool
-) -> _Launched:
+    bench: Bench,
+    right: Reference,
+    model: Model,
+    processors: Processors,
+    folder: Path,
+    *,
+    is_timed: bool,
+) -> _LaunchResult:
     """Start the program, have it answer the checks, or one of them and then the timed calls."""
-    exercise, where = right.exercise, f"on {launch}, {right.checks[-1].where}"
+    exercise, where = right.exercise, f"on {processors}, {right.checks[-1].where}"
     verdict: Verdict = "correct"
     because, output, runtime_s, evidence = "", "", math.inf, _SILENT
     ran = True
-    with launched(bench, folder, model, launch, settings=bench.settings) as channel:
+    with launched(bench, folder, model, processors, settings=bench.settings) as channel:
         try:
             channel.connect()
             # The largest first: the smallest is the special case. Before a clock runs, one wakes the threads.
             for one in right.checks[:-2:-1] if is_timed else right.checks[::-1]:
-                where = f"on {launch}, {one.where}"
+                where = f"on {processors}, {one.where}"
                 answer = _call(channel, exercise, one.arguments)
                 verdict, because = failures.of_answer(exercise, answer.outputs, one.expected, where)
                 if verdict != "correct":
@@ -356,7 +362,7 @@ def _run_one(
             else:
                 with bench.quiet.timing() if is_timed else nullcontext():
                     for one in right.timed if is_timed else ():
-                        where = f"on {launch}, {one.where}"
+                        where = f"on {processors}, {one.where}"
                         answer = _call(channel, exercise, one.arguments)
                         verdict, because = failures.of_answer(
                             exercise, answer.outputs, one.expected, where
@@ -365,7 +371,7 @@ def _run_one(
                             break
                         if not one.is_timed:
                             continue
-                        runtime_s = min(_charged_s(answer, one, launch), runtime_s)
+                        runtime_s = min(_charged_s(answer, one, processors), runtime_s)
                         if answer.evidence.region_cpu_s >= evidence.region_cpu_s:
                             evidence = answer.evidence
             channel.quit()
@@ -375,29 +381,31 @@ def _run_one(
             if verdict == "correct" and (ended.code or not is_over):
                 ran = False
                 verdict, because = failures.of_end(
-                    ended, launch, is_over=is_over, patience_s=bench.settings.time_limit_s
+                    ended, processors, is_over=is_over, patience_s=bench.settings.time_limit_s
                 )
         except EndedError:
             ended = channel.process.finish()
             ran = False
             verdict, because = failures.of_run(
-                ended, launch, where, patience_s=bench.settings.time_limit_s
+                ended, processors, where, patience_s=bench.settings.time_limit_s
             )
             output = ended.stderr
         except ForgedError as error:
-            verdict, because = "cheat", f"{error}, on {launch}"
+            verdict, because = "cheat", f"{error}, on {processors}"
             output = channel.process.finish().stderr
     valid = verdict == "correct"
-    return _Launched(
+    return _LaunchResult(
         verdict=verdict,
         because=because,
         output=output,
-        run=Run(launch=launch, ran=ran, valid=valid, runtime_s=runtime_s if valid else math.nan),
+        run=Execution(
+            processors=processors, ran=ran, valid=valid, runtime_s=runtime_s if valid else math.nan
+        ),
         evidence=evidence,
     )
 
 
-def _call(channel: Channel, exercise: Exercise, arguments: Sequence[np.ndarray]) -> Answer:
+def _call(channel: Channel, exercise: Exercise, arguments: Sequence[np.ndarray]) -> Reply:
     return channel.call(arguments, exercise.signature.parameters, exercise.signature.outputs)
 
 
@@ -409,22 +417,24 @@ def _may_race(verdict: Verdict) -> bool:
     return verdict in ("wrong", "not finite")
 
 
-def _race(bench: Bench, candidate: Candidate) -> Looked:
+def _race(bench: Bench, candidate: Candidate) -> RaceReport:
     """What the checker saw of two threads at one address."""
     if candidate.model != "omp" or not bench.settings.races:
-        return Looked()
+        return RaceReport()
     right, text = candidate.right, candidate.text
     with bench.folder() as folder:
         if built(bench, right.exercise, "omp", text, folder, watched=True).code:
-            return Looked(unseen="it does not build with the checker")
+            return RaceReport(unseen="it does not build with the checker")
         wrote = _watched(bench, right, folder)
         if wrote is None:
-            return Looked(unseen="it does not come to its end under the checker")
+            return RaceReport(unseen="it does not come to its end under the checker")
         if "fourfold-race unknown" in wrote:
-            return Looked(unseen="it has tasks, nested regions or iterations that wait for others")
+            return RaceReport(
+                unseen="it has tasks, nested regions or iterations that wait for others"
+            )
         found = _RACE.search(wrote)
         if found is None:
-            return Looked()
+            return RaceReport()
         kind, *addresses = found.groups()
         numbers = [toolchain.source_line(bench.sandbox, folder / "out", one) for one in addresses]
     written = text.rpartition(ANSWER_BEGINS)[2].splitlines()
@@ -433,13 +443,13 @@ def _race(bench: Bench, candidate: Candidate) -> Looked:
     act = (
         "two threads write one address" if kind == "write" else "a thread reads what another writes"
     )
-    return Looked(race=f"{act} in {shown}" if shown else act)
+    return RaceReport(race=f"{act} in {shown}" if shown else act)
 
 
 def _watched(bench: Bench, right: Reference, folder: Path) -> str | None:
     """What the checker wrote while the program answered a small input; None if it did not get there."""
     one = right.checks[-1]
-    with launched(bench, folder, "omp", Launch(threads=2), settings=bench.settings) as channel:
+    with launched(bench, folder, "omp", Processors(threads=2), settings=bench.settings) as channel:
         try:
             channel.connect()
             _call(channel, right.exercise, one.arguments)
@@ -452,7 +462,7 @@ def _watched(bench: Bench, right: Reference, folder: Path) -> str | None:
 def _spoiled(sample: Sample) -> Sample:
     """A sample whose runs on several threads do not count."""
     runs = tuple(
-        replace(run, valid=False, runtime_s=math.nan) if run.launch.processors > 1 else run
+        replace(run, valid=False, runtime_s=math.nan) if run.processors.count > 1 else run
         for run in sample.runs
     )
     return replace(sample, runs=runs)

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import assert_never
 
-from fourfold_hpc_coder.evaluation import Launch, Model
 from fourfold_hpc_coder.judge.protocol import Evidence
+from fourfold_hpc_coder.vocabulary import Model, Processors
 
 WORKING_SHARE = 0.05
 """Least share of a call's processor time that must be spent in parallel regions, or by other threads."""
@@ -93,7 +93,7 @@ def _has_openmp(code: str) -> Proof:
     return Proof(parallel=False, because="it has no OpenMP directive that divides work")
 
 
-def in_action(evidence: Mapping[Launch, Evidence], model: Model) -> Proof:
+def in_action(evidence: Mapping[Processors, Evidence], model: Model) -> Proof:
     """What the runs showed, on those launches that had several processors.
 
     Args:
@@ -106,13 +106,17 @@ def in_action(evidence: Mapping[Launch, Evidence], model: Model) -> Proof:
         case "kokkos":
             return _worked(evidence, "no time was spent in Kokkos' patterns")
         case "omp":
-            several = {launch: one for launch, one in evidence.items() if launch.threads > 1}
+            several = {
+                processors: one for processors, one in evidence.items() if processors.threads > 1
+            }
             return _worked(several, "no work was done inside parallel regions")
         case "mpi":
             return _talked(evidence)
         case "mpi+omp":
             talked = _talked(evidence)
-            several = {launch: one for launch, one in evidence.items() if launch.threads > 1}
+            several = {
+                processors: one for processors, one in evidence.items() if processors.threads > 1
+            }
             return (
                 _worked(several, "no work was done inside parallel regions")
                 if talked.parallel
@@ -122,37 +126,37 @@ def in_action(evidence: Mapping[Launch, Evidence], model: Model) -> Proof:
             assert_never(model)
 
 
-def _worked(evidence: Mapping[Launch, Evidence], otherwise: str) -> Proof:
+def _worked(evidence: Mapping[Processors, Evidence], otherwise: str) -> Proof:
     if not evidence:
         return Proof(
             parallel=True, because="no launch had several threads, so nothing was observed"
         )
-    for launch, one in evidence.items():
+    for processors, one in evidence.items():
         inside = one.region_cpu_s / max(one.main_cpu_s - one.message_cpu_s, 1e-9)
         others = (one.process_cpu_s - one.main_cpu_s) / max(
             one.process_cpu_s - one.message_cpu_s, 1e-9
         )
         # A region that nobody else enters is a sequential loop with a directive.
-        is_alone = launch.threads > 1 and one.team <= one.ranks
+        is_alone = processors.threads > 1 and one.team <= one.ranks
         if one.regions and not is_alone and max(inside, others) >= WORKING_SHARE:
             return Proof(
                 parallel=True,
-                because=f"on {launch}, {one.regions:.0f} parallel regions took {inside:.0%} of the "
+                because=f"on {processors}, {one.regions:.0f} parallel regions took {inside:.0%} of the "
                 f"calling threads' time, and other threads did {max(others, 0):.0%} of the work",
             )
     return Proof(parallel=False, because=otherwise)
 
 
-def _talked(evidence: Mapping[Launch, Evidence]) -> Proof:
-    several = {launch: one for launch, one in evidence.items() if launch.ranks > 1}
+def _talked(evidence: Mapping[Processors, Evidence]) -> Proof:
+    several = {processors: one for processors, one in evidence.items() if processors.ranks > 1}
     if not several:
         return Proof(parallel=True, because="no launch had several ranks, so nothing was observed")
-    talked = {launch: one for launch, one in several.items() if one.talking_ranks > 1}
-    for launch, one in talked.items():
+    talked = {processors: one for processors, one in several.items() if one.talking_ranks > 1}
+    for processors, one in talked.items():
         if one.working_ranks > 1:
             return Proof(
                 parallel=True,
-                because=f"on {launch}, {one.messages:.0f} calls moved data between "
+                because=f"on {processors}, {one.messages:.0f} calls moved data between "
                 f"{one.talking_ranks:.0f} ranks",
             )
     lack = "one rank did all the work" if talked else "no data moved between ranks"

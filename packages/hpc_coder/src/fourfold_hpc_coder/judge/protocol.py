@@ -53,7 +53,7 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class Reply:
     """What came back from one call."""
 
     outputs: dict[str, np.ndarray]
@@ -101,7 +101,7 @@ class Channel:
         arguments: Sequence[np.ndarray],
         parameters: Sequence[Parameter],
         outputs: Sequence[Parameter],
-    ) -> Answer:
+    ) -> Reply:
         """Send inputs, have the candidate called once, take its outputs.
 
         Raises:
@@ -123,7 +123,7 @@ class Channel:
         if len(reply) < _EVIDENCE.size:
             raise ForgedError("a reply on the result channel is too short")
         evidence = _EVIDENCE.unpack_from(reply)
-        return Answer(
+        return Reply(
             outputs=_unpacked(reply[_EVIDENCE.size :], outputs),
             runtime_s=done_s - go_s,
             moving_cpu_s=(early_cpu_s, late_cpu_s),

@@ -22,12 +22,12 @@ from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
-from fourfold_hpc_coder.evaluation import Model
 from fourfold_hpc_coder.judge.openmp_calls import REGIONS, SYNCHRONISED
 from fourfold_hpc_coder.judge.parallelism import without_comments
 from fourfold_hpc_coder.sandbox.backends import Landlock, Sandbox
-from fourfold_hpc_coder.sandbox.job import Job, Limits, Mount, Outcome
+from fourfold_hpc_coder.sandbox.job import Job, JobResult, Limits, Mount
 from fourfold_hpc_coder.sandbox.process import run
+from fourfold_hpc_coder.vocabulary import Model
 from fourfold_parallel.common.files import cache_folder, whole_folder
 
 GIB = 1 << 30
@@ -200,7 +200,7 @@ def identity(model: Model) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
+class BuildInputs:
     """What answers to a problem are compiled against and linked with, in the cache."""
 
     flavour: Flavour
@@ -210,7 +210,7 @@ class Kept:
     """The driver and the runtime beneath it, each in a folder of its own."""
 
 
-def prepare(flavoured: Flavour, driver: str, text: str, sandbox: Sandbox) -> Kept:
+def prepare(flavoured: Flavour, driver: str, text: str, sandbox: Sandbox) -> BuildInputs:
     """The precompiled prelude, the runtime and a problem's driver; from the cache where there.
 
     Args:
@@ -225,7 +225,7 @@ def prepare(flavoured: Flavour, driver: str, text: str, sandbox: Sandbox) -> Kep
     # The prelude last: what lies beneath needs none, and another thread may be at it.
     beneath = objects(flavoured, driver, sandbox)
     whole = needs_whole(flavoured, text, sandbox)
-    return Kept(
+    return BuildInputs(
         flavour=flavoured, prelude=prelude(flavoured, sandbox, whole=whole), objects=beneath
     )
 
@@ -399,7 +399,9 @@ def _version() -> str:
     return _said("g++", "-dumpfullversion", "-dumpmachine")[0]
 
 
-def compile_candidate(sandbox: Sandbox, kept: Kept, source: Path, program: Path) -> Outcome:
+def compile_candidate(
+    sandbox: Sandbox, kept: BuildInputs, source: Path, program: Path
+) -> JobResult:
     """Compile and link an answer.
 
     Args:
@@ -453,7 +455,7 @@ def source_line(sandbox: Sandbox, program: Path, address: str) -> int:
     return int(found.group(1)) if found else 0
 
 
-def compile_kernel(sandbox: Sandbox, model: Model, source: Path, program: Path) -> Outcome:
+def compile_kernel(sandbox: Sandbox, model: Model, source: Path, program: Path) -> JobResult:
     """Compile a GPU kernel to an object: all that can be checked without a GPU."""
     flavoured = flavour(model)
     command = (flavoured.compiler, *flavoured.prelude, "-c", "/in/answer.cu", "-o", "/out/answer.o")

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fourfold_hpc_coder.evaluation import Model, Tolerance
 from fourfold_hpc_coder.judge.bench import ANSWER_BEGINS, Bench
 from fourfold_hpc_coder.judge.judge import Reference, Round, allowed, trusted_answers
 from fourfold_hpc_coder.judge.toolchain import runs_here
 from fourfold_hpc_coder.pareval.files import Question
 from fourfold_hpc_coder.problems import Parameter, Signature, parse_signature
+from fourfold_hpc_coder.vocabulary import Model, Tolerance
 
 VALIDATE, COMPUTE, BEST, RESET = map(np.int32, range(4))
 """What a request asks of a driver."""
@@ -75,7 +75,7 @@ HOPELESS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Borrowed:
+class CheckoutProblem:
     """A problem of a checkout in one parallel model: an exercise."""
 
     name: str
@@ -129,7 +129,7 @@ class Checkout:
     drivers: Path
     sizes: Mapping[str, Mapping[str, str]]
 
-    def find(self, question: Question) -> Borrowed:
+    def find(self, question: Question) -> CheckoutProblem:
         """The problem of a question, in the question's model.
 
         Raises:
@@ -155,7 +155,7 @@ class Checkout:
             raise ValueError(
                 f"the size {size!r} of {name} is no constant; write one such as (1<<18)"
             )
-        return Borrowed(name=name, model=model, size=size, text=self._whole(file))
+        return CheckoutProblem(name=name, model=model, size=size, text=self._whole(file))
 
     def _whole(self, file: Path) -> str:
         """A driver with the checkout's own headers put where they are included."""
@@ -204,7 +204,7 @@ def open_checkout(path: Path, sizes: Path | None = None) -> Checkout:
     return Checkout(drivers=drivers, sizes=found)
 
 
-def borrowed_reference(bench: Bench, problem: Borrowed, prompt: str) -> Reference:
+def checkout_reference(bench: Bench, problem: CheckoutProblem, prompt: str) -> Reference:
     """Time the checkout's own sequential answer, and lay down the rounds of an answer.
 
     Raises:

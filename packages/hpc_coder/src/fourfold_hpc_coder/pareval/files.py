@@ -10,7 +10,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
-from fourfold_hpc_coder.evaluation import MODELS, Launch, Model, Prompt, Run, Sample
+from fourfold_hpc_coder.vocabulary import MODELS, Execution, Model, Processors, Prompt, Sample
 
 GENERATION = ("temperature", "top_p", "do_sample", "max_new_tokens", "prompted")
 """Fields of a prompt that say how its outputs were generated; kept as they are."""
@@ -35,14 +35,14 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
+class Omission:
     """Why an entry could not be read: its place in the file and one sentence."""
 
     place: str
     because: str
 
 
-def read_outputs(path: Path) -> tuple[tuple[Question, ...], tuple[Problem, ...]]:
+def read_outputs(path: Path) -> tuple[tuple[Question, ...], tuple[Omission, ...]]:
     """Read a file of model outputs: the entries that make sense, and why the others do not.
 
     Raises:
@@ -55,7 +55,7 @@ def read_outputs(path: Path) -> tuple[tuple[Question, ...], tuple[Problem, ...]]
             questions.append(_question(entry))
         except ValueError as error:
             name = entry.get("name", "?") if isinstance(entry, dict) else "?"
-            problems.append(Problem(place=f"entry {index} ({name})", because=str(error)))
+            problems.append(Omission(place=f"entry {index} ({name})", because=str(error)))
     return tuple(questions), tuple(problems)
 
 
@@ -141,8 +141,10 @@ def _sample(one: Fields) -> Sample:
         built=bool(one["did_build"]),
         parallel=bool(one["is_source_valid"]),
         runs=tuple(
-            Run(
-                launch=Launch(ranks=run.get("num_procs", 1), threads=run.get("num_threads", 1)),
+            Execution(
+                processors=Processors(
+                    ranks=run.get("num_procs", 1), threads=run.get("num_threads", 1)
+                ),
                 ran=bool(run["did_run"]),
                 valid=bool(run["is_valid"]),
                 runtime_s=math.nan if run["runtime"] is None else float(run["runtime"]),
@@ -175,16 +177,16 @@ def result_fields(output: str, sample: Sample, model: Model) -> Fields:
     }
 
 
-def _run_fields(run: Run, model: Model) -> Fields:
+def _run_fields(run: Execution, model: Model) -> Fields:
     fields: Fields = {
         "did_run": run.ran,
         "is_valid": run.valid if run.ran else None,
         "runtime": _null(run.runtime_s),
     }
     if model in ("mpi", "mpi+omp"):
-        fields["num_procs"] = run.launch.ranks
+        fields["num_procs"] = run.processors.ranks
     if model in ("omp", "mpi+omp", "kokkos"):
-        fields["num_threads"] = run.launch.threads
+        fields["num_threads"] = run.processors.threads
     return fields
 
 

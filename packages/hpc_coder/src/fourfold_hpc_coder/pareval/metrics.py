@@ -16,13 +16,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fourfold_hpc_coder.evaluation import CLOCK_S, Launch, Model, Prompt, Run, Sample
+from fourfold_hpc_coder.evaluation import CLOCK_S
+from fourfold_hpc_coder.vocabulary import Execution, Model, Processors, Prompt, Sample
 
-MEASURED_ON: dict[Model, Launch] = {
-    "omp": Launch(threads=32),
-    "kokkos": Launch(threads=32),
-    "mpi": Launch(ranks=512),
-    "mpi+omp": Launch(ranks=4, threads=64),
+MEASURED_ON: dict[Model, Processors] = {
+    "omp": Processors(threads=32),
+    "kokkos": Processors(threads=32),
+    "mpi": Processors(ranks=512),
+    "mpi+omp": Processors(ranks=4, threads=64),
 }
 """The one launch whose runs `speedup@k` reads; of the other models it reads all."""
 
@@ -36,7 +37,7 @@ PROBLEM_SIZE = 1 << 18
 class _Row:
     """One line of ParEval's data frame."""
 
-    run: Run
+    run: Execution
     best_sequential_s: float
 
     @property
@@ -87,7 +88,7 @@ def scaling(
         for n in processors:
 
             def at(row: _Row, n: int = n) -> bool:
-                return row.valid and row.run.launch.processors == n
+                return row.valid and row.run.processors.count == n
 
             speedup = _over_prompts(group, lambda p: _weighted(_rows(p, at), k))
             row[f"speedup_{n}@{k}"] = speedup
@@ -139,7 +140,7 @@ def efficiency_max_at_k(
     def processors(prompt: Prompt, row: _Row) -> int:
         if prompt.model in ("cuda", "hip"):
             return _divisor(prompt, sizes)
-        return row.run.launch.processors
+        return row.run.processors.count
 
     def of(prompt: Prompt) -> float:
         chosen = _one_per_sample(prompt, lambda row: row.run.runtime_s * processors(prompt, row))
@@ -154,8 +155,10 @@ def _divisor(prompt: Prompt, sizes: Mapping[tuple[str, Model], int]) -> int:
 
 
 def _measured(prompt: Prompt) -> list[_Row]:
-    launch = MEASURED_ON.get(prompt.model)
-    return _rows(prompt, lambda row: row.valid and (launch is None or row.run.launch == launch))
+    processors = MEASURED_ON.get(prompt.model)
+    return _rows(
+        prompt, lambda row: row.valid and (processors is None or row.run.processors == processors)
+    )
 
 
 def _rows(prompt: Prompt, keep: Callable[[_Row], bool]) -> list[_Row]:
@@ -216,4 +219,4 @@ def _without_kokkos_64(prompt: Prompt) -> Prompt:
 
 
 def _only_below_64(sample: Sample) -> Sample:
-    return replace(sample, runs=tuple(run for run in sample.runs if run.launch.threads != 64))
+    return replace(sample, runs=tuple(run for run in sample.runs if run.processors.threads != 64))

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fourfold_hpc_coder.evaluation import MODELS, Model, Tolerance
 from fourfold_hpc_coder.problems import kernels
 from fourfold_hpc_coder.problems.inputs import draw
+from fourfold_hpc_coder.vocabulary import MODELS, Model, Tolerance
 
 DTYPES = {
     "double": "f8",

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
-from fourfold_hpc_coder.evaluation import Model
+from fourfold_hpc_coder.vocabulary import Model
 
 MPI_KIND = {
     "double": "MPI_DOUBLE",

@@ -19,7 +19,7 @@ from fourfold_hpc_coder.instruct.pipeline import held_out
 from fourfold_hpc_coder.instruct.verify import bench, verify
 from fourfold_hpc_coder.reproduce import figures
 from fourfold_hpc_coder.reproduce.claims import CLAIMS
-from fourfold_hpc_coder.reproduce.recipes import ARMS, SEEDS, TARGET, Tuned, tuned
+from fourfold_hpc_coder.reproduce.recipes import ARMS, SEEDS, TARGET, FinetuneStudy, tuned
 from fourfold_hpc_coder.reproduce.references import judge_references, on_a_laptop
 from fourfold_parallel.common.records import RecordWriter
 from fourfold_parallel.launch import is_main_rank
@@ -29,7 +29,7 @@ from fourfold_parallel.run.objective import token_nats
 from fourfold_parallel.run.train import train, trained_model
 
 
-def _stage(study: Tuned) -> Stage:
+def _stage(study: FinetuneStudy) -> Stage:
     return Stage(
         name=study.run.name,
         run=study,
@@ -37,7 +37,7 @@ def _stage(study: Tuned) -> Stage:
     )
 
 
-def tune_and_ask(study: Tuned, workplace: Workplace) -> None:
+def tune_and_ask(study: FinetuneStudy, workplace: Workplace) -> None:
     """Fine-tune, measure the loss on held-out answers, have held-out tasks answered, judge the answers.
 
     Events: "held-out" with the loss of right answers, "answer" per task, "answers" with the counts.
@@ -89,7 +89,7 @@ def tune_and_ask(study: Tuned, workplace: Workplace) -> None:
 
 
 @torch.no_grad()
-def held_out_nats(model: PreTrainedModel, study: Tuned) -> tuple[float, int]:
+def held_out_nats(model: PreTrainedModel, study: FinetuneStudy) -> tuple[float, int]:
     """Mean loss per token of held-out tasks' right answers, prompts given; and the number of tokens."""
     tokenizer = study.rows.tokenizer.fast()
     samples = [encode(tokenizer, one) for one in study.rows.held_out_samples()]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from fourfold_hpc_coder.evaluation import MODELS
 from fourfold_hpc_coder.reproduce.claims import losses, pooled
 from fourfold_hpc_coder.reproduce.recipes import ARMS, SEEDS, Arm
+from fourfold_hpc_coder.vocabulary import MODELS
 from fourfold_parallel.common.records import Event
 from fourfold_parallel.reproduce.claims import Records, over_seeds
 from fourfold_parallel.reproduce.experiment import Drawing

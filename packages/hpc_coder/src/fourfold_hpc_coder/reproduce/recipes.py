@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from fourfold_hpc_coder.bases import Continued
-from fourfold_hpc_coder.evaluation import Model
 from fourfold_hpc_coder.instruct.format import CodePairs, InstructionLoss, InstructionRows
 from fourfold_hpc_coder.instruct.pipeline import Instructions, templates
 from fourfold_hpc_coder.instruct.sources import ParallelSource
+from fourfold_hpc_coder.vocabulary import Model
+from fourfold_parallel.common.values import formerly
 from fourfold_parallel.reproduce.scale import Scale
 from fourfold_parallel.run.data import Packed
 from fourfold_parallel.run.engines import Single
@@ -33,8 +34,9 @@ TARGET: Model = "omp"
 """The parallel model that is taught and asked for."""
 
 
+@formerly("hpc_coder/Tuned")
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tuned:
+class FinetuneStudy:
     """A fine-tuning run and the questions asked of it afterwards."""
 
     run: Run
@@ -134,7 +136,7 @@ def pretrained(size: Size, width: int) -> Run:
     )
 
 
-def tuned(arm: Arm, seed: int, scale: Scale) -> Tuned:
+def tuned(arm: Arm, seed: int, scale: Scale) -> FinetuneStudy:
     """The fine-tuning run of an arm.
 
     Raises:
@@ -170,7 +172,7 @@ def tuned(arm: Arm, seed: int, scale: Scale) -> Tuned:
             run, name="generic", data=generic, seed=0, horizon=Steps(count=size.steps // 2)
         )
         run = replace(run, model=Continued(run=first))
-    return Tuned(run=run, rows=rows, asked=size.asked, max_new_tokens=64)
+    return FinetuneStudy(run=run, rows=rows, asked=size.asked, max_new_tokens=64)
 
 
 def _parts(arm: Arm, samples: int) -> tuple[Instructions, ...]:

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from fourfold_hpc_coder.evaluation import Launch, Model
 from fourfold_hpc_coder.judge import toolchain
-from fourfold_hpc_coder.judge.bench import Bench, Settings
+from fourfold_hpc_coder.judge.bench import Bench, JudgeSettings
 from fourfold_hpc_coder.judge.judge import judge, reference
 from fourfold_hpc_coder.problems import own_problems
 from fourfold_hpc_coder.sandbox.process import find_sandbox, scratch_folder
+from fourfold_hpc_coder.vocabulary import Model, Processors
 from fourfold_parallel.common.records import RecordWriter, header
 from fourfold_parallel.reproduce.experiment import Workplace
 
@@ -17,18 +17,18 @@ class References:
     """Which answers are judged, and how."""
 
     models: tuple[Model, ...]
-    settings: Settings
+    settings: JudgeSettings
 
 
 def on_a_laptop() -> References:
     """Serial, OpenMP and MPI on no more processors than a laptop has."""
-    launches: tuple[tuple[Model, tuple[Launch, ...]], ...] = (
-        ("serial", (Launch(),)),
-        ("omp", (Launch(), Launch(threads=2))),
-        ("mpi", (Launch(), Launch(ranks=2))),
+    launches: tuple[tuple[Model, tuple[Processors, ...]], ...] = (
+        ("serial", (Processors(),)),
+        ("omp", (Processors(), Processors(threads=2))),
+        ("mpi", (Processors(), Processors(ranks=2))),
     )
     return References(
-        models=("serial", "omp", "mpi"), settings=Settings(races=False, launches=launches)
+        models=("serial", "omp", "mpi"), settings=JudgeSettings(races=False, launches=launches)
     )
 
 
@@ -60,7 +60,7 @@ def judge_references(study: References, workplace: Workplace) -> None:
                         verdict=found.verdict,
                         because=found.because,
                         best_sequential_s=right.best_s,
-                        processors=[run.launch.processors for run in found.sample.runs],
+                        processors=[run.processors.count for run in found.sample.runs],
                         runtimes_s=[run.runtime_s for run in found.sample.runs],
                     )
             workplace.progress(done + 1, len(problems), name)

@@ -27,7 +27,7 @@ from fourfold_hpc_coder.sandbox.backends import (
     Sandbox,
     Unprotected,
 )
-from fourfold_hpc_coder.sandbox.job import Cause, Job, Limits, Mount, Outcome
+from fourfold_hpc_coder.sandbox.job import Cause, Job, JobResult, Limits, Mount
 
 STRANGERS = itertools.count(os.getpid() * 7 % 4000)
 """Users that own nothing, one per job, so that no job's process count adds to another's (root only)."""
@@ -146,7 +146,7 @@ class Process:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.handle.pid, signal.SIGKILL)
 
-    def finish(self) -> Outcome:
+    def finish(self) -> JobResult:
         """Kill what still runs, read the rest, and say how it went."""
         if not self.done:
             self.kill("nothing")
@@ -159,7 +159,7 @@ class Process:
         code = self.handle.returncode
         if self.limit == "nothing" and signal.SIGXCPU in (-code, code - 128):
             self.limit = "cpu"
-        return Outcome(
+        return JobResult(
             code=code,
             stdout=self.streams["stdout"].decode(errors="replace"),
             stderr=self.streams["stderr"].decode(errors="replace"),
@@ -274,7 +274,7 @@ def _await_end(lifeline: int) -> None:
         os.close(lifeline)
 
 
-def run(sandbox: Sandbox, job: Job) -> Outcome:
+def run(sandbox: Sandbox, job: Job) -> JobResult:
     """Run a job to its end or to a limit."""
     with started(sandbox, job) as process:
         while not process.done:

@@ -9,9 +9,9 @@ import secrets
 import threading
 from pathlib import Path
 
-from fourfold_hpc_coder.evaluation import Launch, Run, Sample
 from fourfold_hpc_coder.judge.judge import Judgement
 from fourfold_hpc_coder.pareval.files import Fields
+from fourfold_hpc_coder.vocabulary import Execution, Processors, Sample
 from fourfold_parallel.common.files import append_line, cache_folder, write_text
 
 SCHEMA = 1
@@ -100,8 +100,8 @@ def judgement_fields(judgement: Judgement) -> Fields:
         "best_sequential_s": _null(sample.best_sequential_s),
         "runs": [
             {
-                "ranks": run.launch.ranks,
-                "threads": run.launch.threads,
+                "ranks": run.processors.ranks,
+                "threads": run.processors.threads,
                 "ran": run.ran,
                 "valid": run.valid,
                 "runtime_s": _null(run.runtime_s),
@@ -114,8 +114,8 @@ def judgement_fields(judgement: Judgement) -> Fields:
 def judgement_of(fields: Fields) -> Judgement:
     """The judgement that `judgement_fields` wrote."""
     runs = tuple(
-        Run(
-            launch=Launch(ranks=run["ranks"], threads=run["threads"]),
+        Execution(
+            processors=Processors(ranks=run["ranks"], threads=run["threads"]),
             ran=run["ran"],
             valid=run["valid"],
             runtime_s=_nan(run["runtime_s"]),

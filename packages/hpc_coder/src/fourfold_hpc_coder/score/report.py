@@ -10,13 +10,13 @@ from pathlib import Path
 
 import jinja2
 
-from fourfold_hpc_coder.evaluation import Launch
-from fourfold_hpc_coder.judge.bench import Settings
+from fourfold_hpc_coder.judge.bench import JudgeSettings
 from fourfold_hpc_coder.judge.judge import Judgement
 from fourfold_hpc_coder.pareval.files import Fields
 from fourfold_hpc_coder.problems import own_problems
 from fourfold_hpc_coder.score import score
-from fourfold_hpc_coder.score.score import Judged, Scored
+from fourfold_hpc_coder.score.score import JudgedQuestion, ScoringResult
+from fourfold_hpc_coder.vocabulary import Processors
 from fourfold_parallel.common.files import write_text
 
 GOOD, POOR, BAD = "good", "poor", "bad"
@@ -29,7 +29,7 @@ _TONE: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class AnswerView:
     """One answer as the page shows it."""
 
     index: int
@@ -47,7 +47,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Page:
+class PromptView:
     """One prompt as the page shows it."""
 
     anchor: str
@@ -55,16 +55,16 @@ class Page:
     model: str
     prompt: str
     reference: str
-    answers: tuple[Answer, ...]
+    answers: tuple[AnswerView, ...]
 
 
 def write(
-    scored: Scored,
+    scored: ScoringResult,
     path: Path,
     *,
     title: str,
     ks: Sequence[int],
-    settings: Settings,
+    settings: JudgeSettings,
     facts: Sequence[str],
 ) -> Path:
     """Write the page, whole.
@@ -104,7 +104,7 @@ def _number(value: object) -> str:
     return str(value)
 
 
-def _matrix(judged: Sequence[Judged]) -> dict[str, dict[str, tuple[str, str, str]]]:
+def _matrix(judged: Sequence[JudgedQuestion]) -> dict[str, dict[str, tuple[str, str, str]]]:
     """By problem and model: answers that count, the tone of that share, and the anchor of the page."""
     rows: dict[str, dict[str, tuple[str, str, str]]] = {}
     for number, one in enumerate(judged):
@@ -119,11 +119,11 @@ def _matrix(judged: Sequence[Judged]) -> dict[str, dict[str, tuple[str, str, str
     return dict(sorted(rows.items()))
 
 
-def _page(number: int, one: Judged) -> Page:
+def _page(number: int, one: JudgedQuestion) -> PromptView:
     problem = own_problems().get(one.question.name)
     has_answer = problem is not None and one.question.model in problem.models
     reference = problem.answer(one.question.model) if problem and has_answer else ""
-    return Page(
+    return PromptView(
         anchor=f"p{number}",
         name=one.question.name,
         model=one.question.model,
@@ -138,17 +138,17 @@ def _page(number: int, one: Judged) -> Page:
     )
 
 
-def _answer(index: int, body: str, judgement: Judgement, reference: str) -> Answer:
+def _answer(index: int, body: str, judgement: Judgement, reference: str) -> AnswerView:
     runs = tuple(
         {
-            "launch": str(run.launch),
+            "launch": str(run.processors),
             "outcome": "right" if run.valid else ("wrong" if run.ran else "did not end by itself"),
             "runtime_s": run.runtime_s,
             "speedup": judgement.sample.best_sequential_s / max(run.runtime_s, 1e-9),
         }
         for run in judgement.sample.runs
     )
-    return Answer(
+    return AnswerView(
         index=index,
         verdict=judgement.verdict,
         tone=_TONE.get(judgement.verdict, BAD),
@@ -160,7 +160,7 @@ def _answer(index: int, body: str, judgement: Judgement, reference: str) -> Answ
         runs=runs,
         curve=speedup_curve(
             {
-                run.launch: judgement.sample.best_sequential_s / run.runtime_s
+                run.processors: judgement.sample.best_sequential_s / run.runtime_s
                 for run in judgement.sample.runs
                 if run.runtime_s > 0
             }
@@ -180,9 +180,9 @@ def _difference(reference: str, body: str) -> str:
     return "\n".join(marked)
 
 
-def speedup_curve(speedups: Mapping[Launch, float]) -> str:
+def speedup_curve(speedups: Mapping[Processors, float]) -> str:
     """Speed-up over processors as a small SVG, with the ideal dashed; empty for one launch."""
-    points = sorted((launch.processors, value) for launch, value in speedups.items())
+    points = sorted((processors.count, value) for processors, value in speedups.items())
     if len({processors for processors, _ in points}) < 2:
         return ""
     width, height, left, below = 260, 130, 34, 24

@@ -11,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from fourfold_hpc_coder.evaluation import Model
 from fourfold_hpc_coder.judge import toolchain
 from fourfold_hpc_coder.judge.bench import Bench, precompile, ready
 from fourfold_hpc_coder.judge.judge import (
@@ -22,11 +21,12 @@ from fourfold_hpc_coder.judge.judge import (
     judged_by_time,
     reference,
 )
-from fourfold_hpc_coder.pareval.checkout import Borrowed, borrowed_reference
+from fourfold_hpc_coder.pareval.checkout import CheckoutProblem, checkout_reference
 from fourfold_hpc_coder.pareval.files import Question
 from fourfold_hpc_coder.problems import Problem
+from fourfold_hpc_coder.vocabulary import Model
 
-Asked = Problem | Borrowed
+AnyProblem = Problem | CheckoutProblem
 """A problem of this package, or of a checkout of ParEval."""
 
 TOGETHER = 64
@@ -38,11 +38,11 @@ LARGE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class AnswerTask:
     """One distinct answer, and every place of the file where it stands."""
 
     question: Question
-    problem: Asked
+    problem: AnyProblem
     body: str
     key: str
     places: tuple[tuple[int, int], ...]
@@ -51,15 +51,19 @@ class Task:
     def source(self) -> str:
         """Answers of one source share inputs and right answers."""
         shared = self.problem.name
-        return f"{shared} ({self.question.model})" if isinstance(self.problem, Borrowed) else shared
+        return (
+            f"{shared} ({self.question.model})"
+            if isinstance(self.problem, CheckoutProblem)
+            else shared
+        )
 
 
 def judge_all(
     bench: Bench,
-    waiting: Sequence[Task],
+    waiting: Sequence[AnswerTask],
     models: Sequence[Model],
     jobs: int,
-    settle: Callable[[Task, Judgement], None],
+    settle: Callable[[AnswerTask, Judgement], None],
 ) -> dict[str, str]:
     """Judge answers; a problem whose reference fails is reported, not fatal.
 
@@ -95,11 +99,11 @@ def judge_all(
                 (task for task in window if task.source in rights),
                 key=lambda task: task.question.model == "serial",
             )
-            checked: list[tuple[Task, Future[_Kept | None]]] = [
+            checked: list[tuple[AnswerTask, Future[_WaitingProgram | None]]] = [
                 (task, pool.submit(_checked, bench, task, rights[task.source], settle))
                 for task in able
             ]
-            kept: list[_Kept | None] = []
+            kept: list[_WaitingProgram | None] = []
             for task, future in checked:
                 try:
                     kept.append(future.result())
@@ -113,9 +117,9 @@ def judge_all(
     return failed
 
 
-def windows(waiting: Sequence[Task]) -> Iterator[list[Task]]:
+def windows(waiting: Sequence[AnswerTask]) -> Iterator[list[AnswerTask]]:
     """The answers in their order, cut into those that are timed together."""
-    window: list[Task] = []
+    window: list[AnswerTask] = []
     sources: set[str] = set()
     for task in waiting:
         if len(window) == TOGETHER or len(sources | {task.source}) > PROBLEMS:
@@ -128,17 +132,20 @@ def windows(waiting: Sequence[Task]) -> Iterator[list[Task]]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class _WaitingProgram:
     """A checked answer that waits to be timed, and what holds its folder."""
 
-    task: Task
+    task: AnswerTask
     candidate: Candidate
     folder: ExitStack
 
 
 def _checked(
-    bench: Bench, task: Task, right: Reference, settle: Callable[[Task, Judgement], None]
-) -> _Kept | None:
+    bench: Bench,
+    task: AnswerTask,
+    right: Reference,
+    settle: Callable[[AnswerTask, Judgement], None],
+) -> _WaitingProgram | None:
     """The answer if it has yet to be timed; otherwise it is settled."""
     question = task.question
     with ExitStack() as held:
@@ -147,13 +154,13 @@ def _checked(
         if isinstance(found, Candidate) and found.program_bytes > LARGE_BYTES:
             found = judged_by_time(bench, found)
         if isinstance(found, Candidate):
-            return _Kept(task, found, held.pop_all())
+            return _WaitingProgram(task, found, held.pop_all())
         settle(task, found)
         return None
 
 
 def _lay_ground(
-    bench: Bench, waiting: Sequence[Task], models: Sequence[Model], pool: ThreadPoolExecutor
+    bench: Bench, waiting: Sequence[AnswerTask], models: Sequence[Model], pool: ThreadPoolExecutor
 ) -> None:
     """Begin what every answer needs before the first asks for it; preludes, which take longest, first.
 
@@ -190,7 +197,7 @@ def _pool(jobs: int) -> Iterator[ThreadPoolExecutor]:
             raise
 
 
-def _reference(bench: Bench, task: Task) -> Reference:
-    if isinstance(task.problem, Borrowed):
-        return borrowed_reference(bench, task.problem, task.question.prompt)
+def _reference(bench: Bench, task: AnswerTask) -> Reference:
+    if isinstance(task.problem, CheckoutProblem):
+        return checkout_reference(bench, task.problem, task.question.prompt)
     return reference(bench, task.problem)

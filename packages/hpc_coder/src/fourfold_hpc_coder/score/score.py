@@ -17,8 +17,6 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from fourfold_hpc_coder.evaluation import (
-    Model,
-    Prompt,
     build_at_k,
     conditional_speedup_at_1,
     efficiency_at_k,
@@ -27,17 +25,18 @@ from fourfold_hpc_coder.evaluation import (
     speedup_max_at_k,
 )
 from fourfold_hpc_coder.judge import toolchain
-from fourfold_hpc_coder.judge.bench import Bench, Settings
+from fourfold_hpc_coder.judge.bench import Bench, JudgeSettings
 from fourfold_hpc_coder.judge.judge import Judgement
 from fourfold_hpc_coder.pareval import files as pareval
 from fourfold_hpc_coder.pareval import metrics as published
-from fourfold_hpc_coder.pareval.checkout import HOPELESS, Borrowed
-from fourfold_hpc_coder.pareval.files import Fields, Question
+from fourfold_hpc_coder.pareval.checkout import HOPELESS, CheckoutProblem
+from fourfold_hpc_coder.pareval.files import Fields, Omission, Question
 from fourfold_hpc_coder.problems import Problem, find_problem
 from fourfold_hpc_coder.sandbox.backends import Sandbox
 from fourfold_hpc_coder.sandbox.process import scratch_folder
 from fourfold_hpc_coder.score.journal import Journal, cached, keep
-from fourfold_hpc_coder.score.schedule import Asked, Task, judge_all
+from fourfold_hpc_coder.score.schedule import AnswerTask, AnyProblem, judge_all
+from fourfold_hpc_coder.vocabulary import Model, Prompt
 from fourfold_parallel.common.files import write_text
 from fourfold_parallel.common.progress import Progress
 from fourfold_parallel.common.values import digest
@@ -51,26 +50,26 @@ def built_in(question: Question) -> Problem:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Scoring:
     """What to score and how."""
 
     outputs: Path
     folder: Path
     """Receives the journal, the results and the report."""
     models: tuple[Model, ...]
-    settings: Settings
+    settings: JudgeSettings
     sandbox: Sandbox
     jobs: int
     """Answers built and checked at once; timing is always done alone."""
     ks: tuple[int, ...]
     is_cached: bool
     """Whether verdicts of equal answers in earlier scorings are used."""
-    find: Callable[[Question], Asked] = built_in
+    find: Callable[[Question], AnyProblem] = built_in
     """The problem that a question is about; ValueError where there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
+class JudgedQuestion:
     """A question with the judgement of each of its outputs."""
 
     question: Question
@@ -88,11 +87,11 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scored:
+class ScoringResult:
     """Everything that a scoring found."""
 
-    judged: tuple[Judged, ...]
-    problems: tuple[pareval.Problem, ...]
+    judged: tuple[JudgedQuestion, ...]
+    problems: tuple[Omission, ...]
     """What could not be scored, and why."""
     notes: tuple[str, ...]
     """Questions that the numbers cannot answer, such as k above the number of samples."""
@@ -100,7 +99,7 @@ class Scored:
     """Answers whose verdict was in the journal or the cache, or equal to another's."""
 
 
-def score(plan: Plan, progress: Progress) -> Scored:
+def score(plan: Scoring, progress: Progress) -> ScoringResult:
     """Judge every output of the file, then write results, metrics and journal.
 
     Raises:
@@ -135,7 +134,7 @@ def score(plan: Plan, progress: Progress) -> Scored:
         )
         fresh: dict[str, Judgement] = {}
 
-        def settle(task: Task, judgement: Judgement) -> None:
+        def settle(task: AnswerTask, judgement: Judgement) -> None:
             journal.write(task.key, judgement)
             keep(task.key, judgement)
             fresh[task.key] = judgement
@@ -146,7 +145,7 @@ def score(plan: Plan, progress: Progress) -> Scored:
         failed = judge_all(bench, waiting, plan.models, plan.jobs, settle)
     found.update(fresh)
     judged = tuple(
-        Judged(
+        JudgedQuestion(
             question=question,
             judgements=tuple(found[key] for key in keys),
         )
@@ -155,16 +154,16 @@ def score(plan: Plan, progress: Progress) -> Scored:
         )
         if all(key in found for key in keys)
     )
-    borrowed = {q.name for q, one in kept if isinstance(one, Borrowed) and q.model != "cuda"}
+    borrowed = {q.name for q, one in kept if isinstance(one, CheckoutProblem) and q.model != "cuda"}
     hopeless = [
         f"no answer to {name} passes with ParEval's driver: {HOPELESS[name]}"
         for name in sorted(borrowed & {*HOPELESS})
     ]
-    scored = Scored(
+    scored = ScoringResult(
         judged=judged,
         problems=(
             *problems,
-            *(pareval.Problem(place=place, because=why) for place, why in failed.items()),
+            *(Omission(place=place, because=why) for place, why in failed.items()),
         ),
         notes=(*_notes(judged, plan.ks), *hopeless),
         reused=sum(len(one.judgements) for one in judged) - len(fresh),
@@ -174,8 +173,8 @@ def score(plan: Plan, progress: Progress) -> Scored:
 
 
 def _scorable(
-    questions: Sequence[Question], plan: Plan
-) -> tuple[list[tuple[Question, Asked]], list[pareval.Problem]]:
+    questions: Sequence[Question], plan: Scoring
+) -> tuple[list[tuple[Question, AnyProblem]], list[Omission]]:
     kept, left_out = [], []
     absent = {model: toolchain.barred(model, plan.sandbox) for model in plan.models}
     for question in questions:
@@ -185,24 +184,26 @@ def _scorable(
         try:
             problem = plan.find(question)
         except ValueError as error:
-            left_out.append(pareval.Problem(place=place, because=str(error)))
+            left_out.append(Omission(place=place, because=str(error)))
             continue
         if absent[question.model]:
-            left_out.append(pareval.Problem(place=place, because=absent[question.model]))
+            left_out.append(Omission(place=place, because=absent[question.model]))
         else:
             kept.append((question, problem))
     return kept, left_out
 
 
-def _tasks(kept: Sequence[tuple[Question, Asked]], settings: Settings) -> list[Task]:
+def _tasks(
+    kept: Sequence[tuple[Question, AnyProblem]], settings: JudgeSettings
+) -> list[AnswerTask]:
     """Distinct answers, those to one problem together."""
-    found: dict[str, Task] = {}
+    found: dict[str, AnswerTask] = {}
     for entry, (question, problem) in enumerate(kept):
         for index, body in enumerate(question.outputs):
             key = _key(question, problem, body, settings)
             before = found.get(key)
             places = (*(before.places if before else ()), (entry, index))
-            found[key] = Task(question, problem, body, key, places)
+            found[key] = AnswerTask(question, problem, body, key, places)
     return sorted(found.values(), key=lambda task: (task.problem.name, task.places))
 
 
@@ -244,11 +245,13 @@ def _identity(model: Model) -> str:
     return toolchain.identity(model)
 
 
-def _key(question: Question, problem: Asked, body: str, settings: Settings) -> str:
+def _key(question: Question, problem: AnyProblem, body: str, settings: JudgeSettings) -> str:
     return answer_key(problem, question.model, question.prompt, body, settings)
 
 
-def answer_key(problem: Asked, model: Model, prompt: str, body: str, settings: Settings) -> str:
+def answer_key(
+    problem: AnyProblem, model: Model, prompt: str, body: str, settings: JudgeSettings
+) -> str:
     """Equal keys are equal verdicts, on one machine."""
     facts = (
         _machinery(),
@@ -264,11 +267,11 @@ def answer_key(problem: Asked, model: Model, prompt: str, body: str, settings: S
 
 
 def equal_answers(
-    problem: Asked,
+    problem: AnyProblem,
     model: Model,
     prompt: str,
     body: str,
-    settings: Settings,
+    settings: JudgeSettings,
     fresh: Callable[[str], Judgement],
 ) -> Judgement:
     """The verdict of an equal answer from the cache, or a fresh one, which is kept."""
@@ -280,7 +283,7 @@ def equal_answers(
     return held
 
 
-def _notes(judged: Iterable[Judged], ks: Sequence[int]) -> tuple[str, ...]:
+def _notes(judged: Iterable[JudgedQuestion], ks: Sequence[int]) -> tuple[str, ...]:
     fewest: dict[int, list[str]] = {}
     for one in judged:
         for k in ks:
@@ -293,29 +296,33 @@ def _notes(judged: Iterable[Judged], ks: Sequence[int]) -> tuple[str, ...]:
     )
 
 
-def metrics(judged: Sequence[Judged], ks: Sequence[int], settings: Settings) -> list[Fields]:
+def metrics(
+    judged: Sequence[JudgedQuestion], ks: Sequence[int], settings: JudgeSettings
+) -> list[Fields]:
     """Our definitions, a row per model and problem type, speed-ups on the model's largest launch."""
     rows = []
     prompts = [one.prompt for one in judged]
     kinds: list[tuple[Model, str]] = sorted({(p.model, p.problem_type) for p in prompts})
     for model, problem_type in kinds:
         group = [p for p in prompts if (p.model, p.problem_type) == (model, problem_type)]
-        launch = max(settings.of(model), key=lambda one: one.processors)
+        processors = max(settings.of(model), key=lambda one: one.count)
         row: Fields = {
             "execution model": model,
             "problem type": problem_type,
             "prompts": len(group),
             "samples": sum(len(p.samples) for p in group),
-            "processors": launch.processors,
+            "processors": processors.count,
         }
         for k in ks:
             row[f"build@{k}"] = build_at_k(group, k)
             row[f"pass@{k}"] = pass_at_k(group, k)
             row[f"pass@{k}, parallel or not"] = pass_at_k(group, k, parallel=False)
-            row[f"speedup_n@{k}"] = speedup_at_k(group, k, launch=launch)
+            row[f"speedup_n@{k}"] = speedup_at_k(group, k, processors=processors)
             row[f"speedup_max@{k}"] = speedup_max_at_k(group, k)
-            row[f"efficiency_n@{k}"] = efficiency_at_k(group, k, launch=launch)
-        row["speedup_n of samples that count"] = conditional_speedup_at_1(group, launch=launch)
+            row[f"efficiency_n@{k}"] = efficiency_at_k(group, k, processors=processors)
+        row["speedup_n of samples that count"] = conditional_speedup_at_1(
+            group, processors=processors
+        )
         if not toolchain.runs_here(model):  # what was never run is not wrong
             row |= {
                 key: math.nan for key in row if key.startswith(("pass", "speedup", "efficiency"))
@@ -324,7 +331,7 @@ def metrics(judged: Sequence[Judged], ks: Sequence[int], settings: Settings) -> 
     return rows
 
 
-def results(judged: Sequence[Judged]) -> list[Fields]:
+def results(judged: Sequence[JudgedQuestion]) -> list[Fields]:
     """The file's entries with each output's results, as ParEval's driver writes them."""
     return [
         {
@@ -339,7 +346,7 @@ def results(judged: Sequence[Judged]) -> list[Fields]:
 
 
 def write_results(
-    scored: Scored, folder: Path, ks: Sequence[int], settings: Settings
+    scored: ScoringResult, folder: Path, ks: Sequence[int], settings: JudgeSettings
 ) -> Mapping[str, Path]:
     """Write every table, each whole; the HTML page is `report.write`'s."""
     entries = results(scored.judged)
@@ -371,7 +378,7 @@ def write_results(
     return {name: folder / name for name in texts}
 
 
-def counts(scored: Scored) -> dict[str, dict[str, int]]:
+def counts(scored: ScoringResult) -> dict[str, dict[str, int]]:
     """Number of answers per model and verdict."""
     found: dict[str, dict[str, int]] = {}
     for one in scored.judged:
