@@ -164,7 +164,7 @@ def test_a_driver_that_does_not_build_is_left_out_with_the_compilers_words(
     plan.outputs.write_text(json.dumps([entry("serial", RIGHT), entry("mpi", RIGHT)]))
     scored = score.score(plan, silent)
     assert [one.question.model for one in scored.judged] == ["mpi"]
-    assert "does not build" in scored.problems[0].because
+    assert "does not build" in scored.omissions[0].because
 
 
 @pytest.mark.parametrize(

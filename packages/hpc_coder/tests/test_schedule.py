@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fourfold_hpc_coder.judge import artifacts, judge
 from fourfold_hpc_coder.judge import bench as workbench
-from fourfold_hpc_coder.judge import judge, toolchain
 from fourfold_hpc_coder.judge.bench import JudgeSettings, Quiet
 from fourfold_hpc_coder.pareval.files import Question
 from fourfold_hpc_coder.problems import own_problems
@@ -74,7 +74,7 @@ class Watch:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[tuple[str, int, float, float]] = []
         self._patience = threading.local()
-        self._wrap(monkeypatch, toolchain, "run", "compiler")
+        self._wrap(monkeypatch, artifacts, "run", "compiler")
         self._wrap(monkeypatch, judge, "trusted_answers", "reference")
         self._wrap(monkeypatch, schedule, "check", "check")
         for holder, name, kind in (

@@ -18,7 +18,7 @@ from fourfold_hpc_coder.judge import toolchain
 from fourfold_hpc_coder.judge.bench import JudgeSettings
 from fourfold_hpc_coder.pareval import files as pareval
 from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.score import report, schedule, score
+from fourfold_hpc_coder.score import cache, report, schedule, score
 from fourfold_hpc_coder.score.journal import Journal
 from fourfold_hpc_coder.score.score import Scoring
 from fourfold_hpc_coder.vocabulary import Model, Processors
@@ -122,7 +122,7 @@ def test_golden_outputs_get_the_verdicts_of_their_labels(plan: Scoring, model: M
             assert judgement.verdict == wanted, (judged.question.name, label, judgement.because)
             assert judgement.because
     assert len(scored.judged) == sum(key[1] == model for key in labels)
-    assert not scored.problems
+    assert not scored.omissions
 
 
 def test_what_was_never_run_is_neither_right_nor_wrong(plan: Scoring) -> None:
@@ -183,6 +183,51 @@ def test_equal_answers_are_judged_once_and_the_cache_spares_the_rest(
     assert second.reused == 3
     verdicts = [one.verdict for one in second.judged[0].judgements]
     assert verdicts == ["correct", "wrong", "correct"]
+
+
+def test_a_chats_reply_is_named_and_its_body_judged_where_asked_for(plan: Scoring) -> None:
+    """With its fence it is no C++; a fence in a comment or a string of a body is none."""
+    prompt = own_problems()[AVERAGE].prompt("serial")
+    replies = (
+        f"Here it is:\n```cpp\n{RIGHT}\n```\nIt adds them up.",
+        f"```cpp\n{prompt}\n{RIGHT}\n```",
+        f"{RIGHT}\n```",
+    )
+    plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", *replies, f"// ```\n{RIGHT}")]))
+    [judged] = score.score(plan, silent).judged
+    assert [one.verdict for one in judged.judgements] == ["no build"] * 3 + ["correct"]
+    assert all("--extract-bodies" in one.because for one in judged.judgements[:3])
+    extracting = replace(plan, extracts_bodies=True)
+    [judged] = score.score(extracting, silent).judged
+    assert [one.verdict for one in judged.judgements] == ["correct"] * 4
+    [result] = json.loads((plan.folder / "results.json").read_text())
+    assert result["raw_outputs"][:3] == [*replies]
+    assert result["outputs"][1]["generated_output"].strip() == RIGHT
+
+
+def test_any_change_of_what_decides_a_verdict_changes_its_key(tmp_path: Path) -> None:
+    """A file that is new, renamed or changed; a report's does not."""
+    package = tmp_path / "package"
+    shutil.copytree(Path(cache.__file__).parents[1], package)
+
+    def key() -> str:
+        cache.sources_sha256.cache_clear()
+        return cache.sources_sha256(cache.DECISIVE, package)
+
+    seen = {key()}
+    for room in ("judge", "judge/drivers", "sandbox", "problems", "pareval"):
+        new = package / room / "new.txt"
+        new.write_text("")
+        seen.add(key())
+        new.write_text("x")
+        seen.add(key())
+        new.rename(new.with_name("newer.txt"))
+        seen.add(key())
+    (package / "evaluation.py").write_text("")
+    seen.add(key())
+    assert len(seen) == 1 + 5 * 3 + 1
+    (package / "score" / "report.py").write_text("")
+    assert key() in seen
 
 
 KILLED = """
@@ -392,7 +437,7 @@ def test_what_cannot_be_scored_is_named_and_the_rest_is_scored(
     )
     scored = score.score(replace(plan, models=("serial", "mpi"), ks=(1, 5)), silent)
     assert [one.verdict for one in scored.judged[0].judgements] == ["correct"]
-    reasons = " ".join(one.because for one in scored.problems)
+    reasons = " ".join(one.because for one in scored.omissions)
     for words in ("lacks", "built-in problems", "libopenmpi-dev"):
         assert words in reasons
     assert "k=5 is above the number of samples" in scored.notes[0]
@@ -413,7 +458,7 @@ def test_absent_gpu_compilers_are_named_per_prompt_and_the_rest_is_scored(
     plan.outputs.write_text(json.dumps(entries))
     scored = score.score(replace(plan, models=models), silent)
     assert [one.verdict for one in scored.judged[0].judgements] == ["correct"]
-    assert {one.place: one.because for one in scored.problems} == {
+    assert {one.place: one.because for one in scored.omissions} == {
         f"{AVERAGE} (cuda)": "nvcc is not installed (Debian: nvidia-cuda-toolkit)",
         f"{AVERAGE} (hip)": "hipcc is not installed (Debian: hipcc)",
     }
@@ -448,15 +493,15 @@ def test_an_mpi_that_does_not_work_leaves_the_rest_to_be_scored(
     other.chmod(0o755)
     monkeypatch.setenv("PATH", f"{other.parent}{os.pathsep}{os.environ['PATH']}")
     toolchain._said.cache_clear()
-    toolchain._mpi_flags.cache_clear()
+    toolchain.mpi_flags.cache_clear()
     plan.outputs.write_text(json.dumps([entry(AVERAGE, m, RIGHT) for m in ("serial", "mpi")]))
     try:
         scored = score.score(replace(plan, models=("serial", "mpi")), silent)
     finally:
         toolchain._said.cache_clear()
-        toolchain._mpi_flags.cache_clear()
+        toolchain.mpi_flags.cache_clear()
     assert [one.judgements[0].verdict for one in scored.judged] == ["correct"]
-    assert words in scored.problems[0].because
+    assert words in scored.omissions[0].because
 
 
 def test_a_row_is_an_answer_whatever_stands_in_it(plan: Scoring) -> None:
@@ -485,8 +530,8 @@ def test_a_prompt_that_our_driver_cannot_call_is_left_out(plan: Scoring) -> None
     plan.outputs.write_text(json.dumps([theirs, same, copied]))
     scored = score.score(replace(plan, models=("serial", "kokkos")), silent)
     assert [one.judgements[0].verdict for one in scored.judged] == ["correct"]
-    assert [one.place.split()[0] for one in scored.problems] == ["02_dense_la_gemm", AVERAGE]
-    assert declared in scored.problems[0].because
+    assert [one.place.split()[0] for one in scored.omissions] == ["02_dense_la_gemm", AVERAGE]
+    assert declared in scored.omissions[0].because
 
 
 @pytest.mark.parametrize("name", ["[b]", "[/red]"])

@@ -17,7 +17,7 @@ from fourfold_hpc_coder.options import Finetune, Generate, MakeData, Score, Stud
 from fourfold_hpc_coder.pareval.checkout import open_checkout
 from fourfold_hpc_coder.pareval.files import Question
 from fourfold_hpc_coder.sandbox.process import find_sandbox
-from fourfold_hpc_coder.score import report, score
+from fourfold_hpc_coder.score import report, score, tables
 from fourfold_hpc_coder.score.schedule import AnyProblem
 from fourfold_hpc_coder.vocabulary import Processors
 from fourfold_parallel.common.progress import Progress as Work
@@ -98,6 +98,7 @@ def score_outputs(options: Score, target: Console) -> None:
         jobs=options.jobs,
         ks=options.k,
         is_cached=not options.no_cache,
+        extracts_bodies=options.extract_bodies,
         find=find,
     )
     with bar(target, "scoring") as progress:
@@ -116,7 +117,7 @@ def score_outputs(options: Score, target: Console) -> None:
     target.print(f"{scored.reused} verdicts reused. Report: {page}", soft_wrap=True, markup=False)
 
 
-def say(scored: score.ScoringResult, target: Console) -> None:
+def say(scored: tables.ScoringResult, target: Console) -> None:
     """Every failure in a sentence, what was left out, and the counts."""
     for one in scored.judged:
         for index, judgement in enumerate(one.judgements):
@@ -124,11 +125,11 @@ def say(scored: score.ScoringResult, target: Console) -> None:
                 place = f"{one.question.name} ({one.question.model}) answer {index}"
                 line = f"{place}: {judgement.verdict}: {judgement.because}"
                 target.print(line, soft_wrap=True, markup=False)
-    for problem in scored.problems:
+    for problem in scored.omissions:
         target.print(f"left out: {problem.place}: {problem.because}", soft_wrap=True, markup=False)
     for note in scored.notes:
         target.print(note, soft_wrap=True, markup=False)
-    for model, found in score.counts(scored).items():
+    for model, found in tables.counts(scored).items():
         shown = ", ".join(f"{count} {verdict}" for verdict, count in found.items())
         target.print(f"{model}: {shown}", markup=False)
 

@@ -52,6 +52,8 @@ class Score:
     """Longest that one call may take."""
     repetitions: int = 3
     """Timed calls per launch, of which the shortest counts."""
+    extract_bodies: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """The outputs are replies of a chat: judge the function's body in each."""
     no_cache: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Judge again what was judged before."""
     unsafe_no_sandbox: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

@@ -43,7 +43,7 @@ class Processors:
     """Threads per rank."""
 
     @property
-    def processors(self) -> int:
+    def count(self) -> int:
         """N of speedup_n: ranks times threads."""
         return self.ranks * self.threads
 

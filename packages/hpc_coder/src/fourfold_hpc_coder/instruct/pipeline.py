@@ -5,13 +5,11 @@ Samples that were refused are kept beside the others with their verdict: the acc
 """
 
 import hashlib
-import importlib.resources
 import json
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 from fourfold_hpc_coder.instruct.decontaminate import Screen
@@ -26,6 +24,7 @@ from fourfold_hpc_coder.instruct.samples import (
 from fourfold_hpc_coder.instruct.teachers import Teacher, Templates, shuffled_tasks, split
 from fourfold_hpc_coder.instruct.verify import bench, verify
 from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.score.cache import sources_sha256
 from fourfold_hpc_coder.vocabulary import Model
 from fourfold_parallel.common.files import cache_folder, write_text
 from fourfold_parallel.common.progress import Progress, silent
@@ -135,13 +134,9 @@ def _claim(folder: Path, recipe: Instructions) -> None:
     write_text(mark, text)
 
 
-@cache
 def makers() -> str:
     """Digest of the sources that decide a sample's text."""
-    package = importlib.resources.files("fourfold_hpc_coder")
-    files = [package / "problems" / "kernels.py", package / "problems" / "__init__.py"]
-    files += [package / "instruct" / name for name in ("grammar.py", "teachers.py", "pipeline.py")]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return sources_sha256(("instruct", "problems"))
 
 
 def _extend(

@@ -17,10 +17,9 @@ from tree_sitter import Language, Node, Parser
 from fourfold_hpc_coder.instruct.dedup import TextMemory
 from fourfold_hpc_coder.instruct.samples import InstructionSample, Provenance
 from fourfold_hpc_coder.instruct.sources import CONSTRUCTS, Construct, SourceFile
-from fourfold_hpc_coder.judge.toolchain import COMPILING
+from fourfold_hpc_coder.judge.artifacts import compiling
 from fourfold_hpc_coder.sandbox.backends import Sandbox
-from fourfold_hpc_coder.sandbox.job import Job, Mount
-from fourfold_hpc_coder.sandbox.process import run
+from fourfold_hpc_coder.sandbox.job import Mount
 
 _PARSER = Parser(Language(tree_sitter_cpp.language()))
 LONGEST = 4000
@@ -122,6 +121,6 @@ def compiled(
         )
         command = ("g++", "-std=c++17", "-fopenmp", "-fsyntax-only", "/in/answer.cpp")
         mounts = (Mount(source=source, target="/in"),)
-        outcome = run(sandbox, Job(command=command, mounts=mounts, limits=COMPILING))
-        judged.append(replace(sample, verdict="no build" if outcome.code else "compiles"))
+        result = compiling(sandbox, command, mounts)
+        judged.append(replace(sample, verdict="no build" if result.code else "compiles"))
     return tuple(judged)

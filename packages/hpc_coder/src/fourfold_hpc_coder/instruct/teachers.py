@@ -137,7 +137,7 @@ class Endpoint:
         """Ask for a function's body."""
         asked = instruction(task, model, category)
         text, tokens = self._request(FUNCTION_ONLY + asked)
-        from fourfold_hpc_coder.generate import body_of
+        from fourfold_hpc_coder.pareval.bodies import body_of
 
         return InstructionSample(
             category=category,
@@ -212,7 +212,7 @@ class Transformers:
 
     def teach(self, task: Task, model: Model, category: Category) -> InstructionSample:
         """Have the function completed, greedily."""
-        from fourfold_hpc_coder.generate import body_of
+        from fourfold_hpc_coder.pareval.bodies import body_of
 
         asked = instruction(task, model, category)
         [text] = _local(self.model_name, self.max_new_tokens).complete_many([asked])

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Protocol
 
 from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.judge.build import compile_candidate, compile_kernel, objects, prepare
+from fourfold_hpc_coder.judge.prelude import includes_more, needs_whole, prelude
 from fourfold_hpc_coder.judge.protocol import Channel, opened
 from fourfold_hpc_coder.problems import Parameter, Problem, Signature
 from fourfold_hpc_coder.sandbox.backends import Sandbox
@@ -176,14 +178,14 @@ def precompile(bench: Bench, model: Model, texts: Sequence[str], *, later: bool)
     Raises:
         RuntimeError: where our own source does not compile.
     """
-    flavoured = toolchain.flavour(model)
+    flavour = toolchain.flavour_of(model)
     with bench.quiet.working():
         if later:
-            needed = {toolchain.needs_whole(flavoured, text, bench.sandbox) for text in texts}
+            needed = {needs_whole(flavour, text, bench.sandbox) for text in texts}
         else:
-            needed = {toolchain.includes_more(flavoured, text) for text in texts}
+            needed = {includes_more(flavour, text) for text in texts}
         for whole in sorted(needed):
-            toolchain.prelude(flavoured, bench.sandbox, whole=whole)
+            prelude(flavour, whole=whole).make(bench.sandbox)
 
 
 def ready(bench: Bench, model: Model) -> None:
@@ -192,12 +194,12 @@ def ready(bench: Bench, model: Model) -> None:
     Raises:
         RuntimeError: where our own source does not compile.
     """
-    flavours = [toolchain.flavour(model)]
+    flavours = [toolchain.flavour_of(model)]
     if model == "omp" and bench.settings.races:
         flavours.append(toolchain.racing())
-    for flavoured in flavours:
+    for flavour in flavours:
         with bench.quiet.working():
-            toolchain.objects(flavoured, "", bench.sandbox)
+            objects(flavour, "", bench.sandbox)
 
 
 def built(
@@ -226,10 +228,10 @@ def built(
     (source / f"answer.{suffix}").write_text(text, encoding="utf-8", errors="replace")
     with bench.quiet.working():
         if not toolchain.runs_here(model):
-            return toolchain.compile_kernel(bench.sandbox, model, source, program)
-        flavoured = toolchain.racing() if watched else toolchain.flavour(model)
-        kept = toolchain.prepare(flavoured, exercise.driver(model), text, bench.sandbox)
-        return toolchain.compile_candidate(bench.sandbox, kept, source, program)
+            return compile_kernel(bench.sandbox, model, source, program)
+        flavour = toolchain.racing() if watched else toolchain.flavour_of(model)
+        inputs = prepare(flavour, exercise.driver(model), text, bench.sandbox)
+        return compile_candidate(bench.sandbox, inputs, source, program)
 
 
 @contextlib.contextmanager

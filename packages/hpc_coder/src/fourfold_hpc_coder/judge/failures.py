@@ -7,6 +7,7 @@ import numpy as np
 
 from fourfold_hpc_coder.evaluation import agrees
 from fourfold_hpc_coder.judge.bench import Exercise
+from fourfold_hpc_coder.judge.parallelism import without_comments
 from fourfold_hpc_coder.problems import Parameter
 from fourfold_hpc_coder.sandbox.job import JobResult
 from fourfold_hpc_coder.vocabulary import Processors, Verdict
@@ -24,8 +25,22 @@ SIGNALS = {
 }
 
 
-def of_build(outcome: JobResult) -> tuple[Verdict, str]:
-    """Why an answer did not become a program."""
+FENCE = "```"
+"""Opens and closes the code in a chat's reply; no C++."""
+
+
+def of_build(outcome: JobResult, body: str) -> tuple[Verdict, str]:
+    """Why an answer did not become a program.
+
+    Args:
+        outcome: of the compiler or the linker.
+        body: the answer.
+    """
+    if FENCE in without_comments(body):
+        return "no build", (
+            f"it is a chat's reply with its code in {FENCE} fences, where a function's body is wanted; "
+            "--extract-bodies judges the body in it"
+        )
     if outcome.limit != "nothing":
         return "no build", f"the compiler was stopped: {_limit(outcome)}"
     lines = outcome.stderr.splitlines()

@@ -12,6 +12,7 @@ import numpy as np
 
 from fourfold_hpc_coder.judge import failures, parallelism, toolchain
 from fourfold_hpc_coder.judge.bench import ANSWER_BEGINS, Bench, Exercise, built, launched
+from fourfold_hpc_coder.judge.build import source_line
 from fourfold_hpc_coder.judge.parallelism import Proof
 from fourfold_hpc_coder.judge.protocol import Channel, EndedError, Evidence, ForgedError, Reply
 from fourfold_hpc_coder.problems import Problem
@@ -202,7 +203,7 @@ def check(
     text = right.exercise.unit(prompt, body)
     outcome = built(bench, right.exercise, model, text, folder)
     if outcome.code or outcome.limit != "nothing":
-        verdict, because = failures.of_build(outcome)
+        verdict, because = failures.of_build(outcome, body)
         return _failed(verdict, because, built=False, output=outcome.stderr)
     if not toolchain.runs_here(model):
         return replace(
@@ -436,7 +437,7 @@ def _race(bench: Bench, candidate: Candidate) -> RaceReport:
         if found is None:
             return RaceReport()
         kind, *addresses = found.groups()
-        numbers = [toolchain.source_line(bench.sandbox, folder / "out", one) for one in addresses]
+        numbers = [source_line(bench.sandbox, folder / "out", one) for one in addresses]
     written = text.rpartition(ANSWER_BEGINS)[2].splitlines()
     lines = [" ".join(written[number - 1].split()) for number in numbers if number]
     shown = " and ".join(f"`{line}`" for line in dict.fromkeys(lines))

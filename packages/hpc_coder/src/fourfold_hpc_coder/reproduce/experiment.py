@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fourfold_hpc_coder.evaluation import at_least_one
-from fourfold_hpc_coder.generate import Local, body_of
+from fourfold_hpc_coder.generate import Local
 from fourfold_hpc_coder.instruct.format import (
     blind_logits,
     encode,
@@ -17,6 +17,7 @@ from fourfold_hpc_coder.instruct.format import (
 )
 from fourfold_hpc_coder.instruct.pipeline import held_out
 from fourfold_hpc_coder.instruct.verify import bench, verify
+from fourfold_hpc_coder.pareval.bodies import body_of
 from fourfold_hpc_coder.reproduce import figures
 from fourfold_hpc_coder.reproduce.claims import CLAIMS
 from fourfold_hpc_coder.reproduce.recipes import ARMS, SEEDS, TARGET, FinetuneStudy, tuned

@@ -1,4 +1,4 @@
-"""What was judged, on disk: the journal of a scoring, and the cache that all scorings share."""
+"""The journal of a scoring: its verdicts on disk, one line each, from which a killed scoring goes on."""
 
 import fcntl
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 from fourfold_hpc_coder.judge.judge import Judgement
 from fourfold_hpc_coder.pareval.files import Fields
 from fourfold_hpc_coder.vocabulary import Execution, Processors, Sample
-from fourfold_parallel.common.files import append_line, cache_folder, write_text
+from fourfold_parallel.common.files import append_line
 
 SCHEMA = 1
 
@@ -143,22 +143,3 @@ def _null(value: float) -> float | None:
 
 def _nan(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _cache_file(key: str) -> Path:
-    return cache_folder() / "hpc_coder" / "verdicts" / key[:2] / f"{key}.json"
-
-
-def cached(key: str) -> Judgement | None:
-    """The verdict that an earlier scoring kept under a key."""
-    try:
-        return judgement_of(json.loads(_cache_file(key).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def keep(key: str, judgement: Judgement) -> None:
-    """Keep a verdict for later scorings."""
-    # A limit that was hit on a busy machine need not be hit again.
-    if judgement.verdict != "timeout":
-        write_text(_cache_file(key), json.dumps(judgement_fields(judgement)))

@@ -14,8 +14,7 @@ from fourfold_hpc_coder.judge.bench import JudgeSettings
 from fourfold_hpc_coder.judge.judge import Judgement
 from fourfold_hpc_coder.pareval.files import Fields
 from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.score import score
-from fourfold_hpc_coder.score.score import JudgedQuestion, ScoringResult
+from fourfold_hpc_coder.score.tables import JudgedQuestion, ScoringResult, counts, metrics
 from fourfold_hpc_coder.vocabulary import Processors
 from fourfold_parallel.common.files import write_text
 
@@ -85,12 +84,12 @@ def write(
     rendered = environment.from_string(source.read_text(encoding="utf-8")).render(
         title=title,
         facts=facts,
-        counts=score.counts(scored),
-        metrics=score.metrics(scored.judged, ks, settings),
+        counts=counts(scored),
+        metrics=metrics(scored.judged, ks, settings),
         matrix=_matrix(scored.judged),
         models=sorted({one.question.model for one in scored.judged}),
         pages=[_page(number, one) for number, one in enumerate(scored.judged)],
-        problems=scored.problems,
+        omissions=scored.omissions,
         notes=scored.notes,
         tone=lambda verdict: _TONE.get(verdict, BAD),
     )

@@ -171,7 +171,7 @@ def _lay_ground(
     texts: dict[tuple[str, ...], list[str]] = {}
     of_prelude: dict[tuple[str, ...], Model] = {}
     for model in here:
-        flags = toolchain.flavour(model).prelude
+        flags = toolchain.flavour_of(model).prelude
         of_prelude.setdefault(flags, model)
         texts.setdefault(flags, []).extend(
             task.problem.unit(task.question.prompt, task.body)

@@ -5,43 +5,25 @@ under both sets of definitions, and a report. The journal is the truth: one line
 whole; a scorer killed at any moment goes on from it.
 """
 
-import hashlib
-import importlib.resources
-import json
-import logging
-import math
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fourfold_hpc_coder.evaluation import (
-    build_at_k,
-    conditional_speedup_at_1,
-    efficiency_at_k,
-    pass_at_k,
-    speedup_at_k,
-    speedup_max_at_k,
-)
 from fourfold_hpc_coder.judge import toolchain
 from fourfold_hpc_coder.judge.bench import Bench, JudgeSettings
 from fourfold_hpc_coder.judge.judge import Judgement
-from fourfold_hpc_coder.pareval import files as pareval
-from fourfold_hpc_coder.pareval import metrics as published
+from fourfold_hpc_coder.pareval.bodies import body_of
 from fourfold_hpc_coder.pareval.checkout import HOPELESS, CheckoutProblem
-from fourfold_hpc_coder.pareval.files import Fields, Omission, Question
+from fourfold_hpc_coder.pareval.files import Omission, Question, read_outputs
 from fourfold_hpc_coder.problems import Problem, find_problem
 from fourfold_hpc_coder.sandbox.backends import Sandbox
 from fourfold_hpc_coder.sandbox.process import scratch_folder
-from fourfold_hpc_coder.score.journal import Journal, cached, keep
+from fourfold_hpc_coder.score.cache import answer_key, cached, keep
+from fourfold_hpc_coder.score.journal import Journal
 from fourfold_hpc_coder.score.schedule import AnswerTask, AnyProblem, judge_all
-from fourfold_hpc_coder.vocabulary import Model, Prompt
-from fourfold_parallel.common.files import write_text
+from fourfold_hpc_coder.score.tables import JudgedQuestion, ScoringResult, write_results
+from fourfold_hpc_coder.vocabulary import Model
 from fourfold_parallel.common.progress import Progress
-from fourfold_parallel.common.values import digest
-
-log = logging.getLogger(__name__)
 
 
 def built_in(question: Question) -> Problem:
@@ -64,74 +46,39 @@ class Scoring:
     ks: tuple[int, ...]
     is_cached: bool
     """Whether verdicts of equal answers in earlier scorings are used."""
+    extracts_bodies: bool = False
+    """Whether outputs are replies of a chat, of which the function's body is judged."""
     find: Callable[[Question], AnyProblem] = built_in
     """The problem that a question is about; ValueError where there is none."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JudgedQuestion:
-    """A question with the judgement of each of its outputs."""
+@dataclass(frozen=True, slots=True)
+class _Assignment:
+    """A question that can be scored, its problem, and the key of each answer."""
 
     question: Question
-    judgements: tuple[Judgement, ...]
-
-    @property
-    def prompt(self) -> Prompt:
-        """What the metrics need."""
-        return Prompt(
-            name=self.question.name,
-            problem_type=self.question.problem_type,
-            model=self.question.model,
-            samples=tuple(one.sample for one in self.judgements),
-        )
+    problem: AnyProblem
+    keys: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoringResult:
-    """Everything that a scoring found."""
-
-    judged: tuple[JudgedQuestion, ...]
-    problems: tuple[Omission, ...]
-    """What could not be scored, and why."""
-    notes: tuple[str, ...]
-    """Questions that the numbers cannot answer, such as k above the number of samples."""
-    reused: int
-    """Answers whose verdict was in the journal or the cache, or equal to another's."""
-
-
-def score(plan: Scoring, progress: Progress) -> ScoringResult:
+def score(scoring: Scoring, progress: Progress) -> ScoringResult:
     """Judge every output of the file, then write results, metrics and journal.
 
     Raises:
         ValueError: where the file is no list of outputs, the folder holds another file's scores, or nothing
             in the file can be scored.
     """
-    questions, problems = pareval.read_outputs(plan.outputs)
-    kept, left_out = _scorable(questions, plan)
-    problems = (*problems, *left_out)
-    if not kept:
-        reasons = "; ".join(f"{one.place}: {one.because}" for one in problems[:3])
-        others = ", ".join(sorted({one.model for one in questions} - {*plan.models}))
-        none = (
-            f"It has prompts for {others} only; name one with --models" if others else "It is empty"
-        )
-        raise ValueError(f"nothing in {plan.outputs} can be scored. {reasons or none}")
-    tasks = _tasks(kept, plan.settings)
-    with Journal(plan.outputs, plan.folder) as journal, scratch_folder() as scratch:
-        found = {task.key: held for task in tasks if (held := journal.held.get(task.key))}
-        if plan.is_cached:
-            for task in tasks:
-                if task.key not in found and (held := cached(task.key)):
-                    found[task.key] = held
-                    journal.write(task.key, held)
-        answers = sum(len(question.outputs) for question, _ in kept)
-        waiting = [task for task in tasks if task.key not in found]
-        bench = Bench(
-            sandbox=plan.sandbox,
-            scratch=scratch,
-            settings=plan.settings,
-            secret=journal.secret,
-        )
+    questions, unreadable = read_outputs(scoring.outputs)
+    assignments, unscorable = _assign(questions, scoring)
+    omissions = (*unreadable, *unscorable)
+    if not assignments:
+        raise ValueError(_nothing_to_score(scoring, questions, omissions))
+    tasks = _distinct(assignments)
+    answers = sum(len(one.keys) for one in assignments)
+    with Journal(scoring.outputs, scoring.folder) as journal, scratch_folder() as scratch:
+        verdicts = dict(_known(tasks, journal, is_cached=scoring.is_cached))
+        waiting = [task for task in tasks if task.key not in verdicts]
+        known = answers - len(waiting)
         fresh: dict[str, Judgement] = {}
 
         def settle(task: AnswerTask, judgement: Judgement) -> None:
@@ -139,250 +86,129 @@ def score(plan: Scoring, progress: Progress) -> ScoringResult:
             keep(task.key, judgement)
             fresh[task.key] = judgement
             note = f"{task.problem.name} {task.question.model}: {judgement.verdict}"
-            progress(answers - len(waiting) + len(fresh), answers, note)
+            progress(known + len(fresh), answers, note)
 
-        progress(answers - len(waiting), answers, "")
-        failed = judge_all(bench, waiting, plan.models, plan.jobs, settle)
-    found.update(fresh)
-    judged = tuple(
-        JudgedQuestion(
-            question=question,
-            judgements=tuple(found[key] for key in keys),
+        progress(known, answers, "")
+        bench = Bench(
+            sandbox=scoring.sandbox,
+            scratch=scratch,
+            settings=scoring.settings,
+            secret=journal.secret,
         )
-        for (question, _), keys in (
-            (one, [_key(*one, body, plan.settings) for body in one[0].outputs]) for one in kept
-        )
-        if all(key in found for key in keys)
-    )
-    borrowed = {q.name for q, one in kept if isinstance(one, CheckoutProblem) and q.model != "cuda"}
-    hopeless = [
-        f"no answer to {name} passes with ParEval's driver: {HOPELESS[name]}"
-        for name in sorted(borrowed & {*HOPELESS})
-    ]
-    scored = ScoringResult(
+        failed = judge_all(bench, waiting, scoring.models, scoring.jobs, settle)
+    verdicts.update(fresh)
+    judged = _judged(assignments, verdicts)
+    result = ScoringResult(
         judged=judged,
-        problems=(
-            *problems,
+        omissions=(
+            *omissions,
             *(Omission(place=place, because=why) for place, why in failed.items()),
         ),
-        notes=(*_notes(judged, plan.ks), *hopeless),
+        notes=(*_undefined(judged, scoring.ks), *_hopeless(assignments)),
         reused=sum(len(one.judgements) for one in judged) - len(fresh),
     )
-    write_results(scored, plan.folder, plan.ks, plan.settings)
-    return scored
+    write_results(result, scoring.folder, scoring.ks, scoring.settings)
+    return result
 
 
-def _scorable(
-    questions: Sequence[Question], plan: Scoring
-) -> tuple[list[tuple[Question, AnyProblem]], list[Omission]]:
-    kept, left_out = [], []
-    absent = {model: toolchain.barred(model, plan.sandbox) for model in plan.models}
+def _assign(
+    questions: Iterable[Question], scoring: Scoring
+) -> tuple[list[_Assignment], list[Omission]]:
+    """The questions that can be scored here, and why the others of the chosen models cannot."""
+    assignments, omissions = [], []
+    barred = {model: toolchain.barred(model, scoring.sandbox) for model in scoring.models}
     for question in questions:
+        if question.model not in scoring.models:
+            continue
         place = f"{question.name} ({question.model})"
-        if question.model not in plan.models:
-            continue
         try:
-            problem = plan.find(question)
+            problem = scoring.find(question)
         except ValueError as error:
-            left_out.append(Omission(place=place, because=str(error)))
+            omissions.append(Omission(place=place, because=str(error)))
             continue
-        if absent[question.model]:
-            left_out.append(Omission(place=place, because=absent[question.model]))
-        else:
-            kept.append((question, problem))
-    return kept, left_out
+        if barred[question.model]:
+            omissions.append(Omission(place=place, because=barred[question.model]))
+            continue
+        asked = _with_bodies(question) if scoring.extracts_bodies else question
+        keys = tuple(
+            answer_key(problem, asked.model, asked.prompt, body, scoring.settings)
+            for body in asked.outputs
+        )
+        assignments.append(_Assignment(asked, problem, keys))
+    return assignments, omissions
 
 
-def _tasks(
-    kept: Sequence[tuple[Question, AnyProblem]], settings: JudgeSettings
-) -> list[AnswerTask]:
-    """Distinct answers, those to one problem together."""
-    found: dict[str, AnswerTask] = {}
-    for entry, (question, problem) in enumerate(kept):
-        for index, body in enumerate(question.outputs):
-            key = _key(question, problem, body, settings)
-            before = found.get(key)
-            places = (*(before.places if before else ()), (entry, index))
-            found[key] = AnswerTask(question, problem, body, key, places)
-    return sorted(found.values(), key=lambda task: (task.problem.name, task.places))
-
-
-@lru_cache(maxsize=1)
-def _machinery() -> str:
-    """Digest of everything of ours that a verdict depends on."""
-    whole = hashlib.sha256()
-    package = importlib.resources.files("fourfold_hpc_coder")
-    names = (
-        "pareval/checkout.py",
-        "evaluation.py",
-        "sandbox/job.py",
-        "sandbox/process.py",
-        "sandbox/backends.py",
-        "sandbox/landlock.py",
-        "sandbox/seccomp.py",
-        "judge/bench.py",
-        "judge/judge.py",
-        "score/schedule.py",
-        "judge/protocol.py",
-        "judge/parallelism.py",
-        "judge/failures.py",
-        "judge/toolchain.py",
-        "judge/openmp_calls.py",
-        "problems/kernels.py",
-        "problems/__init__.py",
-        "problems/inputs.py",
+def _with_bodies(question: Question) -> Question:
+    """The question with the function's body of each reply; the replies stay beside them, in `raw_outputs`."""
+    return replace(
+        question,
+        outputs=tuple(body_of(reply, question.prompt) for reply in question.outputs),
+        fields={**question.fields, "raw_outputs": [*question.outputs]},
     )
-    files = [package / name for name in names]
-    files += sorted((package / "judge" / "drivers").iterdir(), key=lambda one: one.name)
-    for file in files:
-        if file.is_file():
-            whole.update(file.read_bytes())
-    return whole.hexdigest()
 
 
-@cache
-def _identity(model: Model) -> str:
-    return toolchain.identity(model)
-
-
-def _key(question: Question, problem: AnyProblem, body: str, settings: JudgeSettings) -> str:
-    return answer_key(problem, question.model, question.prompt, body, settings)
-
-
-def answer_key(
-    problem: AnyProblem, model: Model, prompt: str, body: str, settings: JudgeSettings
+def _nothing_to_score(
+    scoring: Scoring, questions: Iterable[Question], omissions: Sequence[Omission]
 ) -> str:
-    """Equal keys are equal verdicts, on one machine."""
-    facts = (
-        _machinery(),
-        _identity(model),
-        digest(settings),
-        repr(problem),
-        model,
-        prompt,
-        body,
-        str(len(os.sched_getaffinity(0))),
+    reasons = "; ".join(f"{one.place}: {one.because}" for one in omissions[:3])
+    others = ", ".join(sorted({one.model for one in questions} - {*scoring.models}))
+    empty = f"It has prompts for {others} only; name one with --models" if others else "It is empty"
+    return f"nothing in {scoring.outputs} can be scored. {reasons or empty}"
+
+
+def _distinct(assignments: Iterable[_Assignment]) -> list[AnswerTask]:
+    """Distinct answers, those to one problem together."""
+    tasks: dict[str, AnswerTask] = {}
+    for entry, one in enumerate(assignments):
+        for index, (body, key) in enumerate(zip(one.question.outputs, one.keys, strict=True)):
+            before = tasks[key].places if key in tasks else ()
+            tasks[key] = AnswerTask(one.question, one.problem, body, key, (*before, (entry, index)))
+    return sorted(tasks.values(), key=lambda task: (task.problem.name, task.places))
+
+
+def _known(
+    tasks: Iterable[AnswerTask], journal: Journal, *, is_cached: bool
+) -> Iterator[tuple[str, Judgement]]:
+    """Verdicts of this scoring's journal and, where asked for, of the cache, which the journal takes in."""
+    for task in tasks:
+        if task.key in journal.held:
+            yield task.key, journal.held[task.key]
+        elif is_cached and (judgement := cached(task.key)):
+            journal.write(task.key, judgement)
+            yield task.key, judgement
+
+
+def _judged(
+    assignments: Iterable[_Assignment], verdicts: Mapping[str, Judgement]
+) -> tuple[JudgedQuestion, ...]:
+    """The questions all of whose answers have a verdict."""
+    return tuple(
+        JudgedQuestion(question=one.question, judgements=tuple(verdicts[key] for key in one.keys))
+        for one in assignments
+        if all(key in verdicts for key in one.keys)
     )
-    return hashlib.sha256("\0".join(facts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def equal_answers(
-    problem: AnyProblem,
-    model: Model,
-    prompt: str,
-    body: str,
-    settings: JudgeSettings,
-    fresh: Callable[[str], Judgement],
-) -> Judgement:
-    """The verdict of an equal answer from the cache, or a fresh one, which is kept."""
-    key = answer_key(problem, model, prompt, body, settings)
-    held = cached(key)
-    if held is None:
-        held = fresh(body)
-        keep(key, held)
-    return held
-
-
-def _notes(judged: Iterable[JudgedQuestion], ks: Sequence[int]) -> tuple[str, ...]:
-    fewest: dict[int, list[str]] = {}
+def _undefined(judged: Iterable[JudgedQuestion], ks: Sequence[int]) -> Iterator[str]:
+    """A note for every k that is above a prompt's number of samples."""
+    prompts: dict[int, list[str]] = {}
     for one in judged:
         for k in ks:
             if k > len(one.judgements):
-                fewest.setdefault(k, []).append(f"{one.question.name} ({one.question.model})")
-    return tuple(
-        f"k={k} is above the number of samples of {len(names)} prompts, such as {names[0]}: "
-        "their metrics at this k are not defined and stay empty; generate more samples or ask for a smaller k"
-        for k, names in fewest.items()
-    )
-
-
-def metrics(
-    judged: Sequence[JudgedQuestion], ks: Sequence[int], settings: JudgeSettings
-) -> list[Fields]:
-    """Our definitions, a row per model and problem type, speed-ups on the model's largest launch."""
-    rows = []
-    prompts = [one.prompt for one in judged]
-    kinds: list[tuple[Model, str]] = sorted({(p.model, p.problem_type) for p in prompts})
-    for model, problem_type in kinds:
-        group = [p for p in prompts if (p.model, p.problem_type) == (model, problem_type)]
-        processors = max(settings.of(model), key=lambda one: one.count)
-        row: Fields = {
-            "execution model": model,
-            "problem type": problem_type,
-            "prompts": len(group),
-            "samples": sum(len(p.samples) for p in group),
-            "processors": processors.count,
-        }
-        for k in ks:
-            row[f"build@{k}"] = build_at_k(group, k)
-            row[f"pass@{k}"] = pass_at_k(group, k)
-            row[f"pass@{k}, parallel or not"] = pass_at_k(group, k, parallel=False)
-            row[f"speedup_n@{k}"] = speedup_at_k(group, k, processors=processors)
-            row[f"speedup_max@{k}"] = speedup_max_at_k(group, k)
-            row[f"efficiency_n@{k}"] = efficiency_at_k(group, k, processors=processors)
-        row["speedup_n of samples that count"] = conditional_speedup_at_1(
-            group, processors=processors
+                prompts.setdefault(k, []).append(f"{one.question.name} ({one.question.model})")
+    for k, names in prompts.items():
+        yield (
+            f"k={k} is above the number of samples of {len(names)} prompts, such as {names[0]}: their "
+            "metrics at this k are not defined and stay empty; generate more samples or ask for a smaller k"
         )
-        if not toolchain.runs_here(model):  # what was never run is not wrong
-            row |= {
-                key: math.nan for key in row if key.startswith(("pass", "speedup", "efficiency"))
-            }
-        rows.append(row)
-    return rows
 
 
-def results(judged: Sequence[JudgedQuestion]) -> list[Fields]:
-    """The file's entries with each output's results, as ParEval's driver writes them."""
-    return [
-        {
-            **one.question.fields,
-            "outputs": [
-                pareval.result_fields(body, judgement.sample, one.question.model)
-                for body, judgement in zip(one.question.outputs, one.judgements, strict=True)
-            ],
-        }
-        for one in judged
-    ]
-
-
-def write_results(
-    scored: ScoringResult, folder: Path, ks: Sequence[int], settings: JudgeSettings
-) -> Mapping[str, Path]:
-    """Write every table, each whole; the HTML page is `report.write`'s."""
-    entries = results(scored.judged)
-    prompts = [one.prompt for one in scored.judged]
-    verdicts = [
-        {
-            "name": one.question.name,
-            "parallelism_model": one.question.model,
-            "output_idx": index,
-            "verdict": judgement.verdict,
-            "because": judgement.because,
-            "proof": judgement.proof,
-        }
-        for one in scored.judged
-        for index, judgement in enumerate(one.judgements)
-    ]
-    texts: dict[str, str] = {
-        "results.json": json.dumps(entries, indent=1) + "\n",
-        "runs.csv": pareval.runs_csv(entries),
-        "metrics.csv": pareval.table(metrics(scored.judged, ks, settings)),
-        "metrics-pareval.csv": pareval.table(published.metrics(prompts, ks, sizes={})),
-        "verdicts.csv": pareval.table(verdicts),
-        "left-out.csv": pareval.table(
-            [{"place": one.place, "because": one.because} for one in scored.problems]
-        ),
+def _hopeless(assignments: Iterable[_Assignment]) -> Iterator[str]:
+    """A note for every problem of a checkout whose own check refuses right answers."""
+    names = {
+        one.problem.name
+        for one in assignments
+        if isinstance(one.problem, CheckoutProblem) and one.question.model != "cuda"
     }
-    for name, text in texts.items():
-        write_text(folder / name, text)
-    return {name: folder / name for name in texts}
-
-
-def counts(scored: ScoringResult) -> dict[str, dict[str, int]]:
-    """Number of answers per model and verdict."""
-    found: dict[str, dict[str, int]] = {}
-    for one in scored.judged:
-        of_model: dict[str, int] = found.setdefault(one.question.model, {})
-        for judgement in one.judgements:
-            of_model[judgement.verdict] = of_model.get(judgement.verdict, 0) + 1
-    return found
+    for name in sorted(names & {*HOPELESS}):
+        yield f"no answer to {name} passes with ParEval's driver: {HOPELESS[name]}"

@@ -1,0 +1,147 @@
+"""The tables of a scoring: results in ParEval's layout, metrics under both definitions, verdicts."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fourfold_hpc_coder.evaluation import (
+    build_at_k,
+    conditional_speedup_at_1,
+    efficiency_at_k,
+    pass_at_k,
+    speedup_at_k,
+    speedup_max_at_k,
+)
+from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.judge.bench import JudgeSettings
+from fourfold_hpc_coder.judge.judge import Judgement
+from fourfold_hpc_coder.pareval import files as pareval
+from fourfold_hpc_coder.pareval import metrics as published
+from fourfold_hpc_coder.pareval.files import Fields, Omission, Question
+from fourfold_hpc_coder.vocabulary import Model, Prompt
+from fourfold_parallel.common.files import write_text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgedQuestion:
+    """A question with the judgement of each of its outputs."""
+
+    question: Question
+    judgements: tuple[Judgement, ...]
+
+    @property
+    def prompt(self) -> Prompt:
+        """What the metrics need."""
+        return Prompt(
+            name=self.question.name,
+            problem_type=self.question.problem_type,
+            model=self.question.model,
+            samples=tuple(one.sample for one in self.judgements),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringResult:
+    """Everything that a scoring found."""
+
+    judged: tuple[JudgedQuestion, ...]
+    omissions: tuple[Omission, ...]
+    """What could not be scored, and why."""
+    notes: tuple[str, ...]
+    """Questions that the numbers cannot answer, such as k above the number of samples."""
+    reused: int
+    """Answers whose verdict was in the journal or the cache, or equal to another's."""
+
+
+def metrics(
+    judged: Sequence[JudgedQuestion], ks: Sequence[int], settings: JudgeSettings
+) -> list[Fields]:
+    """Our definitions, a row per model and problem type, speed-ups on the model's largest launch."""
+    rows = []
+    prompts = [one.prompt for one in judged]
+    kinds: list[tuple[Model, str]] = sorted({(p.model, p.problem_type) for p in prompts})
+    for model, problem_type in kinds:
+        group = [p for p in prompts if (p.model, p.problem_type) == (model, problem_type)]
+        processors = max(settings.of(model), key=lambda one: one.count)
+        row: Fields = {
+            "execution model": model,
+            "problem type": problem_type,
+            "prompts": len(group),
+            "samples": sum(len(p.samples) for p in group),
+            "processors": processors.count,
+        }
+        for k in ks:
+            row[f"build@{k}"] = build_at_k(group, k)
+            row[f"pass@{k}"] = pass_at_k(group, k)
+            row[f"pass@{k}, parallel or not"] = pass_at_k(group, k, parallel=False)
+            row[f"speedup_n@{k}"] = speedup_at_k(group, k, processors=processors)
+            row[f"speedup_max@{k}"] = speedup_max_at_k(group, k)
+            row[f"efficiency_n@{k}"] = efficiency_at_k(group, k, processors=processors)
+        row["speedup_n of samples that count"] = conditional_speedup_at_1(
+            group, processors=processors
+        )
+        if not toolchain.runs_here(model):  # what was never run is not wrong
+            row |= {
+                key: math.nan for key in row if key.startswith(("pass", "speedup", "efficiency"))
+            }
+        rows.append(row)
+    return rows
+
+
+def results(judged: Sequence[JudgedQuestion]) -> list[Fields]:
+    """The file's entries with each output's results, as ParEval's driver writes them."""
+    return [
+        {
+            **one.question.fields,
+            "outputs": [
+                pareval.result_fields(body, judgement.sample, one.question.model)
+                for body, judgement in zip(one.question.outputs, one.judgements, strict=True)
+            ],
+        }
+        for one in judged
+    ]
+
+
+def write_results(
+    scored: ScoringResult, folder: Path, ks: Sequence[int], settings: JudgeSettings
+) -> Mapping[str, Path]:
+    """Write every table, each whole; the HTML page is `report.write`'s."""
+    entries = results(scored.judged)
+    prompts = [one.prompt for one in scored.judged]
+    verdicts = [
+        {
+            "name": one.question.name,
+            "parallelism_model": one.question.model,
+            "output_idx": index,
+            "verdict": judgement.verdict,
+            "because": judgement.because,
+            "proof": judgement.proof,
+        }
+        for one in scored.judged
+        for index, judgement in enumerate(one.judgements)
+    ]
+    texts: dict[str, str] = {
+        "results.json": json.dumps(entries, indent=1) + "\n",
+        "runs.csv": pareval.runs_csv(entries),
+        "metrics.csv": pareval.table(metrics(scored.judged, ks, settings)),
+        "metrics-pareval.csv": pareval.table(published.metrics(prompts, ks, sizes={})),
+        "verdicts.csv": pareval.table(verdicts),
+        "left-out.csv": pareval.table(
+            [{"place": one.place, "because": one.because} for one in scored.omissions]
+        ),
+    }
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return {name: folder / name for name in texts}
+
+
+def counts(scored: ScoringResult) -> dict[str, dict[str, int]]:
+    """Number of answers per model and verdict."""
+    found: dict[str, dict[str, int]] = {}
+    for one in scored.judged:
+        of_model: dict[str, int] = found.setdefault(one.question.model, {})
+        for judgement in one.judgements:
+            of_model[judgement.verdict] = of_model.get(judgement.verdict, 0) + 1
+    return found
