@@ -73,7 +73,7 @@ RANKS = Processors(ranks=2)
 
 
 @pytest.mark.parametrize(
-    ("model", "launch", "evidence", "parallel"),
+    ("model", "processors", "evidence", "parallel"),
     [
         ("omp", TWO, IDLE, False),
         ("omp", TWO, replace(IDLE, region_cpu_s=0.9), True),

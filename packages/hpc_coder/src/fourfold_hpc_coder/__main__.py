@@ -103,7 +103,7 @@ def score_outputs(options: Score, target: Console) -> None:
     )
     with bar(target, "scoring") as progress:
         scored = score.score(plan, progress)
-    facts = [f"sandbox: {sandbox.name}"]
+    facts = [f"sandbox: {sandbox.name}" + (f" ({sandbox.gap})" if sandbox.gap else "")]
     facts += sorted({toolchain.identity(one.question.model) for one in scored.judged})
     page = report.write(
         scored,

@@ -8,6 +8,7 @@ stays among the machine's processes and files and is denied them (`landlock.py` 
 `Unprotected` is for machines where none works and the user says that it is no matter.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -34,6 +35,11 @@ class Sandbox(Protocol):
     @property
     def has_namespaces(self) -> bool:
         """Whether a job has mounts, processes and a bounded /tmp of its own."""
+        ...
+
+    @property
+    def gap(self) -> str:
+        """What a job may do here that another sandbox forbids, and why; empty for nothing."""
         ...
 
     def arguments(self, job: Job, stranger: int) -> list[str]:
@@ -104,18 +110,27 @@ _LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 """Links from the root into /usr on every Debian since 12."""
 
 
+_UNCOUNTED = "memory that is in no process, such as shared segments, is not counted"
+
+
 @cache
-def _filter() -> Path | None:
-    """The file with the filter against memory that nobody counts; None on processors without one."""
+def _hoarding_filter() -> tuple[Path | None, str]:
+    """The file with the filter against memory that nobody counts, or None and why there is none."""
     try:
-        text = seccomp.against_hoarding()
-    except ValueError:
-        return None
-    file = cache_folder() / "hpc_coder" / "filters" / hashlib.sha256(text).hexdigest()[:24]
+        program = seccomp.against_hoarding()
+    except OSError as error:
+        return None, f"{error}: {_UNCOUNTED}"
+    file = cache_folder() / "hpc_coder" / "filters" / hashlib.sha256(program).hexdigest()[:24]
     if not file.exists():
         with whole_file(file) as partial:
-            partial.write_bytes(text)
-    return file
+            partial.write_bytes(program)
+    return file, ""
+
+
+@cache
+def _escape_filter() -> str:
+    """The filter for jobs without namespaces, as text."""
+    return base64.b64encode(seccomp.against_escapes()).decode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,10 +140,16 @@ class Bubblewrap:
     name: str = "bubblewrap"
     has_namespaces: bool = True
 
+    @property
+    def gap(self) -> str:
+        """Nothing where libseccomp is installed."""
+        return _hoarding_filter()[1]
+
     def arguments(self, job: Job, stranger: int) -> list[str]:
         """Mounts, namespaces, limits, then the command."""
         words = ["bwrap", "--die-with-parent", "--new-session", "--clearenv"]
-        if filter_ := _filter():
+        filter_, _ = _hoarding_filter()
+        if filter_:
             # bwrap reads it from a descriptor.
             words = ["sh", "-c", 'exec "$@" 9<"$0"', str(filter_), *words, "--seccomp", "9"]
         for key, value in _environment(job).items():
@@ -190,6 +211,7 @@ class Namespaces:
 
     name: str = "namespaces"
     has_namespaces: bool = True
+    gap: str = f"util-linux 2.38 sets no filter of system calls: {_UNCOUNTED}"
 
     def arguments(self, job: Job, stranger: int) -> list[str]:
         """As `Bubblewrap`; the environment is set by `env -i` outside."""
@@ -213,6 +235,7 @@ class Landlock:
 
     name: str = "landlock"
     has_namespaces: bool = False
+    gap: str = ""
 
     def arguments(self, job: Job, stranger: int) -> list[str]:
         """The keeper's command line, which holds the rules, the real paths and the limits."""
@@ -223,6 +246,7 @@ class Landlock:
             "command": _limited(placed, others=_tasks_of_user() if os.geteuid() else 0),
             "user": stranger,
             "environment": dict(placed.environment),
+            "filter": _escape_filter(),
             "home": dict(placed.environment)["HOME"],
             "rules": {
                 "see": ["/usr", *(f"/{link}" for link in _LINKS), *_SEEN, *given],
@@ -255,9 +279,14 @@ class Unprotected:
 
     name: str = "none"
     has_namespaces: bool = False
+    gap: str = "a job has the rights of the user who scores"
 
     def arguments(self, job: Job, stranger: int) -> list[str]:  # noqa: ARG002 - the protocol's
         """The command with the targets of mounts replaced by their sources."""
         placed = in_place(job)
         pairs = (f"{key}={value}" for key, value in placed.environment)
         return ["env", "-i", *pairs, *_limited(placed, others=_tasks_of_user())]
+
+
+BACKENDS: tuple[Sandbox, ...] = (Bubblewrap(), Namespaces(), Landlock())
+"""Every sandbox that protects, the best first; `tests/test_sandbox.py` holds each of them to the same laws."""

@@ -11,6 +11,7 @@ look at its size. Started by root, it becomes a user that owns nothing, of whose
 many, and keeps one capability: to walk through our folders to the files that Landlock lets it open.
 """
 
+import base64
 import ctypes
 import json
 import os
@@ -154,6 +155,7 @@ def keep(
     environment: Mapping[str, str],
     rules: Rules,
     *,
+    program: bytes,
     home: str,
     user: int,
 ) -> int:
@@ -163,6 +165,7 @@ def keep(
         command: found on the environment's PATH.
         environment: the whole of it.
         rules: which files it may open.
+        program: of the filter over its system calls.
         home: folder to start in.
         user: whom to become where this runs as root.
 
@@ -175,7 +178,6 @@ def keep(
     kernel = Kernel()
     if kernel.abi() < OLDEST:
         raise OSError(f"this kernel's Landlock has ABI {kernel.abi()}; {OLDEST} is needed")
-    seccomp.program()
     told = {signal.SIGTERM, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, told)
     kernel.control(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -186,7 +188,7 @@ def keep(
     _prove_scope()
     child = os.fork()
     if child == 0:
-        _begin(kernel, command, environment, rules, home, user)
+        _begin(kernel, command, environment, rules, program, home, user)
     status, killed = None, False
     while status is None and not killed:
         killed = signal.sigwait(told) == signal.SIGTERM
@@ -240,6 +242,7 @@ def _begin(
     command: Sequence[str],
     environment: Mapping[str, str],
     rules: Rules,
+    program: bytes,
     home: str,
     user: int,
 ) -> NoReturn:
@@ -252,7 +255,7 @@ def _begin(
         os.chdir(home)
         kernel.powerless(user)
         kernel.confine(_ALL_FILES, _ALL_NETWORK, _ALL_SCOPES, rules)
-        seccomp.enforce(kernel.libc)
+        seccomp.enforce(kernel.libc, program)
         os.execvpe(command[0], [*command], {**environment})  # noqa: S606 - a shell would be one more to trust
     except OSError as error:
         os.write(2, f"landlock: {error.strerror or error}\n".encode())
@@ -269,6 +272,7 @@ def main() -> NoReturn:
             asked["command"],
             asked["environment"],
             rules,
+            program=base64.b64decode(asked["filter"]),
             home=asked["home"],
             user=asked["user"],
         )

@@ -1,6 +1,6 @@
 """Run a stranger's program so that it can do nothing but compute: no network, no files, bounded everything.
 
-A `Job` says what a program may see and use, a `Sandbox` (`walls.py`) is a way to hold it to that, and the
+A `Job` says what a program may see and use, a `Sandbox` (`backends.py`) is a way to hold it to that, and the
 supervisor here, outside, measures it, caps its output, and kills what exceeds its time, memory or processes.
 """
 
@@ -20,13 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
-from fourfold_hpc_coder.sandbox.backends import (
-    Bubblewrap,
-    Landlock,
-    Namespaces,
-    Sandbox,
-    Unprotected,
-)
+from fourfold_hpc_coder.sandbox.backends import BACKENDS, Landlock, Sandbox, Unprotected
 from fourfold_hpc_coder.sandbox.job import Cause, Job, JobResult, Limits, Mount
 
 STRANGERS = itertools.count(os.getpid() * 7 % 4000)
@@ -46,7 +40,7 @@ def find_sandbox(*, allow_none: bool) -> Sandbox:
         ValueError: where none does and `allow_none` is False.
     """
     tried = []
-    for sandbox in (Bubblewrap(), Namespaces(), Landlock()):
+    for sandbox in BACKENDS:
         reason = _why_not(sandbox)
         if not reason:
             return sandbox
@@ -66,7 +60,7 @@ def _why_not(sandbox: Sandbox) -> str:
     try:
         outcome = run(sandbox, job)
     except OSError as error:
-        return str(error.strerror)
+        return error.strerror or str(error)
     return "" if outcome.code == 0 else (outcome.stderr.strip().splitlines() or ["fails"])[-1]
 
 
