@@ -289,4 +289,4 @@ class Unprotected:
 
 
 BACKENDS: tuple[Sandbox, ...] = (Bubblewrap(), Namespaces(), Landlock())
-"""Every sandbox that protects, the best first; `tests/test_sandbox.py` holds each of them to the same laws."""
+"""Every sandbox that protects, the best first; `tests/test_sandbox.py` holds each to the same laws."""
