@@ -1,56 +1,53 @@
-"""Render the ledger tables of the READMEs from the committed ledgers.
+"""Render the tables of the packages' documents from the committed ledgers and records.
 
 scripts/env python scripts/tables.py            # write
-scripts/env python scripts/tables.py --check    # exit 1 where a README and its ledger disagree
+scripts/env python scripts/tables.py --check    # exit 1 where a document and its records disagree
 """
 
-import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from fourfold_parallel.common.files import write_text
+from fourfold_parallel.common.records import read_record
 from fourfold_parallel.reproduce.claims import read_ledger
+from fourfold_parallel.reproduce.experiment import experiment_of
+from fourfold_parallel.reproduce.tables import filled, ledger_page
 
 ROOT = Path(__file__).resolve().parent.parent
-_PLACE = re.compile(r"(<!-- ledger: (\w+) -->\n).*?(<!-- /ledger -->)", re.DOTALL)
 
 
-def rendered(readme: Path) -> str:
-    """The README with every ledger table as its package's committed records say."""
-
-    def table(match: re.Match[str]) -> str:
-        rows = read_ledger(readme.parent / "results" / "ledger.jsonl")
-        lines = ["| claim | paper | ours | verdict | record |", "|---|---|---|---|---|"]
-        for row in rows:
-            if row.scale != match[2]:
-                raise ValueError(
-                    f"{readme}: the table is of scale {match[2]!r}, results/ledger.jsonl of {row.scale!r}"
-                )
-            record = f"[`{row.record}`](results/{row.record.split(':')[0]})" if row.record else ""
-            cells = (
-                f"{row.id} {row.statement}",
-                row.paper_value,
-                row.ours or row.because,
-                row.verdict,
-                record,
-            )
-            lines.append("| " + " | ".join(cells) + " |")
-        return match[1] + "\n".join(lines) + "\n" + match[3]
-
-    return _PLACE.sub(table, readme.read_text(encoding="utf-8"))
+def rendered(package: Path) -> Iterator[tuple[Path, str]]:
+    """Every document of a package with a rendered table, and what it should say."""
+    results = package / "results"
+    if not (results / "ledger.jsonl").exists():
+        return
+    rows = read_ledger(results / "ledger.jsonl")
+    yield results / "README.md", ledger_page(package.name, rows)
+    experiment = experiment_of(package.name)
+    records = {
+        path.stem: read_record(path)
+        for path in results.glob("*.jsonl")
+        if path.name != "ledger.jsonl"
+    }
+    for document in sorted([package / "README.md", *package.glob("docs/*.md")]):
+        text = document.read_text(encoding="utf-8")
+        if "<!-- ledger:" in text or "<!-- table:" in text:
+            place = "results/" if document.parent == package else "../results/"
+            yield document, filled(text, rows, experiment.tables, records, results=place)
 
 
 def main() -> None:
-    """Write or check every package's README."""
+    """Write or check every package's documents."""
     stale = []
-    for readme in sorted(ROOT.glob("packages/*/README.md")):
-        text = rendered(readme)
-        if text != readme.read_text(encoding="utf-8"):
-            stale.append(readme.relative_to(ROOT))
-            if "--check" not in sys.argv:
-                write_text(readme, text)
+    for package in sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml")):
+        for document, text in rendered(package):
+            if not document.exists() or document.read_text(encoding="utf-8") != text:
+                stale.append(str(document.relative_to(ROOT)))
+                if "--check" not in sys.argv:
+                    write_text(document, text)
     if stale and "--check" in sys.argv:
-        print(f"out of date: {', '.join(map(str, stale))}; run scripts/tables.py")
+        print(f"out of date: {', '.join(stale)}; run scripts/tables.py")
         sys.exit(1)
 
 

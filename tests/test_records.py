@@ -8,7 +8,7 @@ import pytest
 
 from fourfold_parallel.common.records import read_record
 from fourfold_parallel.common.values import digest, from_json, to_json
-from fourfold_parallel.reproduce.experiment import installed, load
+from fourfold_parallel.reproduce.experiment import experiment_of, load
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = sorted(
@@ -28,7 +28,7 @@ def test_every_committed_record_rebuilds_its_run(path: Path) -> None:
 @pytest.mark.parametrize("package", sorted({path.parts[-3] for path in RECORDS}))
 def test_committed_records_are_of_todays_stages(package: str) -> None:
     """`--resume` beside the committed records runs nothing: their runs equal today's recipes'."""
-    experiment = installed()[package]
+    experiment = experiment_of(package)
     stages = {stage.name for stage in experiment.stages("laptop")}
     done = load(experiment, "laptop", ROOT / "packages" / package / "results")
     assert {

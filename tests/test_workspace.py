@@ -1,5 +1,6 @@
-"""Laws of the workspace: names, bounds, what is committed."""
+"""Laws of the workspace: names, bounds, anatomy, what is committed."""
 
+import ast
 import importlib.metadata
 import importlib.util
 import re
@@ -14,6 +15,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 MEMBERS = sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml"))
 IDS = [member.name for member in MEMBERS]
+PAPERS = [member for member in MEMBERS if member.name != "parallel"]
 
 
 def project(member: Path) -> dict:
@@ -39,11 +41,104 @@ def test_folder_distribution_and_module_have_one_name(member: Path) -> None:
     assert importlib.metadata.version(project(member)["name"]) == project(member)["version"]
 
 
+IDEAS = {
+    "goldfish": "loss.py",
+    "recurrent_depth": "model.py",
+    "loki": "attention.py",
+    "gemstones": "laws.py",
+    "hpc_coder": "evaluation.py",
+}
+"""The file of each paper that a newcomer opens first."""
+ROOMS = 16
+"""Files and folders that a package may show at its top."""
+REPRODUCTION = {"claims", "experiment", "figures", "measures", "recipes"}
+"""What every paper's `reproduce/` holds, each as a file or a folder."""
+
+
+def source_of(member: Path) -> Path:
+    return member / "src" / f"fourfold_{member.name}"
+
+
+def siblings_of(path: Path, package: str) -> set[str]:
+    """Modules of its own package that a file imports anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in names if name.startswith(f"{package}.")}
+
+
 @pytest.mark.parametrize("member", MEMBERS, ids=IDS)
-def test_every_package_has_the_same_anatomy(member: Path) -> None:
-    for name in ("README.md", "CHANGELOG.md", "tests"):
+def test_every_package_has_the_same_front(member: Path) -> None:
+    """Pages, licence, public names with a stub, a command line, and few enough rooms to know them."""
+    for name in ("README.md", "CHANGELOG.md", "LICENSE", "tests"):
         assert (member / name).exists(), name
     assert f"## {project(member)['version']}" in (member / "CHANGELOG.md").read_text()
+    source = source_of(member)
+    for name in ("__init__.py", "__init__.pyi", "__main__.py", "commands.py", "py.typed"):
+        assert (source / name).exists(), name
+    rooms = {
+        path.name
+        for path in source.iterdir()
+        if path.name not in {"__init__.py", "__init__.pyi", "__main__.py", "py.typed"}
+        and (path.suffix or any(path.rglob("*.py")))
+        and path.name != "__pycache__"
+    }
+    assert len(rooms) <= ROOMS, sorted(rooms)
+    scripts = project(member)["scripts"]
+    command = "fourfold" if member.name == "parallel" else project(member)["name"]
+    assert scripts == {command: f"fourfold_{member.name}.__main__:main"}
+
+
+@pytest.mark.parametrize("member", PAPERS, ids=lambda path: path.name)
+def test_every_paper_has_the_same_anatomy(member: Path) -> None:
+    """What reproduces the paper lies in `reproduce/`, and nothing of it beside what a user imports."""
+    source = source_of(member)
+    there = {path.stem for path in (source / "reproduce").iterdir()}
+    assert there >= REPRODUCTION
+    assert not {path.stem for path in source.iterdir()} & REPRODUCTION
+    for path in source.rglob("*.py"):
+        if "reproduce" not in path.parts and path.name not in {"__main__.py", "commands.py"}:
+            used = {
+                name
+                for name in siblings_of(path, f"fourfold_{member.name}")
+                if ".reproduce" in name
+            }
+            assert not used, f"{path.name} needs {used}, which only reproduces the paper"
+
+
+@pytest.mark.parametrize("member", PAPERS, ids=lambda path: path.name)
+def test_the_idea_stands_on_value_types_alone(member: Path) -> None:
+    """Whatever the idea file imports of its own package imports nothing of it in turn.
+
+    The runtime's is left out: the neighbours of linear.py (schedule, collectives, mesh) are its idea too.
+    """
+    package = f"fourfold_{member.name}"
+    source = source_of(member)
+    for name in siblings_of(source / IDEAS[member.name], package):
+        path = source.joinpath(*name.split(".")[1:]).with_suffix(".py")
+        if path.exists():
+            assert not siblings_of(path, package), f"{path.name} is more than values"
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=IDS)
+def test_asking_for_help_costs_no_heavy_import(member: Path) -> None:
+    """`--help` lists every command, and neither it nor the package's name loads torch."""
+    module = f"fourfold_{member.name}"
+    script = (
+        f"import sys, {module}, {module}.commands, {module}.__main__ as entry\n"
+        "sys.argv[1:] = ['--help']\n"
+        "try:\n    entry.main()\nexcept SystemExit as ended:\n    assert not ended.code\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'scipy', 'jinja2'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    called = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert called.returncode == 0, called.stderr
+    assert "reproduce" in called.stdout
 
 
 @pytest.mark.parametrize("member", MEMBERS, ids=IDS)

@@ -12,7 +12,8 @@ from fourfold_parallel.common.records import Event, Record
 
 def record(*events: dict[str, Any]) -> Record:
     return Record(
-        Path("made-up.jsonl"), tuple(Event(line, one) for line, one in enumerate(events, 2))
+        Path("made-up.jsonl"),
+        tuple(Event(line, one, "made-up.jsonl") for line, one in enumerate(events, 2)),
     )
 
 

@@ -48,11 +48,11 @@ def test_a_claim_that_a_scale_cannot_test_is_never_shown_as_reproduced(tmp_path:
     claim = Claim(
         id="X1",
         section="1",
-        statement="Large models fly",
-        paper_value="90 %",
+        says="Large models fly",
+        paper="90 %",
         conditions="none",
-        rule_text="never applied here",
-        rule=_unreachable,
+        rule="never applied here",
+        judge=_unreachable,
         scales=("paper",),
         needs="4,096 GPUs",
     )

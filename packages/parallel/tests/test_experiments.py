@@ -1,14 +1,21 @@
 """Laws of experiments: what is finished is kept, what changed is done again, what died goes on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 
 from fourfold_parallel.common.progress import silent
-from fourfold_parallel.common.records import RecordWriter, header
-from fourfold_parallel.reproduce.claims import Claim, Finding, Records
+from fourfold_parallel.reproduce.claims import (
+    Finding,
+    NotTestedError,
+    Records,
+    beyond_us,
+    claim,
+    decide,
+    judge,
+)
 from fourfold_parallel.reproduce.experiment import Drawing, Experiment, Stage, Workplace, perform
 from fourfold_parallel.reproduce.figures import svg
 
@@ -20,15 +27,27 @@ class Toy:
     number: int
 
 
-def _rule(records: Records) -> Finding:
+@claim(
+    "T1",
+    section="1",
+    says="b measures more than one",
+    paper="2",
+    rule="reproduced if above 1",
+    conditions="toy",
+    scales=("smoke",),
+    needs="nothing",
+)
+def more_than_one(records: Records) -> Finding:
+    """The last measurement of b."""
+    if "b" not in records:
+        raise NotTestedError("the stage b")
     event = records["b"].last("measured")
-    value = event.number("value")
+    more = event.number("value") > 1
     return Finding(
-        verdict="reproduced" if value > 1 else "contradicted",
-        ours=f"{value:g}",
-        evidence="b",
-        line=event.line,
-        because="value above 1" if value > 1 else "value at most 1",
+        decide(reproduced=more, contradicted=not more),
+        f"{event.number('value'):g}",
+        event,
+        "value above 1" if more else "value at most 1",
     )
 
 
@@ -38,14 +57,10 @@ def toy_experiment(done: list[str], numbers: dict[str, int], dies_at: str = "") 
 
         def perform_stage(workplace: Workplace) -> None:
             done.append(name)
-            with RecordWriter(workplace.record) as records:
-                records.write_header(
-                    header(value, seed=0, world_size=1, materials=(), overrides=())
-                )
+            with workplace.recording(value, seed=0) as records:
                 if name == dies_at:
                     raise KeyboardInterrupt
                 records.write("measured", value=float(value.number))
-                records.write("finished")
 
         return Stage(name=name, run=value, perform=perform_stage)
 
@@ -54,22 +69,11 @@ def toy_experiment(done: list[str], numbers: dict[str, int], dies_at: str = "") 
         figure.subplots().plot([0, records["b"].last("measured").number("value")])
         return figure
 
-    claim = Claim(
-        id="T1",
-        section="1",
-        statement="b measures more than one",
-        paper_value="2",
-        conditions="toy",
-        rule_text="reproduced if above 1",
-        rule=_rule,
-        scales=("smoke",),
-        needs="nothing",
-    )
     return Experiment(
         package="toy",
         title="Toy",
         paper="Nobody, nowhere",
-        claims=(claim,),
+        claims=(more_than_one,),
         stages=lambda scale: [stage(name) for name in numbers] if scale == "smoke" else [],
         drawings=lambda _: [Drawing(name="line", caption="a line", draw=draw)],
         launches=lambda: (),
@@ -102,7 +106,7 @@ def test_an_interrupted_experiment_goes_on_where_it_stopped(tmp_path: Path) -> N
 
 
 def test_a_scale_without_stages_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="toy has nothing to run here at scale 'gpu'"):
+    with pytest.raises(ValueError, match="toy has nothing to run here at scale 'paper'"):
         perform(toy_experiment([], {}), "paper", tmp_path, resume=False, progress=lambda _: silent)
 
 
@@ -117,3 +121,26 @@ def test_equal_figures_are_equal_files(tmp_path: Path) -> None:
         texts.append(outcome.figures[0].read_text())
     assert texts[0] == texts[1]
     assert "<dc:date>" not in svg(Figure())
+
+
+def test_a_claim_that_lacks_something_says_what_and_links_nowhere() -> None:
+    """Without its record, and where no scale here can test it."""
+    far = beyond_us("T2", section="1", says="more", paper="1", rule="a number", needs="8 GPUs")
+    rows = judge((more_than_one, far), {}, package="toy", scale="smoke")
+    assert [row.because for row in rows] == ["needs: the stage b", "needs: 8 GPUs"]
+    assert {(row.verdict, row.ours, row.record) for row in rows} == {("not tested", "", "")}
+
+
+def test_a_stage_is_done_again_when_one_that_it_reads_is(tmp_path: Path) -> None:
+    done: list[str] = []
+
+    def experiment(number: int) -> Experiment:
+        first, second = toy_experiment(done, {"a": number, "b": 2}).stages("smoke")
+        stages = (first, replace(second, reads=("a",)))
+        return replace(toy_experiment(done, {}), stages=lambda _: stages)
+
+    go(experiment(1), tmp_path, resume=False)
+    go(experiment(1), tmp_path, resume=True)
+    assert done == ["a", "b"]
+    go(experiment(3), tmp_path, resume=True)
+    assert done == ["a", "b", "a", "b"]

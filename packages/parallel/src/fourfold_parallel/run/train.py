@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from fourfold_parallel.common.progress import Progress
 from fourfold_parallel.common.records import RecordWriter, begun_by, header
-from fourfold_parallel.common.values import digest
+from fourfold_parallel.common.values import describes, digest
 from fourfold_parallel.launch import world_size
 from fourfold_parallel.run import checkpoint
 from fourfold_parallel.run.checkpoint import Checkpoint
@@ -206,11 +206,11 @@ def _restore(run_sha256: str, session: Session, checkpoints: Path) -> int:
 
 
 def _check_record(record: Path, study: object) -> None:
-    found, mine = begun_by(record), digest(study)
-    if found is not None and found != mine:
+    begun = begun_by(record)
+    if begun is not None and not describes(begun, study):
         raise ValueError(
-            f"{record} is the record of another run ({found[:12]}, not {mine[:12]}); name a record of its "
-            f"own for this one, or remove {record} to begin it there"
+            f"{record} is the record of another run; name a record of its own for this one, or remove "
+            f"{record} to begin it there"
         )
 
 

@@ -1,22 +1,18 @@
-"""One self-contained HTML page of what was reproduced: the ledger, the figures, the environment.
-
-scripts/env python scripts/report.py out/smoke
-"""
+"""One self-contained HTML page of what was reproduced: the ledger, the figures, the environment."""
 
 import json
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from fourfold_parallel.common.files import write_text
 from fourfold_parallel.common.records import Record, read_record
 from fourfold_parallel.reproduce.claims import LedgerRow, read_ledger
-from fourfold_parallel.reproduce.experiment import Experiment, installed
+from fourfold_parallel.reproduce.experiment import experiment_of, installed
+from fourfold_parallel.reproduce.page import inline, render
 
 HERE = Path(__file__).resolve().parent
 
@@ -63,20 +59,14 @@ def write(folder: Path, *, scale: str, elapsed_s: float | None = None) -> Path:
     Raises:
         ValueError: where the folder holds no ledger.
     """
-    known = installed()
-    sections = [
-        _section(path.parent, known.get(path.parent.name))
-        for path in sorted(folder.glob("*/ledger.jsonl"))
-    ]
+    sections = [_section(path.parent) for path in sorted(folder.glob("*/ledger.jsonl"))]
     if not sections:
         raise ValueError(
-            f"{folder} holds no ledger; run scripts/reproduce.py first, or name its folder"
+            f"{folder} holds no ledger; run `fourfold reproduce` first, or name its folder"
         )
-    template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined
-    ).get_template("report.html.jinja")
     first = sections[0].records[0].events[0].values
-    page = template.render(
+    page = render(
+        HERE / "templates" / "report.html.jinja",
         sections=sections,
         scale=scale,
         elapsed_s=elapsed_s,
@@ -88,7 +78,8 @@ def write(folder: Path, *, scale: str, elapsed_s: float | None = None) -> Path:
     return path
 
 
-def _section(folder: Path, experiment: Experiment | None) -> Section:
+def _section(folder: Path) -> Section:
+    experiment = experiment_of(folder.name) if folder.name in installed() else None
     captions: dict[str, str] = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
     return Section(
         package=folder.name,
@@ -96,7 +87,7 @@ def _section(folder: Path, experiment: Experiment | None) -> Section:
         paper=experiment.paper if experiment else "",
         rows=read_ledger(folder / "ledger.jsonl"),
         figures=tuple(
-            (name, caption, _inline(folder / f"{name}.svg")) for name, caption in captions.items()
+            (name, caption, _drawing(folder, name)) for name, caption in captions.items()
         ),
         records=tuple(
             read_record(path)
@@ -106,29 +97,6 @@ def _section(folder: Path, experiment: Experiment | None) -> Section:
     )
 
 
-def _inline(path: Path) -> Markup:
-    """The drawing as part of a page: no XML prolog, ids of its own, scaling with the column."""
-    text = path.read_text(encoding="utf-8")
-    text = text[text.index("<svg") :]
-    prefix = f"{path.parent.name}-{path.stem}-"
-    for mark in ('id="', 'href="#', "url(#"):
-        text = text.replace(mark, mark + prefix)
-    # Our own file, written by matplotlib: nothing of a stranger's reaches it.
-    return Markup(text)  # noqa: S704
-
-
-def main() -> None:
-    """`scripts/report.py FOLDER`: render again from what is there."""
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        print("usage: scripts/report.py out/SCALE\n\nRender FOLDER/report.html from its ledgers.")
-        sys.exit(0 if {"-h", "--help"} & set(sys.argv) else 2)
-    folder = Path(sys.argv[1])
-    try:
-        print(write(folder, scale=folder.name))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()
+def _drawing(folder: Path, name: str) -> Markup:
+    svg = (folder / f"{name}.svg").read_text(encoding="utf-8")
+    return inline(svg, prefix=f"{folder.name}-{name}-")

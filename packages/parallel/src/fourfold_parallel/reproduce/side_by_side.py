@@ -9,24 +9,34 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from fourfold_parallel.common.progress import Progress
 from fourfold_parallel.reproduce.claims import LedgerRow
-from fourfold_parallel.reproduce.cli import console, start
-from fourfold_parallel.reproduce.experiment import Stage, installed, perform
+from fourfold_parallel.reproduce.experiment import Stage, experiment_of, perform
 from fourfold_parallel.reproduce.scale import Scale
+from fourfold_parallel.reproduce.terminal import Bars, console, start
 
 Message = tuple[str, int, int, str]
 """Which stage; done; of how many; a note."""
 EVERY_S = 0.2
 """Seconds between two messages of one stage, and between two looks at all of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """What became of one package: its ledger's rows, or why there are none."""
+
+    rows: tuple[LedgerRow, ...] = ()
+    error: str = ""
 
 
 def perform_all(
@@ -36,11 +46,9 @@ def perform_all(
     *,
     resume: bool,
     jobs: int,
-    bar: Callable[[str], Progress],
-) -> Iterator[tuple[str, Sequence[LedgerRow] | ValueError]]:
-    """Perform the experiments of packages, and give what becomes of each as it ends.
-
-    One that is refused (`ValueError`) does not stop the others.
+    target: Console,
+) -> dict[str, Judged]:
+    """Perform the experiments of packages. One that is refused (`ValueError`) does not stop the others.
 
     Args:
         names: packages with an experiment that has stages at this scale.
@@ -48,7 +56,7 @@ def perform_all(
         folder: receives a folder for each package.
         resume: as in `perform`.
         jobs: packages at a time.
-        bar: gives the progress bar of a stage by its name.
+        target: shows the progress bars.
 
     Raises:
         ValueError: for fewer than one job, or a worker that was killed.
@@ -60,17 +68,22 @@ def perform_all(
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # for what a worker starts in its turn
     context = multiprocessing.get_context("spawn")
     messages: Queue[Message] = context.Queue()
-    bars: dict[str, Progress] = {}
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_begin, initargs=(messages, threads)
-    ) as pool:
+    stages = sum(len(experiment_of(name).stages(scale)) for name in names)
+    bars, drawn = Bars(target, stages), dict[str, Progress]()
+    outcomes: dict[str, Judged] = {}
+    with (
+        bars.running(),
+        ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_begin, initargs=(messages, threads)
+        ) as pool,
+    ):
         futures: dict[Future[tuple[LedgerRow, ...]], str] = {
             pool.submit(_perform, name, scale, folder / name, resume): name for name in names
         }
         waiting = set(futures)
         while waiting:
             ended, waiting = wait(waiting, timeout=EVERY_S, return_when=FIRST_COMPLETED)
-            _show(messages, bars, bar)
+            _show(messages, drawn, bars)
             for future in ended:
                 error = future.exception()
                 if isinstance(error, BrokenProcessPool):
@@ -78,23 +91,25 @@ def perform_all(
                         f"{futures[future]}: its process was killed, perhaps for want of memory; "
                         "--resume --jobs 1 goes on with one package at a time"
                     )
-                if error is not None and not isinstance(error, ValueError):
+                if error is None:
+                    outcomes[futures[future]] = Judged(rows=future.result())
+                elif isinstance(error, ValueError):
+                    outcomes[futures[future]] = Judged(error=str(error))
+                else:
                     raise error
-                yield futures[future], error or future.result()
+    return outcomes
 
 
-def _show(
-    messages: "Queue[Message]", bars: dict[str, Progress], bar: Callable[[str], Progress]
-) -> None:
+def _show(messages: "Queue[Message]", drawn: dict[str, Progress], bars: Bars) -> None:
     """Draw what the workers have said since the last look."""
     while True:
         try:
             stage, done, total, note = messages.get_nowait()
         except queue.Empty:
             return
-        if stage not in bars:
-            bars[stage] = bar(stage)
-        bars[stage](done, total, note)
+        if stage not in drawn:
+            drawn[stage] = bars.named(stage)
+        drawn[stage](done, total, note)
 
 
 _messages: "Queue[Message]"
@@ -135,4 +150,4 @@ def _perform(name: str, scale: Scale, folder: Path, resume: bool) -> tuple[Ledge
 
         return report
 
-    return perform(installed()[name], scale, folder, resume=resume, progress=progress).rows
+    return perform(experiment_of(name), scale, folder, resume=resume, progress=progress).rows

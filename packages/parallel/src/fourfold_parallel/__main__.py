@@ -1,0 +1,16 @@
+"""`fourfold`, or `python -m fourfold_parallel`: everything that is installed, at once."""
+
+from fourfold_parallel import commands
+from fourfold_parallel.reproduce import cli
+
+
+def main() -> None:
+    """Perform the command that the arguments name."""
+    cli.main(
+        "parallel",
+        {"reproduce": commands.reproduce, "report": commands.report, "packages": commands.packages},
+    )
+
+
+if __name__ == "__main__":
+    main()
