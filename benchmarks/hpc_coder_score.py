@@ -114,7 +114,7 @@ def ours(
         is_cached=True,
         find=find,
     )
-    scored = score.score(plan, silent)
+    scored = score.score_file(plan, silent)
     return [judgement.sample.right for one in scored.judged for judgement in one.judgements]
 
 

@@ -136,7 +136,7 @@ def test_answers_to_a_checkouts_problem_get_their_verdicts(plan: Scoring, model:
     if reason := toolchain.missing(model):
         pytest.skip(reason)
     plan.outputs.write_text(json.dumps([entry(model, *ANSWERS[model])]))
-    [judged] = score.score(plan, silent).judged
+    [judged] = score.score_file(plan, silent).judged
     found = [one.verdict for one in judged.judgements]
     assert found == [*ANSWERS[model].values()], [one.because for one in judged.judgements]
     for one in judged.judgements:
@@ -150,7 +150,7 @@ def test_answers_to_a_checkouts_problem_get_their_verdicts(plan: Scoring, model:
 
 def test_a_compilers_words_count_the_answers_own_lines(plan: Scoring) -> None:
     plan.outputs.write_text(json.dumps([entry("serial", "\n\noops }")]))
-    [judged] = score.score(plan, silent).judged
+    [judged] = score.score_file(plan, silent).judged
     assert "answer.cpp:5" in judged.judgements[0].output
 
 
@@ -162,7 +162,7 @@ def test_a_driver_that_does_not_build_is_left_out_with_the_compilers_words(
     broken.write_text(json.dumps({NAME: {"serial": "(1<<3", "mpi": "(1<<14)"}}))
     plan = replace(plan, find=open_checkout(checkout, broken).find)
     plan.outputs.write_text(json.dumps([entry("serial", RIGHT), entry("mpi", RIGHT)]))
-    scored = score.score(plan, silent)
+    scored = score.score_file(plan, silent)
     assert [one.question.model for one in scored.judged] == ["mpi"]
     assert "does not build" in scored.omissions[0].because
 
@@ -259,4 +259,4 @@ def test_problems_that_nothing_passes_are_named(plan: Scoring, checkout: Path) -
     if not (sibling / hopeless).exists():
         (sibling / hopeless).symlink_to(sibling / NAME)
     plan.outputs.write_text(json.dumps([{**entry("serial", RIGHT), "name": hopeless}]))
-    assert any(hopeless in note for note in score.score(plan, silent).notes)
+    assert any(hopeless in note for note in score.score_file(plan, silent).notes)

@@ -135,7 +135,7 @@ def test_no_timing_overlaps_a_build_a_check_or_another_timing(
         entry(AVERAGE, "serial", RIGHT, "return 0; }", RIGHT + "//"),
     )
     watch = Watch(monkeypatch)
-    scored = score.score(asked, silent)
+    scored = score.score_file(asked, silent)
     verdicts = [[one.verdict for one in judged.judgements] for judged in scored.judged]
     assert verdicts == [["correct"] * 3 + ["no build"], ["correct", "wrong", "correct"]]
     timings = watch.of("timing")
@@ -172,7 +172,7 @@ def killed(*words):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*words)
 schedule.judged_by_time = killed
-score.score(score.Scoring(outputs=Path({outputs!r}), folder=Path({folder!r}), models=("serial", "omp"),
+score.score_file(score.Scoring(outputs=Path({outputs!r}), folder=Path({folder!r}), models=("serial", "omp"),
     settings=SETTINGS, sandbox=find_sandbox(allow_none=False), jobs=2, ks=(1,), is_cached=False), silent)
 """
 
@@ -183,7 +183,7 @@ def test_killed_between_checks_and_timings_it_goes_on_to_the_same_file(
     """Before the first timing only what needs none is settled; before the second, what was timed too."""
     bodies = [RIGHT, "return 1; }", "oops }", RIGHT + "//", "return x[0]; }"]
     asked = plan(sandbox, tmp_path, entry(AVERAGE, "serial", *bodies))
-    score.score(replace(asked, folder=tmp_path / "whole"), silent)
+    score.score_file(replace(asked, folder=tmp_path / "whole"), silent)
     for left, settled in ((0, 3), (1, 4)):
         script = KILLED_BETWEEN.format(
             tests=str(Path(__file__).parent),
@@ -195,7 +195,7 @@ def test_killed_between_checks_and_timings_it_goes_on_to_the_same_file(
         assert ended.returncode == -9
         lines = (asked.folder / "verdicts.jsonl").read_text().splitlines()
         assert len(lines) == 1 + settled
-    scored = score.score(asked, silent)
+    scored = score.score_file(asked, silent)
     assert scored.reused == 4
     assert untimed(asked.folder) == untimed(tmp_path / "whole")
 

@@ -106,7 +106,7 @@ def test_golden_outputs_get_the_verdicts_of_their_labels(plan: Scoring, model: M
     """All 41, each with a sentence; ParEval's own runner accepts NaN, a race and sequential answers."""
     if reason := toolchain.missing(model):
         pytest.skip(reason)
-    scored = score.score(
+    scored = score.score_file(
         replace(plan, outputs=GOLDEN / "outputs.json", models=(model,), is_cached=True), silent
     )
     labels = {
@@ -132,7 +132,7 @@ def test_what_was_never_run_is_neither_right_nor_wrong(plan: Scoring) -> None:
     name = "55_transform_relu"
     right = own_problems()[name].answer("cuda")
     plan.outputs.write_text(json.dumps([entry(name, "cuda", right, "oops }")]))
-    [judged] = score.score(replace(plan, models=("cuda",), is_cached=True), silent).judged
+    [judged] = score.score_file(replace(plan, models=("cuda",), is_cached=True), silent).judged
     assert [one.verdict for one in judged.judgements] == ["compiled, not run", "no build"]
     assert "needs a GPU" in judged.judgements[0].because
     [row] = csv.DictReader((plan.folder / "metrics.csv").read_text().splitlines())
@@ -141,7 +141,7 @@ def test_what_was_never_run_is_neither_right_nor_wrong(plan: Scoring) -> None:
 
 def test_results_are_in_parevals_layout_and_read_back(plan: Scoring) -> None:
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT, "return 0; }", "oops }")]))
-    score.score(plan, silent)
+    score.score_file(plan, silent)
     [result] = json.loads((plan.folder / "results.json").read_text())
     right, wrong, broken = result["outputs"]
     assert [*right] == [
@@ -176,10 +176,10 @@ def test_equal_answers_are_judged_once_and_the_cache_spares_the_rest(
     monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path / "cache"))
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT, "return 2; }", RIGHT)]))
     cached = replace(plan, is_cached=True)
-    first = score.score(cached, silent)
+    first = score.score_file(cached, silent)
     assert first.reused == 1
     monkeypatch.delattr(schedule, "check")
-    second = score.score(replace(cached, folder=tmp_path / "again"), silent)
+    second = score.score_file(replace(cached, folder=tmp_path / "again"), silent)
     assert second.reused == 3
     verdicts = [one.verdict for one in second.judged[0].judgements]
     assert verdicts == ["correct", "wrong", "correct"]
@@ -194,11 +194,11 @@ def test_a_chats_reply_is_named_and_its_body_judged_where_asked_for(plan: Scorin
         f"{RIGHT}\n```",
     )
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", *replies, f"// ```\n{RIGHT}")]))
-    [judged] = score.score(plan, silent).judged
+    [judged] = score.score_file(plan, silent).judged
     assert [one.verdict for one in judged.judgements] == ["no build"] * 3 + ["correct"]
     assert all("--extract-bodies" in one.because for one in judged.judgements[:3])
     extracting = replace(plan, extracts_bodies=True)
-    [judged] = score.score(extracting, silent).judged
+    [judged] = score.score_file(extracting, silent).judged
     assert [one.verdict for one in judged.judgements] == ["correct"] * 4
     [result] = json.loads((plan.folder / "results.json").read_text())
     assert result["raw_outputs"][:3] == [*replies]
@@ -239,7 +239,7 @@ from fourfold_hpc_coder.score import score
 from fourfold_hpc_coder.judge.bench import JudgeSettings
 from fourfold_hpc_coder.sandbox.process import find_sandbox
 from fourfold_parallel.common.progress import silent
-score.score(score.Scoring(outputs=Path({outputs!r}), folder=Path({folder!r}), models=("serial",),
+score.score_file(score.Scoring(outputs=Path({outputs!r}), folder=Path({folder!r}), models=("serial",),
     settings=JudgeSettings(time_limit_s=8, repetitions=1, sizes=(({name!r}, 50_000),)),
     sandbox=find_sandbox(allow_none=False), jobs=1, ks=(1,), is_cached=False), silent)
 """
@@ -269,7 +269,7 @@ def test_a_killed_scoring_goes_on_and_gives_the_same_results(plan: Scoring, tmp_
     held = journal.read_text()
     with journal.open("a") as file:
         file.write('{"key": "torn')
-    scored = score.score(plan, silent)
+    scored = score.score_file(plan, silent)
     assert journal.read_text().startswith(held)
     assert scored.reused >= len(held.splitlines()) - 1
     assert [one.verdict for one in scored.judged[0].judgements] == [
@@ -281,7 +281,7 @@ def test_a_killed_scoring_goes_on_and_gives_the_same_results(plan: Scoring, tmp_
         "correct",
     ]
     assert not any(Path(f"/proc/{pid}/exe").exists() for pid in jobs)
-    again = score.score(plan, silent)
+    again = score.score_file(plan, silent)
     assert again.reused == len(bodies)
     assert pareval.read_results(plan.folder / "results.json")[0] == again.judged[0].prompt
 
@@ -309,7 +309,7 @@ def test_killed_at_any_moment_the_result_file_is_the_same(
     settings = JudgeSettings(time_limit_s=8, repetitions=1, sizes=((AVERAGE, 50_000),))
     plan = replace(plan, models=("serial",), settings=settings, jobs=1)
     began_s = time.perf_counter()
-    score.score(replace(plan, folder=tmp_path / "whole"), silent)
+    score.score_file(replace(plan, folder=tmp_path / "whole"), silent)
     whole_s = time.perf_counter() - began_s
     script = KILLED.format(
         tests=str(Path(__file__).parent),
@@ -324,7 +324,7 @@ def test_killed_at_any_moment_the_result_file_is_the_same(
         time.sleep(share * whole_s)
         victim.kill()
         victim.wait()
-    score.score(plan, silent)
+    score.score_file(plan, silent)
     assert _untimed(plan.folder) == _untimed(tmp_path / "whole")
     # The sentences speak of inputs that are drawn for each scoring.
     found, wanted = (
@@ -366,7 +366,7 @@ def test_an_interrupted_scoring_leaves_no_process(plan: Scoring) -> None:
 def test_the_page_holds_every_answer_and_escapes_it(plan: Scoring) -> None:
     body = 'return "<script>alert(1)</script>"[0] + 0 * x[0]; }'
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT, body)]))
-    scored = score.score(plan, silent)
+    scored = score.score_file(plan, silent)
     page = report.write(
         scored,
         plan.folder / "report.html",
@@ -435,7 +435,7 @@ def test_what_cannot_be_scored_is_named_and_the_rest_is_scored(
         "missing",
         lambda model: "mpicxx is not installed (Debian: libopenmpi-dev)" if model == "mpi" else "",
     )
-    scored = score.score(replace(plan, models=("serial", "mpi"), ks=(1, 5)), silent)
+    scored = score.score_file(replace(plan, models=("serial", "mpi"), ks=(1, 5)), silent)
     assert [one.verdict for one in scored.judged[0].judgements] == ["correct"]
     reasons = " ".join(one.because for one in scored.omissions)
     for words in ("lacks", "built-in problems", "libopenmpi-dev"):
@@ -456,7 +456,7 @@ def test_absent_gpu_compilers_are_named_per_prompt_and_the_rest_is_scored(
     models: tuple[Model, ...] = ("serial", "cuda", "hip")
     entries = [entry(AVERAGE, "serial", RIGHT), *(entry(AVERAGE, m, "}") for m in models[1:])]
     plan.outputs.write_text(json.dumps(entries))
-    scored = score.score(replace(plan, models=models), silent)
+    scored = score.score_file(replace(plan, models=models), silent)
     assert [one.verdict for one in scored.judged[0].judgements] == ["correct"]
     assert {one.place: one.because for one in scored.omissions} == {
         f"{AVERAGE} (cuda)": "nvcc is not installed (Debian: nvidia-cuda-toolkit)",
@@ -496,7 +496,7 @@ def test_an_mpi_that_does_not_work_leaves_the_rest_to_be_scored(
     toolchain.mpi_flags.cache_clear()
     plan.outputs.write_text(json.dumps([entry(AVERAGE, m, RIGHT) for m in ("serial", "mpi")]))
     try:
-        scored = score.score(replace(plan, models=("serial", "mpi")), silent)
+        scored = score.score_file(replace(plan, models=("serial", "mpi")), silent)
     finally:
         toolchain._said.cache_clear()
         toolchain.mpi_flags.cache_clear()
@@ -508,7 +508,7 @@ def test_a_row_is_an_answer_whatever_stands_in_it(plan: Scoring) -> None:
     """Texts of Windows, and half a character, which JSON can hold and a file cannot."""
     bodies = (RIGHT.replace("; ", ";\r\n"), f"// \ud83d\n{RIGHT}", f'// \U0001f600, ""\n{RIGHT}')
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", *bodies)]))
-    scored = score.score(plan, silent)
+    scored = score.score_file(plan, silent)
     assert {one.verdict for one in scored.judged[0].judgements} == {"correct"}
     with (plan.folder / "runs.csv").open(newline="") as file:
         rows = [*csv.DictReader(file)]
@@ -528,7 +528,7 @@ def test_a_prompt_that_our_driver_cannot_call_is_left_out(plan: Scoring) -> None
     same["outputs"] = [RIGHT.replace("x", "values")]
     copied = {**same, "prompt": "double average(std::vector<double> x) {"}
     plan.outputs.write_text(json.dumps([theirs, same, copied]))
-    scored = score.score(replace(plan, models=("serial", "kokkos")), silent)
+    scored = score.score_file(replace(plan, models=("serial", "kokkos")), silent)
     assert [one.judgements[0].verdict for one in scored.judged] == ["correct"]
     assert [one.place.split()[0] for one in scored.omissions] == ["02_dense_la_gemm", AVERAGE]
     assert declared in scored.omissions[0].because
@@ -544,11 +544,11 @@ def test_a_message_is_shown_as_it_is(name: str, tmp_path: Path, capsys, sandbox)
 
 def test_scores_of_another_file_are_not_overwritten(plan: Scoring) -> None:
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT)]))
-    score.score(plan, silent)
+    score.score_file(plan, silent)
     before = (plan.folder / "results.json").read_bytes()
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", "return 0; }")]))
     with pytest.raises(ValueError, match="another file"):
-        score.score(plan, silent)
+        score.score_file(plan, silent)
     assert (plan.folder / "results.json").read_bytes() == before
 
 
@@ -559,31 +559,31 @@ def test_two_scorings_do_not_write_into_one_folder(plan: Scoring) -> None:
         Journal(plan.outputs, plan.folder),
         pytest.raises(ValueError, match="another scoring is writing"),
     ):
-        score.score(plan, silent)
+        score.score_file(plan, silent)
     assert len((plan.folder / "verdicts.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_damaged_journal_is_named_by_its_line(plan: Scoring) -> None:
     """Without that line its answer is judged again."""
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT)]))
-    score.score(plan, silent)
+    score.score_file(plan, silent)
     path = plan.folder / "verdicts.jsonl"
     header, verdict = path.read_text().splitlines()
     for line in (verdict[:-9], header, "[]"):
         path.write_text(f"{header}\n{line}\n")
         with pytest.raises(ValueError, match=r"verdicts.jsonl, line 2 is damaged; remove"):
-            score.score(plan, silent)
+            score.score_file(plan, silent)
         assert path.read_text() == f"{header}\n{line}\n"
     path.write_text(f"{header}\n")
-    assert score.score(plan, silent).judged[0].judgements[0].verdict == "correct"
+    assert score.score_file(plan, silent).judged[0].judgements[0].verdict == "correct"
 
 
 def test_results_can_be_scored_again(plan: Scoring, tmp_path: Path) -> None:
     """A driver's results hold the outputs: a file that was scored is a file to score."""
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT)]))
-    score.score(plan, silent)
+    score.score_file(plan, silent)
     again = replace(plan, outputs=plan.folder / "results.json", folder=tmp_path / "again")
-    assert score.score(again, silent).judged[0].judgements[0].verdict == "correct"
+    assert score.score_file(again, silent).judged[0].judgements[0].verdict == "correct"
 
 
 def test_results_that_are_partly_there_are_read_as_outputs(tmp_path: Path) -> None:

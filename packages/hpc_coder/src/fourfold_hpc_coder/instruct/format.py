@@ -20,7 +20,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from fourfold_hpc_coder.instruct.pipeline import Instructions, held_out, make, makers, templates
+from fourfold_hpc_coder.instruct.pipeline import (
+    Instructions,
+    held_out,
+    make_samples,
+    makers,
+    templates,
+)
 from fourfold_hpc_coder.instruct.samples import InstructionSample, read_samples
 from fourfold_hpc_coder.instruct.teachers import Templates
 from fourfold_hpc_coder.vocabulary import Model
@@ -80,7 +86,7 @@ class CodePairs:
                     f"vocabulary={self.vocabulary} does not hold the 256 bytes and two signs; use 258"
                 )
             recipe = templates(self.samples, models=("serial", "omp"), verified=False)
-            texts = [one.instruction + one.answer for one in make(recipe).samples]
+            texts = [one.instruction + one.answer for one in make_samples(recipe).samples]
             trained = Trained(models.BPE())
             # Merges may cross words and lines: what the grammar repeats becomes one token, so that a very
             # small model sees whole samples in a few tokens.
@@ -131,7 +137,7 @@ class InstructionRows:
 
     def open(self, *, sequence: int, seed: int) -> TokenStream:
         """Training rows, in a seeded order."""
-        samples = [sample for part in self.parts for sample in make(part).samples]
+        samples = [sample for part in self.parts for sample in make_samples(part).samples]
         return self._stream(samples, sequence, seed)
 
     def validation(self, *, sequence: int) -> TokenStream:

@@ -92,7 +92,7 @@ class Dataset:
         return dict(sorted(Counter(one.verdict for one in self.refused).items()))
 
 
-def make(
+def make_samples(
     recipe: Instructions,
     *,
     progress: Progress = silent,

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fourfold_hpc_coder.evaluation import at_least_one
-from fourfold_hpc_coder.generate import Local
+from fourfold_hpc_coder.generate.local import Local
 from fourfold_hpc_coder.instruct.format import (
     blind_logits,
     encode,
@@ -18,13 +18,11 @@ from fourfold_hpc_coder.instruct.format import (
 from fourfold_hpc_coder.instruct.pipeline import held_out
 from fourfold_hpc_coder.instruct.verify import bench, verify
 from fourfold_hpc_coder.pareval.bodies import body_of
-from fourfold_hpc_coder.reproduce import figures
 from fourfold_hpc_coder.reproduce.claims import CLAIMS
 from fourfold_hpc_coder.reproduce.recipes import ARMS, SEEDS, TARGET, FinetuneStudy, tuned
 from fourfold_hpc_coder.reproduce.references import judge_references, on_a_laptop
-from fourfold_parallel.common.records import RecordWriter
 from fourfold_parallel.launch import is_main_rank
-from fourfold_parallel.reproduce.experiment import Experiment, Stage, Workplace
+from fourfold_parallel.reproduce.experiment import Drawing, Experiment, Stage, Workplace
 from fourfold_parallel.reproduce.scale import Scale
 from fourfold_parallel.run.objective import token_nats
 from fourfold_parallel.run.train import train, trained_model
@@ -54,7 +52,7 @@ def tune_and_ask(study: FinetuneStudy, workplace: Workplace) -> None:
     if not is_main_rank():
         return
     model = trained_model(run, last)
-    with RecordWriter(workplace.record) as records:
+    with workplace.concluding() as records:
         loss_nats, tokens = held_out_nats(model, study)
         records.write("held-out", answer_loss_nats=round(loss_nats, 6), tokens=tokens)
         tasks = held_out(study.asked, seed=0)
@@ -86,7 +84,6 @@ def tune_and_ask(study: FinetuneStudy, workplace: Workplace) -> None:
             counted=counted,
             pass_at_1=at_least_one(len(tasks), counted, 1),
         )
-        records.write("finished")
 
 
 @torch.no_grad()
@@ -118,6 +115,12 @@ def _stages(scale: Scale) -> Sequence[Stage]:
     return [scorer, *arms]
 
 
+def _drawings(scale: Scale) -> Sequence[Drawing]:
+    from fourfold_hpc_coder.reproduce import figures  # which need the extra of that name
+
+    return figures.drawings(scale)
+
+
 EXPERIMENT = Experiment(
     package="hpc_coder",
     title="HPC-Coder-V2",
@@ -125,6 +128,6 @@ EXPERIMENT = Experiment(
     "Parallel Languages. 2024",
     claims=CLAIMS,
     stages=_stages,
-    drawings=figures.drawings,
+    drawings=_drawings,
     launches=lambda: (),
 )

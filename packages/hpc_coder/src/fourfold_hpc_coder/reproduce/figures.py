@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from fourfold_hpc_coder.reproduce.claims import losses, pooled
+from fourfold_hpc_coder.reproduce.measures import losses, pooled
 from fourfold_hpc_coder.reproduce.recipes import ARMS, SEEDS, Arm
 from fourfold_hpc_coder.vocabulary import MODELS
 from fourfold_parallel.common.records import Event

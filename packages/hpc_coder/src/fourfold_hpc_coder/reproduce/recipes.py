@@ -7,7 +7,6 @@ number of optimizer steps, so that an arm with less data sees it more often.
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from fourfold_hpc_coder.bases import Continued
 from fourfold_hpc_coder.instruct.format import CodePairs, InstructionLoss, InstructionRows
 from fourfold_hpc_coder.instruct.pipeline import Instructions, templates
 from fourfold_hpc_coder.instruct.sources import ParallelSource
@@ -20,6 +19,7 @@ from fourfold_parallel.run.models import Llama
 from fourfold_parallel.run.objective import KeepAll, NextToken
 from fourfold_parallel.run.optimizer import AdamW, Cosine
 from fourfold_parallel.run.recipe import Run, Steps
+from fourfold_parallel.run.trained import TrainedBy
 
 Arm = Literal["full", "quarter", "sixteenth", "masked", "instructed", "spoiled", "mixed", "small"]
 """One change each to `full`: less data; prompts out of the loss; weights that were first tuned on serial
@@ -148,7 +148,7 @@ def tuned(arm: Arm, seed: int, scale: Scale) -> FinetuneStudy:
     width = size.small_width if arm == "small" else size.width
     base = pretrained(size, width)
     fresh = _llama(size, width)
-    model = Continued(run=base) if size.pretraining_steps else fresh
+    model = TrainedBy(run=base) if size.pretraining_steps else fresh
     rows = InstructionRows(
         parts=_parts(arm, size.samples),
         tokenizer=CodePairs(vocabulary=size.vocabulary, samples=400),
@@ -171,7 +171,7 @@ def tuned(arm: Arm, seed: int, scale: Scale) -> FinetuneStudy:
         first = replace(
             run, name="generic", data=generic, seed=0, horizon=Steps(count=size.steps // 2)
         )
-        run = replace(run, model=Continued(run=first))
+        run = replace(run, model=TrainedBy(run=first))
     return FinetuneStudy(run=run, rows=rows, asked=size.asked, max_new_tokens=64)
 
 

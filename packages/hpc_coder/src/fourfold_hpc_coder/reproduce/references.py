@@ -8,7 +8,6 @@ from fourfold_hpc_coder.judge.judge import judge, reference
 from fourfold_hpc_coder.problems import own_problems
 from fourfold_hpc_coder.sandbox.process import find_sandbox, scratch_folder
 from fourfold_hpc_coder.vocabulary import Model, Processors
-from fourfold_parallel.common.records import RecordWriter, header
 from fourfold_parallel.reproduce.experiment import Workplace
 
 
@@ -37,11 +36,9 @@ def judge_references(study: References, workplace: Workplace) -> None:
 
     Events: "reference" per problem and model, "absent" per model that is not here.
     """
-    workplace.record.unlink(missing_ok=True)
     sandbox = find_sandbox(allow_none=False)
     problems = own_problems()
-    with RecordWriter(workplace.record) as records, scratch_folder() as scratch:
-        records.write_header(header(study, seed=0, world_size=1, materials=(), overrides=()))
+    with workplace.recording(study, seed=0) as records, scratch_folder() as scratch:
         bench = Bench(sandbox=sandbox, scratch=scratch, settings=study.settings, secret=0)
         absent = {model: toolchain.barred(model, sandbox) for model in study.models}
         for model, reason in absent.items():
@@ -64,4 +61,3 @@ def judge_references(study: References, workplace: Workplace) -> None:
                         runtimes_s=[run.runtime_s for run in found.sample.runs],
                     )
             workplace.progress(done + 1, len(problems), name)
-        records.write("finished")

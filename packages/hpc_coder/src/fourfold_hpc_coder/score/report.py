@@ -2,21 +2,19 @@
 
 import difflib
 import html
-import importlib.resources
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
-
 from fourfold_hpc_coder.judge.bench import JudgeSettings
 from fourfold_hpc_coder.judge.judge import Judgement
 from fourfold_hpc_coder.pareval.files import Fields
 from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.score.tables import JudgedQuestion, ScoringResult, counts, metrics
+from fourfold_hpc_coder.score.tables import JudgedQuestion, ScoringResult, metrics
 from fourfold_hpc_coder.vocabulary import Processors
 from fourfold_parallel.common.files import write_text
+from fourfold_parallel.reproduce.page import render
 
 GOOD, POOR, BAD = "good", "poor", "bad"
 _TONE: Mapping[str, str] = {
@@ -76,15 +74,11 @@ def write(
         settings: with the launches.
         facts: lines about the machine: compilers, sandbox.
     """
-    source = importlib.resources.files("fourfold_hpc_coder.score") / "report.html.jinja"
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["number"] = _number
-    rendered = environment.from_string(source.read_text(encoding="utf-8")).render(
+    rendered = render(
+        Path(__file__).with_name("report.html.jinja"),
         title=title,
         facts=facts,
-        counts=counts(scored),
+        counts=scored.counts(),
         metrics=metrics(scored.judged, ks, settings),
         matrix=_matrix(scored.judged),
         models=sorted({one.question.model for one in scored.judged}),
@@ -92,6 +86,7 @@ def write(
         omissions=scored.omissions,
         notes=scored.notes,
         tone=lambda verdict: _TONE.get(verdict, BAD),
+        number=_number,
     )
     write_text(path, rendered)
     return path

@@ -6,7 +6,8 @@ whole; a scorer killed at any moment goes on from it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from os import PathLike
 from pathlib import Path
 
 from fourfold_hpc_coder.judge import toolchain
@@ -17,13 +18,13 @@ from fourfold_hpc_coder.pareval.checkout import HOPELESS, CheckoutProblem
 from fourfold_hpc_coder.pareval.files import Omission, Question, read_outputs
 from fourfold_hpc_coder.problems import Problem, find_problem
 from fourfold_hpc_coder.sandbox.backends import Sandbox
-from fourfold_hpc_coder.sandbox.process import scratch_folder
+from fourfold_hpc_coder.sandbox.process import find_sandbox, scratch_folder
 from fourfold_hpc_coder.score.cache import answer_key, cached, keep
 from fourfold_hpc_coder.score.journal import Journal
 from fourfold_hpc_coder.score.schedule import AnswerTask, AnyProblem, judge_all
 from fourfold_hpc_coder.score.tables import JudgedQuestion, ScoringResult, write_results
 from fourfold_hpc_coder.vocabulary import Model
-from fourfold_parallel.common.progress import Progress
+from fourfold_parallel.common.progress import Progress, silent
 
 
 def built_in(question: Question) -> Problem:
@@ -35,16 +36,17 @@ def built_in(question: Question) -> Problem:
 class Scoring:
     """What to score and how."""
 
-    outputs: Path
-    folder: Path
+    outputs: str | PathLike[str]
+    """ParEval's file of outputs."""
+    folder: str | PathLike[str]
     """Receives the journal, the results and the report."""
-    models: tuple[Model, ...]
-    settings: JudgeSettings
-    sandbox: Sandbox
-    jobs: int
+    models: tuple[Model, ...] = ("serial", "omp", "mpi")
+    settings: JudgeSettings = field(default_factory=JudgeSettings)
+    sandbox: Sandbox = field(default_factory=lambda: find_sandbox(allow_none=False))
+    jobs: int = 2
     """Answers built and checked at once; timing is always done alone."""
-    ks: tuple[int, ...]
-    is_cached: bool
+    ks: tuple[int, ...] = (1,)
+    is_cached: bool = True
     """Whether verdicts of equal answers in earlier scorings are used."""
     extracts_bodies: bool = False
     """Whether outputs are replies of a chat, of which the function's body is judged."""
@@ -61,21 +63,22 @@ class _Assignment:
     keys: tuple[str, ...]
 
 
-def score(scoring: Scoring, progress: Progress) -> ScoringResult:
+def score_file(scoring: Scoring, progress: Progress = silent) -> ScoringResult:
     """Judge every output of the file, then write results, metrics and journal.
 
     Raises:
         ValueError: where the file is no list of outputs, the folder holds another file's scores, or nothing
             in the file can be scored.
     """
-    questions, unreadable = read_outputs(scoring.outputs)
+    outputs, folder = Path(scoring.outputs), Path(scoring.folder)
+    questions, unreadable = read_outputs(outputs)
     assignments, unscorable = _assign(questions, scoring)
     omissions = (*unreadable, *unscorable)
     if not assignments:
         raise ValueError(_nothing_to_score(scoring, questions, omissions))
     tasks = _distinct(assignments)
     answers = sum(len(one.keys) for one in assignments)
-    with Journal(scoring.outputs, scoring.folder) as journal, scratch_folder() as scratch:
+    with Journal(outputs, folder) as journal, scratch_folder() as scratch:
         verdicts = dict(_known(tasks, journal, is_cached=scoring.is_cached))
         waiting = [task for task in tasks if task.key not in verdicts]
         known = answers - len(waiting)
@@ -107,7 +110,7 @@ def score(scoring: Scoring, progress: Progress) -> ScoringResult:
         notes=(*_undefined(judged, scoring.ks), *_hopeless(assignments)),
         reused=sum(len(one.judgements) for one in judged) - len(fresh),
     )
-    write_results(result, scoring.folder, scoring.ks, scoring.settings)
+    write_results(result, folder, scoring.ks, scoring.settings)
     return result
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from fourfold_hpc_coder.evaluation import (
 from fourfold_hpc_coder.judge import toolchain
 from fourfold_hpc_coder.judge.bench import JudgeSettings
 from fourfold_hpc_coder.judge.judge import Judgement
-from fourfold_hpc_coder.pareval import files as pareval
+from fourfold_hpc_coder.pareval import files
 from fourfold_hpc_coder.pareval import metrics as published
 from fourfold_hpc_coder.pareval.files import Fields, Omission, Question
 from fourfold_hpc_coder.vocabulary import Model, Prompt
@@ -53,6 +54,14 @@ class ScoringResult:
     """Questions that the numbers cannot answer, such as k above the number of samples."""
     reused: int
     """Answers whose verdict was in the journal or the cache, or equal to another's."""
+
+    def counts(self) -> dict[Model, Counter[str]]:
+        """Number of answers per model and verdict."""
+        counters: dict[Model, Counter[str]] = {}
+        for one in self.judged:
+            counter = counters.setdefault(one.question.model, Counter())
+            counter.update(judgement.verdict for judgement in one.judgements)
+        return counters
 
 
 def metrics(
@@ -96,7 +105,7 @@ def results(judged: Sequence[JudgedQuestion]) -> list[Fields]:
         {
             **one.question.fields,
             "outputs": [
-                pareval.result_fields(body, judgement.sample, one.question.model)
+                files.result_fields(body, judgement.sample, one.question.model)
                 for body, judgement in zip(one.question.outputs, one.judgements, strict=True)
             ],
         }
@@ -124,24 +133,14 @@ def write_results(
     ]
     texts: dict[str, str] = {
         "results.json": json.dumps(entries, indent=1) + "\n",
-        "runs.csv": pareval.runs_csv(entries),
-        "metrics.csv": pareval.table(metrics(scored.judged, ks, settings)),
-        "metrics-pareval.csv": pareval.table(published.metrics(prompts, ks, sizes={})),
-        "verdicts.csv": pareval.table(verdicts),
-        "left-out.csv": pareval.table(
+        "runs.csv": files.runs_csv(entries),
+        "metrics.csv": files.table(metrics(scored.judged, ks, settings)),
+        "metrics-pareval.csv": files.table(published.metrics(prompts, ks, sizes={})),
+        "verdicts.csv": files.table(verdicts),
+        "left-out.csv": files.table(
             [{"place": one.place, "because": one.because} for one in scored.omissions]
         ),
     }
     for name, text in texts.items():
         write_text(folder / name, text)
     return {name: folder / name for name in texts}
-
-
-def counts(scored: ScoringResult) -> dict[str, dict[str, int]]:
-    """Number of answers per model and verdict."""
-    found: dict[str, dict[str, int]] = {}
-    for one in scored.judged:
-        of_model: dict[str, int] = found.setdefault(one.question.model, {})
-        for judgement in one.judgements:
-            of_model[judgement.verdict] = of_model.get(judgement.verdict, 0) + 1
-    return found

@@ -1,18 +1,14 @@
-"""Answers from a model: transformers in batches, or a served model, in ParEval's file format, resumable."""
+"""A file of outputs in ParEval's format: prompts in, completions out, kept after each prompt."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
-from jaxtyping import Int
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from typing import Protocol
 
 from fourfold_hpc_coder.pareval.bodies import body_of
 from fourfold_hpc_coder.pareval.files import Fields
+from fourfold_hpc_coder.problems import own_problems
 from fourfold_parallel.common.files import write_text
 from fourfold_parallel.common.progress import Progress
 
@@ -28,72 +24,6 @@ class Backend(Protocol):
             first: how many samples of them were drawn before, which these must not repeat.
         """
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Local:
-    """A transformers model, greedy at temperature 0, else sampled."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerFast
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 0.95
-    seed: int = 0
-    before: str = ""
-    after: str = ""
-    """Put around each prompt: what the model was told in training, to the letter."""
-    chat: bool = False
-    """Whether each prompt becomes the user's message of the tokenizer's chat template."""
-
-    @torch.no_grad()
-    def complete_many(self, prompts: Sequence[str], *, first: int = 0) -> list[str]:
-        """All prompts as one batch, padded on the left; each row stops at its end token."""
-        rows = [self._encode(prompt) for prompt in prompts]
-        width = max(map(len, rows))
-        end = self.tokenizer.eos_token_id
-        assert isinstance(end, int)
-        tokens = torch.tensor([[end] * (width - len(row)) + row for row in rows])
-        seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        written = self._continue(tokens, seen, end, self.seed + first)[:, width:]
-        return [self._text(row.tolist(), end) for row in written]
-
-    def _encode(self, prompt: str) -> list[int]:
-        prompt = f"{self.before}{prompt}{self.after}"
-        if not self.chat:
-            return self.tokenizer.encode(prompt, add_special_tokens=False)
-        words = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-        )
-        return self.tokenizer.encode(str(words), add_special_tokens=False)
-
-    def _continue(
-        self,
-        tokens: Int[Tensor, "batch prompt"],
-        seen: Int[Tensor, "batch prompt"],
-        end: int,
-        seed: int,
-    ) -> Int[Tensor, "batch whole"]:
-        sampling: dict[str, Any] = {"do_sample": False}
-        if self.temperature > 0:
-            sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            written = self.model.generate(  # pyright: ignore[reportCallIssue]
-                input_ids=tokens.to(self.model.device),
-                attention_mask=seen.to(self.model.device),
-                max_new_tokens=self.max_new_tokens,
-                use_cache=True,
-                pad_token_id=end,
-                eos_token_id=end,
-                **sampling,
-            )
-        assert isinstance(written, Tensor)
-        return written.cpu()
-
-    def _text(self, tokens: list[int], end: int) -> str:
-        stop = tokens.index(end) if end in tokens else len(tokens)
-        return str(self.tokenizer.decode(tokens[:stop]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,3 +118,32 @@ def _done(out: Path, sampling: Sampling) -> dict[tuple[str, str, str], Fields]:
             f"{out} holds outputs of other options ({differ[0]}); name another file with --out"
         )
     return held
+
+
+def read_prompts(source: str) -> list[Fields]:
+    """ParEval's prompt records.
+
+    Args:
+        source: `built-in` for this package's problems, or a JSON file.
+
+    Raises:
+        ValueError: where the file is no list of prompts.
+    """
+    if source == "built-in":
+        return [
+            {
+                "problem_type": problem.problem_type,
+                "language": "cpp",
+                "name": name,
+                "parallelism_model": model,
+                "prompt": problem.prompt(model),
+            }
+            for name, problem in own_problems().items()
+            for model in problem.models
+        ]
+    try:
+        records = json.loads(Path(source).read_text(encoding="utf-8"))
+        needed = ("name", "prompt", "parallelism_model")
+        return [{**record, **{key: record[key] for key in needed}} for record in records]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--prompts {source}: no JSON list of prompts ({error})") from None
