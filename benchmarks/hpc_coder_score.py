@@ -27,7 +27,7 @@ from pathlib import Path
 
 from fourfold_hpc_coder.judge.bench import Bench, JudgeSettings, precompile, ready
 from fourfold_hpc_coder.pareval.checkout import open_checkout
-from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.problems.library import own_problems
 from fourfold_hpc_coder.sandbox.process import find_sandbox, scratch_folder
 from fourfold_hpc_coder.score import score
 from fourfold_hpc_coder.score.schedule import AnyProblem
@@ -95,7 +95,7 @@ def lay(cache: Path) -> None:
         sandbox = find_sandbox(allow_none=False)
         bench = Bench(sandbox=sandbox, scratch=scratch, settings=JudgeSettings(), secret=0)
         for model in MODELS:
-            precompile(bench, model, ["int"], later=True)
+            precompile(bench, model, ["int"], second_pass=True)
             ready(bench, model)
 
 

@@ -14,7 +14,7 @@ from fourfold_hpc_coder.generate.local import open_local
 from fourfold_hpc_coder.instruct.format import RESPONSE, CodePairs, FileRows
 from fourfold_hpc_coder.instruct.pipeline import make_samples, templates
 from fourfold_hpc_coder.instruct.samples import read_samples, write_samples
-from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.problems.library import own_problems
 from fourfold_parallel.run.models import Llama
 from fourfold_parallel.run.objective import IGNORE, TARGET_MASKS, announced_mask
 

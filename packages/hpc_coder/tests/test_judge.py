@@ -9,8 +9,9 @@ import pytest
 
 from fourfold_hpc_coder.judge import toolchain
 from fourfold_hpc_coder.judge.bench import JudgeSettings, Quiet
-from fourfold_hpc_coder.judge.judge import judge, reference
-from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.judge.judge import judge
+from fourfold_hpc_coder.judge.reference import reference
+from fourfold_hpc_coder.problems.library import own_problems
 from fourfold_hpc_coder.sandbox.backends import Landlock, Unprotected
 from fourfold_hpc_coder.vocabulary import Model, Processors
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from fourfold_hpc_coder.judge import toolchain
-from fourfold_hpc_coder.judge.judge import judge, reference
-from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.judge.judge import judge
+from fourfold_hpc_coder.judge.reference import reference
+from fourfold_hpc_coder.problems.library import own_problems
 from fourfold_hpc_coder.vocabulary import Model, Processors
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")

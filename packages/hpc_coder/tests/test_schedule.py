@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourfold_hpc_coder.judge import artifacts, judge
+from fourfold_hpc_coder.judge import artifacts, launch, races, reference
 from fourfold_hpc_coder.judge import bench as workbench
 from fourfold_hpc_coder.judge.bench import JudgeSettings, Quiet
 from fourfold_hpc_coder.pareval.files import Question
-from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.problems.library import own_problems
 from fourfold_hpc_coder.score import schedule, score
 from fourfold_hpc_coder.score.score import Scoring
 from fourfold_hpc_coder.vocabulary import Model, Processors
@@ -75,10 +75,10 @@ class Watch:
         self.seen: list[tuple[str, int, float, float]] = []
         self._patience = threading.local()
         self._wrap(monkeypatch, artifacts, "run", "compiler")
-        self._wrap(monkeypatch, judge, "trusted_answers", "reference")
+        self._wrap(monkeypatch, reference, "trusted_answers", "reference")
         self._wrap(monkeypatch, schedule, "check", "check")
         for holder, name, kind in (
-            (judge, "launched", "program"),
+            *((module, "launched", "program") for module in (launch, races, reference)),
             (Quiet, "timing", "timing"),
         ):
             self._wrap_block(monkeypatch, holder, name, kind)
@@ -164,14 +164,14 @@ from fourfold_hpc_coder.score import score
 from fourfold_hpc_coder.sandbox.process import find_sandbox
 from fourfold_parallel.common.progress import silent
 left = {left}
-real = schedule.judged_by_time
+real = schedule.time_candidate
 def killed(*words):
     global left
     left -= 1
     if left < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*words)
-schedule.judged_by_time = killed
+schedule.time_candidate = killed
 score.score_file(score.Scoring(outputs=Path({outputs!r}), folder=Path({folder!r}), models=("serial", "omp"),
     settings=SETTINGS, sandbox=find_sandbox(allow_none=False), jobs=2, ks=(1,), is_cached=False), silent)
 """

@@ -17,7 +17,7 @@ from fourfold_hpc_coder.__main__ import main
 from fourfold_hpc_coder.judge import toolchain
 from fourfold_hpc_coder.judge.bench import JudgeSettings
 from fourfold_hpc_coder.pareval import files as pareval
-from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.problems.library import own_problems
 from fourfold_hpc_coder.score import cache, report, schedule, score
 from fourfold_hpc_coder.score.journal import Journal
 from fourfold_hpc_coder.score.score import Scoring

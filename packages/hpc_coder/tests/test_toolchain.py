@@ -8,7 +8,7 @@ import pytest
 
 from fourfold_hpc_coder.judge import artifacts, build, prelude, toolchain
 from fourfold_hpc_coder.judge.bench import built
-from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.problems.library import own_problems
 from fourfold_hpc_coder.sandbox.backends import Unprotected
 from fourfold_hpc_coder.sandbox.job import Job, JobResult
 from fourfold_hpc_coder.vocabulary import Model

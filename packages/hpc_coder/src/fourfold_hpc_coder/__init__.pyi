@@ -18,8 +18,8 @@ from .pareval.bodies import body_of as body_of
 from .pareval.checkout import open_checkout as open_checkout
 from .pareval.files import read_outputs as read_outputs
 from .pareval.files import read_results as read_results
-from .problems import find_problem as find_problem
-from .problems import own_problems as own_problems
+from .problems.library import find_problem as find_problem
+from .problems.library import own_problems as own_problems
 from .sandbox.process import find_sandbox as find_sandbox
 from .score.score import Scoring as Scoring
 from .score.score import score_file as score_file

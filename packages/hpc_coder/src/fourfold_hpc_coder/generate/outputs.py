@@ -8,7 +8,7 @@ from typing import Protocol
 
 from fourfold_hpc_coder.pareval.bodies import body_of
 from fourfold_hpc_coder.pareval.files import Fields
-from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.problems.library import own_problems
 from fourfold_parallel.common.files import write_text
 from fourfold_parallel.common.progress import Progress
 

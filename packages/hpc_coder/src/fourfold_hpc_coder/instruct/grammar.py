@@ -13,7 +13,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from fourfold_hpc_coder.problems import Problem, kernels, parse_signature
+from fourfold_hpc_coder.problems import kernels
+from fourfold_hpc_coder.problems.problem import Problem
+from fourfold_hpc_coder.problems.signature import parse_signature
 from fourfold_hpc_coder.vocabulary import Model
 
 Shape = Literal["map", "replace", "sum", "largest", "smallest", "count", "zip", "scan"]

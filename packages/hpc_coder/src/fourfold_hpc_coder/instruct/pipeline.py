@@ -23,7 +23,7 @@ from fourfold_hpc_coder.instruct.samples import (
 )
 from fourfold_hpc_coder.instruct.teachers import Teacher, Templates, shuffled_tasks, split
 from fourfold_hpc_coder.instruct.verify import bench, verify
-from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.problems.library import own_problems
 from fourfold_hpc_coder.score.cache import sources_sha256
 from fourfold_hpc_coder.vocabulary import Model
 from fourfold_parallel.common.files import cache_folder, write_text

@@ -9,7 +9,8 @@ import numpy as np
 from fourfold_hpc_coder.instruct.grammar import Task
 from fourfold_hpc_coder.judge import toolchain
 from fourfold_hpc_coder.judge.bench import Bench, JudgeSettings
-from fourfold_hpc_coder.judge.judge import Judgement, Reference, Round, judge
+from fourfold_hpc_coder.judge.judge import Judgement, judge
+from fourfold_hpc_coder.judge.reference import Reference, Round
 from fourfold_hpc_coder.sandbox.process import find_sandbox, scratch_folder
 from fourfold_hpc_coder.score.cache import equal_answers
 from fourfold_hpc_coder.vocabulary import Model, Processors

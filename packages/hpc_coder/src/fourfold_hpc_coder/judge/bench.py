@@ -13,7 +13,8 @@ from fourfold_hpc_coder.judge import toolchain
 from fourfold_hpc_coder.judge.build import compile_candidate, compile_kernel, objects, prepare
 from fourfold_hpc_coder.judge.prelude import includes_more, needs_whole, prelude
 from fourfold_hpc_coder.judge.protocol import Channel, opened
-from fourfold_hpc_coder.problems import Parameter, Problem, Signature
+from fourfold_hpc_coder.problems.problem import Problem
+from fourfold_hpc_coder.problems.signature import Parameter, Signature
 from fourfold_hpc_coder.sandbox.backends import Sandbox
 from fourfold_hpc_coder.sandbox.job import Job, JobResult, Limits, Mount
 from fourfold_hpc_coder.vocabulary import Model, Processors, Tolerance
@@ -166,21 +167,22 @@ class Bench:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def precompile(bench: Bench, model: Model, texts: Sequence[str], *, later: bool) -> None:
+def precompile(bench: Bench, model: Model, texts: Sequence[str], *, second_pass: bool) -> None:
     """Make the preludes that a model's answers need, unless they are in the cache.
 
     Args:
         bench: where.
         model: of the answers.
         texts: the answers' translation units.
-        later: whether the short prelude is being made, and only what it cannot serve is looked for.
+        second_pass: whether to precompile the full prelude too, for the answers that the short one cannot
+            serve; finding them takes the short one, which the first pass makes.
 
     Raises:
         RuntimeError: where our own source does not compile.
     """
     flavour = toolchain.flavour_of(model)
     with bench.quiet.working():
-        if later:
+        if second_pass:
             needed = {needs_whole(flavour, text, bench.sandbox) for text in texts}
         else:
             needed = {includes_more(flavour, text) for text in texts}

@@ -8,7 +8,7 @@ import numpy as np
 from fourfold_hpc_coder.evaluation import agrees
 from fourfold_hpc_coder.judge.bench import Exercise
 from fourfold_hpc_coder.judge.parallelism import without_comments
-from fourfold_hpc_coder.problems import Parameter
+from fourfold_hpc_coder.problems.signature import Parameter
 from fourfold_hpc_coder.sandbox.job import JobResult
 from fourfold_hpc_coder.vocabulary import Processors, Verdict
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fourfold_hpc_coder.problems import Parameter
+from fourfold_hpc_coder.problems.signature import Parameter
 from fourfold_hpc_coder.sandbox.backends import Sandbox
 from fourfold_hpc_coder.sandbox.job import Job, Mount
 from fourfold_hpc_coder.sandbox.process import Process, started

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from fourfold_hpc_coder.judge.bench import ANSWER_BEGINS, Bench
-from fourfold_hpc_coder.judge.judge import Reference, Round, allowed, trusted_answers
+from fourfold_hpc_coder.judge.reference import Reference, Round, allowed, trusted_answers
 from fourfold_hpc_coder.judge.toolchain import runs_here
 from fourfold_hpc_coder.pareval.files import Question
-from fourfold_hpc_coder.problems import Parameter, Signature, parse_signature
+from fourfold_hpc_coder.problems.signature import Parameter, Signature, parse_signature
 from fourfold_hpc_coder.vocabulary import Model, Tolerance
 
 VALIDATE, COMPUTE, BEST, RESET = map(np.int32, range(4))

@@ -10,7 +10,7 @@ from pathlib import Path
 from fourfold_hpc_coder.judge.bench import JudgeSettings
 from fourfold_hpc_coder.judge.judge import Judgement
 from fourfold_hpc_coder.pareval.files import Fields
-from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.problems.library import own_problems
 from fourfold_hpc_coder.score.tables import JudgedQuestion, ScoringResult, metrics
 from fourfold_hpc_coder.vocabulary import Processors
 from fourfold_parallel.common.files import write_text

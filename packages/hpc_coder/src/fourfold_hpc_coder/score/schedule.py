@@ -13,17 +13,11 @@ from dataclasses import dataclass
 
 from fourfold_hpc_coder.judge import toolchain
 from fourfold_hpc_coder.judge.bench import Bench, precompile, ready
-from fourfold_hpc_coder.judge.judge import (
-    Candidate,
-    Judgement,
-    Reference,
-    check,
-    judged_by_time,
-    reference,
-)
+from fourfold_hpc_coder.judge.judge import Candidate, Judgement, check, time_candidate
+from fourfold_hpc_coder.judge.reference import Reference, reference
 from fourfold_hpc_coder.pareval.checkout import CheckoutProblem, checkout_reference
 from fourfold_hpc_coder.pareval.files import Question
-from fourfold_hpc_coder.problems import Problem
+from fourfold_hpc_coder.problems.problem import Problem
 from fourfold_hpc_coder.vocabulary import Model
 
 AnyProblem = Problem | CheckoutProblem
@@ -113,7 +107,7 @@ def judge_all(
             for one in kept:
                 if one:
                     with one.folder:
-                        settle(one.task, judged_by_time(bench, one.candidate))
+                        settle(one.task, time_candidate(bench, one.candidate))
     return failed
 
 
@@ -152,7 +146,7 @@ def _checked(
         folder = held.enter_context(bench.folder())
         found = check(bench, right, question.model, question.prompt, task.body, folder)
         if isinstance(found, Candidate) and found.program_bytes > LARGE_BYTES:
-            found = judged_by_time(bench, found)
+            found = time_candidate(bench, found)
         if isinstance(found, Candidate):
             return _WaitingProgram(task, found, held.pop_all())
         settle(task, found)
@@ -179,11 +173,11 @@ def _lay_ground(
             if task.question.model == model
         )
     for flags, model in of_prelude.items():
-        pool.submit(precompile, bench, model, texts[flags], later=False)
+        pool.submit(precompile, bench, model, texts[flags], second_pass=False)
     for model in here:
         pool.submit(ready, bench, model)
     for flags, model in of_prelude.items():
-        pool.submit(precompile, bench, model, texts[flags], later=True)
+        pool.submit(precompile, bench, model, texts[flags], second_pass=True)
 
 
 @contextmanager

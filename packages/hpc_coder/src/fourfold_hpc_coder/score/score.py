@@ -16,7 +16,8 @@ from fourfold_hpc_coder.judge.judge import Judgement
 from fourfold_hpc_coder.pareval.bodies import body_of
 from fourfold_hpc_coder.pareval.checkout import HOPELESS, CheckoutProblem
 from fourfold_hpc_coder.pareval.files import Omission, Question, read_outputs
-from fourfold_hpc_coder.problems import Problem, find_problem
+from fourfold_hpc_coder.problems.library import find_problem
+from fourfold_hpc_coder.problems.problem import Problem
 from fourfold_hpc_coder.sandbox.backends import Sandbox
 from fourfold_hpc_coder.sandbox.process import find_sandbox, scratch_folder
 from fourfold_hpc_coder.score.cache import answer_key, cached, keep
