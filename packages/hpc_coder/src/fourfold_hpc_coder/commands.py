@@ -95,7 +95,7 @@ def score(
         result = score_file(scoring, bars.named("scoring"))
     sandbox = scoring.sandbox
     facts = [f"sandbox: {sandbox.name}" + (f" ({sandbox.gap})" if sandbox.gap else "")]
-    facts += sorted({toolchain.identity(one.question.model) for one in result.judged})
+    facts += sorted({toolchain.identity(entry.question.model) for entry in result.judged})
     page = report.write(
         result,
         out / "report.html",
@@ -111,9 +111,10 @@ def score(
 def _say(result: "ScoringResult", target: "Console") -> None:
     """Every failure in a sentence, what was left out, and the counts."""
     lines = [
-        f"{one.question.name} ({one.question.model}) answer {index}: {judgement.verdict}: {judgement.because}"
-        for one in result.judged
-        for index, judgement in enumerate(one.judgements)
+        f"{entry.question.name} ({entry.question.model}) answer {index}: "
+        f"{judgement.verdict}: {judgement.because}"
+        for entry in result.judged
+        for index, judgement in enumerate(entry.judgements)
         if judgement.verdict != "correct"
     ]
     lines += [f"left out: {omission.place}: {omission.because}" for omission in result.omissions]
@@ -213,7 +214,7 @@ def make_data(
             budget=Budget(taught=most_taught, tokens=most_tokens),
         )
         restored = restore(sources, out, samples, bars.named("functions")) if sources else None
-    tokens = sum(one.provenance.tokens for one in (*made.samples, *made.refused))
+    tokens = sum(sample.provenance.tokens for sample in (*made.samples, *made.refused))
     cost = f" at {price:g} a million: {tokens * price / 1e6:.2f}" if tokens else ""
     short = f". The budget ended before {samples} were made" if len(made.samples) < samples else ""
     lines = [

@@ -146,8 +146,8 @@ def speedup_max_at_k(prompts: Sequence[Prompt], k: int) -> float:
 
 
 def _best_speedup(sample: Sample, prompt: Prompt) -> float:
-    found = [_speedup(sample, prompt, run.processors) for run in sample.runs] or [0.0]
-    return max((one for one in found if not math.isnan(one)), default=math.nan)
+    speedups = [_speedup(sample, prompt, run.processors) for run in sample.runs] or [0.0]
+    return max((speedup for speedup in speedups if not math.isnan(speedup)), default=math.nan)
 
 
 def _speedup(sample: Sample, prompt: Prompt, processors: Processors) -> float:

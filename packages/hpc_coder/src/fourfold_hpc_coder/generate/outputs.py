@@ -101,15 +101,17 @@ def _done(out: Path, sampling: Sampling) -> dict[tuple[str, str, str], Fields]:
         return {}
     try:
         entries = json.loads(out.read_text(encoding="utf-8"))
-        held = {(one["name"], one["parallelism_model"], one["prompt"]): one for one in entries}
+        done = {
+            (entry["name"], entry["parallelism_model"], entry["prompt"]): entry for entry in entries
+        }
         differ = [
-            f"{key} {one.get(key)!r}"
-            for one in entries
+            f"{key} {entry.get(key)!r}"
+            for entry in entries
             for key, value in _fields(sampling).items()
-            if one.get(key) != value
+            if entry.get(key) != value
         ]
         differ += [
-            f"{n} samples" for one in entries if (n := len(one["outputs"])) != sampling.samples
+            f"{n} samples" for entry in entries if (n := len(entry["outputs"])) != sampling.samples
         ]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{out} holds no outputs of ours; name another file with --out") from None
@@ -117,7 +119,7 @@ def _done(out: Path, sampling: Sampling) -> dict[tuple[str, str, str], Fields]:
         raise ValueError(
             f"{out} holds outputs of other options ({differ[0]}); name another file with --out"
         )
-    return held
+    return done
 
 
 def read_prompts(source: str) -> list[Fields]:

@@ -40,7 +40,7 @@ class TextMemory:
             # The index needs two bands, so it finds candidates only; the sketches decide.
             self._index = MinHashLSH(threshold=min(self.threshold, 0.9), num_perm=PERMUTATIONS)
         sketch = _sketch(text)
-        like = (self._sketches[int(str(found))] for found in self._index.query(sketch))
+        like = (self._sketches[int(str(candidate))] for candidate in self._index.query(sketch))
         if any(sketch.jaccard(other) >= self.threshold for other in like):
             return False
         self._exact.add(plain)

@@ -86,7 +86,7 @@ class CodePairs:
                     f"vocabulary={self.vocabulary} does not hold the 256 bytes and two signs; use 258"
                 )
             recipe = templates(self.samples, models=("serial", "omp"), verified=False)
-            texts = [one.instruction + one.answer for one in make_samples(recipe).samples]
+            texts = [sample.instruction + sample.answer for sample in make_samples(recipe).samples]
             trained = Trained(models.BPE())
             # Merges may cross words and lines: what the grammar repeats becomes one token, so that a very
             # small model sees whole samples in a few tokens.
@@ -191,23 +191,25 @@ class FileRows:
             ValueError: where the tokenizer lacks one of them.
         """
         fast = _published(self.tokenizer)
-        found = fast.convert_tokens_to_ids(self.response)
-        if not isinstance(found, int) or found == fast.unk_token_id:
+        token = fast.convert_tokens_to_ids(self.response)
+        if not isinstance(token, int) or token == fast.unk_token_id:
             raise ValueError(
                 f"response={self.response!r} is no token of {self.tokenizer}; name one of "
                 f"{', '.join(map(str, fast.all_special_tokens[:8]))}"
             )
         end = fast.eos_token_id
-        if not isinstance(end, int) or end == found:
+        if not isinstance(end, int) or end == token:
             raise ValueError(
                 f"{self.tokenizer} ends texts with token {end}, which cannot also be {self.response!r}; "
                 "name another response token"
             )
-        return Marks(end=end, response=found)
+        return Marks(end=end, response=token)
 
     def _stream(self, sequence: int, seed: int, *, is_held_out: bool) -> TokenStream:
         samples = read_samples(Path(self.path))
-        chosen = [one for index, one in enumerate(samples) if (index % 10 == 9) == is_held_out]
+        chosen = [
+            sample for index, sample in enumerate(samples) if (index % 10 == 9) == is_held_out
+        ]
         if not chosen:
             raise ValueError(f"{self.path} holds {len(samples)} samples; make at least 10")
         material = Material(
@@ -249,17 +251,17 @@ def stream_of(
         seed: of the rows' order.
     """
     tokens = packed(
-        [encode(tokenizer, one, marks) for one in samples], row=sequence + 1, end=marks.end
+        [encode(tokenizer, sample, marks) for sample in samples], row=sequence + 1, end=marks.end
     )
     flat = np.concatenate(tokens)
     ends = np.flatnonzero(flat == marks.end)
-    content = json.dumps([one.instruction + one.answer for one in samples]).encode()
+    content = json.dumps([sample.instruction + sample.answer for sample in samples]).encode()
     corpus = Material(
         name=f"{len(samples)} instruction samples",
         kind="corpus",
-        licence=" and ".join(sorted({one.provenance.licence for one in samples})),
+        licence=" and ".join(sorted({sample.provenance.licence for sample in samples})),
         sha256=hashlib.sha256(content).hexdigest(),
-        source=" and ".join(sorted({one.provenance.teacher for one in samples})),
+        source=" and ".join(sorted({sample.provenance.teacher for sample in samples})),
     )
     file = TokenFile(
         path=cache_folder(),
@@ -267,7 +269,7 @@ def stream_of(
         document_starts=np.concatenate([[0], ends[:-1] + 1]),
         vocabulary=len(tokenizer),
         materials=(corpus, material),
-        characters=sum(len(one.instruction) + len(one.answer) for one in samples),
+        characters=sum(len(sample.instruction) + len(sample.answer) for sample in samples),
     )
     starts = np.arange(len(tokens), dtype=np.int64) * (sequence + 1)
     return TokenStream(file=file, row_starts=starts, sequence=sequence, seed=seed)
@@ -298,11 +300,11 @@ def packed(
             raise ValueError(
                 f"a sample has {len(sample)} tokens, a row {row}; use a sequence of {len(sample) - 1}"
             )
-        place = next((one for one in rows if len(one) + len(sample) <= row), None)
+        place = next((tokens for tokens in rows if len(tokens) + len(sample) <= row), None)
         if place is None:
             rows.append(place := [])
         place.extend(sample)
-    return [np.asarray(one + [end] * (row - len(one)), dtype=np.int64) for one in rows]
+    return [np.asarray(tokens + [end] * (row - len(tokens)), dtype=np.int64) for tokens in rows]
 
 
 def sample_positions(

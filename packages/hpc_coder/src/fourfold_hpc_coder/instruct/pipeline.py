@@ -89,7 +89,7 @@ class Dataset:
 
     def reasons(self) -> dict[str, int]:
         """Number of refused samples by reason."""
-        return dict(sorted(Counter(one.verdict for one in self.refused).items()))
+        return dict(sorted(Counter(sample.verdict for sample in self.refused).items()))
 
 
 def make_samples(
@@ -148,13 +148,13 @@ def _extend(
     budget: Budget,
 ) -> None:
     """Teach, screen, verify; both lists grow, and both files with them, also when something fails."""
-    judged = [one for one in refused if one.verdict != DUPLICATE]
-    seen = TextMemory.of([one.instruction + one.answer for one in (*kept, *judged)])
+    judged = [sample for sample in refused if sample.verdict != DUPLICATE]
+    seen = TextMemory.of([sample.instruction + sample.answer for sample in (*kept, *judged)])
     screen = Screen.of(benchmark_prompts())
     plan = _plan(recipe)
     taught, tokens = (
         len(kept) + len(refused),
-        sum(one.provenance.tokens for one in (*kept, *refused)),
+        sum(sample.provenance.tokens for sample in (*kept, *refused)),
     )
 
     def save() -> None:

@@ -55,16 +55,16 @@ def read_samples(path: Path) -> tuple[InstructionSample, ...]:
     Raises:
         ValueError: for a line that is no sample.
     """
-    found = []
+    samples = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             break
         try:
             fields = json.loads(line)
             fields["provenance"] = Provenance(**fields["provenance"])
-            found.append(InstructionSample(**fields))
+            samples.append(InstructionSample(**fields))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"line {number} of {path} is no sample ({error}); remove it, or make the file again"
             ) from None
-    return tuple(found)
+    return tuple(samples)

@@ -54,14 +54,14 @@ def _of_file(file: SourceFile) -> Iterator[Seed]:
     source = file.text.encode("utf-8", "surrogatepass")
     for node in _functions(_PARSER.parse(source).root_node):
         text = source[node.start_byte : node.end_byte].decode("utf-8", "surrogatepass")
-        found: tuple[Construct, ...] = tuple(
+        constructs: tuple[Construct, ...] = tuple(
             name for name, pattern in CONSTRUCTS.items() if pattern.search(text)
         )
-        if found and len(text) <= LONGEST and not node.has_error:
+        if constructs and len(text) <= LONGEST and not node.has_error:
             first, last = node.start_point[0] + 1, node.end_point[0] + 1
             yield Seed(
                 text=text,
-                constructs=found,
+                constructs=constructs,
                 origin=f"{file.tree}/{file.path}:{first}-{last}",
                 licence=file.licence,
             )

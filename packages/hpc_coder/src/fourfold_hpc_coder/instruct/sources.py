@@ -86,10 +86,10 @@ def _archived(path: Path) -> Iterator[tuple[str, str]]:
                     yield name, archive.read(name).decode(errors="ignore")
     elif tarfile.is_tarfile(path):
         with tarfile.open(path) as archive:
-            for member in sorted(archive.getmembers(), key=lambda one: one.name):
-                held = archive.extractfile(member) if member.isfile() else None
-                if held and member.name.endswith(SUFFIXES) and member.size <= MAXIMUM_BYTES:
-                    yield member.name, held.read().decode(errors="ignore")
+            for member in sorted(archive.getmembers(), key=lambda member: member.name):
+                content = archive.extractfile(member) if member.isfile() else None
+                if content and member.name.endswith(SUFFIXES) and member.size <= MAXIMUM_BYTES:
+                    yield member.name, content.read().decode(errors="ignore")
     else:
         raise ValueError(
             f"{path} is neither a tar nor a zip archive; unpack it and name the folder"
@@ -134,7 +134,7 @@ def parallel_files(
     Raises:
         ValueError: for a tree under another licence.
     """
-    found = []
+    files = []
     for tree in trees:
         if tree.licence not in licences:
             raise ValueError(
@@ -146,7 +146,7 @@ def parallel_files(
                 name for name, pattern in CONSTRUCTS.items() if pattern.search(text)
             )
             if constructs:
-                found.append(
+                files.append(
                     SourceFile(
                         tree=tree.name,
                         path=path,
@@ -155,7 +155,7 @@ def parallel_files(
                         text=text,
                     )
                 )
-    return tuple(found)
+    return tuple(files)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,6 +193,6 @@ def _interleaved(files: Sequence[SourceFile]) -> Iterator[SourceFile]:
     for file in files:
         by_tree.setdefault(file.tree, []).append(file)
     for turn in range(max(map(len, by_tree.values()), default=0)):
-        for held in by_tree.values():
-            if turn < len(held):
-                yield held[turn]
+        for tree_files in by_tree.values():
+            if turn < len(tree_files):
+                yield tree_files[turn]

@@ -150,8 +150,8 @@ Split = Literal["train", "held-out"]
 
 def split(tasks: Sequence[Task], part: Split, *, every: int) -> tuple[Task, ...]:
     """Tasks to learn from, or every `every`-th by a hash of its name, which no sample may touch."""
-    held = {task.name for task in tasks if _number(task.name) % every == 0}
-    return tuple(task for task in tasks if (task.name in held) == (part == "held-out"))
+    held_out = {task.name for task in tasks if _number(task.name) % every == 0}
+    return tuple(task for task in tasks if (task.name in held_out) == (part == "held-out"))
 
 
 def shuffled_tasks(seed: int, shapes: Sequence[Shape]) -> tuple[Task, ...]:

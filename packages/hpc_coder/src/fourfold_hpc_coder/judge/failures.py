@@ -51,8 +51,8 @@ def of_build(outcome: JobResult, body: str) -> tuple[Verdict, str]:
         (r"internal compiler error.*|.*out of memory.*", "the compiler gave up: "),
     ):
         for line in lines:
-            if found := re.search(pattern, line):
-                return "no build", prefix + _short(found.group())
+            if words := re.search(pattern, line):
+                return "no build", prefix + _short(words.group())
     last = next((line for line in reversed(lines) if line.strip()), f"exit code {outcome.code}")
     return "no build", f"it does not compile: {_short(last)}"
 

@@ -104,7 +104,7 @@ def check(
         checks.append(launch(bench, right, model, processors, folder, is_timed=False))
         if not checks[-1].run.valid:
             break
-    if not any(one.run.valid for one in checks):
+    if not any(check.run.valid for check in checks):
         return _summary(right, checks)
     candidate = Candidate(
         right=right,
@@ -138,7 +138,7 @@ def time_candidate(bench: Bench, candidate: Candidate) -> Judgement:
             break
     judgement = _summary(right, launches)
     if judgement.verdict == "correct":
-        evidence = {one.run.processors: one.evidence for one in launches}
+        evidence = {result.run.processors: result.evidence for result in launches}
         proof = parallelism.in_action(evidence, model) if written.parallel else written
         judgement = replace(
             judgement,
@@ -187,8 +187,10 @@ def _summary(right: Reference, launches: Sequence[LaunchResult]) -> Judgement:
     sample = Sample(
         built=True,
         parallel=True,
-        runs=tuple(one.run for one in launches),
-        best_sequential_s=right.best_s if any(one.run.valid for one in launches) else math.nan,
+        runs=tuple(result.run for result in launches),
+        best_sequential_s=right.best_s
+        if any(result.run.valid for result in launches)
+        else math.nan,
     )
     is_right = last.verdict == "correct"
     return Judgement(

@@ -46,7 +46,7 @@ def without_comments(text: str) -> str:
         r'//[^\n]*|/\*.*?\*/|R"(\w*)\(.*?\)\1"|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])+\'',
         re.DOTALL,
     )
-    return pattern.sub(lambda found: " " if found.group().startswith("/") else '""', text)
+    return pattern.sub(lambda match: " " if match.group().startswith("/") else '""', text)
 
 
 def in_text(body: str, model: Model) -> Proof:
@@ -78,18 +78,18 @@ def in_text(body: str, model: Model) -> Proof:
 
 
 def _has(pattern: str, code: str, otherwise: str) -> Proof:
-    found = re.search(pattern, code, re.IGNORECASE)
-    if found:
-        return Proof(parallel=True, because=f"it has {found.group().strip(' (')}")
+    sign = re.search(pattern, code, re.IGNORECASE)
+    if sign:
+        return Proof(parallel=True, because=f"it has {sign.group().strip(' (')}")
     return Proof(parallel=False, because=f"it has {otherwise}")
 
 
 def _has_openmp(code: str) -> Proof:
     written = r"(?:^\s*#\s*pragma\s+omp\b|\bomp\s*::\s*directive\s*\()"
     pattern = rf"{written}[^\n]*?\b(?:{_DIRECTIVES})"
-    found = re.search(pattern, code, re.MULTILINE)
-    if found:
-        return Proof(parallel=True, because=f"it has {' '.join(found.group().split())}")
+    sign = re.search(pattern, code, re.MULTILINE)
+    if sign:
+        return Proof(parallel=True, because=f"it has {' '.join(sign.group().split())}")
     return Proof(parallel=False, because="it has no OpenMP directive that divides work")
 
 
@@ -107,7 +107,9 @@ def in_action(evidence: Mapping[Processors, Evidence], model: Model) -> Proof:
             return _worked(evidence, "no time was spent in Kokkos' patterns")
         case "omp":
             several = {
-                processors: one for processors, one in evidence.items() if processors.threads > 1
+                processors: observed
+                for processors, observed in evidence.items()
+                if processors.threads > 1
             }
             return _worked(several, "no work was done inside parallel regions")
         case "mpi":
@@ -115,7 +117,9 @@ def in_action(evidence: Mapping[Processors, Evidence], model: Model) -> Proof:
         case "mpi+omp":
             talked = _talked(evidence)
             several = {
-                processors: one for processors, one in evidence.items() if processors.threads > 1
+                processors: observed
+                for processors, observed in evidence.items()
+                if processors.threads > 1
             }
             return (
                 _worked(several, "no work was done inside parallel regions")
@@ -131,33 +135,39 @@ def _worked(evidence: Mapping[Processors, Evidence], otherwise: str) -> Proof:
         return Proof(
             parallel=True, because="no launch had several threads, so nothing was observed"
         )
-    for processors, one in evidence.items():
-        inside = one.region_cpu_s / max(one.main_cpu_s - one.message_cpu_s, 1e-9)
-        others = (one.process_cpu_s - one.main_cpu_s) / max(
-            one.process_cpu_s - one.message_cpu_s, 1e-9
+    for processors, observed in evidence.items():
+        inside = observed.region_cpu_s / max(observed.main_cpu_s - observed.message_cpu_s, 1e-9)
+        others = (observed.process_cpu_s - observed.main_cpu_s) / max(
+            observed.process_cpu_s - observed.message_cpu_s, 1e-9
         )
         # A region that nobody else enters is a sequential loop with a directive.
-        is_alone = processors.threads > 1 and one.team <= one.ranks
-        if one.regions and not is_alone and max(inside, others) >= WORKING_SHARE:
+        is_alone = processors.threads > 1 and observed.team <= observed.ranks
+        if observed.regions and not is_alone and max(inside, others) >= WORKING_SHARE:
             return Proof(
                 parallel=True,
-                because=f"on {processors}, {one.regions:.0f} parallel regions took {inside:.0%} of the "
+                because=f"on {processors}, {observed.regions:.0f} parallel regions took {inside:.0%} of the "
                 f"calling threads' time, and other threads did {max(others, 0):.0%} of the work",
             )
     return Proof(parallel=False, because=otherwise)
 
 
 def _talked(evidence: Mapping[Processors, Evidence]) -> Proof:
-    several = {processors: one for processors, one in evidence.items() if processors.ranks > 1}
+    several = {
+        processors: observed for processors, observed in evidence.items() if processors.ranks > 1
+    }
     if not several:
         return Proof(parallel=True, because="no launch had several ranks, so nothing was observed")
-    talked = {processors: one for processors, one in several.items() if one.talking_ranks > 1}
-    for processors, one in talked.items():
-        if one.working_ranks > 1:
+    talked = {
+        processors: observed
+        for processors, observed in several.items()
+        if observed.talking_ranks > 1
+    }
+    for processors, observed in talked.items():
+        if observed.working_ranks > 1:
             return Proof(
                 parallel=True,
-                because=f"on {processors}, {one.messages:.0f} calls moved data between "
-                f"{one.talking_ranks:.0f} ranks",
+                because=f"on {processors}, {observed.messages:.0f} calls moved data between "
+                f"{observed.talking_ranks:.0f} ranks",
             )
     lack = "one rank did all the work" if talked else "no data moved between ranks"
     return Proof(parallel=False, because=lack)

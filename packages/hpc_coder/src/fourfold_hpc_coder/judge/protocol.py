@@ -243,7 +243,7 @@ def _packed(values: np.ndarray, parameter: Parameter) -> tuple[memoryview, memor
 
 
 def _unpacked(reply: memoryview, outputs: Sequence[Parameter]) -> dict[str, np.ndarray]:
-    found, at = {}, 0
+    arrays, at = {}, 0
     for parameter in outputs:
         count = 1
         if parameter.holds == "many":
@@ -254,9 +254,9 @@ def _unpacked(reply: memoryview, outputs: Sequence[Parameter]) -> dict[str, np.n
         size = count * parameter.dtype.itemsize
         if at + size > len(reply):
             raise ForgedError("a reply on the result channel is too short")
-        found[parameter.name] = np.frombuffer(reply[at : at + size], parameter.dtype)
+        arrays[parameter.name] = np.frombuffer(reply[at : at + size], parameter.dtype)
         at += size
-    return found
+    return arrays
 
 
 @contextlib.contextmanager

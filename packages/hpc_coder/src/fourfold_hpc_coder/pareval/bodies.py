@@ -48,4 +48,4 @@ _LITERAL = re.compile(
 
 def _blanked(code: str) -> str:
     """Code of the same length with comments and literals blanked."""
-    return _LITERAL.sub(lambda found: " " * len(found.group()), code)
+    return _LITERAL.sub(lambda match: " " * len(match.group()), code)

@@ -160,8 +160,8 @@ class Checkout:
     def _whole(self, file: Path) -> str:
         """A driver with the checkout's own headers put where they are included."""
 
-        def included(found: re.Match[str]) -> str:
-            name = found.group(1)
+        def included(include: re.Match[str]) -> str:
+            name = include.group(1)
             if name.startswith("generated-code"):
                 return _GENERATED
             for folder in (file.parent, self.drivers / "cpp"):
@@ -194,14 +194,14 @@ def open_checkout(path: Path, sizes: Path | None = None) -> Checkout:
             )
     file = sizes or drivers / "problem-sizes.json"
     try:
-        held = json.loads(file.read_text(encoding="utf-8"))
-        found = {
+        content = json.loads(file.read_text(encoding="utf-8"))
+        by_problem = {
             str(name): {str(model): str(size) for model, size in of_model.items()}
-            for name, of_model in held.items()
+            for name, of_model in content.items()
         }
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} holds no sizes by problem and model ({error})") from None
-    return Checkout(drivers=drivers, sizes=found)
+    return Checkout(drivers=drivers, sizes=by_problem)
 
 
 def checkout_reference(bench: Bench, problem: CheckoutProblem, prompt: str) -> Reference:

@@ -98,8 +98,11 @@ def _question(entry: object) -> Question:
         )
     outputs = entry["outputs"]
     if isinstance(outputs, list):  # a driver's results hold their outputs
-        outputs = [one.get("generated_output") if isinstance(one, dict) else one for one in outputs]
-    if not isinstance(outputs, list) or not all(isinstance(one, str) for one in outputs):
+        outputs = [
+            output.get("generated_output") if isinstance(output, dict) else output
+            for output in outputs
+        ]
+    if not isinstance(outputs, list) or not all(isinstance(output, str) for output in outputs):
         raise ValueError("its outputs are not a list of texts; give function bodies")
     if not outputs:
         raise ValueError("it has no outputs; generate at least one sample")
@@ -121,7 +124,9 @@ def read_results(path: Path) -> tuple[Prompt, ...]:
     """
     prompts = []
     for entry in _entries(path):
-        if not all(isinstance(one, dict) and "did_build" in one for one in entry["outputs"]):
+        if not all(
+            isinstance(output, dict) and "did_build" in output for output in entry["outputs"]
+        ):
             raise ValueError(
                 f"{entry['name']} in {path} has outputs without results; score it first"
             )
@@ -130,16 +135,16 @@ def read_results(path: Path) -> tuple[Prompt, ...]:
                 name=entry["name"],
                 problem_type=entry["problem_type"],
                 model=entry["parallelism_model"],
-                samples=tuple(_sample(one) for one in entry["outputs"]),
+                samples=tuple(_sample(output) for output in entry["outputs"]),
             )
         )
     return tuple(prompts)
 
 
-def _sample(one: Fields) -> Sample:
+def _sample(output: Fields) -> Sample:
     return Sample(
-        built=bool(one["did_build"]),
-        parallel=bool(one["is_source_valid"]),
+        built=bool(output["did_build"]),
+        parallel=bool(output["is_source_valid"]),
         runs=tuple(
             Execution(
                 processors=Processors(
@@ -147,15 +152,16 @@ def _sample(one: Fields) -> Sample:
                 ),
                 ran=bool(run["did_run"]),
                 valid=bool(run["is_valid"]),
-                runtime_s=math.nan if run["runtime"] is None else float(run["runtime"]),
+                runtime_s=number(run["runtime"]),
             )
-            for run in one["runs"] or ()
+            for run in output["runs"] or ()
         ),
-        best_sequential_s=_number(one["best_sequential_runtime"]),
+        best_sequential_s=number(output["best_sequential_runtime"]),
     )
 
 
-def _number(value: float | None) -> float:
+def number(value: float | None) -> float:
+    """NaN where JSON has null."""
     return math.nan if value is None else float(value)
 
 
@@ -172,7 +178,7 @@ def result_fields(output: str, sample: Sample, model: Model) -> Fields:
         "did_all_run": bool(ran) and all(ran),
         "are_any_valid": any(valid),
         "are_all_valid": bool(valid) and all(valid),
-        "best_sequential_runtime": _null(sample.best_sequential_s),
+        "best_sequential_runtime": null(sample.best_sequential_s),
         "runs": [_run_fields(run, model) for run in sample.runs] if sample.built else None,
     }
 
@@ -181,7 +187,7 @@ def _run_fields(run: Execution, model: Model) -> Fields:
     fields: Fields = {
         "did_run": run.ran,
         "is_valid": run.valid if run.ran else None,
-        "runtime": _null(run.runtime_s),
+        "runtime": null(run.runtime_s),
     }
     if model in ("mpi", "mpi+omp"):
         fields["num_procs"] = run.processors.ranks
@@ -190,7 +196,8 @@ def _run_fields(run: Execution, model: Model) -> Fields:
     return fields
 
 
-def _null(value: float) -> float | None:
+def null(value: float) -> float | None:
+    """None where a number is NaN, which JSON lacks."""
     return None if math.isnan(value) else value
 
 

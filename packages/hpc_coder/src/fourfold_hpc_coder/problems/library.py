@@ -38,31 +38,35 @@ def read_problem(name: str, text: str) -> Problem:
     Raises:
         ValueError: where the file does not describe every parameter.
     """
-    held = tomllib.loads(text)
-    signature = parse_signature(held["signature"], held.get("structures", {}))
-    lacking = [one.name for one in signature.parameters if one.name not in held["inputs"]]
+    described = tomllib.loads(text)
+    signature = parse_signature(described["signature"], described.get("structures", {}))
+    lacking = [
+        parameter.name
+        for parameter in signature.parameters
+        if parameter.name not in described["inputs"]
+    ]
     if lacking:
         raise ValueError(f"problem {name} has no inputs for {', '.join(lacking)}; describe them")
-    fields = {key: value for key, value in held["kernel"].items() if key != "shape"}
+    fields = {key: value for key, value in described["kernel"].items() if key != "shape"}
     if "writes" in fields:
         fields["writes"] = tuple(fields["writes"])
-    stored, returned = held.get("stored"), held.get("returned")
+    stored, returned = described.get("stored"), described.get("returned")
     return Problem(
         name=name,
         problem_type=re.sub(r"^\d+_(sparse_la|dense_la|[a-z]+).*", r"\1", name),
-        task=held["task"],
+        task=described["task"],
         signature=signature,
-        prelude=held.get("prelude", ""),
-        kernel=_SHAPES[held["kernel"]["shape"]](**fields),
-        inputs=held["inputs"],
-        check_size=held["sizes"]["check"],
-        timing_size=held["sizes"]["timing"],
-        minimum_size=held.get("minimum", 1),
-        is_power_of_two=held["sizes"].get("power_of_two", False),
-        held=held["held"],
+        prelude=described.get("prelude", ""),
+        kernel=_SHAPES[described["kernel"]["shape"]](**fields),
+        inputs=described["inputs"],
+        check_size=described["sizes"]["check"],
+        timing_size=described["sizes"]["timing"],
+        minimum_size=described.get("minimum", 1),
+        is_power_of_two=described["sizes"].get("power_of_two", False),
+        held=described["held"],
         answered=f"Store the result in {stored} on rank 0." if stored else f"Return {returned}.",
-        has_kokkos=held.get("kokkos", True),
-        example=held.get("example", {}),
+        has_kokkos=described.get("kokkos", True),
+        example=described.get("example", {}),
     )
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -45,7 +45,7 @@ class Signature:
     @property
     def outputs(self) -> tuple[Parameter, ...]:
         """What a call gives back, in the order in which a driver sends it."""
-        return (*self.result, *(one for one in self.parameters if one.is_output))
+        return (*self.result, *(parameter for parameter in self.parameters if parameter.is_output))
 
 
 def parse_signature(text: str, structures: Mapping[str, Sequence[str]]) -> Signature:
@@ -58,10 +58,10 @@ def parse_signature(text: str, structures: Mapping[str, Sequence[str]]) -> Signa
     Raises:
         ValueError: for a type that no driver can send.
     """
-    found = re.fullmatch(r"\s*([\w:<>]+)\s+(\w+)\s*\((.*)\)\s*", text, re.DOTALL)
-    if not found:
+    parts = re.fullmatch(r"\s*([\w:<>]+)\s+(\w+)\s*\((.*)\)\s*", text, re.DOTALL)
+    if not parts:
         raise ValueError(f"{text!r} is not a function's declaration; write `type name(parameters)`")
-    returned, function, inside = found.groups()
+    returned, function, inside = parts.groups()
     parameters = tuple(
         _parameter(piece.strip(), structures) for piece in re.split(r",(?![^<]*>)", inside)
     )
@@ -70,20 +70,14 @@ def parse_signature(text: str, structures: Mapping[str, Sequence[str]]) -> Signa
         text=text.strip(),
         function=function,
         parameters=parameters,
-        result=tuple(_as_output(one) for one in result),
-    )
-
-
-def _as_output(one: Parameter) -> Parameter:
-    return Parameter(
-        name=one.name, declared=one.declared, dtype=one.dtype, holds=one.holds, is_output=True
+        result=tuple(replace(parameter, is_output=True) for parameter in result),
     )
 
 
 def _parameter(text: str, structures: Mapping[str, Sequence[str]]) -> Parameter:
-    found = re.fullmatch(r"(.*?)\s*(&?)\s*(\w+)", text)
-    assert found is not None
-    declared, reference, name = found.group(1).strip(), found.group(2), found.group(3)
+    parts = re.fullmatch(r"(.*?)\s*(&?)\s*(\w+)", text)
+    assert parts is not None
+    declared, reference, name = parts.group(1).strip(), parts.group(2), parts.group(3)
     bare = re.sub(r"\s*\bconst\b\s*", "", declared)
     many = re.fullmatch(r"std::(?:vector|array)<(.+?)(?:, \d+)?>", bare)
     element = many.group(1) if many else bare
@@ -109,12 +103,12 @@ def _dtype(element: str, structures: Mapping[str, Sequence[str]]) -> np.dtype:
 
 def linked(declaration: str, function: str) -> str:
     """A declaration's types, however they are spelt: equal ones can call each other."""
-    found = re.search(rf"([\w:<> *]+?)\b{function}\s*\((.*)\)", declaration)
-    if found is None:
+    parts = re.search(rf"([\w:<> *]+?)\b{function}\s*\((.*)\)", declaration)
+    if parts is None:
         return ""
     types = []
-    for one in (f"{found.group(1)} result", *re.split(r",(?![^<]*>)", found.group(2))):
-        unnamed = re.sub(r"^(.*[\s&*>])\w+$", r"\1", one.strip())
+    for parameter in (f"{parts.group(1)} result", *re.split(r",(?![^<]*>)", parts.group(2))):
+        unnamed = re.sub(r"^(.*[\s&*>])\w+$", r"\1", parameter.strip())
         trailing = re.sub(r"^const\b(.*?)(&?)\s*$", r"\1 const\2", unnamed)
         # A copy may be const or not.
         types.append(re.sub(r"(?<![&*])\bconst$", "", trailing.strip()))

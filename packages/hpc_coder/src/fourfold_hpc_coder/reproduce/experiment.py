@@ -90,15 +90,15 @@ def tune_and_ask(study: FinetuneStudy, workplace: Workplace) -> None:
 def held_out_nats(model: PreTrainedModel, study: FinetuneStudy) -> tuple[float, int]:
     """Mean loss per token of held-out tasks' right answers, prompts given; and the number of tokens."""
     tokenizer = study.rows.tokenizer.fast()
-    samples = [encode(tokenizer, one) for one in study.rows.held_out_samples()]
+    samples = [encode(tokenizer, sample) for sample in study.rows.held_out_samples()]
     rows = packed(samples, row=study.run.sequence + 1)
     nats: list[float] = []
     tokens = 0
     for row in rows:
         batch = torch.from_numpy(row)[None]
         targets = batch.masked_fill(~is_answer(batch), -100)[:, 1:]
-        found = token_nats(blind_logits(model, batch[:, :-1]), targets, model)
-        nats.append(float(found.sum()))
+        row_nats = token_nats(blind_logits(model, batch[:, :-1]), targets, model)
+        nats.append(float(row_nats.sum()))
         tokens += int((targets != -100).sum())
     return math.fsum(nats) / tokens, tokens
 

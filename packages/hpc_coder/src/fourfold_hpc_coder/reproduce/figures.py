@@ -82,9 +82,9 @@ def held_out_loss(records: Records, arms: Sequence[Arm]) -> Figure:
     figure = Figure(figsize=(6.4, 0.6 + 0.34 * len(arms) + 0.8))
     axes = figure.subplots()
     for place, arm in enumerate(arms):
-        found = over_seeds(losses(records, arm))
-        reach = [[found.value - found.low], [found.high - found.value]]
-        axes.errorbar(found.value, place, xerr=reach, fmt="o", color=_color(arm), capsize=3)
+        loss = over_seeds(losses(records, arm))
+        reach = [[loss.value - loss.low], [loss.high - loss.value]]
+        axes.errorbar(loss.value, place, xerr=reach, fmt="o", color=_color(arm), capsize=3)
     axes.set_yticks(range(len(arms)), [_NAMES[arm] for arm in arms])
     axes.set_ylim(len(arms) - 0.4, -0.6)
     axes.set_xlabel("loss of held-out answers (nats per token)")
@@ -103,9 +103,12 @@ def answers(records: Records, arms: Sequence[Arm]) -> Figure:
     )
     places = np.arange(len(arms))
     for index, (key, name, color) in enumerate(series):
-        found = [pooled(records, arm, key) for arm in arms]
-        values = [one.value for one in found]
-        reach = [[one.value - one.low for one in found], [one.high - one.value for one in found]]
+        intervals = [pooled(records, arm, key) for arm in arms]
+        values = [interval.value for interval in intervals]
+        reach = [
+            [interval.value - interval.low for interval in intervals],
+            [interval.high - interval.value for interval in intervals],
+        ]
         axes.bar(
             places + (index - 1) * 0.26,
             values,
@@ -136,8 +139,8 @@ def verdicts(records: Records, arms: Sequence[Arm]) -> Figure:
         for arm in arms
     }
     kinds = sorted(
-        {kind for found in counted.values() for kind in found},
-        key=lambda one: (one != "correct", one),
+        {kind for counter in counted.values() for kind in counter},
+        key=lambda kind: (kind != "correct", kind),
     )
     places = np.arange(len(arms))
     bottom = np.zeros(len(arms))
@@ -160,7 +163,7 @@ def data_amount(records: Records, arms: Sequence[Arm]) -> Figure:
     amounts: list[Arm] = [arm for arm in less if arm in arms]
     points = sorted((_samples(records, arm), over_seeds(losses(records, arm))) for arm in amounts)
     counts = [count for count, _ in points]
-    values = [found.value for _, found in points]
+    values = [loss.value for _, loss in points]
     reach = [[f.value - f.low for _, f in points], [f.high - f.value for _, f in points]]
     axes.errorbar(counts, values, yerr=reach, fmt="o-", color=METHOD, capsize=3)
     axes.set_xscale("log", base=2)

@@ -49,16 +49,18 @@ def judge_references(study: References, workplace: Workplace) -> None:
             right = reference(bench, problem)
             for model in study.models:
                 if model in problem.models and not absent[model]:
-                    found = judge(bench, right, model, problem.prompt(model), problem.answer(model))
+                    judgement = judge(
+                        bench, right, model, problem.prompt(model), problem.answer(model)
+                    )
                     records.write(
                         "reference",
                         problem=name,
                         problem_type=problem.problem_type,
                         model=model,
-                        verdict=found.verdict,
-                        because=found.because,
+                        verdict=judgement.verdict,
+                        because=judgement.because,
                         best_sequential_s=right.best_s,
-                        processors=[run.processors.count for run in found.sample.runs],
-                        runtimes_s=[run.runtime_s for run in found.sample.runs],
+                        processors=[run.processors.count for run in judgement.sample.runs],
+                        runtimes_s=[run.runtime_s for run in judgement.sample.runs],
                     )
             workplace.progress(done + 1, len(problems), name)

@@ -241,7 +241,7 @@ class Landlock:
         """The keeper's command line, which holds the rules, the real paths and the limits."""
         placed = in_place(job)
         given = [str(mount.source) for mount in job.mounts if not mount.writable]
-        pipes = [one for folder in given for one in Path(folder).iterdir() if one.is_fifo()]
+        pipes = [entry for folder in given for entry in Path(folder).iterdir() if entry.is_fifo()]
         asked = {
             "command": _limited(placed, others=_tasks_of_user() if os.geteuid() else 0),
             "user": stranger,
@@ -265,12 +265,12 @@ class Landlock:
 
 def _tasks_of_user() -> int:
     """Tasks of the user who runs this: without a namespace the kernel counts a job's together with them."""
-    found = 0
+    tasks = 0
     for entry in os.scandir("/proc"):
         with suppress(OSError):
             if entry.name.isdigit() and entry.stat().st_uid == os.geteuid():
-                found += sum(1 for _ in os.scandir(f"{entry.path}/task"))
-    return found
+                tasks += sum(1 for _ in os.scandir(f"{entry.path}/task"))
+    return tasks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -89,11 +89,11 @@ class Kernel:
         self._checked(self.libc.prctl(operation, *words), f"prctl {operation}")
 
     @staticmethod
-    def _checked(found: int, what: str) -> int:
-        if found < 0:
+    def _checked(result: int, what: str) -> int:
+        if result < 0:
             number = ctypes.get_errno()
             raise OSError(number, f"{what}: {os.strerror(number)}")
-        return found
+        return result
 
     def abi(self) -> int:
         """Landlock's version; 0 where the kernel has none or does not use it."""
@@ -211,16 +211,16 @@ def _prove_scope() -> None:
 
 def _reaped(child: int) -> int | None:
     """Collect what has ended; the status of the job's first process, if it is among them."""
-    found = None
+    first_status = None
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
-            return found
+            return first_status
         if pid == 0:
-            return found
+            return first_status
         if pid == child:
-            found = status
+            first_status = status
 
 
 def _end_all() -> None:

@@ -199,7 +199,7 @@ def _started(sandbox: Sandbox, job: Job, private: Path | None) -> Iterator[Proce
                 os.chown(mount.source, stranger, stranger)
     # The job's processes hold the writing end of a pipe: its end of file says that the last of them is
     # gone, which the starter's own exit does not (the kernel may still be killing what it left).
-    lifeline, held = os.pipe()
+    lifeline, writing_end = os.pipe()
     try:
         handle = subprocess.Popen(  # noqa: S603 - the sandbox is what makes this safe
             sandbox.arguments(job, stranger),
@@ -207,14 +207,14 @@ def _started(sandbox: Sandbox, job: Job, private: Path | None) -> Iterator[Proce
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            pass_fds=(held,),
+            pass_fds=(writing_end,),
             cwd="/",
         )
     except OSError:
         os.close(lifeline)
         raise
     finally:
-        os.close(held)
+        os.close(writing_end)
     process = Process(
         job=job,
         handle=handle,
@@ -278,17 +278,17 @@ def run(sandbox: Sandbox, job: Job) -> JobResult:
 
 def descendants(pid: int) -> list[int]:
     """Processes below a process, across namespaces, nearest first."""
-    found: list[int] = []
+    below_all: list[int] = []
     waiting = [pid]
     while waiting:
         below: list[int] = []
-        for one in waiting:
-            for thread in _children_files(one):
+        for parent in waiting:
+            for thread in _children_files(parent):
                 with contextlib.suppress(OSError):
                     below += [int(word) for word in thread.read_text().split()]
-        found += below
+        below_all += below
         waiting = below
-    return found
+    return below_all
 
 
 def _children_files(pid: int) -> Sequence[Path]:
@@ -305,9 +305,9 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 def usage(pid: int) -> tuple[int, int, float]:
     """Tasks below a process (as the kernel's limit counts), resident bytes, processor seconds."""
     resident, cpu_s, count = 0, 0.0, 0
-    for one in descendants(pid):
+    for process in descendants(pid):
         try:
-            words = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+            words = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
         count += int(words[17])
@@ -324,15 +324,15 @@ def _signal(pid: int) -> None:
 def folder_bytes(folder: Path, pid: int) -> int:
     """Space of a folder's files and of files without a name that processes below a process still hold."""
     taken: dict[tuple[int, int], int] = {}
-    for found, _, names in os.walk(folder):
+    for place, _, names in os.walk(folder):
         for name in names:
             with contextlib.suppress(OSError):
-                _add(taken, Path(found, name).lstat())
-    for one in descendants(pid):
+                _add(taken, Path(place, name).lstat())
+    for process in descendants(pid):
         with contextlib.suppress(OSError):
-            for held in os.scandir(f"/proc/{one}/fd"):
+            for descriptor in os.scandir(f"/proc/{process}/fd"):
                 with contextlib.suppress(OSError):
-                    status = held.stat()
+                    status = descriptor.stat()
                     if stat.S_ISREG(status.st_mode) and not status.st_nlink:
                         _add(taken, status)
     return sum(taken.values())
@@ -375,9 +375,9 @@ def _folder() -> Iterator[Path]:
 
 def _remove(folder: Path) -> None:
     """Remove a folder with what is in it, folders that a job made unreadable too."""
-    for found, folders, _ in os.walk(folder):
+    for place, folders, _ in os.walk(folder):
         for name in folders:
-            path = Path(found, name)
+            path = Path(place, name)
             if not path.is_symlink():
                 path.chmod(0o700)
     shutil.rmtree(folder, ignore_errors=True)

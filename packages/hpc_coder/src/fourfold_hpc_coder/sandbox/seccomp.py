@@ -21,53 +21,26 @@ LIBRARY = "libseccomp.so.2"
 HOARDS = ("shmget", "msgget", "semget", "memfd_create", "memfd_secret", "add_key", "io_uring_setup")
 """Give memory that is in no process, where nobody would count it."""
 
-DENIED = frozenset(
-    (
-        *HOARDS,
-        # Other processes.
-        *("ptrace", "process_vm_readv", "process_vm_writev", "process_madvise", "process_mrelease"),
-        *("kcmp", "pidfd_open", "pidfd_getfd", "setpriority", "sched_setparam", "sched_setattr"),
-        *("sched_setscheduler", "ioprio_set", "migrate_pages", "move_pages"),
-        # A name in a file system leads to servers of the same user, and no rule of Landlock guards it.
-        "socket",
-        # What outlives a process, or is shared with others, without being a file.
-        *("shmat", "shmctl", "semop", "semctl", "semtimedop", "msgsnd", "msgrcv", "msgctl"),
-        *("mq_open", "mq_unlink", "request_key", "keyctl"),
-        # Files by their name or handle.
-        *("chown", "lchown", "fchown", "fchownat", "setxattr", "lsetxattr", "fsetxattr"),
-        *("removexattr", "lremovexattr", "fremovexattr", "utime", "utimes", "futimesat"),
-        *("utimensat", "name_to_handle_at", "open_by_handle_at"),
-        *("inotify_init", "inotify_init1", "fanotify_init"),
-        # Mounts and namespaces.
-        *(
-            "mount",
-            "umount2",
-            "pivot_root",
-            "chroot",
-            "unshare",
-            "setns",
-            "open_tree",
-            "move_mount",
-        ),
-        *("fsopen", "fsconfig", "fsmount", "fspick", "mount_setattr", "statmount", "listmount"),
-        # Users.
-        *("setuid", "setgid", "setreuid", "setregid", "setresuid", "setresgid", "setgroups"),
-        *("setfsuid", "setfsgid"),
-        # The kernel's rarer parts, and the machine.
-        *("bpf", "perf_event_open", "userfaultfd", "io_uring_enter", "io_uring_register"),
-        *(
-            "quotactl",
-            "quotactl_fd",
-            "swapon",
-            "swapoff",
-            "reboot",
-            "kexec_load",
-            "kexec_file_load",
-        ),
-        *("init_module", "finit_module", "delete_module", "acct", "settimeofday", "clock_settime"),
-        *("clock_adjtime", "adjtimex", "syslog", "sethostname", "setdomainname"),
-    )
-)
+_DENIED = {
+    "other processes": "ptrace process_vm_readv process_vm_writev process_madvise process_mrelease kcmp "
+    "pidfd_open pidfd_getfd setpriority sched_setparam sched_setscheduler sched_setattr ioprio_set "
+    "migrate_pages move_pages",
+    "servers of the same user, to which a name in a file system leads, past any rule of Landlock": "socket",
+    "what outlives a process, or is shared with others, without being a file": "shmat shmctl semop semctl "
+    "semtimedop msgsnd msgrcv msgctl mq_open mq_unlink request_key keyctl",
+    "files by their name or handle": "chown lchown fchown fchownat setxattr lsetxattr fsetxattr removexattr "
+    "lremovexattr fremovexattr utime utimes futimesat utimensat name_to_handle_at open_by_handle_at "
+    "inotify_init inotify_init1 fanotify_init",
+    "mounts and namespaces": "mount umount2 pivot_root chroot unshare setns open_tree move_mount fsopen "
+    "fsconfig fsmount fspick mount_setattr statmount listmount",
+    "users": "setuid setgid setreuid setregid setresuid setresgid setgroups setfsuid setfsgid",
+    "the kernel's rarer parts, and the machine": "bpf perf_event_open userfaultfd io_uring_enter "
+    "io_uring_register quotactl quotactl_fd swapon swapoff reboot kexec_load kexec_file_load init_module "
+    "finit_module delete_module acct settimeofday clock_settime clock_adjtime adjtimex syslog sethostname "
+    "setdomainname",
+}
+DENIED = frozenset((*HOARDS, *" ".join(_DENIED.values()).split()))
+"""Answer EPERM."""
 
 PRETENDED = ("chmod", "fchmod", "fchmodat", "fchmodat2")
 """Answer that all is well and do nothing: a linker gives up where it cannot make its output executable."""
@@ -201,8 +174,8 @@ def against_escapes() -> bytes:
                 flags = 1 if platform.machine() == "s390x" else 0  # elsewhere the first argument
                 every = sum(NEW_NAMESPACES)
                 filter_.add(_ALLOW, number, _Comparison(flags, _MASKED_EQUAL, every, 0))
-                for one in NEW_NAMESPACES:
-                    filter_.add(_FORBID, number, _Comparison(flags, _MASKED_EQUAL, one, one))
+                for flag in NEW_NAMESPACES:
+                    filter_.add(_FORBID, number, _Comparison(flags, _MASKED_EQUAL, flag, flag))
             elif name and name not in HIDDEN:
                 filter_.add(_ALLOW, number)
         return filter_.program()

@@ -3,14 +3,13 @@
 import fcntl
 import hashlib
 import json
-import math
 import os
 import secrets
 import threading
 from pathlib import Path
 
 from fourfold_hpc_coder.judge.judge import Judgement
-from fourfold_hpc_coder.pareval.files import Fields
+from fourfold_hpc_coder.pareval.files import Fields, null, number
 from fourfold_hpc_coder.vocabulary import Execution, Processors, Sample
 from fourfold_parallel.common.files import append_line
 
@@ -26,7 +25,7 @@ class Journal:
 
     def __init__(self, outputs: Path, folder: Path) -> None:
         self.path = folder / "verdicts.jsonl"
-        self.held: dict[str, Judgement] = {}
+        self.verdicts: dict[str, Judgement] = {}
         self._lock = threading.Lock()
         self._of = hashlib.sha256(outputs.read_bytes()).hexdigest()
         self.secret = secrets.randbits(63)
@@ -51,17 +50,17 @@ class Journal:
         """Take the lines that are whole; refuse the journal of another file."""
         content = self.path.read_bytes()
         content = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(content.splitlines(), start=1):
+        for place, line in enumerate(content.splitlines(), start=1):
             try:
                 fields = json.loads(line)
-                if number > 1:
-                    self.held[fields["key"]] = judgement_of(fields)
+                if place > 1:
+                    self.verdicts[fields["key"]] = judgement_of(fields)
                     continue
                 is_ours = fields["outputs_sha256"] == self._of and fields["schema"] == SCHEMA
                 self.secret = fields["secret"]
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
-                    f"{self.path}, line {number} is damaged; remove the line and its answer is judged again, "
+                    f"{self.path}, line {place} is damaged; remove the line and its answer is judged again, "
                     "or the folder to start over"
                 ) from None
             if not is_ours:
@@ -97,14 +96,14 @@ def judgement_fields(judgement: Judgement) -> Fields:
         "output": judgement.output,
         "built": sample.built,
         "parallel": sample.parallel,
-        "best_sequential_s": _null(sample.best_sequential_s),
+        "best_sequential_s": null(sample.best_sequential_s),
         "runs": [
             {
                 "ranks": run.processors.ranks,
                 "threads": run.processors.threads,
                 "ran": run.ran,
                 "valid": run.valid,
-                "runtime_s": _null(run.runtime_s),
+                "runtime_s": null(run.runtime_s),
             }
             for run in sample.runs
         ],
@@ -118,7 +117,7 @@ def judgement_of(fields: Fields) -> Judgement:
             processors=Processors(ranks=run["ranks"], threads=run["threads"]),
             ran=run["ran"],
             valid=run["valid"],
-            runtime_s=_nan(run["runtime_s"]),
+            runtime_s=number(run["runtime_s"]),
         )
         for run in fields["runs"]
     )
@@ -126,7 +125,7 @@ def judgement_of(fields: Fields) -> Judgement:
         built=fields["built"],
         parallel=fields["parallel"],
         runs=runs,
-        best_sequential_s=_nan(fields["best_sequential_s"]),
+        best_sequential_s=number(fields["best_sequential_s"]),
     )
     return Judgement(
         verdict=fields["verdict"],
@@ -135,11 +134,3 @@ def judgement_of(fields: Fields) -> Judgement:
         output=fields["output"],
         proof=fields["proof"],
     )
-
-
-def _null(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _nan(value: float | None) -> float:
-    return math.nan if value is None else value

@@ -81,8 +81,8 @@ def write(
         counts=scored.counts(),
         metrics=metrics(scored.judged, ks, settings),
         matrix=_matrix(scored.judged),
-        models=sorted({one.question.model for one in scored.judged}),
-        pages=[_page(number, one) for number, one in enumerate(scored.judged)],
+        models=sorted({entry.question.model for entry in scored.judged}),
+        pages=[_page(number, entry) for number, entry in enumerate(scored.judged)],
         omissions=scored.omissions,
         notes=scored.notes,
         tone=lambda verdict: _TONE.get(verdict, BAD),
@@ -101,11 +101,11 @@ def _number(value: object) -> str:
 def _matrix(judged: Sequence[JudgedQuestion]) -> dict[str, dict[str, tuple[str, str, str]]]:
     """By problem and model: answers that count, the tone of that share, and the anchor of the page."""
     rows: dict[str, dict[str, tuple[str, str, str]]] = {}
-    for number, one in enumerate(judged):
-        right = sum(judgement.sample.counts for judgement in one.judgements)
-        total = len(one.judgements)
+    for number, entry in enumerate(judged):
+        right = sum(judgement.sample.counts for judgement in entry.judgements)
+        total = len(entry.judgements)
         tone = GOOD if right == total else POOR if right else BAD
-        rows.setdefault(one.question.name, {})[one.question.model] = (
+        rows.setdefault(entry.question.name, {})[entry.question.model] = (
             f"{right}/{total}",
             tone,
             f"p{number}",
@@ -113,20 +113,20 @@ def _matrix(judged: Sequence[JudgedQuestion]) -> dict[str, dict[str, tuple[str, 
     return dict(sorted(rows.items()))
 
 
-def _page(number: int, one: JudgedQuestion) -> PromptView:
-    problem = own_problems().get(one.question.name)
-    has_answer = problem is not None and one.question.model in problem.models
-    reference = problem.answer(one.question.model) if problem and has_answer else ""
+def _page(number: int, judged: JudgedQuestion) -> PromptView:
+    problem = own_problems().get(judged.question.name)
+    has_answer = problem is not None and judged.question.model in problem.models
+    reference = problem.answer(judged.question.model) if problem and has_answer else ""
     return PromptView(
         anchor=f"p{number}",
-        name=one.question.name,
-        model=one.question.model,
-        prompt=one.question.prompt,
+        name=judged.question.name,
+        model=judged.question.model,
+        prompt=judged.question.prompt,
         reference=reference,
         answers=tuple(
             _answer(index, body, judgement, reference)
             for index, (body, judgement) in enumerate(
-                zip(one.question.outputs, one.judgements, strict=True)
+                zip(judged.question.outputs, judged.judgements, strict=True)
             )
         ),
     )

@@ -104,10 +104,12 @@ def judge_all(
                 except RuntimeError as error:  # what lies beneath every answer in a model
                     place = f"{task.problem.name} ({task.question.model})"
                     failed[place] = str(error)[:500]
-            for one in kept:
-                if one:
-                    with one.folder:
-                        settle(one.task, time_candidate(bench, one.candidate))
+            for waiting_program in kept:
+                if waiting_program:
+                    with waiting_program.folder:
+                        settle(
+                            waiting_program.task, time_candidate(bench, waiting_program.candidate)
+                        )
     return failed
 
 
@@ -142,14 +144,14 @@ def _checked(
 ) -> _WaitingProgram | None:
     """The answer if it has yet to be timed; otherwise it is settled."""
     question = task.question
-    with ExitStack() as held:
-        folder = held.enter_context(bench.folder())
-        found = check(bench, right, question.model, question.prompt, task.body, folder)
-        if isinstance(found, Candidate) and found.program_bytes > LARGE_BYTES:
-            found = time_candidate(bench, found)
-        if isinstance(found, Candidate):
-            return _WaitingProgram(task, found, held.pop_all())
-        settle(task, found)
+    with ExitStack() as stack:
+        folder = stack.enter_context(bench.folder())
+        checked = check(bench, right, question.model, question.prompt, task.body, folder)
+        if isinstance(checked, Candidate) and checked.program_bytes > LARGE_BYTES:
+            checked = time_candidate(bench, checked)
+        if isinstance(checked, Candidate):
+            return _WaitingProgram(task, checked, stack.pop_all())
+        settle(task, checked)
         return None
 
 
@@ -161,7 +163,7 @@ def _lay_ground(
     What fails there fails again, and is reported, where it is asked for.
     """
     asked = {task.question.model for task in waiting}
-    here: list[Model] = [one for one in models if one in asked and toolchain.runs_here(one)]
+    here: list[Model] = [model for model in models if model in asked and toolchain.runs_here(model)]
     texts: dict[tuple[str, ...], list[str]] = {}
     of_prelude: dict[tuple[str, ...], Model] = {}
     for model in here:

@@ -78,7 +78,7 @@ def score_file(scoring: Scoring, progress: Progress = silent) -> ScoringResult:
     if not assignments:
         raise ValueError(_nothing_to_score(scoring, questions, omissions))
     tasks = _distinct(assignments)
-    answers = sum(len(one.keys) for one in assignments)
+    answers = sum(len(assignment.keys) for assignment in assignments)
     with Journal(outputs, folder) as journal, scratch_folder() as scratch:
         verdicts = dict(_known(tasks, journal, is_cached=scoring.is_cached))
         waiting = [task for task in tasks if task.key not in verdicts]
@@ -109,7 +109,7 @@ def score_file(scoring: Scoring, progress: Progress = silent) -> ScoringResult:
             *(Omission(place=place, because=why) for place, why in failed.items()),
         ),
         notes=(*_undefined(judged, scoring.ks), *_hopeless(assignments)),
-        reused=sum(len(one.judgements) for one in judged) - len(fresh),
+        reused=sum(len(entry.judgements) for entry in judged) - len(fresh),
     )
     write_results(result, folder, scoring.ks, scoring.settings)
     return result
@@ -154,8 +154,8 @@ def _with_bodies(question: Question) -> Question:
 def _nothing_to_score(
     scoring: Scoring, questions: Iterable[Question], omissions: Sequence[Omission]
 ) -> str:
-    reasons = "; ".join(f"{one.place}: {one.because}" for one in omissions[:3])
-    others = ", ".join(sorted({one.model for one in questions} - {*scoring.models}))
+    reasons = "; ".join(f"{omission.place}: {omission.because}" for omission in omissions[:3])
+    others = ", ".join(sorted({question.model for question in questions} - {*scoring.models}))
     empty = f"It has prompts for {others} only; name one with --models" if others else "It is empty"
     return f"nothing in {scoring.outputs} can be scored. {reasons or empty}"
 
@@ -163,10 +163,14 @@ def _nothing_to_score(
 def _distinct(assignments: Iterable[_Assignment]) -> list[AnswerTask]:
     """Distinct answers, those to one problem together."""
     tasks: dict[str, AnswerTask] = {}
-    for entry, one in enumerate(assignments):
-        for index, (body, key) in enumerate(zip(one.question.outputs, one.keys, strict=True)):
+    for entry, assignment in enumerate(assignments):
+        for index, (body, key) in enumerate(
+            zip(assignment.question.outputs, assignment.keys, strict=True)
+        ):
             before = tasks[key].places if key in tasks else ()
-            tasks[key] = AnswerTask(one.question, one.problem, body, key, (*before, (entry, index)))
+            tasks[key] = AnswerTask(
+                assignment.question, assignment.problem, body, key, (*before, (entry, index))
+            )
     return sorted(tasks.values(), key=lambda task: (task.problem.name, task.places))
 
 
@@ -175,8 +179,8 @@ def _known(
 ) -> Iterator[tuple[str, Judgement]]:
     """Verdicts of this scoring's journal and, where asked for, of the cache, which the journal takes in."""
     for task in tasks:
-        if task.key in journal.held:
-            yield task.key, journal.held[task.key]
+        if task.key in journal.verdicts:
+            yield task.key, journal.verdicts[task.key]
         elif is_cached and (judgement := cached(task.key)):
             journal.write(task.key, judgement)
             yield task.key, judgement
@@ -187,19 +191,21 @@ def _judged(
 ) -> tuple[JudgedQuestion, ...]:
     """The questions all of whose answers have a verdict."""
     return tuple(
-        JudgedQuestion(question=one.question, judgements=tuple(verdicts[key] for key in one.keys))
-        for one in assignments
-        if all(key in verdicts for key in one.keys)
+        JudgedQuestion(
+            question=assignment.question, judgements=tuple(verdicts[key] for key in assignment.keys)
+        )
+        for assignment in assignments
+        if all(key in verdicts for key in assignment.keys)
     )
 
 
 def _undefined(judged: Iterable[JudgedQuestion], ks: Sequence[int]) -> Iterator[str]:
     """A note for every k that is above a prompt's number of samples."""
     prompts: dict[int, list[str]] = {}
-    for one in judged:
+    for entry in judged:
         for k in ks:
-            if k > len(one.judgements):
-                prompts.setdefault(k, []).append(f"{one.question.name} ({one.question.model})")
+            if k > len(entry.judgements):
+                prompts.setdefault(k, []).append(f"{entry.question.name} ({entry.question.model})")
     for k, names in prompts.items():
         yield (
             f"k={k} is above the number of samples of {len(names)} prompts, such as {names[0]}: their "
@@ -210,9 +216,9 @@ def _undefined(judged: Iterable[JudgedQuestion], ks: Sequence[int]) -> Iterator[
 def _hopeless(assignments: Iterable[_Assignment]) -> Iterator[str]:
     """A note for every problem of a checkout whose own check refuses right answers."""
     names = {
-        one.problem.name
-        for one in assignments
-        if isinstance(one.problem, CheckoutProblem) and one.question.model != "cuda"
+        assignment.problem.name
+        for assignment in assignments
+        if isinstance(assignment.problem, CheckoutProblem) and assignment.question.model != "cuda"
     }
     for name in sorted(names & {*HOPELESS}):
         yield f"no answer to {name} passes with ParEval's driver: {HOPELESS[name]}"

@@ -39,7 +39,7 @@ class JudgedQuestion:
             name=self.question.name,
             problem_type=self.question.problem_type,
             model=self.question.model,
-            samples=tuple(one.sample for one in self.judgements),
+            samples=tuple(judgement.sample for judgement in self.judgements),
         )
 
 
@@ -58,9 +58,9 @@ class ScoringResult:
     def counts(self) -> dict[Model, Counter[str]]:
         """Number of answers per model and verdict."""
         counters: dict[Model, Counter[str]] = {}
-        for one in self.judged:
-            counter = counters.setdefault(one.question.model, Counter())
-            counter.update(judgement.verdict for judgement in one.judgements)
+        for entry in self.judged:
+            counter = counters.setdefault(entry.question.model, Counter())
+            counter.update(judgement.verdict for judgement in entry.judgements)
         return counters
 
 
@@ -69,11 +69,11 @@ def metrics(
 ) -> list[Fields]:
     """Our definitions, a row per model and problem type, speed-ups on the model's largest launch."""
     rows = []
-    prompts = [one.prompt for one in judged]
+    prompts = [entry.prompt for entry in judged]
     kinds: list[tuple[Model, str]] = sorted({(p.model, p.problem_type) for p in prompts})
     for model, problem_type in kinds:
         group = [p for p in prompts if (p.model, p.problem_type) == (model, problem_type)]
-        processors = max(settings.of(model), key=lambda one: one.count)
+        processors = max(settings.of(model), key=lambda launch: launch.count)
         row: Fields = {
             "execution model": model,
             "problem type": problem_type,
@@ -103,13 +103,13 @@ def results(judged: Sequence[JudgedQuestion]) -> list[Fields]:
     """The file's entries with each output's results, as ParEval's driver writes them."""
     return [
         {
-            **one.question.fields,
+            **entry.question.fields,
             "outputs": [
-                files.result_fields(body, judgement.sample, one.question.model)
-                for body, judgement in zip(one.question.outputs, one.judgements, strict=True)
+                files.result_fields(body, judgement.sample, entry.question.model)
+                for body, judgement in zip(entry.question.outputs, entry.judgements, strict=True)
             ],
         }
-        for one in judged
+        for entry in judged
     ]
 
 
@@ -118,18 +118,18 @@ def write_results(
 ) -> Mapping[str, Path]:
     """Write every table, each whole; the HTML page is `report.write`'s."""
     entries = results(scored.judged)
-    prompts = [one.prompt for one in scored.judged]
+    prompts = [entry.prompt for entry in scored.judged]
     verdicts = [
         {
-            "name": one.question.name,
-            "parallelism_model": one.question.model,
+            "name": entry.question.name,
+            "parallelism_model": entry.question.model,
             "output_idx": index,
             "verdict": judgement.verdict,
             "because": judgement.because,
             "proof": judgement.proof,
         }
-        for one in scored.judged
-        for index, judgement in enumerate(one.judgements)
+        for entry in scored.judged
+        for index, judgement in enumerate(entry.judgements)
     ]
     texts: dict[str, str] = {
         "results.json": json.dumps(entries, indent=1) + "\n",
@@ -138,7 +138,10 @@ def write_results(
         "metrics-pareval.csv": files.table(published.metrics(prompts, ks, sizes={})),
         "verdicts.csv": files.table(verdicts),
         "left-out.csv": files.table(
-            [{"place": one.place, "because": one.because} for one in scored.omissions]
+            [
+                {"place": omission.place, "because": omission.because}
+                for omission in scored.omissions
+            ]
         ),
     }
     for name, text in texts.items():
