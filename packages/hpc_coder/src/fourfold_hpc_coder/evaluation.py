@@ -1,4 +1,4 @@
-"""What it takes for a generated program to count, and how a model is scored on many of them.
+"""The four scores of a code model: its programs build, are right, are fast, and are so per processor.
 
 ParEval (Nichols et al. 2024), the benchmark on which HPC-Coder-V2 is measured, asks a code model for N
 samples of each function and scores four things: does a sample build, is it right, and how much faster than
@@ -14,7 +14,7 @@ with x_(1) <= ... <= x_(N) the speed-ups on n processors over the best sequentia
 sample that does not count. A sample counts if it was built, gave the right answer in *every* run, and
 really used the parallel model it was asked for: a serial answer to an OpenMP prompt is right, not parallel.
 
-These definitions correct those that ParEval's scripts compute; `published.py` has the latter to the letter.
+These definitions correct those that ParEval's scripts compute, which `pareval/metrics.py` follows exactly.
 """
 
 import math

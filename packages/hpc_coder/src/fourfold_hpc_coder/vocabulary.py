@@ -22,7 +22,7 @@ Verdict = Literal[
     "no build",
     "compiled, not run",
 ]
-"""What became of a sample. Only "correct" counts; the others say why not:
+"""The judge's word on a sample. Only "correct" counts; the others say why not:
 
 `not parallel`: right, but does not use the model asked for. `race`: right in every run that was seen, but
 two threads touch one address, at least one to write, with nothing in between. `wrong`: another answer than
@@ -103,7 +103,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tolerance:
-    """How far a floating-point answer may lie from the reference's; integers must be equal."""
+    """The distance that a floating-point answer may have from the reference's; integers must be equal."""
 
     relative: float
     absolute: float

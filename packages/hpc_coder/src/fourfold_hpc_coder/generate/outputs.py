@@ -28,7 +28,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How a file of outputs is generated; kept in ParEval's fields, and the model beside them."""
+    """The options of a file of outputs; kept in ParEval's fields, and the model beside them."""
 
     model: str = ""
     chat: bool = False

@@ -57,7 +57,7 @@ OURS = Marks()
 
 
 def prompt_text(instruction: str, response: str = RESPONSE) -> str:
-    """What the model sees before its answer, in training and in generation."""
+    """The text before the model's answer, in training and in generation."""
     return f"{instruction}{response}"
 
 

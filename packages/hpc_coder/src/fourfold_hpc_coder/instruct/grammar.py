@@ -99,7 +99,7 @@ class Task:
         return f"{self.shape}-{self.element}-{self.step}"
 
     def words(self) -> str:
-        """What is asked, in a sentence."""
+        """The task in a sentence."""
         place = "x[j]" if self.shape == "scan" else "x[i]"
         return _WORDS[self.shape].format(step=STEPS[self.step].words.format(place))
 
@@ -164,7 +164,7 @@ class Task:
         )
 
     def expected(self, arguments: Mapping[str, Values]) -> dict[str, Values]:
-        """What a right program gives back, by NumPy, in the order and types of the outputs."""
+        """The outputs of a right program, computed by NumPy, in their order and types."""
         x = arguments["x"]
         values = np.asarray(STEPS[self.step].oracle(x))
         match self.shape:

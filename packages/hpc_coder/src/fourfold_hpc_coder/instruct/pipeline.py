@@ -40,10 +40,10 @@ DUPLICATE = "duplicate"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instructions:
-    """Which samples to make."""
+    """A recipe of samples."""
 
     samples: int
-    """How many to keep."""
+    """The number to keep."""
     models: tuple[Model, ...]
     """Parallel models of the answers, taken in turn."""
     categories: tuple[Category, ...]
@@ -66,7 +66,7 @@ class Instructions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What a teacher may be asked for, over all runs of a recipe; what is made by then is kept."""
+    """The most that a teacher is asked for, over all runs of a recipe; what is made by then is kept."""
 
     taught: float = math.inf
     """Answers."""
@@ -76,7 +76,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """What a recipe gave."""
+    """The samples that a recipe gave."""
 
     samples: tuple[InstructionSample, ...]
     refused: tuple[InstructionSample, ...]
@@ -196,7 +196,7 @@ def _extend(
 
 
 def _plan(recipe: Instructions) -> list[tuple[Task, Model, Category]]:
-    """What is taught, in order: every task once per pass, models and categories in turn."""
+    """The lessons in order: every task once per pass, models and categories in turn."""
     tasks = split(shuffled_tasks(recipe.seed, recipe.shapes), "train", every=HELD_OUT_EVERY)
     ways: list[tuple[Model, Category]] = [
         (model, category) for model in recipe.models for category in recipe.categories

@@ -15,7 +15,7 @@ from fourfold_parallel.common.progress import Progress
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestorationCounts:
-    """What became of the real functions of some trees."""
+    """Numbers of real functions of some trees, by what became of them."""
 
     path: Path
     """JSONL of the samples that were kept."""

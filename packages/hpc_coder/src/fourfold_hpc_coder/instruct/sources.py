@@ -25,7 +25,7 @@ CONSTRUCTS: dict[Construct, re.Pattern[str]] = {
     "cuda": re.compile(r"\b__global__\b|\bthreadIdx\."),
     "kokkos": re.compile(r"\bKokkos::\w+|\bKOKKOS_LAMBDA\b"),
 }
-"""What makes a file parallel, and of which kind."""
+"""The text that makes a file parallel, by the kind of parallelism."""
 
 SUFFIXES = (".c", ".cc", ".cpp", ".cxx", ".h", ".hpp", ".cuh", ".cu", ".inl")
 PERMISSIVE = ("Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "MIT", "MPICH", "ISC")
@@ -100,7 +100,7 @@ WHEELS = (
     Tree(name="deepspeed", licence="Apache-2.0", path="deepspeed/ops/csrc", wheel="deepspeed"),
     Tree(name="torch", licence="BSD-3-Clause", path="torch/include/ATen", wheel="torch"),
 )
-"""What the two commands install: OpenMP and CUDA."""
+"""Trees that the two commands install: OpenMP and CUDA."""
 
 DEBIAN = (
     Tree(name="libtrilinos-kokkos-dev", licence="BSD-3-Clause", path="/usr/include/trilinos"),
@@ -108,7 +108,7 @@ DEBIAN = (
         name="libpetsc-dev-examples", licence="BSD-2-Clause", path="/usr/share/doc/petsc-examples"
     ),
 )
-"""What Debian packages add where installed: Kokkos and MPI."""
+"""Trees that Debian's packages add where installed: Kokkos and MPI."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

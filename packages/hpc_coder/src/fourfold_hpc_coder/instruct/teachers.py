@@ -67,7 +67,7 @@ class Templates:
 
 
 def instruction(task: Task, model: Model, category: Category) -> str:
-    """What the pupil is asked."""
+    """The question to the pupil."""
     problem = task.problem()
     head = f"{problem.declaration('serial')} {{\n"
     match category:

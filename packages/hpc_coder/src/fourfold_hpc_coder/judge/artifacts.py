@@ -26,7 +26,7 @@ def compiling(sandbox: Sandbox, command: tuple[str, ...], mounts: tuple[Mount, .
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """What a command makes of sources of ours."""
+    """A file that a command makes of sources of ours."""
 
     compiler: str
     """The command's first word."""

@@ -1,4 +1,4 @@
-"""Where answers are built and launched: limits, launches, private folders, and quiet for what is timed."""
+"""The bench on which answers are built and launched: settings, private folders, and quiet for timings."""
 
 import contextlib
 import math
@@ -21,11 +21,11 @@ from fourfold_hpc_coder.vocabulary import Model, Processors, Tolerance
 from fourfold_parallel.common.values import formerly
 
 ANSWER_BEGINS = '#line 1 "answer.cpp"\n'
-"""Where an answer's lines begin to count, in a unit that does not begin with it."""
+"""The line from which an answer's lines count, in a unit that does not begin with it."""
 
 
 class Exercise(Protocol):
-    """What the judge needs of a problem: how answers become programs, and how close outputs must be."""
+    """A problem as the judge sees it: it makes programs of answers and says how close outputs must be."""
 
     @property
     def name(self) -> str:
@@ -46,7 +46,7 @@ class Exercise(Protocol):
         ...
 
     def tolerance(self, parameter: Parameter) -> Tolerance:
-        """How close an output must be."""
+        """The tolerance of an output."""
         ...
 
     def forbidden(self) -> frozenset[str]:
@@ -63,13 +63,13 @@ LAUNCHES: dict[Model, tuple[Processors, ...]] = {
     "cuda": (Processors(),),
     "hip": (Processors(),),
 }
-"""What each model's programs are run on by default; three ranks divide few sizes."""
+"""The launches of each model's programs by default; three ranks divide few sizes."""
 
 
 @formerly("hpc_coder/Settings")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgeSettings:
-    """What decides a verdict, beside the answer and the problem."""
+    """The settings that decide a verdict, beside the answer and the problem."""
 
     time_limit_s: float = 10.0
     """Longest that one call may take, and the processor time of a process."""
@@ -142,7 +142,7 @@ class Quiet:
 
 @dataclass(slots=True)
 class Bench:
-    """What the judgements of one scorer share."""
+    """The things that the judgements of one scorer share."""
 
     sandbox: Sandbox
     scratch: Path

@@ -1,4 +1,4 @@
-"""How an answer becomes a program: against a precompiled prelude, linked with objects compiled before.
+"""An answer becomes a program: compiled under a precompiled prelude, linked with objects compiled before.
 
 An answer is one translation unit; the driver of its problem and the runtime beneath it are kept in the cache.
 """
@@ -18,7 +18,7 @@ from fourfold_hpc_coder.vocabulary import Model
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildInputs:
-    """What answers to a problem are compiled against and linked with, in the cache."""
+    """The prelude and the objects that answers to a problem need, in the cache."""
 
     flavour: Flavour
     prelude: Path

@@ -1,4 +1,4 @@
-"""Why a sample failed: a verdict and one sentence, with the compiler's or the program's own words."""
+"""Explanations of failures: a verdict and one sentence, with the compiler's or the program's own words."""
 
 import re
 import signal
@@ -30,7 +30,7 @@ FENCE = "```"
 
 
 def of_build(outcome: JobResult, body: str) -> tuple[Verdict, str]:
-    """Why an answer did not become a program.
+    """Explain why an answer did not become a program.
 
     Args:
         outcome: of the compiler or the linker.
@@ -60,7 +60,7 @@ def of_build(outcome: JobResult, body: str) -> tuple[Verdict, str]:
 def of_run(
     outcome: JobResult, processors: Processors, where: str, *, patience_s: float
 ) -> tuple[Verdict, str]:
-    """Why a program ended, or was ended, before it answered.
+    """Explain why a program ended, or was ended, before it answered.
 
     Args:
         outcome: how it ended.
@@ -93,7 +93,7 @@ def of_run(
 def of_end(
     outcome: JobResult, processors: Processors, *, is_over: bool, patience_s: float
 ) -> tuple[Verdict, str]:
-    """Why a program that gave every answer did not come to a good end.
+    """Explain why a program that gave every answer did not come to a good end.
 
     Args:
         outcome: how it ended.
@@ -134,7 +134,7 @@ def of_answer(
     expected: dict[str, np.ndarray],
     where: str,
 ) -> tuple[Verdict, str]:
-    """Whether outputs are the reference's; ("correct", "") where they are."""
+    """Compare outputs with the reference's; ("correct", "") where they agree."""
     for parameter in exercise.signature.outputs:
         ours, right = outputs[parameter.name], expected[parameter.name]
         if ours.shape != right.shape:

@@ -20,7 +20,7 @@ KEPT_CHARACTERS = 4000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """What became of an answer, and why."""
+    """The verdict on an answer, and the reason."""
 
     verdict: Verdict
     because: str
@@ -29,7 +29,7 @@ class Judgement:
     output: str
     """The end of what the compiler or the program wrote, where that explains something."""
     proof: str
-    """What decided whether it is parallel."""
+    """The observation that decided whether it is parallel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,12 +13,12 @@ from fourfold_hpc_coder.vocabulary import Execution, Model, Processors, Verdict
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchResult:
-    """What a program did on one launch."""
+    """The result of one launch of a program."""
 
     verdict: Verdict
     because: str
     output: str
-    """What it wrote."""
+    """The end of its standard error."""
     run: Execution
     evidence: Evidence
 

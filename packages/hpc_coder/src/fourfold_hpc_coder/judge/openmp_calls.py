@@ -50,4 +50,4 @@ SYNCHRONISED = (
     "__cxa_guard_release",
     "__cxa_guard_abort",
 )
-"""What orders accesses; sent through `race.cc` when a program is checked for races."""
+"""Calls that order accesses; sent through `race.cc` when a program is checked for races."""

@@ -50,7 +50,7 @@ def without_comments(text: str) -> str:
 
 
 def in_text(body: str, model: Model) -> Proof:
-    """What the text shows: a directive, a message, a pattern, a thread's index, outside of comments."""
+    """The proof by the text: a directive, a message, a pattern, a thread's index, outside of comments."""
     joined = re.sub(r"\\\n", " ", body)
     code = without_comments(re.sub(r'_Pragma\s*\(\s*"([^"]*)"\s*\)', r"\n#pragma \1\n", joined))
     if re.search(r"^\s*#\s*if\s+0\b", code, re.MULTILINE):
@@ -94,7 +94,7 @@ def _has_openmp(code: str) -> Proof:
 
 
 def in_action(evidence: Mapping[Processors, Evidence], model: Model) -> Proof:
-    """What the runs showed, on those launches that had several processors.
+    """The proof by the runs, on those launches that had several processors.
 
     Args:
         evidence: of one call on the timing input, by launch.

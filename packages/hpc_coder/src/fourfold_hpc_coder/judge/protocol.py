@@ -38,7 +38,7 @@ class ForgedError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """What a call did beside its answer, summed over ranks (see `drivers/server.hpp`)."""
+    """Measurements of a call beside its answer, summed over ranks (see `drivers/server.hpp`)."""
 
     process_cpu_s: float
     main_cpu_s: float
@@ -54,7 +54,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What came back from one call."""
+    """The outputs of one call, its time, and the evidence of its work."""
 
     outputs: dict[str, np.ndarray]
     runtime_s: float
@@ -76,7 +76,7 @@ class Channel:
     replies: int = -1
     _outgoing: list[memoryview] = field(default_factory=list)
     _incoming: memoryview = field(default_factory=lambda: memoryview(b""))
-    """What is still to come of the reply under way."""
+    """The rest of the reply under way, to be filled."""
 
     def connect(self) -> None:
         """Open the pipes; the write end can be opened only once the candidate reads."""

@@ -1,4 +1,4 @@
-"""Whether two threads of an OpenMP answer touch one address: its program run once under `drivers/race.cc`."""
+"""The check of an OpenMP answer for races: its program runs once under `drivers/race.cc`."""
 
 import re
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ class RaceReport:
     """The result of a look for races."""
 
     race: str = ""
-    """Where two threads meet; empty where none were seen, or nobody had to look."""
+    """The lines in which two threads meet; empty where none were seen, or nobody had to look."""
     unseen: str = ""
-    """Why the checker could not tell."""
+    """The reason why the checker could not tell; empty where it could."""
 
 
 def find_race(bench: Bench, right: Reference, model: Model, text: str) -> RaceReport:
-    """What the checker saw of two threads at one address.
+    """Look for two threads at one address, at least one of which writes.
 
     Args:
         bench: sandbox, limits; its settings say whether anybody looks.
@@ -60,7 +60,7 @@ def find_race(bench: Bench, right: Reference, model: Model, text: str) -> RaceRe
 
 
 def _watched(bench: Bench, right: Reference, folder: Path) -> str | None:
-    """What the checker wrote while the program answered a small input; None if it did not get there."""
+    """The checker's report on the answer to a small input; None if the program did not get there."""
     with launched(bench, folder, "omp", Processors(threads=2), settings=bench.settings) as channel:
         try:
             channel.connect()

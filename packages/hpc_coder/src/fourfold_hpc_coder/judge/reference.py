@@ -87,7 +87,7 @@ def allowed(moving_cpu_s: float) -> float:
 def trusted_answers(
     bench: Bench, exercise: Exercise, text: str, calls: Sequence[Sequence[np.ndarray]]
 ) -> list[Reply]:
-    """What a sequential program of ours answers, alone on the machine.
+    """The answers of a sequential program of ours, alone on the machine.
 
     Raises:
         RuntimeError: where it does not build or ends early.

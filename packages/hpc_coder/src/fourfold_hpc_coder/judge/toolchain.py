@@ -13,18 +13,18 @@ from fourfold_hpc_coder.sandbox.backends import Landlock, Sandbox
 from fourfold_hpc_coder.vocabulary import Model
 
 KOKKOS_HEADERS = Path("/usr/include/trilinos")
-"""Where Debian's libtrilinos-kokkos-dev puts Kokkos."""
+"""The place of Kokkos in Debian's libtrilinos-kokkos-dev."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flavour:
-    """How the programs of a model are compiled and linked."""
+    """The compiler and the flags of a model's programs."""
 
     compiler: str
     prelude: tuple[str, ...]
     """Flags of the answer, the prelude and what of ours lies beneath; equal ones have one prelude."""
     flags: tuple[str, ...]
-    """What the answer is compiled under beside them; nothing here may make GCC refuse the prelude."""
+    """Further flags of the answer; none of them may make GCC refuse the prelude."""
     libraries: tuple[str, ...]
     runtime: tuple[str, ...]
     """Our sources beneath every driver of this flavour."""
@@ -32,7 +32,7 @@ class Flavour:
 
 PLAIN = ("-std=c++17", "-O3")
 NO_MACROS = ("-U_OPENMP", "-U_REENTRANT")
-"""What OpenMP's flag defines; a prelude made under one of them would serve nothing else."""
+"""Undefines the macros of OpenMP's flag; a prelude made under one of them would serve nothing else."""
 _OPENMP = ("-fopenmp", *NO_MACROS, "-include", "/prelude/openmp.hpp")
 
 
@@ -53,12 +53,12 @@ def _gcc(
 
 
 ANSWERING_S = 30
-"""How long a compiler gets to say which it is."""
+"""Longest that a compiler gets to say which it is."""
 
 
 @cache
 def _said(*words: str) -> tuple[str, str]:
-    """What a compiler says of itself, or why it says nothing."""
+    """A compiler's words on itself, or the reason why it says nothing."""
     try:
         shown = subprocess.run(  # noqa: S603 - fixed names
             words, capture_output=True, text=True, check=True, timeout=ANSWERING_S
@@ -79,7 +79,7 @@ def mpi_flags() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def flavour_of(model: Model) -> Flavour:
-    """How programs of a model are built here; call `missing` first."""
+    """The compiler and flags of a model here; call `missing` first."""
     match model:
         case "serial":
             return _gcc(runtime=("alone.cc",))
@@ -125,7 +125,7 @@ def racing() -> Flavour:
 
 
 def missing(model: Model) -> str:
-    """What a model needs and this machine lacks, with the package's name; empty where nothing is missing.
+    """The program that a model needs and this machine lacks, with its package; empty for none.
 
     A compiler that is there and does not answer is missing too.
     """
@@ -151,7 +151,7 @@ def missing(model: Model) -> str:
 
 
 def barred(model: Model, sandbox: Sandbox) -> str:
-    """Why answers in a model cannot be judged here: what is missing, or the sandbox; empty where they can."""
+    """The reason why answers in a model cannot be judged here; empty where they can."""
     if model in ("mpi", "mpi+omp") and isinstance(sandbox, Landlock):
         return (
             "MPI's launcher needs sockets, which the sandbox `landlock` cannot keep on this machine; "

@@ -4,7 +4,7 @@ import re
 
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _TYPE = r"(?:^|[\n;}])\s*(?!return\b|else\b)[\w:<>,&*\[\]\s]*[\s&*>]"
-"""What stands before the name of a function that is defined, and not called."""
+"""The text before the name of a function that is defined, and not called."""
 
 
 def body_of(text: str, prompt: str) -> str:

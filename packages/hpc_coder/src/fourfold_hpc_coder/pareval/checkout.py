@@ -25,7 +25,7 @@ from fourfold_hpc_coder.problems.signature import Parameter, Signature, parse_si
 from fourfold_hpc_coder.vocabulary import Model, Tolerance
 
 VALIDATE, COMPUTE, BEST, RESET = map(np.int32, range(4))
-"""What a request asks of a driver."""
+"""The four things that a request asks of a driver."""
 _CHECK = Parameter(
     name="the checkout's own check",
     declared="bool&",

@@ -36,7 +36,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Omission:
-    """Why an entry could not be read: its place in the file and one sentence."""
+    """An entry that is not scored: its place in the file, and the reason in one sentence."""
 
     place: str
     because: str

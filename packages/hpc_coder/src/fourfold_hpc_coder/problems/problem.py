@@ -35,9 +35,9 @@ class Problem:
     minimum_size: int
     is_power_of_two: bool
     held: str
-    """What every rank holds before the call."""
+    """The data that every rank holds before the call."""
     answered: str
-    """Where the answer must be after it, on rank 0."""
+    """The place of the answer after it, on rank 0."""
     has_kokkos: bool
     example: Mapping[str, Any]
 
@@ -80,7 +80,7 @@ class Problem:
                 return text
 
     def prompt(self, model: Model) -> str:
-        """What a code model is shown: includes, helpers, the task in a comment, the opened function."""
+        """The text that a code model continues: includes, helpers, a comment with the task, the opened head."""
         sentences = [self.task, *_HOW[model]]
         if model in ("mpi", "mpi+omp"):
             sentences += [f"Every rank has a complete copy of {self.held}. {self.answered}"]
@@ -109,7 +109,7 @@ class Problem:
         )
 
     def tolerance(self, parameter: Parameter) -> Tolerance:
-        """How close an output must be."""
+        """The tolerance of an output."""
         return SINGLE if parameter.dtype == np.float32 else DOUBLE
 
     def forbidden(self) -> frozenset[str]:

@@ -44,7 +44,7 @@ class Signature:
 
     @property
     def outputs(self) -> tuple[Parameter, ...]:
-        """What a call gives back, in the order in which a driver sends it."""
+        """The values that a call gives back, in the order in which a driver sends them."""
         return (*self.result, *(parameter for parameter in self.parameters if parameter.is_output))
 
 

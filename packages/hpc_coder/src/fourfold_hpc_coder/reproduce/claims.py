@@ -49,7 +49,7 @@ _PLACE: dict[Verdict, str] = {
     "contradicted": "lies below 0",
     "inconclusive": "reaches across 0",
 }
-"""Where an interval lies, by the verdict that it gives."""
+"""The place of an interval in words, by the verdict that it gives."""
 
 
 def loses(worse: Arm, better: Arm) -> Rule:

@@ -1,4 +1,4 @@
-"""What rules and figures read from the records of the study."""
+"""Measures of the study's records, which rules and figures share."""
 
 from fourfold_hpc_coder.reproduce.recipes import SEEDS, Arm
 from fourfold_parallel.reproduce.claims import Interval, Records, over_seeds, proportion

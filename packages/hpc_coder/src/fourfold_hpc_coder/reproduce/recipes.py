@@ -49,7 +49,7 @@ class FinetuneStudy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """What a scale decides."""
+    """The sizes that a scale decides."""
 
     width: int
     small_width: int

@@ -14,7 +14,7 @@ from fourfold_parallel.reproduce.experiment import Workplace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class References:
-    """Which answers are judged, and how."""
+    """The right answers that are judged, and the judge's settings."""
 
     models: tuple[Model, ...]
     settings: JudgeSettings

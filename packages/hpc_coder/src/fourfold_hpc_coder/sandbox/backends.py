@@ -1,4 +1,4 @@
-"""What keeps a job apart: the command lines of three kinds of sandbox, and of none.
+"""Three sandboxes that keep a job apart, and one that does not: each gives the command line that starts it.
 
 Two need Linux namespaces: `Bubblewrap`, and `Namespaces` (util-linux alone, where bubblewrap is not
 installed). Inside, a program sees /usr and what the job mounts, has its own processes, and no network; it
@@ -39,7 +39,7 @@ class Sandbox(Protocol):
 
     @property
     def gap(self) -> str:
-        """What a job may do here that another sandbox forbids, and why; empty for nothing."""
+        """The one thing that a job may do here and another sandbox forbids, and why; empty for nothing."""
         ...
 
     def arguments(self, job: Job, stranger: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a job is: a command, what it may see, what it may use, and how it ended."""
+"""A job: a command, the files that it may see, its limits, and its result."""
 
 import signal
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 Cause = Literal["wall", "cpu", "memory", "processes", "files", "nothing"]
-"""Which limit ended a job."""
+"""The limit that ended a job."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a job may use."""
+    """The most that a job may use."""
 
     wall_s: float
     cpu_s: int
@@ -48,7 +48,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobResult:
-    """How a job ended."""
+    """The end of a job: its exit code, its output, its time."""
 
     code: int
     """Exit code; -N where signal N ended it."""

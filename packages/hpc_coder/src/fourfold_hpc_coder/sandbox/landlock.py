@@ -39,7 +39,7 @@ _NODES = 1 << 6 | 1 << 9 | 1 << 11 | 1 << 15
 """Making devices and sockets, and commands to devices: nowhere."""
 _SEE = _EXECUTE | _READ | _LIST
 _OF_A_FILE = _EXECUTE | _WRITE | _READ | _TRUNCATE
-"""What may be allowed of something that is no folder."""
+"""Rights that something other than a folder can have."""
 
 PR_SET_PDEATHSIG, PR_CAPBSET_READ, PR_CAPBSET_DROP, PR_SET_SECUREBITS = 1, 23, 24, 28
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 36, 38, 47
@@ -54,7 +54,7 @@ CAP_DAC_OVERRIDE = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """What a job may do with which files; the paths are real ones."""
+    """The files that a job may use, by what it may do with them; the paths are real ones."""
 
     see: tuple[str, ...]
     """Folders and files to read and execute; those that are not there are left out."""

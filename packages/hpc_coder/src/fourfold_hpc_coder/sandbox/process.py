@@ -28,7 +28,7 @@ STRANGERS = itertools.count(os.getpid() * 7 % 4000)
 FIRST_STRANGER = 61184
 """systemd's range of users made on the fly: no system gives them to anyone."""
 LEAVE_S = 5.0
-"""How long the kernel gets to take a dead job's processes away; without a namespace some may stay."""
+"""Longest that the kernel gets to take a dead job's processes away; without a namespace some may stay."""
 WATCH_S = 0.05
 """Period at which the supervisor looks at a job's memory and processes."""
 

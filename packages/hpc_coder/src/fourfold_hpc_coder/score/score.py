@@ -35,7 +35,7 @@ def built_in(question: Question) -> Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scoring:
-    """What to score and how."""
+    """A scoring: the file, the folder for its results, and the options."""
 
     outputs: str | PathLike[str]
     """ParEval's file of outputs."""

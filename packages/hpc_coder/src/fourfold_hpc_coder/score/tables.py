@@ -34,7 +34,7 @@ class JudgedQuestion:
 
     @property
     def prompt(self) -> Prompt:
-        """What the metrics need."""
+        """The question as the metrics need it."""
         return Prompt(
             name=self.question.name,
             problem_type=self.question.problem_type,
@@ -49,7 +49,7 @@ class ScoringResult:
 
     judged: tuple[JudgedQuestion, ...]
     omissions: tuple[Omission, ...]
-    """What could not be scored, and why."""
+    """Entries that could not be scored, and why."""
     notes: tuple[str, ...]
     """Questions that the numbers cannot answer, such as k above the number of samples."""
     reused: int
