@@ -80,7 +80,7 @@ class Problem:
                 return text
 
     def prompt(self, model: Model) -> str:
-        """The text that a code model continues: includes, helpers, a comment with the task, the opened head."""
+        """The text that a code model continues: includes, helpers, the task, the opened head."""
         sentences = [self.task, *_HOW[model]]
         if model in ("mpi", "mpi+omp"):
             sentences += [f"Every rank has a complete copy of {self.held}. {self.answered}"]
