@@ -19,8 +19,8 @@ def reproduce(
     """Reproduce the papers at a scale and write a report of every claim.
 
     Args:
-        scale: smoke: a few minutes on 2 cores. laptop: up to 45 minutes. paper: print, for each paper, the
-            launch lines with the paper's own hyper-parameters.
+        scale: smoke: a few minutes on 2 cores. laptop: up to 45 minutes. paper: write, for each paper,
+            job files with the paper's own hyper-parameters, and print how to start them.
         only: Packages, separated by commas: goldfish,loki.
         resume: Keep what is finished and go on from checkpoints, instead of starting over.
         jobs: Packages worked on at a time; they share the cores.
@@ -35,10 +35,7 @@ def reproduce(
     experiments = {name: experiment_of(name) for name in names}
     if scale == "paper":
         for name, experiment in experiments.items():
-            launches = experiment.launches()
-            terminal.print_launches(target, experiment.title, launches)
-            if not launches:
-                target.print(f"[dim]{name} states no launch line; its README says why[/dim]")
+            terminal.write_launches(target, name, experiment.launches(), out / scale / name)
         return
     ready = [name for name, experiment in experiments.items() if experiment.stages(scale)]
     started_s = time.perf_counter()

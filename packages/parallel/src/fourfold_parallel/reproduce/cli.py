@@ -73,7 +73,7 @@ def reproduces(package: str) -> Callable[..., None]:
         """Reproduce the paper: run its experiment, judge its claims, draw its figures.
 
         Args:
-            scale: smoke: minutes on 2 cores. laptop: longer, larger. paper: print the launch lines.
+            scale: smoke: minutes on 2 cores. laptop: longer, larger. paper: write the job files.
             out: Folder for records, ledger and figures; each scale and package gets its own inside.
             resume: Keep what is finished and go on from checkpoints, instead of starting over.
         """
@@ -86,7 +86,7 @@ def reproduces(package: str) -> Callable[..., None]:
         terminal.start(target)
         experiment = experiment_of(package)
         if scale == "paper":
-            terminal.print_launches(target, experiment.title, experiment.launches())
+            terminal.write_launches(target, package, experiment.launches(), out / scale / package)
             return
         bars = terminal.Bars(target, len(experiment.stages(scale)))
         with bars.running():

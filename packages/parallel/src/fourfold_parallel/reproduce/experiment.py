@@ -19,6 +19,7 @@ from fourfold_parallel.common.progress import Progress
 from fourfold_parallel.common.records import Material, Record, RecordWriter, header, read_record
 from fourfold_parallel.common.values import describes, to_json
 from fourfold_parallel.reproduce.claims import Claim, LedgerRow, Records, judge, write_ledger
+from fourfold_parallel.reproduce.launches import Launch
 from fourfold_parallel.reproduce.scale import Scale
 
 log = logging.getLogger(__name__)
@@ -86,17 +87,6 @@ class Drawing:
     """What is seen, the scale and the seeds."""
     draw: Callable[[Records], Any]
     """Gives a `matplotlib.figure.Figure`; the extra `figures` need not be installed for anything else."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
-    """How a recipe is started at the paper's scale."""
-
-    title: str
-    needs: str
-    """Hardware and data."""
-    torchrun: str
-    slurm: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -17,10 +18,11 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from fourfold_parallel.common.files import write_text
 from fourfold_parallel.common.progress import Progress
 from fourfold_parallel.launch import adopt_slurm
 from fourfold_parallel.reproduce.claims import LedgerRow
-from fourfold_parallel.reproduce.experiment import Launch
+from fourfold_parallel.reproduce.launches import Launch
 
 VERDICT_STYLE = {
     "reproduced": "green",
@@ -105,9 +107,13 @@ def ledger_table(rows: Sequence[LedgerRow]) -> Table:
     return table
 
 
-def print_launches(target: Console, title: str, launches: Sequence[Launch]) -> None:
-    """The paper-scale launch lines of one package."""
+def write_launches(target: Console, package: str, launches: Sequence[Launch], folder: Path) -> None:
+    """Write a job file for each of a paper's own runs, and say how else to start it."""
+    if not launches:
+        target.print(f"[dim]{package} has no run at the paper's scale; its README says why[/dim]")
     for launch in launches:
-        target.print(f"[bold]{title}: {launch.title}[/bold]  (needs: {launch.needs})")
+        path = folder / f"{launch.name}.sbatch"
+        write_text(path, launch.sbatch)
+        target.print(f"[bold]{package}: {launch.title}[/bold]  (needs: {launch.needs})")
+        target.print(f"  sbatch {path}", soft_wrap=True)
         target.print(f"  {launch.torchrun}", soft_wrap=True)
-        target.print(f"  {launch.slurm}", soft_wrap=True)
