@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -185,3 +187,23 @@ def test_data_of_other_options_are_not_mixed(tmp_path: Path, capsys: pytest.Capt
     making = ["make-data", "--out", tmp_path, "--most-taught", 0, "--samples", 2]
     assert "The budget ended before 2 were made" in run(capsys, *making, "--models", "omp")
     assert "other options" in refused(capsys, *making, "--models", "mpi")
+
+
+def test_help_mistakes_and_the_public_names_need_no_heavy_library(tmp_path: Path) -> None:
+    """Neither torch nor transformers nor matplotlib, which may be missing or slow."""
+    script = f"""
+import sys
+from fourfold_hpc_coder.__main__ import main
+for words in (["--help"], ["score", "--help"], ["score", "x", "--models", "cobol"],
+              ["generate", "--model", "m", "--models", "cobol"], ["make-data", "--url", "http://x/v1"],
+              ["finetune", "--data", {str(tmp_path / "none")!r}]):
+    try:
+        main(words)
+    except SystemExit as ended:
+        assert ended.code == (0 if "--help" in words else 2), words
+import fourfold_hpc_coder
+fourfold_hpc_coder.pass_at_k, fourfold_hpc_coder.Scoring
+heavy = {{"torch", "transformers", "matplotlib", "peft", "datasketch", "tree_sitter"}} & sys.modules.keys()
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)

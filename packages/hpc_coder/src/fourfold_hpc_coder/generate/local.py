@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from fourfold_hpc_coder.generate.endpoint import FUNCTION_ONLY
+from fourfold_parallel.launch import device
 
 RESPONSE_FILE = "prompt.json"
 """Beside a tuned model's weights: the token that ended prompts in training, which generation repeats."""
@@ -109,7 +110,7 @@ def open_local(
     note = Path(model, RESPONSE_FILE)
     trained = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {"response": ""}
     return Local(
-        model=AutoModelForCausalLM.from_pretrained(model).eval(),
+        model=AutoModelForCausalLM.from_pretrained(model).to(device()).eval(),
         tokenizer=AutoTokenizer.from_pretrained(model),
         max_new_tokens=max_new_tokens,
         temperature=temperature,

@@ -320,13 +320,14 @@ def sample_positions(
 
 def is_answer(tokens: Int[Tensor, "batch row"], marks: Marks = OURS) -> Bool[Tensor, "batch row"]:
     """Tokens after a sample's response token, its end included; of padding, none."""
+    # A token is of an answer if its own sample has a response token before it. Count those of the row before
+    # each token, and take away those of earlier samples.
     number, _ = sample_positions(tokens, marks)
     last = int(number.max()) + 1
     before = torch.zeros(tokens.shape[0], last, dtype=torch.long, device=tokens.device)
     signs = (tokens == marks.response).long()
     before.scatter_add_(1, number, signs)
     seen = torch.cumsum(signs, dim=1) - signs
-    # Signs of earlier samples of the row, to be taken away.
     earlier = torch.cumsum(before, dim=1) - before
     return (seen - earlier.gather(1, number)) > 0
 

@@ -148,6 +148,7 @@ def _extend(
     budget: Budget,
 ) -> None:
     """Teach, screen, verify; both lists grow, and both files with them, also when something fails."""
+    # A duplicate has no text of its own to remember: what it repeats is among the others.
     judged = [sample for sample in refused if sample.verdict != DUPLICATE]
     seen = TextMemory.of([sample.instruction + sample.answer for sample in (*kept, *judged)])
     screen = Screen.of(benchmark_prompts())
@@ -168,9 +169,11 @@ def _extend(
                 and taught < min(len(plan), budget.taught)
                 and tokens < budget.tokens
             ):
+                # The number of samples taught is the place in the plan: a run that was stopped goes on there.
                 task, model, category = plan[taught]
                 sample = recipe.teacher.teach(task, model, category)
                 reason = _refusal(sample, seen, screen)
+                # Only what is new and clean is worth a compilation.
                 if not reason and recipe.verified:
                     prompt = f"{task.problem().declaration(model)} {{"
                     [judgement] = verify(workbench, task, model, prompt, [sample.answer])

@@ -85,6 +85,7 @@ def check(
     written = parallelism.in_text(body, model)
     if not body.strip():
         return _failed("no answer", "the answer is empty", built=False)
+    # What belongs to the judge has a name of ours, and an honest answer none.
     own = {"fourfold", *right.exercise.forbidden()}
     if used := sorted(own & set(re.findall(r"\w+", parallelism.without_comments(body)))):
         because = f"it names {', '.join(used)}, which belongs to the judge"
@@ -99,6 +100,7 @@ def check(
             _failed("compiled, not run", "it builds; running it needs a GPU", built=True),
             proof=written.because,
         )
+    # The launches in order, up to the first that fails.
     checks: list[LaunchResult] = []
     for processors in bench.settings.of(model):
         checks.append(launch(bench, right, model, processors, folder, is_timed=False))
@@ -117,16 +119,13 @@ def check(
     )
     # What is parallel by its text is looked at in any case, and here no timing waits for it.
     is_asked = written.parallel if checks[-1].run.valid else _may_race(checks[-1].verdict)
-    return (
-        replace(candidate, race=find_race(bench, right, model, candidate.text))
-        if is_asked
-        else candidate
-    )
+    return replace(candidate, race=find_race(bench, right, model, text)) if is_asked else candidate
 
 
 def time_candidate(bench: Bench, candidate: Candidate) -> Judgement:
     """Time a checked answer on the launches on which it was right, and say what became of it."""
     right, model, written = candidate.right, candidate.model, candidate.written
+    # Time every launch that was right; the one that failed, if any, is the last and stays as it was.
     launches: list[LaunchResult] = []
     for checked in candidate.checks:
         launches.append(
@@ -137,6 +136,8 @@ def time_candidate(bench: Bench, candidate: Candidate) -> Judgement:
         if not launches[-1].run.valid:
             break
     judgement = _summary(right, launches)
+    # Right answers must also be parallel, by their text and by what the launches showed. Of wrong ones only
+    # those are looked at further that were right on fewer threads: theirs may be a race.
     if judgement.verdict == "correct":
         evidence = {result.run.processors: result.evidence for result in launches}
         proof = parallelism.in_action(evidence, model) if written.parallel else written
@@ -150,13 +151,11 @@ def time_candidate(bench: Bench, candidate: Candidate) -> Judgement:
             return replace(judgement, verdict="not parallel", because=because)
     elif not (_may_race(judgement.verdict) and any(run.valid for run in judgement.sample.runs)):
         return judgement
-    looked = (
-        find_race(bench, right, model, candidate.text) if candidate.race is None else candidate.race
-    )
-    if looked.unseen:
-        unseen = f"not checked for races: {looked.unseen}"
+    race = candidate.race or find_race(bench, right, model, candidate.text)
+    if race.unseen:
+        unseen = f"not checked for races: {race.unseen}"
         return replace(judgement, proof="; ".join(filter(None, (judgement.proof, unseen))))
-    if not looked.race:
+    if not race.race:
         return judgement
     now = (
         "its answers were right this time, but"
@@ -166,7 +165,7 @@ def time_candidate(bench: Bench, candidate: Candidate) -> Judgement:
     return replace(
         judgement,
         verdict="race",
-        because=f"{now} {looked.race} with nothing in between",
+        because=f"{now} {race.race} with nothing in between",
         sample=_spoiled(judgement.sample),
     )
 

@@ -44,12 +44,9 @@ class AnswerTask:
     @property
     def source(self) -> str:
         """Answers of one source share inputs and right answers."""
-        shared = self.problem.name
-        return (
-            f"{shared} ({self.question.model})"
-            if isinstance(self.problem, CheckoutProblem)
-            else shared
-        )
+        name = self.problem.name
+        is_shared = not isinstance(self.problem, CheckoutProblem)
+        return name if is_shared else f"{name} ({self.question.model})"
 
 
 def judge_all(
@@ -76,6 +73,7 @@ def judge_all(
         _lay_ground(bench, waiting, models, pool)
         rights: dict[str, Reference] = {}
         for window in windows(waiting):
+            # First the right answers to the window's problems; those to earlier problems leave memory.
             first = {task.source: task for task in reversed(window)}
             rights = {source: right for source, right in rights.items() if source in first}
             begun = {
@@ -88,7 +86,8 @@ def judge_all(
                     rights[source] = future.result()
                 except RuntimeError as error:
                     failed[source] = str(error)[:500]
-            # The longest first, for all jobs to end together.
+            # Then every answer is built and checked, on all processors: the longest first, for all jobs to
+            # end together.
             able = sorted(
                 (task for task in window if task.source in rights),
                 key=lambda task: task.question.model == "serial",
@@ -97,19 +96,18 @@ def judge_all(
                 (task, pool.submit(_checked, bench, task, rights[task.source], settle))
                 for task in able
             ]
-            kept: list[_WaitingProgram | None] = []
+            programs: list[_WaitingProgram] = []
             for task, future in checked:
                 try:
-                    kept.append(future.result())
+                    if program := future.result():
+                        programs.append(program)
                 except RuntimeError as error:  # what lies beneath every answer in a model
                     place = f"{task.problem.name} ({task.question.model})"
                     failed[place] = str(error)[:500]
-            for waiting_program in kept:
-                if waiting_program:
-                    with waiting_program.folder:
-                        settle(
-                            waiting_program.task, time_candidate(bench, waiting_program.candidate)
-                        )
+            # Now nothing works any more, and the programs that were right are timed, one by one.
+            for program in programs:
+                with program.folder:
+                    settle(program.task, time_candidate(bench, program.candidate))
     return failed
 
 
