@@ -41,7 +41,7 @@ def test_the_example_of_the_format_holds_what_a_file_must(tmp_path: Path) -> Non
 
     [entry] = re.findall(r"```json\n(.*?)```", README, re.S)
     (tmp_path / "outputs.json").write_text(f"[{entry}]")
-    questions, omissions = read_outputs(tmp_path / "outputs.json")
+    questions, omissions = read_outputs(str(tmp_path / "outputs.json"))
     assert [question.name for question in questions] == ["27_reduce_average"]
     assert not omissions
 

@@ -110,7 +110,7 @@ def open_local(
     note = Path(model, RESPONSE_FILE)
     trained = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {"response": ""}
     return Local(
-        model=AutoModelForCausalLM.from_pretrained(model).to(device()).eval(),
+        model=AutoModelForCausalLM.from_pretrained(model).to(device()).eval(),  # pyright: ignore[reportArgumentType]
         tokenizer=AutoTokenizer.from_pretrained(model),
         max_new_tokens=max_new_tokens,
         temperature=temperature,

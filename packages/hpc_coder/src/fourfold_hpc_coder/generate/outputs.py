@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Protocol
 
@@ -50,7 +51,7 @@ def generate_file(
     prompts: Sequence[Fields],
     backend: Backend,
     sampling: Sampling,
-    out: Path,
+    out: str | PathLike[str],
     progress: Progress,
 ) -> Path:
     """Complete every prompt and write ParEval's outputs file; what the file has is kept.
@@ -65,6 +66,7 @@ def generate_file(
     Raises:
         ValueError: where the file at `out` holds something else, or outputs of another model or sampling.
     """
+    out = Path(out)
     entries = _done(out, sampling)
     for index, record in enumerate(prompts):
         key = (record["name"], record["parallelism_model"], record["prompt"])

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 
 from fourfold_hpc_coder.instruct.decontaminate import Screen
@@ -22,7 +23,7 @@ from fourfold_hpc_coder.instruct.samples import (
     write_samples,
 )
 from fourfold_hpc_coder.instruct.teachers import Teacher, Templates, shuffled_tasks, split
-from fourfold_hpc_coder.instruct.verify import bench, verify
+from fourfold_hpc_coder.instruct.verify import open_bench, verify
 from fourfold_hpc_coder.problems.library import own_problems
 from fourfold_hpc_coder.score.cache import sources_sha256
 from fourfold_hpc_coder.vocabulary import Model
@@ -96,7 +97,7 @@ def make_samples(
     recipe: Instructions,
     *,
     progress: Progress = silent,
-    folder: Path | None = None,
+    folder: str | PathLike[str] | None = None,
     budget: Budget = Budget(),
 ) -> Dataset:
     """The samples of a recipe, from the cache where it was made before; goes on where it was stopped.
@@ -112,7 +113,7 @@ def make_samples(
             the folder holds the samples of another recipe.
     """
     key = hashlib.sha256(f"{makers()} {digest(recipe)}".encode()).hexdigest()[:24]
-    folder = folder or cache_folder() / "hpc_coder" / "data" / key
+    folder = Path(folder) if folder else cache_folder() / "hpc_coder" / "data" / key
     _claim(folder, replace(recipe, samples=1))
     kept_file, refused_file = folder / "samples.jsonl", folder / "refused.jsonl"
     kept = [*read_samples(kept_file)] if kept_file.exists() else []
@@ -162,7 +163,7 @@ def _extend(
         write_samples(files[1], refused)
         write_samples(files[0], kept)
 
-    with bench() as workbench:
+    with open_bench() as bench:
         try:
             while (
                 len(kept) < recipe.samples
@@ -176,7 +177,7 @@ def _extend(
                 # Only what is new and clean is worth a compilation.
                 if not reason and recipe.verified:
                     prompt = f"{task.problem().declaration(model)} {{"
-                    [judgement] = verify(workbench, task, model, prompt, [sample.answer])
+                    [judgement] = verify(bench, task, model, prompt, [sample.answer])
                     sample = replace(sample, verdict=judgement.verdict)
                     reason = "" if judgement.verdict == "correct" else judgement.verdict
                 if reason:

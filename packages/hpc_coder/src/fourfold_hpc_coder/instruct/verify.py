@@ -29,7 +29,7 @@ SETTINGS = JudgeSettings(repetitions=1, races=False, launches=CHECKED_ON)
 
 
 @contextmanager
-def bench(*, allow_no_sandbox: bool = False) -> Iterator[Bench]:
+def open_bench(*, allow_no_sandbox: bool = False) -> Iterator[Bench]:
     """A bench for verification; inputs are the same each time, since nobody here is an adversary's judge."""
     sandbox = find_sandbox(allow_none=allow_no_sandbox)
     with scratch_folder() as scratch:
@@ -51,12 +51,12 @@ def oracle(task: Task, secret: int) -> Reference:
 
 
 def verify(
-    workbench: Bench, task: Task, model: Model, prompt: str, answers: Sequence[str]
+    bench: Bench, task: Task, model: Model, prompt: str, answers: Sequence[str]
 ) -> list[Judgement]:
     """Judge answers to one task; equal ones, now or before, once.
 
     Args:
-        workbench: from `bench`.
+        bench: from `open_bench`.
         task: gives inputs and right answers.
         model: parallel model asked for.
         prompt: ends by opening the function.
@@ -65,14 +65,12 @@ def verify(
     Raises:
         ValueError: where the model cannot be run here.
     """
-    if reason := toolchain.barred(model, workbench.sandbox):
+    if reason := toolchain.barred(model, bench.sandbox):
         raise ValueError(f"{reason}; or leave {model} out of --models")
-    right = oracle(task, workbench.secret)
+    right = oracle(task, bench.secret)
     problem = task.problem()
 
     def fresh(body: str) -> Judgement:
-        return judge(workbench, right, model, prompt, body)
+        return judge(bench, right, model, prompt, body)
 
-    return [
-        equal_answers(problem, model, prompt, body, workbench.settings, fresh) for body in answers
-    ]
+    return [equal_answers(problem, model, prompt, body, bench.settings, fresh) for body in answers]

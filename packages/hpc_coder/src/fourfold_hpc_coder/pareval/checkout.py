@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -176,7 +177,7 @@ class Checkout:
         return strict(text)
 
 
-def open_checkout(path: Path, sizes: Path | None = None) -> Checkout:
+def open_checkout(path: str | PathLike[str], sizes: str | PathLike[str] | None = None) -> Checkout:
     """Find the drivers of a checkout.
 
     Args:
@@ -186,13 +187,13 @@ def open_checkout(path: Path, sizes: Path | None = None) -> Checkout:
     Raises:
         ValueError: where something that is needed is not there.
     """
-    drivers = path / "drivers"
+    drivers = Path(path) / "drivers"
     for needed in (drivers / "cpp" / "benchmarks", drivers / "cpp" / "utilities.hpp"):
         if not needed.exists():
             raise ValueError(
-                f"--pareval {path}: no {needed.relative_to(path)}; name ParEval's checkout"
+                f"--pareval {path}: no {needed.relative_to(Path(path))}; name ParEval's checkout"
             )
-    file = sizes or drivers / "problem-sizes.json"
+    file = Path(sizes) if sizes else drivers / "problem-sizes.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         by_problem = {

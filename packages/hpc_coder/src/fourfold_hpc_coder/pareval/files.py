@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import StringIO
+from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,13 +43,13 @@ class Omission:
     because: str
 
 
-def read_outputs(path: Path) -> tuple[tuple[Question, ...], tuple[Omission, ...]]:
+def read_outputs(path: str | PathLike[str]) -> tuple[tuple[Question, ...], tuple[Omission, ...]]:
     """Read a file of model outputs: the entries that make sense, and why the others do not.
 
     Raises:
         ValueError: where the file as a whole is not a list of entries.
     """
-    entries = _entries(path)
+    entries = _entries(Path(path))
     questions, problems = [], []
     for index, entry in enumerate(entries):
         try:
@@ -116,14 +117,14 @@ def _question(entry: object) -> Question:
     )
 
 
-def read_results(path: Path) -> tuple[Prompt, ...]:
+def read_results(path: str | PathLike[str]) -> tuple[Prompt, ...]:
     """Read what a driver wrote (ours or ParEval's) as the metrics need it.
 
     Raises:
         ValueError: where an entry's outputs were not run yet.
     """
     prompts = []
-    for entry in _entries(path):
+    for entry in _entries(Path(path)):
         if not all(
             isinstance(output, dict) and "did_build" in output for output in entry["outputs"]
         ):

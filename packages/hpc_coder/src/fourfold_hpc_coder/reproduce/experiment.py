@@ -16,7 +16,7 @@ from fourfold_hpc_coder.instruct.format import (
     prompt_text,
 )
 from fourfold_hpc_coder.instruct.pipeline import held_out
-from fourfold_hpc_coder.instruct.verify import bench, verify
+from fourfold_hpc_coder.instruct.verify import open_bench, verify
 from fourfold_hpc_coder.pareval.bodies import body_of
 from fourfold_hpc_coder.reproduce.claims import CLAIMS
 from fourfold_hpc_coder.reproduce.recipes import ARMS, SEEDS, TARGET, FinetuneStudy, tuned
@@ -64,11 +64,11 @@ def tune_and_ask(study: FinetuneStudy, workplace: Workplace) -> None:
         )
         replies = pupil.complete_many([prompt_text(prompt) for prompt in prompts])
         built = right = counted = 0
-        with bench() as workbench:
+        with open_bench() as bench:
             for done, (task, prompt, reply) in enumerate(zip(tasks, prompts, replies, strict=True)):
                 body = body_of(reply, prompt)
                 opened = f"{task.problem().declaration(TARGET)} {{"
-                [judgement] = verify(workbench, task, TARGET, opened, [body])
+                [judgement] = verify(bench, task, TARGET, opened, [body])
                 built += judgement.sample.built
                 right += judgement.sample.right
                 counted += judgement.verdict == "correct"

@@ -5,6 +5,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 from fourfold_hpc_coder.judge.bench import JudgeSettings
@@ -57,7 +58,7 @@ class PromptView:
 
 def write(
     scored: ScoringResult,
-    path: Path,
+    path: str | PathLike[str],
     *,
     title: str,
     ks: Sequence[int],
@@ -88,8 +89,9 @@ def write(
         tone=lambda verdict: _TONE.get(verdict, BAD),
         number=_number,
     )
-    write_text(path, rendered)
-    return path
+    page = Path(path)
+    write_text(page, rendered)
+    return page
 
 
 def _number(value: object) -> str:
