@@ -28,7 +28,8 @@ from pathlib import Path
 from fourfold_hpc_coder.judge.bench import Bench, JudgeSettings, precompile, ready
 from fourfold_hpc_coder.pareval.checkout import open_checkout
 from fourfold_hpc_coder.problems.library import own_problems
-from fourfold_hpc_coder.sandbox.process import find_sandbox, scratch_folder
+from fourfold_hpc_coder.sandbox.process import find_sandbox
+from fourfold_hpc_coder.sandbox.scratch import scratch_folder
 from fourfold_hpc_coder.score import score
 from fourfold_hpc_coder.score.schedule import AnyProblem
 from fourfold_hpc_coder.vocabulary import Model, Processors

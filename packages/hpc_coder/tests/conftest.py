@@ -10,7 +10,8 @@ from fourfold_hpc_coder.judge import toolchain
 from fourfold_hpc_coder.judge.bench import Bench, JudgeSettings
 from fourfold_hpc_coder.sandbox.backends import Landlock, Sandbox, Unprotected
 from fourfold_hpc_coder.sandbox.job import Job, Limits
-from fourfold_hpc_coder.sandbox.process import find_sandbox, run, scratch_folder
+from fourfold_hpc_coder.sandbox.process import find_sandbox, run
+from fourfold_hpc_coder.sandbox.scratch import scratch_folder
 
 
 @pytest.fixture(scope="session")

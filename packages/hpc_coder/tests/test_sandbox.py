@@ -9,7 +9,8 @@ import pytest
 from fourfold_hpc_coder.sandbox import backends, seccomp
 from fourfold_hpc_coder.sandbox.backends import BACKENDS, Bubblewrap, Landlock, Sandbox, Unprotected
 from fourfold_hpc_coder.sandbox.job import Job, JobResult, Limits, Mount
-from fourfold_hpc_coder.sandbox.process import find_sandbox, run, scratch_folder, started
+from fourfold_hpc_coder.sandbox.process import find_sandbox, run, started
+from fourfold_hpc_coder.sandbox.scratch import scratch_folder
 
 LIMITS = Limits(wall_s=120, cpu_s=2, memory_bytes=1 << 28, processes=32, file_bytes=1 << 20)
 

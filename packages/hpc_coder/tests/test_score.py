@@ -338,7 +338,7 @@ def test_killed_at_any_moment_the_result_file_is_the_same(
 
 
 def _below(pid: int) -> list[int]:
-    from fourfold_hpc_coder.sandbox.process import descendants
+    from fourfold_hpc_coder.sandbox.usage import descendants
 
     return descendants(pid)
 

@@ -9,7 +9,8 @@ from fourfold_hpc_coder.instruct.pipeline import benchmark_prompts
 from fourfold_hpc_coder.instruct.samples import read_samples, write_samples
 from fourfold_hpc_coder.instruct.seeds import compiled, restoration, seeds
 from fourfold_hpc_coder.instruct.sources import DEBIAN, WHEELS, Tree, parallel_files
-from fourfold_hpc_coder.sandbox.process import find_sandbox, scratch_folder
+from fourfold_hpc_coder.sandbox.process import find_sandbox
+from fourfold_hpc_coder.sandbox.scratch import scratch_folder
 from fourfold_parallel.common.progress import Progress
 
 

@@ -11,7 +11,8 @@ from fourfold_hpc_coder.judge import toolchain
 from fourfold_hpc_coder.judge.bench import Bench, JudgeSettings
 from fourfold_hpc_coder.judge.judge import Judgement, judge
 from fourfold_hpc_coder.judge.reference import Reference, Round
-from fourfold_hpc_coder.sandbox.process import find_sandbox, scratch_folder
+from fourfold_hpc_coder.sandbox.process import find_sandbox
+from fourfold_hpc_coder.sandbox.scratch import scratch_folder
 from fourfold_hpc_coder.score.cache import equal_answers
 from fourfold_hpc_coder.vocabulary import Model, Processors
 

@@ -7,7 +7,8 @@ from fourfold_hpc_coder.judge.bench import Bench, JudgeSettings
 from fourfold_hpc_coder.judge.judge import judge
 from fourfold_hpc_coder.judge.reference import reference
 from fourfold_hpc_coder.problems.library import own_problems
-from fourfold_hpc_coder.sandbox.process import find_sandbox, scratch_folder
+from fourfold_hpc_coder.sandbox.process import find_sandbox
+from fourfold_hpc_coder.sandbox.scratch import scratch_folder
 from fourfold_hpc_coder.vocabulary import Model, Processors
 from fourfold_parallel.reproduce.experiment import Workplace
 

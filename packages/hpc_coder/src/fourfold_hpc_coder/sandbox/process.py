@@ -9,19 +9,18 @@ import itertools
 import os
 import select
 import selectors
-import shutil
 import signal
-import stat
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
 from fourfold_hpc_coder.sandbox.backends import BACKENDS, Landlock, Sandbox, Unprotected
 from fourfold_hpc_coder.sandbox.job import Cause, Job, JobResult, Limits, Mount
+from fourfold_hpc_coder.sandbox.scratch import private_folder
+from fourfold_hpc_coder.sandbox.usage import descendants, folder_bytes, usage
 
 STRANGERS = itertools.count(os.getpid() * 7 % 4000)
 """Users that own nothing, one per job, so that no job's process count adds to another's (root only)."""
@@ -183,7 +182,7 @@ def started(sandbox: Sandbox, job: Job) -> Iterator[Process]:
         with _started(sandbox, job, None) as process:
             yield process
         return
-    with _folder() as private:
+    with private_folder() as private:
         stands_for_tmp = Mount(source=private, target="/tmp", writable=True)  # noqa: S108
         mounted = replace(job, mounts=(*job.mounts, stands_for_tmp))
         with _started(sandbox, mounted, private) as process:
@@ -276,108 +275,6 @@ def run(sandbox: Sandbox, job: Job) -> JobResult:
         return process.finish()
 
 
-def descendants(pid: int) -> list[int]:
-    """Processes below a process, across namespaces, nearest first."""
-    below_all: list[int] = []
-    waiting = [pid]
-    while waiting:
-        below: list[int] = []
-        for parent in waiting:
-            for thread in _children_files(parent):
-                with contextlib.suppress(OSError):
-                    below += [int(word) for word in thread.read_text().split()]
-        below_all += below
-        waiting = below
-    return below_all
-
-
-def _children_files(pid: int) -> Sequence[Path]:
-    try:
-        return [Path(entry.path, "children") for entry in os.scandir(f"/proc/{pid}/task")]
-    except OSError:
-        return ()
-
-
-_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-_PAGE = os.sysconf("SC_PAGE_SIZE")
-
-
-def usage(pid: int) -> tuple[int, int, float]:
-    """Tasks below a process (as the kernel's limit counts), resident bytes, processor seconds."""
-    resident, cpu_s, count = 0, 0.0, 0
-    for process in descendants(pid):
-        try:
-            words = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        count += int(words[17])
-        cpu_s += (int(words[11]) + int(words[12])) * _TICK_S
-        resident += int(words[21]) * _PAGE
-    return count, resident, cpu_s
-
-
 def _signal(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, signal.SIGKILL)
-
-
-def folder_bytes(folder: Path, pid: int) -> int:
-    """Space of a folder's files and of files without a name that processes below a process still hold."""
-    taken: dict[tuple[int, int], int] = {}
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                _add(taken, Path(place, name).lstat())
-    for process in descendants(pid):
-        with contextlib.suppress(OSError):
-            for descriptor in os.scandir(f"/proc/{process}/fd"):
-                with contextlib.suppress(OSError):
-                    status = descriptor.stat()
-                    if stat.S_ISREG(status.st_mode) and not status.st_nlink:
-                        _add(taken, status)
-    return sum(taken.values())
-
-
-def _add(taken: dict[tuple[int, int], int], status: os.stat_result) -> None:
-    taken[status.st_dev, status.st_ino] = 512 * status.st_blocks
-
-
-@contextlib.contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """A private folder for jobs' files; those that killed scorers left behind are removed first."""
-    for left in _parent().iterdir():
-        owner = left.name.partition("-")[0]
-        if not (owner.isdigit() and Path("/proc", owner).exists()):
-            _remove(left)
-    with _folder() as folder:
-        folder.chmod(0o711)
-        yield folder
-
-
-def _parent() -> Path:
-    parent = Path(tempfile.gettempdir()) / f"fourfold-hpc-coder-{os.geteuid()}"
-    parent.mkdir(mode=0o700, exist_ok=True)
-    return parent
-
-
-@contextlib.contextmanager
-def _folder() -> Iterator[Path]:
-    """A folder of our own, named after this process; it and its parent are removed."""
-    parent = _parent()
-    folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=parent))
-    try:
-        yield folder
-    finally:
-        _remove(folder)
-        with contextlib.suppress(OSError):
-            parent.rmdir()
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder with what is in it, folders that a job made unreadable too."""
-    for place, folders, _ in os.walk(folder):
-        for name in folders:
-            path = Path(place, name)
-            if not path.is_symlink():
-                path.chmod(0o700)
-    shutil.rmtree(folder, ignore_errors=True)

@@ -19,7 +19,8 @@ from fourfold_hpc_coder.pareval.files import Omission, Question, read_outputs
 from fourfold_hpc_coder.problems.library import find_problem
 from fourfold_hpc_coder.problems.problem import Problem
 from fourfold_hpc_coder.sandbox.backends import Sandbox
-from fourfold_hpc_coder.sandbox.process import find_sandbox, scratch_folder
+from fourfold_hpc_coder.sandbox.process import find_sandbox
+from fourfold_hpc_coder.sandbox.scratch import scratch_folder
 from fourfold_hpc_coder.score.cache import answer_key, cached, keep
 from fourfold_hpc_coder.score.journal import Journal
 from fourfold_hpc_coder.score.schedule import AnswerTask, AnyProblem, judge_all
