@@ -3,9 +3,11 @@
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.judge.bench import built, launched
 from fourfold_hpc_coder.judge.judge import judge
 from fourfold_hpc_coder.judge.reference import reference
 from fourfold_hpc_coder.problems.library import own_problems
@@ -112,6 +114,33 @@ def test_one_race_is_seen_beside_what_is_in_order(bench, average) -> None:
     for body in (locked, single):
         found = verdict(bench, average, f"{body}\nreturn s / x.size() + 0 * n; }}", "omp")
         assert found.verdict == "race", found.proof
+
+
+def test_a_race_is_seen_where_an_answer_frees_what_it_was_given(bench) -> None:
+    """The checker once freed fenced memory as if it had no fence, which ended the program and the look."""
+    right = reference(bench, own_problems()["55_transform_relu"])
+    body = """std::vector<double> y(x.size()); int n = 0;
+#pragma omp parallel for
+for (size_t i = 0; i < x.size(); ++i) { n += 1; y[i] = std::max(0.0, x[i]); }
+x.swap(y); x.resize(x.size() + 0 * n); }"""
+    found = verdict(bench, right, body, "omp")
+    assert found.verdict == "race", found.proof
+
+
+def test_the_checker_keeps_no_memory_of_regions_before(bench) -> None:
+    """What it kept took the place of freed memory: a hundred requests of 1000 numbers took 240 MB."""
+    problem = own_problems()["03_dense_la_axpy"]
+    settings = replace(bench.settings, memory_bytes=100 << 20)
+    given = (*problem.arguments(1000, np.random.default_rng(1)).values(),)
+    text = problem.unit(problem.prompt("omp"), problem.answer("omp"))
+    with bench.folder() as folder:
+        assert not built(bench, problem, "omp", text, folder, watched=True).code
+        with launched(bench, folder, "omp", Processors(threads=2), settings=settings) as channel:
+            channel.connect()
+            for _ in range(100):
+                channel.call(given, problem.signature.parameters, problem.signature.outputs)
+            channel.quit()
+            assert channel.process.finish().code == 0
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,14 @@ def test_a_cpu_twin_is_the_reference(
     )
 
 
+@pytest.mark.parametrize("decode", TWINS)
+def test_a_batch_of_no_rows_has_no_output(decode: Callable[..., Tensor]) -> None:
+    """In a server that batches, the rows may all have ended."""
+    queries, keys, values, leading = (part[:0] for part in scene(SHAPES[1]))
+    assert decode(queries, keys, values, leading, **FACTS).shape == (0, 6, 1, 48)
+    assert cpu.dense(queries, keys, values, length=255, scaling=0.1).shape == (0, 6, 1, 48)
+
+
 FACTS = {"length": 255, "pages": 4, "page": 16, "sinks": 0, "window": 0, "scaling": 0.125}
 
 

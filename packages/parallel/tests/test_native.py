@@ -2,7 +2,11 @@
 
 import ctypes
 import shutil
+import signal
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,7 +93,7 @@ def test_a_compiler_that_fails_is_named(
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("units", [1, 2, 7])
+@pytest.mark.parametrize("units", [0, 1, 2, 7])
 def test_threads_share_every_unit_once(threads: int, units: int) -> None:
     before = torch.get_num_threads()
     done: list[int] = []
@@ -99,3 +103,55 @@ def test_threads_share_every_unit_once(threads: int, units: int) -> None:
     finally:
         torch.set_num_threads(before)
     assert sorted(done) == list(range(units))
+
+
+@pytest.mark.parametrize("ends", ["an error in the first part", "an interrupted wait"])
+def test_no_part_outlives_the_call(ends: str) -> None:
+    """A part computes with memory of the caller, who frees it when the call raises."""
+    has_ended = threading.Event()
+
+    def work(first: int, last: int) -> None:
+        if first:
+            time.sleep(0.1)
+            if ends == "an interrupted wait":
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            time.sleep(0.2)
+            has_ended.set()
+        elif ends == "an error in the first part":
+            raise KeyboardInterrupt
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(KeyboardInterrupt):
+            native.share(2, work)
+    finally:
+        torch.set_num_threads(before)
+    assert has_ended.is_set()
+
+
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    """In a process of its own, since this one's other threads may hold locks where it forks."""
+    program = """
+import os, signal, torch
+from fourfold_parallel.common.native import share
+torch.set_num_threads(2)
+share(2, lambda first, last: None)
+if child := os.fork():
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+signal.alarm(60)
+share(2, lambda first, last: None)
+os._exit(7)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    assert subprocess.run(command, timeout=100, check=False).returncode == 7
+
+
+@needs_compiler
+def test_further_flags_make_another_library(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = Path(next(filter(None, map(shutil.which, native.COMPILERS))))
+    plain = native.build(package, "twice.cpp", compiler)
+    monkeypatch.setenv("FOURFOLD_CXXFLAGS", "-O1 -Dtwice=thrice")
+    other = native.build(package, "twice.cpp", compiler)
+    assert other != plain
+    assert hasattr(ctypes.CDLL(str(other)), "thrice")

@@ -81,6 +81,21 @@ def test_every_form_gives_what_modules_give(
 
 
 @needs_compiler
+@pytest.mark.parametrize("length", [1, 20])
+@pytest.mark.parametrize("form", FORMS[1:])  # transformers' attention refuses such a batch
+def test_a_batch_of_no_rows_has_no_logits(
+    tiny: Any, form: str, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a cache and without; the compiled form divided by its number of rows, which ended the process."""
+    use(form, monkeypatch)
+    cache = RecurrentCache(tiny.config, steps=2)
+    tokens = torch.zeros(0, length, dtype=torch.long)
+    with torch.no_grad():
+        for held in (None, cache, cache):
+            assert tiny(tokens, num_steps=2, past_key_values=held).logits.shape == (0, length, 64)
+
+
+@needs_compiler
 @pytest.mark.parametrize("gain", [1.0, 30.0])
 @pytest.mark.parametrize("length", [1, 40])
 def test_compiled_blocks_are_as_exact_as_torchs(make: Any, gain: float, length: int) -> None:

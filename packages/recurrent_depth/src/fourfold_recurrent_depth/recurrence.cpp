@@ -279,6 +279,7 @@ void adapt(const Pass& pass, const Weight& adapter, const Scratch& scratch, int6
 // The rows first .. last - 1 of x [row, token, width], in place: `steps` times the adapter, where there is one, and
 // the blocks.
 extern "C" void fourfold_recur(const Pass* pass, float* x, int64_t first, int64_t last) {
+    if (first == last) return;  // a batch of no rows
     const Scratch scratch(*pass, last - first);
     const Rows adapter_rows{pass->adapter, 2 * pass->width};
     const Weight adapter = pass->packs && pass->adapter ? Weight::packed(adapter_rows, pass->width, pass->width)

@@ -43,8 +43,8 @@ def decode(
     """
     batch, kv_heads, room, head_width = keys.shape
     width, stacks = leading.shape[2], batch * kv_heads
-    packed = (queries * scaling).reshape(stacks, -1, head_width)
-    group = packed.shape[1]
+    group = queries.shape[1] // kv_heads
+    packed = (queries * scaling).reshape(stacks, group, head_width)
     whole = -(-length // page)
     scores = packed[..., :width] @ leading.reshape(stacks, width, room)[..., : whole * page]
     if whole * page != length:
@@ -63,8 +63,8 @@ def decode(
     for stack, (own, all_keys, all_values) in enumerate(
         zip(
             chosen,
-            keys.view(stacks, -1, page * head_width),
-            values.view(stacks, -1, page * value_width),
+            keys.view(stacks, room // page, page * head_width),
+            values.view(stacks, room // page, page * value_width),
             strict=True,
         )
     ):
@@ -76,7 +76,7 @@ def decode(
         weights = exact.softmax(-1, dtype=torch.float32).to(values.dtype)
         torch.index_select(all_values, 0, own, out=some_values)
         torch.mm(weights, some_values.view(-1, value_width), out=output[stack])
-    return output.view(batch, -1, 1, value_width)
+    return output.view(*queries.shape[:3], value_width)
 
 
 def dense(
@@ -89,8 +89,9 @@ def dense(
 ) -> Float[Tensor, "batch heads 1 value_width"]:
     """Full attention with the query heads of a group as one matrix."""
     batch, kv_heads, room, head_width = keys.shape
-    packed = (queries * scaling).reshape(batch * kv_heads, -1, head_width)
+    group = queries.shape[1] // kv_heads
+    packed = (queries * scaling).reshape(batch * kv_heads, group, head_width)
     held = keys.view(batch * kv_heads, room, head_width)[:, :length]
     weights = (packed @ held.mT).softmax(-1, dtype=torch.float32).to(values.dtype)
-    output = weights @ values.view(batch * kv_heads, room, -1)[:, :length]
-    return output.view(batch, -1, 1, values.shape[-1])
+    output = weights @ values.view(batch * kv_heads, room, values.shape[-1])[:, :length]
+    return output.view(*queries.shape[:3], values.shape[-1])

@@ -10,12 +10,13 @@ import hashlib
 import importlib.resources
 import itertools
 import logging
+import os
 import platform
 import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def load(package: str, source: str) -> ctypes.CDLL | None:
 def build(package: str, source: str, compiler: Path) -> Path:
     """The shared library for this processor, from the cache or compiled now (seconds).
 
+    `FOURFOLD_CXXFLAGS` adds flags behind ours; `scripts/sanitize.py` gives it a sanitizer's.
+
     Raises:
         OSError: where the cache cannot be written.
         subprocess.SubprocessError: where the compiler fails.
@@ -66,13 +69,14 @@ def build(package: str, source: str, compiler: Path) -> Path:
     version = subprocess.run(  # noqa: S603 - a compiler from PATH
         [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
     ).stdout
-    named = "\0".join([text, *FLAGS, str(compiler), version, processor()])
+    flags = [*FLAGS, *os.environ.get("FOURFOLD_CXXFLAGS", "").split()]
+    named = "\0".join([text, *flags, str(compiler), version, processor()])
     folder = cache_folder() / "native" / package
     built = folder / f"{hashlib.sha256(named.encode()).hexdigest()}.so"
     if not built.exists():
         with whole_file(built) as partial:
             subprocess.run(  # noqa: S603 - as above
-                [compiler, *FLAGS, "-x", "c++", "-", "-o", partial],
+                [compiler, *flags, "-x", "c++", "-", "-o", partial],
                 input=text, capture_output=True, text=True, check=True, timeout=300,
             )  # fmt: skip
     return built
@@ -101,16 +105,36 @@ def processor() -> str:
 def share(units: int, work: Callable[[int, int], None]) -> None:
     """`work(first, last)` on every part of `range(units)`, one part for each of torch's threads.
 
-    A call of a library releases Python's lock, so the parts run at the same time.
+    A call of a library releases Python's lock, so the parts run at the same time. None runs any more when
+    this returns or raises: what a part computes with is freed by whoever called.
     """
-    threads = min(torch.get_num_threads(), units)
+    threads = max(1, min(torch.get_num_threads(), units))
     bounds = [units * i // threads for i in range(threads + 1)]
-    others = [_threads(threads).submit(work, *part) for part in itertools.pairwise(bounds[1:])]
-    work(*bounds[:2])
+    others: list[Future[None]] = []
+    try:
+        others.extend(
+            _threads(threads).submit(work, *part) for part in itertools.pairwise(bounds[1:])
+        )
+        work(*bounds[:2])
+    finally:
+        _await(others)
     for other in others:
         other.result()
+
+
+def _await(parts: list[Future[None]]) -> None:
+    """Return when all have ended; so it does before it passes on what interrupts the wait."""
+    try:
+        wait(parts)
+    except BaseException:
+        _await(parts)
+        raise
 
 
 @cache
 def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="native")
+
+
+# The threads of a pool stay behind where a process forks; what is handed to it there would wait for ever.
+os.register_at_fork(after_in_child=_threads.cache_clear)

@@ -5,21 +5,42 @@ An `Axis` is one direction of the grid as seen from one rank. Its verbs (`all_re
 result; what a caller computes between the two is what hides the communication. On an axis of size
 one every verb is the identity: nothing is called, so the same code is the dense reference.
 
-Collectives go through torch's functional operators, which exist in eager mode and inside
-`torch.compile` alike.
+In eager mode a verb is a plain asynchronous collective of `torch.distributed`. Its `Pending` owns
+what is sent, what is received and the handle, and is on the list of what is `under_way`, until it is
+waited for; so memory in which a collective works has an owner even where an exception has thrown
+away whoever would have waited. A step, a save and a load end with nothing under way.
+
+Torch's functional operators keep the handle in a registry of their own instead. On gloo two or more
+functional all-gathers under way at once corrupt memory (torch 2.13: `wait_tensor` takes the handle
+from the registry and lets go of it, and in the destructor of the coalesced all-gather the heap is
+found damaged). They remain where a graph or a dispatch mode must see an operator with a result:
+under `torch.compile`, where each layer waits for its gather before the next starts one, and under
+selective checkpointing, where they are waited for at once.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
+from torch._C._distributed_c10d import (
+    _resolve_process_group,  # the only way from a name to a group
+)
 
 _functional = torch.ops._c10d_functional  # noqa: SLF001 - the operators have no public name
+# Torch 2.13 has renamed these two, and warns of the names that 2.11 has.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter: Callable[..., Any] = getattr(
+    dist, "reduce_scatter_single", dist.reduce_scatter_tensor
+)
+_REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 Context = Any
 """An autograd context, on which a function keeps what its backward needs."""
@@ -109,19 +130,25 @@ class Trace(Observer):
         return totals
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Pending:
     """A collective under way. Its result exists only after `wait`."""
 
     _tensor: Tensor
+    """What is received."""
     _rows: int
     """Rows of the result; more may be under way, as padding."""
     _dtype: torch.dtype
     _axis: Axis
     _verb: Verb
     _layer: str
+    _sent: Tensor | None = None
+    _work: dist.Work | None = None
+    """The handle; None where there was nothing to do, and of a functional operator."""
     _token: float = 0.0
     _under_way: bool = True
+    is_promised: bool = False
+    """Whether it is a gradient that autograd was promised, and may never ask for."""
 
     def wait(self) -> Tensor:
         """The result. On a GPU this orders streams; it does not stop the host."""
@@ -133,7 +160,10 @@ class Pending:
                     moment="wait", what=self._verb, layer=self._layer, axis=self._axis.name
                 )
                 observer.waited(event, self._token)
-            self._tensor = _functional.wait_tensor(self._tensor)
+            if self._work is not None:
+                self._finish(self._work)
+            elif torch.compiler.is_compiling():
+                self._tensor = _functional.wait_tensor(self._tensor)
             if self._tensor.ndim and self._tensor.shape[0] != self._rows:
                 self._tensor = self._tensor.narrow(0, 0, self._rows)
             self._tensor = self._tensor.to(self._dtype)
@@ -142,6 +172,50 @@ class Pending:
     def placeholder(self) -> Tensor:
         """A NaN of the result's number format, on its device."""
         return torch.full((), torch.nan, dtype=self._dtype, device=self._tensor.device)
+
+    def __str__(self) -> str:
+        return f"{self._verb} of {self._layer or 'no layer'} over {self._axis.name}"
+
+    def _finish(self, work: dist.Work) -> None:
+        try:
+            work.wait()
+        finally:  # one that failed has ended as well
+            del _under_way[self]
+            self._work = self._sent = None
+
+
+_under_way: dict[Pending, None] = {}
+"""In the order of their start. Of the process, as its communicators are."""
+
+
+def under_way() -> tuple[Pending, ...]:
+    """What this process has started in eager mode and not waited for, oldest first."""
+    return tuple(_under_way)
+
+
+def refuse_under_way(*, when: str) -> None:
+    """Check that nothing is under way.
+
+    Raises:
+        RuntimeError: Something is; it names it, and when that was.
+    """
+    if _under_way:
+        names = ", ".join(str(pending) for pending in _under_way)
+        raise RuntimeError(
+            f"still under way {when}: {names}; wait for each Pending, or call `finish_under_way` to "
+            "throw their results away"
+        )
+
+
+def finish_under_way() -> None:
+    """Let everything that is under way end, for nobody to use: after an exception.
+
+    A collective that fails here, such as for a rank that died, has ended too: what went wrong is the
+    exception that brought us here.
+    """
+    for pending in under_way():
+        with suppress(RuntimeError):
+            pending.wait()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,12 +252,15 @@ class Axis:
         if self.size == 1 or tensor.numel() == 0:
             return self._nothing(tensor, "all_reduce")
         sent = self._on_wire(tensor).contiguous()
-        if torch.compiler.is_compiling() or _is_watched():
-            under_way = _functional.all_reduce(sent, op, self.sum_group)
+        if _needs_operators():
+            result, work = _functional.all_reduce(sent, op, self.sum_group), None
         else:
-            under_way = _functional.all_reduce_(sent, op, self.sum_group)
+            group = _group(self.sum_group)
+            result, work = sent, dist.all_reduce(sent, _REDUCTIONS[op], group, async_op=True)
         rows = tensor.shape[0] if tensor.ndim else 0
-        return self._started(under_way, tensor.dtype, rows, sent.nbytes, "all_reduce", layer)
+        return self._started(
+            sent, result, work, tensor.dtype, rows, sent.nbytes, "all_reduce", layer
+        )
 
     def all_gather(
         self, piece: Shaped[Tensor, "piece ..."], *, rows: int, layer: str = ""
@@ -192,10 +269,15 @@ class Axis:
         if self.size == 1 or rows == 0:
             return self._nothing(piece, "all_gather")
         sent = _pad(self._on_wire(piece), -(-rows // self.size)).contiguous()
-        under_way = _functional.all_gather_into_tensor(sent, self.size, self.gather_group)
-        return self._started(
-            under_way, piece.dtype, rows, sent.nbytes * self.size, "all_gather", layer
-        )
+        if _needs_operators():
+            result = _functional.all_gather_into_tensor(sent, self.size, self.gather_group)
+            work = None
+        else:
+            group = _group(self.gather_group)
+            result = sent.new_empty(sent.shape[0] * self.size, *sent.shape[1:])
+            work = _all_gather(result, sent, group, async_op=True)
+        payload = sent.nbytes * self.size
+        return self._started(sent, result, work, piece.dtype, rows, payload, "all_gather", layer)
 
     def reduce_scatter(self, whole: Shaped[Tensor, "rows ..."], *, layer: str = "") -> Pending:
         """Start summing over the axis a tensor of which each rank keeps its piece of dim 0."""
@@ -203,10 +285,16 @@ class Axis:
         if self.size == 1 or rows == 0:
             return self._nothing(whole, "reduce_scatter")
         sent = _pad(self._on_wire(whole), -(-rows // self.size) * self.size).contiguous()
-        under_way = _functional.reduce_scatter_tensor(sent, "sum", self.size, self.sum_group)
+        if _needs_operators():
+            result = _functional.reduce_scatter_tensor(sent, "sum", self.size, self.sum_group)
+            work = None
+        else:
+            group = _group(self.sum_group)
+            result = sent.new_empty(sent.shape[0] // self.size, *sent.shape[1:])
+            work = _reduce_scatter(result, sent, group=group, async_op=True)
         start, stop = self.bounds(rows)
         return self._started(
-            under_way, whole.dtype, stop - start, sent.nbytes, "reduce_scatter", layer
+            sent, result, work, whole.dtype, stop - start, sent.nbytes, "reduce_scatter", layer
         )
 
     def sum(self, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
@@ -256,26 +344,48 @@ class Axis:
         )  # fmt: skip
 
     def _started(
-        self, under_way: Tensor, dtype: torch.dtype, rows: int, payload: int, verb: Verb, layer: str
+        self,
+        sent: Tensor,
+        result: Tensor,
+        work: dist.Work | None,
+        dtype: torch.dtype,
+        rows: int,
+        payload: int,
+        verb: Verb,
+        layer: str,
     ) -> Pending:
         token = 0.0
         if self.observer is not SILENT:
             token = self.observer.started(
                 Event(moment="start", what=verb, layer=layer, axis=self.name, payload_bytes=payload)
             )
-        return Pending(
-            _tensor=under_way, _rows=rows, _dtype=dtype, _axis=self, _verb=verb, _layer=layer,
-            _token=token,
+        if work is None and not torch.compiler.is_compiling():
+            result = _functional.wait_tensor(result)  # at once: never two of them under way
+        pending = Pending(
+            _tensor=result, _sent=sent, _work=work, _rows=rows, _dtype=dtype, _axis=self, _verb=verb,
+            _layer=layer, _token=token,
         )  # fmt: skip
+        if work is not None:
+            _under_way[pending] = None
+        return pending
 
 
 ALONE = Axis(name="alone", size=1, rank=0)
 """No axis at all: every verb is the identity."""
 
 
-def _is_watched() -> bool:
-    """Whether a dispatch mode sees every tensor: selective checkpointing keeps some for later."""
-    return torch._C._len_torch_dispatch_stack() > 0  # noqa: SLF001 - no public name
+def _needs_operators() -> bool:
+    """Whether a graph is being made, or a dispatch mode sees every tensor.
+
+    Selective checkpointing keeps some results for later, by the operator that gave them, and nothing
+    may be written into a result that was kept.
+    """
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0  # noqa: SLF001 - no public name
+
+
+def _group(name: str) -> dist.ProcessGroup:
+    """This process' communicator of a name."""
+    return _resolve_process_group(cast(Any, name))  # to newer torch a type of its own
 
 
 def _pad(tensor: Tensor, rows: int) -> Tensor:

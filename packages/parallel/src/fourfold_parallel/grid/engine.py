@@ -39,13 +39,13 @@ ELEMENTWISE = (
 class Fourfold:
     """A grid of `data * depth * row * col` ranks (AxoNN); they multiply to the ranks launched."""
 
-    data: int
+    data: int = 1
     """Replicas of the model."""
-    depth: int
+    depth: int = 1
     """Ranks that share a replica's batch and hold pieces of every weight."""
-    row: int
+    row: int = 1
     """Parts of heads, hidden units and vocabulary."""
-    col: int
+    col: int = 1
     """Parts of the residual stream."""
     overlaps: Overlaps = ALL_OVERLAPS
     """Which communication runs under computation."""
@@ -97,7 +97,11 @@ class Fourfold:
         on = device()
         with process_group(on):
             mesh = Mesh(**sizes, device=on.type)
-            yield GridSession(model, optimizer, mesh, self, on, precision)
+            session = GridSession(model, optimizer, mesh, self, on, precision)
+            try:
+                yield session
+            finally:  # the process group may end now
+                session.parallel.abandon()
 
 
 class GridSession:
@@ -157,12 +161,23 @@ class GridSession:
 
     @contextmanager
     def microbatch(self, *, is_last: bool) -> Iterator[None]:
-        """The scope of one forward and backward; only the last sums gradients over data."""
+        """The scope of one forward and backward; only the last sums gradients over data.
+
+        Nothing is under way after it, nor after an exception within.
+
+        Raises:
+            RuntimeError: A collective was started within and not waited for.
+        """
         casts = self._precision == "bf16"
         autocast = torch.autocast(self.device.type, torch.bfloat16) if casts else nullcontext()
         held: AbstractContextManager[None] = nullcontext() if is_last else self._reducer.hold()
-        with held, autocast:
-            yield
+        try:
+            with held, autocast:
+                yield
+        except BaseException:
+            self.parallel.abandon()
+            raise
+        self.parallel.settle(when="after a microbatch")
 
     def backward(self, loss: Float[Tensor, ""]) -> None:
         """Backpropagate this rank's share of the loss."""
@@ -178,6 +193,7 @@ class GridSession:
         if isinstance(self._reducer, ShardedReducer):
             self._reducer.gather()
         self.optimizer.zero_grad(set_to_none=True)
+        self.parallel.settle(when="after a step")
         return float(norm)
 
     def sum(self, value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -186,6 +202,7 @@ class GridSession:
 
     def save(self, folder: Path) -> None:
         """Write the published weights, and the optimizer's state under their names."""
+        self.parallel.settle(when="before a save")
         self._write(folder / "model.safetensors", dict(self.parallel.published()))
         names = self._names
         tensors: dict[str, Tensor] = {}
@@ -217,6 +234,7 @@ class GridSession:
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote on any grid, reading this rank's pieces only."""
+        self.parallel.settle(when="before a load")
         self.parallel.load(folder / "model.safetensors")
         saved = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
         for group, own in zip(saved["param_groups"], self.optimizer.param_groups, strict=True):

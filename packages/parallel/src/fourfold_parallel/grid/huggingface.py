@@ -28,7 +28,12 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fourfold_parallel.grid import layers
-from fourfold_parallel.grid.collectives import ALONE, Axis
+from fourfold_parallel.grid.collectives import (
+    ALONE,
+    Axis,
+    finish_under_way,
+    refuse_under_way,
+)
 from fourfold_parallel.grid.gradients import DataReducer, clip_gradients
 from fourfold_parallel.grid.layout import (
     Head,
@@ -73,8 +78,28 @@ class Parallel:
     stored: dict[str, Stored]
     """How each parameter is kept, by the name that it also has in the published model."""
 
+    def settle(self, *, when: str) -> None:
+        """Drop what was gathered ahead, and check that nothing else is under way.
+
+        After a step, before parameters are saved, loaded or changed: a gather reads their memory.
+
+        Args:
+            when: For the message.
+
+        Raises:
+            RuntimeError: A collective was started and not waited for; it is named.
+        """
+        self.schedule.drop()
+        refuse_under_way(when=when)
+
+    def abandon(self) -> None:
+        """Let everything end that is under way, for nobody to use: after an exception."""
+        finish_under_way()
+        self.schedule.drop()
+
     def clip(self, max_norm: float, *, order: float = 2.0) -> Float[Tensor, ""]:
         """Scale all gradients down to a norm of `max_norm`; gives the norm before."""
+        self.settle(when="before gradients are clipped")
         return clip_gradients([*self.model.parameters()], self.mesh, max_norm=max_norm, order=order)
 
     def published(self) -> Iterator[tuple[str, Tensor]]:
@@ -82,6 +107,7 @@ class Parallel:
 
         A tied parameter comes once, under its first name.
         """
+        self.settle(when="before parameters are published")
         for name, parameter in self.model.named_parameters():
             whole = parameter.detach()
             assert isinstance(whole, DTensor)
@@ -129,6 +155,7 @@ class Parallel:
     @torch.no_grad()
     def load(self, weights: Path) -> None:
         """Read published safetensors into this rank's pieces, in place."""
+        self.settle(when="before parameters are loaded")
         with open_weights(weights) as source:
             for name, parameter in self.model.named_parameters():
                 assert isinstance(parameter, DTensor)

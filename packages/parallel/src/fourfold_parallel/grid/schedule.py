@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from fourfold_parallel.grid.collectives import Axis, Context, Pending
+from fourfold_parallel.grid.collectives import Axis, Context, Pending, under_way
 from fourfold_parallel.grid.mesh import Mesh
 
 Phase = Literal["forward", "backward"]
@@ -57,22 +57,26 @@ class Late:
     def __init__(self, shape: torch.Size, *, immediate: bool) -> None:
         self.immediate = immediate
         self._shape = shape
-        self._pending: deque[Pending] = deque()
+        self._pending: Pending | None = None
 
     def promise(self, pending: Pending) -> Tensor:
         """What to return to autograd for a gradient under way.
 
         The gradient itself if nobody waits for it later. Otherwise a placeholder, NaN everywhere
-        and without memory, which `_AwaitGradient` replaces unread.
+        and without memory, which `_AwaitGradient` replaces unread. Where autograd was asked for other
+        gradients only (`torch.autograd.grad`), that node does not run, and `Schedule.drop` waits.
         """
         if self.immediate:
             return pending.wait()
-        self._pending.append(pending)
+        pending.is_promised = True
+        self._pending = pending
         return pending.placeholder().expand(self._shape)
 
     def wait(self) -> Tensor:
         """The finished gradient."""
-        return self._pending.popleft().wait()
+        pending, self._pending = self._pending, None
+        assert pending is not None, "no gradient under way"
+        return pending.wait()
 
 
 AT_ONCE = Late(torch.Size(), immediate=True)
@@ -155,7 +159,7 @@ class Schedule:
         self._seen = []
         self._training = torch.is_grad_enabled()
         self._place = -1
-        self._drop()
+        self.drop()
 
     def enter(self, request: Request) -> Visit:
         """The layer's parameters with their gathers under way, and the next layers' started."""
@@ -182,7 +186,7 @@ class Schedule:
         if following < len(expected) and expected[following] == request:
             self._place = following
             return
-        self._drop()
+        self._drop_ahead()
         try:
             self._place = expected.index(request, following)
         except ValueError:
@@ -194,7 +198,7 @@ class Schedule:
             if visit.request == request and visit.made_for == request.layer.state():
                 return visit
             visit.drop()
-            self._drop()
+            self._drop_ahead()
         return self._prepare(request)
 
     def _look_ahead(self) -> None:
@@ -229,7 +233,14 @@ class Schedule:
             held[name] = Held(piece=piece, late=ticket)
         return Visit(request=request, held=held)
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Let what nobody will use finish: gathers made ahead, and gradients never asked for."""
+        self._drop_ahead()
+        for pending in under_way():
+            if pending.is_promised:
+                pending.wait()
+
+    def _drop_ahead(self) -> None:
         while self._ready:
             self._ready.popleft().drop()
 

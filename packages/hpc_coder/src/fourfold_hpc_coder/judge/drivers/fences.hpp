@@ -34,8 +34,10 @@ __attribute__((weak)) void *operator new(std::size_t n) {
   return at + width;
 }
 
-__attribute__((weak)) void operator delete(void *held) noexcept {
-  using namespace fourfold;
+namespace fourfold {
+
+// Memory of the `new` above, with a fence or without.
+void give_back(void *held) noexcept {
   if (!held) return;
   auto *at = static_cast<unsigned char *>(held);
   // Before memory without a fence stands malloc's note of its size, which is no such number.
@@ -50,4 +52,7 @@ __attribute__((weak)) void operator delete(void *held) noexcept {
   std::free(at - width);
 }
 
+} // namespace fourfold
+
+__attribute__((weak)) void operator delete(void *held) noexcept { fourfold::give_back(held); }
 __attribute__((weak)) void operator delete(void *held, std::size_t) noexcept { operator delete(held); }

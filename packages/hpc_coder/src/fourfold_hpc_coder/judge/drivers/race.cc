@@ -130,13 +130,20 @@ void watch(Body body, void *data, const Enter &enter) {
     give_up();
     return enter(body, data);
   }
+  {
+    std::lock_guard lock(guard);
+    shadow = {}; // nothing races with regions before, and their cells would take the place of what is freed
+  }
   Watched watched{body, data, ++regions};
   enter(run, &watched);
 }
 
 // Memory that one thread frees may be given to another: within a region nothing is given back.
+namespace fourfold {
+void give_back(void *held) noexcept; // see fences.hpp
+}
 void operator delete(void *address) noexcept {
-  if (!inside) std::free(address);
+  if (!inside) fourfold::give_back(address);
 }
 void operator delete(void *address, std::size_t) noexcept { operator delete(address); }
 
