@@ -207,3 +207,16 @@ heavy = {{"torch", "transformers", "matplotlib", "peft", "datasketch", "tree_sit
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_tuning_and_asking_need_no_library_of_making_data() -> None:
+    """The extra `data` is for making data; what was made can be trained on without it."""
+    script = """
+import sys
+for name in ("datasketch", "rapidfuzz", "tree_sitter", "tree_sitter_cpp", "peft", "matplotlib"):
+    sys.modules[name] = None
+import fourfold_hpc_coder.finetune, fourfold_hpc_coder.generate.local
+import fourfold_hpc_coder.generate.outputs
+import fourfold_hpc_coder.reproduce.experiment, fourfold_hpc_coder.score.report
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)

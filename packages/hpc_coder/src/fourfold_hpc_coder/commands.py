@@ -180,11 +180,10 @@ def make_data(
     import time
 
     from fourfold_hpc_coder.instruct.pipeline import Budget, Instructions, make_samples
-    from fourfold_hpc_coder.instruct.restoring import restore, trees_of
+    from fourfold_hpc_coder.instruct.sources import trees_of
     from fourfold_hpc_coder.instruct.teachers import ModelTeacher, Teacher, Templates
     from fourfold_parallel.reproduce import terminal
 
-    sources = [tree for name in trees for tree in trees_of(name)]
     teaching: Teacher = Templates()
     if url:
         from fourfold_hpc_coder.generate.endpoint import Endpoint
@@ -203,6 +202,7 @@ def make_data(
         verified=True,
         seed=seed,
     )
+    sources = [tree for name in trees for tree in trees_of(name)]
     target = terminal.console()
     bars = terminal.Bars(target, 2 if sources else 1)
     began_s = time.perf_counter()
@@ -213,7 +213,11 @@ def make_data(
             folder=out,
             budget=Budget(taught=most_taught, tokens=most_tokens),
         )
-        restored = restore(sources, out, samples, bars.named("functions")) if sources else None
+        restored = ""
+        if sources:
+            from fourfold_hpc_coder.instruct.restoring import restore
+
+            restored = str(restore(sources, out, samples, bars.named("functions")))
     tokens = sum(sample.provenance.tokens for sample in (*made.samples, *made.refused))
     cost = f" at {price:g} a million: {tokens * price / 1e6:.2f}" if tokens else ""
     short = f". The budget ended before {samples} were made" if len(made.samples) < samples else ""
@@ -223,12 +227,7 @@ def make_data(
         f"{time.perf_counter() - began_s:.0f} s{short}"
     ]
     lines += [f"refused, {reason}: {count}" for reason, count in made.reasons().items()]
-    if restored:
-        lines.append(
-            f"{restored.functions} real functions use OpenMP, near-duplicates counted once; "
-            f"{restored.resembling} resemble a benchmark's prompt; of {restored.tried} that were tried "
-            f"{restored.kept} compile alone: {restored.path}"
-        )
+    lines += [restored] if restored else []
     for line in lines:
         target.print(line, soft_wrap=True, markup=False)
 

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fourfold_hpc_coder.instruct.decontaminate import Screen
-from fourfold_hpc_coder.instruct.dedup import TextMemory
 from fourfold_hpc_coder.instruct.grammar import SHAPES, SHORT, Shape, Task
 from fourfold_hpc_coder.instruct.samples import (
     Category,
@@ -30,6 +29,10 @@ from fourfold_hpc_coder.vocabulary import Model
 from fourfold_parallel.common.files import cache_folder, write_text
 from fourfold_parallel.common.progress import Progress, silent
 from fourfold_parallel.common.values import digest, to_json
+
+if TYPE_CHECKING:
+    from fourfold_hpc_coder.instruct.decontaminate import Screen
+    from fourfold_hpc_coder.instruct.dedup import TextMemory
 
 HELD_OUT_EVERY = 6
 """One task in six is never taught."""
@@ -149,6 +152,10 @@ def _extend(
     budget: Budget,
 ) -> None:
     """Teach, screen, verify; both lists grow, and both files with them, also when something fails."""
+    # Here, since training on a file of samples needs neither of their libraries (the extra `data`).
+    from fourfold_hpc_coder.instruct.decontaminate import Screen
+    from fourfold_hpc_coder.instruct.dedup import TextMemory
+
     # A duplicate has no text of its own to remember: what it repeats is among the others.
     judged = [sample for sample in refused if sample.verdict != DUPLICATE]
     seen = TextMemory.of([sample.instruction + sample.answer for sample in (*kept, *judged)])
@@ -212,7 +219,7 @@ def _plan(recipe: Instructions) -> list[tuple[Task, Model, Category]]:
     ]
 
 
-def _refusal(sample: InstructionSample, seen: TextMemory, screen: Screen) -> str:
+def _refusal(sample: InstructionSample, seen: "TextMemory", screen: "Screen") -> str:
     if not seen.add(sample.instruction + sample.answer):
         return DUPLICATE
     hit = screen.hit(sample.instruction)

@@ -8,7 +8,7 @@ from fourfold_hpc_coder.instruct.decontaminate import Screen
 from fourfold_hpc_coder.instruct.pipeline import benchmark_prompts
 from fourfold_hpc_coder.instruct.samples import read_samples, write_samples
 from fourfold_hpc_coder.instruct.seeds import compiled, restoration, seeds
-from fourfold_hpc_coder.instruct.sources import DEBIAN, WHEELS, Tree, parallel_files
+from fourfold_hpc_coder.instruct.sources import Tree, parallel_files
 from fourfold_hpc_coder.sandbox.process import find_sandbox
 from fourfold_hpc_coder.sandbox.scratch import scratch_folder
 from fourfold_parallel.common.progress import Progress
@@ -26,6 +26,14 @@ class RestorationCounts:
     """Of them, like a benchmark's prompt."""
     tried: int
     kept: int
+
+    def __str__(self) -> str:
+        """As a sentence."""
+        return (
+            f"{self.functions} real functions use OpenMP, near-duplicates counted once; {self.resembling} "
+            f"resemble a benchmark's prompt; of {self.tried} that were tried {self.kept} compile alone: "
+            f"{self.path}"
+        )
 
 
 def restore(
@@ -66,17 +74,3 @@ def restore(
         tried=len(kept) + len(refused),
         kept=len(kept),
     )
-
-
-def trees_of(name: str) -> tuple[Tree, ...]:
-    """The source trees of a word: `installed` for those of this machine, or `PATH:LICENCE`.
-
-    Raises:
-        ValueError: where a path has no licence.
-    """
-    if name == "installed":
-        return tuple(tree for tree in (*WHEELS, *DEBIAN) if tree.is_here())
-    path, separator, licence = name.rpartition(":")
-    if not separator:
-        raise ValueError(f"--trees {name}: say the licence, as in {name}:MIT, or `installed`")
-    return (Tree(name=Path(path).name, licence=licence, path=path),)

@@ -196,3 +196,17 @@ def _interleaved(files: Sequence[SourceFile]) -> Iterator[SourceFile]:
         for tree_files in by_tree.values():
             if turn < len(tree_files):
                 yield tree_files[turn]
+
+
+def trees_of(name: str) -> tuple[Tree, ...]:
+    """The source trees of a word: `installed` for those of this machine, or `PATH:LICENCE`.
+
+    Raises:
+        ValueError: where a path has no licence.
+    """
+    if name == "installed":
+        return tuple(tree for tree in (*WHEELS, *DEBIAN) if tree.is_here())
+    path, separator, licence = name.rpartition(":")
+    if not separator:
+        raise ValueError(f"--trees {name}: say the licence, as in {name}:MIT, or `installed`")
+    return (Tree(name=Path(path).name, licence=licence, path=path),)
