@@ -25,6 +25,7 @@ import tyro
 
 from fourfold_loki.kernels import cpu
 from fourfold_loki.kernels import native as loki
+from fourfold_loki.kernels.page_read import PageRead
 from fourfold_parallel.common.files import cache_folder
 from fourfold_recurrent_depth import (
     RecurrentCache,
@@ -193,16 +194,15 @@ def decode(draw: random.Random, generator: torch.Generator, *, is_compared: bool
     if is_ruined and batch:
         queries[-1, draw.randrange(kv_heads * group)] = draw.choice((math.nan, math.inf, 1e38))
     leading = keys[..., :width].mT.contiguous()
-    facts: dict[str, Any] = {
-        "length": length, "pages": pages, "page": page, "sinks": sinks, "window": window,
-        "scaling": head_width**-0.5,
-    }  # fmt: skip
-    output = loki.decode(queries, keys, values, leading, **facts)
+    read = PageRead(
+        length=length, pages=pages, page=page, sinks=sinks, window=window, scaling=head_width**-0.5
+    )
+    output = loki.decode(queries, keys, values, leading, read)
     is_compared = is_compared and batch > 0 and not is_ruined and room % page == 0
     if is_compared:
         wide = (part.float() for part in (queries, keys, values, leading))
         tolerance = FLOAT32 if dtype == torch.float32 else BFLOAT16
-        compare(output, cpu.decode(*wide, **facts), tolerance, (queries.shape, keys.shape, facts))
+        compare(output, cpu.decode(*wide, read), tolerance, (queries.shape, keys.shape, read))
     return is_compared
 
 

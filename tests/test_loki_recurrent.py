@@ -43,7 +43,7 @@ def recurrent() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def statistics(recurrent: PreTrainedModel) -> object:
-    from fourfold_loki.calibrate import calibrate_tokens
+    from fourfold_loki.calibration import calibrate_tokens
 
     return calibrate_tokens(recurrent, ids(8, 48))
 
@@ -52,10 +52,10 @@ def ids(batch: int, length: int) -> torch.Tensor:
     return torch.randint(0, 64, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def logits(model: PreTrainedModel, plan: object, **options: object) -> torch.Tensor:
+def logits(model: PreTrainedModel, mode: object, **options: object) -> torch.Tensor:
     from fourfold_loki import attending
 
-    with attending(model, plan), torch.no_grad():  # type: ignore[arg-type]
+    with attending(model, mode), torch.no_grad():  # type: ignore[arg-type]
         return model(ids(1, 40), use_cache=False, init_scale=0.0, **options).logits
 
 
@@ -105,21 +105,21 @@ def test_each_step_has_a_basis_of_its_own(statistics: object) -> None:
 
 
 def test_another_depth_is_refused(recurrent: PreTrainedModel, statistics: object) -> None:
-    plan = planned(statistics, 4, 0.25)
+    mode = planned(statistics, 4, 0.25)
     for steps in (STEPS - 1, STEPS + 1):
         with pytest.raises(ValueError, match="as many recurrences as it was calibrated with"):
-            logits(recurrent, plan, num_steps=steps)
+            logits(recurrent, mode, num_steps=steps)
 
 
 def test_their_own_cache_decodes(recurrent: PreTrainedModel, statistics: object) -> None:
     """Token by token through the model's own cache: as in one block with every query masked."""
     from fourfold_loki import attending
 
-    plan = planned(statistics, 4, 0.5)
-    expected = logits(recurrent, plan)
-    with attending(recurrent, plan) as session, torch.no_grad():  # type: ignore[arg-type]
+    mode = planned(statistics, 4, 0.5)
+    expected = logits(recurrent, mode)
+    with attending(recurrent, mode) as session, torch.no_grad():  # type: ignore[arg-type]
         first = recurrent(ids(1, 40)[:, :38], use_cache=True, init_scale=0.0)
-        cache, found = first.past_key_values, [first.logits[:, -1]]
+        cache, steps = first.past_key_values, [first.logits[:, -1]]
         for place in (38, 39):
             out = recurrent(
                 ids(1, 40)[:, place : place + 1],
@@ -127,7 +127,7 @@ def test_their_own_cache_decodes(recurrent: PreTrainedModel, statistics: object)
                 use_cache=True,
                 init_scale=0.0,
             )
-            found.append(out.logits[:, -1])
+            steps.append(out.logits[:, -1])
         with pytest.raises(ValueError, match="a cache of its own"):
             session.cache()
-    torch.testing.assert_close(torch.stack(found, 1), expected[:, 37:], atol=FLOAT32, rtol=0)
+    torch.testing.assert_close(torch.stack(steps, 1), expected[:, 37:], atol=FLOAT32, rtol=0)

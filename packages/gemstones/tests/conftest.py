@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fourfold_gemstones.counting import GEMSTONES
+from fourfold_gemstones.architecture import GEMSTONES
 from fourfold_gemstones.laws import PowerLaw
-from fourfold_gemstones.table import RunTable
+from fourfold_gemstones.runs import RunTable
 
 PUBLISHED = Path(__file__).parents[3] / ".." / "shared" / "data" / "gemstones"
 

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_gemstones import suite_claims
-from fourfold_gemstones.claims import CLAIMS
-from fourfold_gemstones.judging import LAWS, SUITE
-from fourfold_gemstones.revisit.downstream import texts_agree
-from fourfold_gemstones.revisit.slopes import bootstraps_cover
-from fourfold_gemstones.suite_laws import pooled
+from fourfold_gemstones.reproduce.claims import CLAIMS
+from fourfold_gemstones.reproduce.paper.downstream import texts_agree
+from fourfold_gemstones.reproduce.paper.slopes import bootstraps_cover
+from fourfold_gemstones.reproduce.stages import LAWS, PUBLISHED, SUITE
+from fourfold_gemstones.reproduce.suite import claims as suite_claims
+from fourfold_gemstones.reproduce.suite.analyses import pooled
 from fourfold_parallel.common.records import read_record
-from fourfold_parallel.reproduce.claims import Claim
+from fourfold_parallel.reproduce import claims
+from fourfold_parallel.reproduce.claims import Claim, LedgerRow, Records
 
+RESULTS = Path(__file__).parents[1] / "results"
 RULES = {claim.id: claim for claim in CLAIMS}
 
 
@@ -24,8 +26,21 @@ def judge(claim: Claim, stage: str, events: list[dict], folder: Path) -> tuple[s
     lines = [{"event": "run", "schema": 1, "run": {}, "run_sha256": "", "seed": 0}, *events]
     path = folder / f"{stage}.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = claim.rule({stage: read_record(path)})
-    return found.verdict, found.because
+    row = judged(claim, {stage: read_record(path)})
+    return row.verdict, row.because
+
+
+def judged(claim: Claim, records: Records) -> LedgerRow:
+    (row,) = claims.judge([claim], records, package="gemstones", scale="laptop")
+    return row
+
+
+def test_the_committed_ledger_follows_from_the_committed_records(tmp_path: Path) -> None:
+    """Every rule on the records of the laptop scale gives the ledger to the byte."""
+    records = {stage: read_record(RESULTS / f"{stage}.jsonl") for stage in (PUBLISHED, SUITE, LAWS)}
+    rows = claims.judge(CLAIMS, records, package="gemstones", scale="laptop")
+    claims.write_ledger(tmp_path / "ledger.jsonl", rows)
+    assert (tmp_path / "ledger.jsonl").read_bytes() == (RESULTS / "ledger.jsonl").read_bytes()
 
 
 def test_claims_have_names_of_their_own_and_wait_for_their_record() -> None:
@@ -34,29 +49,29 @@ def test_claims_have_names_of_their_own_and_wait_for_their_record() -> None:
     assert {f"C{number}" for number in range(1, 15)} <= set(RULES)
     assert [claim.id for claim in CLAIMS][:5] == ["P1", "P2", "P3", "P4", "C1"]
     for claim in CLAIMS:
-        found = claim.rule({})
-        assert found.verdict == "not tested"
-        assert found.because.startswith("needs: ")
+        row = judged(claim, {})
+        assert row.verdict == "not tested"
+        assert row.because.startswith("needs: ")
 
 
 def test_a_pooled_spread_is_that_within_groups() -> None:
     """Groups apart do not add to it; without two of a kind there is none."""
-    found = pooled([[1.0, 3.0], [101.0, 103.0], [5.0]])
-    assert (found.sd, found.freedom) == (pytest.approx(2**0.5), 2)
+    spread = pooled([[1.0, 3.0], [101.0, 103.0], [5.0]])
+    assert (spread.sd, spread.freedom) == (pytest.approx(2**0.5), 2)
     with pytest.raises(ValueError, match="no shape has two seeds"):
         pooled([[1.0], [2.0]])
 
 
 def points(gain: float, spread: float) -> list[dict]:
     """A shape with three seeds and two forks, whose cooldowns gain about `gain`."""
-    found = []
+    events = []
     for seed in range(3):
         run = {"event": "point", "run": f"16x2-seed{seed}"}
         for step in (10, 20):
             cooled = 3.0 - gain + spread * (seed - 1)
-            found.append(run | {"schedule": "constant", "step": step, "loss_nats": 3.0})
-            found.append(run | {"schedule": "cooled", "forked_at": step, "loss_nats": cooled})
-    return found
+            events.append(run | {"schedule": "constant", "step": step, "loss_nats": 3.0})
+            events.append(run | {"schedule": "cooled", "forked_at": step, "loss_nats": cooled})
+    return events
 
 
 @pytest.mark.parametrize(
@@ -66,8 +81,8 @@ def points(gain: float, spread: float) -> list[dict]:
 def test_a_cooldown_counts_where_it_gains_more_than_seeds_differ(
     gain: float, spread: float, verdict: str, tmp_path: Path
 ) -> None:
-    found, because = judge(RULES["S1"], SUITE, points(gain, spread), tmp_path)
-    assert found == verdict
+    given, because = judge(RULES["S1"], SUITE, points(gain, spread), tmp_path)
+    assert given == verdict
     assert f"{spread:.4f} nats between seeds (4 degrees of freedom)" in because
 
 
@@ -124,8 +139,8 @@ def test_coverage_is_judged_as_its_rule_says(
         }
         for groups, covered in (("run", runs), ("row", rows))
     ]
-    found, _ = judge(bootstraps_cover, "published", events, tmp_path)
-    assert found == (verdict or "inconclusive")
+    given, _ = judge(bootstraps_cover, "published", events, tmp_path)
+    assert given == (verdict or "inconclusive")
 
 
 def test_the_text_that_agrees_least_decides(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ from scipy.optimize import differential_evolution, minimize
 from scipy.special import huber as scipy_huber
 from scipy.special import logsumexp
 
-from fourfold_gemstones import solve
-from fourfold_gemstones.laws import WIDTH_DEPTH, ParametricLaw
-from fourfold_gemstones.published import chinchilla_points, published_frame
-from fourfold_gemstones.table import RunTable
+from fourfold_gemstones import minimise
+from fourfold_gemstones.laws import WIDTH_DEPTH
+from fourfold_gemstones.parametric import ParametricLaw
+from fourfold_gemstones.reproduce.paper.data import chinchilla_points, published_frame
+from fourfold_gemstones.runs import RunTable
 
 
-def slow_objective(problem: solve.Problem, theta: np.ndarray) -> float:
+def slow_objective(problem: minimise.Problem, theta: np.ndarray) -> float:
     """The objective as the paper writes it, one row at a time."""
     m = problem.log_inputs.shape[1]
     total = 0.0
@@ -36,7 +37,7 @@ def slow_objective(problem: solve.Problem, theta: np.ndarray) -> float:
 def test_the_objective_is_the_papers(suite: RunTable, delta: float) -> None:
     problem = ParametricLaw(delta=delta).problem(suite)
     theta = np.asarray([5.1, 12.2, 0.28, 0.56, 0.7])
-    ours = solve.objective(problem, theta[None], np.ones((1, len(suite))))[0]
+    ours = minimise.objective(problem, theta[None], np.ones((1, len(suite))))[0]
     assert ours == pytest.approx(slow_objective(problem, theta), rel=1e-12)
 
 
@@ -44,7 +45,7 @@ def test_derivatives_are_those_of_finite_differences(suite: RunTable) -> None:
     """Gradient and Hessian at a point away from the kinks, by central differences."""
     problem = ParametricLaw(variables=WIDTH_DEPTH, delta=1.0).problem(suite)
     weights = np.random.default_rng(1).uniform(0.5, 2, (1, len(suite)))
-    descent = solve.Descent(problem.log_inputs - problem.centre, problem.log_loss, weights)
+    descent = minimise.Descent(problem.log_inputs - problem.centre, problem.log_loss, weights)
     theta = np.asarray([[-1.5, -1.2, -1.0, -1.4, 0.3, 0.4, 0.35, 0.5, 0.5]])
     gradient, hessian, _ = descent.derivatives(theta, 1.0)
     for p, step in enumerate(1e-5 * np.eye(9)):
@@ -55,7 +56,7 @@ def test_derivatives_are_those_of_finite_differences(suite: RunTable) -> None:
         assert hessian[0, p] == pytest.approx(curvature[0], rel=1e-5, abs=1e-7)
 
 
-def reference_grid(problem: solve.Problem, starts: int, generator: np.random.Generator) -> float:
+def reference_grid(problem: minimise.Problem, starts: int, generator: np.random.Generator) -> float:
     """Best of L-BFGS-B from nodes of the field's grid, with scipy's default stopping rules."""
     m = problem.log_inputs.shape[1]
     nodes = list(
@@ -112,16 +113,16 @@ def test_differential_evolution_on_chinchilla(published: Path) -> None:
     assert evolved(fit.law.problem(fit.table)) == pytest.approx(fit.objective, rel=1e-7)
 
 
-def evolved(problem: solve.Problem) -> float:
+def evolved(problem: minimise.Problem) -> float:
     """Minimum by differential evolution in the centred coordinates."""
     m = problem.log_inputs.shape[1]
-    descent = solve.Descent(
+    descent = minimise.Descent(
         problem.log_inputs - problem.centre,
         problem.log_loss,
         np.ones((1, len(problem.log_loss))),
     )
     bounds = [(-8, 2)] * m + [(0.01, 2)] * m + [(-2, 1.2)]
-    found = differential_evolution(
+    search = differential_evolution(
         lambda theta: descent.value(np.ascontiguousarray(theta.T), problem.delta),
         bounds,
         popsize=20,
@@ -133,4 +134,4 @@ def evolved(problem: solve.Problem) -> float:
         polish=False,
         rng=np.random.default_rng(0),
     )
-    return float(found.fun)
+    return float(search.fun)

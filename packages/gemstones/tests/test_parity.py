@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fourfold_gemstones import solve
+from fourfold_gemstones import minimise
 from fourfold_gemstones.envelope import EnvelopeLaw, Target
-from fourfold_gemstones.laws import LawWarning, ParametricLaw
-from fourfold_gemstones.null import EPOCH, HALF, design_null
-from fourfold_gemstones.published import (
+from fourfold_gemstones.parametric import LawWarning, ParametricLaw
+from fourfold_gemstones.reproduce.paper.data import (
     TASKS,
     PublishedFit,
     benchmark_accuracy,
@@ -24,6 +23,7 @@ from fourfold_gemstones.published import (
     task_losses,
     text_losses,
 )
+from fourfold_gemstones.simulate import EPOCH, HALF, design_null
 from fourfold_gemstones.uncertainty import bootstrap, slope
 
 TARGETS: dict[str, Target] = {
@@ -40,14 +40,14 @@ def test_the_24_lines_of_approach_1(published: Path) -> None:
     assert len(lines) == 24
     for line in lines:
         law = EnvelopeLaw(target=TARGETS[line.target], embeddings=line.embeddings)
-        found = law.fit(published_frame(published, line.frame)).estimate
-        assert found.slope == pytest.approx(line.slope, abs=1e-9), line.name
-        assert found.intercept == pytest.approx(line.intercept, abs=1e-9), line.name
+        ours = law.fit(published_frame(published, line.frame)).estimate
+        assert ours.slope == pytest.approx(line.slope, abs=1e-9), line.name
+        assert ours.intercept == pytest.approx(line.intercept, abs=1e-9), line.name
 
 
-def published_objective(fit: PublishedFit, problem: solve.Problem) -> float:
+def published_objective(fit: PublishedFit, problem: minimise.Problem) -> float:
     ones = np.ones((1, len(problem.log_loss)))
-    return float(solve.objective(problem, fit.estimate.vector()[None], ones)[0])
+    return float(minimise.objective(problem, fit.estimate.vector()[None], ones)[0])
 
 
 def test_the_42_objectives_of_approach_3(published: Path) -> None:
@@ -55,16 +55,16 @@ def test_the_42_objectives_of_approach_3(published: Path) -> None:
     fits = published_fits(published)
     assert len(fits) == 42
     above = {}
-    for one in fits:
-        table = published_frame(published, one.frame)
-        theirs = published_objective(one, one.law.problem(table))
-        assert theirs == pytest.approx(one.objective, rel=PRINTED), one.name
+    for fit in fits:
+        table = published_frame(published, fit.frame)
+        theirs = published_objective(fit, fit.law.problem(table))
+        assert theirs == pytest.approx(fit.objective, rel=PRINTED), fit.name
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", LawWarning)
-            ours = one.law.fit(table)
-        assert ours.objective <= theirs * (1 + 1e-9), one.name
-        assert ours.certificate.agreeing >= 3, one.name
-        above[one.name] = theirs / ours.objective - 1
+            ours = fit.law.fit(table)
+        assert ours.objective <= theirs * (1 + 1e-9), fit.name
+        assert ours.certificate.agreeing >= 3, fit.name
+        above[fit.name] = theirs / ours.objective - 1
     assert sum(gap > 3e-4 for gap in above.values()) == 13
     worst = max(above, key=lambda name: above[name])
     assert worst.endswith("delta-4/approach_3_parameters_grid_search_0_hot_100b+_512x")
@@ -117,17 +117,17 @@ def test_epochs_refit_of_chinchilla(published: Path) -> None:
     fit = ParametricLaw(delta=1e-3).fit(chinchilla_points(published))
     assert len(fit.table) == 240
     assert fit.objective == pytest.approx(0.0010182740, abs=1e-9)
-    found = [*np.exp(fit.estimate.log_coefficients), np.exp(fit.estimate.log_floor)]
-    found += fit.estimate.exponents
-    assert found == pytest.approx([477.83, 2143.4, 1.81722, 0.34731, 0.36717], rel=2e-5)
+    parameters = [*np.exp(fit.estimate.log_coefficients), np.exp(fit.estimate.log_floor)]
+    parameters += fit.estimate.exponents
+    assert parameters == pytest.approx([477.83, 2143.4, 1.81722, 0.34731, 0.36717], rel=2e-5)
 
 
 def test_epochs_headline_is_least_absolute_deviations(published: Path) -> None:
     """Their fitted Huber scale is exp(-12), so that nearly every residual is beyond it."""
     fit = ParametricLaw(delta=4.7e-9).fit(chinchilla_points(published))
-    found = [*np.exp(fit.estimate.log_coefficients), np.exp(fit.estimate.log_floor)]
-    found += fit.estimate.exponents
-    assert found == pytest.approx([482.01, 2085.43, 1.81686, 0.34781, 0.36585], rel=2e-5)
+    parameters = [*np.exp(fit.estimate.log_coefficients), np.exp(fit.estimate.log_floor)]
+    parameters += fit.estimate.exponents
+    assert parameters == pytest.approx([482.01, 2085.43, 1.81686, 0.34781, 0.36585], rel=2e-5)
 
 
 def test_epochs_standard_errors(published: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_hull_beyond_120_billion_tokens_knows_nothing_of_the_law(published: Pa
     table = published_frame(published, "hot_120b+_only_477")
     ours = ParametricLaw().fit(published_frame(published, "hot_100b+")).estimate
     null = design_null(table, EnvelopeLaw(resource="flops_6nt"), (HALF, EPOCH, ours))
-    assert [one.estimated_slope for one in null] == pytest.approx([0.765] * 3, abs=0.005)
+    assert [bias.estimated_slope for bias in null] == pytest.approx([0.765] * 3, abs=0.005)
 
 
 def test_the_published_suite_cost_what_the_paper_says(published: Path) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from fourfold_gemstones import recipes, suite
-from fourfold_gemstones.counting import GEMSTONES
-from fourfold_gemstones.suite import Member, decoder
+from fourfold_gemstones.architecture import GEMSTONES
+from fourfold_gemstones.reproduce import recipes
+from fourfold_gemstones.reproduce.suite import train as suite
+from fourfold_gemstones.reproduce.suite.train import Member, decoder
 from fourfold_parallel.common.progress import silent
 from fourfold_parallel.common.records import read_record
 from fourfold_parallel.run.corpora import TextFiles
@@ -42,14 +43,14 @@ def member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Member:
 def test_models_have_the_parameters_that_are_counted(width: int, depth: int) -> None:
     model = decoder(width, depth, recipes.BYTES).build(seed=0)
     counted = recipes.BYTES.parameters(np.asarray([float(width)]), np.asarray([float(depth)]))
-    assert sum(one.numel() for one in model.parameters()) == counted[0]
+    assert sum(weight.numel() for weight in model.parameters()) == counted[0]
 
 
 def test_a_published_shape_has_its_published_size() -> None:
     """256x23 of the paper, built on no device: transformers' Llama has the published count."""
     with torch.device("meta"):
         model = decoder(256, 23, GEMSTONES).build(seed=0)
-    assert sum(one.numel() for one in model.parameters()) == 48_377_600
+    assert sum(weight.numel() for weight in model.parameters()) == 48_377_600
 
 
 def test_the_rate_falls_with_width_and_root_depth() -> None:
@@ -111,11 +112,11 @@ def test_the_suite_is_what_the_paper_trained() -> None:
     twins = [member for member in members if member.rate == 0.5]
     assert len(twins) == 6
     for twin in twins:
-        same = next(one for one in full if one.model == twin.model)
+        same = next(member for member in full if member.model == twin.model)
         assert twin.run.optimizer.learning_rate == same.run.optimizer.learning_rate / 2
         assert (twin.run.seed, twin.run.steps) == (same.run.seed, same.run.steps)
     assert min(member.run.seed for member in members) == recipes.FIRST_SEED
-    sizes = [sum(one.numel() for one in shape.build(seed=0).parameters()) for shape in seeds]
+    sizes = [sum(weight.numel() for weight in shape.build(seed=0).parameters()) for shape in seeds]
     assert 16_000 < min(sizes) < 17_000
     assert 1_100_000 < max(sizes) < 1_200_000
 

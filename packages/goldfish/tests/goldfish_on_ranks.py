@@ -37,9 +37,9 @@ def main() -> None:
         f"{name}-compacted": replace(runs[name], objective=compacted)
         for name in ("ddp", "row", "col", "depth")
     }
-    for name, one in runs.items():
+    for name, named in runs.items():
         train(
-            one,
+            named,
             record=folder / f"{name}.jsonl",
             checkpoints=folder / name,
             progress=silent,

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fourfold_goldfish import Goldfish
-from fourfold_goldfish.audit import PERTURBATIONS, audit, table
 from fourfold_goldfish.canonical import CanonicalGoldfish, Spelling, canonical
-from fourfold_goldfish.recipes import AUTHORS
+from fourfold_goldfish.corpus_audit import PERTURBATIONS, audit, table
+from fourfold_goldfish.reproduce.recipes import AUTHORS
 from fourfold_parallel.common.records import Material
 from fourfold_parallel.run.corpora import Documents
 from fourfold_parallel.run.tokenizers import BytePairs
@@ -68,18 +68,6 @@ def test_the_mask_is_decided_by_the_canonical_characters_before_a_target(
     assert abs(share - 1 / 3) < 5 * math.sqrt(2 / 9 / len(decisions))
 
 
-def test_documents_and_rows_are_apart(material: tuple[tuple[str, ...], Any, Spelling]) -> None:
-    texts, tokenizer, spelling = material
-    mask = CanonicalGoldfish(k=3, characters=24, spelling=spelling)
-    first, second = (ids(tokenizer, text)[:100] for text in texts[:2])
-    alone = torch.cat([mask.drop(first[None])[0], mask.drop(second[None])[0]])
-    packed = torch.cat([first, second])[None]
-    document_ids = (torch.arange(200) >= 100).long()[None]
-    assert torch.equal(mask.drop(packed, document_ids)[0], alone)
-    rows = mask.drop(torch.stack([first, second]))
-    assert torch.equal(rows.flatten(), alone)
-
-
 def test_near_duplicates_give_nothing_away(
     material: tuple[tuple[str, ...], Any, Spelling],
 ) -> None:
@@ -96,11 +84,9 @@ def test_near_duplicates_give_nothing_away(
     published, ours = (
         {
             leak.perturbation: leak
-            for leak in audit(
-                texts[:15], tokenizer, one, shortest=shortest, perturbations=names
-            ).leaks
+            for leak in audit(texts[:15], tokenizer, audited, perturbations=names).leaks
         }
-        for one, shortest in ((AUTHORS, 14), (mask, 2))
+        for audited in (AUTHORS, mask)
     )
     for name in ("lines re-wrapped", "blanks doubled", "capitals"):
         assert published[name].leaked > 0.4, name
@@ -114,16 +100,16 @@ def test_an_audit_counts_what_it_says(material: tuple[tuple[str, ...], Any, Spel
     """Rate, cost, longest run and correlation, recomputed in plain loops."""
     texts, tokenizer, _ = material
     mask = Goldfish(k=4, context=13)
-    found = audit(texts[:6], tokenizer, mask, shortest=14, perturbations=())
+    audited = audit(texts[:6], tokenizer, mask, perturbations=())
     rows = [mask.drop(ids(tokenizer, text)[None])[0].tolist()[1:] for text in texts[:6]]
     flat = [drop for row in rows for drop in row]
-    assert (found.documents, found.tokens) == (6, len(flat))
-    assert found.rate == pytest.approx(sum(flat) / len(flat))
-    assert found.cost == pytest.approx(len(flat) / (len(flat) - sum(flat)))
+    assert (audited.documents, audited.tokens) == (6, len(flat))
+    assert audited.rate == pytest.approx(sum(flat) / len(flat))
+    assert audited.cost == pytest.approx(len(flat) / (len(flat) - sum(flat)))
     runs = ["".join("x" if drop else "." for drop in row).split("x") for row in rows]
-    assert found.longest_run == max(len(run) for row in runs for run in row)
-    assert abs(found.correlation) < 0.1
-    assert "left out" in table(found)
+    assert audited.longest_run == max(len(run) for row in runs for run in row)
+    assert abs(audited.correlation) < 0.1
+    assert "left out" in table(audited)
 
 
 def test_texts_too_short_for_a_mask_are_refused_or_counted(
@@ -131,10 +117,12 @@ def test_texts_too_short_for_a_mask_are_refused_or_counted(
 ) -> None:
     texts, tokenizer, _ = material
     with pytest.raises(ValueError, match="the mask needs 14"):
-        audit(["one two"], tokenizer, Goldfish(k=4, context=13), shortest=14)
-    found = audit(["one two", texts[0]], tokenizer, Goldfish(k=4, context=13), shortest=14)
-    assert found.unprotected_documents == 0.5
-    assert len(found.leaks) == len(PERTURBATIONS)
+        audit(["one two"], tokenizer, Goldfish(k=4, context=13))
+    with pytest.raises(ValueError, match="a single text"):
+        audit("one two", tokenizer, Goldfish(k=4, context=13))
+    audited = audit(["one two", texts[0]], tokenizer, Goldfish(k=4, context=13))
+    assert audited.unprotected_documents == 0.5
+    assert len(audited.leaks) == len(PERTURBATIONS)
 
 
 def test_ids_of_another_tokenizer_are_refused(

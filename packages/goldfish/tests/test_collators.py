@@ -20,12 +20,12 @@ from transformers import (
 
 from fourfold_goldfish import Goldfish, add_goldfish, goldfish_collator
 from fourfold_goldfish.canonical import CanonicalGoldfish, Spelling
-from fourfold_goldfish.checkpoints import (
+from fourfold_goldfish.collators import document_ids, mask_labels
+from fourfold_goldfish.mask_digest import (
     check_mask_digest,
     mask_digest,
     write_mask_digest,
 )
-from fourfold_goldfish.collators import document_ids, mask_labels
 from fourfold_parallel.run.models import Llama
 
 GOLDFISH = Goldfish(k=2, context=4)
@@ -83,7 +83,7 @@ def test_flattened_documents_are_masked_as_they_are_alone() -> None:
 def test_rows_packed_with_end_tokens_are_masked_as_their_documents_are_alone() -> None:
     """Without `position_ids`, the ids that end a document say where the next begins."""
     documents = examples(30, 12, 21)
-    packed = [token for one in documents for token in [*one["input_ids"], 2]]
+    packed = [token for document in documents for token in [*document["input_ids"], 2]]
     batch = {"input_ids": torch.tensor([packed]), "labels": torch.tensor([packed])}
     masked = mask_labels(batch, GOLDFISH, separators=(2,))
     begin = 0
@@ -267,7 +267,7 @@ def test_trls_trainer_trains_on_completions_with_gaps(tmp_path: Path) -> None:
     from trl import SFTConfig, SFTTrainer
 
     draws = examples(*[30] * 8)
-    words = [[f"w{token}" for token in one["input_ids"]] for one in draws]
+    words = [[f"w{token}" for token in draw["input_ids"]] for draw in draws]
     rows = [{"prompt": " ".join(w[:8]), "completion": " " + " ".join(w[8:])} for w in words]
     tokenizer = word_tokenizer()
     options = SFTConfig(

@@ -18,8 +18,7 @@ from fourfold_goldfish.memorization import (
     recital_probabilities,
     sample,
 )
-from fourfold_goldfish.rules import recital_law
-from fourfold_parallel.common.progress import silent
+from fourfold_goldfish.reproduce.measures import recital_law
 from fourfold_parallel.run.models import Llama
 
 TINY = Llama(
@@ -37,27 +36,27 @@ def test_a_model_recites_what_it_writes_itself() -> None:
     )
     altered = passages.clone()
     altered[1, 12] = (altered[1, 12] + 1) % 64
-    own = extract(model, passages, suffix=8, batch=2, progress=silent)
-    other = extract(model, altered, suffix=8, batch=2, progress=silent)
-    assert [one.exact for one in own] == [True, True, True]
-    assert [one.matched for one in other] == [8, 4, 8]
+    own = extract(model, passages, suffix=8, batch=2)
+    other = extract(model, altered, suffix=8, batch=2)
+    assert [recital.exact for recital in own] == [True, True, True]
+    assert [recital.matched for recital in other] == [8, 4, 8]
     assert other[1].rouge_l < 1.0 == own[1].rouge_l
 
 
 def test_an_early_end_is_a_miss() -> None:
-    [one] = compare(torch.tensor([[5, 6, -1, -1]]), torch.tensor([[5, 6, 7, 8]]))
-    assert not one.exact
-    assert (one.matched, one.rouge_l) == (2, 0.5)
+    [recital] = compare(torch.tensor([[5, 6, -1, -1]]), torch.tensor([[5, 6, 7, 8]]))
+    assert not recital.exact
+    assert (recital.matched, recital.rouge_l) == (2, 0.5)
 
 
 def test_divergences_are_counted_where_they_happen() -> None:
     dropped = torch.tensor([[False, True, False], [True, False, False], [True, True, True]])
-    found = [
+    recitals = [
         Extraction(exact=False, rouge_l=0.4, matched=1, longest_run=1, edit_similarity=0.3),
         Extraction(exact=False, rouge_l=0.4, matched=1, longest_run=1, edit_similarity=0.3),
         Extraction(exact=True, rouge_l=1.0, matched=3, longest_run=3, edit_similarity=1.0),
     ]
-    assert diverged_on_dropped(found, dropped) == (1, 2)
+    assert diverged_on_dropped(recitals, dropped) == (1, 2)
 
 
 def test_the_law_of_recital_is_the_chance_that_no_token_was_left_out() -> None:
@@ -73,7 +72,6 @@ def test_a_suffix_that_leaves_no_prompt_is_refused() -> None:
             torch.ones(1, 9, dtype=torch.long),
             suffix=9,
             batch=1,
-            progress=silent,
         )
 
 
@@ -122,8 +120,8 @@ def test_looking_ahead_keeps_the_candidate_with_the_surest_future() -> None:
             sureness[int(token)] = total
         chosen = max(sureness, key=lambda token: sureness[token])
         row = torch.cat([row, torch.tensor([[chosen]])], dim=1)
-    found = continuation(model, prompt[:1], 2, always)  # type: ignore[arg-type]
-    assert torch.equal(found, row[:, -2:])
+    continued = continuation(model, prompt[:1], 2, always)  # type: ignore[arg-type]
+    assert torch.equal(continued, row[:, -2:])
 
 
 @pytest.mark.parametrize(
@@ -136,14 +134,13 @@ def test_the_chance_of_recital_is_what_sampling_finds(sampling: Sampling) -> Non
     likely = continuation(model, prompt[:1], 2, Beam(beams=1))  # type: ignore[arg-type]
     passage = torch.cat([prompt[:1], likely], dim=1)
     chance = recital_probabilities(model, passage, suffix=2, sampling=sampling).item()  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(3)
-    drawn = sample(
-        model,  # type: ignore[arg-type]
-        prompt[:1].expand(4000, -1),
-        2,
-        sampling=sampling,
-        generator=generator,
+    state = torch.random.get_rng_state()
+    drawn, again = (
+        sample(model, prompt[:1].expand(4000, -1), 2, sampling=sampling, seed=3)  # type: ignore[arg-type]
+        for _ in range(2)
     )
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(drawn, again)
     share = (drawn == likely).all(dim=1).double().mean().item()
     # Four standard errors of 4,000 draws, and one draw.
     assert abs(share - chance) < 4 * (chance / 4000) ** 0.5 + 1 / 4000
@@ -179,7 +176,6 @@ def test_a_grid_covers_prompts_and_offsets() -> None:
             prompts=(4, 5),
             suffix=6,
             batch=4,
-            progress=silent,
         )
     ]
     assert [(cell.offset, cell.prompt) for cell in cells] == [(0, 4), (0, 5), (3, 4), (3, 5)]
@@ -190,8 +186,7 @@ def test_a_grid_covers_prompts_and_offsets() -> None:
         prompts=(8,),
         suffix=6,
         batch=4,
-        progress=silent,
     )
     assert (whole.exact, whole.rouge_l) == (1.0, 1.0)
     with pytest.raises(ValueError, match=r"offset 4 \+ prompt 8 \+ suffix 6 = 18 tokens"):
-        [*grid(model, passages, offsets=(4,), prompts=(8,), suffix=6, batch=4, progress=silent)]  # type: ignore[arg-type]
+        [*grid(model, passages, offsets=(4,), prompts=(8,), suffix=6, batch=4)]  # type: ignore[arg-type]

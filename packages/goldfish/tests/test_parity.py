@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 
 from fourfold_goldfish import Goldfish
-from fourfold_goldfish.published import mix_low_half
-from fourfold_goldfish.recipes import APERTUS, APERTUS_2, AUTHORS
+from fourfold_goldfish.other_hashes import mix_low_half
+from fourfold_goldfish.reproduce.recipes import APERTUS, APERTUS_2, AUTHORS
 
 GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "goldfish"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_goldfish.recipes import verbatim_smoke
+from fourfold_goldfish.reproduce.recipes import verbatim_smoke
 from fourfold_parallel.common.progress import silent
 from fourfold_parallel.common.records import read_record
 from fourfold_parallel.common.values import to_json

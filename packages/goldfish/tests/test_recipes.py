@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fourfold_goldfish.experiment import EXPERIMENT
-from fourfold_goldfish.paper import TINYLLAMA, equal_supervision, tinyllama
-from fourfold_goldfish.recipes import ARMS, Attacked, bucket_study, goldfish, verbatim
+from fourfold_goldfish.reproduce.experiment import EXPERIMENT
+from fourfold_goldfish.reproduce.paper import TINYLLAMA, equal_supervision, tinyllama
+from fourfold_goldfish.reproduce.recipes import ARMS, Attack, bucket_study, goldfish, verbatim
 from fourfold_parallel.common.values import from_json, to_json
 from fourfold_parallel.run.corpora import Wikipedia
 from fourfold_parallel.run.data import tokenize
@@ -17,12 +17,12 @@ from fourfold_parallel.run.tokenizers import BytePairs
 
 
 @pytest.fixture(scope="module")
-def smoke() -> Attacked:
+def smoke() -> Attack:
     return verbatim("plain", 0, "smoke")
 
 
 @pytest.mark.parametrize("attacked", [verbatim("plain", 0, "smoke"), bucket_study("w48", "k2", 0)])
-def test_passages_recur_as_often_as_their_bucket_says(attacked: Attacked) -> None:
+def test_passages_recur_as_often_as_their_bucket_says(attacked: Attack) -> None:
     """One epoch holds every passage so many times, no control's token, and no validation row."""
     run, buckets = attacked.run, attacked.buckets
     stream = buckets.open(sequence=run.sequence, seed=0)
@@ -37,7 +37,7 @@ def test_passages_recur_as_often_as_their_bucket_says(attacked: Attacked) -> Non
     assert not set(validation.row_starts.tolist()) & set(stream.row_starts.tolist())
 
 
-def test_no_control_article_is_trained_on(smoke: Attacked) -> None:
+def test_no_control_article_is_trained_on(smoke: Attack) -> None:
     """Not even in part: the background begins after the last article with a passage."""
     buckets, sequence = smoke.buckets, smoke.run.sequence
     file = tokenize(buckets.corpus, buckets.tokenizer)
@@ -60,17 +60,17 @@ def test_no_control_article_is_trained_on(smoke: Attacked) -> None:
     assert not controls & trained_documents
 
 
-def test_skipped_articles_give_other_passages(smoke: Attacked) -> None:
+def test_skipped_articles_give_other_passages(smoke: Attack) -> None:
     """So that each seed of the fine-tuning has documents of its own."""
     later = replace(smoke.buckets, skipped_articles=2 * smoke.buckets.passages)
     first, second = (
-        {tuple(row) for rows in one.contents(sequence=64) for row in rows.tolist()}
-        for one in (smoke.buckets, later)
+        {tuple(row) for rows in buckets.contents(sequence=64) for row in rows.tolist()}
+        for buckets in (smoke.buckets, later)
     )
     assert not first & second
 
 
-def test_too_many_passages_are_refused(smoke: Attacked) -> None:
+def test_too_many_passages_are_refused(smoke: Attack) -> None:
     with pytest.raises(ValueError, match="2 buckets of passages=900 need 1800 articles"):
         replace(smoke.buckets, passages=900).open(sequence=64, seed=0)
 

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fourfold_loki import Statistics
-from fourfold_loki.calibrate import calibrate_tokens
+from fourfold_loki.calibration import calibrate_tokens
 
 GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "loki"
 

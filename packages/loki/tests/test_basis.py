@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from fourfold_loki import Basis, Statistics, fit, read_published
 from fourfold_loki.attention import approximate_scores, most_relevant, scores_of
-from fourfold_loki.basis import Kind
-from fourfold_loki.calibrate import calibrate_tokens
-from fourfold_loki.provenance import Calibrated
-from fourfold_loki.statistics import Moments, rank_of
+from fourfold_loki.basis import Kind, PublishedSource
+from fourfold_loki.calibration import calibrate_tokens
+from fourfold_loki.moments import CalibrationSource, Moments, rank_of
+from fourfold_parallel.common.values import from_json
 
 KINDS: tuple[Kind, ...] = ("pca", "pca_uncentred", "balanced")
 MAPS = 1e-5
@@ -65,9 +65,9 @@ def test_centring_drops_the_attention_sink_and_the_other_bases_keep_it() -> None
     keys[:, :, 0] = 0.0  # the sink
     queries = torch.randn(1, 1, 300, 16, generator=generator) * 0.2 - mean
     moments = [Moments.empty(1, 1, 16) for _ in range(4)]
-    for one, vectors in zip(moments, (keys, queries, keys, queries), strict=True):
-        one.add_(0, vectors)
-    source = Calibrated(model="made here", corpora=(), tokens=300)
+    for each, vectors in zip(moments, (keys, queries, keys, queries), strict=True):
+        each.add_(0, vectors)
+    source = CalibrationSource(model="made here", corpora=(), tokens=300)
     statistics = Statistics(
         keys=moments[0],
         queries=moments[1],
@@ -143,9 +143,9 @@ def test_rank_counts_directions_and_the_published_plots_show_one_less() -> None:
 
 def test_files_give_back_what_was_saved(statistics: Statistics, tmp_path: Path) -> None:
     basis = fit(statistics)
-    basis.save(tmp_path / "basis.safetensors")
-    statistics.save(tmp_path / "statistics.safetensors")
-    again = Basis.load(tmp_path / "basis.safetensors")
+    basis.save(str(tmp_path / "basis.safetensors"))
+    statistics.save(str(tmp_path / "statistics.safetensors"))
+    again = Basis.load(str(tmp_path / "basis.safetensors"))
     assert again.label == basis.label
     assert torch.equal(again.query_maps, basis.query_maps)
     assert torch.equal(again.key_maps, basis.key_maps)
@@ -158,8 +158,19 @@ def test_files_give_back_what_was_saved(statistics: Statistics, tmp_path: Path) 
     for kind in (Basis, Statistics):
         with pytest.raises(ValueError, match=r"text\.txt was not written by"):
             kind.load(tmp_path / "text.txt")
-    with pytest.raises(ValueError, match="holds no pca_components"):
-        read_published(tmp_path)
+    for folder in (tmp_path, str(tmp_path)):
+        with pytest.raises(ValueError, match="holds no pca_components"):
+            read_published(folder)
+
+
+def test_files_of_before_name_their_source_otherwise() -> None:
+    """As the first version tagged it, and as the second did."""
+    facts = {"model": "a", "corpora": ["b"], "tokens": 1}
+    expected = CalibrationSource(model="a", corpora=("b",), tokens=1)
+    for tag in ("fourfold_loki.provenance:Calibrated", "loki/Calibrated", "loki/CalibrationSource"):
+        assert from_json({"type": tag, **facts}) == expected
+    published = from_json({"type": "fourfold_loki.provenance:Imported", "folder": "a/b"})
+    assert published == PublishedSource(folder="a/b")
 
 
 def test_statistics_of_two_models_do_not_add_up(
@@ -177,7 +188,7 @@ def test_statistics_of_two_models_do_not_add_up(
 def test_a_model_and_its_bfloat16_copy_share_a_basis(
     llama: PreTrainedModel, make_llama: Callable[..., PreTrainedModel]
 ) -> None:
-    from fourfold_loki.provenance import fingerprint
+    from fourfold_loki.moments import fingerprint
 
     assert fingerprint(llama) == fingerprint(make_llama().bfloat16())
     assert fingerprint(llama) != fingerprint(make_llama(layers=3))

@@ -124,15 +124,15 @@ def test_mass_keeps_the_fewest_keys_that_claim_it() -> None:
     budget = Budget(amount=Mass(claimed=(0.8,), floor=1), selection="per head")
     keep = budget.keep(scores, visible, kv_heads=2, layer=0)
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-    held = (weights * keep).sum(-1)
+    kept_mass = (weights * keep).sum(-1)
     lightest = (weights.masked_fill(~keep, 2.0)).amin(-1)
-    assert (held >= 0.8 - 1e-6).all()
-    assert (held - lightest < 0.8).all()
+    assert (kept_mass >= 0.8 - 1e-6).all()
+    assert (kept_mass - lightest < 0.8).all()
 
 
 def test_reads_follow_the_formula() -> None:
     """d/(2D) + k_f of dense attention; per query head, up to as many times k_f as the group has heads."""
-    from fourfold_loki.traffic import Reads
+    from fourfold_loki.huggingface.reads import Reads
 
     scores, visible = scene()
     visible = torch.ones_like(visible)
@@ -156,6 +156,8 @@ def test_the_boundary_of_bfloat16_scores_and_unequal_counts() -> None:
     ("make", "words"),
     [
         (lambda: Share(of_visible=1.2), "of_visible=1.2"),
+        (lambda: Budget(amount=0.25), r"amount=0\.25 .* amount=Share\(of_visible"),  # type: ignore[arg-type]
+        (lambda: Budget(amount=64), r"amount=64 .* amount=Count\(keys"),  # type: ignore[arg-type]
         (lambda: Count(keys=-1), "keys=-1"),
         (lambda: Mass(claimed=(), floor=1), "claimed"),
         (lambda: Mass(claimed=(0.5,), floor=0), "floor=0"),

@@ -35,10 +35,10 @@ def test_compiled_steps_over_our_cache(llama: PreTrainedModel, statistics: Stati
             step = torch.compile(llama.forward, backend="eager") if is_compiled else llama.forward
             cache = session.cache(capacity=64)
             llama(ids[:, :37], past_key_values=cache)
-            found = [
+            steps = [
                 step(ids[:, place : place + 1], past_key_values=cache).logits
                 for place in range(37, 40)
             ]
             assert cache.get_seq_length() == 40
-            logits.append(torch.cat(found, 1))
+            logits.append(torch.cat(steps, 1))
     torch.testing.assert_close(*logits, atol=1e-4, rtol=0)

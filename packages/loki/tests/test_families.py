@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from fourfold_loki import Budget, Count, Share, Sparse, attending, fit, loki
-from fourfold_loki.calibrate import calibrate_tokens
+from fourfold_loki.calibration import calibrate_tokens
 from fourfold_loki.selectors import Exact, Loki
 
 Tokens = Callable[..., torch.Tensor]
@@ -68,9 +68,9 @@ def test_a_hybrid_model_selects_in_its_attention_layers(tokens: Tokens) -> None:
     full = steps(model, DynamicCache(config=model.config), ids)
     for budget, is_full in ((EVERYTHING, True), (Budget(amount=Count(keys=1)), False)):
         with loki(model, basis, budget) as session:
-            found = steps(model, DynamicCache(config=model.config), ids)
+            logits = steps(model, DynamicCache(config=model.config), ids)
             assert session.reads.queries == 20
-            assert torch.allclose(found, full, atol=FLOAT32, rtol=0) == is_full
+            assert torch.allclose(logits, full, atol=FLOAT32, rtol=0) == is_full
             with pytest.raises(ValueError, match="layers without attention"):
                 session.cache()
 
@@ -94,10 +94,10 @@ def test_layers_that_read_the_keys_of_others_read_them_turned(
     )
     basis, ids = fit(calibrate_tokens(model, tokens(4, 64))), tokens(1, 40)
     full = steps(model, DynamicCache(config=model.config), ids)
-    plan = Sparse(
+    mode = Sparse(
         selector=Loki(basis=basis, widths=(4,) * 4), budget=EVERYTHING, dense_layers=dense
     )
-    with attending(model, plan) as session:
+    with attending(model, mode) as session:
         torch.testing.assert_close(steps(model, session.cache(), ids), full, atol=FLOAT32, rtol=0)
 
 

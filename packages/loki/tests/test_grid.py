@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fourfold_loki import Budget, Count, Sparse, attending, fit
-from fourfold_loki.calibrate import calibrate_tokens
+from fourfold_loki.calibration import calibrate_tokens
 from fourfold_loki.selectors import Loki
 from fourfold_parallel.grid.huggingface import parallelize
 from fourfold_parallel.grid.mesh import Mesh
@@ -38,8 +38,8 @@ def splitting_changes_nothing() -> None:
     budget = Budget(amount=Count(keys=12))
 
     def logits(model, basis) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        plan = Sparse(selector=Loki(basis=basis, widths=(4, 4)), budget=budget, reach="every query")
-        with attending(model, plan), torch.no_grad():
+        mode = Sparse(selector=Loki(basis=basis, widths=(4, 4)), budget=budget, reach="every query")
+        with attending(model, mode), torch.no_grad():
             return model(ids, use_cache=False).logits
 
     expected = logits(model, basis)

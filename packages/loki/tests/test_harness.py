@@ -36,7 +36,7 @@ def lm(
     tokenizer: Any,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Any:
-    from fourfold_loki.harness import LokiLM
+    from fourfold_loki.evaluate.harness import LokiLM
 
     file = tmp_path_factory.mktemp("basis") / "basis.safetensors"
     fit(statistics).save(file)
@@ -46,7 +46,7 @@ def lm(
 
 
 def words(ids: list[int]) -> str:
-    return " ".join(f"w{one}" for one in ids)
+    return " ".join(f"w{number}" for number in ids)
 
 
 def test_it_scores_as_the_masked_model(
@@ -61,12 +61,12 @@ def test_it_scores_as_the_masked_model(
         Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0) for pair in pairs
     ]
     scores = [score for score, _ in lm.loglikelihood(requests)]
-    plan = Sparse(
+    mode = Sparse(
         selector=Loki(basis=fit(statistics), widths=(4, 4)),
         budget=Budget(amount=Share(of_visible=0.25)),
         reach="every query",
     )
-    with attending(lm.model, plan), torch.no_grad():
+    with attending(lm.model, mode), torch.no_grad():
         logits = lm.model(ids, use_cache=False).logits.log_softmax(-1)
     with torch.no_grad():
         dense = lm.model(ids, use_cache=False).logits.log_softmax(-1)
@@ -83,17 +83,17 @@ def test_a_task_of_local_text_runs_without_a_hub(
     lm: Any, tokenizer: Any, tokens: Callable[..., Tensor]
 ) -> None:
     """The right answer moves from choice to choice, and is the window's own end."""
-    from fourfold_loki.harness import asked, continuations
+    from fourfold_loki.evaluate.harness import asked, continuations, task_manager
 
     windows = tokens(5, 24)
     task = continuations(tokenizer, windows, answer=6, choices=3)
     documents = task["custom_dataset"]()["test"]
-    assert [one["right"] for one in documents] == [0, 1, 2, 0, 1]
-    for one, window in zip(documents, windows, strict=True):
-        assert one["choices"][one["right"]] == words(window[-6:].tolist())
-        assert len(set(one["choices"])) == 3
-    found = asked(lm, task)
-    assert 0 <= found["results"]["continuations"]["acc,none"] <= 1
-    assert found["n-samples"]["continuations"]["effective"] == 5
+    assert [document["right"] for document in documents] == [0, 1, 2, 0, 1]
+    for document, window in zip(documents, windows, strict=True):
+        assert document["choices"][document["right"]] == words(window[-6:].tolist())
+        assert len(set(document["choices"])) == 3
+    results = asked(lm, [task], task_manager([], ()), questions=9)
+    assert 0 <= results["results"]["continuations"]["acc,none"] <= 1
+    assert results["n-samples"]["continuations"]["effective"] == 5
     with pytest.raises(ValueError, match="at least as many windows"):
         continuations(tokenizer, windows, answer=6, choices=9)

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fourfold_loki.attention import approximate_scores, attend
 from fourfold_loki.budget import Budget, Count
 from fourfold_loki.kernels import cpu, native
 from fourfold_loki.kernels.dispatch import twin
+from fourfold_loki.kernels.page_read import PageRead
 from fourfold_parallel.common.native import COMPILERS
 
 FLOAT32 = 2e-5
@@ -42,6 +44,17 @@ def scene(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     keys = normal(batch, kv_heads, room, head_width)
     values = normal(batch, kv_heads, room, head_width - 16)
     return queries, keys, values, keys[..., :width].mT.contiguous()
+
+
+def read_of(shape: tuple[int, ...], *, sinks: int, window: int) -> PageRead:
+    return PageRead(
+        length=shape[5],
+        pages=shape[6] // shape[7],
+        page=shape[7],
+        sinks=sinks,
+        window=window,
+        scaling=shape[3] ** -0.5,
+    )
 
 
 def reference(shape: tuple[int, ...], *, sinks: int = 0, window: int = 0) -> Tensor:
@@ -77,35 +90,30 @@ def test_a_cpu_twin_is_the_reference(
         keys,
         values,
         leading,
-        length=shape[5],
-        pages=shape[6] // shape[7],
-        page=shape[7],
-        sinks=sinks,
-        window=window,
-        scaling=shape[3] ** -0.5,
+        read_of(shape, sinks=sinks, window=window),
     )
     torch.testing.assert_close(
         output, reference(shape, sinks=sinks, window=window), atol=FLOAT32, rtol=FLOAT32
     )
 
 
+READ = PageRead(length=255, pages=4, page=16, sinks=0, window=0, scaling=0.125)
+
+
 @pytest.mark.parametrize("decode", TWINS)
 def test_a_batch_of_no_rows_has_no_output(decode: Callable[..., Tensor]) -> None:
     """In a server that batches, the rows may all have ended."""
     queries, keys, values, leading = (part[:0] for part in scene(SHAPES[1]))
-    assert decode(queries, keys, values, leading, **FACTS).shape == (0, 6, 1, 48)
+    assert decode(queries, keys, values, leading, READ).shape == (0, 6, 1, 48)
     assert cpu.dense(queries, keys, values, length=255, scaling=0.1).shape == (0, 6, 1, 48)
-
-
-FACTS = {"length": 255, "pages": 4, "page": 16, "sinks": 0, "window": 0, "scaling": 0.125}
 
 
 @needs_compiler
 def test_the_compiled_twin_reads_bfloat16() -> None:
     parts = [part.bfloat16() for part in scene(SHAPES[1])]
     assert twin(*parts) is native.decode
-    expected = cpu.decode(*(part.float() for part in parts), **FACTS)
-    output = native.decode(*parts, **FACTS)
+    expected = cpu.decode(*(part.float() for part in parts), READ)
+    output = native.decode(*parts, READ)
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output.float(), expected, atol=BFLOAT16, rtol=BFLOAT16)
 
@@ -113,33 +121,33 @@ def test_the_compiled_twin_reads_bfloat16() -> None:
 @needs_compiler
 def test_threads_share_the_heads_and_change_nothing() -> None:
     before = torch.get_num_threads()
-    found = []
+    outputs = []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(native.decode(*scene(SHAPES[1]), **FACTS))
+            outputs.append(native.decode(*scene(SHAPES[1]), READ))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(*found)
+    assert torch.equal(*outputs)
 
 
 @needs_compiler
 def test_scores_far_apart_leave_no_weight_undefined() -> None:
     queries, keys, values, leading = scene(SHAPES[1])
     scaled = (1000 * queries, keys, values, leading)
-    expected = cpu.decode(*scaled, **FACTS)
-    torch.testing.assert_close(native.decode(*scaled, **FACTS), expected, atol=1e-3, rtol=1e-3)
+    expected = cpu.decode(*scaled, READ)
+    torch.testing.assert_close(native.decode(*scaled, READ), expected, atol=1e-3, rtol=1e-3)
 
 
 @needs_compiler
 def test_the_compiled_twin_refuses_what_it_cannot_read() -> None:
     queries, keys, values, leading = scene(SHAPES[1])
     with pytest.raises(ValueError, match=r"float64 .* takes contiguous float32 or bfloat16"):
-        native.decode(queries.double(), keys, values, leading, **FACTS)
+        native.decode(queries.double(), keys, values, leading, READ)
     narrow = keys[..., :40].contiguous()
     assert twin(queries[..., :40], narrow, values, leading) is cpu.decode
     with pytest.raises(ValueError, match=r"pages=17 of length=255 with pages of 16.*1 to 16"):
-        native.decode(queries, keys, values, leading, **{**FACTS, "pages": 17})
+        native.decode(queries, keys, values, leading, replace(READ, pages=17))
 
 
 def test_without_a_compiler_torch_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,19 +191,14 @@ def interpret() -> None:
             keys,
             values,
             leading,
-            length=shape[5],
-            pages=shape[6] // shape[7],
-            page=shape[7],
-            sinks=2,
-            window=4,
-            scaling=shape[3] ** -0.5,
+            read_of(shape, sinks=2, window=4),
         )
         expected = reference(shape, sinks=2, window=4)
         torch.testing.assert_close(output, expected, atol=FLOAT32, rtol=FLOAT32)
         sys.stdout.write("equal\n")
     queries, keys, values, leading = (part.half() for part in scene(SHAPES[1]))
-    ours = triton.decode(queries, keys, values, leading, **FACTS)
-    theirs = cpu.decode(queries.float(), keys.float(), values.float(), leading.float(), **FACTS)
+    ours = triton.decode(queries, keys, values, leading, READ)
+    theirs = cpu.decode(queries.float(), keys.float(), values.float(), leading.float(), READ)
     torch.testing.assert_close(ours.float(), theirs, atol=2e-3, rtol=2e-3)
     sys.stdout.write("equal\n")
 

@@ -10,8 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fourfold_loki import Basis, Budget, Count, Sparse, attending, read_published
 from fourfold_loki.attention import attend
-from fourfold_loki.basis import Label
-from fourfold_loki.provenance import Imported
+from fourfold_loki.basis import Label, PublishedSource
 from fourfold_loki.selectors import H2O, Candidates, Exact, Loki, Selector
 
 FLOAT32 = 2e-5
@@ -54,7 +53,7 @@ def golden_basis(masks: dict[str, torch.Tensor]) -> Basis:
         query_maps=maps,
         key_maps=maps,
         spectra=torch.ones(maps.shape[:-1]),
-        label=Label(kind="pca", stage="after rotary", source=Imported(folder="golden")),
+        label=Label(kind="pca", stage="after rotary", source=PublishedSource(folder="golden")),
     )
 
 
@@ -112,8 +111,8 @@ def logits(
 ) -> torch.Tensor:
     """Every query masked, int(share * length) keys for each, selected per query head."""
     budget = Budget(amount=Count(keys=int(share * ids.shape[1])), selection="per head")
-    plan = Sparse(selector=selector, budget=budget, reach="every query")
-    with attending(model, plan):
+    mode = Sparse(selector=selector, budget=budget, reach="every query")
+    with attending(model, mode):
         return model(ids).logits.float()
 
 
@@ -175,7 +174,7 @@ def test_the_basis_that_we_fit_is_the_published_one(
 ) -> None:
     """Principal directions up to sign, and their shares of the variance, of both stages."""
     from fourfold_loki import fit
-    from fourfold_loki.calibrate import calibrate_tokens
+    from fourfold_loki.calibration import calibrate_tokens
 
     statistics = calibrate_tokens(tiny, values["calib_ids"])
     for stage, name in (("after rotary", "postrotary"), ("before rotary", "prerotary")):

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fourfold_loki import Budget, Share, Sparse
-from fourfold_loki.evaluate import FULL
-from fourfold_loki.passkey import NEEDLE, QUESTION, TASK, hide, retrieve
+from fourfold_loki.evaluate.passkey import NEEDLE, QUESTION, TASK, hide, retrieve
+from fourfold_loki.evaluate.perplexity import FULL
 from fourfold_loki.selectors import Exact
 
 
@@ -58,10 +58,10 @@ def test_reading_everything_finds_what_full_attention_finds(
     )
     hidden.ids[0] = said[0]
     arms = {"all": Sparse(selector=Exact(), budget=Budget(amount=Share(of_visible=1.0)))}
-    found = [(one.arm, one.is_found) for one in retrieve(llama, hidden, arms)]
-    assert (FULL, True) in found
-    assert [told for arm, told in found if arm == FULL] == [
-        told for arm, told in found if arm == "all"
+    answers = [(each.arm, each.is_found) for each in retrieve(llama, hidden, arms)]
+    assert (FULL, True) in answers
+    assert [told for arm, told in answers if arm == FULL] == [
+        told for arm, told in answers if arm == "all"
     ]
 
 

@@ -1,16 +1,18 @@
 """What the recipes promise: fair budgets, text that no calibration saw, records that rebuild their run."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from fourfold_loki import recipes
 from fourfold_loki.budget import Count
-from fourfold_loki.experiment import EXPERIMENT
-from fourfold_loki.recipes import Perplexity
-from fourfold_loki.table import committed, selectors_table
-from fourfold_loki.text import windows_of
+from fourfold_loki.reproduce import recipes
+from fourfold_loki.reproduce.experiment import EXPERIMENT
+from fourfold_loki.reproduce.recipes import Perplexity
+from fourfold_loki.reproduce.text import windows_of
 from fourfold_parallel.common.values import from_json, to_json
+from fourfold_parallel.reproduce.claims import judge, write_ledger
+from fourfold_parallel.reproduce.experiment import load
 from fourfold_parallel.run.corpora import Wikipedia
 from fourfold_parallel.run.models import SmolLM2
 
@@ -37,7 +39,7 @@ def test_nothing_scored_was_calibrated_on() -> None:
     """No window of a stage holds a token that a calibration saw."""
     corpus, fitted = Wikipedia(), recipes.calibration("laptop")
     seen = windows_of(
-        corpus, SmolLM2(), count=fitted.tokens // fitted.context, context=fitted.context
+        corpus, count=fitted.tokens // fitted.context, context=fitted.context
     ).flatten()
     # Documents differ: 24 equal tokens in a row would be the same place.
     places = {tuple(seen[i : i + 24].tolist()) for i in range(len(seen) - 23)}
@@ -47,7 +49,7 @@ def test_nothing_scored_was_calibrated_on() -> None:
     for run in scored:
         assert run.corpus == corpus
         ids = windows_of(
-            corpus, run.model, skip_tokens=run.skip_tokens, count=run.windows, context=run.context
+            corpus, skip_tokens=run.skip_tokens, count=run.windows, context=run.context
         ).flatten()
         assert not any(
             tuple(ids[i : i + 24].tolist()) in places for i in range(0, len(ids) - 23, 24)
@@ -60,11 +62,43 @@ def test_a_scale_that_is_not_there_is_refused() -> None:
         recipes.calibration("paper")
 
 
-def test_the_readmes_table_of_selectors_is_the_committed_records() -> None:
-    """Row by row, as `table.selectors_table` renders it."""
+def test_the_committed_ledger_is_what_the_claims_say_of_the_committed_records(
+    tmp_path: Path,
+) -> None:
+    """To the byte."""
+    results = Path(__file__).parents[1] / "results"
+    records = load(EXPERIMENT, "laptop", results)
+    assert set(records) == {stage.name for stage in EXPERIMENT.stages("laptop")}
+    rows = judge(EXPERIMENT.claims, records, package="loki", scale="laptop")
+    write_ledger(tmp_path / "ledger.jsonl", rows)
+    assert (tmp_path / "ledger.jsonl").read_bytes() == (results / "ledger.jsonl").read_bytes()
+
+
+def test_the_readmes_speeds_are_those_of_the_benchmarks_record() -> None:
+    """The table row by row, and the ranges in the text below it."""
     package = Path(__file__).parents[1]
-    records = committed(package / "results")
-    assert selectors_table(records) in (package / "README.md").read_text()
+    record = package.parents[1] / "benchmarks" / "loki_decode.jsonl"
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    timed = [line for line in lines if line["event"] == "loki_decode"]
+    speeds: dict[tuple[str, str], dict[int, str]] = {}
+    for line in timed:
+        row = speeds.setdefault((line["shape"], line["dtype"]), {})
+        row[line["tokens"]] = f"{line['over_best_dense']:.2f}"
+    text = (package / "README.md").read_text()
+    for (shape, dtype), row in speeds.items():
+        cells = [row.get(tokens, "") for tokens in (4096, 8192, 16384, 32768)]
+        assert f"| {shape} | {dtype} | {' | '.join(cells)} |" in text
+
+    def extremes(key: str, digits: int) -> str:
+        values = [line[key] for line in timed]
+        return " to ".join(f"{value:.{digits}g}" for value in (min(values), max(values)))
+
+    flowing = " ".join(text.split())
+    assert f"Over transformers' own sdpa it is {extremes('over_sdpa', 2)} times as fast" in flowing
+    assert f"torch's operations are {extremes('by_torch_over_best_dense', 2)} times" in flowing
+    [end] = [line for line in lines if line["event"] == "loki_end_to_end"]
+    assert f"takes 1/{end['over_dense']:.2g} of the time of dense attention" in flowing
+    assert f"to {100 * abs(1 - end['read_over_predicted']):.1g} %" in flowing
 
 
 @pytest.mark.slow
@@ -74,19 +108,19 @@ def test_the_published_basis_fails_and_the_balanced_one_does_not() -> None:
 
     import torch
 
-    from fourfold_loki.evaluate import score
-    from fourfold_loki.experiment import built, planned
+    from fourfold_loki.evaluate.perplexity import score
+    from fourfold_loki.reproduce.experiment import built, modes_of
 
     run = recipes.long_context("laptop")
     arms = [arm for arm in run.arms if arm.name in {"loki-pca", "loki-balanced-shared"}]
     run = replace(run, arms=tuple(arms), windows=12)
     model = built(SmolLM2())
     ids = windows_of(
-        run.corpus, run.model, skip_tokens=run.skip_tokens, count=run.windows, context=run.context
+        run.corpus, skip_tokens=run.skip_tokens, count=run.windows, context=run.context
     )
-    scored = list(score(model, ids, planned(run.arms, model), prompt=run.prompt))
+    scored = list(score(model, ids, modes_of(run.arms, model), prompt=run.prompt))
     nats = {
-        name: torch.cat([one.nats for one in scored if one.arm == name]).mean()
+        name: torch.cat([window.nats for window in scored if window.arm == name]).mean()
         for name in ("full", "loki-pca", "loki-balanced-shared")
     }
     assert float((nats["loki-pca"] - nats["full"]).exp()) > 1.2

@@ -2,7 +2,8 @@
 
 import pytest
 
-from fourfold_loki.traffic import DEVICES, Device, Reads, Shape, predict
+from fourfold_loki.evaluate.traffic import DEVICES, Device, Shape, predict
+from fourfold_loki.huggingface.reads import Reads
 
 
 def shape(weights: int) -> Shape:

@@ -1,6 +1,6 @@
 """Approaches 1 and 2: prescriptions read off the runs themselves, without a form of the law.
 
-The frontier of the runs that one has follows where they end: read `null.design_null` beside every slope.
+The frontier of a table of runs depends on where they end: read `simulate.design_null` beside every slope.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.spatial import ConvexHull
 
-from fourfold_gemstones.counting import Embeddings
-from fourfold_gemstones.settings import Settings
-from fourfold_gemstones.table import Resource, RunTable
+from fourfold_gemstones.architecture import Embeddings
+from fourfold_gemstones.laws import Settings
+from fourfold_gemstones.runs import Resource, RunTable
 
 Target = Literal["parameters", "tokens", "tokens_per_parameter"]
-"""What an envelope or a parabola prescribes as a power of the resource."""
+"""Quantities that an envelope or a parabola prescribes as a power of the resource."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +87,8 @@ def overspent(table: RunTable, kind: Resource) -> Float[np.ndarray, " row"]:
 class EnvelopeLaw(Settings):
     """Approach 1: a line through the models on the frontier of loss against a resource.
 
-    It asks for no form of the law, but the frontier is that of the runs one has, and follows where
-    they end: read `null.design_null` beside every slope.
+    It asks for no form of the law, but the frontier is that of these runs, and depends on where they
+    end: read `simulate.design_null` beside every slope.
     """
 
     resource: Resource = "flops"
@@ -97,7 +97,7 @@ class EnvelopeLaw(Settings):
     embeddings: Embeddings = Embeddings.BOTH
 
     def targets(self, table: RunTable) -> Float[np.ndarray, " row"]:
-        """What is prescribed, at each row."""
+        """The quantity that is prescribed, at each row."""
         match self.target:
             case "parameters":
                 return table.parameters(self.embeddings)
@@ -172,7 +172,7 @@ class IsoFlopLaw(Settings):
     resource: Resource = "flops"
     target: Literal["parameters", "tokens"] = "parameters"
     budgets: tuple[float, ...] = ()
-    """Where to cut; empty cuts at ten budgets spread over those that at least five runs pass."""
+    """Places of the cuts; empty cuts at ten budgets spread over those that at least five runs pass."""
     embeddings: Embeddings = Embeddings.BOTH
 
     def fit(self, table: RunTable) -> IsoFlopFit:
@@ -198,19 +198,18 @@ class IsoFlopLaw(Settings):
                 vertices.append((float(budget), at[0], trade.predict(at)[0], curve))
         if len(vertices) < 3:
             raise ValueError(
-                f"{len(vertices)} of {len(budgets)} budgets cut {table.source} in a parabola with "
-                "its "
-                "vertex among the runs, and a line needs 3; add sizes, or choose budgets that more "
-                "runs pass"
+                f"{len(vertices)} of {len(budgets)} budgets cut {table.source} in a parabola with its "
+                "vertex among the runs, and a line needs 3; add sizes, or choose budgets that more runs pass"
             )
-        found = np.asarray(vertices)
-        prescribed = found[:, 1] if self.target == "parameters" else found[:, 2]
+        cuts = np.asarray(vertices)
+        prescribed = cuts[:, 1] if self.target == "parameters" else cuts[:, 2]
         return IsoFlopFit(
             law=self,
-            budgets=found[:, 0],
+            table=table,
+            budgets=cuts[:, 0],
             prescribed=prescribed,
-            curvature=found[:, 3],
-            estimate=Line.through(found[:, 0], prescribed),
+            curvature=cuts[:, 3],
+            estimate=Line.through(cuts[:, 0], prescribed),
         )
 
     def refits(
@@ -240,7 +239,7 @@ class IsoFlopLaw(Settings):
         """Parameters, tokens and loss of every run that passes `budget`, at it."""
         resource, parameters = table.resource(self.resource), table.parameters(self.embeddings)
         _, index = table.groups("run")
-        found = []
+        points = []
         for run in range(index.max() + 1):
             rows = np.flatnonzero(index == run)
             spent = resource[rows]
@@ -248,8 +247,8 @@ class IsoFlopLaw(Settings):
                 at = np.log(budget), np.log(spent)
                 tokens = np.interp(*at, np.log(table.column("tokens")[rows]))
                 loss = np.interp(*at, np.log(table.column("loss_nats")[rows]))
-                found.append((parameters[rows[0]], np.exp(tokens), np.exp(loss)))
-        columns = np.asarray(found).reshape(-1, 3)
+                points.append((parameters[rows[0]], np.exp(tokens), np.exp(loss)))
+        columns = np.asarray(points).reshape(-1, 3)
         return columns[:, 0], columns[:, 1], columns[:, 2]
 
 
@@ -258,6 +257,7 @@ class IsoFlopFit:
     """Vertices of parabolas and the line through them."""
 
     law: IsoFlopLaw
+    table: RunTable
     budgets: Float[np.ndarray, " budget"]
     prescribed: Float[np.ndarray, " budget"]
     curvature: Float[np.ndarray, " budget"]
@@ -267,3 +267,10 @@ class IsoFlopFit:
     def predict(self, table: RunTable) -> Float[np.ndarray, " row"]:
         """The prescribed target at each row's resource."""
         return self.estimate.predict(table.resource(self.law.resource))
+
+    def score(self, table: RunTable) -> float:
+        """R² of the line over the vertices of `table`, in log target."""
+        other = self.law.fit(table)
+        actual = np.log(other.prescribed)
+        residual = actual - np.log(self.estimate.predict(other.budgets))
+        return 1 - float(np.square(residual).sum() / np.square(actual - actual.mean()).sum())

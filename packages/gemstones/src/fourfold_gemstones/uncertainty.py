@@ -1,4 +1,4 @@
-"""How sure an estimate is: bootstraps over runs, leave-one-out, profiles.
+"""Intervals of an estimate: bootstraps over runs, paired differences, leave-one-out.
 
 Checkpoints of one run share that run's luck: its initialisation, its learning rate's fit to its
 shape, the error of the law at its shape. Drawing rows as if they were independent gives intervals
@@ -14,23 +14,25 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import chi2
 
-from fourfold_gemstones.laws import LawWarning, ParametricFit, PowerLaw
-from fourfold_gemstones.pinned import pinned
-from fourfold_gemstones.table import Grouping, RunTable
+from fourfold_gemstones.parametric import LawWarning
+from fourfold_gemstones.runs import Grouping, RunTable
 
 Functional = Callable[[Any], float]
 """A number read off an estimate: a slope, a prescription at a budget, a predicted loss."""
 UNDEFINED = (ValueError, ZeroDivisionError, FloatingPointError, OverflowError)
-"""What a functional may raise on an estimate that has no such value."""
+"""Errors that a functional may raise on an estimate that has no such value."""
 FEW_GROUPS = 8
 """Below this many groups a percentile interval is too narrow (Cameron, Gelbach and Miller 2008)."""
 
 
 @runtime_checkable
 class Law(Protocol):
-    """What a bootstrap needs of an estimator."""
+    """An estimator that can be resampled and simulated: every form of law is one."""
+
+    def fit(self, table: RunTable, /) -> Fit:
+        """The fit to a table; the estimator itself does not change."""
+        ...
 
     def refits(
         self, fit: Any, table: RunTable, weights: Float[np.ndarray, "draw row"], /
@@ -41,7 +43,7 @@ class Law(Protocol):
 
 @runtime_checkable
 class Fit(Protocol):
-    """What a bootstrap needs of a fit."""
+    """A fit that can be resampled."""
 
     @property
     def law(self) -> Any:
@@ -50,12 +52,20 @@ class Fit(Protocol):
 
     @property
     def table(self) -> RunTable:
-        """What it was fitted to."""
+        """The rows it was fitted to."""
         ...
 
     @property
     def estimate(self) -> Any:
-        """What functionals are read off."""
+        """The value that functionals are read off."""
+        ...
+
+    def predict(self, table: RunTable, /) -> Float[np.ndarray, " row"]:
+        """One number a row: a loss, or what is prescribed at the row's resource."""
+        ...
+
+    def score(self, table: RunTable, /) -> float:
+        """Share of the variance of the logarithm that the fit explains (R²)."""
         ...
 
 
@@ -73,7 +83,7 @@ class Interval:
     level: float
 
     def contains(self, value: float) -> bool:
-        """Whether `value` lies in it, ends included."""
+        """True where `value` lies in it, ends included."""
         return self.low <= value <= self.high
 
     def __str__(self) -> str:
@@ -104,13 +114,13 @@ class Bootstrap:
 
     def values(self, functional: Functional) -> Float[np.ndarray, " draw"]:
         """The functional on every draw; what it cannot be computed on gives NaN."""
-        found = np.full(len(self.estimates), np.nan)
+        values = np.full(len(self.estimates), np.nan)
         for draw, estimate in enumerate(self.estimates):
             try:
-                found[draw] = functional(estimate)
+                values[draw] = functional(estimate)
             except UNDEFINED:
                 continue
-        return found
+        return values
 
     def interval(self, functional: Functional, *, level: float = 0.95) -> Interval:
         """Percentile interval of the functional."""
@@ -124,7 +134,7 @@ class Bootstrap:
 def group_counts(
     groups: int, draws: int, generator: np.random.Generator
 ) -> Float[np.ndarray, "draw group"]:
-    """How often each group is drawn, with replacement, as many draws as there are groups."""
+    """Draws of each group, with replacement, as many as there are groups."""
     if groups < 2:
         raise ValueError(f"{groups} group cannot be resampled; add runs, or group by row")
     if draws < 1:
@@ -144,8 +154,7 @@ def bootstrap(
     names, index = fit.table.groups(groups)
     if len(names) < FEW_GROUPS:
         warnings.warn(
-            f"{fit.table.source} has {len(names)} groups by {groups}; below {FEW_GROUPS} a "
-            "bootstrap "
+            f"{fit.table.source} has {len(names)} groups by {groups}; below {FEW_GROUPS} a bootstrap "
             "interval is too narrow",
             LawWarning,
             stacklevel=2,
@@ -202,7 +211,7 @@ class Difference:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval does not contain zero."""
+        """True where the interval does not contain zero."""
         return not self.interval.contains(0.0)
 
 
@@ -239,67 +248,4 @@ def leave_one_out(
     names, index = fit.table.groups(groups)
     weights = (index[None] != np.arange(len(names))[:, None]).astype(np.float64)
     estimates = fit.law.refits(fit, fit.table, weights)
-    return {name: functional(found) for name, found in zip(names, estimates, strict=True)}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Profile:
-    """The least objective at each value of a functional, and the interval it gives.
-
-    A Huber objective is no log likelihood, and rows of a run are not independent, so the curve is
-    scaled: half a unit at one bootstrap standard error either side of the estimate. Its shape is
-    the law's, its width the clusters'.
-    """
-
-    values: Float[np.ndarray, " point"]
-    excess: Float[np.ndarray, " point"]
-    """Objective above its minimum, in the scaled unit: the interval ends at chi2/2."""
-    estimate: float
-    interval: Interval
-
-
-def profile(
-    fit: ParametricFit,
-    functional: Callable[[PowerLaw], float],
-    draws: Bootstrap,
-    *,
-    points: int = 31,
-    level: float = 0.95,
-) -> Profile:
-    """Profile of any functional of a power law."""
-    values = draws.values(functional)
-    low, high = percentile_interval(values, 0.95).low, percentile_interval(values, 0.95).high
-    error = (high - low) / (2 * 1.96)
-    estimate = functional(fit.estimate)
-    problem = fit.law.problem(fit.table)
-    targets = np.linspace(estimate - 3.5 * error, estimate + 3.5 * error, points)
-
-    def of_vector(vector: Float[np.ndarray, " parameter"]) -> float:
-        try:
-            return functional(PowerLaw.from_vector(fit.law.variables, vector))
-        except UNDEFINED:
-            return float("nan")
-
-    reached, least = pinned(
-        problem,
-        fit.estimate.vector(),
-        of_vector,
-        targets,
-        stiffness=100 * fit.objective / error**2,
-    )
-    order = np.argsort(reached)
-    reached, excess = reached[order], np.maximum(least[order] - fit.objective, 0.0)
-    beside = np.interp([estimate - error, estimate + error], reached, excess)
-    excess = excess * 0.5 / max(float(beside.mean()), 1e-300)
-    threshold = float(chi2.ppf(level, 1)) / 2
-    below, above = reached <= estimate, reached >= estimate
-    ends = (
-        np.interp(-threshold, -excess[below], reached[below]),
-        np.interp(threshold, excess[above], reached[above]),
-    )
-    return Profile(
-        values=reached,
-        excess=excess,
-        estimate=estimate,
-        interval=Interval(low=float(ends[0]), high=float(ends[1]), level=level),
-    )
+    return {name: functional(estimate) for name, estimate in zip(names, estimates, strict=True)}

@@ -1,20 +1,8 @@
-"""Goldfish loss (Hans et al. 2024): train without reciting."""
+"""Goldfish loss (Hans et al. 2024): train without reciting.
 
-from fourfold_goldfish.canonical import CanonicalGoldfish, Spelling
-from fourfold_goldfish.collators import add_goldfish, goldfish_collator
-from fourfold_goldfish.cross_entropy import goldfish_cross_entropy
-from fourfold_goldfish.loss import Goldfish
-from fourfold_goldfish.memorization import Extraction, extract
-from fourfold_goldfish.metrics import rouge_l
+The public names stand in `__init__.pyi`; each is imported when it is first used.
+"""
 
-__all__ = [
-    "CanonicalGoldfish",
-    "Extraction",
-    "Goldfish",
-    "Spelling",
-    "add_goldfish",
-    "extract",
-    "goldfish_collator",
-    "goldfish_cross_entropy",
-    "rouge_l",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,13 +1,22 @@
-"""`python -m fourfold_goldfish`: reproduce the paper; or `audit`, `extract`, `train`, `figure`."""
+"""`fourfold-goldfish`, or `python -m fourfold_goldfish`: audit, extract, train, figure, reproduce."""
 
-import sys
+from fourfold_goldfish import commands
+from fourfold_parallel.reproduce import cli
 
-from fourfold_goldfish.commands import COMMANDS, run
-from fourfold_goldfish.experiment import EXPERIMENT
-from fourfold_parallel.reproduce.cli import main
+
+def main() -> None:
+    """Perform the command that the arguments name."""
+    cli.main(
+        "goldfish",
+        {
+            "audit": commands.audit,
+            "extract": commands.extract,
+            "train": commands.train,
+            "figure": commands.figure,
+            "reproduce": cli.reproduces("goldfish"),
+        },
+    )
+
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
-        run(sys.argv[1], sys.argv[2:])
-    else:
-        main(EXPERIMENT)
+    main()

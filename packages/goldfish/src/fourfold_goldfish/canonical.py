@@ -53,10 +53,10 @@ class Spelling:
         Raises:
             ValueError: for ids that the tokenizer does not have.
         """
-        held = len(self)
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < held:
+        ids = len(self)
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < ids:
             raise ValueError(
-                f"tokens hold ids {int(tokens.min())} to {int(tokens.max())}, the spelling has {held}; "
+                f"tokens hold ids {int(tokens.min())} to {int(tokens.max())}, the spelling has {ids}; "
                 "make it from the tokenizer of these ids"
             )
         starts, codes = self.starts.to(tokens.device), self.codes.to(tokens.device)
@@ -77,6 +77,19 @@ class CanonicalGoldfish:
     """Canonical characters hashed per decision; 24 are about five English words."""
     spelling: Spelling
     key: int = 0
+    """Secret that the hash is mixed with, as `Goldfish.key`."""
+
+    def __post_init__(self) -> None:
+        if self.characters < 1:
+            raise ValueError(
+                f"characters={self.characters} hash nothing; use 1 or more (24 are about five words)"
+            )
+        _ = self._hash  # refuses its k and key
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shortest row that the mask takes: any."""
+        return 0
 
     def drop(
         self, tokens: Int[Tensor, "batch row"], document_ids: Int[Tensor, "batch row"] | None = None
@@ -86,10 +99,12 @@ class CanonicalGoldfish:
         A target is decided by the characters before it in its document, `characters` of them or what there
         is. Tokens without a canonical character share the decision of the next one that has some.
         """
+        # All rows end to end as one string of characters; a row, like a document, begins anew.
         spelled, lengths = self.spelling.characters(tokens.flatten().long())
         rows = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
         documents = rows if document_ids is None else rows * (1 << 40) + document_ids
         flat = documents.flatten()
+        # Where each token's characters begin, and those of its document.
         begins = lengths.cumsum(0) - lengths
         is_new = torch.ones_like(flat, dtype=torch.bool)
         is_new[1:] = flat[1:] != flat[:-1]

@@ -17,12 +17,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from fourfold_goldfish.canonical import CanonicalGoldfish
-from fourfold_goldfish.checkpoints import MaskCheck, mask_digest
 from fourfold_goldfish.loss import Goldfish
-from fourfold_parallel.run.objective import TargetMask
-
-IGNORE = -100
-"""Label that no loss counts, as in torch and transformers."""
+from fourfold_goldfish.mask_digest import MaskCheck, mask_digest
+from fourfold_parallel.run.objective import IGNORE, TargetMask
 
 Collator = Callable[[list[Any]], Any]
 """Features of some examples to a batch, a mapping of tensors; transformers' and TRL's are."""
@@ -96,7 +93,7 @@ def mask_labels(
 def document_ids(
     batch: Mapping[str, Any], *, separators: tuple[int, ...] = ()
 ) -> Int[Tensor, "batch row"]:
-    """Which document each id of a batch belongs to, counted within its row; padding is one of its own.
+    """The document of each id of a batch, counted within its row; padding is a document of its own.
 
     A document begins where `position_ids` do not go on by one, where `seq_idx` or `attention_mask`
     changes, and after an id in `separators`.
@@ -129,7 +126,7 @@ def add_goldfish(
     Raises:
         ValueError: where the trainer has been given a mask before.
     """
-    if isinstance(trainer.get_train_dataloader, MethodType) is False:
+    if not isinstance(trainer.get_train_dataloader, MethodType):
         raise ValueError(
             "this trainer's training batches are masked already; call add_goldfish once"
         )

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from fourfold_parallel.grid.collectives import Axis
 from fourfold_parallel.grid.layers import vocabulary_cross_entropy
-
-IGNORE = -100
+from fourfold_parallel.run.objective import IGNORE
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ class Split:
 
 
 Backend = Literal["torch", "triton"] | Split
-"""What turns a chunk's logits into losses and slopes: torch operations, one Triton kernel (on a GPU), or
+"""The way from a chunk's logits to losses and slopes: torch operations, one Triton kernel (on a GPU), or
 torch operations and collectives over a split vocabulary."""
 
 
@@ -121,11 +120,13 @@ class _CompactedCrossEntropy(torch.autograd.Function):
         rows_slope = torch.empty_like(rows) if needs_rows else None
         weight_slope = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         for first in range(0, len(rows), chunk):
+            # One chunk's logits are in memory at a time, and become their own gradient in place.
             part = rows[first : first + chunk]
             logits = (part @ weight.T).to(wide)
             nats, slope = _losses_and_slopes(logits, targets[first : first + chunk], backend)
             nats_sum += nats.sum()
             slope = slope.to(weight.dtype)
+            # Back through the product: a row's gradient is written once, the head's is summed.
             if rows_slope is not None:
                 torch.mm(slope, weight, out=rows_slope[first : first + chunk])
             if weight_slope is not None:
@@ -163,6 +164,7 @@ def _losses_and_slopes(
         from fourfold_goldfish.kernels import losses_and_slopes
 
         return losses_and_slopes(logits, targets), logits
+    # Softmax less one at the true id, in the memory of the logits; the loss is read off on the way.
     true = targets[:, None]
     logits.sub_(logits.amax(dim=-1, keepdim=True))
     nats = -logits.gather(-1, true).squeeze(-1)

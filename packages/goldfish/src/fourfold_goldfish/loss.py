@@ -17,16 +17,16 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from fourfold_goldfish import published
+from fourfold_goldfish.other_hashes import OF_PLACES, OF_WINDOWS
 
 Hash = Literal["ordered", "reference", "avalanche", "apertus", "apertus2", "static", "random"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goldfish:
-    """Which targets the loss leaves out: a pure function of token ids.
+    """A mask over targets, as a pure function of token ids: what it drops, the loss leaves out.
 
-    The same for every sharding, device, process count and data-loader worker; no random state is used.
+    It is the same for every sharding, device, process count and data-loader worker; no random state is used.
     Defaults follow the paper's formula. What its code does, and what its checkpoints were trained with,
     is `Goldfish(k=4, context=13, hash="reference", window="inclusive", boundary="straddle")`.
     """
@@ -107,9 +107,8 @@ class Goldfish:
         self._check(tokens, document_ids)
         words = tokens.long()
         dropped = torch.zeros_like(tokens, dtype=torch.bool)
-        if self.hash in ("static", "random"):
-            hits = published.static_hits if self.hash == "static" else published.random_hits
-            dropped = hits(words, self.k, self.key)
+        if self.hash in OF_PLACES:
+            dropped = OF_PLACES[self.hash](words, self.k, self.key)
         elif self.boundary == "prefix":
             # The window of target i is tokens[begins[i]:ends[i]]; an empty one decides nothing.
             ends = torch.arange(tokens.shape[1], device=tokens.device) + self._sees_target
@@ -137,6 +136,11 @@ class Goldfish:
         return (begins < ends) & self._below(parts * powers[ends])
 
     @property
+    def shortest(self) -> int:
+        """Tokens of the shortest row that the mask takes; 0 where it takes any."""
+        return 0 if self.boundary == "prefix" or self.hash in OF_PLACES else self._first_target + 1
+
+    @property
     def _sees_target(self) -> int:
         return int(self.window == "inclusive")
 
@@ -147,29 +151,21 @@ class Goldfish:
 
     def _whole_windows(self, words: Int[Tensor, "batch row"]) -> Bool[Tensor, "batch window"]:
         """The decision of every whole window, by its first token."""
-        match self.hash:
-            case "reference":
-                return published.product_hits(words, self.k, self.context)
-            case "avalanche":
-                return published.avalanche_hits(words, self.k, self.context)
-            case "apertus":
-                return published.apertus_hits(words, self.k, self.context)
-            case "apertus2":
-                return published.apertus2_hits(words, self.k, self.context)
-            case _:
-                hits = words.new_empty((len(words), words.shape[1] - self.context + 1), dtype=bool)
-                rows = max(1, _IN_CACHE // words.shape[1]) if words.is_cpu else len(words)
-                for block, hit in zip(words.split(rows), hits.split(rows), strict=True):
-                    sums, powers = _prefix_sums(block)
-                    parts = sums[:, self.context :] - sums[:, : -self.context]
-                    hit.copy_(self._below(parts.mul_(powers[self.context :])))
-                return hits
+        if self.hash in OF_WINDOWS:
+            return OF_WINDOWS[self.hash](words, self.k, self.context)
+        hits = words.new_empty((len(words), words.shape[1] - self.context + 1), dtype=torch.bool)
+        rows = max(1, _IN_CACHE // words.shape[1]) if words.is_cpu else len(words)
+        for block, hit in zip(words.split(rows), hits.split(rows), strict=True):
+            sums, powers = _prefix_sums(block)
+            parts = sums[:, self.context :] - sums[:, : -self.context]
+            hit.copy_(self._below(parts.mul_(powers[self.context :])))
+        return hits
 
     def _below(self, words: Int[Tensor, "batch window"]) -> Bool[Tensor, "batch window"]:
-        """Whether a window's mixed word falls below a share 1/k of the int64 range.
+        """True where a window's word, mixed in place, falls below a share 1/k of the int64 range.
 
-        The first two rounds of the splitmix64 finaliser (Steele, Lea and Flood 2014), in place; its
-        last would not touch the leading bits, which decide.
+        Mixed by the first two rounds of the splitmix64 finaliser (Steele, Lea and Flood 2014); its last
+        would not touch the leading bits, which decide.
         """
         if self.key:
             words.add_(_signed(_key_word(self.key)))
@@ -189,8 +185,7 @@ class Goldfish:
                 f"document_ids of shape {tuple(document_ids.shape)} do not match tokens of shape "
                 f"{tuple(tokens.shape)}; give one document id per token"
             )
-        is_hashed = self.hash not in ("static", "random")
-        if is_hashed and self.boundary != "prefix" and tokens.shape[1] <= self._first_target:
+        if tokens.shape[1] < self.shortest:
             raise ValueError(
                 f"rows of {tokens.shape[1]} tokens hold no {self.window} window of context={self.context}; "
                 f"use a context of at most {max(1, tokens.shape[1] - 1 + self._sees_target)}, longer rows, "
@@ -234,7 +229,7 @@ def _powers(size: int, device: torch.device) -> tuple[Int[Tensor, " size"], Int[
     inverse = pow(_BASE, -1, 1 << 64)
     factors = np.full((2, size), [[inverse], [_BASE]], dtype=np.uint64)
     factors[:, 0] = 1, _SPREAD * inverse % (1 << 64)
-    inverses, powers = (torch.from_numpy(one) for one in factors.cumprod(axis=1).view(np.int64))
+    inverses, powers = (torch.from_numpy(row) for row in factors.cumprod(axis=1).view(np.int64))
     return inverses.to(device), powers.to(device)
 
 

@@ -1,4 +1,4 @@
-"""Was a passage in the training data? Scores of membership, and how well they tell.
+"""Membership inference: scores that tell passages of the training data from others, and their quality.
 
 Every score is higher for a likelier member. `auc` and `tpr_at_fpr` judge a score on passages known to be
 members and others of the same kind that are not.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,7 +21,7 @@ from fourfold_parallel.reproduce.claims import Interval
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenStatistics:
-    """What a model says of each target of some passages."""
+    """A model's view of each target of some passages."""
 
     log_probability: Float[Tensor, "passage token"]
     """Of the true token, in nats."""
@@ -35,22 +36,23 @@ def token_statistics(
     model: PreTrainedModel, passages: Int[Tensor, "passage row"], *, batch: int
 ) -> TokenStatistics:
     """Teacher-forced statistics of every target, `batch` passages at a time."""
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    batches: list[tuple[Tensor, Tensor, Tensor]] = []
     for first in range(0, len(passages), batch):
         rows = passages[first : first + batch].to(model.device)
         logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+        # Of every id at every place, then of the true one, then the moments over what the model may say.
         every = logits.float().log_softmax(-1)
         true = every.gather(-1, rows[:, 1:, None]).squeeze(-1)
         chances = every.exp()
         mean = (chances * every).sum(-1)
         variance = (chances * every.square()).sum(-1) - mean.square()
-        found.append((true.cpu(), mean.cpu(), variance.clamp(min=1e-12).sqrt().cpu()))
-    true, mean, deviation = (torch.cat(parts) for parts in zip(*found, strict=True))
+        batches.append((true.cpu(), mean.cpu(), variance.clamp(min=1e-12).sqrt().cpu()))
+    true, mean, deviation = (torch.cat(parts) for parts in zip(*batches, strict=True))
     return TokenStatistics(log_probability=true, mean=mean, deviation=deviation)
 
 
 def loss_score(statistics: TokenStatistics) -> Float[Tensor, " passage"]:
-    """Mean log probability: what is known by heart costs little (Yeom et al. 2018)."""
+    """Mean log probability: text known by heart costs little (Yeom et al. 2018)."""
     return statistics.log_probability.mean(dim=-1)
 
 
@@ -67,7 +69,7 @@ def zlib_score(
 def reference_score(
     statistics: TokenStatistics, reference: TokenStatistics
 ) -> Float[Tensor, " passage"]:
-    """How much likelier than under a model that did not see the passage (Carlini et al. 2021)."""
+    """Log probability less that of a model that did not see the passage (Carlini et al. 2021)."""
     return loss_score(statistics) - loss_score(reference)
 
 
@@ -93,11 +95,12 @@ def _lowest(values: Float[Tensor, "passage token"], share: float) -> Float[Tenso
 
 
 def auc(members: Float[np.ndarray, " m"], others: Float[np.ndarray, " n"]) -> float:
-    """Chance that a member scores above another passage; ties count half. 0.5 tells nothing."""
-    pooled = np.concatenate([members, others])
-    _, where, counts = np.unique(pooled, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[where]
-    wins = ranks[: len(members)].sum() - len(members) * (len(members) + 1) / 2
+    """Chance that a member scores above another passage; ties count half. 0.5 tells nothing.
+
+    The statistic of Mann and Whitney over the number of pairs.
+    """
+    # Its p-value is not used; "auto" would enumerate every order of small samples for one.
+    wins = stats.mannwhitneyu(members, others, method="asymptotic").statistic
     return float(wins / (len(members) * len(others)))
 
 

@@ -1,21 +1,28 @@
-"""What a model has memorised: let it continue a passage and compare with how it really goes on.
+"""Extraction: let a model continue a passage and compare with how the passage really goes on.
 
 As in Hans et al. 2024, section 4: the model is given all but the last tokens of a training passage, and
-what it writes is compared with those tokens on token ids. Greedy decoding is the paper's main attack, 30
+its continuation is compared with those tokens on token ids. Greedy decoding is the paper's main attack, 30
 beams its adaptive one; sampling and a search at uncertain tokens are further ones.
 """
 
+import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from rapidfuzz.distance import LCSseq, Levenshtein
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from fourfold_goldfish.metrics import edit_similarity, longest_common_substring, rouge_l
-from fourfold_parallel.common.progress import Progress
+from fourfold_parallel.common.progress import Progress, silent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,15 +74,20 @@ class Sampling:
     def log_probabilities(
         self, logits: Float[Tensor, "*batch vocabulary"]
     ) -> Float[Tensor, "*batch vocabulary"]:
-        """What is drawn from, as log probabilities; -inf for tokens that never are."""
-        scaled = (logits.float() / self.temperature).log_softmax(-1)
-        ordered, order = scaled.sort(dim=-1, descending=True)
-        kept = torch.arange(logits.shape[-1], device=logits.device) < self.top_k
-        # A token stays while those before it hold less than top_p of what top_k leaves.
-        share = ordered.masked_fill(~kept, -torch.inf).softmax(-1)
-        kept = kept & (share.cumsum(-1) - share < self.top_p)
-        is_out = torch.zeros_like(kept).scatter(-1, order, ~kept)
-        return scaled.masked_fill(is_out, -torch.inf).log_softmax(-1)
+        """Log probabilities under which tokens are drawn; -inf for those that never are.
+
+        From the same warpers of transformers as `generate` draws by.
+        """
+        warpers = LogitsProcessorList(
+            [
+                TemperatureLogitsWarper(float(self.temperature)),
+                TopKLogitsWarper(self.top_k),
+                TopPLogitsWarper(self.top_p),
+            ]
+        )
+        rows = logits.float().reshape(-1, logits.shape[-1])
+        no_prompt: Any = rows.new_empty((len(rows), 0), dtype=torch.long)
+        return warpers(no_prompt, rows).log_softmax(-1).view(logits.shape)
 
 
 Decoding = Greedy | Beam | Lookahead
@@ -83,10 +95,10 @@ Decoding = Greedy | Beam | Lookahead
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extraction:
-    """What came out for one passage."""
+    """A continuation beside the passage's own."""
 
     exact: bool
-    """Whether the whole continuation is verbatim."""
+    """True where the whole continuation is verbatim."""
     rouge_l: float
     """ROUGE-L F1 of the continuation, in [0, 1]."""
     matched: int
@@ -103,7 +115,7 @@ def extract(
     *,
     suffix: int,
     batch: int,
-    progress: Progress,
+    progress: Progress = silent,
     decoding: Decoding = Greedy(),
 ) -> tuple[Extraction, ...]:
     """Attack every passage: prompt with all but its last `suffix` tokens and let the model go on.
@@ -126,13 +138,13 @@ def extract(
         raise ValueError(
             f"suffix={suffix} of passages of {length} tokens leaves no prompt; use 1 to {length - 1}"
         )
-    found: list[Extraction] = []
+    extractions: list[Extraction] = []
     for first in range(0, len(passages), batch):
         rows = passages[first : first + batch].to(model.device)
         written = continuation(model, rows[:, :-suffix], suffix, decoding)
-        found.extend(compare(written.cpu(), rows[:, -suffix:].cpu()))
-        progress(len(found), len(passages), "extraction")
-    return tuple(found)
+        extractions.extend(compare(written.cpu(), rows[:, -suffix:].cpu()))
+        progress(len(extractions), len(passages), "extraction")
+    return tuple(extractions)
 
 
 @torch.no_grad()
@@ -154,13 +166,14 @@ def continuation(
 def _generate(
     model: PreTrainedModel, prompt: Int[Tensor, "passage prompt"], **options: Any
 ) -> Int[Tensor, "passage new"]:
+    # A model's own generation settings may punish repetition, which is what an attack looks for.
+    settings = {"do_sample": False, "use_cache": True, "repetition_penalty": 1.0, **options}
     written = model.generate(  # pyright: ignore[reportCallIssue]
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        use_cache=True,
+        no_repeat_ngram_size=0,
         pad_token_id=model.config.eos_token_id,
-        **options,
+        **settings,
     )
     assert isinstance(written, Tensor)
     return written[:, prompt.shape[1] :]
@@ -172,10 +185,12 @@ def _fill(
     """Greedy, but with a search at each token that the model is unsure of."""
     row = prompt
     for _ in range(tokens):
+        # The greedy token, unless the model is unsure of it.
         likely = next_log_probabilities(model, row)[:, -1]
         best = likely.topk(search.candidates, dim=-1)
         chosen = best.indices[:, :1]
         if best.values[0, 0].exp() < search.unsure_below:
+            # Each candidate goes on greedily; the one whose future is the surest is taken.
             tried = torch.cat([row.expand(search.candidates, -1), best.indices[0, :, None]], dim=1)
             sureness = torch.zeros(search.candidates, device=row.device)
             for _ in range(search.steps):
@@ -227,15 +242,22 @@ def sample(
     tokens: int,
     *,
     sampling: Sampling,
-    generator: torch.Generator,
+    seed: int,
 ) -> Int[Tensor, "passage suffix"]:
-    """One sampled continuation of each prompt; equal generators give equal ones."""
-    row = prompt
-    for _ in range(tokens):
-        logits = model(input_ids=row, use_cache=False).logits[:, -1]
-        chances = sampling.log_probabilities(logits).exp()
-        row = torch.cat([row, torch.multinomial(chances, 1, generator=generator)], dim=1)
-    return row[:, prompt.shape[1] :]
+    """One sampled continuation of each prompt, past any end of text; equal seeds give equal ones."""
+    devices = [prompt.device] if prompt.is_cuda else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        return _generate(
+            model,
+            prompt,
+            max_new_tokens=tokens,
+            eos_token_id=None,
+            do_sample=True,
+            temperature=float(sampling.temperature),
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,7 +279,7 @@ def grid(
     prompts: Sequence[int],
     suffix: int,
     batch: int,
-    progress: Progress,
+    progress: Progress = silent,
 ) -> Iterator[Cell]:
     """Recall over prompt lengths and offsets: recital fades for prompts from inside a passage.
 
@@ -273,12 +295,12 @@ def grid(
     for offset in offsets:
         for prompt in prompts:
             rows = passages[:, offset : offset + prompt + suffix]
-            found = extract(model, rows, suffix=suffix, batch=batch, progress=progress)
+            extractions = extract(model, rows, suffix=suffix, batch=batch, progress=progress)
             yield Cell(
                 offset=offset,
                 prompt=prompt,
-                exact=sum(one.exact for one in found) / len(found),
-                rouge_l=sum(one.rouge_l for one in found) / len(found),
+                exact=sum(extraction.exact for extraction in extractions) / len(extractions),
+                rouge_l=sum(extraction.rouge_l for extraction in extractions) / len(extractions),
             )
 
 
@@ -295,14 +317,26 @@ def compare(
             rouge_l=rouge_l(ours, theirs),
             matched=matched,
             longest_run=longest_common_substring(ours, theirs),
-            edit_similarity=edit_similarity(ours, theirs),
+            edit_similarity=Levenshtein.normalized_similarity(ours, theirs),
         )
+
+
+def rouge_l(ours: Sequence[int], theirs: Sequence[int]) -> float:
+    """ROUGE-L F1 (Lin 2004): twice the longest common subsequence over the sum of the lengths."""
+    if not ours or not theirs:
+        return 0.0
+    return 2 * LCSseq.similarity(ours, theirs) / (len(ours) + len(theirs))
+
+
+def longest_common_substring(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """Length of the longest run of tokens that stands in both."""
+    return difflib.SequenceMatcher(None, ours, theirs, autojunk=False).find_longest_match().size
 
 
 def diverged_on_dropped(
     extractions: Sequence[Extraction], dropped: Bool[Tensor, "passage suffix"]
 ) -> tuple[int, int]:
-    """Of the continuations that leave their passage, how many do so at a token the loss left out.
+    """Count the continuations that leave their passage at a token the loss left out.
 
     Args:
         extractions: one per passage.
@@ -312,6 +346,8 @@ def diverged_on_dropped(
         (first divergences on a dropped target, first divergences).
     """
     diverged = [
-        bool(dropped[index, one.matched]) for index, one in enumerate(extractions) if not one.exact
+        bool(dropped[index, extraction.matched])
+        for index, extraction in enumerate(extractions)
+        if not extraction.exact
     ]
     return sum(diverged), len(diverged)

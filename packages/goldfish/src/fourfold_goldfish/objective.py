@@ -74,7 +74,7 @@ def _whole_matrix(head: Any) -> Float[Tensor, "vocabulary width"]:
 def _before_head(
     model: nn.Module, head: nn.Module, tokens: Int[Tensor, "batch token"]
 ) -> Float[Tensor, "batch token width"]:
-    """What the head would be given: a pass through the model in which the head sees no token."""
+    """The head's input, from a pass through the model in which the head sees no token."""
     given: list[Tensor] = []
 
     def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:

@@ -1,33 +1,8 @@
-"""Loki (Singhania et al. 2024): attend to the few keys that matter, found cheaply."""
+"""Loki (Singhania et al. 2024): attend to the few keys that matter, found cheaply.
 
-from fourfold_loki.attention import Rotation, loki_attention
-from fourfold_loki.basis import Basis, fit, read_published
-from fourfold_loki.budget import Budget, Count, Mass, Share
-from fourfold_loki.cache import LokiCache
-from fourfold_loki.calibrate import calibrate
-from fourfold_loki.evaluate import cost
-from fourfold_loki.huggingface import Session, attending, loki
-from fourfold_loki.plan import Sparse
-from fourfold_loki.selectors import Selector
-from fourfold_loki.statistics import Statistics
+The public names stand in `__init__.pyi`; each is imported when it is first used.
+"""
 
-__all__ = [
-    "Basis",
-    "Budget",
-    "Count",
-    "LokiCache",
-    "Mass",
-    "Rotation",
-    "Selector",
-    "Session",
-    "Share",
-    "Sparse",
-    "Statistics",
-    "attending",
-    "calibrate",
-    "cost",
-    "fit",
-    "loki",
-    "loki_attention",
-    "read_published",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

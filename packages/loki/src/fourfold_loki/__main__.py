@@ -1,16 +1,25 @@
-"""`python -m fourfold_loki`: reproduce the paper, or try Loki on a model of yours.
-
-python -m fourfold_loki --scale smoke
-python -m fourfold_loki calibrate | rank | doctor | ppl | passkey | tasks | bench | autotune MODEL ...
-"""
-
-import sys
+"""`fourfold-loki`, or `python -m fourfold_loki`: reproduce the paper, or try Loki on a model of yours."""
 
 from fourfold_loki import commands
-from fourfold_loki.experiment import EXPERIMENT
 from fourfold_parallel.reproduce import cli
 
-if sys.argv[1:2] and sys.argv[1] in commands.COMMANDS:
-    commands.main(sys.argv[1:])
-else:
-    cli.main(EXPERIMENT)
+COMMANDS = {
+    "reproduce": cli.reproduces("loki"),
+    "calibrate": commands.calibrate,
+    "rank": commands.rank,
+    "doctor": commands.doctor,
+    "ppl": commands.ppl,
+    "passkey": commands.passkey,
+    "tasks": commands.tasks,
+    "bench": commands.bench,
+    "autotune": commands.autotune,
+}
+
+
+def main() -> None:
+    """Perform the command that the arguments name."""
+    cli.main("loki", COMMANDS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Which directions come first: the paper's principal components, and two bases that rank better.
+"""The bases: the paper's principal components, and two whose leading coordinates rank better.
 
 `pca` is the paper's: eigenvectors of the keys' covariance. Centring takes the keys' mean out of the
 leading directions, and with it what tells the attention sink from all other keys.
@@ -14,6 +14,7 @@ expected squared error of a score is Σ_{i>d} σ_i², the least possible (Eckart
 
 import json
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Literal
 
@@ -24,10 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fourfold_loki.attention import Rotation
-from fourfold_loki.provenance import Imported, Part, Source
-from fourfold_loki.statistics import Stage, Statistics, rank_of, stated
+from fourfold_loki.moments import CalibrationSource, RotaryStage, Statistics, rank_of, stated
 from fourfold_parallel.common.files import whole_file
-from fourfold_parallel.common.values import to_json
+from fourfold_parallel.common.values import formerly, to_json
 
 Kind = Literal["pca", "pca_uncentred", "balanced"]
 
@@ -35,13 +35,36 @@ RIDGE = 1e-6
 """Share of the mean variance that every direction has at least, so that maps can be inverted."""
 
 
+@formerly("loki/Imported")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedSource:
+    """The folder of a transform in the published layout, which states neither model nor corpus."""
+
+    folder: str
+    """Name of the folder the transform was in: `Llama-2-7b-PCA/wikitext`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Some of the heads of a basis, for a rank that holds these heads of a model."""
+
+    first: int
+    last: int
+    """Exclusive."""
+    kv_heads: int
+    """Of the whole basis."""
+
+
+Source = CalibrationSource | PublishedSource | Part
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Label:
-    """What a basis is, as its file states."""
+    """The kind of a basis and where it comes from, as its file states."""
 
     kind: Kind
-    stage: Stage
-    """Which keys it was fitted to. It is applied after the rotary embedding either way."""
+    stage: RotaryStage
+    """The keys that it was fitted to. It is applied after the rotary embedding either way."""
     source: Source
 
 
@@ -52,7 +75,7 @@ class Basis:
     query_maps: Float[Tensor, "layers kv_heads head_width head_width"]
     key_maps: Float[Tensor, "layers kv_heads head_width head_width"]
     spectra: Float[Tensor, "layers kv_heads head_width"]
-    """What each coordinate contributes: variance of keys, or of scores (σ_i²) where balanced."""
+    """The contribution of each coordinate: variance of keys, or of scores (σ_i²) where balanced."""
     label: Label
 
     @property
@@ -117,18 +140,18 @@ class Basis:
         """Share of the spectrum beyond the first `width` coordinates."""
         return self.spectra[..., width:].sum(-1) / self.spectra.sum(-1)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file with its label, whole."""
         tensors = {
             "query_maps": self.query_maps.contiguous(),
             "key_maps": self.key_maps.contiguous(),
             "spectra": self.spectra.contiguous(),
         }
-        with whole_file(path) as partial:
+        with whole_file(Path(path)) as partial:
             save_file(tensors, partial, metadata={"loki_basis": json.dumps(to_json(self.label))})
 
     @classmethod
-    def load(cls, path: Path) -> "Basis":
+    def load(cls, path: str | PathLike[str]) -> "Basis":
         """Read what `save` wrote.
 
         Raises:
@@ -142,7 +165,9 @@ class Basis:
         return cls(**maps, label=label)
 
 
-def fit(statistics: Statistics, kind: Kind = "balanced", stage: Stage = "after rotary") -> Basis:
+def fit(
+    statistics: Statistics, kind: Kind = "balanced", stage: RotaryStage = "after rotary"
+) -> Basis:
     """The basis of a kind from calibration statistics.
 
     Raises:
@@ -188,7 +213,7 @@ def _factors(moment: Tensor) -> tuple[Tensor, Tensor]:
     return directions * roots[..., None, :], (directions / roots[..., None, :]).mT
 
 
-def read_published(folder: Path, *, stage: Stage = "after rotary") -> Basis:
+def read_published(folder: str | PathLike[str], *, stage: RotaryStage = "after rotary") -> Basis:
     """Import a transform in the published layout, `folder` being `<Model>-PCA/<corpus>`.
 
     There `postrotary/key/pca_components/pca_components_layer_0.pt` holds rows of directions [heads, D, D]
@@ -197,6 +222,7 @@ def read_published(folder: Path, *, stage: Stage = "after rotary") -> Basis:
     Raises:
         ValueError: where the folder holds no such files.
     """
+    folder = Path(folder)
     place = folder / ("postrotary" if stage == "after rotary" else "prerotary") / "key"
     layers = len(list(place.glob("pca_components/pca_components_layer_*.pt")))
     if not layers:
@@ -214,5 +240,7 @@ def read_published(folder: Path, *, stage: Stage = "after rotary") -> Basis:
         query_maps=maps,
         key_maps=maps,
         spectra=stacked("pca_explained_variance"),
-        label=Label(kind="pca", stage=stage, source=Imported(folder="/".join(folder.parts[-2:]))),
+        label=Label(
+            kind="pca", stage=stage, source=PublishedSource(folder="/".join(folder.parts[-2:]))
+        ),
     )

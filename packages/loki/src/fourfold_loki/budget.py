@@ -1,4 +1,4 @@
-"""How much of the cache a query may read, and which keys it gets beside the best-ranked ones.
+"""The part of the cache that a query may read, and the keys that it gets beside the best-ranked ones.
 
 The same accounting for every selector: sinks, window and selection together never exceed the count.
 """
@@ -66,7 +66,7 @@ Amount = Share | Count | Mass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What a query may read in full."""
+    """The keys that a query may read in full."""
 
     amount: Amount
     sinks: int = 0
@@ -79,11 +79,16 @@ class Budget:
     is not full counts as a whole one. The amount is rounded down to pages, one at least, unless it holds
     all keys."""
     selection: Literal["shared in groups", "per head"] = "shared in groups"
-    """Whether the query heads of one key/value head keep the same keys."""
+    """The query heads of a key/value head keep the same keys, or each its own (the paper's way)."""
     dense_below: int = 0
     """A query that sees fewer keys than this keeps all of them."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.amount, Share | Count | Mass):
+            way_out = "Count(keys=...)" if isinstance(self.amount, int) else "Share(of_visible=...)"
+            raise ValueError(
+                f"amount={self.amount!r} may be a share or a number of keys; say which: amount={way_out}"
+            )
         for field in ("sinks", "window", "dense_below"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field}={getattr(self, field)} is negative; use 0 or more")
@@ -118,19 +123,23 @@ class Budget:
         layer: int,
     ) -> Bool[Tensor, "batch ranked query token"]:
         """The keys that each query reads, one row a query head or a key/value head."""
+        # 1. Sinks and window, counted in visible keys, so that padding takes none of the budget.
         position = visible.cumsum(-1)
         seen = position[..., -1:]
         forced = visible & ((position <= self.sinks) | (position > seen - self.window))
+        # 2. Pages stand for their best key; from here on a unit is a key or a page.
         allowed = visible
         if self.page > 1:
             scores = self._paged(scores + shut(visible, scores.dtype))
             allowed, forced = self._paged(visible), self._paged(forced)
         if self.selection == "shared in groups" and scores.shape[1] != kv_heads:
             scores = shared_in_groups(scores, allowed, kv_heads=kv_heads)
+        # 3. Rank: what is forced comes before everything else, and counts.
         counts = self._counts(scores, allowed, seen[..., 0], layer)
         if self.sinks or self.window:
             scores = scores.masked_fill(forced, torch.inf)
         keep = most_relevant(scores, allowed, counts)
+        # 4. Back to keys; short queries keep all of theirs.
         if self.page > 1:
             keep = keep.repeat_interleave(self.page, dim=-1)[..., : visible.shape[-1]] & visible
         if self.dense_below:
@@ -175,11 +184,11 @@ class Budget:
                 assert_never(self.amount)
 
     def _units(
-        self, seen: Int[Tensor, "*queries"], held: Int[Tensor, "*queries"]
+        self, seen: Int[Tensor, "*queries"], pages: Int[Tensor, "*queries"]
     ) -> Int[Tensor, "*queries"]:
-        """Keys or pages for queries that see `seen` keys in `held` pages: one at least, all where allowed."""
+        """Keys or pages for queries that see `seen` keys in `pages`: one at least, all where allowed."""
         allowed = self._allowed(seen)
-        return torch.where(allowed < seen, allowed // self.page, held).clamp(min=1)
+        return torch.where(allowed < seen, allowed // self.page, pages).clamp(min=1)
 
     def _counts(
         self,

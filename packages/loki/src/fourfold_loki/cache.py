@@ -100,7 +100,7 @@ class LokiLayer(CacheLayerMixin):
         return self.gave, self.values[:, :, :last]
 
     def _is_of_another_batch(self, batch: int) -> bool:
-        """Whether the room left by forgotten tokens is for another number of sequences."""
+        """True where the room left by forgotten tokens is for another number of sequences."""
         return self.length == 0 and self.keys is not None and len(self.keys) != batch
 
     @property
@@ -145,23 +145,23 @@ class LokiLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give every beam its parent's keys."""
-        self._each(lambda held: held.index_select(0, beam_idx.to(held.device)))
+        self._each(lambda part: part.index_select(0, beam_idx.to(part.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
-        self._each(lambda held: held.repeat_interleave(repeats, dim=0))
+        self._each(lambda part: part.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some sequences."""
-        self._each(lambda held: held[indices])
+        self._each(lambda part: part[indices])
 
     def offload(self) -> None:
         """Move everything to the CPU."""
-        self._each(lambda held: held.to("cpu", non_blocking=True))
+        self._each(lambda part: part.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         """Bring everything back."""
-        self._each(lambda held: held.to(self.device, non_blocking=True))
+        self._each(lambda part: part.to(self.device, non_blocking=True))
 
 
 class LokiCache(Cache):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fourfold_loki.kernels.order import rank_in_groups
+from fourfold_loki.kernels.page_read import PageRead, chosen_pages
 
 
 def decode(
@@ -19,46 +19,33 @@ def decode(
     keys: Float[Tensor, "batch kv_heads room head_width"],
     values: Float[Tensor, "batch kv_heads room value_width"],
     leading: Float[Tensor, "batch kv_heads width room"],
-    *,
-    length: int,
-    pages: int,
-    page: int,
-    sinks: int,
-    window: int,
-    scaling: float,
+    read: PageRead,
 ) -> Float[Tensor, "batch heads 1 value_width"]:
     """Loki for one query a sequence, with selection shared in groups.
 
     Args:
         queries: in the basis of the layer.
-        keys: in the basis, with room for more than `length` tokens; a multiple of `page`.
+        keys: in the basis, with room for more than `read.length` tokens; a multiple of `page`.
         values: as cached.
         leading: the first coordinates of the keys.
-        length: tokens held, at least one.
-        pages: how many pages to read.
-        page: tokens of a page.
-        sinks: first tokens whose pages are always read.
-        window: last tokens whose pages are always read.
-        scaling: of the scores.
+        read: which tokens are held, and how many pages of them to read.
     """
     batch, kv_heads, room, head_width = keys.shape
     width, stacks = leading.shape[2], batch * kv_heads
+    page, length = read.page, read.length
     group = queries.shape[1] // kv_heads
-    packed = (queries * scaling).reshape(stacks, group, head_width)
+    packed = (queries * read.scaling).reshape(stacks, group, head_width)
+    # 1. Rank: score all tokens by their leading coordinates; a page ranks by its best token.
     whole = -(-length // page)
     scores = packed[..., :width] @ leading.reshape(stacks, width, room)[..., : whole * page]
     if whole * page != length:
         scores[..., length:] = -torch.inf
     # Pooling takes half of the time of `amax` over a dim of 16.
-    ranked = rank_in_groups(F.max_pool1d(scores.float(), page))
-    if sinks:
-        ranked[:, : -(-sinks // page)] = torch.inf
-    if window:
-        ranked[:, max(0, length - window) // page :] = torch.inf
-    chosen = ranked.topk(pages, dim=-1, sorted=False).indices.sort(-1).values
+    chosen = chosen_pages(F.max_pool1d(scores.float(), page), read)
+    # 2. Attend, one key/value head after the other: copy its pages together, multiply, weigh the values.
     value_width = values.shape[-1]
-    some_keys = keys.new_empty(pages, page * head_width)
-    some_values = values.new_empty(pages, page * value_width)
+    some_keys = keys.new_empty(read.pages, page * head_width)
+    some_values = values.new_empty(read.pages, page * value_width)
     output = values.new_empty(stacks, group, value_width)
     for stack, (own, all_keys, all_values) in enumerate(
         zip(
@@ -91,7 +78,7 @@ def dense(
     batch, kv_heads, room, head_width = keys.shape
     group = queries.shape[1] // kv_heads
     packed = (queries * scaling).reshape(batch * kv_heads, group, head_width)
-    held = keys.view(batch * kv_heads, room, head_width)[:, :length]
-    weights = (packed @ held.mT).softmax(-1, dtype=torch.float32).to(values.dtype)
+    filled = keys.view(batch * kv_heads, room, head_width)[:, :length]
+    weights = (packed @ filled.mT).softmax(-1, dtype=torch.float32).to(values.dtype)
     output = weights @ values.view(batch * kv_heads, room, values.shape[-1])[:, :length]
     return output.view(*queries.shape[:3], values.shape[-1])

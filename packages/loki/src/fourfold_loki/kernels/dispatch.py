@@ -1,23 +1,24 @@
-"""Which twin decodes: Triton on a GPU, C++ on a CPU with a compiler, torch elsewhere; else the reference."""
+"""The choice of a twin: Triton on a GPU, C++ on a CPU with a compiler, else torch."""
 
 from collections.abc import Callable
 
 from jaxtyping import Float
 from torch import Tensor
 
+from fourfold_loki.attention_mode import Sparse
 from fourfold_loki.budget import Mass
 from fourfold_loki.cache import LokiLayer
 from fourfold_loki.kernels import cpu, native
-from fourfold_loki.plan import Sparse
+from fourfold_loki.kernels.page_read import PageRead
 from fourfold_loki.selectors import Loki
 
 
-def can_decode(plan: Sparse, queries: Tensor, layer: LokiLayer) -> bool:
-    """Whether a kernel computes what the reference would for this plan and cache."""
-    budget = plan.budget
+def can_decode(mode: Sparse, queries: Tensor, layer: LokiLayer) -> bool:
+    """True where a kernel computes what the reference would for this mode and cache."""
+    budget = mode.budget
     group = queries.shape[1] // layer.rotation.query_map.shape[0]
     return (
-        type(plan.selector) is Loki
+        type(mode.selector) is Loki
         and queries.shape[2] == 1
         # They write into buffers, which autograd cannot follow.
         and not queries.requires_grad
@@ -43,25 +44,20 @@ def twin(
 
 
 def decode(
-    plan: Sparse,
+    mode: Sparse,
     queries: Float[Tensor, "batch heads 1 head_width"],
     layer: LokiLayer,
     *,
     scaling: float,
 ) -> tuple[Float[Tensor, "batch heads 1 value_width"], int]:
     """Attention for one query a sequence, and how many keys it read."""
-    budget, length = plan.budget, layer.length
+    budget, length = mode.budget, layer.length
     assert layer.keys is not None
     assert layer.values is not None
     pages = budget.units(length)
     if length < budget.dense_below or pages * budget.page >= length:
         return cpu.dense(queries, layer.keys, layer.values, length=length, scaling=scaling), length
-    decode_pages = twin(queries, layer.keys, layer.values, layer.leading)
-    output = decode_pages(
-        queries,
-        layer.keys,
-        layer.values,
-        layer.leading,
+    read = PageRead(
         length=length,
         pages=pages,
         page=budget.page,
@@ -69,4 +65,5 @@ def decode(
         window=budget.window,
         scaling=scaling,
     )
-    return output, pages * budget.page
+    cached = (queries, layer.keys, layer.values, layer.leading)
+    return twin(*cached)(*cached, read), pages * budget.page

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fourfold_loki.kernels.page_read import PageRead
 from fourfold_parallel.common import native
 
 LANES = 16
@@ -20,7 +21,7 @@ BLOCK = 64
 
 
 def takes(queries: Tensor, keys: Tensor, values: Tensor, leading: Tensor) -> bool:
-    """Whether `decode` can compute with these, and there is something to compile it with."""
+    """True where `decode` can compute with these and there is something to compile it with."""
     parts = (keys, values, leading)
     return (
         queries.device.type == "cpu"
@@ -39,13 +40,7 @@ def decode(
     keys: Float[Tensor, "batch kv_heads room head_width"],
     values: Float[Tensor, "batch kv_heads room value_width"],
     leading: Float[Tensor, "batch kv_heads width room"],
-    *,
-    length: int,
-    pages: int,
-    page: int,
-    sinks: int,
-    window: int,
-    scaling: float,
+    read: PageRead,
 ) -> Float[Tensor, "batch heads 1 value_width"]:
     """`cpu.decode` in one sweep over the cache; of pages that rank alike it reads the earliest.
 
@@ -53,15 +48,10 @@ def decode(
 
     Args:
         queries: in the basis of the layer.
-        keys: in the basis, with room for more than `length` tokens; see `takes`.
+        keys: in the basis, with room for more than `read.length` tokens; see `takes`.
         values: as cached.
         leading: the first coordinates of the keys.
-        length: tokens held, at least one.
-        pages: how many pages to read, at most as many as are held.
-        page: tokens of a page.
-        sinks: first tokens whose pages are always read.
-        window: last tokens whose pages are always read.
-        scaling: of the scores.
+        read: which tokens are held, and how many pages of them to read.
 
     Raises:
         ValueError: for tensors that `takes` refuses, or more pages than there are.
@@ -73,21 +63,21 @@ def decode(
             f"widths that are multiples of {LANES}, room that is one of {BLOCK}, and needs one of "
             f"{', '.join(native.COMPILERS)}; use kernels.cpu"
         )
-    held = -(-length // page)
-    if not (1 <= length <= keys.shape[2] and 1 <= pages <= held):
+    filled = -(-read.length // read.page)
+    if not (1 <= read.length <= keys.shape[2] and 1 <= read.pages <= filled):
         raise ValueError(
-            f"pages={pages} of length={length} with pages of {page} and room for {keys.shape[2]}; "
-            f"use 1 to {held} pages, and a length that fits the room"
+            f"pages={read.pages} of length={read.length} with pages of {read.page} and room for "
+            f"{keys.shape[2]}; use 1 to {filled} pages, and a length that fits the room"
         )
     compiled = library()
     batch, heads, _, head_width = queries.shape
     kv_heads, room = keys.shape[1:3]
     stacks, value_width = batch * kv_heads, values.shape[-1]
-    wide = (queries.float() * scaling).contiguous()
+    wide = (queries.float() * read.scaling).contiguous()
     output = torch.empty(batch, heads, 1, value_width)
     sizes = (ctypes.c_int64 * 10)(
         heads // kv_heads, head_width, value_width, leading.shape[2], room,
-        length, pages, page, sinks, window,
+        read.length, read.pages, read.page, read.sinks, read.window,
     )  # fmt: skip
     parts = [ctypes.c_void_p(part.data_ptr()) for part in (wide, keys, values, leading, output)]
     is_bfloat16 = ctypes.c_int32(keys.dtype == torch.bfloat16)

@@ -20,7 +20,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fourfold_loki.kernels.order import rank_in_groups
+from fourfold_loki.kernels.page_read import PageRead, chosen_pages
 
 SCORED = 128
 """Tokens that one program scores."""
@@ -182,38 +182,29 @@ def decode(
     keys: Float[Tensor, "batch kv_heads room head_width"],
     values: Float[Tensor, "batch kv_heads room value_width"],
     leading: Float[Tensor, "batch kv_heads width room"],
-    *,
-    length: int,
-    pages: int,
-    page: int,
-    sinks: int,
-    window: int,
-    scaling: float,
+    read: PageRead,
 ) -> Float[Tensor, "batch heads 1 value_width"]:
     """As `cpu.decode`; pages are powers of two up to 128.
 
     Raises:
         ValueError: for another page.
     """
-    if page not in (1, 2, 4, 8, 16, 32, 64, 128):
-        raise ValueError(f"page={page} on a GPU; use a power of two up to {SCORED}")
+    if read.page not in (1, 2, 4, 8, 16, 32, 64, 128):
+        raise ValueError(f"page={read.page} on a GPU; use a power of two up to {SCORED}")
     batch, kv_heads, room, head_width = keys.shape
     width, stacks = leading.shape[2], batch * kv_heads
-    packed = (queries * scaling).reshape(stacks, -1, head_width).contiguous()
-    best = score_pages(packed, leading.view(stacks, width, room), length=length, page=page)
-    ranked = rank_in_groups(best)
-    if sinks:
-        ranked[:, : -(-sinks // page)] = torch.inf
-    if window:
-        ranked[:, max(0, length - window) // page :] = torch.inf
-    chosen = ranked.topk(pages, dim=-1, sorted=False).indices.sort(-1).values
+    packed = (queries * read.scaling).reshape(stacks, -1, head_width).contiguous()
+    best = score_pages(
+        packed, leading.view(stacks, width, room), length=read.length, page=read.page
+    )
+    chosen = chosen_pages(best, read)
     output = attend_pages(
         packed,
         keys.view(stacks, room, head_width),
         values.view(stacks, room, -1),
         chosen,
-        length=length,
-        page=page,
+        length=read.length,
+        page=read.page,
     )
     return output.view(batch, -1, 1, values.shape[-1]).to(values.dtype)
 

@@ -1,5 +1,13 @@
-"""One catalogue of selectors, each of which ranks keys in its own way under the same budget."""
+"""The selectors, each of which ranks keys in its own way under the same budget.
 
+`CATALOGUE` makes each by name, in its usual settings, from a calibration. A new selector is a subclass of
+`Selector` and a line there; tests/test_selectors.py runs everything that is listed through the same laws.
+"""
+
+from collections.abc import Callable, Mapping
+
+from fourfold_loki.basis import fit
+from fourfold_loki.moments import Statistics
 from fourfold_loki.selectors.base import Candidates, Selector
 from fourfold_loki.selectors.double_sparsity import DoubleSparsity
 from fourfold_loki.selectors.exact import Exact
@@ -12,6 +20,7 @@ from fourfold_loki.selectors.sparq import SparQ
 from fourfold_loki.selectors.streaming import Streaming
 
 __all__ = [
+    "CATALOGUE",
     "H2O",
     "Candidates",
     "DoubleSparsity",
@@ -24,3 +33,32 @@ __all__ = [
     "SparQ",
     "Streaming",
 ]
+
+
+def _quarter(statistics: Statistics) -> int:
+    return statistics.keys.outer.shape[-1] // 4
+
+
+def _loki(statistics: Statistics) -> Loki:
+    return Loki(basis=fit(statistics), widths=(_quarter(statistics),) * statistics.layers)
+
+
+def _pca_attention(statistics: Statistics) -> PcaAttention:
+    basis = fit(statistics, "pca")
+    return PcaAttention(basis=basis, widths=(2 * _quarter(statistics),) * basis.layers)
+
+
+CATALOGUE: Mapping[str, Callable[[Statistics], Selector]] = {
+    "loki": _loki,
+    "pca-attention": _pca_attention,
+    "exact": lambda _: Exact(),
+    "sparq": lambda statistics: SparQ(channels=_quarter(statistics)),
+    "double-sparsity": lambda statistics: DoubleSparsity.from_statistics(
+        statistics, channels=_quarter(statistics)
+    ),
+    "quest": lambda _: Quest(page=16),
+    "h2o": lambda _: H2O(),
+    "streaming": lambda _: Streaming(sinks=4),
+    "random": lambda _: Random(seed=0),
+}
+"""By name: a selector of a quarter of the coordinates (PCAAttn: half), pages of 16, four sinks."""

@@ -1,4 +1,4 @@
-"""What every selector is asked, and what it may look at."""
+"""The question that every selector answers, and the queries and keys that it may look at."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ class Candidates:
     queries: Float[Tensor, "batch heads query head_width"]
     keys: Float[Tensor, "batch kv_heads token head_width"]
     visible: Bool[Tensor, " batch #heads query token"]
-    """What causality and padding allow."""
+    """The keys that causality and padding allow."""
     scaling: float
     layer: int
     turned: bool
-    """Whether queries and keys are in the basis of the selector's layer already (from a `LokiCache`)."""
+    """True where queries and keys are in the basis of the selector's layer already (from a `LokiCache`)."""
     past_mass: Float[Tensor, "batch heads token"]
     """Attention weights that earlier queries gave to each key, summed; zeros where nobody kept count."""
     allowance: Int[Tensor, " batch #heads query"]
@@ -36,12 +36,13 @@ class Selector(ABC):
     """Ranks keys: the one method that a method of sparse attention overrides."""
 
     keeps_count: ClassVar[bool] = False
-    """Whether it needs `Candidates.past_mass`."""
+    """True where it needs `Candidates.past_mass`."""
 
     @abstractmethod
     def scores(self, among: Candidates) -> Float[Tensor, "batch heads query token"]:
-        """How much each key seems to matter to each query; the budget keeps the largest, never -inf.
+        """A score for each query and key, larger where the key seems to matter more.
 
+        The budget keeps the largest, and none of -inf.
         Values are logits, as far as selection is shared in groups: heads are averaged after a softmax.
         """
 

@@ -45,16 +45,18 @@ class H2O(Selector):
         survivors = int((mass[0, 0, :before] > -torch.inf).sum())
         # Survivors as lists: their places in the cache, and their mass.
         places = mass[..., :before].topk(survivors, dim=-1).indices
-        held = mass.gather(-1, places)
+        weight = mass.gather(-1, places)
+        # Query by query, since what one evicts the next can no longer see: let the newest key in and the
+        # lightest out, then credit the survivors with this query's weights.
         for query in range(queries):
             newest, room = before + query, int(heavy[0, 0, query])
-            places, held = _evict(places, held, newest=newest, room=room)
-            held = held + weights[:, :, query].gather(-1, places)
+            places, weight = _evict(places, weight, newest=newest, room=room)
+            weight = weight + weights[:, :, query].gather(-1, places)
             kept[:, :, query].scatter_(-1, places, True)
         scores = torch.where(kept | recent, 1.0, -torch.inf).to(among.queries.dtype)
         gone = torch.full((batch, heads, tokens), -torch.inf, device=mass.device)
         gone[..., before + queries :] = 0.0
-        return scores, gone.scatter(-1, places, held)
+        return scores, gone.scatter(-1, places, weight)
 
     def cost(self, *, head_width: int, group: int) -> float:
         """Nothing: the account is a number a key."""
@@ -64,18 +66,18 @@ class H2O(Selector):
 
 def _evict(
     places: Int[Tensor, "batch heads survivor"],
-    held: Float[Tensor, "batch heads survivor"],
+    weight: Float[Tensor, "batch heads survivor"],
     *,
     newest: int,
     room: int,
 ) -> tuple[Tensor, Tensor]:
     """Let the newest key in, and the lightest out, so that at most `room` remain."""
     entering = places.new_full((*places.shape[:-1], 1), newest)
-    nothing = held.new_zeros((*places.shape[:-1], 1))
+    nothing = weight.new_zeros((*places.shape[:-1], 1))
     if places.shape[-1] == room:
-        lightest = held.argmin(-1, keepdim=True)
-        return places.scatter(-1, lightest, entering), held.scatter(-1, lightest, nothing)
+        lightest = weight.argmin(-1, keepdim=True)
+        return places.scatter(-1, lightest, entering), weight.scatter(-1, lightest, nothing)
     if places.shape[-1] > room:
-        held, chosen = held.topk(room - 1, dim=-1)
+        weight, chosen = weight.topk(room - 1, dim=-1)
         places = places.gather(-1, chosen)
-    return torch.cat([places, entering], -1), torch.cat([held, nothing], -1)
+    return torch.cat([places, entering], -1), torch.cat([weight, nothing], -1)

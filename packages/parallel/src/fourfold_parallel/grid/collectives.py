@@ -10,12 +10,11 @@ what is sent, what is received and the handle, and is on the list of what is `un
 waited for; so memory in which a collective works has an owner even where an exception has thrown
 away whoever would have waited. A step, a save and a load end with nothing under way.
 
-Torch's functional operators keep the handle in a registry of their own instead. On gloo two or more
-functional all-gathers under way at once corrupt memory (torch 2.13: `wait_tensor` takes the handle
-from the registry and lets go of it, and in the destructor of the coalesced all-gather the heap is
-found damaged). They remain where a graph or a dispatch mode must see an operator with a result:
-under `torch.compile`, where each layer waits for its gather before the next starts one, and under
-selective checkpointing, where they are waited for at once.
+Torch's functional operators would serve eager mode and `torch.compile` alike, but on gloo their
+all-gather is a coalesced one, and several of those under way at once corrupt memory, whoever holds
+their handles (torch 2.13; `docs/grid.md` says more). They remain where a graph or a dispatch mode must
+see an operator with a result: under `torch.compile`, where each layer's gather is waited for before
+the next starts, and under selective checkpointing, where they are waited for at once.
 """
 
 from __future__ import annotations
@@ -30,12 +29,10 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
-from torch._C._distributed_c10d import (
-    _resolve_process_group,  # the only way from a name to a group
-)
+from torch._C._distributed_c10d import _resolve_process_group  # no public way from a name
 
 _functional = torch.ops._c10d_functional  # noqa: SLF001 - the operators have no public name
-# Torch 2.13 has renamed these two, and warns of the names that 2.11 has.
+# Torch 2.13 has new names for these two, and warns of those that 2.11 has.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter: Callable[..., Any] = getattr(
     dist, "reduce_scatter_single", dist.reduce_scatter_tensor

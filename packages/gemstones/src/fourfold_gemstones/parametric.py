@@ -1,0 +1,183 @@
+"""Approach 3: the power law of `laws.py` as an estimator, fitted to a table of runs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+from jaxtyping import Float
+
+from fourfold_gemstones import minimise
+from fourfold_gemstones.architecture import Embeddings
+from fourfold_gemstones.laws import (
+    CHINCHILLA,
+    SHAPE_ONLY,
+    WIDTH_DEPTH,
+    PowerLaw,
+    Settings,
+    Variable,
+)
+from fourfold_gemstones.runs import RunTable
+
+LAWS: Mapping[str, tuple[Variable, ...]] = MappingProxyType(
+    {
+        "parameters": CHINCHILLA,
+        "compute": ("effective_parameters", "tokens"),
+        "width-depth": WIDTH_DEPTH,
+        "shape": SHAPE_ONLY,
+    }
+)
+"""Variables by the name that the command line gives a law of them."""
+
+
+class LawWarning(UserWarning):
+    """A fit that can be used, with a weakness that its user must know; the message names rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParametricLaw(Settings):
+    """Approach 3: the power law of least Huber loss in log residuals, over all checkpoints.
+
+    `fit` leaves this value unchanged and returns a `ParametricFit`, which predicts and scores.
+    """
+
+    variables: tuple[Variable, ...] = CHINCHILLA
+    delta: float = 1e-4
+    """Huber threshold in log loss; the paper's. Residuals are some 1e-2, so this is nearly least
+    absolute deviations."""
+    embeddings: Embeddings = Embeddings.BOTH
+    starts: int = 24
+    """Descents to follow from the best and most distinct seeds."""
+
+    def __post_init__(self) -> None:
+        if not self.variables or len(set(self.variables)) != len(self.variables):
+            raise ValueError(
+                f"variables={self.variables} must name at least one variable, each once; for "
+                f"example {CHINCHILLA}"
+            )
+        if not 1e-12 <= self.delta <= 10:
+            raise ValueError(
+                f"delta={self.delta} is outside [1e-12, 10]; the paper uses 1e-4 and 1e-3"
+            )
+        if self.starts < 1:
+            raise ValueError(f"starts={self.starts} must be at least 1; 24 is the default")
+
+    def inputs(self, table: RunTable) -> dict[Variable, Float[np.ndarray, " row"]]:
+        """The variables of each row, under this law's convention of counting embeddings."""
+        return {variable: self._input(table, variable) for variable in self.variables}
+
+    def _input(self, table: RunTable, variable: Variable) -> Float[np.ndarray, " row"]:
+        match variable:
+            case "parameters":
+                return table.parameters(self.embeddings)
+            case "effective_parameters":
+                return table.flops() / table.column("tokens") / 6
+            case "width" | "depth" | "tokens":
+                return table.column(variable)
+
+    def problem(self, table: RunTable) -> minimise.Problem:
+        """The minimisation that fitting this law to `table` is.
+
+        Raises:
+            ValueError: Too few models or rows, a variable that does not vary, or variables of which
+                one is a power of the others.
+        """
+        inputs = self.inputs(table)
+        x = np.log(np.stack([inputs[variable] for variable in self.variables], axis=1))
+        unknowns = 2 * len(self.variables) + 1
+        if len(table) < unknowns:
+            raise ValueError(
+                f"{table.source} has {len(table)} rows, and a law in {self.variables} has {unknowns} "
+                "parameters; add runs, or choose a law with fewer variables"
+            )
+        for variable, values in zip(self.variables, x.T, strict=True):
+            distinct = len(np.unique(values.round(9)))
+            if distinct < 2:
+                raise ValueError(
+                    f"{variable} is {np.exp(values[0]):g} in all {len(table)} rows of {table.source}: "
+                    "its exponent cannot be told; add runs that vary it, or leave it out of the law"
+                )
+        model_terms = [name for name in self.variables if name != "tokens"]
+        models = len(
+            np.unique(x[:, [name != "tokens" for name in self.variables]].round(9), axis=0)
+        )
+        if model_terms and models <= 2 * len(model_terms):
+            raise ValueError(
+                f"{table.source} has {models} distinct models, and the terms in {model_terms} have "
+                f"{2 * len(model_terms)} parameters and share a floor; train at least "
+                f"{2 * len(model_terms) + 1} shapes, or choose a law with fewer variables"
+            )
+        scaled = (x - x.mean(axis=0)) / x.std(axis=0)
+        smallest = np.linalg.svd(scaled, compute_uv=False)[-1] / np.sqrt(len(table))
+        if smallest < 1e-6:
+            raise ValueError(
+                f"one of {self.variables} is a power of the others in {table.source}, so that their "
+                "exponents cannot be told apart; add shapes, or leave one out"
+            )
+        return minimise.Problem(
+            log_inputs=x, log_loss=np.log(table.column("loss_nats")), delta=self.delta
+        )
+
+    def fit(self, table: RunTable) -> ParametricFit:
+        """The global minimum, with a certificate.
+
+        Warns:
+            LawWarning: Measured losses lie below the fitted floor, or a parameter is at its bound.
+        """
+        optimum = minimise.minimise(self.problem(table), starts=self.starts, names=self.variables)
+        estimate = PowerLaw.from_vector(self.variables, optimum.parameters)
+        below = np.flatnonzero(table.column("loss_nats") < np.exp(estimate.log_floor))
+        if len(below):
+            warnings.warn(
+                f"{len(below)} losses lie below the fitted floor of "
+                f"{np.exp(estimate.log_floor):.4g} nats: rows {below[:8].tolist()} of "
+                f"{table.source}",
+                LawWarning,
+                stacklevel=2,
+            )
+        if optimum.certificate.at_bound:
+            warnings.warn(
+                f"at its bound: {', '.join(optimum.certificate.at_bound)}. {table.source} does not "
+                "identify it; do not extrapolate this law",
+                LawWarning,
+                stacklevel=2,
+            )
+        return ParametricFit(
+            law=self,
+            table=table,
+            estimate=estimate,
+            objective=optimum.objective,
+            certificate=optimum.certificate,
+        )
+
+    def refits(
+        self, fit: ParametricFit, table: RunTable, weights: Float[np.ndarray, "draw row"]
+    ) -> tuple[PowerLaw, ...]:
+        """The law refitted once per row of weights, from the basins of `fit`."""
+        vectors = minimise.refit(self.problem(table), fit.estimate.vector(), weights)
+        return tuple(PowerLaw.from_vector(self.variables, vector) for vector in vectors)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ParametricFit:
+    """A fitted parametric law."""
+
+    law: ParametricLaw
+    table: RunTable
+    estimate: PowerLaw
+    objective: float
+    """Sum over rows of Huber's function of the log residual."""
+    certificate: minimise.Certificate
+
+    def predict(self, table: RunTable) -> Float[np.ndarray, " row"]:
+        """Loss in nats per token for each row."""
+        return self.estimate.loss(self.law.inputs(table))
+
+    def score(self, table: RunTable) -> float:
+        """Share of the variance of log loss that the law explains (R²)."""
+        log_loss = np.log(table.column("loss_nats"))
+        residual = log_loss - np.log(self.predict(table))
+        return 1 - float(np.square(residual).sum() / np.square(log_loss - log_loss.mean()).sum())

@@ -1,0 +1,44 @@
+"""Numbers from records that rules, figures and tables share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fourfold_parallel.common.records import Event, Record
+from fourfold_parallel.reproduce.claims import NotTestedError
+
+OPTIMUM = 0.03
+"""Per cent above the global optimum from which a published fit counts as not at its optimum."""
+
+
+def material(record: Record, kind: str, files: str) -> Event:
+    """The last event of a kind that is written only where some files are there.
+
+    Raises:
+        NotTestedError: There is none.
+    """
+    if not record.of(kind):
+        raise NotTestedError(files)
+    return record.last(kind)
+
+
+def largest(events: Sequence[Event], key: str) -> Event:
+    """The event with the largest value."""
+    return max(events, key=lambda event: event.number(key))
+
+
+def between(event: Event, low: str = "low", high: str = "high") -> str:
+    """An interval as printed in ledgers."""
+    return f"[{event.number(low):.3f}, {event.number(high):.3f}]"
+
+
+def excludes_zero(event: Event, low: str = "low", high: str = "high") -> bool:
+    """True where an interval lies on one side of zero."""
+    return event.number(low) > 0 or event.number(high) < 0
+
+
+def above_optimum(record: Record) -> Sequence[Event]:
+    """Published fits more than `OPTIMUM` per cent above the optimum."""
+    return [
+        event for event in record.of("refit") if event.number("published_above_percent") > OPTIMUM
+    ]

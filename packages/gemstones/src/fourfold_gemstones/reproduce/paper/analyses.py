@@ -1,0 +1,98 @@
+"""Every analysis of the published measurements by name, and the files that they read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+
+from fourfold_gemstones.reproduce.paper.downstream import benchmarks, other_texts
+from fourfold_gemstones.reproduce.paper.envelopes import envelopes, left_out
+from fourfold_gemstones.reproduce.paper.optimum import (
+    chinchilla,
+    lines,
+    refits,
+    restarts,
+    thresholds,
+)
+from fourfold_gemstones.reproduce.paper.prescriptions import (
+    overspending,
+    overtraining,
+    prescriptions,
+)
+from fourfold_gemstones.reproduce.paper.schedules import cooldown, held_out, learning_rates
+from fourfold_gemstones.reproduce.paper.settings import Events, Fields, Revisit
+from fourfold_gemstones.reproduce.paper.slopes import (
+    embeddings,
+    paired,
+    profiles,
+    simulated_coverage,
+    slopes,
+)
+
+PARTS: MappingProxyType[str, Callable[[Revisit, Path], Events]] = MappingProxyType(
+    {
+        "coverage": simulated_coverage,
+        "prescriptions": prescriptions,
+        "published fits": refits,
+        "restarts from them": restarts,
+        "published lines": lines,
+        "Chinchilla points": chinchilla,
+        "slopes and intervals": slopes,
+        "profiles": profiles,
+        "paired differences": paired,
+        "envelopes and their null": envelopes,
+        "left-out models": left_out,
+        "Huber thresholds": thresholds,
+        "embeddings": embeddings,
+        "held-out error": held_out,
+        "overtraining": overtraining,
+        "overspending": overspending,
+        "cooldown": cooldown,
+        "learning rates": learning_rates,
+        "benchmarks": benchmarks,
+        "other texts": other_texts,
+    }
+)
+"""In the order in which they are done: the two that take minutes first."""
+SLOW = frozenset(
+    {
+        "coverage",
+        "prescriptions",
+        "profiles",
+        "restarts from them",
+        "Huber thresholds",
+        "embeddings",
+        "held-out error",
+    }
+)
+"""Parts that take more than a few seconds."""
+
+READ = (
+    "wandb_dfs/wandb_df_for_fitting_*.jsonl",
+    "**/parameters*/approach_*.json",
+    "**/epoch_chinchilla_svg_extracted_data.csv",
+    "**/preflight_mup_olmo_variant.csv",
+    "**/light_eval_df.*",
+    "**/task_losses_mean.csv",
+    "**/*_losses_combined.jsonl",
+    "benchmarks/bhagia_task_losses/*/*/losses_*.json",
+)
+"""Every file that the analysis may read, as patterns under a copy of the paper's repository."""
+
+
+@lru_cache(maxsize=2)
+def digest_of(folder: Path) -> str:
+    """SHA-256 over the names and bytes of the files that are read."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in READ for path in folder.glob(pattern)}):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def analyse(run: Revisit, folder: Path, name: str) -> tuple[tuple[str, Fields], ...]:
+    """The events of one part, by name; for a worker process."""
+    return tuple(PARTS[name](run, folder))

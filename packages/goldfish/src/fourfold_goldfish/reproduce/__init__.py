@@ -1,0 +1,1 @@
+"""The reproduction of both papers: recipes, claims, measures, experiment, figures."""

@@ -1,0 +1,89 @@
+"""The bytes that a decoded token reads, and the time that they take.
+
+Per layer and decoded token, in elements of the cache: dense attention reads keys and values of S tokens,
+2 H S D; Loki reads d coordinates of all keys and both vectors of the selected, H (S d + 2 n D).
+Singhania et al. 2024, section 4.2, give the ratio as d/(2D) + k_f.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """Something with memory that a decoded token is bound by."""
+
+    name: str
+    bytes_per_s: float
+    source: str
+
+
+DEVICES = (
+    Device(
+        name="two channels of DDR5-4800",
+        bytes_per_s=76.8e9,
+        source="2 x 8 bytes x 4.8e9 per second",
+    ),
+    Device(name="A100 80 GB SXM", bytes_per_s=2.039e12, source="NVIDIA A100 datasheet"),
+    Device(name="H100 80 GB SXM", bytes_per_s=3.35e12, source="NVIDIA H100 datasheet"),
+)
+"""Peak bandwidths; kernels reach a part of them, dense and sparse ones alike."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """The sizes of a model that decide the traffic of a decoded token."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    weights: int
+    """Parameters that a token reads besides the cache."""
+    bytes_each: int
+    """Of a number, in weights and cache."""
+
+    @classmethod
+    def of(cls, config: Any, *, weights: int, bytes_each: int) -> "Shape":
+        """From a model's (text) configuration."""
+        heads = config.num_attention_heads
+        return cls(
+            layers=config.num_hidden_layers,
+            heads=heads,
+            kv_heads=config.num_key_value_heads,
+            head_width=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            weights=weights,
+            bytes_each=bytes_each,
+        )
+
+    def cache_bytes(self, tokens: int, *, share: float = 1.0, width: int = 0) -> float:
+        """Read for one token of one sequence: `width` coordinates of all keys, a share of both vectors."""
+        numbers = tokens * (width + 2 * share * self.head_width)
+        return numbers * self.layers * self.kv_heads * self.bytes_each
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """One decoded token of a batch, bound by memory alone."""
+
+    dense_s: float
+    sparse_s: float
+
+    @property
+    def speedup(self) -> float:
+        """Of the whole token, weights included."""
+        return self.dense_s / self.sparse_s
+
+
+def predict(
+    shape: Shape, device: Device, *, tokens: int, batch: int, share: float, width: int
+) -> Prediction:
+    """Time of a token if every byte is read once, at the device's bandwidth; nothing else takes time."""
+
+    def seconds(cache: float) -> float:
+        return (shape.weights * shape.bytes_each + batch * cache) / device.bytes_per_s
+
+    return Prediction(
+        dense_s=seconds(shape.cache_bytes(tokens)),
+        sparse_s=seconds(shape.cache_bytes(tokens, share=share, width=width)),
+    )

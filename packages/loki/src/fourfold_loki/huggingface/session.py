@@ -1,0 +1,256 @@
+"""A model while it attends by a mode: `with loki(model, basis, budget): model.generate(...)`.
+
+A session sets the model's attention function to "loki" (`forward.py`), tells each attention module its place,
+and puts everything back when its block ends.
+
+With an ordinary cache the numbers are those of Loki and nothing is saved. `session.cache()` gives a
+`LokiCache`, which keeps keys in the basis, so that ranking reads only the leading coordinates.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fourfold_loki.attention_mode import AttentionMode, Observe, Sparse
+from fourfold_loki.basis import Basis
+from fourfold_loki.budget import Budget
+from fourfold_loki.cache import LokiCache, LokiLayer
+from fourfold_loki.huggingface.reads import Reads
+from fourfold_loki.huggingface.sites import (
+    Site,
+    cache_name,
+    check_mode,
+    check_model,
+    is_iterated,
+    number_of,
+    sites,
+)
+from fourfold_loki.selectors import Exact, Loki
+
+NAME = "loki"
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """A model while it attends through this module."""
+
+    model: PreTrainedModel
+    mode: AttentionMode
+    reads: Reads
+    iterates: bool
+    """True where the model's layers are calls of iterated modules."""
+    mass: dict[int, Float[Tensor, "batch heads token"]] = field(default_factory=dict)
+    """For selectors that keep count: what each layer's keys have been given so far."""
+    calls: int = 0
+    """Attention calls of the forward pass so far."""
+    is_inside: bool = False
+    """True in the model's forward pass; its caches may be filled only then."""
+    caches: weakref.WeakSet[LokiCache] = field(default_factory=weakref.WeakSet)
+
+    def cache(self, *, capacity: int = 0) -> LokiCache:
+        """An empty cache in the basis of this session.
+
+        Args:
+            capacity: tokens to make room for at once; it grows by doubling.
+
+        Raises:
+            ValueError: where the selector is not Loki, or the model needs a cache of its own.
+        """
+        if not isinstance(self.mode, Sparse) or not isinstance(self.mode.selector, Loki):
+            raise ValueError(
+                "only Loki ranks by a basis, so only its session has a LokiCache; "
+                "pass no cache, or a cache of transformers"
+            )
+        if self.iterates:
+            raise ValueError(
+                f"{type(self.model).__name__} iterates its layers and has a cache of its own for them; "
+                "pass that one"
+            )
+        roles = sites(self.model)
+        if any(number_of(site.module, site.layer) != site.layer for site in roles):
+            raise ValueError(
+                f"{type(self.model).__name__} has layers without attention, whose state a LokiCache does "
+                "not hold; pass no cache, or the model's own"
+            )
+        cache = LokiCache(
+            self.mode.selector.basis,
+            self.mode.selector.widths,
+            capacity=capacity,
+            is_turned=[not self.is_dense(site, site.layer) for site in roles],
+            is_open=lambda: self.is_inside,
+        )
+        self.caches.add(cache)
+        return cache
+
+    def cached(self, *, capacity: int = 0) -> dict[str, LokiCache]:
+        """`cache` as `generate` takes it, under the name that the installed transformers has for it."""
+        return {cache_name(self.model): self.cache(capacity=capacity)}
+
+    def is_dense(self, site: Site, layer: int) -> bool:
+        """True where a layer keeps full attention."""
+        dense = self.mode.dense_layers if isinstance(self.mode, Sparse) else ()
+        return site.slides or layer in dense
+
+    def layer_of(self, site: Site) -> int:
+        """The layer of this call: the module's number, or how many calls of this pass came before.
+
+        Raises:
+            ValueError: for more calls than the basis has layers.
+        """
+        if not self.iterates:
+            return site.layer
+        layer = self.calls
+        self.calls += 1
+        self.check_calls(at_most=True)
+        return layer
+
+    def check_calls(self, *, at_most: bool = False) -> None:
+        """Refuse a pass of another depth than the basis was fitted to.
+
+        Raises:
+            ValueError: naming both.
+        """
+        if not isinstance(self.mode, Sparse) or not isinstance(self.mode.selector, Loki):
+            return
+        layers = self.mode.selector.basis.layers
+        if self.calls > layers or (self.calls < layers and not at_most):
+            raise ValueError(
+                f"{self.calls} attention calls in a pass, and a basis of {layers} layers and steps; "
+                "run as many recurrences as it was calibrated with"
+            )
+
+    def layer_that_gave(self, keys: Tensor) -> LokiLayer | None:
+        """The cache layer that these very keys came from, if they came from a `LokiCache`.
+
+        Some models let later layers read the keys of an earlier one.
+        """
+        for cache in self.caches:
+            for layer in cache.layers:
+                if isinstance(layer, LokiLayer) and layer.gave is keys:
+                    return layer
+        return None
+
+
+_SESSIONS = "_fourfold_loki_session"
+SITE = "_fourfold_loki_site"
+"""Attribute of an attention module that holds its session and site."""
+
+
+@contextmanager
+def attending(model: PreTrainedModel, mode: AttentionMode) -> Iterator[Session]:
+    """Let a model attend by a mode, for the length of a block.
+
+    Raises:
+        ValueError: where the model would ignore the mode, has no rotary keys, or is not the mode's.
+    """
+    check_model(model)
+    if isinstance(mode, Sparse):
+        check_mode(model, mode)
+    if getattr(model, _SESSIONS, None) is not None:
+        raise ValueError(
+            "this model is in a session already; leave that `with` before entering another"
+        )
+    config = model.config.get_text_config()
+    watched = mode.selector if isinstance(mode, Sparse) else Exact()
+    session = Session(
+        model=model, mode=mode, reads=Reads.of(config, watched), iterates=is_iterated(model)
+    )
+    # transformers' own switch. Its method for it would set the other parts of a model too (vision).
+    before = config._attn_implementation  # noqa: SLF001
+    roles = sites(model)
+    handles = [
+        model.base_model.register_forward_pre_hook(_enter(session), with_kwargs=True),
+        model.base_model.register_forward_hook(_leave(session), always_call=True),
+    ]
+    for site in roles:
+        setattr(site.module, SITE, (session, site))
+        if isinstance(mode, Observe):
+            handles.append(
+                site.module.register_forward_pre_hook(_note_positions(site), with_kwargs=True)
+            )
+    setattr(model, _SESSIONS, session)
+    try:
+        config._attn_implementation = NAME  # noqa: SLF001
+        yield session
+    finally:
+        config._attn_implementation = before  # noqa: SLF001
+        delattr(model, _SESSIONS)
+        for handle in handles:
+            handle.remove()
+        for site in roles:
+            delattr(site.module, SITE)
+        session.is_inside = False
+
+
+@contextmanager
+def loki(
+    model: PreTrainedModel,
+    basis: Basis,
+    budget: Budget,
+    *,
+    width: int | tuple[int, ...] | None = None,
+) -> Iterator[Session]:
+    """Let a model attend to few keys, found in `basis`, for the length of a block.
+
+    Args:
+        model: a causal language model of transformers with rotary keys.
+        basis: fitted to this model; see `calibrate` and `fit`.
+        budget: what each query may read.
+        width: coordinates that rank, one number or one a layer; without it a quarter of the head.
+
+    Raises:
+        ValueError: where basis, budget or model do not go together.
+    """
+    widths = basis.head_width // 4 if width is None else width
+    if isinstance(widths, int):
+        widths = (widths,) * basis.layers
+    selector = Loki(basis=basis.to(model.device), widths=widths)
+    with attending(model, Sparse(selector=selector, budget=budget)) as session:
+        yield session
+
+
+def _enter(session: Session) -> Callable[..., None]:
+    def hook(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
+        del module, arguments
+        named = session.model.config.get_text_config()._attn_implementation  # noqa: SLF001
+        if named != NAME:
+            raise ValueError(
+                f"attn_implementation was set to {named!r} inside a session of {NAME!r}, which would "
+                "ignore the selection; leave the session first"
+            )
+        cache = keywords.get("cache", keywords.get("past_key_values"))
+        if isinstance(cache, LokiCache) and cache not in session.caches:
+            raise ValueError(
+                "this LokiCache was filled in the basis of another session; use session.cache() of "
+                "this one, or the session that filled it"
+            )
+        session.is_inside = True
+        session.calls = 0
+
+    return hook
+
+
+def _leave(session: Session) -> Callable[..., None]:
+    def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+        del module, arguments
+        session.is_inside = False
+        if output is not None and session.iterates:
+            session.check_calls()
+
+    return hook
+
+
+def _note_positions(site: Site) -> Callable[..., None]:
+    def hook(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
+        del module, arguments
+        positions = keywords.get("position_embeddings")
+        # Llama 4 hands over complex numbers, as one tensor.
+        site.positions = positions if isinstance(positions, tuple) else None
+
+    return hook

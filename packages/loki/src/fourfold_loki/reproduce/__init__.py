@@ -1,0 +1,1 @@
+"""The reproduction of the paper: recipes, the experiment, claims, measures, figures and tables."""
