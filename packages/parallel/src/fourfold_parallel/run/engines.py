@@ -28,7 +28,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 from fourfold_parallel.launch import check_launched, device, world_size
-from fourfold_parallel.run.checkpoint import load_full_state, save_full_state, save_weights
+from fourfold_parallel.run.state import load_full_state, save_full_state, save_weights
 
 
 class Session(Protocol):

@@ -23,6 +23,7 @@ from fourfold_parallel.run.engines import Session
 from fourfold_parallel.run.objective import IGNORE, token_nats
 from fourfold_parallel.run.optimizer import set_learning_rate
 from fourfold_parallel.run.recipe import At, Run
+from fourfold_parallel.run.state import load_weights
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +193,7 @@ def write_checkpoint(folder: Path, session: Session, *, step: int, run_sha256: s
 def trained_model(run: Run, last: Checkpoint) -> PreTrainedModel:
     """The plain transformers model with a checkpoint's weights, in evaluation mode, on the CPU."""
     model = run.model.build(seed=run.seed)
-    checkpoint.load_weights(model, last.path)
+    load_weights(model, last.path)
     return model.eval()
 
 
