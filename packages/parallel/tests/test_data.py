@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fourfold_parallel.common.values import from_json, to_json
 from fourfold_parallel.run import data
 from fourfold_parallel.run.corpora import Hub, TextFiles
 from fourfold_parallel.run.data import Packed, TokenStream, epoch_order, tokenize
@@ -88,6 +89,13 @@ def test_tokenizing_twice_reads_the_cache(packed: Packed, monkeypatch: pytest.Mo
     assert tokenize(packed.corpus, packed.tokenizer) == first
 
 
+def test_paths_are_text_or_paths(corpus: TextFiles) -> None:
+    """One corpus, one digest, and a record rebuilds it."""
+    paths = TextFiles(paths=tuple(map(Path, corpus.paths)), licence=corpus.licence)
+    assert paths == corpus == from_json(to_json(paths))
+    assert paths.load() == corpus.load()
+
+
 def test_an_edited_text_file_is_read_again(tmp_path: Path) -> None:
     """Under the same name, with other words: other tokens, and another material in the record."""
     text = tmp_path / "mine.txt"
@@ -130,6 +138,7 @@ def test_an_altered_token_file_is_refused(packed: Packed, tmp_path: Path) -> Non
         (lambda stream, _: stream.batch(0, batch=9, ranks=2), "batch=9"),
         (lambda _, packed: packed.open(sequence=10**6, seed=0), "1000000 + 1"),
         (lambda *_: TextFiles(paths=("/nowhere.txt",), licence="none").load(), "/nowhere.txt"),
+        (lambda *_: TextFiles(paths="mine.txt", licence="none"), "paths=('mine.txt',)"),
         (lambda *_: BytePairs(vocabulary=9).load(None), "vocabulary=9"),
         (
             lambda *_: Hub(

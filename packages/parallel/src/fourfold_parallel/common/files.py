@@ -4,10 +4,14 @@ import errno
 import hashlib
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+StrPath = str | os.PathLike[str]
+"""A path as a user writes it."""
 
 
 def cache_folder() -> Path:
@@ -70,6 +74,26 @@ def _partial(path: Path) -> Path:
     """A name beside `path` that no other writer has."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+
+
+def check_writable(folder: Path, *, purpose: str) -> None:
+    """Make a folder, unless it is there, and try whether files can be made in it.
+
+    Args:
+        folder: that files will be written to.
+        purpose: names it in the message, such as `checkpoints='out'`.
+
+    Raises:
+        ValueError: None can be made there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{purpose} cannot be written to ({error.strerror}: {folder}); name a folder of yours"
+        ) from error
 
 
 def append_line(handle: int, line: str) -> None:

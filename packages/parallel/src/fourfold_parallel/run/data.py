@@ -52,6 +52,11 @@ class TokenFile:
         stop = starts[index + 1] if index + 1 < len(starts) else len(self.tokens)
         return self.tokens[starts[index] : stop - 1]
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the tokenizer lies beside the file; it does unless somebody else made the ids."""
+        return (self.path / "tokenizer").is_dir()
+
     def tokenizer(self) -> LoadedTokenizer:
         """The tokenizer that made the file, read from beside it."""
         from transformers import PreTrainedTokenizerFast
@@ -59,7 +64,7 @@ class TokenFile:
         fast = PreTrainedTokenizerFast.from_pretrained(self.path / "tokenizer")
         end = fast.eos_token_id
         assert isinstance(end, int)
-        material = next(one for one in self.materials if one.kind == "tokenizer")
+        material = next(used for used in self.materials if used.kind == "tokenizer")
         return LoadedTokenizer(tokenizer=fast, end=end, material=material)
 
 
@@ -131,13 +136,13 @@ def _producers() -> list[str]:
     import importlib.metadata
     import platform
 
-    found = [f"python {platform.python_version()}"]
+    producers = [f"python {platform.python_version()}"]
     for name in ("gensim", "tokenizers"):
         try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
+            producers.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return producers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,8 +309,8 @@ class Packed:
                 f"held_out={self.held_out} is not a share; use 0 or more and less than 1"
             )
         starts = packed_starts(len(file.tokens), sequence)
-        held = int(np.ceil(self.held_out * len(starts)))
-        return starts[: len(starts) - held], starts[len(starts) - held :]
+        trained = len(starts) - int(np.ceil(self.held_out * len(starts)))
+        return starts[:trained], starts[trained:]
 
 
 def packed_starts(tokens: int, sequence: int) -> Int[np.ndarray, " rows"]:

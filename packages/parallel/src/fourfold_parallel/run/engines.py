@@ -320,7 +320,7 @@ def _accelerator(
     precision: Literal["fp32", "bf16"], *, cpu: bool | None = None, **plugins: Any
 ) -> Iterator[Accelerator]:
     """An `Accelerator` whose singletons, variables and process group do not outlive the run."""
-    found = dist.is_initialized()
+    was_initialized = dist.is_initialized()
     variables = {name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))}
     AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - accelerate's own way
     try:
@@ -334,7 +334,7 @@ def _accelerator(
         for name in list(os.environ):
             if name.startswith(("ACCELERATE_", "FSDP_")) and name not in variables:
                 del os.environ[name]
-        if not found and dist.is_initialized():
+        if not was_initialized and dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -66,14 +66,14 @@ def announced_mask(name: str, *, k: int, exempt: Sequence[int] = ()) -> TargetMa
     Raises:
         ValueError: where no installed package does.
     """
-    found = importlib.metadata.entry_points(group=TARGET_MASKS)
-    if name not in found.names:
-        known = ", ".join(sorted(found.names)) or "none"
+    announced = importlib.metadata.entry_points(group=TARGET_MASKS)
+    if name not in announced.names:
+        known = ", ".join(sorted(announced.names)) or "none"
         raise ValueError(
             f"target mask {name!r} belongs to no installed package (installed: {known}); "
             f"install fourfold-{name}"
         )
-    make: MaskMaker = found[name].load()
+    make: MaskMaker = announced[name].load()
     return make(k=k, exempt=tuple(exempt))
 
 

@@ -52,7 +52,8 @@ def save_weights(weights: dict[str, Any], folder: Path) -> None:
         if value.data_ptr() not in seen:
             seen.add(value.data_ptr())
             kept[name] = value.contiguous()
-    save_file(kept, folder / "model.safetensors")
+    # Some readers ask for the format.
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -95,14 +96,16 @@ def load_full_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: 
 
 def _weights_for(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     weights = load_file(folder / "model.safetensors")
-    held = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    unknown = sorted(set(weights) - set(held))
-    other = [name for name in weights if name in held and tuple(weights[name].shape) != held[name]]
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    unknown = sorted(set(weights) - set(shapes))
+    other = [
+        name for name in weights if name in shapes and tuple(weights[name].shape) != shapes[name]
+    ]
     if unknown or other:
         first = (unknown + other)[0]
         raise ValueError(
             f"{folder} holds {first!r} of shape {tuple(weights[first].shape)}, the model has "
-            f"{held.get(first, 'no such weight')}; build the model that the checkpoint was written by"
+            f"{shapes.get(first, 'no such weight')}; build the model that the checkpoint was written by"
         )
     for name, alias in _aliases(model).items():
         if alias not in weights:
@@ -112,11 +115,11 @@ def _weights_for(model: nn.Module, folder: Path) -> dict[str, Tensor]:
                 f"{folder} holds different values for {name!r} and {alias!r}, which the model ties; build "
                 "the model without tied weights"
             )
-    missing = sorted(set(held) - set(weights))
+    missing = sorted(set(shapes) - set(weights))
     if missing:
         raise ValueError(
             f"{folder} holds {len(weights)} weights and no {missing[0]!r}, which the model has, of shape "
-            f"{held[missing[0]]}; build the model that the checkpoint was written by"
+            f"{shapes[missing[0]]}; build the model that the checkpoint was written by"
         )
     return weights
 
@@ -124,10 +127,10 @@ def _weights_for(model: nn.Module, folder: Path) -> dict[str, Tensor]:
 def _aliases(model: nn.Module) -> dict[str, str]:
     """Second names of tied parameters: name -> first name."""
     first: dict[int, str] = {}
-    found: dict[str, str] = {}
+    aliases: dict[str, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in first:
-            found[name] = first[id(parameter)]
+            aliases[name] = first[id(parameter)]
         else:
             first[id(parameter)] = name
-    return found
+    return aliases
