@@ -97,7 +97,7 @@ def test_a_save_that_dies_leaves_the_last_whole_checkpoint(
     monkeypatch.setattr(checkpoint, "write_text", dies_at_the_second)
     with pytest.raises(StoppedError):
         run_to(tmp_path, small_run)
-    assert [found.step for found in checkpoint.checkpoints(tmp_path / "checkpoints")] == [2]
+    assert [whole.step for whole in checkpoint.checkpoints(tmp_path / "checkpoints")] == [2]
     monkeypatch.setattr(checkpoint, "write_text", write_text)
     assert run_to(tmp_path, small_run).step == 6
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
@@ -118,7 +118,7 @@ def test_a_removal_that_dies_leaves_whole_checkpoints_only(
     monkeypatch.setattr(checkpoint.shutil, "rmtree", dies_within_step_2)
     with pytest.raises(StoppedError):
         run_to(tmp_path, small_run)
-    assert [found.step for found in checkpoint.checkpoints(tmp_path / "checkpoints")] == [4]
+    assert [whole.step for whole in checkpoint.checkpoints(tmp_path / "checkpoints")] == [4]
     monkeypatch.setattr(checkpoint.shutil, "rmtree", rmtree)
     assert run_to(tmp_path, small_run).step == 6
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
@@ -395,10 +395,10 @@ def test_each_held_out_row_counts_once(
     with torch.no_grad():
         logits = model(input_ids=rows[:, :-1]).logits
     expected = nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-    found = read_record(tmp_path / "r.jsonl").last("validation")
+    validated = read_record(tmp_path / "r.jsonl").last("validation")
     # float32 sums in another order
-    assert found.number("validation_loss_nats") == pytest.approx(expected.item(), abs=2e-6)
-    assert found.number("tokens") == len(rows) * run.sequence
+    assert validated.number("validation_loss_nats") == pytest.approx(expected.item(), abs=2e-6)
+    assert validated.number("tokens") == len(rows) * run.sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -453,9 +453,9 @@ class Overflowing:
         return NextToken(mask=KeepAll()).targets(batch)
 
     def loss(self, model: nn.Module, batch: Batch, targets: Tensor) -> MicrobatchLoss:
-        found = NextToken(mask=KeepAll()).loss(model, batch, targets)
+        plain = NextToken(mask=KeepAll()).loss(model, batch, targets)
         return replace(
-            found, nats_sum=found.nats_sum * (math.inf if self.bad in batch.addresses else 1)
+            plain, nats_sum=plain.nats_sum * (math.inf if self.bad in batch.addresses else 1)
         )
 
 
@@ -481,11 +481,11 @@ class Kinked:
         return NextToken(mask=KeepAll()).targets(batch)
 
     def loss(self, model: nn.Module, batch: Batch, targets: Tensor) -> MicrobatchLoss:
-        found = NextToken(mask=KeepAll()).loss(model, batch, targets)
+        plain = NextToken(mask=KeepAll()).loss(model, batch, targets)
         if batch.number < self.since - 1:
-            return found
+            return plain
         root = (next(model.parameters()).flatten()[:1] * 0).sqrt().sum()
-        return replace(found, nats_sum=found.nats_sum + root)
+        return replace(plain, nats_sum=plain.nats_sum + root)
 
 
 @pytest.mark.parametrize(("since", "kept"), [(4, 2), (6, 4)])

@@ -15,7 +15,7 @@ StrPath = str | os.PathLike[str]
 
 
 def cache_folder() -> Path:
-    """Where tokenized corpora and converted models are kept: `FOURFOLD_CACHE`, else the XDG cache."""
+    """Folder of tokenized corpora and converted models: `FOURFOLD_CACHE`, else the XDG cache."""
     named = os.environ.get("FOURFOLD_CACHE")
     if named:
         return Path(named)
@@ -84,7 +84,7 @@ def check_writable(folder: Path, *, purpose: str) -> None:
         purpose: names it in the message, such as `checkpoints='out'`.
 
     Raises:
-        ValueError: None can be made there.
+        ValueError: No file can be made there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def append_line(handle: int, line: str) -> None:
     """Append one line to a file opened for appending: it is there whole or, where the disk is full, not.
 
     Raises:
-        OSError: where the line does not fit; what was written of it is taken back.
+        OSError: The line does not fit; what was written of it is taken back.
     """
     start = os.fstat(handle).st_size
     rest = f"{line}\n".encode()

@@ -44,4 +44,4 @@ class Logged:
 
 
 logged = Logged()
-"""What tells of a training unless something else is asked for."""
+"""Tells of a training unless something else is asked for."""

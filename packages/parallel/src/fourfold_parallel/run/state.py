@@ -60,7 +60,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """Load `model.safetensors` of a checkpoint into a plain model.
 
     Raises:
-        ValueError: where the file is of another model.
+        ValueError: The file is of another model.
     """
     model.load_state_dict(_weights_for(model, folder))
 
@@ -69,7 +69,7 @@ def load_full_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: 
     """Restore what `save_full_state` wrote, onto any layout. Every rank calls it.
 
     Raises:
-        ValueError: where the files are of another model.
+        ValueError: The files are of another model.
     """
     weights: dict[str, Any] = dict(_weights_for(model, folder))
     saved: dict[str, Any] = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))

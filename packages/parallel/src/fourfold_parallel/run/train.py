@@ -171,7 +171,7 @@ def seed_dropout(*, seed: int, step: int, share: int) -> None:
 
 
 def is_due(every: int | At, done: int, steps: int) -> bool:
-    """Whether what happens every so many steps, or at some, does after step `done`: also at the end."""
+    """True after the steps at which it is due, every so many or those named, and at the end."""
     match every:
         case At(steps=chosen):
             return done in chosen or done == steps
