@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fourfold_parallel.common.progress import Progress, silent
 from fourfold_parallel.common.records import Material, read_record
-from fourfold_parallel.common.values import digest
 from fourfold_parallel.common.workers import each
 from fourfold_parallel.reproduce.experiment import Drawing, Experiment, Stage, Workplace
 from fourfold_parallel.reproduce.launches import Launch
@@ -109,7 +108,7 @@ def _sit_on_the_way(
     del total, note
     if (done - 1) % run.checkpoint_every or done == 1:
         return
-    last = checkpoint.latest(notes.parent / "checkpoints", run_sha256=digest(run))
+    last = checkpoint.latest(notes.parent / "checkpoints", run=run)
     assert last is not None
     model = cast(RecurrentDepthForCausalLM, trained_model(run, last))
     with notes.open("a", encoding="utf-8") as file:
