@@ -292,6 +292,7 @@ class Layer(nn.Module):
         """Take a parameter that is cut over `depth`, and gathered whenever it is used."""
         self.register_parameter(name, parameter)
         self.tiled = (*self.tiled, name)
+        assert isinstance(parameter, DTensor)
         cut = self.mesh.cut_of(parameter)
         cut.pop("depth", None)
         rows = self.mesh.slices(parameter.shape, cut)[0]
