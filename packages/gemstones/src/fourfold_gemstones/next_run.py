@@ -20,6 +20,8 @@ class Suggestion:
 
     width: float
     depth: float
+    parameters: float
+    """Both embedding tables counted."""
     tokens: float
     budget: float
     sd_before: float
@@ -69,6 +71,7 @@ def suggest_next(
     width, depth, part = (
         axis.ravel() for axis in np.meshgrid(w, d, np.asarray([0.125, 0.25, 0.5, 1.0]))
     )
+    size = planner.architecture.parameters(width, depth)
     tokens = planner.cost.tokens(planner.architecture, width, depth, budget) * part
     told = np.log(np.stack([planner.loss(law, width, depth, tokens) for law in laws]))
     told = told - told.mean(axis=0)
@@ -80,6 +83,7 @@ def suggest_next(
         Suggestion(
             width=float(width[row]),
             depth=float(depth[row]),
+            parameters=float(size[row]),
             tokens=float(tokens[row]),
             budget=float(budget * part[row]),
             sd_before=spread,

@@ -247,6 +247,33 @@ def _numbers(analysis: Analysis, band: Band) -> list[tuple[str, str, str]]:
     ]
 
 
+def _shapes(near: tuple[Allocation, ...]) -> list[tuple[str, ...]]:
+    """Width, depth, parameters, tokens and expected loss of each shape."""
+    return [
+        (
+            f"{shape.width:.0f}",
+            f"{shape.depth:.0f}",
+            f"{shape.parameters:.3g}",
+            f"{shape.tokens:.3g}",
+            f"{shape.loss_nats:.4f}",
+        )
+        for shape in near
+    ]
+
+
+def _next_runs(suggestions: tuple[Suggestion, ...], *, shaped: bool) -> list[tuple[str, ...]]:
+    """Shape, or size where the law has none, tokens, FLOPs and gain of each suggestion."""
+    return [
+        (
+            *((f"{run.width:.0f}", f"{run.depth:.0f}") if shaped else (f"{run.parameters:.3g}",)),
+            f"{run.tokens:.3g}",
+            f"{run.budget:.2g}",
+            f"{100 * run.shrinks:.0f} %",
+        )
+        for run in suggestions
+    ]
+
+
 def page(analysis: Analysis) -> str:
     """A self-contained HTML page."""
     certificate = analysis.fit.certificate
@@ -256,7 +283,16 @@ def page(analysis: Analysis) -> str:
             for draw in (figure_fit, figure_residuals)
         ]
     gaps = certificate.basins[1:]
-    prescription = analysis.prescription
+    match analysis.prescription:
+        case Prescription(band=band, near=near, suggestions=suggestions) as prescription:
+            prescribed: dict[str, object] = {
+                "prescription": prescription,
+                "numbers": _numbers(analysis, band),
+                "near": _shapes(near),
+                "suggestions": _next_runs(suggestions, shaped=analysis.shaped),
+            }
+        case NoShape() as doubts:
+            prescribed = {"prescription": None, "no_shape": str(doubts)}
     return render(
         TEMPLATE,
         analysis=analysis,
@@ -273,15 +309,11 @@ def page(analysis: Analysis) -> str:
             "condition number": f"{certificate.condition:.3g}",
             "at a bound": ", ".join(certificate.at_bound) or "none",
         },
-        prescription=prescription if isinstance(prescription, Prescription) else None,
-        no_shape=str(prescription),
-        numbers=_numbers(analysis, prescription.band)
-        if isinstance(prescription, Prescription)
-        else [],
         aspect=None if analysis.shaped else ASPECT,
         near_nats=NEAR_NATS,
         fitted=drawings[0],
         residuals=drawings[1],
+        **prescribed,
     )
 
 
