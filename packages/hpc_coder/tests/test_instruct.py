@@ -396,7 +396,7 @@ def test_a_server_that_answers_otherwise_is_named(endpoint: str) -> None:
 
 def test_the_tokenizer_never_merges_across_the_end_of_the_prompt() -> None:
     """The same ids for a prompt, whatever its answer: what is trained on is what is generated from."""
-    rows = pipeline.make(templates(6, verified=False)).samples
+    rows = pipeline.make_samples(templates(6, verified=False)).samples
     from fourfold_hpc_coder.instruct.format import CodePairs, prompt_text
 
     fast = CodePairs(vocabulary=300, samples=20).fast()
