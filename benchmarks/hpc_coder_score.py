@@ -25,13 +25,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from fourfold_hpc_coder import score
-from fourfold_hpc_coder.checkout import open_checkout
-from fourfold_hpc_coder.evaluation import Launch, Model
-from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.sandbox import find_sandbox, scratch_folder
-from fourfold_hpc_coder.schedule import Asked
-from fourfold_hpc_coder.workbench import Bench, Settings, precompile, ready
+from fourfold_hpc_coder.judge.bench import Bench, JudgeSettings, precompile, ready
+from fourfold_hpc_coder.pareval.checkout import open_checkout
+from fourfold_hpc_coder.problems.library import own_problems
+from fourfold_hpc_coder.sandbox.process import find_sandbox
+from fourfold_hpc_coder.sandbox.scratch import scratch_folder
+from fourfold_hpc_coder.score import score
+from fourfold_hpc_coder.score.schedule import AnyProblem
+from fourfold_hpc_coder.vocabulary import Model, Processors
 from fourfold_parallel.common.progress import silent
 from fourfold_parallel.common.records import hardware
 
@@ -43,9 +44,9 @@ REPEATS = 2
 """Of every round, unless told otherwise."""
 PATIENCE_S = 120
 """For builds and calls, here and there: every answer ends, and a busy machine must not fail one."""
-LAUNCHES: dict[Model, tuple[Launch, ...]] = {
-    "serial": (Launch(),),
-    "omp": (Launch(), Launch(threads=2), Launch(threads=4)),
+LAUNCHES: dict[Model, tuple[Processors, ...]] = {
+    "serial": (Processors(),),
+    "omp": (Processors(), Processors(threads=2), Processors(threads=4)),
 }
 
 
@@ -93,28 +94,28 @@ def lay(cache: Path) -> None:
     os.environ["FOURFOLD_CACHE"] = str(cache)
     with scratch_folder() as scratch:
         sandbox = find_sandbox(allow_none=False)
-        bench = Bench(sandbox=sandbox, scratch=scratch, settings=Settings(), secret=0)
+        bench = Bench(sandbox=sandbox, scratch=scratch, settings=JudgeSettings(), secret=0)
         for model in MODELS:
-            precompile(bench, model, ["int"], later=True)
+            precompile(bench, model, ["int"], second_pass=True)
             ready(bench, model)
 
 
 def ours(
-    outputs: Path, folder: Path, jobs: int, find: Callable[..., Asked] = score.built_in
+    outputs: Path, folder: Path, jobs: int, find: Callable[..., AnyProblem] = score.built_in
 ) -> list[bool]:
     """Our scorer on the same outputs and launches."""
-    plan = score.Plan(
+    plan = score.Scoring(
         outputs=outputs,
         folder=folder,
         models=MODELS,
-        settings=Settings(time_limit_s=PATIENCE_S).with_launches(LAUNCHES),
+        settings=JudgeSettings(time_limit_s=PATIENCE_S).with_launches(LAUNCHES),
         sandbox=find_sandbox(allow_none=False),
         jobs=jobs,
         ks=(1,),
         is_cached=True,
         find=find,
     )
-    scored = score.score(plan, silent)
+    scored = score.score_file(plan, silent)
     return [judgement.sample.right for one in scored.judged for judgement in one.judgements]
 
 

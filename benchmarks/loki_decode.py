@@ -23,12 +23,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from fourfold_loki.basis import Basis, Label
-from fourfold_loki.bench import contenders, timed
+from fourfold_loki.basis import Basis, Label, PublishedSource
 from fourfold_loki.budget import Budget, Share
-from fourfold_loki.huggingface import loki
-from fourfold_loki.provenance import Imported
-from fourfold_loki.traffic import Shape
+from fourfold_loki.evaluate.bench import contenders, timed
+from fourfold_loki.evaluate.traffic import Shape
+from fourfold_loki.huggingface.session import loki
 from fourfold_parallel.common.records import hardware, versions
 from fourfold_parallel.run.models import SmolLM2
 
@@ -54,7 +53,9 @@ def end_to_end(length: int, *, rounds: int) -> dict[str, Any]:
     config = plain.config
     layers, kv_heads, width = config.num_hidden_layers, config.num_key_value_heads, 64
     maps = torch.linalg.qr(torch.randn(layers, kv_heads, width, width)).Q
-    label = Label(kind="pca", stage="after rotary", source=Imported(folder="random rotation"))
+    label = Label(
+        kind="pca", stage="after rotary", source=PublishedSource(folder="random rotation")
+    )
     basis = Basis(query_maps=maps, key_maps=maps, spectra=torch.ones(maps.shape[:-1]), label=label)
     ids = torch.zeros(1, length + 1, dtype=torch.long)
     options = {

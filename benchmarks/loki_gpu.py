@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from fourfold_loki.attention import approximate_scores, attend
 from fourfold_loki.budget import Budget, Count
 from fourfold_loki.kernels import triton as kernels
+from fourfold_loki.kernels.page_read import PageRead
 from fourfold_parallel.common.records import hardware, versions
 
 SHAPES = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128), "Llama-2-7B": (32, 32, 128)}
@@ -87,11 +88,7 @@ def decode(
     length: int,
 ) -> torch.Tensor:
     """A quarter of the keys, in pages of 16."""
-    return kernels.decode(
-        queries,
-        keys,
-        values,
-        leading,
+    read = PageRead(
         length=length,
         pages=length // SHARE // PAGE,
         page=PAGE,
@@ -99,6 +96,7 @@ def decode(
         window=0,
         scaling=queries.shape[-1] ** -0.5,
     )
+    return kernels.decode(queries, keys, values, leading, read)
 
 
 def measure(name: str, batch: int, length: int, bytes_per_s: float) -> dict[str, object]:

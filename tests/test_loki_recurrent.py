@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-pytest.importorskip("fourfold_recurrent_depth", reason="needs the package recurrent_depth")
+pytest.importorskip(
+    "fourfold_recurrent_depth.causal_lm", reason="needs the package recurrent_depth"
+)
 loki = pytest.importorskip("fourfold_loki", reason="needs the package loki")
 
 STEPS = 3

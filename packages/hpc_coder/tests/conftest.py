@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_hpc_coder import toolchain
-from fourfold_hpc_coder.jobs import Job, Limits
-from fourfold_hpc_coder.sandbox import find_sandbox, run, scratch_folder
-from fourfold_hpc_coder.walls import Landlock, Sandbox, Unprotected
-from fourfold_hpc_coder.workbench import Bench, Settings
+from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.judge.bench import Bench, JudgeSettings
+from fourfold_hpc_coder.sandbox.backends import Landlock, Sandbox, Unprotected
+from fourfold_hpc_coder.sandbox.job import Job, Limits
+from fourfold_hpc_coder.sandbox.process import find_sandbox, run
+from fourfold_hpc_coder.sandbox.scratch import scratch_folder
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +29,7 @@ def sandbox() -> Sandbox:
 @pytest.fixture(scope="session")
 def bench(sandbox):
     """One timed call, and patience: a busy machine must not end what would answer."""
-    settings = Settings(time_limit_s=30, repetitions=1)
+    settings = JudgeSettings(time_limit_s=30, repetitions=1)
     with scratch_folder() as scratch:
         yield Bench(sandbox=sandbox, scratch=scratch, settings=settings, secret=1)
 

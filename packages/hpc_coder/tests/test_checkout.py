@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_hpc_coder import score, toolchain
 from fourfold_hpc_coder.__main__ import main
-from fourfold_hpc_coder.checkout import HOPELESS, Checkout, open_checkout, strict
-from fourfold_hpc_coder.evaluation import Launch, Model
-from fourfold_hpc_coder.pareval import Question
-from fourfold_hpc_coder.score import Plan
-from fourfold_hpc_coder.workbench import Settings
+from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.judge.bench import JudgeSettings
+from fourfold_hpc_coder.pareval.checkout import HOPELESS, Checkout, open_checkout, strict
+from fourfold_hpc_coder.pareval.files import Question
+from fourfold_hpc_coder.score import score
+from fourfold_hpc_coder.score.score import Scoring
+from fourfold_hpc_coder.vocabulary import Model, Processors
 from fourfold_parallel.common.progress import silent
 
 NAME = "90_transform_twice"
@@ -91,13 +92,13 @@ def entry(model: Model, *outputs: str) -> dict:
 
 
 @pytest.fixture
-def plan(sandbox, checkout: Path, tmp_path: Path) -> Plan:
-    return Plan(
+def plan(sandbox, checkout: Path, tmp_path: Path) -> Scoring:
+    return Scoring(
         outputs=tmp_path / "outputs.json",
         folder=tmp_path / "scores",
         models=("serial", "omp", "mpi"),
-        settings=Settings(time_limit_s=10, repetitions=2).with_launches(
-            {"omp": (Launch(threads=2),), "mpi": (Launch(ranks=2),)}
+        settings=JudgeSettings(time_limit_s=10, repetitions=2).with_launches(
+            {"omp": (Processors(threads=2),), "mpi": (Processors(ranks=2),)}
         ),
         sandbox=sandbox,
         jobs=1,
@@ -130,12 +131,12 @@ ANSWERS: dict[Model, dict[str, str]] = {
 
 
 @pytest.mark.parametrize("model", ["serial", "omp", "mpi"])
-def test_answers_to_a_checkouts_problem_get_their_verdicts(plan: Plan, model: Model) -> None:
+def test_answers_to_a_checkouts_problem_get_their_verdicts(plan: Scoring, model: Model) -> None:
     """ParEval accepts NaN, its own answer called back, printed verdicts and sequential answers."""
     if reason := toolchain.missing(model):
         pytest.skip(reason)
     plan.outputs.write_text(json.dumps([entry(model, *ANSWERS[model])]))
-    [judged] = score.score(plan, silent).judged
+    [judged] = score.score_file(plan, silent).judged
     found = [one.verdict for one in judged.judgements]
     assert found == [*ANSWERS[model].values()], [one.because for one in judged.judgements]
     for one in judged.judgements:
@@ -147,23 +148,23 @@ def test_answers_to_a_checkouts_problem_get_their_verdicts(plan: Plan, model: Mo
             assert all(run.runtime_s > 0 for run in one.sample.runs)
 
 
-def test_a_compilers_words_count_the_answers_own_lines(plan: Plan) -> None:
+def test_a_compilers_words_count_the_answers_own_lines(plan: Scoring) -> None:
     plan.outputs.write_text(json.dumps([entry("serial", "\n\noops }")]))
-    [judged] = score.score(plan, silent).judged
+    [judged] = score.score_file(plan, silent).judged
     assert "answer.cpp:5" in judged.judgements[0].output
 
 
 def test_a_driver_that_does_not_build_is_left_out_with_the_compilers_words(
-    plan: Plan, checkout: Path, tmp_path: Path
+    plan: Scoring, checkout: Path, tmp_path: Path
 ) -> None:
     """And the rest is scored."""
     broken = tmp_path / "sizes.json"
     broken.write_text(json.dumps({NAME: {"serial": "(1<<3", "mpi": "(1<<14)"}}))
     plan = replace(plan, find=open_checkout(checkout, broken).find)
     plan.outputs.write_text(json.dumps([entry("serial", RIGHT), entry("mpi", RIGHT)]))
-    scored = score.score(plan, silent)
+    scored = score.score_file(plan, silent)
     assert [one.question.model for one in scored.judged] == ["mpi"]
-    assert "does not build" in scored.problems[0].because
+    assert "does not build" in scored.omissions[0].because
 
 
 @pytest.mark.parametrize(
@@ -252,10 +253,10 @@ def test_nan_fails_a_comparison_that_was_turned_round(text: str, turned: str) ->
     assert strict(text) == turned
 
 
-def test_problems_that_nothing_passes_are_named(plan: Plan, checkout: Path) -> None:
+def test_problems_that_nothing_passes_are_named(plan: Scoring, checkout: Path) -> None:
     hopeless, *_ = HOPELESS
     sibling = checkout / "drivers" / "cpp" / "benchmarks" / "transform"
     if not (sibling / hopeless).exists():
         (sibling / hopeless).symlink_to(sibling / NAME)
     plan.outputs.write_text(json.dumps([{**entry("serial", RIGHT), "name": hopeless}]))
-    assert any(hopeless in note for note in score.score(plan, silent).notes)
+    assert any(hopeless in note for note in score.score_file(plan, silent).notes)

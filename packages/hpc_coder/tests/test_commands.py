@@ -2,19 +2,21 @@
 
 import importlib.metadata
 import json
-from dataclasses import replace
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from fourfold_hpc_coder.__main__ import main
-from fourfold_hpc_coder.commands import finetuning
+from fourfold_hpc_coder.finetune import finetuning
+from fourfold_hpc_coder.generate.local import open_local
 from fourfold_hpc_coder.instruct.format import RESPONSE, CodePairs, FileRows
-from fourfold_hpc_coder.instruct.pipeline import make, templates
+from fourfold_hpc_coder.instruct.pipeline import make_samples, templates
 from fourfold_hpc_coder.instruct.samples import read_samples, write_samples
-from fourfold_hpc_coder.options import Finetune
-from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.problems.library import own_problems
 from fourfold_parallel.run.models import Llama
 from fourfold_parallel.run.objective import IGNORE, TARGET_MASKS, announced_mask
 
@@ -93,11 +95,8 @@ def test_a_tuned_model_is_asked_in_the_words_of_its_training(
     """Whole and low-rank updates alike end as plain weights, with the token that ended prompts."""
     from transformers import AutoModelForCausalLM
 
-    from fourfold_hpc_coder.commands import _backend
-    from fourfold_hpc_coder.options import Generate
-
     data = tmp_path / "data.jsonl"
-    write_samples(data, make(templates(20, verified=False)).samples)
+    write_samples(data, make_samples(templates(20, verified=False)).samples)
     words = ["--data", data, "--response", RESPONSE, "--lora-rank", rank, "--learning-rate", 0.01]
     small = ["--steps", 3, "--batch", 2, "--microbatch", 2, "--sequence", 512]
     out = tmp_path / "out"
@@ -106,7 +105,7 @@ def test_a_tuned_model_is_asked_in_the_words_of_its_training(
     after = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
     assert before.keys() == after.keys()
     assert any((before[key] != after[key]).any() for key in before)
-    backend = _backend(Generate(model=str(out / "model")))
+    backend = open_local(str(out / "model"), max_new_tokens=8)
     assert backend.after == RESPONSE
     tokens = backend._encode("int f() {")
     assert tokens[-1] == backend.tokenizer.convert_tokens_to_ids(RESPONSE)
@@ -125,12 +124,14 @@ def test_a_mask_of_another_package_decides_sample_by_sample(
     if "goldfish" not in importlib.metadata.entry_points(group=TARGET_MASKS).names:
         pytest.skip("fourfold-goldfish is not installed")
     data = tmp_path / "data.jsonl"
-    write_samples(data, make(templates(20, verified=False)).samples)
-    plain = Finetune(data=data, model=str(tiny), response=RESPONSE, masked=masked, sequence=1024)
-    fishy = finetuning(replace(plain, leave_out="goldfish", leave_out_one_in=3))
+    write_samples(data, make_samples(templates(20, verified=False)).samples)
+    plain = partial(
+        finetuning, data, model=str(tiny), response=RESPONSE, masked=masked, sequence=1024
+    )
+    fishy = plain(leave_out="goldfish", leave_out_one_in=3)
     batch = fishy.data.open(sequence=1024, seed=0).batch(0, batch=2)
     kept = fishy.objective.targets(batch) != IGNORE
-    before = finetuning(plain).objective.targets(batch) != IGNORE
+    before = plain().objective.targets(batch) != IGNORE
     assert isinstance(fishy.data, FileRows)
     end = fishy.data.marks().end
     alone = announced_mask("goldfish", k=3, exempt=(end,))
@@ -159,7 +160,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(
 ) -> None:
     few = tmp_path / "few.jsonl"
 
-    write_samples(few, make(templates(3, verified=False)).samples)
+    write_samples(few, make_samples(templates(3, verified=False)).samples)
     tuning = ["finetune", "--model", tiny, "--out", tmp_path / "out"]
     cases = [
         ([*tuning, "--data", tmp_path / "none.jsonl"], "make one with make-data"),
@@ -186,3 +187,36 @@ def test_data_of_other_options_are_not_mixed(tmp_path: Path, capsys: pytest.Capt
     making = ["make-data", "--out", tmp_path, "--most-taught", 0, "--samples", 2]
     assert "The budget ended before 2 were made" in run(capsys, *making, "--models", "omp")
     assert "other options" in refused(capsys, *making, "--models", "mpi")
+
+
+def test_help_mistakes_and_the_public_names_need_no_heavy_library(tmp_path: Path) -> None:
+    """Neither torch nor transformers nor matplotlib, which may be missing or slow."""
+    script = f"""
+import sys
+from fourfold_hpc_coder.__main__ import main
+for words in (["--help"], ["score", "--help"], ["score", "x", "--models", "cobol"],
+              ["generate", "--model", "m", "--models", "cobol"], ["make-data", "--url", "http://x/v1"],
+              ["finetune", "--data", {str(tmp_path / "none")!r}]):
+    try:
+        main(words)
+    except SystemExit as ended:
+        assert ended.code == (0 if "--help" in words else 2), words
+import fourfold_hpc_coder
+fourfold_hpc_coder.pass_at_k, fourfold_hpc_coder.Scoring
+heavy = {{"torch", "transformers", "matplotlib", "peft", "datasketch", "tree_sitter"}} & sys.modules.keys()
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_tuning_and_asking_need_no_library_of_making_data() -> None:
+    """The extra `data` is for making data; what was made can be trained on without it."""
+    script = """
+import sys
+for name in ("datasketch", "rapidfuzz", "tree_sitter", "tree_sitter_cpp", "peft", "matplotlib"):
+    sys.modules[name] = None
+import fourfold_hpc_coder.finetune, fourfold_hpc_coder.generate.local
+import fourfold_hpc_coder.generate.outputs
+import fourfold_hpc_coder.reproduce.experiment, fourfold_hpc_coder.score.report
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)

@@ -9,11 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourfold_hpc_coder.evaluation import (
-    Launch,
-    Prompt,
-    Run,
-    Sample,
-    Tolerance,
     agrees,
     at_least_one,
     build_at_k,
@@ -24,16 +19,17 @@ from fourfold_hpc_coder.evaluation import (
     speedup_at_k,
     speedup_max_at_k,
 )
+from fourfold_hpc_coder.vocabulary import Execution, Processors, Prompt, Sample, Tolerance
 
-TWO = Launch(threads=2)
-FOUR = Launch(threads=4)
+TWO = Processors(threads=2)
+FOUR = Processors(threads=4)
 EXACT = 1e-12  # sums of at most 8 rationals of doubles
 TOLERANCE = Tolerance(relative=1e-6, absolute=1e-9)
 
 
 def sample(*, built: bool = True, valid: bool = True, parallel: bool = True, speed: float = 1.0):
     runs = tuple(
-        Run(launch=one, ran=True, valid=valid, runtime_s=one.processors / speed / 4)
+        Execution(processors=one, ran=True, valid=valid, runtime_s=one.count / speed / 4)
         for one in (TWO, FOUR)
     )
     return Sample(built=built, parallel=parallel, runs=runs if built else (), best_sequential_s=1.0)
@@ -73,7 +69,7 @@ def test_metrics_are_expectations_over_every_choice(found, k: int) -> None:
     assert pass_at_k(whole, k, parallel=False) == pytest.approx(
         mean(lambda one: one.right), abs=EXACT
     )
-    assert speedup_at_k(whole, k, launch=TWO) == pytest.approx(mean(speed), rel=1e-9)
+    assert speedup_at_k(whole, k, processors=TWO) == pytest.approx(mean(speed), rel=1e-9)
     # What is drawn takes twice the time on four threads.
     assert speedup_max_at_k(whole, k) == pytest.approx(mean(speed), rel=1e-9)
 
@@ -85,7 +81,7 @@ def test_the_order_of_samples_and_runs_is_no_matter(found, random, k: int) -> No
     for metric in (
         lambda p: pass_at_k([p], k),
         lambda p: build_at_k([p], k),
-        lambda p: speedup_at_k([p], k, launch=FOUR),
+        lambda p: speedup_at_k([p], k, processors=FOUR),
         lambda p: speedup_max_at_k([p], k),
     ):
         assert metric(prompt(found)) == pytest.approx(metric(prompt(mixed)), nan_ok=True)
@@ -96,7 +92,7 @@ def test_a_build_is_needed_to_pass_and_more_tries_never_hurt(found) -> None:
     whole = [prompt(found)]
     builds = [build_at_k(whole, k) for k in range(1, len(found) + 1)]
     passes = [pass_at_k(whole, k) for k in range(1, len(found) + 1)]
-    speeds = [speedup_at_k(whole, k, launch=TWO) for k in range(1, len(found) + 1)]
+    speeds = [speedup_at_k(whole, k, processors=TWO) for k in range(1, len(found) + 1)]
     assert all(b >= p - EXACT for b, p in zip(builds, passes, strict=True))
     for series in (builds, passes, speeds):
         if not math.isnan(series[0]):
@@ -109,8 +105,8 @@ def test_one_more_failure_raises_no_metric(found, k: int) -> None:
     for metric in (
         lambda p: pass_at_k([p], k),
         lambda p: build_at_k([p], k),
-        lambda p: speedup_at_k([p], k, launch=TWO),
-        lambda p: efficiency_at_k([p], k, launch=TWO),
+        lambda p: speedup_at_k([p], k, processors=TWO),
+        lambda p: efficiency_at_k([p], k, processors=TWO),
     ):
         before, after = metric(prompt(found)), metric(prompt(more))
         assert math.isnan(before) or after <= before + EXACT
@@ -120,10 +116,10 @@ def test_nothing_right_is_a_speed_up_of_0_and_no_timing_is_none() -> None:
     """A model whose every answer fails is no faster for it; a right answer without a time is not slow."""
     broken, wrong, untimed = sample(built=False), sample(valid=False), sample()
     for found in ([broken], [wrong], [broken, wrong]):
-        assert speedup_at_k([prompt(found)], 1, launch=TWO) == 0
+        assert speedup_at_k([prompt(found)], 1, processors=TWO) == 0
         assert speedup_max_at_k([prompt(found)], 1) == 0
-    elsewhere = Launch(threads=64)
-    assert math.isnan(speedup_at_k([prompt([untimed, wrong])], 1, launch=elsewhere))
+    elsewhere = Processors(threads=64)
+    assert math.isnan(speedup_at_k([prompt([untimed, wrong])], 1, processors=elsewhere))
 
 
 def test_a_right_answer_that_is_not_parallel_does_not_count() -> None:
@@ -132,16 +128,16 @@ def test_a_right_answer_that_is_not_parallel_does_not_count() -> None:
     assert (serial.right, serial.counts) == (True, False)
     assert pass_at_k([prompt([serial])], 1) == 0
     assert pass_at_k([prompt([serial])], 1, parallel=False) == 1
-    assert math.isnan(conditional_speedup_at_1([prompt([serial])], launch=TWO))
+    assert math.isnan(conditional_speedup_at_1([prompt([serial])], processors=TWO))
 
 
 def test_a_sample_wrong_in_one_run_does_not_count_in_any() -> None:
     half = sample()
     first, second = half.runs
-    wrong = Run(launch=second.launch, ran=True, valid=False, runtime_s=math.nan)
+    wrong = Execution(processors=second.processors, ran=True, valid=False, runtime_s=math.nan)
     mixed = Sample(built=True, parallel=True, runs=(first, wrong), best_sequential_s=1.0)
-    assert speedup_at_k([prompt([mixed, half])], 1, launch=TWO) == speedup_at_k(
-        [prompt([sample(built=False), half])], 1, launch=TWO
+    assert speedup_at_k([prompt([mixed, half])], 1, processors=TWO) == speedup_at_k(
+        [prompt([sample(built=False), half])], 1, processors=TWO
     )
 
 

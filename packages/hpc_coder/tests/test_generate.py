@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fourfold_hpc_coder.generate import Local, Sampling, body_of, generate_file
+from fourfold_hpc_coder.generate.local import Local
+from fourfold_hpc_coder.generate.outputs import Sampling, generate_file
 from fourfold_hpc_coder.instruct.format import CodePairs
-from fourfold_hpc_coder.pareval import read_outputs
+from fourfold_hpc_coder.pareval.bodies import body_of
+from fourfold_hpc_coder.pareval.files import read_outputs
 from fourfold_parallel.common.progress import silent
 from fourfold_parallel.run.models import Llama
 

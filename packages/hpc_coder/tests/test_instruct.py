@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourfold_hpc_coder import toolchain
+from fourfold_hpc_coder.generate.endpoint import Endpoint
 from fourfold_hpc_coder.instruct import pipeline
 from fourfold_hpc_coder.instruct.decontaminate import Screen
-from fourfold_hpc_coder.instruct.dedup import Seen
+from fourfold_hpc_coder.instruct.dedup import TextMemory
 from fourfold_hpc_coder.instruct.format import (
     OURS,
     InstructionLoss,
@@ -35,14 +35,15 @@ from fourfold_hpc_coder.instruct.pipeline import (
     Instructions,
     benchmark_prompts,
     held_out,
-    make,
+    make_samples,
     templates,
 )
 from fourfold_hpc_coder.instruct.samples import ANY, read_samples, write_samples
 from fourfold_hpc_coder.instruct.seeds import compiled, restoration, seeds
 from fourfold_hpc_coder.instruct.sources import Tree, parallel_files
-from fourfold_hpc_coder.instruct.teachers import Endpoint, Templates, shuffled_tasks, split
+from fourfold_hpc_coder.instruct.teachers import ModelTeacher, Templates, shuffled_tasks, split
 from fourfold_hpc_coder.instruct.verify import verify
+from fourfold_hpc_coder.judge import toolchain
 from fourfold_parallel.run.data import Batch
 from fourfold_parallel.run.models import Llama
 from fourfold_parallel.run.objective import IGNORE, KeepAll
@@ -142,7 +143,7 @@ def test_marks_of_another_tokenizer_work_the_same() -> None:
 
 
 def test_held_out_tasks_are_never_taught() -> None:
-    taught = {one.provenance.task for one in make(templates(150, verified=False)).samples}
+    taught = {one.provenance.task for one in make_samples(templates(150, verified=False)).samples}
     assert taught.isdisjoint(task.name for task in held_out(24, seed=0))
 
 
@@ -156,19 +157,19 @@ def test_the_split_is_of_tasks_and_does_not_depend_on_their_order(seed: int) -> 
 
 def test_two_runs_make_the_same_bytes_and_a_stopped_one_goes_on(tmp_path: Path) -> None:
     recipe = templates(40, verified=False)
-    make(recipe, folder=tmp_path / "a")
+    make_samples(recipe, folder=tmp_path / "a")
     whole = (tmp_path / "a" / "samples.jsonl").read_text()
-    make(recipe, folder=tmp_path / "b")
+    make_samples(recipe, folder=tmp_path / "b")
     assert (tmp_path / "b" / "samples.jsonl").read_text() == whole
     (tmp_path / "c").mkdir()
     cut = whole[: whole.index("\n", len(whole) // 2) + 30]
     (tmp_path / "c" / "samples.jsonl").write_text(cut)
-    assert len(make(recipe, folder=tmp_path / "c").samples) == 40
+    assert len(make_samples(recipe, folder=tmp_path / "c").samples) == 40
     assert (tmp_path / "c" / "samples.jsonl").read_text() == whole
 
 
 def test_samples_survive_reading_and_writing(tmp_path: Path) -> None:
-    made = make(templates(5, verified=False)).samples
+    made = make_samples(templates(5, verified=False)).samples
     write_samples(tmp_path / "x.jsonl", made)
     assert read_samples(tmp_path / "x.jsonl") == made
     (tmp_path / "x.jsonl").write_text('{"category": 1}\n')
@@ -214,7 +215,7 @@ def test_an_impossible_recipe_is_refused_before_any_work() -> None:
 
 def test_near_duplicates_are_seen() -> None:
     text = " ".join(f"word{i}" for i in range(60))
-    seen = Seen.of([text], threshold=0.7)
+    seen = TextMemory.of([text], threshold=0.7)
     assert not seen.add(text.replace(" ", "\n"))
     assert not seen.add(text + " more")
     assert seen.add(" ".join(f"other{i}" for i in range(60)))
@@ -334,7 +335,8 @@ def endpoint():
 
 def test_a_served_teacher_answers_like_any_other(endpoint: str) -> None:
     task = next(task for task in all_tasks() if task.shape == "count")
-    sample = Endpoint(url=endpoint, model_name="m").teach(task, "omp", "programming")
+    teacher = ModelTeacher(model=Endpoint(url=endpoint, model_name="m"))
+    sample = teacher.teach(task, "omp", "programming")
     assert sample.answer.strip() == "return 7;\n}"
     assert sample.provenance.teacher == "m"
 
@@ -345,14 +347,14 @@ def test_a_budget_ends_the_teaching_and_a_larger_one_goes_on(endpoint: str, tmp_
         samples=9,
         models=("serial",),
         categories=("programming",),
-        teacher=Endpoint(url=endpoint, model_name="m"),
+        teacher=ModelTeacher(model=Endpoint(url=endpoint, model_name="m")),
         verified=False,
         seed=0,
     )
-    first = make(recipe, folder=tmp_path, budget=Budget(tokens=80))
+    first = make_samples(recipe, folder=tmp_path, budget=Budget(tokens=80))
     taught = [*first.samples, *first.refused]
     assert [one.provenance.tokens for one in taught] == [30] * 3
-    more = make(recipe, folder=tmp_path, budget=Budget(taught=5))
+    more = make_samples(recipe, folder=tmp_path, budget=Budget(taught=5))
     assert len(more.samples) + len(more.refused) == 5
     assert more.samples[: len(first.samples)] == first.samples
 
@@ -376,7 +378,7 @@ def test_an_error_of_the_teacher_loses_no_answer(tmp_path: Path) -> None:
     write_samples(tmp_path / "count.jsonl", [])
     recipe = replace(templates(9, verified=False), teacher=Failing())
     with pytest.raises(ValueError, match="no more"):
-        make(recipe, folder=tmp_path)
+        make_samples(recipe, folder=tmp_path)
     assert len(read_samples(tmp_path / "samples.jsonl")) == 3
 
 

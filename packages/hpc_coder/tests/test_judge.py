@@ -7,20 +7,21 @@ from dataclasses import replace
 
 import pytest
 
-from fourfold_hpc_coder import toolchain
-from fourfold_hpc_coder.evaluation import Launch, Model
-from fourfold_hpc_coder.judge import judge, reference
-from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.walls import Landlock, Unprotected
-from fourfold_hpc_coder.workbench import Quiet, Settings
+from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.judge.bench import JudgeSettings, Quiet
+from fourfold_hpc_coder.judge.judge import judge
+from fourfold_hpc_coder.judge.reference import reference
+from fourfold_hpc_coder.problems.library import own_problems
+from fourfold_hpc_coder.sandbox.backends import Landlock, Unprotected
+from fourfold_hpc_coder.vocabulary import Model, Processors
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 RIGHT = "double s = 0; for (double v : x) s += v; return s / x.size(); }"
-ONE_EACH: dict[Model, tuple[Launch, ...]] = {
-    "omp": (Launch(threads=2),),
-    "mpi": (Launch(ranks=2),),
-    "mpi+omp": (Launch(ranks=2, threads=2),),
+ONE_EACH: dict[Model, tuple[Processors, ...]] = {
+    "omp": (Processors(threads=2),),
+    "mpi": (Processors(ranks=2),),
+    "mpi+omp": (Processors(ranks=2, threads=2),),
 }
 
 
@@ -173,7 +174,7 @@ def _gets_its_verdict(bench, average, body: str, allowed: set[str], words: str) 
 @pytest.mark.parametrize("model", ["serial", "omp"])
 def test_the_next_program_is_judged_as_if_nothing_had_been(walled, average, model: Model) -> None:
     races = replace(
-        walled.settings, races=True, launches=(*ONE_EACH.items(), ("serial", (Launch(),)))
+        walled.settings, races=True, launches=(*ONE_EACH.items(), ("serial", (Processors(),)))
     )
     body = average.exercise.answer(model)
     found = verdict(replace(walled, settings=races), average, body, model)
@@ -394,6 +395,6 @@ def test_a_timing_waits_for_work_and_work_for_those_who_wait_to_be_timed() -> No
 
 
 def test_settings_name_their_launches() -> None:
-    changed = Settings().with_launches({"omp": (Launch(threads=8),)})
-    assert changed.of("omp") == (Launch(threads=8),)
-    assert changed.of("mpi") == Settings().of("mpi")
+    changed = JudgeSettings().with_launches({"omp": (Processors(threads=8),)})
+    assert changed.of("omp") == (Processors(threads=8),)
+    assert changed.of("mpi") == JudgeSettings().of("mpi")

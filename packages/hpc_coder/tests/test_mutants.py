@@ -12,9 +12,10 @@ import pytest
 import tree_sitter_cpp
 from tree_sitter import Language, Node, Parser
 
-from fourfold_hpc_coder.judge import Reference, judge, reference
-from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.workbench import Bench
+from fourfold_hpc_coder.judge.bench import Bench
+from fourfold_hpc_coder.judge.judge import judge
+from fourfold_hpc_coder.judge.reference import Reference, reference
+from fourfold_hpc_coder.problems.library import own_problems
 
 LANGUAGE = Language(tree_sitter_cpp.language())
 

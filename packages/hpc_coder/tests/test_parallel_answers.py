@@ -6,11 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fourfold_hpc_coder import toolchain
-from fourfold_hpc_coder.evaluation import Launch, Model
-from fourfold_hpc_coder.judge import judge, reference
-from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.workbench import built, launched
+from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.judge.bench import built, launched
+from fourfold_hpc_coder.judge.judge import judge
+from fourfold_hpc_coder.judge.reference import reference
+from fourfold_hpc_coder.problems.library import own_problems
+from fourfold_hpc_coder.vocabulary import Model, Processors
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -21,7 +22,7 @@ RIGHT = "double s = 0; for (double v : x) s += v; return s / x.size(); }"
 def quick(bench):
     """One launch per model, and no look for races."""
     settings = replace(bench.settings, races=False)
-    return replace(bench, settings=settings.with_launches({"mpi": (Launch(ranks=2),)}))
+    return replace(bench, settings=settings.with_launches({"mpi": (Processors(ranks=2),)}))
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_the_checker_keeps_no_memory_of_regions_before(bench) -> None:
     text = problem.unit(problem.prompt("omp"), problem.answer("omp"))
     with bench.folder() as folder:
         assert not built(bench, problem, "omp", text, folder, watched=True).code
-        with launched(bench, folder, "omp", Launch(threads=2), settings=settings) as channel:
+        with launched(bench, folder, "omp", Processors(threads=2), settings=settings) as channel:
             channel.connect()
             for _ in range(100):
                 channel.call(given, problem.signature.parameters, problem.signature.outputs)

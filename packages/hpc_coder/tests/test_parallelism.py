@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from fourfold_hpc_coder.channel import Evidence
-from fourfold_hpc_coder.evaluation import Launch, Model
-from fourfold_hpc_coder.parallelism import in_action, in_text, without_comments
+from fourfold_hpc_coder.judge.parallelism import in_action, in_text, without_comments
+from fourfold_hpc_coder.judge.protocol import Evidence
+from fourfold_hpc_coder.vocabulary import Model, Processors
 
 LOOP = "for (int i = 0; i < n; ++i) s += i;"
 
@@ -68,12 +68,12 @@ IDLE = Evidence(
     ranks=2,
     working_ranks=2,
 )
-TWO = Launch(threads=2)
-RANKS = Launch(ranks=2)
+TWO = Processors(threads=2)
+RANKS = Processors(ranks=2)
 
 
 @pytest.mark.parametrize(
-    ("model", "launch", "evidence", "parallel"),
+    ("model", "processors", "evidence", "parallel"),
     [
         ("omp", TWO, IDLE, False),
         ("omp", TWO, replace(IDLE, region_cpu_s=0.9), True),
@@ -81,18 +81,18 @@ RANKS = Launch(ranks=2)
         ("omp", TWO, replace(IDLE, process_cpu_s=2.0), True),
         ("omp", TWO, replace(IDLE, process_cpu_s=2.0, regions=0), False),
         ("omp", TWO, replace(IDLE, region_cpu_s=0.04, message_cpu_s=0.9), True),
-        ("omp", Launch(), IDLE, True),
+        ("omp", Processors(), IDLE, True),
         ("mpi", RANKS, IDLE, False),
         ("mpi", RANKS, replace(IDLE, messages=1, talking_ranks=1), False),
         ("mpi", RANKS, replace(IDLE, messages=2, talking_ranks=2), True),
         ("mpi", RANKS, replace(IDLE, messages=2, talking_ranks=2, working_ranks=1), False),
-        ("mpi", Launch(), IDLE, True),
-        ("kokkos", Launch(), IDLE, False),
-        ("kokkos", Launch(), replace(IDLE, region_cpu_s=0.5), True),
+        ("mpi", Processors(), IDLE, True),
+        ("kokkos", Processors(), IDLE, False),
+        ("kokkos", Processors(), replace(IDLE, region_cpu_s=0.5), True),
     ],
 )
 def test_what_it_did_counts_where_there_were_several_processors(
-    model: Model, launch: Launch, evidence: Evidence, parallel: bool
+    model: Model, processors: Processors, evidence: Evidence, parallel: bool
 ) -> None:
     """An empty parallel region is no work; one rank that talks to itself is no exchange."""
-    assert in_action({launch: evidence}, model).parallel == parallel
+    assert in_action({processors: evidence}, model).parallel == parallel

@@ -6,15 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_hpc_coder import pareval, published
-from fourfold_hpc_coder.evaluation import (
-    Launch,
-    Sample,
-    build_at_k,
-    pass_at_k,
-    speedup_at_k,
-    speedup_max_at_k,
-)
+from fourfold_hpc_coder.evaluation import build_at_k, pass_at_k, speedup_at_k, speedup_max_at_k
+from fourfold_hpc_coder.pareval import files as pareval
+from fourfold_hpc_coder.pareval import metrics as published
+from fourfold_hpc_coder.vocabulary import Processors, Sample
 
 GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "hpc_coder"
 
@@ -70,12 +65,12 @@ def test_the_corrected_definitions_are_the_corrected_values() -> None:
     for want in golden("synthetic-results.corrected.csv"):
         model, k = want["execution model"], int(want["k"])
         group = [p for p in prompts if p.model == model and p.problem_type == want["problem type"]]
-        launch = published.MEASURED_ON.get(model, Launch())  # type: ignore[call-overload]
+        processors = published.MEASURED_ON.get(model, Processors())  # type: ignore[call-overload]
         found = {
             "build@k": build_at_k(group, k),
             "pass@k (loose)": pass_at_k(group, k, parallel=False),
             "pass@k (strict: source valid)": pass_at_k(group, k),
-            "speedup_n@k (0 for failures)": speedup_at_k(group, k, launch=launch),
+            "speedup_n@k (0 for failures)": speedup_at_k(group, k, processors=processors),
             "speedup_max@k (0 for failures)": speedup_max_at_k(group, k),
         }
         for key, value in found.items():
@@ -89,7 +84,7 @@ def test_inputs_on_which_pareval_stops_are_scored(name: str) -> None:
     assert 0 <= float(str(row["pass@1"])) <= float(str(row["build@1"])) <= 1
     if name == "edge-none-valid.json":
         assert pass_at_k(prompts, 1) == 0
-        assert speedup_at_k(prompts, 1, launch=Launch(threads=2)) == 0
+        assert speedup_at_k(prompts, 1, processors=Processors(threads=2)) == 0
 
 
 def test_more_samples_than_there_are_is_not_a_success() -> None:

@@ -13,19 +13,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourfold_hpc_coder import judge, schedule, score, toolchain, workbench
-from fourfold_hpc_coder.evaluation import Launch, Model
-from fourfold_hpc_coder.pareval import Question
-from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.score import Plan
-from fourfold_hpc_coder.workbench import Quiet, Settings
+from fourfold_hpc_coder.judge import artifacts, launch, races, reference
+from fourfold_hpc_coder.judge import bench as workbench
+from fourfold_hpc_coder.judge.bench import JudgeSettings, Quiet
+from fourfold_hpc_coder.pareval.files import Question
+from fourfold_hpc_coder.problems.library import own_problems
+from fourfold_hpc_coder.score import schedule, score
+from fourfold_hpc_coder.score.score import Scoring
+from fourfold_hpc_coder.vocabulary import Model, Processors
 from fourfold_parallel.common.progress import silent
 
 AVERAGE, RELU = "27_reduce_average", "55_transform_relu"
 RIGHT = "double s = 0; for (double v : x) s += v; return s / x.size(); }"
-SETTINGS = Settings(
+SETTINGS = JudgeSettings(
     time_limit_s=8, repetitions=1, sizes=((AVERAGE, 50_000), (RELU, 50_000))
-).with_launches({"omp": (Launch(), Launch(threads=2))})
+).with_launches({"omp": (Processors(), Processors(threads=2))})
 
 
 def entry(name: str, model: Model, *outputs: str) -> dict:
@@ -40,9 +42,9 @@ def entry(name: str, model: Model, *outputs: str) -> dict:
     }
 
 
-def plan(sandbox, folder: Path, *entries: dict) -> Plan:
+def plan(sandbox, folder: Path, *entries: dict) -> Scoring:
     (folder / "outputs.json").write_text(json.dumps(entries))
-    return Plan(
+    return Scoring(
         outputs=folder / "outputs.json",
         folder=folder / "scores",
         models=("serial", "omp"),
@@ -72,11 +74,11 @@ class Watch:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[tuple[str, int, float, float]] = []
         self._patience = threading.local()
-        self._wrap(monkeypatch, toolchain, "run", "compiler")
-        self._wrap(monkeypatch, judge, "trusted_answers", "reference")
+        self._wrap(monkeypatch, artifacts, "run", "compiler")
+        self._wrap(monkeypatch, reference, "trusted_answers", "reference")
         self._wrap(monkeypatch, schedule, "check", "check")
         for holder, name, kind in (
-            (judge, "launched", "program"),
+            *((module, "launched", "program") for module in (launch, races, reference)),
             (Quiet, "timing", "timing"),
         ):
             self._wrap_block(monkeypatch, holder, name, kind)
@@ -133,7 +135,7 @@ def test_no_timing_overlaps_a_build_a_check_or_another_timing(
         entry(AVERAGE, "serial", RIGHT, "return 0; }", RIGHT + "//"),
     )
     watch = Watch(monkeypatch)
-    scored = score.score(asked, silent)
+    scored = score.score_file(asked, silent)
     verdicts = [[one.verdict for one in judged.judgements] for judged in scored.judged]
     assert verdicts == [["correct"] * 3 + ["no build"], ["correct", "wrong", "correct"]]
     timings = watch.of("timing")
@@ -157,19 +159,20 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_schedule import SETTINGS
-from fourfold_hpc_coder import schedule, score
-from fourfold_hpc_coder.sandbox import find_sandbox
+from fourfold_hpc_coder.score import schedule
+from fourfold_hpc_coder.score import score
+from fourfold_hpc_coder.sandbox.process import find_sandbox
 from fourfold_parallel.common.progress import silent
 left = {left}
-real = schedule.judged_by_time
+real = schedule.time_candidate
 def killed(*words):
     global left
     left -= 1
     if left < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*words)
-schedule.judged_by_time = killed
-score.score(score.Plan(outputs=Path({outputs!r}), folder=Path({folder!r}), models=("serial", "omp"),
+schedule.time_candidate = killed
+score.score_file(score.Scoring(outputs=Path({outputs!r}), folder=Path({folder!r}), models=("serial", "omp"),
     settings=SETTINGS, sandbox=find_sandbox(allow_none=False), jobs=2, ks=(1,), is_cached=False), silent)
 """
 
@@ -180,7 +183,7 @@ def test_killed_between_checks_and_timings_it_goes_on_to_the_same_file(
     """Before the first timing only what needs none is settled; before the second, what was timed too."""
     bodies = [RIGHT, "return 1; }", "oops }", RIGHT + "//", "return x[0]; }"]
     asked = plan(sandbox, tmp_path, entry(AVERAGE, "serial", *bodies))
-    score.score(replace(asked, folder=tmp_path / "whole"), silent)
+    score.score_file(replace(asked, folder=tmp_path / "whole"), silent)
     for left, settled in ((0, 3), (1, 4)):
         script = KILLED_BETWEEN.format(
             tests=str(Path(__file__).parent),
@@ -192,7 +195,7 @@ def test_killed_between_checks_and_timings_it_goes_on_to_the_same_file(
         assert ended.returncode == -9
         lines = (asked.folder / "verdicts.jsonl").read_text().splitlines()
         assert len(lines) == 1 + settled
-    scored = score.score(asked, silent)
+    scored = score.score_file(asked, silent)
     assert scored.reused == 4
     assert untimed(asked.folder) == untimed(tmp_path / "whole")
 
@@ -202,7 +205,8 @@ def test_windows_keep_the_order_and_their_bounds(names: list[str]) -> None:
     problems = own_problems()
     question = Question(name="", problem_type="", model="serial", prompt="", outputs=(), fields={})
     tasks = [
-        schedule.Task(question, problems[name], "", str(at), ()) for at, name in enumerate(names)
+        schedule.AnswerTask(question, problems[name], "", str(at), ())
+        for at, name in enumerate(names)
     ]
     cut = [*schedule.windows(tasks)]
     assert [task for window in cut for task in window] == tasks
@@ -223,7 +227,7 @@ def test_the_bench_of_a_window_is_empty_after_it(bench, sandbox, tmp_path: Path)
     )
     own = workbench.Bench(sandbox=sandbox, scratch=tmp_path, settings=SETTINGS, secret=1)
     found = []
-    task = schedule.Task(question, own_problems()[AVERAGE], RIGHT, "key", ((0, 0),))
+    task = schedule.AnswerTask(question, own_problems()[AVERAGE], RIGHT, "key", ((0, 0),))
     failed = schedule.judge_all(own, [task], ("serial",), 2, lambda *one: found.append(one))
     assert not failed
     assert [judgement.verdict for _, judgement in found] == ["correct"]

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_hpc_coder import pareval, report, schedule, score, toolchain
 from fourfold_hpc_coder.__main__ import main
-from fourfold_hpc_coder.evaluation import Launch, Model
-from fourfold_hpc_coder.journal import Journal
-from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.score import Plan
-from fourfold_hpc_coder.workbench import Settings
+from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.judge.bench import JudgeSettings
+from fourfold_hpc_coder.pareval import files as pareval
+from fourfold_hpc_coder.problems.library import own_problems
+from fourfold_hpc_coder.score import cache, report, schedule, score
+from fourfold_hpc_coder.score.journal import Journal
+from fourfold_hpc_coder.score.score import Scoring
+from fourfold_hpc_coder.vocabulary import Model, Processors
 from fourfold_parallel.common.progress import silent
 
 GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "hpc_coder"
@@ -43,7 +45,7 @@ VERDICT = {
 }
 """What each label of the hand-written outputs means in our words."""
 
-QUICK = Settings(
+QUICK = JudgeSettings(
     time_limit_s=8,
     repetitions=1,
     sizes=(
@@ -54,16 +56,16 @@ QUICK = Settings(
     ),
 ).with_launches(
     {
-        "omp": (Launch(), Launch(threads=2)),
-        "mpi": (Launch(ranks=2),),
-        "mpi+omp": (Launch(ranks=2, threads=2),),
+        "omp": (Processors(), Processors(threads=2)),
+        "mpi": (Processors(ranks=2),),
+        "mpi+omp": (Processors(ranks=2, threads=2),),
     }
 )
 
 
 @pytest.fixture
-def plan(sandbox, tmp_path: Path) -> Plan:
-    return Plan(
+def plan(sandbox, tmp_path: Path) -> Scoring:
+    return Scoring(
         outputs=tmp_path / "outputs.json",
         folder=tmp_path / "scores",
         models=("serial", "omp"),
@@ -100,11 +102,11 @@ RIGHT = "double s = 0; for (double v : x) s += v; return s / x.size(); }"
     not GOLDEN.is_dir(), reason="../shared/golden/hpc_coder is not beside this checkout"
 )
 @pytest.mark.parametrize("model", ["serial", "omp", "mpi", "mpi+omp", "kokkos", "cuda"])
-def test_golden_outputs_get_the_verdicts_of_their_labels(plan: Plan, model: Model) -> None:
+def test_golden_outputs_get_the_verdicts_of_their_labels(plan: Scoring, model: Model) -> None:
     """All 41, each with a sentence; ParEval's own runner accepts NaN, a race and sequential answers."""
     if reason := toolchain.missing(model):
         pytest.skip(reason)
-    scored = score.score(
+    scored = score.score_file(
         replace(plan, outputs=GOLDEN / "outputs.json", models=(model,), is_cached=True), silent
     )
     labels = {
@@ -120,26 +122,26 @@ def test_golden_outputs_get_the_verdicts_of_their_labels(plan: Plan, model: Mode
             assert judgement.verdict == wanted, (judged.question.name, label, judgement.because)
             assert judgement.because
     assert len(scored.judged) == sum(key[1] == model for key in labels)
-    assert not scored.problems
+    assert not scored.omissions
 
 
-def test_what_was_never_run_is_neither_right_nor_wrong(plan: Plan) -> None:
+def test_what_was_never_run_is_neither_right_nor_wrong(plan: Scoring) -> None:
     """A GPU kernel's build rate is known; its pass@1 is empty, not 0."""
     if reason := toolchain.missing("cuda"):
         pytest.skip(reason)
     name = "55_transform_relu"
     right = own_problems()[name].answer("cuda")
     plan.outputs.write_text(json.dumps([entry(name, "cuda", right, "oops }")]))
-    [judged] = score.score(replace(plan, models=("cuda",), is_cached=True), silent).judged
+    [judged] = score.score_file(replace(plan, models=("cuda",), is_cached=True), silent).judged
     assert [one.verdict for one in judged.judgements] == ["compiled, not run", "no build"]
     assert "needs a GPU" in judged.judgements[0].because
     [row] = csv.DictReader((plan.folder / "metrics.csv").read_text().splitlines())
     assert (row["build@1"], row["pass@1"], row["speedup_n@1"]) == ("0.5", "", "")
 
 
-def test_results_are_in_parevals_layout_and_read_back(plan: Plan) -> None:
+def test_results_are_in_parevals_layout_and_read_back(plan: Scoring) -> None:
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT, "return 0; }", "oops }")]))
-    score.score(plan, silent)
+    score.score_file(plan, silent)
     [result] = json.loads((plan.folder / "results.json").read_text())
     right, wrong, broken = result["outputs"]
     assert [*right] == [
@@ -169,18 +171,63 @@ def test_results_are_in_parevals_layout_and_read_back(plan: Plan) -> None:
 
 
 def test_equal_answers_are_judged_once_and_the_cache_spares_the_rest(
-    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Scoring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path / "cache"))
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT, "return 2; }", RIGHT)]))
     cached = replace(plan, is_cached=True)
-    first = score.score(cached, silent)
+    first = score.score_file(cached, silent)
     assert first.reused == 1
     monkeypatch.delattr(schedule, "check")
-    second = score.score(replace(cached, folder=tmp_path / "again"), silent)
+    second = score.score_file(replace(cached, folder=tmp_path / "again"), silent)
     assert second.reused == 3
     verdicts = [one.verdict for one in second.judged[0].judgements]
     assert verdicts == ["correct", "wrong", "correct"]
+
+
+def test_a_chats_reply_is_named_and_its_body_judged_where_asked_for(plan: Scoring) -> None:
+    """With its fence it is no C++; a fence in a comment or a string of a body is none."""
+    prompt = own_problems()[AVERAGE].prompt("serial")
+    replies = (
+        f"Here it is:\n```cpp\n{RIGHT}\n```\nIt adds them up.",
+        f"```cpp\n{prompt}\n{RIGHT}\n```",
+        f"{RIGHT}\n```",
+    )
+    plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", *replies, f"// ```\n{RIGHT}")]))
+    [judged] = score.score_file(plan, silent).judged
+    assert [one.verdict for one in judged.judgements] == ["no build"] * 3 + ["correct"]
+    assert all("--extract-bodies" in one.because for one in judged.judgements[:3])
+    extracting = replace(plan, extracts_bodies=True)
+    [judged] = score.score_file(extracting, silent).judged
+    assert [one.verdict for one in judged.judgements] == ["correct"] * 4
+    [result] = json.loads((plan.folder / "results.json").read_text())
+    assert result["raw_outputs"][:3] == [*replies]
+    assert result["outputs"][1]["generated_output"].strip() == RIGHT
+
+
+def test_any_change_of_what_decides_a_verdict_changes_its_key(tmp_path: Path) -> None:
+    """A file that is new, renamed or changed; a report's does not."""
+    package = tmp_path / "package"
+    shutil.copytree(Path(cache.__file__).parents[1], package)
+
+    def key() -> str:
+        cache.sources_sha256.cache_clear()
+        return cache.sources_sha256(cache.DECISIVE, package)
+
+    seen = {key()}
+    for room in ("judge", "judge/drivers", "sandbox", "problems", "pareval"):
+        new = package / room / "new.txt"
+        new.write_text("")
+        seen.add(key())
+        new.write_text("x")
+        seen.add(key())
+        new.rename(new.with_name("newer.txt"))
+        seen.add(key())
+    (package / "evaluation.py").write_text("")
+    seen.add(key())
+    assert len(seen) == 1 + 5 * 3 + 1
+    (package / "score" / "report.py").write_text("")
+    assert key() in seen
 
 
 KILLED = """
@@ -188,21 +235,21 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from fourfold_hpc_coder import score
-from fourfold_hpc_coder.workbench import Settings
-from fourfold_hpc_coder.sandbox import find_sandbox
+from fourfold_hpc_coder.score import score
+from fourfold_hpc_coder.judge.bench import JudgeSettings
+from fourfold_hpc_coder.sandbox.process import find_sandbox
 from fourfold_parallel.common.progress import silent
-score.score(score.Plan(outputs=Path({outputs!r}), folder=Path({folder!r}), models=("serial",),
-    settings=Settings(time_limit_s=8, repetitions=1, sizes=(({name!r}, 50_000),)),
+score.score_file(score.Scoring(outputs=Path({outputs!r}), folder=Path({folder!r}), models=("serial",),
+    settings=JudgeSettings(time_limit_s=8, repetitions=1, sizes=(({name!r}, 50_000),)),
     sandbox=find_sandbox(allow_none=False), jobs=1, ks=(1,), is_cached=False), silent)
 """
 
 
-def test_a_killed_scoring_goes_on_and_gives_the_same_results(plan: Plan, tmp_path: Path) -> None:
+def test_a_killed_scoring_goes_on_and_gives_the_same_results(plan: Scoring, tmp_path: Path) -> None:
     """SIGKILL after the first verdict: nothing it had is judged again, no process of its jobs remains."""
     bodies = [RIGHT, "return 1; }", "return x[0]; }", "oops }", "return -1; }", RIGHT + "//"]
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", *bodies)]))
-    settings = Settings(time_limit_s=8, repetitions=1, sizes=((AVERAGE, 50_000),))
+    settings = JudgeSettings(time_limit_s=8, repetitions=1, sizes=((AVERAGE, 50_000),))
     plan = replace(plan, models=("serial",), settings=settings, jobs=1)
     script = KILLED.format(
         tests=str(Path(__file__).parent),
@@ -222,7 +269,7 @@ def test_a_killed_scoring_goes_on_and_gives_the_same_results(plan: Plan, tmp_pat
     held = journal.read_text()
     with journal.open("a") as file:
         file.write('{"key": "torn')
-    scored = score.score(plan, silent)
+    scored = score.score_file(plan, silent)
     assert journal.read_text().startswith(held)
     assert scored.reused >= len(held.splitlines()) - 1
     assert [one.verdict for one in scored.judged[0].judgements] == [
@@ -234,7 +281,7 @@ def test_a_killed_scoring_goes_on_and_gives_the_same_results(plan: Plan, tmp_pat
         "correct",
     ]
     assert not any(Path(f"/proc/{pid}/exe").exists() for pid in jobs)
-    again = score.score(plan, silent)
+    again = score.score_file(plan, silent)
     assert again.reused == len(bodies)
     assert pareval.read_results(plan.folder / "results.json")[0] == again.judged[0].prompt
 
@@ -254,15 +301,15 @@ def _untimed(folder: Path) -> list[dict]:
     "moment", [0.3, *(pytest.param(one, marks=pytest.mark.slow) for one in (0.1, 0.5, 0.7, 0.9))]
 )
 def test_killed_at_any_moment_the_result_file_is_the_same(
-    plan: Plan, tmp_path: Path, moment: float
+    plan: Scoring, tmp_path: Path, moment: float
 ) -> None:
     """Killed after a share of the time that it takes, twice, then left to end: as if nothing had been."""
     bodies = [RIGHT, "return 1; }", "oops }", RIGHT + "//", "return x[0]; }"]
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", *bodies)]))
-    settings = Settings(time_limit_s=8, repetitions=1, sizes=((AVERAGE, 50_000),))
+    settings = JudgeSettings(time_limit_s=8, repetitions=1, sizes=((AVERAGE, 50_000),))
     plan = replace(plan, models=("serial",), settings=settings, jobs=1)
     began_s = time.perf_counter()
-    score.score(replace(plan, folder=tmp_path / "whole"), silent)
+    score.score_file(replace(plan, folder=tmp_path / "whole"), silent)
     whole_s = time.perf_counter() - began_s
     script = KILLED.format(
         tests=str(Path(__file__).parent),
@@ -277,7 +324,7 @@ def test_killed_at_any_moment_the_result_file_is_the_same(
         time.sleep(share * whole_s)
         victim.kill()
         victim.wait()
-    score.score(plan, silent)
+    score.score_file(plan, silent)
     assert _untimed(plan.folder) == _untimed(tmp_path / "whole")
     # The sentences speak of inputs that are drawn for each scoring.
     found, wanted = (
@@ -291,12 +338,12 @@ def test_killed_at_any_moment_the_result_file_is_the_same(
 
 
 def _below(pid: int) -> list[int]:
-    from fourfold_hpc_coder.sandbox import descendants
+    from fourfold_hpc_coder.sandbox.usage import descendants
 
     return descendants(pid)
 
 
-def test_an_interrupted_scoring_leaves_no_process(plan: Plan) -> None:
+def test_an_interrupted_scoring_leaves_no_process(plan: Scoring) -> None:
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", "for (;;) {} }")]))
     script = KILLED.format(
         tests=str(Path(__file__).parent),
@@ -316,10 +363,10 @@ def test_an_interrupted_scoring_leaves_no_process(plan: Plan) -> None:
     assert not any(Path(f"/proc/{pid}/exe").exists() for pid in jobs)
 
 
-def test_the_page_holds_every_answer_and_escapes_it(plan: Plan) -> None:
+def test_the_page_holds_every_answer_and_escapes_it(plan: Scoring) -> None:
     body = 'return "<script>alert(1)</script>"[0] + 0 * x[0]; }'
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT, body)]))
-    scored = score.score(plan, silent)
+    scored = score.score_file(plan, silent)
     page = report.write(
         scored,
         plan.folder / "report.html",
@@ -373,7 +420,7 @@ def test_a_file_that_cannot_be_scored_says_why(
 
 
 def test_what_cannot_be_scored_is_named_and_the_rest_is_scored(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
+    plan: Scoring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bad entry, an unknown problem, an absent MPI, a k above n."""
     entries = [
@@ -388,9 +435,9 @@ def test_what_cannot_be_scored_is_named_and_the_rest_is_scored(
         "missing",
         lambda model: "mpicxx is not installed (Debian: libopenmpi-dev)" if model == "mpi" else "",
     )
-    scored = score.score(replace(plan, models=("serial", "mpi"), ks=(1, 5)), silent)
+    scored = score.score_file(replace(plan, models=("serial", "mpi"), ks=(1, 5)), silent)
     assert [one.verdict for one in scored.judged[0].judgements] == ["correct"]
-    reasons = " ".join(one.because for one in scored.problems)
+    reasons = " ".join(one.because for one in scored.omissions)
     for words in ("lacks", "built-in problems", "libopenmpi-dev"):
         assert words in reasons
     assert "k=5 is above the number of samples" in scored.notes[0]
@@ -399,7 +446,7 @@ def test_what_cannot_be_scored_is_named_and_the_rest_is_scored(
 
 
 def test_absent_gpu_compilers_are_named_per_prompt_and_the_rest_is_scored(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
+    plan: Scoring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A prompt for CUDA, one for HIP, one that can be scored."""
     found = shutil.which
@@ -409,16 +456,16 @@ def test_absent_gpu_compilers_are_named_per_prompt_and_the_rest_is_scored(
     models: tuple[Model, ...] = ("serial", "cuda", "hip")
     entries = [entry(AVERAGE, "serial", RIGHT), *(entry(AVERAGE, m, "}") for m in models[1:])]
     plan.outputs.write_text(json.dumps(entries))
-    scored = score.score(replace(plan, models=models), silent)
+    scored = score.score_file(replace(plan, models=models), silent)
     assert [one.verdict for one in scored.judged[0].judgements] == ["correct"]
-    assert {one.place: one.because for one in scored.problems} == {
+    assert {one.place: one.because for one in scored.omissions} == {
         f"{AVERAGE} (cuda)": "nvcc is not installed (Debian: nvidia-cuda-toolkit)",
         f"{AVERAGE} (hip)": "hipcc is not installed (Debian: hipcc)",
     }
 
 
 def test_an_absent_compiler_is_named_with_its_package(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    plan: Scoring, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT)]))
     monkeypatch.setattr("shutil.which", lambda _: None)
@@ -437,7 +484,7 @@ def test_an_absent_compiler_is_named_with_its_package(
     ids=["no --showme", "no header"],
 )
 def test_an_mpi_that_does_not_work_leaves_the_rest_to_be_scored(
-    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapper: str, words: str
+    plan: Scoring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapper: str, words: str
 ) -> None:
     """MPICH's wrapper knows no --showme; half an installation compiles nothing."""
     other = tmp_path / "bin" / "mpicxx"
@@ -446,22 +493,22 @@ def test_an_mpi_that_does_not_work_leaves_the_rest_to_be_scored(
     other.chmod(0o755)
     monkeypatch.setenv("PATH", f"{other.parent}{os.pathsep}{os.environ['PATH']}")
     toolchain._said.cache_clear()
-    toolchain._mpi_flags.cache_clear()
+    toolchain.mpi_flags.cache_clear()
     plan.outputs.write_text(json.dumps([entry(AVERAGE, m, RIGHT) for m in ("serial", "mpi")]))
     try:
-        scored = score.score(replace(plan, models=("serial", "mpi")), silent)
+        scored = score.score_file(replace(plan, models=("serial", "mpi")), silent)
     finally:
         toolchain._said.cache_clear()
-        toolchain._mpi_flags.cache_clear()
+        toolchain.mpi_flags.cache_clear()
     assert [one.judgements[0].verdict for one in scored.judged] == ["correct"]
-    assert words in scored.problems[0].because
+    assert words in scored.omissions[0].because
 
 
-def test_a_row_is_an_answer_whatever_stands_in_it(plan: Plan) -> None:
+def test_a_row_is_an_answer_whatever_stands_in_it(plan: Scoring) -> None:
     """Texts of Windows, and half a character, which JSON can hold and a file cannot."""
     bodies = (RIGHT.replace("; ", ";\r\n"), f"// \ud83d\n{RIGHT}", f'// \U0001f600, ""\n{RIGHT}')
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", *bodies)]))
-    scored = score.score(plan, silent)
+    scored = score.score_file(plan, silent)
     assert {one.verdict for one in scored.judged[0].judgements} == {"correct"}
     with (plan.folder / "runs.csv").open(newline="") as file:
         rows = [*csv.DictReader(file)]
@@ -470,7 +517,7 @@ def test_a_row_is_an_answer_whatever_stands_in_it(plan: Plan) -> None:
     assert "\U0001f600" in rows[2]["generated_output"]
 
 
-def test_a_prompt_that_our_driver_cannot_call_is_left_out(plan: Plan) -> None:
+def test_a_prompt_that_our_driver_cannot_call_is_left_out(plan: Scoring) -> None:
     """ParEval's Kokkos prompts have matrices of two dimensions; an answer to one would not link."""
     asked = entry("02_dense_la_gemm", "kokkos", "}")
     views = "Kokkos::View<const double**> &A, Kokkos::View<const double**> &B, Kokkos::View<double**> &C"
@@ -481,10 +528,10 @@ def test_a_prompt_that_our_driver_cannot_call_is_left_out(plan: Plan) -> None:
     same["outputs"] = [RIGHT.replace("x", "values")]
     copied = {**same, "prompt": "double average(std::vector<double> x) {"}
     plan.outputs.write_text(json.dumps([theirs, same, copied]))
-    scored = score.score(replace(plan, models=("serial", "kokkos")), silent)
+    scored = score.score_file(replace(plan, models=("serial", "kokkos")), silent)
     assert [one.judgements[0].verdict for one in scored.judged] == ["correct"]
-    assert [one.place.split()[0] for one in scored.problems] == ["02_dense_la_gemm", AVERAGE]
-    assert declared in scored.problems[0].because
+    assert [one.place.split()[0] for one in scored.omissions] == ["02_dense_la_gemm", AVERAGE]
+    assert declared in scored.omissions[0].because
 
 
 @pytest.mark.parametrize("name", ["[b]", "[/red]"])
@@ -495,48 +542,48 @@ def test_a_message_is_shown_as_it_is(name: str, tmp_path: Path, capsys, sandbox)
     assert f"{tmp_path / name} cannot be read" in capsys.readouterr().err
 
 
-def test_scores_of_another_file_are_not_overwritten(plan: Plan) -> None:
+def test_scores_of_another_file_are_not_overwritten(plan: Scoring) -> None:
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT)]))
-    score.score(plan, silent)
+    score.score_file(plan, silent)
     before = (plan.folder / "results.json").read_bytes()
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", "return 0; }")]))
     with pytest.raises(ValueError, match="another file"):
-        score.score(plan, silent)
+        score.score_file(plan, silent)
     assert (plan.folder / "results.json").read_bytes() == before
 
 
-def test_two_scorings_do_not_write_into_one_folder(plan: Plan) -> None:
+def test_two_scorings_do_not_write_into_one_folder(plan: Scoring) -> None:
     """Of another process, or of this one: the first is left as it is."""
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT)]))
     with (
         Journal(plan.outputs, plan.folder),
         pytest.raises(ValueError, match="another scoring is writing"),
     ):
-        score.score(plan, silent)
+        score.score_file(plan, silent)
     assert len((plan.folder / "verdicts.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_damaged_journal_is_named_by_its_line(plan: Plan) -> None:
+def test_a_damaged_journal_is_named_by_its_line(plan: Scoring) -> None:
     """Without that line its answer is judged again."""
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT)]))
-    score.score(plan, silent)
+    score.score_file(plan, silent)
     path = plan.folder / "verdicts.jsonl"
     header, verdict = path.read_text().splitlines()
     for line in (verdict[:-9], header, "[]"):
         path.write_text(f"{header}\n{line}\n")
         with pytest.raises(ValueError, match=r"verdicts.jsonl, line 2 is damaged; remove"):
-            score.score(plan, silent)
+            score.score_file(plan, silent)
         assert path.read_text() == f"{header}\n{line}\n"
     path.write_text(f"{header}\n")
-    assert score.score(plan, silent).judged[0].judgements[0].verdict == "correct"
+    assert score.score_file(plan, silent).judged[0].judgements[0].verdict == "correct"
 
 
-def test_results_can_be_scored_again(plan: Plan, tmp_path: Path) -> None:
+def test_results_can_be_scored_again(plan: Scoring, tmp_path: Path) -> None:
     """A driver's results hold the outputs: a file that was scored is a file to score."""
     plan.outputs.write_text(json.dumps([entry(AVERAGE, "serial", RIGHT)]))
-    score.score(plan, silent)
+    score.score_file(plan, silent)
     again = replace(plan, outputs=plan.folder / "results.json", folder=tmp_path / "again")
-    assert score.score(again, silent).judged[0].judgements[0].verdict == "correct"
+    assert score.score_file(again, silent).judged[0].judgements[0].verdict == "correct"
 
 
 def test_results_that_are_partly_there_are_read_as_outputs(tmp_path: Path) -> None:

@@ -7,15 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from fourfold_hpc_coder.bases import Continued, LowRank
-from fourfold_hpc_coder.claims import CLAIMS
-from fourfold_hpc_coder.experiment import EXPERIMENT, held_out_nats
+from fourfold_hpc_coder.finetune import LowRank
 from fourfold_hpc_coder.instruct.format import CodePairs
-from fourfold_hpc_coder.recipes import ARMS, SEEDS, Arm, tuned
+from fourfold_hpc_coder.reproduce.claims import CLAIMS
+from fourfold_hpc_coder.reproduce.experiment import EXPERIMENT, held_out_nats
+from fourfold_hpc_coder.reproduce.recipes import ARMS, SEEDS, Arm, tuned
 from fourfold_parallel.common.records import Record, read_record
 from fourfold_parallel.common.values import digest, from_json, to_json
+from fourfold_parallel.reproduce.claims import judge, write_ledger
+from fourfold_parallel.reproduce.experiment import load
 from fourfold_parallel.run.optimizer import Constant
 from fourfold_parallel.run.recipe import Steps
+from fourfold_parallel.run.trained import TrainedBy
 
 
 def changed(arm: Arm) -> set[str]:
@@ -104,7 +107,7 @@ def test_a_difference_in_loss_is_judged_by_its_sign(
     claim, worse, better, verdict: str, tmp_path: Path
 ) -> None:
     arms = PAIRS[claim.id]
-    found = claim.rule(records(tmp_path, {arms[0]: worse, arms[1]: better}, {}))
+    found = claim.judge(records(tmp_path, {arms[0]: worse, arms[1]: better}, {}))
     assert found.verdict == verdict
 
 
@@ -124,7 +127,7 @@ def test_a_plateau_is_a_second_gain_below_the_first(
         "quarter": quarter,
         "full": full,
     }
-    assert claim.rule(records(tmp_path, losses, {})).verdict == verdict
+    assert claim.judge(records(tmp_path, losses, {})).verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -133,8 +136,18 @@ def test_a_plateau_is_a_second_gain_below_the_first(
 def test_little_difference_is_within_five_points(masked: int, verdict: str, tmp_path: Path) -> None:
     [claim] = [claim for claim in CLAIMS if claim.id == "H5"]
     losses: dict[Arm, tuple[float, ...]] = {"full": LOW, "masked": LOW}
-    found = claim.rule(records(tmp_path, losses, {"full": 10, "masked": masked}))
+    found = claim.judge(records(tmp_path, losses, {"full": 10, "masked": masked}))
     assert found.verdict == verdict
+
+
+def test_todays_rules_give_the_committed_ledger(tmp_path: Path) -> None:
+    """To the byte, from the committed records, none of which is left out."""
+    results = Path(__file__).parents[1] / "results"
+    found = load(EXPERIMENT, "laptop", results)
+    assert found.keys() == {stage.name for stage in EXPERIMENT.stages("laptop")}
+    rows = judge(CLAIMS, found, package="hpc_coder", scale="laptop")
+    write_ledger(tmp_path / "ledger.jsonl", rows)
+    assert (tmp_path / "ledger.jsonl").read_bytes() == (results / "ledger.jsonl").read_bytes()
 
 
 def test_a_claim_that_no_scale_here_can_test_says_what_it_needs() -> None:
@@ -170,10 +183,10 @@ def test_fine_tuning_begins_where_the_base_ended(
     """And the base is trained once, however often it is built."""
     monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
     base = quick(2)
-    first = Continued(run=base.run).build(seed=0)
-    [record] = tmp_path.glob("hpc_coder/bases/*/record.jsonl")
+    first = TrainedBy(run=base.run).build(seed=0)
+    [record] = tmp_path.glob("trained/*/record.jsonl")
     written = record.read_bytes()
-    second = Continued(run=base.run).build(seed=5)
+    second = TrainedBy(run=base.run).build(seed=5)
     assert record.read_bytes() == written
     fresh = base.run.model.build(seed=0)
     pairs = zip(first.parameters(), second.parameters(), fresh.parameters(), strict=True)

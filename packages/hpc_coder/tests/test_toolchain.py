@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_hpc_coder import toolchain
-from fourfold_hpc_coder.evaluation import Model
-from fourfold_hpc_coder.jobs import Job, Outcome
-from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.walls import Unprotected
-from fourfold_hpc_coder.workbench import built
+from fourfold_hpc_coder.judge import artifacts, build, prelude, toolchain
+from fourfold_hpc_coder.judge.bench import built
+from fourfold_hpc_coder.problems.library import own_problems
+from fourfold_hpc_coder.sandbox.backends import Unprotected
+from fourfold_hpc_coder.sandbox.job import Job, JobResult
+from fourfold_hpc_coder.vocabulary import Model
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -26,16 +26,16 @@ def test_what_answers_share_is_compiled_once(tmp_path: Path, monkeypatch) -> Non
     """One prelude and one driver for all CPU models, races included."""
     made: list[str] = []
 
-    def remember(_, job: Job) -> Outcome:
+    def remember(_, job: Job) -> JobResult:
         made.append(" ".join(job.command))
-        return Outcome(code=0, stdout="", stderr="", elapsed_s=0, cpu_s=0, limit="nothing")
+        return JobResult(code=0, stdout="", stderr="", elapsed_s=0, cpu_s=0, limit="nothing")
 
     monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
-    monkeypatch.setattr(toolchain, "run", remember)
+    monkeypatch.setattr(artifacts, "run", remember)
     driver = AVERAGE.driver("serial")
     models: tuple[Model, ...] = ("serial", "omp", "mpi", "mpi+omp")
-    for flavoured in (*map(toolchain.flavour, models), toolchain.racing()):
-        toolchain.prepare(flavoured, driver, "", Unprotected())
+    for flavour in (*map(toolchain.flavour_of, models), toolchain.racing()):
+        build.prepare(flavour, driver, "", Unprotected())
     assert sum("prelude.hpp.gch" in one for one in made) == 1
     assert sum("driver.cc" in one for one in made) == 1
     names = ("alone.cc", "ranks.cc", "threads.cc", "race.cc")
@@ -50,23 +50,23 @@ def test_what_is_precompiled_is_used_and_changes_no_instruction(
     """Compiled without it, an answer is the same program, but for the lines that a race is found by."""
     if model == "mpi" and (reason := toolchain.missing("mpi")):
         pytest.skip(reason)
-    flavoured = toolchain.racing() if model == "race" else toolchain.flavour(model)
-    flavoured = replace(flavoured, flags=("-Winvalid-pch", *flavoured.flags))
+    flavour = toolchain.racing() if model == "race" else toolchain.flavour_of(model)
+    flavour = replace(flavour, flags=("-Winvalid-pch", *flavour.flags))
     asked: Model = "omp" if model == "race" else model
     body = AVERAGE.answer("omp" if model == "serial" else asked)  # its pragma says nothing
     text = AVERAGE.unit(header + AVERAGE.prompt(asked), body)
-    assert toolchain.needs_whole(flavoured, text, bench.sandbox) == bool(header)
-    kept = toolchain.prepare(flavoured, AVERAGE.driver(asked), text, bench.sandbox)
+    assert prelude.needs_whole(flavour, text, bench.sandbox) == bool(header)
+    inputs = build.prepare(flavour, AVERAGE.driver(asked), text, bench.sandbox)
     bare = tmp_path / "bare"
-    shutil.copytree(kept.prelude, bare, ignore=shutil.ignore_patterns("*.gch"))
+    shutil.copytree(inputs.prelude, bare, ignore=shutil.ignore_patterns("*.gch"))
     programs = []
-    for number, prelude in enumerate((kept.prelude, bare)):
+    for number, folder in enumerate((inputs.prelude, bare)):
         source, program = tmp_path / f"in{number}", tmp_path / f"out{number}"
         source.mkdir()
         program.mkdir()
         (source / "answer.cpp").write_text(text)
-        built = replace(kept, prelude=prelude)
-        outcome = toolchain.compile_candidate(bench.sandbox, built, source, program)
+        built = replace(inputs, prelude=folder)
+        outcome = build.compile_candidate(bench.sandbox, built, source, program)
         assert (outcome.code, outcome.stderr) == (0, "")
         programs.append((program / "answer").read_bytes())
     assert model == "race" or programs[0] == programs[1]
@@ -100,21 +100,21 @@ SHORT = (
 
 @pytest.mark.parametrize("text", WHOLE)
 def test_a_name_that_only_the_whole_prelude_holds_asks_for_it(bench, text: str) -> None:
-    flavoured = toolchain.flavour("serial")
-    assert toolchain.needs_whole(flavoured, text, bench.sandbox)
-    assert toolchain.needs_whole(flavoured, "#define a std::cout\n", bench.sandbox)
-    assert "include" in text or not toolchain.needs_whole(flavoured, f"// {text}", bench.sandbox)
+    flavour = toolchain.flavour_of("serial")
+    assert prelude.needs_whole(flavour, text, bench.sandbox)
+    assert prelude.needs_whole(flavour, "#define a std::cout\n", bench.sandbox)
+    assert "include" in text or not prelude.needs_whole(flavour, f"// {text}", bench.sandbox)
 
 
 @pytest.mark.parametrize("text", SHORT)
 def test_what_most_answers_use_is_in_the_short_prelude(bench, text: str) -> None:
-    assert not toolchain.needs_whole(toolchain.flavour("serial"), text, bench.sandbox)
+    assert not prelude.needs_whole(toolchain.flavour_of("serial"), text, bench.sandbox)
 
 
 @pytest.mark.parametrize("model", ["serial", "omp"])
 def test_right_answers_build_under_the_short_prelude(bench, tmp_path: Path, model: Model) -> None:
     """Most have it, and what they name is there; the slow tests judge every one of them."""
-    flavoured = toolchain.flavour(model)
+    flavour = toolchain.flavour_of(model)
     answers = [
         (one, one.unit(one.prompt(model), one.answer(model)))
         for one in own_problems().values()
@@ -123,7 +123,7 @@ def test_right_answers_build_under_the_short_prelude(bench, tmp_path: Path, mode
     short = [
         (one, text)
         for one, text in answers
-        if not toolchain.needs_whole(flavoured, text, bench.sandbox)
+        if not prelude.needs_whole(flavour, text, bench.sandbox)
     ]
     assert len(short) >= len(answers) // 2
     for one, text in (short[0], short[-1]):

@@ -142,12 +142,29 @@ def test_scores_far_apart_leave_no_weight_undefined() -> None:
 @needs_compiler
 def test_the_compiled_twin_refuses_what_it_cannot_read() -> None:
     queries, keys, values, leading = scene(SHAPES[1])
-    with pytest.raises(ValueError, match=r"float64 .* takes contiguous float32 or bfloat16"):
+    with pytest.raises(ValueError, match=r"float64 .* contiguous float32 or bfloat16"):
         native.decode(queries.double(), keys, values, leading, READ)
     narrow = keys[..., :40].contiguous()
     assert twin(queries[..., :40], narrow, values, leading) is cpu.decode
     with pytest.raises(ValueError, match=r"pages=17 of length=255 with pages of 16.*1 to 16"):
         native.decode(queries, keys, values, leading, replace(READ, pages=17))
+
+
+@needs_compiler
+def test_the_compiled_twin_reads_within_its_tensors() -> None:
+    """It reads the sizes of the keys, so a tensor of another cache would be read beyond its end."""
+    queries, keys, values, leading = scene(SHAPES[1])
+    assert native.takes(queries, keys, values, leading)
+    half = keys.shape[2] // 2 // native.BLOCK * native.BLOCK
+    for others in (
+        (queries[:0], keys, values, leading),
+        (queries[:, :-1], keys, values, leading),
+        (queries, keys, values[:, :, :half].contiguous(), leading),
+        (queries, keys, values[:, :1].contiguous(), leading),
+        (queries, keys, values, leading[..., :half].contiguous()),
+        (queries, keys, values, leading[:0]),
+    ):
+        assert not native.takes(*others)
 
 
 def test_without_a_compiler_torch_decodes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,19 @@
 """Laws of token streams."""
 
+import importlib.metadata
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from packaging.requirements import Requirement
 
+from fourfold_parallel.common.values import from_json, to_json
 from fourfold_parallel.run import data
-from fourfold_parallel.run.corpora import Hub, TextFiles
+from fourfold_parallel.run.corpora import WIKIPEDIA_REMEDY, Hub, TextFiles
 from fourfold_parallel.run.data import Packed, TokenStream, epoch_order, tokenize
+from fourfold_parallel.run.models import SMOLLM2_REMEDY, SmolLM2
 from fourfold_parallel.run.tokenizers import BytePairs, PublishedTokenizer
 
 
@@ -88,17 +93,24 @@ def test_tokenizing_twice_reads_the_cache(packed: Packed, monkeypatch: pytest.Mo
     assert tokenize(packed.corpus, packed.tokenizer) == first
 
 
+def test_paths_are_text_or_paths(corpus: TextFiles) -> None:
+    """One corpus, one digest, and a record rebuilds it."""
+    paths = TextFiles(paths=tuple(map(Path, corpus.paths)), licence=corpus.licence)
+    assert paths == corpus == from_json(to_json(paths))
+    assert paths.load() == corpus.load()
+
+
 def test_an_edited_text_file_is_read_again(tmp_path: Path) -> None:
     """Under the same name, with other words: other tokens, and another material in the record."""
     text = tmp_path / "mine.txt"
     corpus = TextFiles(paths=(str(text),), licence="made here")
-    found = []
+    digests = []
     for words in ("alpha beta gamma " * 30, "delta epsilon zeta " * 50):
         text.write_text(words, encoding="utf-8")
         file = tokenize(corpus, BytePairs(vocabulary=300))
         assert file.tokenizer().decode(file.document(0).tolist()) == words
-        found.append(file.materials[0].sha256)
-    assert found[0] != found[1]
+        digests.append(file.materials[0].sha256)
+    assert digests[0] != digests[1]
 
 
 def test_the_files_of_a_local_tokenizer_count(tmp_path: Path, packed: Packed) -> None:
@@ -109,6 +121,37 @@ def test_the_files_of_a_local_tokenizer_count(tmp_path: Path, packed: Packed) ->
         trained = BytePairs(vocabulary=vocabulary).load(packed.corpus.load())
         trained.tokenizer.save_pretrained(folder)
         assert tokenize(packed.corpus, kept).vocabulary == vocabulary
+
+
+@pytest.mark.parametrize(
+    ("line", "extra"), [(WIKIPEDIA_REMEDY, "corpora"), (SMOLLM2_REMEDY, "gguf")]
+)
+def test_the_line_that_is_named_asks_for_what_the_extra_asks_for(line: str, extra: str) -> None:
+    """In pip's words; a wheel that is taken without its libraries is pinned."""
+    declared = {
+        str(Requirement(text.partition(";")[0]))
+        for text in importlib.metadata.requires("fourfold-parallel") or ()
+        if f"extra == '{extra}'" in text
+    }
+    for command in line.split(" && "):
+        pip, install, *words = shlex.split(command)
+        assert (pip, install) == ("pip", "install")
+        if words[0] == "--no-deps":
+            [pinned] = words[1:]
+            assert importlib.metadata.version(pinned.partition("==")[0]) == pinned.split("==")[1]
+        else:
+            assert {str(Requirement(word)) for word in words} <= declared
+
+
+def test_a_model_whose_reader_is_missing_names_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wheel is here, and gguf is not."""
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="gguf is not installed") as caught:
+        SmolLM2().folder()
+    assert SMOLLM2_REMEDY in str(caught.value)
 
 
 def test_an_altered_token_file_is_refused(packed: Packed, tmp_path: Path) -> None:
@@ -130,6 +173,7 @@ def test_an_altered_token_file_is_refused(packed: Packed, tmp_path: Path) -> Non
         (lambda stream, _: stream.batch(0, batch=9, ranks=2), "batch=9"),
         (lambda _, packed: packed.open(sequence=10**6, seed=0), "1000000 + 1"),
         (lambda *_: TextFiles(paths=("/nowhere.txt",), licence="none").load(), "/nowhere.txt"),
+        (lambda *_: TextFiles(paths="mine.txt", licence="none"), "paths=('mine.txt',)"),
         (lambda *_: BytePairs(vocabulary=9).load(None), "vocabulary=9"),
         (
             lambda *_: Hub(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fourfold_parallel.common.progress import silent
 from fourfold_parallel.common.records import read_record
@@ -35,26 +36,7 @@ def test_two_ranks_train_the_losses_of_one_process(
     last = train(
         run, record=tmp_path / "single.jsonl", checkpoints=tmp_path / "single", progress=silent
     )
-    (tmp_path / "run.json").write_text(json.dumps(to_json(run)))
-    program = Path(__file__).parent / "engines_on_ranks.py"
-    launched = subprocess.run(
-        [
-            *(
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc-per-node",
-                "2",
-            ),
-            *(str(program), str(tmp_path), *engines),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=800,
-        check=False,
-    )
-    assert launched.returncode == 0, launched.stdout[-3000:] + launched.stderr[-6000:]
+    on_two_ranks(run, tmp_path, engines)
     single = read_record(tmp_path / "single.jsonl")
     weights = load_file(last.path / "model.safetensors")
     for engine in engines:
@@ -77,6 +59,54 @@ def test_two_ranks_train_the_losses_of_one_process(
             torch.testing.assert_close(
                 trained[name], weight, rtol=0, atol=3e-5, msg=f"{engine} {name}"
             )
+        read = AutoModelForCausalLM.from_pretrained(path.parent).state_dict()
+        assert all(torch.equal(read[name], weight) for name, weight in trained.items())
+        assert AutoTokenizer.from_pretrained(path.parent).decode([40, 41])
+
+
+@pytest.mark.timeout(600)
+def test_a_run_goes_on_under_other_engines_and_on_other_ranks(
+    tmp_path: Path, small_run: Run
+) -> None:
+    """From one process over three engines on two ranks back to one: the losses of one process."""
+    run = replace(small_run, checkpoint_every=1)
+    straight = train(run, record=tmp_path / "r.jsonl", checkpoints=tmp_path / "r", progress=silent)
+    shared = {"record": tmp_path / "shared.jsonl", "checkpoints": tmp_path / "shared"}
+
+    def stop_at_three(done: int, total: int, note: str) -> None:
+        if done == 3:  # before its checkpoint
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(run, progress=stop_at_three, **shared)
+    on_two_ranks(replace(run, microbatch=2), tmp_path, ("ddp@3", "row@4", "fsdp2@5"))
+    last = train(run, progress=silent, **shared)
+    record = read_record(tmp_path / "shared.jsonl")
+    assert [event.number("step") for event in record.of("resumed")] == [2, 3, 4, 5]
+    assert [event.number("world_size") for event in record.of("resumed")] == [2, 2, 2, 1]
+    losses = [
+        [event.number("loss_nats") for event in read_record(tmp_path / name).of("step")]
+        for name in ("r.jsonl", "shared.jsonl")
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=ROUNDING)
+    weights = load_file(straight.path / "model.safetensors")
+    for name, weight in load_file(last.path / "model.safetensors").items():
+        torch.testing.assert_close(weight, weights[name], rtol=0, atol=3e-5, msg=name)
+
+
+def on_two_ranks(run: Run, folder: Path, words: tuple[str, ...]) -> None:
+    """Launch engines_on_ranks.py, which says what the words mean."""
+    (folder / "run.json").write_text(json.dumps(to_json(run)))
+    program = Path(__file__).parent / "engines_on_ranks.py"
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    launched = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", str(program), str(folder), *words],
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
+    assert launched.returncode == 0, launched.stdout[-3000:] + launched.stderr[-6000:]
 
 
 def test_a_lock_that_a_killed_deepspeed_left_is_named(

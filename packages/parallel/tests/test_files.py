@@ -16,4 +16,4 @@ def test_the_folder_that_came_first_is_kept(tmp_path: Path) -> None:
         opened = path.stat().st_ino
     assert path.stat().st_ino == opened
     assert json.loads((path / "meta.json").read_text()) == 2
-    assert [found.name for found in tmp_path.iterdir()] == ["made"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["made"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_parallel.common.records import RecordWriter, begun_by, header, read_record
+from fourfold_parallel.common.records import RecordWriter, description_in, header, read_record
 from fourfold_parallel.common.values import describes
 from fourfold_parallel.run.recipe import Run
 
@@ -71,7 +71,7 @@ def test_a_run_without_clipping_has_a_header_that_is_json(tmp_path: Path, small_
     json.loads((tmp_path / "r.jsonl").read_text(), parse_constant=pytest.fail)
     record = read_record(tmp_path / "r.jsonl")
     assert record.run == run
-    assert describes(begun_by(tmp_path / "r.jsonl"), run)
+    assert describes(description_in(tmp_path / "r.jsonl"), run)
 
 
 def test_a_line_that_does_not_fit_is_an_error_and_leaves_nothing(

@@ -1,6 +1,7 @@
 """Laws of the loop: grouping changes nothing, resuming changes nothing, bad runs stop by name."""
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable
@@ -10,16 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from fourfold_parallel.common.progress import Progress, silent
 from fourfold_parallel.common.records import Material, read_record
+from fourfold_parallel.common.values import from_json, to_json
 from fourfold_parallel.run import checkpoint
 from fourfold_parallel.run.data import Batch
 from fourfold_parallel.run.engines import DDP, FSDP2, DeepSpeed, Engine, Single
-from fourfold_parallel.run.models import Llama
+from fourfold_parallel.run.models import Llama, Published
 from fourfold_parallel.run.objective import IGNORE, KeepAll, MicrobatchLoss, NextToken
+from fourfold_parallel.run.optimizer import Constant, Cooldown, Schedule
 from fourfold_parallel.run.recipe import At, Run, Steps, Tokens
 from fourfold_parallel.run.train import train, trained_model
 
@@ -93,7 +97,7 @@ def test_a_save_that_dies_leaves_the_last_whole_checkpoint(
     monkeypatch.setattr(checkpoint, "write_text", dies_at_the_second)
     with pytest.raises(StoppedError):
         run_to(tmp_path, small_run)
-    assert [found.step for found in checkpoint.checkpoints(tmp_path / "checkpoints")] == [2]
+    assert [whole.step for whole in checkpoint.checkpoints(tmp_path / "checkpoints")] == [2]
     monkeypatch.setattr(checkpoint, "write_text", write_text)
     assert run_to(tmp_path, small_run).step == 6
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
@@ -106,7 +110,7 @@ def test_a_removal_that_dies_leaves_whole_checkpoints_only(
     rmtree = shutil.rmtree
 
     def dies_within_step_2(path: Path, **options: bool) -> None:
-        if "step-00000002" in path.name:
+        if "step-00000002" in Path(path).name:
             (path / "checkpoint.json").unlink()
             raise StoppedError
         rmtree(path, **options)
@@ -114,7 +118,7 @@ def test_a_removal_that_dies_leaves_whole_checkpoints_only(
     monkeypatch.setattr(checkpoint.shutil, "rmtree", dies_within_step_2)
     with pytest.raises(StoppedError):
         run_to(tmp_path, small_run)
-    assert [found.step for found in checkpoint.checkpoints(tmp_path / "checkpoints")] == [4]
+    assert [whole.step for whole in checkpoint.checkpoints(tmp_path / "checkpoints")] == [4]
     monkeypatch.setattr(checkpoint.shutil, "rmtree", rmtree)
     assert run_to(tmp_path, small_run).step == 6
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
@@ -161,6 +165,21 @@ def test_what_has_no_moments_resumes_too(tmp_path: Path, small_run: Run, change:
         assert torch.equal(ours.state_dict()[name], weight), name
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WithAdapter:
+    """A small Llama whose queries train through a low-rank adapter."""
+
+    plain: Llama
+
+    def build(self, *, seed: int) -> PreTrainedModel:
+        model = self.plain.build(seed=seed)
+        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+        return model
+
+    def materials(self) -> tuple[Material, ...]:
+        return ()
+
+
 def test_another_models_checkpoint_is_refused(tmp_path: Path, small_run: Run) -> None:
     """A deeper and a shallower model than the checkpoint's: both name the weight and both sides."""
     last = run_to(tmp_path, small_run)
@@ -187,10 +206,150 @@ def test_a_run_called_again_is_trained_once(tmp_path: Path, small_run: Run) -> N
         assert len(record.of("trained")) == 1
 
 
-def test_another_runs_checkpoint_is_refused(tmp_path: Path, small_run: Run) -> None:
+def test_another_runs_checkpoint_is_refused_by_the_names_of_the_fields(
+    tmp_path: Path, small_run: Run
+) -> None:
+    """With both values, at any depth, whether or not the classes are of fourfold."""
+    run_to(tmp_path / "own", replace(small_run, objective=NextToken(mask=KeepThirds())))
+    for mask in (KeepAll(), KeepNone()):
+        other = replace(
+            small_run,
+            seed=9,
+            objective=NextToken(mask=mask),
+            optimizer=replace(small_run.optimizer, learning_rate=0.001),  # type: ignore[type-var]
+        )
+        with pytest.raises(ValueError, match="was written by another run") as caught:
+            run_to(tmp_path / "own", other)
+        for words in (
+            "seed: 3 in the checkpoint, 9 asked for",
+            "optimizer.learning_rate: 0.003 in the checkpoint, 0.001 asked for",
+            f"objective.mask: KeepThirds() in the checkpoint, {type(mask).__name__}() asked for",
+            "Published(name='",
+        ):
+            assert words in str(caught.value)
+
+
+def test_where_a_run_runs_is_not_what_it_is(tmp_path: Path, small_run: Run) -> None:
+    """It goes on in other microbatches, under another name, checked and saved at other steps."""
+    run_to(tmp_path / "straight", small_run)
+    with pytest.raises(StoppedError):
+        run_to(tmp_path / "broken", small_run, stop_at(3))
+    elsewhere = replace(
+        small_run, name="elsewhere", microbatch=3, validate_every=5, checkpoint_every=1
+    )
+    run_to(tmp_path / "broken", elsewhere)
+    # float32 sums in another order, over four steps
+    assert losses(tmp_path / "broken/r.jsonl") == pytest.approx(
+        losses(tmp_path / "straight/r.jsonl"), abs=2e-6
+    )
+
+
+def test_deepspeeds_partitions_are_not_read_by_others(tmp_path: Path, small_run: Run) -> None:
+    """Nor are others' files by DeepSpeed, nor its own on other ranks: the way out is named."""
+    last = run_to(tmp_path, small_run)
+    with pytest.raises(
+        ValueError, match=r"by Single\(\) on 1 ranks.*DeepSpeed\(zero=1\).*Published"
+    ):
+        run_to(tmp_path, replace(small_run, engine=DeepSpeed(zero=1)))
+    partitioned = replace(small_run, engine=DeepSpeed(zero=2))
+    theirs = replace(last, run=to_json(partitioned), ranks=2)
+    for run in (small_run, partitioned):
+        with pytest.raises(ValueError, match=r"DeepSpeed\(zero=2\) on 2 ranks"):
+            checkpoint.check_layout(theirs, run)
+    checkpoint.check_layout(replace(theirs, ranks=1), partitioned)
+
+
+def test_an_earlier_versions_checkpoint_is_refused(tmp_path: Path, small_run: Run) -> None:
+    """It named no fields; nothing can be compared."""
+    last = run_to(tmp_path, small_run)
+    (last.path / "checkpoint.json").write_text(json.dumps({"step": 6, "run_sha256": "0"}))
+    with pytest.raises(ValueError, match="do not describe their run; remove"):
+        run_to(tmp_path, small_run)
+
+
+@pytest.mark.parametrize(
+    "schedule", [Constant(warmup_steps=2), Cooldown(warmup_steps=2, cooldown_steps=2)]
+)
+def test_an_extended_run_is_the_longer_run(
+    tmp_path: Path, small_run: Run, schedule: Schedule
+) -> None:
+    """Where the rates so far do not depend on the horizon: the same losses and weights, bit for bit."""
+    longer = replace(small_run, schedule=schedule, horizon=Steps(count=8))
+    straight = run_to(tmp_path / "straight", longer)
+    shorter = replace(longer, horizon=Tokens(count=6 * longer.tokens_per_step), name="shorter")
+    if isinstance(schedule, Constant):
+        run_to(tmp_path / "grown", shorter)
+    else:  # the fall begins after step 4
+        with pytest.raises(StoppedError):
+            run_to(tmp_path / "grown", shorter, stop_at(5))
+    with pytest.raises(ValueError, match=r"6 steps in the checkpoint, 8 asked for\); extends=True"):
+        run_to(tmp_path / "grown", longer)
+    place = {"record": tmp_path / "grown/r.jsonl", "checkpoints": tmp_path / "grown/checkpoints"}
+    with pytest.raises(StoppedError):
+        train(longer, progress=stop_at(7), extends=True, **place)
+    last = train(longer, progress=silent, extends=True, **place)
+    assert losses(tmp_path / "grown/r.jsonl") == losses(tmp_path / "straight/r.jsonl")
+    ours, theirs = trained_model(longer, last), trained_model(longer, straight)
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], weight), name
+    record = read_record(tmp_path / "grown/r.jsonl")
+    assert record.run == longer
+    assert record.of("extended")
+    assert len(record.of("trained")) == 1
+    with pytest.raises(ValueError, match=r"by a longer run .*8 steps in the checkpoint, 6 asked"):
+        train(shorter, extends=True, **place)
+
+
+def test_a_schedule_that_depends_on_the_horizon_is_not_extended(
+    tmp_path: Path, small_run: Run
+) -> None:
     run_to(tmp_path, small_run)
-    with pytest.raises(ValueError, match="was written by another run"):
-        run_to(tmp_path, replace(small_run, seed=9))
+    longer = replace(small_run, horizon=Steps(count=8))
+    with pytest.raises(ValueError, match="the schedule Cosine depends on the horizon"):
+        train(
+            longer, record=tmp_path / "r.jsonl", checkpoints=tmp_path / "checkpoints", extends=True
+        )
+
+
+def test_a_checkpoint_is_a_folder_that_transformers_reads(tmp_path: Path, small_run: Run) -> None:
+    """Model, tokenizer and text: the weights are the trained ones. Paths are given as text."""
+    last = train(small_run, record=str(tmp_path / "r.jsonl"), checkpoints=str(tmp_path / "c"))
+    model = AutoModelForCausalLM.from_pretrained(last.path)
+    ours = trained_model(small_run, last)
+    assert type(model) is type(ours)
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+    tokenizer = AutoTokenizer.from_pretrained(last.path)
+    prompt = tokenizer("the grid holds", return_tensors="pt")
+    made = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    assert tokenizer.decode(made[0]).startswith("the grid holds")
+    again = Published(name=last.path, revision="main", licence="made here")
+    assert from_json(to_json(again)) == again
+    for name, weight in again.build(seed=0).state_dict().items():
+        assert torch.equal(ours.state_dict()[name], weight), name
+
+
+def test_a_checkpoint_that_transformers_cannot_read_holds_no_configuration(
+    tmp_path: Path, small_run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Low-rank adapters: what reads it is named, and nothing can take it for a plain model."""
+    assert isinstance(small_run.model, Llama)
+    run = replace(small_run, model=WithAdapter(plain=small_run.model), horizon=Steps(count=2))
+    last = run_to(tmp_path, run)
+    assert "holds low-rank adapters; trained_model(run, checkpoint) reads them" in caplog.text
+    assert not (last.path / "config.json").exists()
+    assert any("lora_A" in name for name in trained_model(run, last).state_dict())
+
+
+def test_a_training_tells_where_it_is(
+    tmp_path: Path, small_run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Through logging, at the first step and the last at least."""
+    caplog.set_level(logging.INFO, logger="fourfold_parallel")
+    train(small_run, record=tmp_path / "r.jsonl", checkpoints=tmp_path / "c")
+    lines = [line for line in caplog.messages if line.startswith("step ")]
+    assert lines[0].startswith("step 1 of 6: loss ")
+    assert lines[-1].startswith("step 6 of 6: loss ")
 
 
 def test_another_runs_record_is_not_gone_on_with(tmp_path: Path, small_run: Run) -> None:
@@ -202,7 +361,9 @@ def test_another_runs_record_is_not_gone_on_with(tmp_path: Path, small_run: Run)
     run_to(tmp_path / "other", other)
     theirs = (tmp_path / "other/r.jsonl").read_bytes()
     record.write_bytes(theirs)
-    with pytest.raises(ValueError, match="is the record of another run"):
+    with pytest.raises(
+        ValueError, match="is the record of another run: seed: 9 in the record, 3 asked"
+    ):
         run_to(tmp_path, small_run)
     assert record.read_bytes() == theirs
     record.write_bytes(theirs[:50])
@@ -234,10 +395,10 @@ def test_each_held_out_row_counts_once(
     with torch.no_grad():
         logits = model(input_ids=rows[:, :-1]).logits
     expected = nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-    found = read_record(tmp_path / "r.jsonl").last("validation")
+    validated = read_record(tmp_path / "r.jsonl").last("validation")
     # float32 sums in another order
-    assert found.number("validation_loss_nats") == pytest.approx(expected.item(), abs=2e-6)
-    assert found.number("tokens") == len(rows) * run.sequence
+    assert validated.number("validation_loss_nats") == pytest.approx(expected.item(), abs=2e-6)
+    assert validated.number("tokens") == len(rows) * run.sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,9 +453,9 @@ class Overflowing:
         return NextToken(mask=KeepAll()).targets(batch)
 
     def loss(self, model: nn.Module, batch: Batch, targets: Tensor) -> MicrobatchLoss:
-        found = NextToken(mask=KeepAll()).loss(model, batch, targets)
+        plain = NextToken(mask=KeepAll()).loss(model, batch, targets)
         return replace(
-            found, nats_sum=found.nats_sum * (math.inf if self.bad in batch.addresses else 1)
+            plain, nats_sum=plain.nats_sum * (math.inf if self.bad in batch.addresses else 1)
         )
 
 
@@ -320,11 +481,11 @@ class Kinked:
         return NextToken(mask=KeepAll()).targets(batch)
 
     def loss(self, model: nn.Module, batch: Batch, targets: Tensor) -> MicrobatchLoss:
-        found = NextToken(mask=KeepAll()).loss(model, batch, targets)
+        plain = NextToken(mask=KeepAll()).loss(model, batch, targets)
         if batch.number < self.since - 1:
-            return found
+            return plain
         root = (next(model.parameters()).flatten()[:1] * 0).sqrt().sum()
-        return replace(found, nats_sum=found.nats_sum + root)
+        return replace(plain, nats_sum=plain.nats_sum + root)
 
 
 @pytest.mark.parametrize(("since", "kept"), [(4, 2), (6, 4)])
@@ -387,6 +548,24 @@ def test_bad_runs_are_refused_before_any_work(
         run_to(tmp_path, change(small_run))
     assert words in str(caught.value)
     assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_first_step(
+    tmp_path: Path, small_run: Run
+) -> None:
+    """A folder where a file is meant, a file where a folder is, and a path below a file."""
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    places = {"record": tmp_path / "r.jsonl", "checkpoints": tmp_path / "c"}
+    for name, wrong, words in (
+        ("record", tmp_path / "folder", "is a folder; name a file"),
+        ("record", tmp_path / "file" / "r.jsonl", "cannot be written to"),
+        ("checkpoints", tmp_path / "file", "cannot be written to"),
+        ("checkpoints", str(tmp_path / "file" / "c"), "cannot be written to"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}='{wrong}' {words}"):
+            train(small_run, **{**places, name: wrong})
+    assert not places["record"].exists()
 
 
 def test_a_single_process_engine_refuses_a_launch_of_several(

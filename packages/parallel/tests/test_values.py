@@ -1,5 +1,6 @@
 """Values survive their way through a record."""
 
+import math
 import sys
 import types
 from dataclasses import dataclass, replace
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 from fourfold_parallel.common import values
-from fourfold_parallel.common.values import digest, formerly, from_json, to_json
-from fourfold_parallel.run.recipe import Run
+from fourfold_parallel.common.values import differences, digest, formerly, from_json, to_json
+from fourfold_parallel.run.recipe import Run, Tokens
 
 
 def test_a_record_rebuilds_its_run(small_run: Run) -> None:
@@ -33,6 +34,31 @@ def test_equal_runs_have_one_digest(small_run: Run) -> None:
     runs = [replace(small_run, max_grad_norm=norm) for norm in (1, 1.0)]
     assert runs[0] == runs[1]
     assert digest(runs[0]) == digest(runs[1])
+
+
+def test_differences_are_named_by_their_path(small_run: Run) -> None:
+    """Through tuples and classes, in the words of the classes; what may differ is passed over."""
+    described = to_json(small_run)
+    assert differences(described, small_run) == ()
+    corpus = replace(small_run.data.corpus, paths=small_run.data.corpus.paths[:-1])
+    other = replace(
+        small_run,
+        horizon=Tokens(count=1),
+        optimizer=replace(small_run.optimizer, beta1=0.8),
+        data=replace(small_run.data, corpus=corpus),
+        max_grad_norm=math.inf,
+    )
+    told = [other.told("the record") for other in differences(described, other)]
+    assert told[0].startswith("data.corpus.paths: ('")
+    assert told[1:] == [
+        "optimizer.beta1: 0.9 in the record, 0.8 asked for",
+        "horizon: Steps(count=6) in the record, Tokens(count=1) asked for",
+        "max_grad_norm: 0.5 in the record, inf asked for",
+    ]
+    free = {"parallel/Run": ("horizon", "optimizer", "data", "max_grad_norm")}
+    assert differences(described, other, apart_from=free) == ()
+    assert differences(to_json(other), other) == ()
+    assert [change.path for change in differences(["a", ["b"]], ["a", ["c"]])] == ["[1][0]"]
 
 
 def test_what_no_record_could_rebuild_is_refused() -> None:

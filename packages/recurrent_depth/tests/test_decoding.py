@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from fourfold_recurrent_depth import state_table
-from fourfold_recurrent_depth.diffusion import Diffusion, diffuse
-from fourfold_recurrent_depth.latents import (
+from fourfold_recurrent_depth.analysis.latents import (
     classify,
     convergence_steps,
     path_independence,
@@ -15,7 +14,8 @@ from fourfold_recurrent_depth.latents import (
     token_correlation,
     trajectory,
 )
-from fourfold_recurrent_depth.speculate import Speculation, speculate
+from fourfold_recurrent_depth.decoding.diffusion import Diffusion, diffuse
+from fourfold_recurrent_depth.decoding.speculate import Speculation, speculate
 
 
 def greedy(model: Any, tokens: torch.Tensor, **options: Any) -> list[list[int]]:
@@ -58,7 +58,7 @@ def test_the_sampler_without_shortcuts_is_greedy(tiny: Any, tokens: torch.Tensor
     for rows in (1, 2):
         found = diffuse(
             tiny, tokens[:rows], diffusion=Diffusion(threshold=0.0, smoothing=0.0), max_new_tokens=9,
-            num_steps=24,
+            num_steps=24, init_scale=0.0,
         )  # fmt: skip
         expected = greedy(
             tiny, tokens[:rows], max_new_tokens=9, num_steps=24, init_scale=0.0, kv_budget=1

@@ -10,21 +10,28 @@ import torch
 
 from fourfold_parallel.common.records import RecordWriter, header, read_record
 from fourfold_parallel.common.values import from_json, to_json
-from fourfold_parallel.reproduce.claims import judge
+from fourfold_parallel.reproduce.claims import judge, write_ledger
 from fourfold_parallel.run.corpora import TextFiles
 from fourfold_parallel.run.recipe import Steps
-from fourfold_recurrent_depth import recipes
-from fourfold_recurrent_depth.claims import ADDITION, AUTOMATON, CLAIMS, DRAWS, LANGUAGE, RETROFIT
-from fourfold_recurrent_depth.experiment import (
+from fourfold_recurrent_depth.analysis.flops import costs
+from fourfold_recurrent_depth.reproduce import recipes
+from fourfold_recurrent_depth.reproduce.claims import CLAIMS
+from fourfold_recurrent_depth.reproduce.experiment import (
     EXPERIMENT,
     examine_additions,
     examine_draws,
     examine_retrofits,
 )
-from fourfold_recurrent_depth.flops import costs
-from fourfold_recurrent_depth.fresh import RecurrentDepth
-from fourfold_recurrent_depth.study import DEPTHS
-from fourfold_recurrent_depth.tasks.addition import Digits, Sums, sums_of
+from fourfold_recurrent_depth.reproduce.measurements import DEPTHS
+from fourfold_recurrent_depth.reproduce.measures import (
+    ADDITION,
+    AUTOMATON,
+    DRAWS,
+    LANGUAGE,
+    RETROFIT,
+)
+from fourfold_recurrent_depth.reproduce.tasks.addition import Digits, Sums, sums_of
+from fourfold_recurrent_depth.training.models import RecurrentDepth
 
 
 def test_recipes_rebuild_from_their_records() -> None:
@@ -45,6 +52,18 @@ def test_arms_differ_in_the_draw_of_recurrences_alone() -> None:
     one, other = (costs(model.config(), context=24) for model in (deep, wide))
     recurrent, at_once = one.forward(recipes.CELLS_MEAN), other.forward(1)
     assert at_once == pytest.approx(recurrent, rel=0.1)
+
+
+def test_the_committed_records_give_the_committed_ledger(tmp_path: Path) -> None:
+    """To the byte: whatever has moved or was renamed since, no verdict did."""
+    results = Path(__file__).parents[1] / "results"
+    records = {
+        path.stem: read_record(path) for path in results.glob("*.jsonl") if path.stem != "ledger"
+    }
+    rows = judge(CLAIMS, records, package="recurrent_depth", scale="laptop")
+    write_ledger(tmp_path / "ledger.jsonl", rows)
+    ours, theirs = (folder / "ledger.jsonl" for folder in (tmp_path, results))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_every_claim_of_the_page_has_a_row() -> None:
@@ -93,7 +112,7 @@ def test_retrofits_of_equal_flops_are_trained_and_examined(
         _, *found = examine_retrofits((arm, brief), 4, tmp_path)
         depths = [fields["recurrences"] for _, fields in found]
         assert depths == ([None] if arm == "dense" else [1, 2, 4, 8])
-    assert len(list((tmp_path / "cache" / "pretrained").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "trained").iterdir())) == 1
 
 
 def test_sums_are_of_all_digits_so_far() -> None:

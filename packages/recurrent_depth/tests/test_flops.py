@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fourfold_recurrent_depth import RecurrentDepthConfig, RecurrentDepthForCausalLM
-from fourfold_recurrent_depth.flops import costs, materialised_parameters, retrofit_costs
+from fourfold_recurrent_depth.analysis.flops import costs, materialised_parameters, retrofit_costs
 from fourfold_recurrent_depth.retrofit import retrofit
 
 

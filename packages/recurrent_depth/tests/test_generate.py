@@ -8,11 +8,11 @@ import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from fourfold_recurrent_depth import state_table
-from fourfold_recurrent_depth.diffusion import Diffusion
+from fourfold_recurrent_depth.decoding.compacting import compacting
+from fourfold_recurrent_depth.decoding.diffusion import Diffusion
+from fourfold_recurrent_depth.decoding.speculate import Speculation
 from fourfold_recurrent_depth.exits import LatentDiff
-from fourfold_recurrent_depth.generate import compacting
 from fourfold_recurrent_depth.retrofit import retrofit
-from fourfold_recurrent_depth.speculate import Speculation
 
 
 @pytest.mark.parametrize("exits", [None, LatentDiff(threshold=0.2)])
@@ -46,20 +46,21 @@ def test_decoders_serve_generate(tiny: Any, tokens: torch.Tensor, way: Any) -> N
     """`custom_generate` takes them; end tokens and padding as in transformers; sampling is refused."""
     tiny.transformer["adapter"].weight.data[:, :32] *= 0.2
     options: dict[str, Any] = {
-        "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "num_steps": 24, "init_scale": 0.0,
+        "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "num_steps": 24,
         "kv_budget": 1 if isinstance(way, Diffusion) else None,
     }  # fmt: skip
     free = tiny.generate(tokens, **options)[:, 12:]
     options["eos_token_id"] = int(free[0, 2])
-    expected = tiny.generate(tokens, **options)
-    assert tiny.generate(tokens, custom_generate=way, **options).tolist() == expected.tolist()
+    for scale in (1.0, 0.0):
+        options["init_scale"] = scale
+        expected = tiny.generate(tokens, **options)
+        assert tiny.generate(tokens, custom_generate=way, **options).tolist() == expected.tolist()
     for wrong, message in (
         ({"do_sample": True}, "greedy"),
         ({"repetition_penalty": 3.0}, "RepetitionPenalty"),
         ({"max_time": 60.0}, "MaxTimeCriteria"),
         ({"exit": "kl"}, "exit=kl"),
         ({"warm_start": True}, "warm_start=True"),
-        ({"init_scale": 1.0}, "init_scale=1.0"),
         ({"kv_budget": 3}, "kv_budget=3"),
         ({"return_dict_in_generate": True}, "tokens alone"),
     ):
@@ -77,7 +78,9 @@ def test_decoders_take_bfloat16_and_prompts_without_a_mask(
     assert made.shape == (3, 16)
     if way is not compacting:
         with pytest.raises(ValueError, match="asks for no token"):
-            way.decode(tiny, tokens, max_new_tokens=0, num_steps=3, initial_state=None)
+            way.decode(
+                tiny, tokens, max_new_tokens=0, num_steps=3, initial_state=None, init_scale=1.0
+            )
 
 
 def test_compacting_refuses_what_it_cannot_do(tiny: Any, tokens: torch.Tensor) -> None:

@@ -12,9 +12,9 @@ from fourfold_parallel.grid.gradients import local
 from fourfold_parallel.grid.huggingface import parallelize
 from fourfold_parallel.testing.grids import Sizes, close, mesh_of, piece_of
 from fourfold_parallel.testing.ranks import run_on_ranks
-from fourfold_recurrent_depth.fresh import RecurrentDepth
-from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
+from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.states import RowStates
+from fourfold_recurrent_depth.training.models import RecurrentDepth
 
 MODEL = 1e-9
 """Float64 through a dozen blocks; a missing term shows at 1e-3 and above."""

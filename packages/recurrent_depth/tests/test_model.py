@@ -13,14 +13,9 @@ from fourfold_recurrent_depth import (
     RecurrentCache,
     estimate_cache_bytes,
     state_table,
-    stopping,
 )
 from fourfold_recurrent_depth.exits import (
-    KL,
-    ArgmaxStability,
     Custom,
-    EntropyDiff,
-    Fixed,
     LatentDiff,
 )
 
@@ -55,107 +50,6 @@ def test_padding_changes_nothing(
     assert close(padded, logits(tiny, tokens, initial_state=table, exit=exits))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(
-    "exits",
-    [
-        LatentDiff(threshold=0.2),
-        KL(threshold=0.05),
-        EntropyDiff(threshold=0.05),
-        ArgmaxStability(threshold=2),
-    ],
-    ids=lambda exits: type(exits).__name__,
-)
-def test_padding_is_not_judged(tiny: Any, tokens: torch.Tensor, side: str, exits: Any) -> None:
-    """Rows stop together where they stop without padding: by their own last token, and not by 0 / 0."""
-    pad = torch.full((3, 5), 9)
-    order = [pad, tokens] if side == "left" else [tokens, pad]
-    mask = torch.cat([torch.full_like(x, x is tokens) for x in order], 1)
-    with torch.no_grad():
-        plain = tiny(tokens, exit=exits, init_scale=0.0)
-        found = tiny(torch.cat(order, 1), attention_mask=mask, exit=exits, init_scale=0.0)
-    assert plain.exit_steps.min() < 6
-    assert torch.equal(found.exit_steps[mask.bool()].view(3, 12), plain.exit_steps)
-    assert bool((found.exit_steps[~mask.bool()] == 0).all())
-    assert close(found.logits[mask.bool()].view_as(plain.logits), plain.logits)
-
-
-def test_left_padded_generation_equals_each_row_alone(tiny: Any, tokens: torch.Tensor) -> None:
-    """Rows of different lengths in one batch, at full depth and with exits."""
-    table = state_table(64, 32, seed=0)
-    lengths = [4, 7, 12]
-    padded, mask = torch.zeros(3, 12, dtype=torch.long), torch.zeros(3, 12, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        padded[row, 12 - length :], mask[row, 12 - length :] = tokens[row, :length], 1
-    for exits in (None, LatentDiff(threshold=0.1), KL(threshold=0.02)):
-        options: Any = {
-            "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "exit": exits,
-            "initial_state": table,
-        }  # fmt: skip
-        together = tiny.generate(padded, attention_mask=mask, **options)[:, 12:]
-        for row, length in enumerate(lengths):
-            alone = tiny.generate(tokens[row : row + 1, :length], **options)[:, length:]
-            assert together[row].tolist() == alone[0].tolist()
-
-
-@pytest.mark.parametrize("reads", ["state", "logits"])
-def test_what_a_row_does_in_company_it_does_alone(
-    tiny: Any, tokens: torch.Tensor, reads: str
-) -> None:
-    """Exit steps and logits of each row, token by token through a cache, in batches of any make-up."""
-    criterion = LatentDiff(threshold=0.3) if reads == "state" else KL(threshold=0.03)
-
-    def run(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        cache = RecurrentCache(tiny.config, steps=8)
-        options: Any = {
-            "past_key_values": cache, "use_cache": True, "num_steps": 8, "exit": criterion,
-        }  # fmt: skip
-        found = [logits(tiny, tokens[rows, at : at + 1], **options) for at in range(12)]
-        assert cache.exit_steps is not None
-        return torch.cat(found, 1), cache.exit_steps
-
-    alone = [run([row]) for row in range(3)]
-    assert len({tuple(steps[0].tolist()) for _, steps in alone}) == 3, "rows must differ in depth"
-    for rows in ([0, 1, 2], [2, 0], [1, 1, 2, 0]):
-        together, steps = run(rows)
-        for index, row in enumerate(rows):
-            assert steps[index].tolist() == alone[row][1][0].tolist()
-            assert close(together[index], alone[row][0][0])
-
-
-@pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("min_steps", [1, 4])
-def test_checks_taken_together_are_checks_taken_one_by_one(
-    tiny: Any, tokens: torch.Tensor, monkeypatch: Any, every: int, min_steps: int
-) -> None:
-    """Tokens, recurrences, logits and what later tokens read, with padding and rows that leave."""
-    mask = torch.ones_like(tokens)
-    mask[1, :5] = 0
-    criteria = (
-        KL(threshold=0.03, every=every, min_steps=min_steps),
-        ArgmaxStability(threshold=2, every=every, min_steps=min_steps),
-    )
-    for criterion in criteria:
-        found = []
-        for together in (1, 2, 4, 100):
-            monkeypatch.setattr(stopping, "TOGETHER", together)
-            cache = RecurrentCache(tiny.config, steps=10)
-            options: Any = {"past_key_values": cache, "use_cache": True, "num_steps": 10}
-            parts = [
-                logits(
-                    tiny, tokens[:, a:b], exit=criterion, attention_mask=mask[:, :b], **options
-                )[:, -1]
-                for a, b in ((0, 7), (7, 8), (8, 9), (9, 10))
-            ]  # fmt: skip
-            parts.append(
-                logits(tiny, tokens[:, 10:11], attention_mask=mask[:, :11], **options)[:, -1]
-            )
-            found.append((torch.stack(parts), cache.exit_steps))
-        for parts, steps in found[1:]:
-            assert steps.tolist() == found[0][1].tolist()
-            assert close(parts, found[0][0])
-
-
 def test_attention_backends_agree(tiny: Any, tokens: torch.Tensor) -> None:
     """Flex, uncompiled, equals sdpa with and without padding; flash is refused where it is not installed."""
     mask = torch.ones_like(tokens)
@@ -174,24 +68,6 @@ def test_attention_backends_agree(tiny: Any, tokens: torch.Tensor) -> None:
     if find_spec("flash_attn") is None:
         with pytest.raises(ImportError, match=r"[Ff]lash"):
             tiny.set_attn_implementation("flash_attention_2")
-
-
-@pytest.mark.parametrize("budget", [None, 1, 2])
-def test_exits_that_never_come_are_full_depth(
-    tiny: Any, tokens: torch.Tensor, budget: int | None
-) -> None:
-    """A threshold of zero equals no criterion at all, whatever the cache keeps."""
-    found = []
-    for exits in (None, LatentDiff(threshold=0.0), KL(threshold=0.0), Fixed(threshold=6)):
-        cache = RecurrentCache(tiny.config, steps=6, budget=budget)
-        parts = [
-            logits(
-                tiny, tokens[:, a:b], past_key_values=cache, use_cache=True, exit=exits,
-            )[:, -1]
-            for a, b in ((0, 7), (7, 8), (8, 12))
-        ]  # fmt: skip
-        found.append(torch.stack(parts))
-    assert all(close(one, found[0]) for one in found[1:])
 
 
 def test_a_cache_equals_no_cache_whatever_the_chunks(tiny: Any, tokens: torch.Tensor) -> None:
@@ -441,15 +317,6 @@ def test_labels_are_shifted_as_in_transformers(tiny: Any, tokens: torch.Tensor) 
     assert close(out.loss, by_hand, 1e-6)
     embeds = tiny.get_input_embeddings()(tokens)
     assert torch.equal(logits(tiny, None, inputs_embeds=embeds), out.logits)
-
-
-def test_fresh_states_follow_the_initial_law(tiny: Any) -> None:
-    """Standard deviation sqrt(2/5) cut at three of them, anew in every pass."""
-    states = state_table(4000, 32, seed=3).states
-    assert states.std().item() == pytest.approx(0.4**0.5, rel=0.03)
-    assert states.abs().max() <= 3 * 0.4**0.5 + 1e-6
-    one, two = (tiny(torch.zeros(1, 2, dtype=torch.long), num_steps=1).logits for _ in range(2))
-    assert not torch.equal(one, two)
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -8,7 +8,12 @@ import torch
 
 from fourfold_parallel.run.data import Batch
 from fourfold_recurrent_depth import Always, LogNormalPoisson, RandomDepth
-from fourfold_recurrent_depth.tasks.automaton import Automaton, EvolvedCells, evolve, targets_of
+from fourfold_recurrent_depth.reproduce.tasks.automaton import (
+    Automaton,
+    EvolvedCells,
+    evolve,
+    targets_of,
+)
 
 
 def test_the_law_has_the_papers_moments() -> None:

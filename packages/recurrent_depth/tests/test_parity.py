@@ -16,7 +16,8 @@ from fourfold_recurrent_depth import (
     RecurrentDepthForCausalLM,
     StateTable,
 )
-from fourfold_recurrent_depth.diffusion import Diffusion, diffuse
+from fourfold_recurrent_depth.decoding.diffusion import Diffusion, diffuse
+from fourfold_recurrent_depth.decoding.speculate import Speculation, speculate
 from fourfold_recurrent_depth.exits import (
     KL,
     ArgmaxStability,
@@ -26,8 +27,7 @@ from fourfold_recurrent_depth.exits import (
     LatentDiff,
     MinPKL,
 )
-from fourfold_recurrent_depth.optimizer import ELLISAdam
-from fourfold_recurrent_depth.speculate import Speculation, speculate
+from fourfold_recurrent_depth.training.ellis import ELLISAdam
 
 GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "recurrent_depth"
 
@@ -212,10 +212,9 @@ def test_no_recurrence_predicts_from_the_first_state(
     model: Any, tensors: dict[str, torch.Tensor]
 ) -> None:
     """The published r=0: coda and head on s_0. A pass refuses it; its parts give it."""
-    _, where, positions = model.begin(tensors["input_ids"], None)
+    _, this_pass, positions = model.begin(tensors["input_ids"], None)
     states = StateTable(tensors["init_table"]).at(positions).expand(2, -1, -1)
-    latents = model.transformer["ln_f"](states)
-    assert difference(model.predict(latents, where), tensors["logits_r0"]) < FP32
+    assert difference(model.predict(states, this_pass), tensors["logits_r0"]) < FP32
     with pytest.raises(ValueError, match="num_steps=0"):
         model(tensors["input_ids"], num_steps=0)
 
@@ -227,7 +226,7 @@ def test_speculation_makes_the_published_tokens(
     """The published one makes one token more than asked for where all drafts are right."""
     found = speculate(
         model, tensors["input_ids"][:1, :8], speculation=Speculation(draft_steps=draft, lookahead=4),
-        max_new_tokens=12, num_steps=16,
+        max_new_tokens=12, num_steps=16, init_scale=0.0,
     )  # fmt: skip
     expected = golden["generation"][f"speculative_zero_draft{draft}_look4_r16"]
     assert found.tokens[0].tolist() == expected[0][:12]
@@ -242,7 +241,7 @@ def test_the_diffusion_style_sampler_makes_the_published_tokens(
     """With the published threshold, and with none, which freezes by count; no more passes either."""
     found = diffuse(
         model, tensors["input_ids"][:1, :8], diffusion=Diffusion(threshold=threshold),
-        max_new_tokens=12, num_steps=16,
+        max_new_tokens=12, num_steps=16, init_scale=0.0,
     )  # fmt: skip
     expected = golden["generation"][f"diffusion_{rule}"]
     assert found.tokens.tolist() == expected["tokens"]

@@ -104,7 +104,7 @@ def test_a_checkpoint_of_another_model_is_refused(tiny: Any, tmp_path: Any) -> N
     """Missing or extra keys, named."""
     from safetensors.torch import load_file, save_file
 
-    from fourfold_recurrent_depth.checkpoints import load_published
+    from fourfold_recurrent_depth.published_weights import load_published
 
     tiny.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -16,9 +16,9 @@ from fourfold_parallel.common.values import to_json
 from fourfold_parallel.run.recipe import Run, Steps
 from fourfold_parallel.run.train import train
 from fourfold_recurrent_depth import LogNormalPoisson, RandomDepth
-from fourfold_recurrent_depth.fresh import RecurrentDepth
-from fourfold_recurrent_depth.recipes import automaton_run
-from fourfold_recurrent_depth.tasks.automaton import EvolvedCells
+from fourfold_recurrent_depth.reproduce.recipes import automaton_run
+from fourfold_recurrent_depth.reproduce.tasks.automaton import EvolvedCells
+from fourfold_recurrent_depth.training.models import RecurrentDepth
 
 ROUNDING = 3e-5
 """float32 sums over two ranks in another order, over five AdamW steps."""

@@ -120,11 +120,10 @@ class Texts:
             ) from error
         text = value.get(self.field) if isinstance(value, dict) else None
         if not isinstance(text, str):
-            fields = (
-                ", ".join(value) if isinstance(value, dict) else f"none but {type(value).__name__}"
-            )
+            fields = ", ".join(value) if isinstance(value, dict) else "no fields"
             raise ValueError(
-                f"{where} has no text in field {self.field!r}; it has {fields}: name the one to read"
+                f"{where} has no text in field {self.field!r}; it has {fields}: "
+                "name one of them as field (--field)"
             )
         return text
 

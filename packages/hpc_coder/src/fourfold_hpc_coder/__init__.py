@@ -1,1 +1,8 @@
-"""HPC-Coder-V2 (Chaturvedi et al. 2024): a code model for parallel programs, and a scorer one can trust."""
+"""HPC-Coder-V2: a scorer of generated parallel programs, and the study of what makes a code model write them.
+
+The public names stand in `__init__.pyi`; each is imported when it is first used.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

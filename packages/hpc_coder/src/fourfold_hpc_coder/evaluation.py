@@ -1,4 +1,4 @@
-"""What it takes for a generated program to count, and how a model is scored on many of them.
+"""The four scores of a code model: its programs build, are right, are fast, and are so per processor.
 
 ParEval (Nichols et al. 2024), the benchmark on which HPC-Coder-V2 is measured, asks a code model for N
 samples of each function and scores four things: does a sample build, is it right, and how much faster than
@@ -14,118 +14,16 @@ with x_(1) <= ... <= x_(N) the speed-ups on n processors over the best sequentia
 sample that does not count. A sample counts if it was built, gave the right answer in *every* run, and
 really used the parallel model it was asked for: a serial answer to an OpenMP prompt is right, not parallel.
 
-These definitions correct those that ParEval's scripts compute; `published.py` has the latter to the letter.
+These definitions correct those that ParEval's scripts compute, which `pareval/metrics.py` follows exactly.
 """
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, get_args
 
 import numpy as np
 
-Model = Literal["serial", "omp", "mpi", "mpi+omp", "kokkos", "cuda", "hip"]
-"""A parallel programming model, in ParEval's words (`parallelism_model`)."""
-MODELS: tuple[Model, ...] = get_args(Model)
-
-Verdict = Literal[
-    "correct",
-    "not parallel",
-    "race",
-    "wrong",
-    "not finite",
-    "crash",
-    "timeout",
-    "cheat",
-    "no answer",
-    "no build",
-    "compiled, not run",
-]
-"""What became of a sample. Only "correct" counts; the others say why not:
-
-`not parallel`: right, but does not use the model asked for. `race`: right in every run that was seen, but
-two threads touch one address, at least one to write, with nothing in between. `wrong`: another answer than
-the reference's. `not finite`: NaN or infinity where the reference is finite. `crash`: a signal, an uncaught
-exception, an exit before the answer or a bad one after the last. `timeout`: the time or processor limit.
-`cheat`: it wrote on the result channel, or names what is the judge's. `no answer`: nothing to compile. `no
-build`: the compiler or linker refused. `compiled, not run`: what it needs to run is not on this machine.
-"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
-    """On how much of the machine a program is run."""
-
-    ranks: int = 1
-    threads: int = 1
-    """Threads per rank."""
-
-    @property
-    def processors(self) -> int:
-        """N of speedup_n: ranks times threads."""
-        return self.ranks * self.threads
-
-    def __str__(self) -> str:
-        """As in a sentence: `2 threads`, `4 ranks`, `4 ranks of 2 threads`."""
-        ranks = f"{self.ranks} rank{'s' * (self.ranks != 1)}"
-        threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
-        if self.ranks == 1:
-            return threads
-        return ranks if self.threads == 1 else f"{ranks} of {threads}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """One launch of a sample's program."""
-
-    launch: Launch
-    ran: bool
-    """Whether it came to its end by itself."""
-    valid: bool
-    """Whether every answer it gave equals the reference's."""
-    runtime_s: float
-    """Time of one call on the timing input, NaN where it was not timed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One answer of a model to one prompt, as far as the metrics need it."""
-
-    built: bool
-    parallel: bool
-    """Whether it really uses the model it was asked for; always true of a serial prompt."""
-    runs: tuple[Run, ...]
-    best_sequential_s: float
-    """T*: time of the best sequential program on the same input, NaN where unknown."""
-
-    @property
-    def right(self) -> bool:
-        """Built, and every run ended with the right answer."""
-        return self.built and bool(self.runs) and all(run.ran and run.valid for run in self.runs)
-
-    @property
-    def counts(self) -> bool:
-        """Right, and parallel as asked."""
-        return self.right and self.parallel
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """A function asked for in one parallel model, and the samples that a code model gave."""
-
-    name: str
-    problem_type: str
-    model: Model
-    samples: tuple[Sample, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tolerance:
-    """How far a floating-point answer may lie from the reference's; integers must be equal."""
-
-    relative: float
-    absolute: float
+from fourfold_hpc_coder.vocabulary import Processors, Prompt, Sample, Tolerance
 
 
 def agrees(answer: np.ndarray, reference: np.ndarray, tolerance: Tolerance) -> np.ndarray:
@@ -212,30 +110,34 @@ def pass_at_k(prompts: Sequence[Prompt], k: int, *, parallel: bool = True) -> fl
     )
 
 
-def speedup_at_k(prompts: Sequence[Prompt], k: int, *, launch: Launch) -> float:
-    """Mean over *all* prompts of the expected best speed-up on `launch` among k samples.
+def speedup_at_k(prompts: Sequence[Prompt], k: int, *, processors: Processors) -> float:
+    """Mean over *all* prompts of the expected best speed-up on `processors` among k samples.
 
     A sample that does not count has speed-up 0. NaN where one that counts was not timed on this launch.
     """
-    return _mean(expected_best([_speedup(s, p, launch) for s in p.samples], k) for p in prompts)
+    return _mean(expected_best([_speedup(s, p, processors) for s in p.samples], k) for p in prompts)
 
 
-def conditional_speedup_at_1(prompts: Sequence[Prompt], *, launch: Launch) -> float:
+def conditional_speedup_at_1(prompts: Sequence[Prompt], *, processors: Processors) -> float:
     """Mean speed-up of the samples that count, over the prompts that have one; NaN where none has.
 
     What a user gains who tests what the model wrote before using it. It rises when failures become more
     frequent among slow samples, so it is no score of a model.
     """
     per_prompt = [
-        [_speedup(s, p, launch) for s in p.samples if s.counts and _speedup(s, p, launch) > 0]
+        [
+            _speedup(s, p, processors)
+            for s in p.samples
+            if s.counts and _speedup(s, p, processors) > 0
+        ]
         for p in prompts
     ]
     return _mean(math.fsum(values) / len(values) for values in per_prompt if values)
 
 
-def efficiency_at_k(prompts: Sequence[Prompt], k: int, *, launch: Launch) -> float:
+def efficiency_at_k(prompts: Sequence[Prompt], k: int, *, processors: Processors) -> float:
     """Speed-up per processor of the same launch."""
-    return speedup_at_k(prompts, k, launch=launch) / launch.processors
+    return speedup_at_k(prompts, k, processors=processors) / processors.count
 
 
 def speedup_max_at_k(prompts: Sequence[Prompt], k: int) -> float:
@@ -244,11 +146,11 @@ def speedup_max_at_k(prompts: Sequence[Prompt], k: int) -> float:
 
 
 def _best_speedup(sample: Sample, prompt: Prompt) -> float:
-    found = [_speedup(sample, prompt, run.launch) for run in sample.runs] or [0.0]
-    return max((one for one in found if not math.isnan(one)), default=math.nan)
+    speedups = [_speedup(sample, prompt, run.processors) for run in sample.runs] or [0.0]
+    return max((speedup for speedup in speedups if not math.isnan(speedup)), default=math.nan)
 
 
-def _speedup(sample: Sample, prompt: Prompt, launch: Launch) -> float:
+def _speedup(sample: Sample, prompt: Prompt, processors: Processors) -> float:
     """X of a sample: T*/T on a launch if it counts, else 0. T* is the least that any sample measured.
 
     NaN where it counts and was not timed there.
@@ -259,7 +161,9 @@ def _speedup(sample: Sample, prompt: Prompt, launch: Launch) -> float:
         (s.best_sequential_s for s in prompt.samples if not math.isnan(s.best_sequential_s)),
         default=math.nan,
     )
-    runtime_s = next((run.runtime_s for run in sample.runs if run.launch == launch), math.nan)
+    runtime_s = next(
+        (run.runtime_s for run in sample.runs if run.processors == processors), math.nan
+    )
     return best_s / max(runtime_s, CLOCK_S)
 
 

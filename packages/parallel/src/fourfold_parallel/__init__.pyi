@@ -34,3 +34,5 @@ from .run.tokenizers import SmolLM2Tokenizer as SmolLM2Tokenizer
 from .run.train import train as train
 from .run.train import trained_model as trained_model
 from .run.trained import TrainedBy as TrainedBy
+
+__version__: str

@@ -1,4 +1,4 @@
-"""How this process was launched: its ranks, its device, its process group.
+"""This process's launch: its ranks, its device, its process group.
 
 `torchrun` and `accelerate launch` leave the same few variables, `srun` others, which `adopt_slurm`
 translates; they are read here only.
@@ -38,7 +38,7 @@ def world_size() -> int:
 
 
 def is_main_rank() -> bool:
-    """Whether this is the launch's first process, the one that writes."""
+    """True on the launch's first process, which writes."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -56,7 +56,7 @@ def check_launched(engine: str) -> None:
     """Refuse a process that has no process group and was not launched in one.
 
     Raises:
-        ValueError: Naming the engine and the way out.
+        ValueError: It was not; the engine and the way out are named.
     """
     if "RANK" not in os.environ and not dist.is_initialized():
         raise ValueError(

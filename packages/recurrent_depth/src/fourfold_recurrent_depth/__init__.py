@@ -1,21 +1,11 @@
-"""Recurrent-depth language models (Geiping et al. 2025)."""
+"""Recurrent-depth language models (Geiping et al. 2025).
 
-from fourfold_recurrent_depth.cache import RecurrentCache, estimate_cache_bytes
-from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
-from fourfold_recurrent_depth.interface import RecurrentDepthOutput
-from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
-from fourfold_recurrent_depth.objective import Always, LogNormalPoisson, RandomDepth
-from fourfold_recurrent_depth.states import StateTable, state_table
+The public names stand in `__init__.pyi`; each is imported when it is first used.
+"""
 
-__all__ = [
-    "Always",
-    "LogNormalPoisson",
-    "RandomDepth",
-    "RecurrentCache",
-    "RecurrentDepthConfig",
-    "RecurrentDepthForCausalLM",
-    "RecurrentDepthOutput",
-    "StateTable",
-    "estimate_cache_bytes",
-    "state_table",
-]
+import importlib.metadata
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__version__ = importlib.metadata.version("fourfold-recurrent-depth")

@@ -10,22 +10,27 @@ With a budget of n recurrences, recurrence i uses the slot of i mod n (section 6
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import Cache
+from transformers.masking_utils import create_causal_mask
 
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+CACHE = (
+    "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+)
+"""The installed transformers' name for a cache among arguments and results; `cache` from 5.24 on."""
 
 
 class Layout(Protocol):
-    """How many layers a model has in each part."""
+    """Numbers of layers in each part of a model."""
 
     @property
     def n_layers_in_prelude(self) -> int: ...  # noqa: D102
@@ -36,17 +41,17 @@ class Layout(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Room:
-    """Memory that a pass reads or writes by itself, where `Cache.update` would copy."""
+class SlotView:
+    """Memory of slots that a pass reads or writes by itself, where `Cache.update` would copy."""
 
     keys: Float[Tensor, "slot row head place width"]
     values: Float[Tensor, "slot row head place width"]
     rows: Int[Tensor, " row"] | None = None
-    """Which of its rows those of the pass are; None for all, in order."""
+    """The rows of this memory that the pass has; None for all, in order."""
     first_slot: int = 0
     """The number of the slot that comes first here."""
     place: int = 0
-    """Where the tokens begin."""
+    """Place at which the tokens begin."""
     is_one_slot: bool = False
     """One slot serves every layer in turn."""
 
@@ -165,10 +170,10 @@ class RecurrentCache(Cache):
                 found.append(here)
         return found[0], found[1]
 
-    def rooms(
+    def views(
         self, like: Float[Tensor, "row head token width"], slots: Sequence[int], layers: int
-    ) -> tuple[Room, Room, Bool[Tensor, "row token"] | None]:
-        """What an update would read and write: the cached tokens, the pass's own, and which of them write.
+    ) -> tuple[SlotView, SlotView, Bool[Tensor, "row token"] | None]:
+        """Memory for an update without copies: the cached tokens, the pass's own, and which of them write.
 
         Args:
             like: the keys of the pass, for their shape and format.
@@ -182,21 +187,21 @@ class RecurrentCache(Cache):
         keys, values, rows = self._keys, self._values, self._rows
         assert keys is not None
         assert values is not None
-        held = (
+        known = (
             keys.shape[1] if rows is None else len(rows),
             keys.shape[2],
             keys.shape[-1],
             keys.dtype,
         )
         given = (like.shape[0], like.shape[1], like.shape[-1], like.dtype)
-        if given != held or max(slots) + layers > len(keys):
+        if given != known or max(slots) + layers > len(keys):
             raise ValueError(
-                f"rows, heads, width and format {given} for a cache of {held}, slot "
+                f"rows, heads, width and format {given} for a cache of {known}, slot "
                 f"{max(slots) + layers - 1} of {len(keys)}; use a cache that was opened for this pass"
             )
         running = None if self._running is None else self._running[:, 0, :, 0].contiguous()
-        cached = Room(keys=keys, values=values, rows=rows)
-        return cached, Room(keys=keys, values=values, rows=rows, place=self.length), running
+        cached = SlotView(keys=keys, values=values, rows=rows)
+        return cached, SlotView(keys=keys, values=values, rows=rows, place=self.length), running
 
     def read(
         self, slot: int
@@ -222,7 +227,7 @@ class RecurrentCache(Cache):
     def select(
         self, rows: Int[Tensor, " row"] | None, running: Bool[Tensor, "row token"] | None
     ) -> None:
-        """What the next updates are about: some rows of the batch, and which of their tokens write."""
+        """Choose what the next updates are about: some rows of the batch, and which of their tokens write."""
         self._rows = rows
         self._running = None if running is None else running[:, None, :, None]
 
@@ -267,7 +272,7 @@ class RecurrentCache(Cache):
         self._rows, self._running = None, None
 
     def kept(self, step: int) -> int:
-        """Which of the kept recurrences stands for recurrence `step`, counted from 0."""
+        """The kept recurrence that stands for recurrence `step`, counted from 0."""
         return step if self.budget is None else step % self.steps
 
     def nbytes(self) -> int:
@@ -298,7 +303,7 @@ class RecurrentCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        """Whether anything is allocated."""
+        """True where anything is allocated."""
         return self._keys is not None
 
     @property
@@ -359,18 +364,18 @@ class RecurrentCache(Cache):
         self._key_slots, self._value_slots = keys.unbind(0), values.unbind(0)
 
     def _reserve(self, states: Tensor) -> None:
-        """Room for the tokens of `states`, at least doubling, with what is cached copied over."""
+        """SlotView for the tokens of `states`, at least doubling, with what is cached copied over."""
         _, heads, tokens, width = states.shape
         needed = self.length + tokens
         if self._keys is not None and needed <= self._keys.shape[-2]:
             return
-        held = 0 if self._keys is None else self._keys.shape[-2]
-        room = max(needed, self.capacity if held == 0 else 2 * held)
+        known = 0 if self._keys is None else self._keys.shape[-2]
+        room = max(needed, self.capacity if known == 0 else 2 * known)
         slots = self.around + self.steps * self.per_step
         fresh = states.new_zeros((2, slots, self._asked, heads, room, width))
         if self._keys is not None and self._values is not None:
             # A pass that is under way has written its own tokens too.
-            known = min(held, needed)
+            known = min(known, needed)
             fresh[0, ..., :known, :] = self._keys[..., :known, :]
             fresh[1, ..., :known, :] = self._values[..., :known, :]
         self._hold(fresh[0], fresh[1])
@@ -389,7 +394,7 @@ class RecurrentCache(Cache):
         self.steps = steps
 
 
-class Aside(Cache):
+class CandidateCache(Cache):
     """Versions of one new token beside a cache: they see what is cached, and nothing is written.
 
     Until `keep` chooses a version for a row.
@@ -408,7 +413,7 @@ class Aside(Cache):
         *_: object,
         **__: object,
     ) -> tuple[Float[Tensor, "row head context width"], Float[Tensor, "row head context width"]]:
-        """What is cached in a slot, and the versions behind it."""
+        """The cached tokens of a slot, and the versions behind them."""
         self._versions[layer_idx] = (key_states, value_states)
         keys, values = self._cache.read(layer_idx)
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
@@ -417,14 +422,14 @@ class Aside(Cache):
         """Tokens cached, without the versions."""
         return self._cache.length
 
-    def rooms(
+    def views(
         self, like: Float[Tensor, "row head version width"], slots: Sequence[int], layers: int
-    ) -> tuple[Room, Room, None]:
-        """What is cached, and new memory for the versions; see `RecurrentCache.rooms`."""
-        cached, _, _ = self._cache.rooms(like[:, :, :0], slots, layers)
+    ) -> tuple[SlotView, SlotView, None]:
+        """The cached tokens, and new memory for the versions; see `RecurrentCache.views`."""
+        cached, _, _ = self._cache.views(like[:, :, :0], slots, layers)
         keys, values = like.new_empty(2, layers, *like.shape)
         self._versions = {slots[0] + i: (keys[i], values[i]) for i in range(layers)}
-        return cached, Room(keys=keys, values=values, first_slot=slots[0]), None
+        return cached, SlotView(keys=keys, values=values, first_slot=slots[0]), None
 
     def keep(self, row: Int[Tensor, " kept"], rows: Int[Tensor, " kept"], *, version: int) -> None:
         """Write a version of some rows: `row` counts among those selected, `rows` in the batch."""

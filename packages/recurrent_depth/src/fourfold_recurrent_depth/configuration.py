@@ -123,7 +123,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
 
     @property
     def tie_word_embeddings(self) -> bool:
-        """Whether the head shares the embedding's weight, as transformers calls it."""
+        """True where the head shares the embedding's weight, as transformers calls it."""
         return self.tie_embeddings
 
     @tie_word_embeddings.setter

@@ -19,8 +19,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
+from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.exits import Criterion, criterion_named
-from fourfold_recurrent_depth.model import RecurrentDepthForCausalLM
 
 CHAT_TEMPLATE = (
     "<|begin_text|>{% for message in messages %}"
@@ -60,7 +60,7 @@ class RecurrentDepthLM(HFLM):
                 f"num_steps={num_steps} asks for fewer than 1 recurrence; use 1 or more"
             )
         self.steps_taken = torch.zeros(int(num_steps) + 1, dtype=torch.long)
-        """How many scored tokens took each number of recurrences."""
+        """Counts of the scored tokens that took each number of recurrences."""
         super().__init__(**kwargs)
         if not isinstance(self._held().model, RecurrentDepthForCausalLM):
             raise ValueError(

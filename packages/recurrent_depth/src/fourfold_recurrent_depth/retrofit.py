@@ -11,7 +11,7 @@ Training continues with `RandomDepth` and its curriculum.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -20,12 +20,12 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fourfold_recurrent_depth.cache import RecurrentCache
+from fourfold_recurrent_depth.cache import CACHE, RecurrentCache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """How many layers read, think and speak."""
+    """Numbers of layers that read, think and speak."""
 
     n_layers_in_prelude: int
     n_layers_in_recurrent_block: int
@@ -39,7 +39,9 @@ class _Slot:
     cache: RecurrentCache
     slot: int
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
         """Write and read the slot."""
         return self.cache.update(key_states, value_states, self.slot)
 
@@ -77,11 +79,11 @@ class Retrofitted(PreTrainedModel, GenerationMixin):
         self.norm = inner.norm
         self.lm_head: Any = dense.get_output_embeddings()
         width = dense.config.hidden_size
-        held = {"dtype": dense.dtype, "device": dense.device}
-        self.adapter = nn.Linear(2 * width, width, bias=False, **held)
+        place = {"dtype": dense.dtype, "device": dense.device}
+        self.adapter = nn.Linear(2 * width, width, bias=False, **place)
         self.gradient_checkpointing = False
         with torch.no_grad():
-            eye = torch.eye(width, **held)
+            eye = torch.eye(width, **place)
             self.adapter.weight.copy_(torch.cat([alpha * eye, beta * eye], dim=1))
 
     def forward(
@@ -94,6 +96,7 @@ class Retrofitted(PreTrainedModel, GenerationMixin):
         position_ids: Int[Tensor, "#batch token"] | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        cache: Cache | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast:
         """Recur n times without gradient, then k with it; s_0 is zero.
@@ -106,6 +109,7 @@ class Retrofitted(PreTrainedModel, GenerationMixin):
             past_key_values: a `RecurrentCache`; made where `use_cache` asks for one.
             position_ids: by default counted on from what is cached.
             use_cache: give a cache back.
+            cache: what transformers calls `past_key_values` from 5.24 on.
             num_items_in_batch: labels that the loss is divided by, where microbatches share a step.
             options: passed on to the layers.
 
@@ -118,7 +122,7 @@ class Retrofitted(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"num_steps={num_steps} asks for fewer than 1 recurrence; use 1 or more"
             )
-        cache = past_key_values
+        cache = past_key_values if cache is None else cache
         if cache is None and use_cache:
             cache = RecurrentCache(self.cut, steps=steps)
         if cache is not None and not isinstance(cache, RecurrentCache):
@@ -131,8 +135,7 @@ class Retrofitted(PreTrainedModel, GenerationMixin):
             position_ids = torch.arange(input_ids.shape[1], device=e.device)[None]
             position_ids = position_ids + (0 if cache is None else cache.length)
         mask = create_causal_mask(
-            config=self.config, inputs_embeds=e, attention_mask=attention_mask, past_key_values=cache,
-            position_ids=position_ids,
+            self.config, e, attention_mask, cache, position_ids,
         )  # fmt: skip
         shared: dict[str, Any] = {
             "attention_mask": mask, "position_ids": position_ids,
@@ -156,7 +159,7 @@ class Retrofitted(PreTrainedModel, GenerationMixin):
                 num_items_in_batch=num_items_in_batch,
             )  # fmt: skip
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=cache if use_cache else None
+            loss=loss, logits=logits, **{CACHE: cast(Any, cache if use_cache else None)}
         )
 
     def recur(
@@ -180,7 +183,7 @@ class Retrofitted(PreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> bool:
-        """What `generate` calls: none of transformers' caches; `forward` makes one."""
+        """Called by `generate`: none of transformers' caches; `forward` makes one."""
         del generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         return False
 
@@ -263,6 +266,6 @@ def _through(
 ) -> Tensor:
     """Layer after layer; their keys and values go into the slots from `first` on."""
     for slot, layer in enumerate(layers, start=first):
-        seen = None if cache is None else _Slot(cache, slot)
-        x = layer(x, past_key_values=seen, **shared)
+        view = None if cache is None else _Slot(cache, slot)
+        x = layer(x, **{CACHE: view}, **shared)
     return x

@@ -38,10 +38,10 @@ class Screen:
         long = {name: task for name, task in self.tasks.items() if len(task.split()) >= RUN}
         if len(comment.split()) < RUN:
             return ""
-        found = process.extractOne(
+        nearest = process.extractOne(
             comment, long, scorer=fuzz.token_set_ratio, score_cutoff=LIKENESS
         )
-        return str(found[2]) if found else ""
+        return str(nearest[2]) if nearest else ""
 
     def report(self, texts: Sequence[str]) -> dict[str, int]:
         """Number of texts that hit each prompt."""
@@ -54,8 +54,8 @@ class Screen:
 
 def _comment(text: str) -> str:
     """The words of the comments; of the whole text where it has none."""
-    found = re.findall(r"/\*(.*?)\*/", text, re.DOTALL)
-    return " ".join(re.findall(r"\w+", " ".join(found or [text]).lower()))
+    comments = re.findall(r"/\*(.*?)\*/", text, re.DOTALL)
+    return " ".join(re.findall(r"\w+", " ".join(comments or [text]).lower()))
 
 
 def word_runs(text: str) -> list[str]:

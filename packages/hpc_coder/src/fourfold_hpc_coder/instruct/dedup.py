@@ -13,7 +13,7 @@ SHINGLE = 5
 
 
 @dataclass(slots=True)
-class Seen:
+class TextMemory:
     """Texts seen so far."""
 
     threshold: float = 0.97
@@ -24,7 +24,7 @@ class Seen:
     _sketches: list[MinHash] = field(default_factory=list)
 
     @classmethod
-    def of(cls, texts: Iterable[str], *, threshold: float = 0.97) -> "Seen":
+    def of(cls, texts: Iterable[str], *, threshold: float = 0.97) -> "TextMemory":
         """A memory that holds texts already."""
         seen = cls(threshold=threshold)
         for text in texts:
@@ -40,7 +40,7 @@ class Seen:
             # The index needs two bands, so it finds candidates only; the sketches decide.
             self._index = MinHashLSH(threshold=min(self.threshold, 0.9), num_perm=PERMUTATIONS)
         sketch = _sketch(text)
-        like = (self._sketches[int(str(found))] for found in self._index.query(sketch))
+        like = (self._sketches[int(str(candidate))] for candidate in self._index.query(sketch))
         if any(sketch.jaccard(other) >= self.threshold for other in like):
             return False
         self._exact.add(plain)

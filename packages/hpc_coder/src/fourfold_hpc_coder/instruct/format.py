@@ -20,10 +20,16 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from fourfold_hpc_coder.evaluation import Model
-from fourfold_hpc_coder.instruct.pipeline import Instructions, held_out, make, makers, templates
-from fourfold_hpc_coder.instruct.samples import Sample, read_samples
+from fourfold_hpc_coder.instruct.pipeline import (
+    Instructions,
+    held_out,
+    make_samples,
+    makers,
+    templates,
+)
+from fourfold_hpc_coder.instruct.samples import InstructionSample, read_samples
 from fourfold_hpc_coder.instruct.teachers import Templates
+from fourfold_hpc_coder.vocabulary import Model
 from fourfold_parallel.common.files import cache_folder, sha256_of, whole_folder
 from fourfold_parallel.common.records import Material
 from fourfold_parallel.common.values import digest
@@ -51,7 +57,7 @@ OURS = Marks()
 
 
 def prompt_text(instruction: str, response: str = RESPONSE) -> str:
-    """What the model sees before its answer, in training and in generation."""
+    """The text before the model's answer, in training and in generation."""
     return f"{instruction}{response}"
 
 
@@ -80,7 +86,7 @@ class CodePairs:
                     f"vocabulary={self.vocabulary} does not hold the 256 bytes and two signs; use 258"
                 )
             recipe = templates(self.samples, models=("serial", "omp"), verified=False)
-            texts = [one.instruction + one.answer for one in make(recipe).samples]
+            texts = [sample.instruction + sample.answer for sample in make_samples(recipe).samples]
             trained = Trained(models.BPE())
             # Merges may cross words and lines: what the grammar repeats becomes one token, so that a very
             # small model sees whole samples in a few tokens.
@@ -131,20 +137,22 @@ class InstructionRows:
 
     def open(self, *, sequence: int, seed: int) -> TokenStream:
         """Training rows, in a seeded order."""
-        samples = [sample for part in self.parts for sample in make(part).samples]
+        samples = [sample for part in self.parts for sample in make_samples(part).samples]
         return self._stream(samples, sequence, seed)
 
     def validation(self, *, sequence: int) -> TokenStream:
         """Held-out tasks with their right answers."""
         return self._stream(self.held_out_samples(), sequence, 0)
 
-    def held_out_samples(self) -> list[Sample]:
+    def held_out_samples(self) -> list[InstructionSample]:
         """Programming instructions of held-out tasks, answered by the templates."""
         teacher = Templates()
         tasks = held_out(self.held_out_tasks, seed=0)
         return [teacher.teach(task, self.model, "programming") for task in tasks]
 
-    def _stream(self, samples: Sequence[Sample], sequence: int, seed: int) -> TokenStream:
+    def _stream(
+        self, samples: Sequence[InstructionSample], sequence: int, seed: int
+    ) -> TokenStream:
         return stream_of(
             samples,
             self.tokenizer.fast(),
@@ -183,23 +191,25 @@ class FileRows:
             ValueError: where the tokenizer lacks one of them.
         """
         fast = _published(self.tokenizer)
-        found = fast.convert_tokens_to_ids(self.response)
-        if not isinstance(found, int) or found == fast.unk_token_id:
+        token = fast.convert_tokens_to_ids(self.response)
+        if not isinstance(token, int) or token == fast.unk_token_id:
             raise ValueError(
                 f"response={self.response!r} is no token of {self.tokenizer}; name one of "
                 f"{', '.join(map(str, fast.all_special_tokens[:8]))}"
             )
         end = fast.eos_token_id
-        if not isinstance(end, int) or end == found:
+        if not isinstance(end, int) or end == token:
             raise ValueError(
                 f"{self.tokenizer} ends texts with token {end}, which cannot also be {self.response!r}; "
                 "name another response token"
             )
-        return Marks(end=end, response=found)
+        return Marks(end=end, response=token)
 
     def _stream(self, sequence: int, seed: int, *, is_held_out: bool) -> TokenStream:
         samples = read_samples(Path(self.path))
-        chosen = [one for index, one in enumerate(samples) if (index % 10 == 9) == is_held_out]
+        chosen = [
+            sample for index, sample in enumerate(samples) if (index % 10 == 9) == is_held_out
+        ]
         if not chosen:
             raise ValueError(f"{self.path} holds {len(samples)} samples; make at least 10")
         material = Material(
@@ -222,7 +232,7 @@ def _published(name: str) -> PreTrainedTokenizerFast:
 
 
 def stream_of(
-    samples: Sequence[Sample],
+    samples: Sequence[InstructionSample],
     tokenizer: PreTrainedTokenizerFast,
     marks: Marks,
     material: Material,
@@ -241,17 +251,17 @@ def stream_of(
         seed: of the rows' order.
     """
     tokens = packed(
-        [encode(tokenizer, one, marks) for one in samples], row=sequence + 1, end=marks.end
+        [encode(tokenizer, sample, marks) for sample in samples], row=sequence + 1, end=marks.end
     )
     flat = np.concatenate(tokens)
     ends = np.flatnonzero(flat == marks.end)
-    content = json.dumps([one.instruction + one.answer for one in samples]).encode()
+    content = json.dumps([sample.instruction + sample.answer for sample in samples]).encode()
     corpus = Material(
         name=f"{len(samples)} instruction samples",
         kind="corpus",
-        licence=" and ".join(sorted({one.provenance.licence for one in samples})),
+        licence=" and ".join(sorted({sample.provenance.licence for sample in samples})),
         sha256=hashlib.sha256(content).hexdigest(),
-        source=" and ".join(sorted({one.provenance.teacher for one in samples})),
+        source=" and ".join(sorted({sample.provenance.teacher for sample in samples})),
     )
     file = TokenFile(
         path=cache_folder(),
@@ -259,13 +269,15 @@ def stream_of(
         document_starts=np.concatenate([[0], ends[:-1] + 1]),
         vocabulary=len(tokenizer),
         materials=(corpus, material),
-        characters=sum(len(one.instruction) + len(one.answer) for one in samples),
+        characters=sum(len(sample.instruction) + len(sample.answer) for sample in samples),
     )
     starts = np.arange(len(tokens), dtype=np.int64) * (sequence + 1)
     return TokenStream(file=file, row_starts=starts, sequence=sequence, seed=seed)
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, sample: Sample, marks: Marks = OURS) -> list[int]:
+def encode(
+    tokenizer: PreTrainedTokenizerFast, sample: InstructionSample, marks: Marks = OURS
+) -> list[int]:
     """Prompt, the response token, the answer and the end."""
     prompt = tokenizer.encode(sample.instruction, add_special_tokens=False)
     answer = tokenizer.encode(f"\n{sample.answer}", add_special_tokens=False)
@@ -288,11 +300,11 @@ def packed(
             raise ValueError(
                 f"a sample has {len(sample)} tokens, a row {row}; use a sequence of {len(sample) - 1}"
             )
-        place = next((one for one in rows if len(one) + len(sample) <= row), None)
+        place = next((tokens for tokens in rows if len(tokens) + len(sample) <= row), None)
         if place is None:
             rows.append(place := [])
         place.extend(sample)
-    return [np.asarray(one + [end] * (row - len(one)), dtype=np.int64) for one in rows]
+    return [np.asarray(tokens + [end] * (row - len(tokens)), dtype=np.int64) for tokens in rows]
 
 
 def sample_positions(
@@ -308,13 +320,14 @@ def sample_positions(
 
 def is_answer(tokens: Int[Tensor, "batch row"], marks: Marks = OURS) -> Bool[Tensor, "batch row"]:
     """Tokens after a sample's response token, its end included; of padding, none."""
+    # A token is of an answer if its own sample has a response token before it. Count those of the row before
+    # each token, and take away those of earlier samples.
     number, _ = sample_positions(tokens, marks)
     last = int(number.max()) + 1
     before = torch.zeros(tokens.shape[0], last, dtype=torch.long, device=tokens.device)
     signs = (tokens == marks.response).long()
     before.scatter_add_(1, number, signs)
     seen = torch.cumsum(signs, dim=1) - signs
-    # Signs of earlier samples of the row, to be taken away.
     earlier = torch.cumsum(before, dim=1) - before
     return (seen - earlier.gather(1, number)) > 0
 

@@ -13,9 +13,10 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from fourfold_hpc_coder import kernels
-from fourfold_hpc_coder.evaluation import Model
-from fourfold_hpc_coder.problems import Problem, parse_signature
+from fourfold_hpc_coder.problems import kernels
+from fourfold_hpc_coder.problems.problem import Problem
+from fourfold_hpc_coder.problems.signature import parse_signature
+from fourfold_hpc_coder.vocabulary import Model
 
 Shape = Literal["map", "replace", "sum", "largest", "smallest", "count", "zip", "scan"]
 Element = Literal["double", "int"]
@@ -33,14 +34,14 @@ class Step:
 
 
 def _steps() -> tuple[Step, ...]:
-    found = [
+    steps = [
         Step(words="the square of {}", code="@ * @", oracle=lambda v: v * v),
         Step(words="the absolute value of {}", code="std::abs(@)", oracle=np.abs),
         Step(words="the negative of {}", code="-@", oracle=np.negative),
         Step(words="{} itself", code="@", oracle=lambda v: v),
     ]
     for c in (2, 3, 5, 7):
-        found += [
+        steps += [
             Step(words=f"{c} times {{}}", code=f"{c} * @", oracle=lambda v, c=c: c * v),
             Step(words=f"{{}} plus {c}", code=f"@ + {c}", oracle=lambda v, c=c: v + c),
             Step(words=f"{{}} minus {c}", code=f"@ - {c}", oracle=lambda v, c=c: v - c),
@@ -55,7 +56,7 @@ def _steps() -> tuple[Step, ...]:
                 oracle=lambda v, c=c: np.minimum(v, c),
             ),
         ]
-    return tuple(found)
+    return tuple(steps)
 
 
 STEPS = _steps()
@@ -98,7 +99,7 @@ class Task:
         return f"{self.shape}-{self.element}-{self.step}"
 
     def words(self) -> str:
-        """What is asked, in a sentence."""
+        """The task in a sentence."""
         place = "x[j]" if self.shape == "scan" else "x[i]"
         return _WORDS[self.shape].format(step=STEPS[self.step].words.format(place))
 
@@ -136,8 +137,10 @@ class Task:
         drawn = {"kind": kind, "low": low, "high": high}
         signature = parse_signature(_SIGNATURES[self.shape].format(self.element), {})
         inputs = {
-            one.name: {"kind": "garbage"} if one.is_output and self.shape != "replace" else drawn
-            for one in signature.parameters
+            parameter.name: {"kind": "garbage"}
+            if parameter.is_output and self.shape != "replace"
+            else drawn
+            for parameter in signature.parameters
         }
         stored = {"map": "y", "replace": "x", "zip": "z", "scan": "y"}.get(self.shape)
         return Problem(
@@ -161,30 +164,30 @@ class Task:
         )
 
     def expected(self, arguments: Mapping[str, Values]) -> dict[str, Values]:
-        """What a right program gives back, by NumPy, in the order and types of the outputs."""
+        """The outputs of a right program, computed by NumPy, in their order and types."""
         x = arguments["x"]
         values = np.asarray(STEPS[self.step].oracle(x))
         match self.shape:
             case "map":
-                found = {"y": values}
+                outputs = {"y": values}
             case "replace":
-                found = {"x": values}
+                outputs = {"x": values}
             case "zip":
-                found = {"z": arguments["y"] + values}
+                outputs = {"z": arguments["y"] + values}
             case "scan":
-                found = {"y": np.cumsum(values)}
+                outputs = {"y": np.cumsum(values)}
             case "sum":
-                found = {"result": values.sum()}
+                outputs = {"result": values.sum()}
             case "largest":
-                found = {"result": values.max()}
+                outputs = {"result": values.max()}
             case "smallest":
-                found = {"result": values.min()}
+                outputs = {"result": values.min()}
             case "count":
-                found = {"result": np.count_nonzero(values > 4)}
-        dtypes = {one.name: one.dtype for one in self.problem().signature.outputs}
+                outputs = {"result": np.count_nonzero(values > 4)}
+        dtypes = {parameter.name: parameter.dtype for parameter in self.problem().signature.outputs}
         return {
             name: np.atleast_1d(np.asarray(value)).astype(dtypes[name])
-            for name, value in found.items()
+            for name, value in outputs.items()
         }
 
     def prompt(self, model: Model) -> str:

@@ -5,26 +5,34 @@ Samples that were refused are kept beside the others with their verdict: the acc
 """
 
 import hashlib
-import importlib.resources
 import json
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fourfold_hpc_coder.evaluation import Model
-from fourfold_hpc_coder.instruct.decontaminate import Screen
-from fourfold_hpc_coder.instruct.dedup import Seen
 from fourfold_hpc_coder.instruct.grammar import SHAPES, SHORT, Shape, Task
-from fourfold_hpc_coder.instruct.samples import Category, Sample, read_samples, write_samples
+from fourfold_hpc_coder.instruct.samples import (
+    Category,
+    InstructionSample,
+    read_samples,
+    write_samples,
+)
 from fourfold_hpc_coder.instruct.teachers import Teacher, Templates, shuffled_tasks, split
-from fourfold_hpc_coder.instruct.verify import bench, verify
-from fourfold_hpc_coder.problems import own_problems
+from fourfold_hpc_coder.instruct.verify import open_bench, verify
+from fourfold_hpc_coder.problems.library import own_problems
+from fourfold_hpc_coder.score.cache import sources_sha256
+from fourfold_hpc_coder.vocabulary import Model
 from fourfold_parallel.common.files import cache_folder, write_text
 from fourfold_parallel.common.progress import Progress, silent
 from fourfold_parallel.common.values import digest, to_json
+
+if TYPE_CHECKING:
+    from fourfold_hpc_coder.instruct.decontaminate import Screen
+    from fourfold_hpc_coder.instruct.dedup import TextMemory
 
 HELD_OUT_EVERY = 6
 """One task in six is never taught."""
@@ -36,10 +44,10 @@ DUPLICATE = "duplicate"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instructions:
-    """Which samples to make."""
+    """A recipe of samples."""
 
     samples: int
-    """How many to keep."""
+    """The number to keep."""
     models: tuple[Model, ...]
     """Parallel models of the answers, taken in turn."""
     categories: tuple[Category, ...]
@@ -62,7 +70,7 @@ class Instructions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What a teacher may be asked for, over all runs of a recipe; what is made by then is kept."""
+    """The most that a teacher is asked for, over all runs of a recipe; what is made by then is kept."""
 
     taught: float = math.inf
     """Answers."""
@@ -71,11 +79,11 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
-    """What a recipe gave."""
+class Dataset:
+    """The samples that a recipe gave."""
 
-    samples: tuple[Sample, ...]
-    refused: tuple[Sample, ...]
+    samples: tuple[InstructionSample, ...]
+    refused: tuple[InstructionSample, ...]
     """Judged and not right, duplicates and contaminated ones, with the reason as their verdict."""
 
     @property
@@ -85,16 +93,16 @@ class Made:
 
     def reasons(self) -> dict[str, int]:
         """Number of refused samples by reason."""
-        return dict(sorted(Counter(one.verdict for one in self.refused).items()))
+        return dict(sorted(Counter(sample.verdict for sample in self.refused).items()))
 
 
-def make(
+def make_samples(
     recipe: Instructions,
     *,
     progress: Progress = silent,
-    folder: Path | None = None,
+    folder: str | PathLike[str] | None = None,
     budget: Budget = Budget(),
-) -> Made:
+) -> Dataset:
     """The samples of a recipe, from the cache where it was made before; goes on where it was stopped.
 
     Args:
@@ -108,14 +116,14 @@ def make(
             the folder holds the samples of another recipe.
     """
     key = hashlib.sha256(f"{makers()} {digest(recipe)}".encode()).hexdigest()[:24]
-    folder = folder or cache_folder() / "hpc_coder" / "data" / key
+    folder = Path(folder) if folder else cache_folder() / "hpc_coder" / "data" / key
     _claim(folder, replace(recipe, samples=1))
     kept_file, refused_file = folder / "samples.jsonl", folder / "refused.jsonl"
     kept = [*read_samples(kept_file)] if kept_file.exists() else []
     refused = [*read_samples(refused_file)] if refused_file.exists() else []
     if len(kept) < recipe.samples:
         _extend(recipe, kept, refused, progress, (kept_file, refused_file), budget)
-    return Made(samples=tuple(kept), refused=tuple(refused))
+    return Dataset(samples=tuple(kept), refused=tuple(refused))
 
 
 def _claim(folder: Path, recipe: Instructions) -> None:
@@ -130,50 +138,53 @@ def _claim(folder: Path, recipe: Instructions) -> None:
     write_text(mark, text)
 
 
-@cache
 def makers() -> str:
     """Digest of the sources that decide a sample's text."""
-    package = importlib.resources.files("fourfold_hpc_coder")
-    files = [package / "kernels.py", package / "problems" / "__init__.py"]
-    files += [package / "instruct" / name for name in ("grammar.py", "teachers.py", "pipeline.py")]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return sources_sha256(("instruct", "problems"))
 
 
 def _extend(
     recipe: Instructions,
-    kept: list[Sample],
-    refused: list[Sample],
+    kept: list[InstructionSample],
+    refused: list[InstructionSample],
     progress: Progress,
     files: tuple[Path, Path],
     budget: Budget,
 ) -> None:
     """Teach, screen, verify; both lists grow, and both files with them, also when something fails."""
-    judged = [one for one in refused if one.verdict != DUPLICATE]
-    seen = Seen.of([one.instruction + one.answer for one in (*kept, *judged)])
+    # Here, since training on a file of samples needs neither of their libraries (the extra `data`).
+    from fourfold_hpc_coder.instruct.decontaminate import Screen
+    from fourfold_hpc_coder.instruct.dedup import TextMemory
+
+    # A duplicate has no text of its own to remember: what it repeats is among the others.
+    judged = [sample for sample in refused if sample.verdict != DUPLICATE]
+    seen = TextMemory.of([sample.instruction + sample.answer for sample in (*kept, *judged)])
     screen = Screen.of(benchmark_prompts())
     plan = _plan(recipe)
     taught, tokens = (
         len(kept) + len(refused),
-        sum(one.provenance.tokens for one in (*kept, *refused)),
+        sum(sample.provenance.tokens for sample in (*kept, *refused)),
     )
 
     def save() -> None:
         write_samples(files[1], refused)
         write_samples(files[0], kept)
 
-    with bench() as workbench:
+    with open_bench() as bench:
         try:
             while (
                 len(kept) < recipe.samples
                 and taught < min(len(plan), budget.taught)
                 and tokens < budget.tokens
             ):
+                # The number of samples taught is the place in the plan: a run that was stopped goes on there.
                 task, model, category = plan[taught]
                 sample = recipe.teacher.teach(task, model, category)
                 reason = _refusal(sample, seen, screen)
+                # Only what is new and clean is worth a compilation.
                 if not reason and recipe.verified:
                     prompt = f"{task.problem().declaration(model)} {{"
-                    [judgement] = verify(workbench, task, model, prompt, [sample.answer])
+                    [judgement] = verify(bench, task, model, prompt, [sample.answer])
                     sample = replace(sample, verdict=judgement.verdict)
                     reason = "" if judgement.verdict == "correct" else judgement.verdict
                 if reason:
@@ -196,7 +207,7 @@ def _extend(
 
 
 def _plan(recipe: Instructions) -> list[tuple[Task, Model, Category]]:
-    """What is taught, in order: every task once per pass, models and categories in turn."""
+    """The lessons in order: every task once per pass, models and categories in turn."""
     tasks = split(shuffled_tasks(recipe.seed, recipe.shapes), "train", every=HELD_OUT_EVERY)
     ways: list[tuple[Model, Category]] = [
         (model, category) for model in recipe.models for category in recipe.categories
@@ -208,7 +219,7 @@ def _plan(recipe: Instructions) -> list[tuple[Task, Model, Category]]:
     ]
 
 
-def _refusal(sample: Sample, seen: Seen, screen: Screen) -> str:
+def _refusal(sample: InstructionSample, seen: "TextMemory", screen: "Screen") -> str:
     if not seen.add(sample.instruction + sample.answer):
         return DUPLICATE
     hit = screen.hit(sample.instruction)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from fourfold_hpc_coder.evaluation import Model
+from fourfold_hpc_coder.vocabulary import Model
 from fourfold_parallel.common.files import write_text
 
 Category = Literal["programming", "parallelization", "translation", "optimization"]
@@ -30,7 +30,7 @@ class Provenance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
+class InstructionSample:
     """An instruction and an answer."""
 
     category: Category
@@ -43,28 +43,28 @@ class Sample:
     """Of the scorer, when the answer was compiled and run."""
 
 
-def write_samples(path: Path, samples: Iterable[Sample]) -> None:
+def write_samples(path: Path, samples: Iterable[InstructionSample]) -> None:
     """Write JSONL, whole: one sample per line."""
     lines = [json.dumps(asdict(sample), sort_keys=True) for sample in samples]
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def read_samples(path: Path) -> tuple[Sample, ...]:
+def read_samples(path: Path) -> tuple[InstructionSample, ...]:
     """Read JSONL back; a cut last line is left out.
 
     Raises:
         ValueError: for a line that is no sample.
     """
-    found = []
+    samples = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             break
         try:
             fields = json.loads(line)
             fields["provenance"] = Provenance(**fields["provenance"])
-            found.append(Sample(**fields))
+            samples.append(InstructionSample(**fields))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"line {number} of {path} is no sample ({error}); remove it, or make the file again"
             ) from None
-    return tuple(found)
+    return tuple(samples)

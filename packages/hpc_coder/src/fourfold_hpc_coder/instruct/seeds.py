@@ -14,13 +14,12 @@ from pathlib import Path
 import tree_sitter_cpp
 from tree_sitter import Language, Node, Parser
 
-from fourfold_hpc_coder.instruct.dedup import Seen
-from fourfold_hpc_coder.instruct.samples import Provenance, Sample
+from fourfold_hpc_coder.instruct.dedup import TextMemory
+from fourfold_hpc_coder.instruct.samples import InstructionSample, Provenance
 from fourfold_hpc_coder.instruct.sources import CONSTRUCTS, Construct, SourceFile
-from fourfold_hpc_coder.jobs import Job, Mount
-from fourfold_hpc_coder.sandbox import run
-from fourfold_hpc_coder.toolchain import COMPILING
-from fourfold_hpc_coder.walls import Sandbox
+from fourfold_hpc_coder.judge.artifacts import compiling
+from fourfold_hpc_coder.sandbox.backends import Sandbox
+from fourfold_hpc_coder.sandbox.job import Mount
 
 _PARSER = Parser(Language(tree_sitter_cpp.language()))
 LONGEST = 4000
@@ -47,7 +46,7 @@ class Seed:
 
 def seeds(files: Sequence[SourceFile]) -> tuple[Seed, ...]:
     """Functions of the files that use a parallel model, near-duplicates once, in order."""
-    seen = Seen.of((), threshold=SCRAPED)
+    seen = TextMemory.of((), threshold=SCRAPED)
     return tuple(seed for file in files for seed in _of_file(file) if seen.add(seed.text))
 
 
@@ -55,14 +54,14 @@ def _of_file(file: SourceFile) -> Iterator[Seed]:
     source = file.text.encode("utf-8", "surrogatepass")
     for node in _functions(_PARSER.parse(source).root_node):
         text = source[node.start_byte : node.end_byte].decode("utf-8", "surrogatepass")
-        found: tuple[Construct, ...] = tuple(
+        constructs: tuple[Construct, ...] = tuple(
             name for name, pattern in CONSTRUCTS.items() if pattern.search(text)
         )
-        if found and len(text) <= LONGEST and not node.has_error:
+        if constructs and len(text) <= LONGEST and not node.has_error:
             first, last = node.start_point[0] + 1, node.end_point[0] + 1
             yield Seed(
                 text=text,
-                constructs=found,
+                constructs=constructs,
                 origin=f"{file.tree}/{file.path}:{first}-{last}",
                 licence=file.licence,
             )
@@ -80,7 +79,7 @@ def _functions(node: Node) -> Iterator[Node]:
 _DIRECTIVE = re.compile(r"^[ \t]*#[ \t]*pragma[ \t]+omp\b(?:[^\n]*\\\n)*[^\n]*\n?", re.MULTILINE)
 
 
-def restoration(seed: Seed) -> Sample:
+def restoration(seed: Seed) -> InstructionSample:
     """The task to put a real function's OpenMP directives back.
 
     Raises:
@@ -89,7 +88,7 @@ def restoration(seed: Seed) -> Sample:
     serial = _DIRECTIVE.sub("", seed.text)
     if serial == seed.text:
         raise ValueError(f"seed {seed.origin} has no OpenMP directive to take out; choose another")
-    return Sample(
+    return InstructionSample(
         category="parallelization",
         model="omp",
         instruction=f"/* Parallelize this function with OpenMP. */\n{serial}",
@@ -101,7 +100,9 @@ def restoration(seed: Seed) -> Sample:
     )
 
 
-def compiled(samples: Sequence[Sample], sandbox: Sandbox, folder: Path) -> tuple[Sample, ...]:
+def compiled(
+    samples: Sequence[InstructionSample], sandbox: Sandbox, folder: Path
+) -> tuple[InstructionSample, ...]:
     """The samples with the compiler's verdict on their answers: "compiles" or "no build".
 
     Args:
@@ -120,6 +121,6 @@ def compiled(samples: Sequence[Sample], sandbox: Sandbox, folder: Path) -> tuple
         )
         command = ("g++", "-std=c++17", "-fopenmp", "-fsyntax-only", "/in/answer.cpp")
         mounts = (Mount(source=source, target="/in"),)
-        outcome = run(sandbox, Job(command=command, mounts=mounts, limits=COMPILING))
-        judged.append(replace(sample, verdict="no build" if outcome.code else "compiles"))
+        result = compiling(sandbox, command, mounts)
+        judged.append(replace(sample, verdict="no build" if result.code else "compiles"))
     return tuple(judged)

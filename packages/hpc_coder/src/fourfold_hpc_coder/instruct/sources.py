@@ -25,7 +25,7 @@ CONSTRUCTS: dict[Construct, re.Pattern[str]] = {
     "cuda": re.compile(r"\b__global__\b|\bthreadIdx\."),
     "kokkos": re.compile(r"\bKokkos::\w+|\bKOKKOS_LAMBDA\b"),
 }
-"""What makes a file parallel, and of which kind."""
+"""The text that makes a file parallel, by the kind of parallelism."""
 
 SUFFIXES = (".c", ".cc", ".cpp", ".cxx", ".h", ".hpp", ".cuh", ".cu", ".inl")
 PERMISSIVE = ("Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "MIT", "MPICH", "ISC")
@@ -86,10 +86,10 @@ def _archived(path: Path) -> Iterator[tuple[str, str]]:
                     yield name, archive.read(name).decode(errors="ignore")
     elif tarfile.is_tarfile(path):
         with tarfile.open(path) as archive:
-            for member in sorted(archive.getmembers(), key=lambda one: one.name):
-                held = archive.extractfile(member) if member.isfile() else None
-                if held and member.name.endswith(SUFFIXES) and member.size <= MAXIMUM_BYTES:
-                    yield member.name, held.read().decode(errors="ignore")
+            for member in sorted(archive.getmembers(), key=lambda member: member.name):
+                content = archive.extractfile(member) if member.isfile() else None
+                if content and member.name.endswith(SUFFIXES) and member.size <= MAXIMUM_BYTES:
+                    yield member.name, content.read().decode(errors="ignore")
     else:
         raise ValueError(
             f"{path} is neither a tar nor a zip archive; unpack it and name the folder"
@@ -100,7 +100,7 @@ WHEELS = (
     Tree(name="deepspeed", licence="Apache-2.0", path="deepspeed/ops/csrc", wheel="deepspeed"),
     Tree(name="torch", licence="BSD-3-Clause", path="torch/include/ATen", wheel="torch"),
 )
-"""What the two commands install: OpenMP and CUDA."""
+"""Trees that the two commands install: OpenMP and CUDA."""
 
 DEBIAN = (
     Tree(name="libtrilinos-kokkos-dev", licence="BSD-3-Clause", path="/usr/include/trilinos"),
@@ -108,7 +108,7 @@ DEBIAN = (
         name="libpetsc-dev-examples", licence="BSD-2-Clause", path="/usr/share/doc/petsc-examples"
     ),
 )
-"""What Debian packages add where installed: Kokkos and MPI."""
+"""Trees that Debian's packages add where installed: Kokkos and MPI."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +134,7 @@ def parallel_files(
     Raises:
         ValueError: for a tree under another licence.
     """
-    found = []
+    files = []
     for tree in trees:
         if tree.licence not in licences:
             raise ValueError(
@@ -146,7 +146,7 @@ def parallel_files(
                 name for name, pattern in CONSTRUCTS.items() if pattern.search(text)
             )
             if constructs:
-                found.append(
+                files.append(
                     SourceFile(
                         tree=tree.name,
                         path=path,
@@ -155,7 +155,7 @@ def parallel_files(
                         text=text,
                     )
                 )
-    return tuple(found)
+    return tuple(files)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,6 +193,20 @@ def _interleaved(files: Sequence[SourceFile]) -> Iterator[SourceFile]:
     for file in files:
         by_tree.setdefault(file.tree, []).append(file)
     for turn in range(max(map(len, by_tree.values()), default=0)):
-        for held in by_tree.values():
-            if turn < len(held):
-                yield held[turn]
+        for tree_files in by_tree.values():
+            if turn < len(tree_files):
+                yield tree_files[turn]
+
+
+def trees_of(name: str) -> tuple[Tree, ...]:
+    """The source trees of a word: `installed` for those of this machine, or `PATH:LICENCE`.
+
+    Raises:
+        ValueError: where a path has no licence.
+    """
+    if name == "installed":
+        return tuple(tree for tree in (*WHEELS, *DEBIAN) if tree.is_here())
+    path, separator, licence = name.rpartition(":")
+    if not separator:
+        raise ValueError(f"--trees {name}: say the licence, as in {name}:MIT, or `installed`")
+    return (Tree(name=Path(path).name, licence=licence, path=path),)

@@ -1,29 +1,29 @@
 """Teachers: who writes the answer. One interface for a template grammar, an endpoint, a local model."""
 
-import http.client
-import json
-import urllib.request
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
-from fourfold_hpc_coder.evaluation import Model
 from fourfold_hpc_coder.instruct.grammar import Shape, Task, all_tasks
-from fourfold_hpc_coder.instruct.samples import Category, Provenance, Sample
+from fourfold_hpc_coder.instruct.samples import Category, InstructionSample, Provenance
+from fourfold_hpc_coder.pareval.bodies import body_of
+from fourfold_hpc_coder.vocabulary import Model
 
-if TYPE_CHECKING:
-    from fourfold_hpc_coder.generate import Local
 
+class ModelValue(Protocol):
+    """A code model as a value: `generate.endpoint.Endpoint` or `generate.local.LocalModel`."""
 
-FUNCTION_ONLY = (
-    "Complete this C++ function. Reply with one code block that holds the whole function.\n"
-)
-"""Put before a prompt for models that chat."""
+    @property
+    def model_name(self) -> str:
+        """For provenance."""
+        ...
+
+    def ask(self, prompt: str) -> tuple[str, int]:
+        """The model's words for a prompt that opens a function, and how many tokens were bought."""
+        ...
 
 
 class Teacher(Protocol):
@@ -34,7 +34,7 @@ class Teacher(Protocol):
         """For provenance."""
         ...
 
-    def teach(self, task: Task, model: Model, category: Category) -> Sample:
+    def teach(self, task: Task, model: Model, category: Category) -> InstructionSample:
         """A sample for a task; its answer may be wrong."""
         ...
 
@@ -47,14 +47,14 @@ class Templates:
     """Share of answers spoiled on purpose, to study what bad data do."""
     name: str = "templates"
 
-    def teach(self, task: Task, model: Model, category: Category) -> Sample:
+    def teach(self, task: Task, model: Model, category: Category) -> InstructionSample:
         """The answer in the model, asked for in the category's words."""
         problem = task.problem()
         answer = problem.answer(model)
         generator = np.random.default_rng(_number(f"{task.name} {model} {category}"))
         if generator.random() < self.corrupted:
             answer = spoiled(answer, generator)
-        return Sample(
+        return InstructionSample(
             category=category,
             model=model,
             instruction=instruction(task, model, category),
@@ -67,7 +67,7 @@ class Templates:
 
 
 def instruction(task: Task, model: Model, category: Category) -> str:
-    """What the pupil is asked."""
+    """The question to the pupil."""
     problem = task.problem()
     head = f"{problem.declaration('serial')} {{\n"
     match category:
@@ -115,31 +115,21 @@ def _number(text: str) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Endpoint:
-    """Any OpenAI-compatible server: vLLM, llama.cpp, TGI, or a company's."""
+class ModelTeacher:
+    """A code model that writes the answers: served, or on this machine."""
 
-    url: str
-    """Up to and including `/v1`."""
-    model_name: str
-    key_file: str = ""
-    """Holds the key that the server wants; empty for none."""
-    temperature: float = 0.2
-    max_new_tokens: int = 512
-    top_p: float = 1.0
-    timeout_s: float = 120.0
+    model: ModelValue
 
     @property
     def name(self) -> str:
-        """The served model."""
-        return self.model_name
+        """The model's."""
+        return self.model.model_name
 
-    def teach(self, task: Task, model: Model, category: Category) -> Sample:
-        """Ask for a function's body."""
+    def teach(self, task: Task, model: Model, category: Category) -> InstructionSample:
+        """The body of the function that the model completes."""
         asked = instruction(task, model, category)
-        text, tokens = self._request(FUNCTION_ONLY + asked)
-        from fourfold_hpc_coder.generate import body_of
-
-        return Sample(
+        text, tokens = self.model.ask(asked)
+        return InstructionSample(
             category=category,
             model=model,
             instruction=asked,
@@ -154,100 +144,14 @@ class Endpoint:
             verdict="not judged",
         )
 
-    def complete_many(self, prompts: Sequence[str], *, first: int = 0) -> list[str]:  # noqa: ARG002
-        """Completions of functions, one chat of one message each.
-
-        Raises:
-            ValueError: where the server cannot be reached, or answers with something else than a completion.
-        """
-        return [self._request(FUNCTION_ONLY + prompt)[0] for prompt in prompts]
-
-    def _request(self, prompt: str) -> tuple[str, int]:
-        """The words, and how many tokens the exchange took."""
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"url={self.url!r} is no http address; give one that ends in /v1")
-        body: dict[str, Any] = {
-            "model": self.model_name,
-            "messages": [{"role": "user", "content": prompt}],
-            "temperature": self.temperature,
-            "max_tokens": self.max_new_tokens,
-        }
-        if self.temperature and self.top_p < 1:
-            body["top_p"] = self.top_p
-        key = Path(self.key_file).read_text(encoding="utf-8").strip() if self.key_file else ""
-        request = urllib.request.Request(  # noqa: S310 - checked above
-            f"{self.url.rstrip('/')}/chat/completions",
-            data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout_s) as reply:  # noqa: S310
-                whole = reply.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise ValueError(
-                f"{self.url} gave no answer ({error}); when it does, the same command goes on from here"
-            ) from None
-        try:
-            answer = json.loads(whole)
-            # Where a model declined, or ran out of tokens before its answer, there is no text.
-            text = str(answer["choices"][0]["message"]["content"] or "")
-            return text, int((answer.get("usage") or {}).get("total_tokens") or 0)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise ValueError(
-                f"{self.url} answered {whole[:200].decode(errors='replace')}, which is no completion"
-            ) from None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Transformers:
-    """A model on this machine, by hub id or folder, asked like an endpoint."""
-
-    model_name: str
-    max_new_tokens: int = 512
-
-    @property
-    def name(self) -> str:
-        """The model."""
-        return self.model_name
-
-    def teach(self, task: Task, model: Model, category: Category) -> Sample:
-        """Have the function completed, greedily."""
-        from fourfold_hpc_coder.generate import body_of
-
-        asked = instruction(task, model, category)
-        [text] = _local(self.model_name, self.max_new_tokens).complete_many([asked])
-        return Sample(
-            category=category,
-            model=model,
-            instruction=asked,
-            answer=body_of(text, asked),
-            provenance=Provenance(
-                teacher=self.name, task=task.name, seed_origin="", licence="see the model's terms"
-            ),
-            verdict="not judged",
-        )
-
-
-@lru_cache(maxsize=1)
-def _local(model_name: str, max_new_tokens: int) -> "Local":
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from fourfold_hpc_coder.generate import Local
-
-    return Local(
-        model=AutoModelForCausalLM.from_pretrained(model_name).eval(),
-        tokenizer=AutoTokenizer.from_pretrained(model_name),
-        max_new_tokens=max_new_tokens,
-    )
-
 
 Split = Literal["train", "held-out"]
 
 
 def split(tasks: Sequence[Task], part: Split, *, every: int) -> tuple[Task, ...]:
     """Tasks to learn from, or every `every`-th by a hash of its name, which no sample may touch."""
-    held = {task.name for task in tasks if _number(task.name) % every == 0}
-    return tuple(task for task in tasks if (task.name in held) == (part == "held-out"))
+    held_out = {task.name for task in tasks if _number(task.name) % every == 0}
+    return tuple(task for task in tasks if (task.name in held_out) == (part == "held-out"))
 
 
 def shuffled_tasks(seed: int, shapes: Sequence[Shape]) -> tuple[Task, ...]:

@@ -6,29 +6,31 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from fourfold_hpc_coder import toolchain
-from fourfold_hpc_coder.evaluation import Launch, Model
 from fourfold_hpc_coder.instruct.grammar import Task
-from fourfold_hpc_coder.judge import Judgement, Reference, Round, judge
-from fourfold_hpc_coder.sandbox import find_sandbox, scratch_folder
-from fourfold_hpc_coder.score import equal_answers
-from fourfold_hpc_coder.workbench import Bench, Settings
+from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.judge.bench import Bench, JudgeSettings
+from fourfold_hpc_coder.judge.judge import Judgement, judge
+from fourfold_hpc_coder.judge.reference import Reference, Round
+from fourfold_hpc_coder.sandbox.process import find_sandbox
+from fourfold_hpc_coder.sandbox.scratch import scratch_folder
+from fourfold_hpc_coder.score.cache import equal_answers
+from fourfold_hpc_coder.vocabulary import Model, Processors
 
-CHECKED_ON: tuple[tuple[Model, tuple[Launch, ...]], ...] = (
-    ("serial", (Launch(),)),
-    ("omp", (Launch(threads=2),)),
-    ("mpi", (Launch(ranks=2),)),
-    ("mpi+omp", (Launch(ranks=2, threads=2),)),
-    ("kokkos", (Launch(),)),
+CHECKED_ON: tuple[tuple[Model, tuple[Processors, ...]], ...] = (
+    ("serial", (Processors(),)),
+    ("omp", (Processors(threads=2),)),
+    ("mpi", (Processors(ranks=2),)),
+    ("mpi+omp", (Processors(ranks=2, threads=2),)),
+    ("kokkos", (Processors(),)),
 )
 """One launch per model, with more than one processor where the model has them."""
 
-SETTINGS = Settings(repetitions=1, races=False, launches=CHECKED_ON)
+SETTINGS = JudgeSettings(repetitions=1, races=False, launches=CHECKED_ON)
 """Correctness and parallelism, no timing: an answer of data is not raced."""
 
 
 @contextmanager
-def bench(*, allow_no_sandbox: bool = False) -> Iterator[Bench]:
+def open_bench(*, allow_no_sandbox: bool = False) -> Iterator[Bench]:
     """A bench for verification; inputs are the same each time, since nobody here is an adversary's judge."""
     sandbox = find_sandbox(allow_none=allow_no_sandbox)
     with scratch_folder() as scratch:
@@ -50,12 +52,12 @@ def oracle(task: Task, secret: int) -> Reference:
 
 
 def verify(
-    workbench: Bench, task: Task, model: Model, prompt: str, answers: Sequence[str]
+    bench: Bench, task: Task, model: Model, prompt: str, answers: Sequence[str]
 ) -> list[Judgement]:
     """Judge answers to one task; equal ones, now or before, once.
 
     Args:
-        workbench: from `bench`.
+        bench: from `open_bench`.
         task: gives inputs and right answers.
         model: parallel model asked for.
         prompt: ends by opening the function.
@@ -64,14 +66,12 @@ def verify(
     Raises:
         ValueError: where the model cannot be run here.
     """
-    if reason := toolchain.barred(model, workbench.sandbox):
+    if reason := toolchain.barred(model, bench.sandbox):
         raise ValueError(f"{reason}; or leave {model} out of --models")
-    right = oracle(task, workbench.secret)
+    right = oracle(task, bench.secret)
     problem = task.problem()
 
     def fresh(body: str) -> Judgement:
-        return judge(workbench, right, model, prompt, body)
+        return judge(bench, right, model, prompt, body)
 
-    return [
-        equal_answers(problem, model, prompt, body, workbench.settings, fresh) for body in answers
-    ]
+    return [equal_answers(problem, model, prompt, body, bench.settings, fresh) for body in answers]

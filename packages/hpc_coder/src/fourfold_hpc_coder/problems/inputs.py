@@ -1,4 +1,4 @@
-"""How inputs are drawn: a rule per parameter, as the problems' files state it."""
+"""Inputs drawn at random, by a rule per parameter that the problem's file states."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 FENCES = np.frombuffer(b"\x41" * 4 + b"\xc1" * 4, "i4")
-"""What `drivers/fences.hpp` puts beyond the ends of arrays, read as integers."""
+"""The bytes that `drivers/fences.hpp` puts beyond the ends of arrays, read as integers."""
 
 
 def length_of(expression: object, n: int) -> int:

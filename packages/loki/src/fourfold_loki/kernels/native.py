@@ -23,13 +23,20 @@ BLOCK = 64
 def takes(queries: Tensor, keys: Tensor, values: Tensor, leading: Tensor) -> bool:
     """True where `decode` can compute with these and there is something to compile it with."""
     parts = (keys, values, leading)
+    batch, kv_heads, room, head_width = keys.shape
     return (
         queries.device.type == "cpu"
         and queries.dtype in (torch.float32, torch.bfloat16)
         and all(part.dtype == queries.dtype and part.is_contiguous() for part in parts)
-        and keys.shape[-1] % LANES == 0
+        # The sizes that the kernel reads are the keys': any other would be read beyond its end.
+        and queries.shape == (batch, queries.shape[1], 1, head_width)
+        and queries.shape[1] % kv_heads == 0
+        and values.shape[:3] == keys.shape[:3]
+        and leading.shape == (batch, kv_heads, leading.shape[2], room)
+        and leading.shape[2] <= head_width
+        and head_width % LANES == 0
         and values.shape[-1] % LANES == 0
-        and keys.shape[2] % BLOCK == 0
+        and room % BLOCK == 0
         and not torch.compiler.is_compiling()
         and library() is not None
     )
@@ -58,10 +65,11 @@ def decode(
     """
     if not takes(queries, keys, values, leading):
         raise ValueError(
-            f"queries of {queries.dtype} on {queries.device} with keys {tuple(keys.shape)} and values "
-            f"{tuple(values.shape)}: the compiled kernel takes contiguous float32 or bfloat16 on a CPU, "
-            f"widths that are multiples of {LANES}, room that is one of {BLOCK}, and needs one of "
-            f"{', '.join(native.COMPILERS)}; use kernels.cpu"
+            f"queries {tuple(queries.shape)} of {queries.dtype} on {queries.device} with keys "
+            f"{tuple(keys.shape)}, values {tuple(values.shape)} and leading coordinates "
+            f"{tuple(leading.shape)}: the compiled kernel takes tensors of one cache, contiguous float32 or "
+            f"bfloat16 on a CPU, widths that are multiples of {LANES}, room that is one of {BLOCK}, and needs "
+            f"one of {', '.join(native.COMPILERS)}; use kernels.cpu"
         )
     filled = -(-read.length // read.page)
     if not (1 <= read.length <= keys.shape[2] and 1 <= read.pages <= filled):

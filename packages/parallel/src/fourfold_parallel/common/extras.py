@@ -1,4 +1,4 @@
-"""Which extra of which package brings a library, and the line that installs it."""
+"""Names the extra that brings a missing library, and the line that installs it."""
 
 import importlib.metadata
 
@@ -6,7 +6,7 @@ from packaging.requirements import Requirement
 
 
 def remedy(missing: ModuleNotFoundError) -> str:
-    """What to install for a module that is not there, in one line that is enough.
+    """The line that installs a module that is not there, and is enough.
 
     The line names the libraries themselves: fourfold's own names need not be on any index.
     """

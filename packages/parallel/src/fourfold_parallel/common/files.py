@@ -4,14 +4,18 @@ import errno
 import hashlib
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+StrPath = str | os.PathLike[str]
+"""A path as a user writes it."""
+
 
 def cache_folder() -> Path:
-    """Where tokenized corpora and converted models are kept: `FOURFOLD_CACHE`, else the XDG cache."""
+    """Folder of tokenized corpora and converted models: `FOURFOLD_CACHE`, else the XDG cache."""
     named = os.environ.get("FOURFOLD_CACHE")
     if named:
         return Path(named)
@@ -72,11 +76,31 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
 
 
+def check_writable(folder: Path, *, purpose: str) -> None:
+    """Make a folder, unless it is there, and try whether files can be made in it.
+
+    Args:
+        folder: that files will be written to.
+        purpose: names it in the message, such as `checkpoints='out'`.
+
+    Raises:
+        ValueError: No file can be made there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{purpose} cannot be written to ({error.strerror}: {folder}); name a folder of yours"
+        ) from error
+
+
 def append_line(handle: int, line: str) -> None:
     """Append one line to a file opened for appending: it is there whole or, where the disk is full, not.
 
     Raises:
-        OSError: where the line does not fit; what was written of it is taken back.
+        OSError: The line does not fit; what was written of it is taken back.
     """
     start = os.fstat(handle).st_size
     rest = f"{line}\n".encode()

@@ -62,7 +62,7 @@ def build(package: str, source: str, compiler: Path) -> Path:
     `FOURFOLD_CXXFLAGS` adds flags behind ours; `scripts/sanitize.py` gives it a sanitizer's.
 
     Raises:
-        OSError: where the cache cannot be written.
+        OSError: The cache cannot be written.
         subprocess.SubprocessError: where the compiler fails.
     """
     text = whole_source(package, source)
@@ -91,7 +91,7 @@ def whole_source(package: str, source: str) -> str:
 
 
 def processor() -> str:
-    """What `-march=native` looks at; homes are shared by machines that differ in it."""
+    """The properties that `-march=native` looks at; homes are shared by machines that differ in it."""
     described = Path("/proc/cpuinfo")
     if not described.exists():
         return platform.processor() + platform.machine()

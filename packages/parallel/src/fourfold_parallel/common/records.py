@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from fourfold_parallel.common.files import append_line
+from fourfold_parallel.common.files import StrPath, append_line
 from fourfold_parallel.common.values import Json, digest, from_json, strict, to_json
 
 SCHEMA = 1
@@ -36,22 +36,22 @@ class Material:
     licence: str
     sha256: str
     source: str
-    """Where it came from: a package and its version, a hub id, a path."""
+    """Its origin: a package and its version, a hub id, a path."""
 
 
 def versions() -> dict[str, str]:
     """Installed versions of Python, the libraries that matter and every fourfold package."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     for distribution in importlib.metadata.distributions():
         name = distribution.metadata["Name"]
         if name and name.startswith("fourfold-"):
-            found[name] = distribution.version
-    return dict(sorted(found.items()))
+            installed[name] = distribution.version
+    return dict(sorted(installed.items()))
 
 
 def hardware() -> dict[str, Json]:
@@ -137,7 +137,7 @@ class RecordWriter:
         """Append one event. Numbers that are not finite are written as strings, since JSON has none.
 
         Raises:
-            OSError: where the line does not fit; what was written of it is taken back.
+            OSError: The line does not fit; what was written of it is taken back.
         """
         if self._handle is not None:
             self._append({"event": event, **{key: _finite(v) for key, v in values.items()}})
@@ -173,7 +173,7 @@ class RecordWriter:
 def _finite(value: object) -> Json:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return to_json(value)
+    return strict(to_json(value))
 
 
 def _drop_cut_line(path: Path) -> None:
@@ -204,7 +204,7 @@ class Event:
         """A numeric value of the event.
 
         Raises:
-            ValueError: where the event has no such number.
+            ValueError: The event has no such number.
         """
         value = self.values.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -217,7 +217,7 @@ class Event:
         """A list of numbers of the event.
 
         Raises:
-            ValueError: where the event has no such list.
+            ValueError: The event has no such list.
         """
         values = self.values.get(key)
         if not isinstance(values, list):
@@ -236,8 +236,9 @@ class Record:
 
     @property
     def run(self) -> object:
-        """The run, rebuilt from the first line."""
-        return from_json(self.events[0].values["run"])
+        """The run, rebuilt from the first line, or from the last that extended it."""
+        described = [event for event in self.events if event.kind in _DESCRIBING]
+        return from_json(described[-1].values["run"])
 
     @property
     def seed(self) -> int:
@@ -246,7 +247,7 @@ class Record:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run came to its end."""
+        """True where the run came to its end."""
         return self.events[-1].kind == "finished"
 
     def of(self, kind: str, **fields: object) -> tuple[Event, ...]:
@@ -262,7 +263,7 @@ class Record:
         """The last event of a kind with these values.
 
         Raises:
-            ValueError: where there is none.
+            ValueError: There is none.
         """
         events = self.of(kind, **fields)
         if not events:
@@ -275,7 +276,7 @@ class Record:
         """The one event of a kind with these values.
 
         Raises:
-            ValueError: where there is none, or more than one.
+            ValueError: There is none, or more than one.
         """
         events = self.of(kind, **fields)
         if len(events) != 1:
@@ -293,18 +294,24 @@ def _named(kind: str, fields: Mapping[str, object]) -> str:
     return " ".join([repr(kind), *(f"{name}={value!r}" for name, value in fields.items())])
 
 
-def begun_by(path: Path) -> Json:
-    """The description of the run that a record begins with; None where no first line is whole yet."""
-    first = next(_lines(path), None) if path.exists() else None
-    return None if first is None else first[1]["run"]
+_DESCRIBING = ("run", "extended")
+"""Events that hold the description of the run from there on."""
 
 
-def read_record(path: Path) -> Record:
+def description_in(path: Path) -> Json:
+    """The description of the run that a record is of; None where no first line is whole yet."""
+    lines = _lines(path) if path.exists() else ()
+    described = [values["run"] for _, values in lines if values.get("event") in _DESCRIBING]
+    return described[-1] if described else None
+
+
+def read_record(path: StrPath) -> Record:
     """Read a record, leaving out a cut last line and steps that a resume replaced.
 
     Raises:
-        ValueError: where the file does not begin with a run of this schema.
+        ValueError: The file does not begin with a run of this schema.
     """
+    path = Path(path)
     events = [Event(number, values, path.name) for number, values in _lines(path)]
     if not events or events[0].kind != "run" or events[0].values.get("schema") != SCHEMA:
         raise ValueError(

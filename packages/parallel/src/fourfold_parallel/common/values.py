@@ -13,7 +13,8 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
@@ -57,7 +58,7 @@ def to_json(value: object) -> Json:
     A whole number in a field of type float is given as a float, so that equal values have one digest.
 
     Raises:
-        TypeError: for anything a record could not rebuild (open files, tensors, functions).
+        TypeError: It holds something that no record could rebuild (open files, tensors, functions).
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -104,7 +105,7 @@ def from_json(json_value: Json) -> object:
     """The value that `to_json` described, made `strict` or not; lists come back as tuples.
 
     Raises:
-        ValueError: where a tag names something other than a dataclass of a `fourfold_` module.
+        ValueError: A tag names something other than a dataclass of a `fourfold_` module.
     """
     if isinstance(json_value, list):
         return tuple(from_json(item) for item in json_value)
@@ -181,11 +182,95 @@ def digest(value: object) -> str:
 
 
 def describes(json_value: Json, value: object) -> bool:
-    """Whether a description is of a value: it rebuilds an equal one.
+    """True where a description is of a value: it rebuilds an equal one.
 
     Where classes are a user's own, which no record may rebuild, the two must agree word by word.
     """
+    return not differences(json_value, value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """A place at which a description and a value differ."""
+
+    path: str
+    """Names of the fields on the way, such as `optimizer.learning_rate`; empty where all differs."""
+    described: str
+    asked: str
+
+    def told(self, place: str) -> str:
+        """`seed: 3 in the checkpoint, 4 asked for`, where `place` is "the checkpoint"."""
+        subject = f"{self.path}: " if self.path else ""
+        return f"{subject}{self.described} in {place}, {self.asked} asked for"
+
+
+def differences(
+    json_value: Json, value: object, *, apart_from: Mapping[str, Collection[str]] | None = None
+) -> tuple[Difference, ...]:
+    """All places at which a description and a value differ, in the order of the value's fields.
+
+    Descriptions of an earlier version are compared by the values that they rebuild; those of a user's own
+    classes, which no record may rebuild, by their words.
+
+    Args:
+        json_value: as `to_json` gave it, made `strict` or not.
+        value: what it is compared with.
+        apart_from: fields that may differ, by the tag of their class (`tag_of`), at any depth.
+    """
+    return tuple(_differences("", _renewed(json_value), to_json(value), apart_from or {}))
+
+
+def _renewed(json_value: Json) -> Json:
+    """A description in the words of the installed version, as far as its classes can be rebuilt."""
     try:
-        return digest(from_json(json_value)) == digest(value)
+        return to_json(from_json(json_value))
     except ValueError:
-        return json_value == strict(to_json(value))
+        if isinstance(json_value, dict):
+            return {key: _renewed(item) for key, item in json_value.items()}
+        assert isinstance(json_value, list)
+        return [_renewed(item) for item in json_value]
+
+
+def _differences(
+    path: str, there: Json, asked: Json, apart_from: Mapping[str, Collection[str]]
+) -> Iterator[Difference]:
+    if (
+        isinstance(there, dict)
+        and isinstance(asked, dict)
+        and there.get("type") == asked.get("type")
+    ):
+        free = apart_from.get(str(asked.get("type")), ())
+        for name in [*asked, *(name for name in there if name not in asked)]:
+            if name not in free:
+                below = f"{path}.{name}" if path else name
+                yield from _differences(
+                    below, there.get(name, _ABSENT), asked.get(name, _ABSENT), apart_from
+                )
+    elif isinstance(there, list) and isinstance(asked, list) and len(there) == len(asked):
+        for index, (left, right) in enumerate(zip(there, asked, strict=True)):
+            yield from _differences(f"{path}[{index}]", left, right, apart_from)
+    elif json.dumps(there) != json.dumps(asked):  # nan is nan, 1 is not 1.0, and True is not 1
+        yield Difference(path=path, described=shown(there), asked=shown(asked))
+
+
+_ABSENT: Json = {"type": "nothing"}
+_SHOWN = 80
+"""Characters of a value in a message."""
+
+
+def shown(json_value: Json) -> str:
+    """A described value as its class is written, shortened: `Steps(count=6)`."""
+    text = _written(json_value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def _written(json_value: Json) -> str:
+    if json_value == _ABSENT:
+        return "nothing"
+    if isinstance(json_value, list):
+        return f"({', '.join(map(_written, json_value))})"
+    if isinstance(json_value, dict):
+        kind = re.split("[/:.]", str(json_value.get("type", "")))[-1]
+        fields = [f"{key}={_written(item)}" for key, item in json_value.items() if key != "type"]
+        return f"{kind}({', '.join(fields)})"
+    return repr(json_value)

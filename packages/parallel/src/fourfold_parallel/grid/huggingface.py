@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from fourfold_parallel.common.files import StrPath
 from fourfold_parallel.grid import layers
 from fourfold_parallel.grid.collectives import (
     ALONE,
@@ -113,13 +114,14 @@ class Parallel:
             assert isinstance(whole, DTensor)
             yield name, self.stored[name].publish(whole.full_tensor())
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: StrPath) -> None:
         """Write what plain `from_pretrained` reads; every rank calls it, the first one writes.
 
         Low-rank adapters go into peft's own files beside the model: those named `default` into the
         folder, others into a folder of their name. Peak memory of the first rank is the whole
         model, on the CPU.
         """
+        folder = Path(folder)
         is_writer = dist.get_rank() == 0
         whole: dict[str, Tensor] = {}
         for name, tensor in self.published():
@@ -153,7 +155,7 @@ class Parallel:
             self.model.generation_config.save_pretrained(folder)
 
     @torch.no_grad()
-    def load(self, weights: Path) -> None:
+    def load(self, weights: StrPath) -> None:
         """Read published safetensors into this rank's pieces, in place."""
         self.settle(when="before parameters are loaded")
         with open_weights(weights) as source:
@@ -178,7 +180,7 @@ def parallelize(
     keeps_tiles: bool = False,
     cuts_tokens: bool = False,
     products: Products | None = None,
-    weights: Path | None = None,
+    weights: StrPath | None = None,
 ) -> Parallel:
     """Put a model on the grid; it is changed in place.
 
@@ -248,12 +250,13 @@ Source = Callable[[str], Any]
 
 
 @contextmanager
-def open_weights(path: Path) -> Iterator[Source]:
+def open_weights(path: StrPath) -> Iterator[Source]:
     """The tensors of a safetensors file, or of all such files of a folder, read piece by piece.
 
     Raises:
         ValueError: There is no such file, or it lacks a parameter.
     """
+    path = Path(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not files[0].exists():
         raise ValueError(

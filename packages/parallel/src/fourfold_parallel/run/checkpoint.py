@@ -1,33 +1,35 @@
 """Checkpoints: whole or absent, in plain files, readable by any engine that gathers full state.
 
 A checkpoint is the folder `step-00000100/` with what the session saved (for most engines
-`model.safetensors`, `optimizer.safetensors`, `optimizer.json`) and `checkpoint.json`, which says the
-step and the run. It is filled under another name, synced, and renamed. The order of the data and the
-learning rate are functions of the step, so nothing else is state.
+`model.safetensors`, `optimizer.safetensors`, `optimizer.json`), what `from_pretrained` reads beside the
+weights, and `checkpoint.json`, which says the step, the run and the ranks. It is filled under another name,
+synced, and renamed. The order of the data and the learning rate are functions of the step, so nothing else
+is state.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
+from fourfold_parallel.common.files import StrPath, sync, write_text
+from fourfold_parallel.common.values import (
+    Difference,
+    differences,
+    from_json,
+    shown,
+    strict,
+    tag_of,
+    to_json,
 )
-from torch.distributed.tensor import DTensor
-
-from fourfold_parallel.common.files import sync, write_text
+from fourfold_parallel.launch import world_size
+from fourfold_parallel.run.engines import DeepSpeed
+from fourfold_parallel.run.recipe import Run, Steps, Tokens, departures, steps_until
 
 _NAME = re.compile(r"step-(\d{8})")
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,50 +37,135 @@ class Checkpoint:
     """A whole checkpoint on disk."""
 
     path: Path
+    """A folder that `from_pretrained` reads, unless it cannot read the kind of model (`export.files`)."""
     step: int
     """Optimizer steps done."""
-    run_sha256: str
-    """Digest of the run that wrote it."""
+    run: dict[str, Any]
+    """Description of the run that wrote it (`to_json`); empty where an earlier version did."""
+    ranks: int
+    """Processes that wrote it."""
 
 
-def checkpoints(folder: Path) -> tuple[Checkpoint, ...]:
+def checkpoints(folder: StrPath) -> tuple[Checkpoint, ...]:
     """The whole checkpoints in a folder, oldest first; what a killed save left is passed over."""
-    found = []
-    if folder.is_dir():
-        for path in sorted(folder.iterdir()):
-            if _NAME.fullmatch(path.name):
-                meta = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
-                found.append(
-                    Checkpoint(path=path, step=meta["step"], run_sha256=meta["run_sha256"])
+    folder = Path(folder)
+    whole: list[Checkpoint] = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if _NAME.fullmatch(path.name):
+            meta = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
+            whole.append(
+                Checkpoint(
+                    path=path,
+                    step=meta["step"],
+                    run=meta.get("run", {}),
+                    ranks=meta.get("ranks", 1),
                 )
-    return tuple(found)
+            )
+    return tuple(whole)
 
 
-def latest(folder: Path, *, run_sha256: str) -> Checkpoint | None:
-    """The last whole checkpoint of this run, or None.
+def latest(folder: StrPath, *, run: Run, extends: bool = False) -> Checkpoint | None:
+    """The last whole checkpoint of this run, or None; where it ran does not matter (`departures`).
+
+    Args:
+        folder: the run's checkpoints.
+        run: must be the run that wrote them.
+        extends: the checkpoint's horizon may be a shorter one.
 
     Raises:
-        ValueError: where the folder holds another run's checkpoints.
+        ValueError: The folder holds another run's checkpoints; the message names the fields.
     """
-    found = checkpoints(folder)
-    if not found:
+    whole = checkpoints(folder)
+    if not whole:
         return None
-    if found[-1].run_sha256 != run_sha256:
+    last = whole[-1]
+    if not last.run:
         raise ValueError(
-            f"{found[-1].path} was written by another run ({found[-1].run_sha256[:12]}, not "
-            f"{run_sha256[:12]}); resume with the same recipe, or remove {folder} to start over"
+            f"{last.path} was written by a version of fourfold whose checkpoints do not describe their run; "
+            f"remove {folder} to start over"
         )
-    return found[-1]
+    others = [other for other in departures(last.run, run) if not _is_of_horizon(other)]
+    if others:
+        raise ValueError(
+            f"{last.path} was written by another run: {told(others, 'the checkpoint')}. Resume with the "
+            f"same recipe, name another folder, or {_anew(last)}"
+        )
+    if planned_steps(last, run) != run.steps:
+        _check_horizon(last, run, extends=extends)
+    return last
+
+
+def planned_steps(last: Checkpoint, run: Run) -> int:
+    """Steps that a checkpoint was on its way to; `run` is the same, but for its horizon."""
+    horizon = from_json(last.run["horizon"])
+    assert isinstance(horizon, Steps | Tokens)
+    return steps_until(horizon, tokens_per_step=run.tokens_per_step)
+
+
+def told(others: list[Difference], place: str) -> str:
+    """Differences in one sentence, at most six of them."""
+    named = "; ".join(other.told(place) for other in others[:6])
+    return named + (f"; and {len(others) - 6} more" if len(others) > 6 else "")
+
+
+def _anew(last: Checkpoint) -> str:
+    return (
+        f"begin a run of its own from these weights, with model=Published(name='{last.path}', ...)"
+    )
+
+
+def _is_of_horizon(other: Difference) -> bool:
+    return other.path.partition(".")[0] == "horizon"
+
+
+def _check_horizon(last: Checkpoint, run: Run, *, extends: bool) -> None:
+    planned = planned_steps(last, run)
+    lengths = f"horizon: {planned} steps in the checkpoint, {run.steps} asked for"
+    if run.steps < planned:
+        raise ValueError(
+            f"{last.path} was written by a longer run ({lengths}); name another folder for the shorter one"
+        )
+    if not extends:
+        raise ValueError(
+            f"{last.path} was written by a shorter run ({lengths}); extends=True goes on from it"
+        )
+    for step in range(last.step):
+        factors = [run.schedule.factor(step, steps) for steps in (planned, run.steps)]
+        if factors[0] != factors[1]:
+            raise ValueError(
+                f"{last.path} cannot be extended ({lengths}): the schedule {type(run.schedule).__name__} "
+                f"depends on the horizon, and would have had factor {factors[1]:.4g} at step {step + 1}, not "
+                f"{factors[0]:.4g}. Use Constant, or Cooldown before its fall, or {_anew(last)}"
+            )
+
+
+def check_layout(last: Checkpoint, run: Run) -> None:
+    """Refuse to resume where the engine cannot read what is in a checkpoint.
+
+    Raises:
+        ValueError: DeepSpeed wrote it, or is to read it, and stage or ranks differ: its optimizer's state
+            lies in partitions of its own.
+    """
+    before = last.run["engine"]
+    partitioned = isinstance(run.engine, DeepSpeed) or before["type"] == tag_of(DeepSpeed)
+    is_another = last.ranks != world_size() or differences(before, run.engine)
+    if partitioned and is_another:
+        raise ValueError(
+            f"{last.path} was written by {shown(before)} on {last.ranks} ranks, and is to be read by "
+            f"{shown(to_json(run.engine))} on {world_size()}: DeepSpeed's partitions fit the stage and the "
+            f"number of ranks that wrote them only. Go on with those, or {_anew(last)}"
+        )
 
 
 def write(
     folder: Path,
     *,
     step: int,
-    run_sha256: str,
+    run: Run,
     save: Callable[[Path], None],
     wait: Callable[[], None],
     is_main: bool,
+    beside: Mapping[str, bytes],
 ) -> None:
     """Write `folder/step-…` whole, then remove the older ones. Every rank calls this.
 
@@ -87,10 +174,11 @@ def write(
     Args:
         folder: the run's checkpoint folder, the same on every rank.
         step: optimizer steps done.
-        run_sha256: digest of the run.
+        run: the run that is trained.
         save: the session's `save`.
         wait: the session's barrier.
         is_main: whether this rank creates, renames and removes.
+        beside: files that `from_pretrained` reads beside the weights, by name (`export.files`).
     """
     final = folder / f"step-{step:08d}"
     partial = folder / f".{final.name}.partial"
@@ -102,8 +190,11 @@ def write(
     save(partial)
     wait()
     if is_main:
-        meta = {"step": step, "run_sha256": run_sha256}
-        write_text(partial / "checkpoint.json", json.dumps(meta))
+        for name, content in beside.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).write_bytes(content)
+        meta = {"step": step, "run": strict(to_json(run)), "ranks": world_size()}
+        write_text(partial / "checkpoint.json", json.dumps(meta, indent=1))
         for path in partial.rglob("*"):
             sync(path)
         sync(partial)
@@ -119,114 +210,3 @@ def write(
 def _remove(path: Path) -> None:
     """Hide, then remove: half a checkpoint never bears a checkpoint's name."""
     shutil.rmtree(path.replace(path.with_name(f".{path.name}.removed")))
-
-
-def save_full_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, *, is_main: bool
-) -> None:
-    """Gather model and optimizer to the main rank and write them as safetensors. Every rank calls it."""
-    gathered: Any = get_state_dict(model, optimizer, options=_FULL)
-    weights, moments = gathered
-    if not is_main:
-        return
-    save_weights(weights, folder)
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, float] = {}
-    for name, values in moments["state"].items():
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{name}/{key}"] = value.contiguous()
-            else:
-                numbers[f"{name}/{key}"] = value
-    save_file(tensors, folder / "optimizer.safetensors")
-    groups = json.dumps({"numbers": numbers, "param_groups": moments["param_groups"]})
-    write_text(folder / "optimizer.json", groups)
-
-
-def save_weights(weights: dict[str, Any], folder: Path) -> None:
-    """Write whole weights as `model.safetensors`; a tied tensor is written once, under its first name."""
-    seen: set[int] = set()
-    kept: dict[str, Tensor] = {}
-    for name, value in weights.items():
-        if value.data_ptr() not in seen:
-            seen.add(value.data_ptr())
-            kept[name] = value.contiguous()
-    save_file(kept, folder / "model.safetensors")
-
-
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Load `model.safetensors` of a checkpoint into a plain model.
-
-    Raises:
-        ValueError: where the file is of another model.
-    """
-    model.load_state_dict(_weights_for(model, folder))
-
-
-def load_full_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Restore what `save_full_state` wrote, onto any layout. Every rank calls it.
-
-    Raises:
-        ValueError: where the files are of another model.
-    """
-    weights: dict[str, Any] = dict(_weights_for(model, folder))
-    saved: dict[str, Any] = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
-    state: dict[str, dict[str, Any]] = {}
-    tensors = load_file(folder / "optimizer.safetensors")
-    for path, value in {**tensors, **saved["numbers"]}.items():
-        name, _, key = path.rpartition("/")
-        state.setdefault(name, {})[key] = value
-    moments: Any = {"state": state, "param_groups": saved["param_groups"]}
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        set_state_dict(
-            model,
-            optimizer,
-            model_state_dict=weights,
-            optim_state_dict=moments,
-            options=StateDictOptions(full_state_dict=True),
-        )
-    else:
-        # `set_state_dict` refuses an optimizer without state, and a parameter that has had no gradient;
-        # the optimizer itself takes both, and matches the names of the groups by their order.
-        model.load_state_dict(weights)
-        optimizer.load_state_dict(moments)
-
-
-def _weights_for(model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    weights = load_file(folder / "model.safetensors")
-    held = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    unknown = sorted(set(weights) - set(held))
-    other = [name for name in weights if name in held and tuple(weights[name].shape) != held[name]]
-    if unknown or other:
-        first = (unknown + other)[0]
-        raise ValueError(
-            f"{folder} holds {first!r} of shape {tuple(weights[first].shape)}, the model has "
-            f"{held.get(first, 'no such weight')}; build the model that the checkpoint was written by"
-        )
-    for name, alias in _aliases(model).items():
-        if alias not in weights:
-            continue
-        if not torch.equal(weights.setdefault(name, weights[alias]), weights[alias]):
-            raise ValueError(
-                f"{folder} holds different values for {name!r} and {alias!r}, which the model ties; build "
-                "the model without tied weights"
-            )
-    missing = sorted(set(held) - set(weights))
-    if missing:
-        raise ValueError(
-            f"{folder} holds {len(weights)} weights and no {missing[0]!r}, which the model has, of shape "
-            f"{held[missing[0]]}; build the model that the checkpoint was written by"
-        )
-    return weights
-
-
-def _aliases(model: nn.Module) -> dict[str, str]:
-    """Second names of tied parameters: name -> first name."""
-    first: dict[int, str] = {}
-    found: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in first:
-            found[name] = first[id(parameter)]
-        else:
-            first[id(parameter)] = name
-    return found

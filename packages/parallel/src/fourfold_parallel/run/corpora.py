@@ -8,6 +8,7 @@ import bz2
 import hashlib
 import importlib.metadata
 import inspect
+import os
 import pkgutil
 import platform
 import re
@@ -16,8 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fourfold_parallel.common.files import sha256_of
+from fourfold_parallel.common.files import StrPath, sha256_of
 from fourfold_parallel.common.records import Material
+
+WIKIPEDIA_REMEDY = "pip install 'gensim>=4.3'"
+"""Installs what `Wikipedia` needs: the wheel that holds the articles and takes their markup away."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +39,7 @@ class Corpus(Protocol):
         """Read the documents.
 
         Raises:
-            ValueError: where the material is not on this machine, saying how to get it.
+            ValueError: The material is not on this machine; the way to get it is named.
         """
         ...
 
@@ -54,7 +58,7 @@ class Wikipedia:
         path = packaged_file(
             "gensim",
             "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
-            "pip install gensim, or fourfold-parallel[corpora]",
+            WIKIPEDIA_REMEDY,
         )
         from gensim.corpora.wikicorpus import extract_pages, filter_wiki
 
@@ -109,15 +113,20 @@ class PythonSource:
 class TextFiles:
     """Plain UTF-8 text files of yours, one document a file."""
 
-    paths: tuple[str, ...]
+    paths: tuple[StrPath, ...]
     licence: str
-    """What you may do with them; stated in every record."""
+    """Your rights in them, stated in every record."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.paths, str | os.PathLike):
+            raise ValueError(f"paths={self.paths!r} is one path; write paths=({self.paths!r},)")
+        object.__setattr__(self, "paths", tuple(os.fspath(path) for path in self.paths))
 
     def files(self) -> tuple[Path, ...]:
         """The files in the order given.
 
         Raises:
-            ValueError: where one is missing.
+            ValueError: A file is missing.
         """
         missing = [path for path in self.paths if not Path(path).is_file()]
         if missing or not self.paths:

@@ -52,6 +52,11 @@ class TokenFile:
         stop = starts[index + 1] if index + 1 < len(starts) else len(self.tokens)
         return self.tokens[starts[index] : stop - 1]
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """True where the tokenizer lies beside the file; it does unless somebody else made the ids."""
+        return (self.path / "tokenizer").is_dir()
+
     def tokenizer(self) -> LoadedTokenizer:
         """The tokenizer that made the file, read from beside it."""
         from transformers import PreTrainedTokenizerFast
@@ -59,7 +64,7 @@ class TokenFile:
         fast = PreTrainedTokenizerFast.from_pretrained(self.path / "tokenizer")
         end = fast.eos_token_id
         assert isinstance(end, int)
-        material = next(one for one in self.materials if one.kind == "tokenizer")
+        material = next(used for used in self.materials if used.kind == "tokenizer")
         return LoadedTokenizer(tokenizer=fast, end=end, material=material)
 
 
@@ -131,13 +136,13 @@ def _producers() -> list[str]:
     import importlib.metadata
     import platform
 
-    found = [f"python {platform.python_version()}"]
+    producers = [f"python {platform.python_version()}"]
     for name in ("gensim", "tokenizers"):
         try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
+            producers.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return producers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +154,7 @@ class Batch:
 
     tokens: Int[Tensor, "batch row"]
     document_ids: Int[Tensor, "batch row"]
-    """Which document each id belongs to; a row may straddle several."""
+    """Number of the document that each id belongs to; a row may straddle several."""
     addresses: tuple[int, ...]
     """Row starts in the token file, so that an offending batch can be named and found again."""
     number: int = 0
@@ -211,7 +216,7 @@ class TokenStream:
         return len(self.row_starts) * self.sequence
 
     def rows_of_step(self, step: int, batch: int) -> Int[np.ndarray, " batch"]:
-        """Which rows make up the global batch of a step (0-based), in order.
+        """Rows of the global batch of a step (0-based), in order.
 
         Epochs are joined end to end, so that every row is used exactly once per epoch for any batch.
         """
@@ -228,7 +233,7 @@ class TokenStream:
         """This rank's share of a step's global batch: a contiguous `1/ranks` of its rows.
 
         Raises:
-            ValueError: where the ranks do not divide the batch.
+            ValueError: The ranks do not divide the batch.
         """
         if batch % ranks:
             raise ValueError(
@@ -286,7 +291,7 @@ class Packed:
         """The rows left out of training.
 
         Raises:
-            ValueError: where none are.
+            ValueError: No row is left out.
         """
         if self.held_out == 0:
             raise ValueError(
@@ -304,8 +309,8 @@ class Packed:
                 f"held_out={self.held_out} is not a share; use 0 or more and less than 1"
             )
         starts = packed_starts(len(file.tokens), sequence)
-        held = int(np.ceil(self.held_out * len(starts)))
-        return starts[: len(starts) - held], starts[len(starts) - held :]
+        trained = len(starts) - int(np.ceil(self.held_out * len(starts)))
+        return starts[:trained], starts[trained:]
 
 
 def packed_starts(tokens: int, sequence: int) -> Int[np.ndarray, " rows"]:

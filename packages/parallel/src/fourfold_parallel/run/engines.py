@@ -28,18 +28,18 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 from fourfold_parallel.launch import check_launched, device, world_size
-from fourfold_parallel.run.checkpoint import load_full_state, save_full_state, save_weights
+from fourfold_parallel.run.state import load_full_state, save_full_state, save_weights
 
 
 class Session(Protocol):
     """A prepared model and optimizer on their devices."""
 
     rank: int
-    """Which share of every batch this process holds, from 0."""
+    """Number of the share of every batch that this process holds, from 0."""
     ranks: int
     """In how many shares a batch is cut."""
     is_main: bool
-    """Whether this process writes records and files."""
+    """True on the process that writes records and files."""
     device: torch.device
     model: nn.Module
     """The model to call; called with keyword arguments as the plain one is."""
@@ -320,7 +320,7 @@ def _accelerator(
     precision: Literal["fp32", "bf16"], *, cpu: bool | None = None, **plugins: Any
 ) -> Iterator[Accelerator]:
     """An `Accelerator` whose singletons, variables and process group do not outlive the run."""
-    found = dist.is_initialized()
+    was_initialized = dist.is_initialized()
     variables = {name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))}
     AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - accelerate's own way
     try:
@@ -334,7 +334,7 @@ def _accelerator(
         for name in list(os.environ):
             if name.startswith(("ACCELERATE_", "FSDP_")) and name not in variables:
                 del os.environ[name]
-        if not found and dist.is_initialized():
+        if not was_initialized and dist.is_initialized():
             dist.destroy_process_group()
 
 

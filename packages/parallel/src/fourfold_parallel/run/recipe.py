@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
+from fourfold_parallel.common.values import Difference, Json, differences, tag_of
 from fourfold_parallel.run.data import TokenSource
 from fourfold_parallel.run.engines import Engine
 from fourfold_parallel.run.models import Model
@@ -43,7 +44,13 @@ class At:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Everything that decides a training run's numbers. The first line of its record rebuilds it."""
+    """Everything that decides a training run's numbers, and where it runs.
+
+    The first line of its record rebuilds it. Two runs are the same run where they differ in `name`, `engine`,
+    `microbatch`, `validate_every` and `checkpoint_every` only (`departures`): an interrupted run may go on
+    under another engine and on other ranks. The numbers are then equal up to the rounding of sums; what an
+    objective draws for each microbatch, or dropout for each rank, is drawn anew.
+    """
 
     name: str
     """Lower case, for file names: `plain-seed0`."""
@@ -94,10 +101,28 @@ class Run:
     @property
     def steps(self) -> int:
         """Optimizer steps until the horizon."""
-        match self.horizon:
-            case Steps(count=count):
-                return count
-            case Tokens(count=count):
-                return -(-count // self.tokens_per_step)
-            case _:
-                assert_never(self.horizon)
+        return steps_until(self.horizon, tokens_per_step=self.tokens_per_step)
+
+
+def steps_until(horizon: Horizon, *, tokens_per_step: int) -> int:
+    """Optimizer steps until a horizon."""
+    match horizon:
+        case Steps(count=count):
+            return count
+        case Tokens(count=count):
+            return -(-count // tokens_per_step)
+        case _:
+            assert_never(horizon)
+
+
+_WHERE_IT_RUNS = ("name", "engine", "microbatch", "validate_every", "checkpoint_every")
+
+
+def departures(described: Json, asked: object) -> tuple[Difference, ...]:
+    """The fields that make `asked` another run, or another study of runs, than a description is of.
+
+    Args:
+        described: a run, or a value that holds runs, as `to_json` gave it.
+        asked: the value that should be the same.
+    """
+    return differences(described, asked, apart_from={tag_of(Run): _WHERE_IT_RUNS})

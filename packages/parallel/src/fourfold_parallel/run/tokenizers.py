@@ -1,5 +1,6 @@
 """Tokenizers as values: a byte-level BPE trained on the corpus, or any published one."""
 
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fourfold_parallel.common.files import sha256_of
+from fourfold_parallel.common.files import StrPath, sha256_of
 from fourfold_parallel.common.records import Material
 from fourfold_parallel.common.values import formerly
 from fourfold_parallel.run.corpora import Documents
@@ -85,9 +86,13 @@ class BytePairs:
 class PublishedTokenizer:
     """The tokenizer of a hub model id or of a local folder."""
 
-    name: str
+    name: StrPath
     revision: str
+    """Commit, tag or branch of a hub id; `main` for a folder."""
     licence: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", os.fspath(self.name))
 
     def files(self) -> tuple[Path, ...]:
         """A local folder's, less its weights; none of a hub id, whose revision says what they hold."""
@@ -98,7 +103,7 @@ class PublishedTokenizer:
         """Read it through transformers."""
         tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision)
         return _loaded(
-            tokenizer, self.name, licence=self.licence, source=f"{self.name}@{self.revision}"
+            tokenizer, str(self.name), licence=self.licence, source=f"{self.name}@{self.revision}"
         )
 
 

@@ -2,9 +2,10 @@
 
 import logging
 import math
+import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from fourfold_parallel.common.progress import Progress
-from fourfold_parallel.common.records import RecordWriter, begun_by, header
-from fourfold_parallel.common.values import describes, digest
+from fourfold_parallel.common.files import StrPath, check_writable
+from fourfold_parallel.common.progress import Progress, logged, silent
+from fourfold_parallel.common.records import RecordWriter, description_in, header
+from fourfold_parallel.common.values import digest, to_json
 from fourfold_parallel.launch import world_size
-from fourfold_parallel.run import checkpoint
+from fourfold_parallel.run import checkpoint, export
 from fourfold_parallel.run.checkpoint import Checkpoint
 from fourfold_parallel.run.data import Batch, TokenStream
 from fourfold_parallel.run.engines import Session
 from fourfold_parallel.run.objective import IGNORE, token_nats
 from fourfold_parallel.run.optimizer import set_learning_rate
-from fourfold_parallel.run.recipe import At, Run
+from fourfold_parallel.run.recipe import At, Run, departures
+from fourfold_parallel.run.state import load_weights
 
 log = logging.getLogger(__name__)
 
@@ -30,39 +33,52 @@ log = logging.getLogger(__name__)
 def train(
     run: Run,
     *,
-    record: Path,
-    checkpoints: Path,
-    progress: Progress,
+    record: StrPath,
+    checkpoints: StrPath,
+    progress: Progress = logged,
     study: object | None = None,
     overrides: Sequence[str] = (),
+    extends: bool = False,
 ) -> Checkpoint:
     """Train a run to its horizon, or from its last whole checkpoint to it.
 
     Launched on several ranks (torchrun, accelerate launch, srun), every rank calls this with the same
-    arguments. The losses recorded are the same for any number of ranks, up to the rounding of sums.
+    arguments. The losses recorded are the same for any number of ranks, up to the rounding of sums, and a run
+    may go on under another engine or on other ranks than it began with.
 
     Args:
         run: what to do.
         record: JSONL file; appended to when a run is resumed.
         checkpoints: folder of this run's checkpoints.
-        progress: told after each step.
+        progress: told after each step, on the first rank only. By default a log line at level INFO every few
+            seconds.
         study: the value that the record stands for, where it is more than the run.
         overrides: fields that differ from the recipe, for the record.
+        extends: go on from the checkpoint of the same run with a shorter horizon. The steps are those of the
+            run that is trained through at once: a schedule that would have had other rates is refused.
 
     Returns:
-        The last checkpoint; `trained_model` reads it back as a plain model, whatever the engine.
+        The last checkpoint, a folder that `from_pretrained` reads (`export.files` says what it cannot);
+        `trained_model` reads it back as a plain model, whatever the engine.
 
     Raises:
-        ValueError: where the run does not fit its data or its ranks, or is resumed with the checkpoints or
-            the record of another.
-        FloatingPointError: at the first loss or gradient norm that is not finite, naming step, batch and
+        ValueError: The run does not fit its data or its ranks, a place cannot be written to, or what lies
+            there is of another run.
+        FloatingPointError: At the first loss or gradient norm that is not finite, naming step, batch and
             last checkpoint, which is left as it was.
     """
-    run_sha256 = digest(run)
+    record, checkpoints = Path(record), Path(checkpoints)
+    to_json([study, run])  # what no record could hold is refused before any work
     stream = run.data.open(sequence=run.sequence, seed=run.seed)
     held_out = run.data.validation(sequence=run.sequence)
     plain = run.model.build(seed=run.seed)
     _check_vocabulary(run, plain, stream)
+    beside = export.files(plain, stream.file)
+    begun = checkpoint.latest(checkpoints, run=run, extends=extends)
+    if begun is not None:
+        checkpoint.check_layout(begun, run)
+        _check_record(record, study or run, extends=extends)
+    _check_places(record, checkpoints)
     with run.engine.open(
         plain,
         run.optimizer.build(plain),
@@ -70,14 +86,21 @@ def train(
         batch=run.batch,
         microbatch=run.microbatch,
     ) as session:
-        first_step = _restore(run_sha256, session, checkpoints)
-        if first_step:
-            _check_record(record, study or run)
+        tell = progress if session.is_main else silent
+        first_step = 0
+        if begun is not None:
+            log.info("resuming from %s", begun.path)
+            session.load(begun.path)
+            first_step = begun.step
         elif session.is_main:
             record.unlink(missing_ok=True)
         with _writer(run, session, stream, record, study or run, overrides) as records:
-            if first_step:
-                records.write("resumed", step=first_step)
+            if begun is not None:
+                if checkpoint.planned_steps(begun, run) != run.steps:
+                    records.write("extended", step=first_step, run=study or run)
+                records.write(
+                    "resumed", step=first_step, engine=run.engine, world_size=world_size()
+                )
             session.model.train()
             for step in range(first_step, run.steps):
                 started_s = time.perf_counter()
@@ -90,7 +113,7 @@ def train(
                 batch = stream.batch(step, batch=run.batch, rank=session.rank, ranks=session.ranks)
                 microbatches = batch.to(session.device).split(run.microbatch)
                 targets = [run.objective.targets(microbatch) for microbatch in microbatches]
-                kept = torch.stack([(one != IGNORE).sum() for one in targets]).sum().double()
+                kept = torch.stack([(target != IGNORE).sum() for target in targets]).sum().double()
                 supervised = session.sum(kept)
                 divisor = supervised.clamp(min=1)
 
@@ -106,7 +129,7 @@ def train(
 
                 totals = session.sum(torch.stack([*sums.values()]).to(session.device)).tolist()
                 loss_nats = totals[0] / divisor.item()
-                check_finite = partial(_check_finite, step + 1, batch, run_sha256, checkpoints)
+                check_finite = partial(_check_finite, step + 1, batch, checkpoints)
                 check_finite(loss_nats=loss_nats)
                 grad_norm = session.update(run.max_grad_norm)
                 check_finite(grad_norm=grad_norm)
@@ -125,15 +148,15 @@ def train(
                     tokens_per_s=round(run.tokens_per_step / elapsed_s, 1),
                     peak_bytes=_peak_bytes(session.device),
                 )
-                progress(done, run.steps, f"loss {loss_nats:.3f} nats")
+                tell(done, run.steps, f"loss {loss_nats:.3f} nats")
                 if is_due(run.validate_every, done, run.steps):
                     validation = validate(run, held_out, session)
                     records.write("validation", step=done, **validation)
                     check_finite(validation_loss_nats=validation["validation_loss_nats"])
                 if is_due(run.checkpoint_every, done, run.steps):
-                    write_checkpoint(checkpoints, session, step=done, run_sha256=run_sha256)
+                    write_checkpoint(checkpoints, session, step=done, run=run, beside=beside)
             records.write("trained", step=run.steps)
-        last = checkpoint.latest(checkpoints, run_sha256=run_sha256)
+        last = checkpoint.latest(checkpoints, run=run)
         assert last is not None
         return last
 
@@ -148,7 +171,7 @@ def seed_dropout(*, seed: int, step: int, share: int) -> None:
 
 
 def is_due(every: int | At, done: int, steps: int) -> bool:
-    """Whether what happens every so many steps, or at some, does after step `done`: also at the end."""
+    """True after the steps at which it is due, every so many or those named, and at the end."""
     match every:
         case At(steps=chosen):
             return done in chosen or done == steps
@@ -177,41 +200,46 @@ def validate(run: Run, held_out: TokenStream, session: Session) -> dict[str, flo
     return {"validation_loss_nats": session.sum(nats_sum).item() / tokens, "tokens": tokens}
 
 
-def write_checkpoint(folder: Path, session: Session, *, step: int, run_sha256: str) -> None:
+def write_checkpoint(
+    folder: Path, session: Session, *, step: int, run: Run, beside: Mapping[str, bytes]
+) -> None:
     """Write a whole checkpoint of the session, then remove older ones."""
     checkpoint.write(
         folder,
         step=step,
-        run_sha256=run_sha256,
+        run=run,
         save=session.save,
         wait=session.wait,
         is_main=session.is_main,
+        beside=beside,
     )
 
 
 def trained_model(run: Run, last: Checkpoint) -> PreTrainedModel:
     """The plain transformers model with a checkpoint's weights, in evaluation mode, on the CPU."""
     model = run.model.build(seed=run.seed)
-    checkpoint.load_weights(model, last.path)
+    load_weights(model, last.path)
     return model.eval()
 
 
-def _restore(run_sha256: str, session: Session, checkpoints: Path) -> int:
-    found = checkpoint.latest(checkpoints, run_sha256=run_sha256)
-    if found is None:
-        return 0
-    log.info("resuming from %s", found.path)
-    session.load(found.path)
-    return found.step
-
-
-def _check_record(record: Path, study: object) -> None:
-    begun = begun_by(record)
-    if begun is not None and not describes(begun, study):
+def _check_record(record: Path, study: object, *, extends: bool) -> None:
+    described = description_in(record)
+    others = () if described is None else departures(described, study)
+    others = [other for other in others if not (extends and "horizon" in other.path.split("."))]
+    if others:
         raise ValueError(
-            f"{record} is the record of another run; name a record of its own for this one, or remove "
-            f"{record} to begin it there"
+            f"{record} is the record of another run: {checkpoint.told(others, 'the record')}. Name a "
+            f"record of its own for this one, or remove {record} to begin it there"
         )
+
+
+def _check_places(record: Path, checkpoints: Path) -> None:
+    if record.is_dir():
+        raise ValueError(f"record={str(record)!r} is a folder; name a file, such as run.jsonl")
+    check_writable(record.parent, purpose=f"the folder of record={str(record)!r}")
+    check_writable(checkpoints, purpose=f"checkpoints={str(checkpoints)!r}")
+    if record.exists() and not os.access(record, os.W_OK):
+        raise ValueError(f"record={str(record)!r} cannot be written to; name a file of yours")
 
 
 def _writer(
@@ -226,7 +254,7 @@ def _writer(
     if not session.is_main:
         return RecordWriter(None)
     writer = RecordWriter(record)
-    if begun_by(record) is None:
+    if description_in(record) is None:
         materials = (*stream.file.materials, *run.model.materials())
         first = header(
             study, seed=run.seed, world_size=world_size(), materials=materials, overrides=overrides
@@ -237,24 +265,22 @@ def _writer(
 
 def _check_vocabulary(run: Run, model: PreTrainedModel, stream: TokenStream) -> None:
     embedding: Any = model.get_input_embeddings()
-    held = embedding.weight.shape[0]
-    if stream.file.vocabulary > held:
+    embedded = embedding.weight.shape[0]
+    if stream.file.vocabulary > embedded:
         raise ValueError(
             f"the tokenizer of run {run.name!r} has {stream.file.vocabulary} ids, the model embeds "
-            f"{held}; use a model vocabulary of at least {stream.file.vocabulary}"
+            f"{embedded}; use a model vocabulary of at least {stream.file.vocabulary}"
         )
 
 
-def _check_finite(
-    done: int, batch: Batch, run_sha256: str, checkpoints: Path, **quantities: float
-) -> None:
+def _check_finite(done: int, batch: Batch, checkpoints: Path, **quantities: float) -> None:
     for name, value in quantities.items():
         if not math.isfinite(value):
-            last = checkpoint.latest(checkpoints, run_sha256=run_sha256)
+            whole = checkpoint.checkpoints(checkpoints)
             raise FloatingPointError(
                 f"{name}={value} at step {done}; this rank's rows start at tokens "
                 f"{list(batch.addresses[:8])} of the corpus; the last checkpoint is "
-                f"{last.path if last else 'none'}. Lower the learning rate, lengthen the warm-up, "
+                f"{whole[-1].path if whole else 'none'}. Lower the learning rate, lengthen the warm-up, "
                 "or look at those rows"
             )
 

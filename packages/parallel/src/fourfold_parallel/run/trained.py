@@ -7,7 +7,6 @@ from filelock import FileLock
 from transformers import PreTrainedModel
 
 from fourfold_parallel.common.files import cache_folder
-from fourfold_parallel.common.progress import silent
 from fourfold_parallel.common.records import Material
 from fourfold_parallel.common.values import digest, formerly
 from fourfold_parallel.run import checkpoint
@@ -34,14 +33,13 @@ class TrainedBy:
         checkpoints = folder / "checkpoints"
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
-            last = checkpoint.latest(checkpoints, run_sha256=digest(self.run))
+            last = checkpoint.latest(checkpoints, run=self.run)
             if last is None or last.step < self.run.steps:
                 log.info("training %s into %s", self.run.name, folder)
                 last = train(
                     self.run,
                     record=folder / "record.jsonl",
                     checkpoints=checkpoints,
-                    progress=silent,
                 )
         return trained_model(self.run, last).train()
 

@@ -22,7 +22,6 @@ from fourfold_gemstones.runs import RunTable
 from fourfold_parallel.common.files import sync
 from fourfold_parallel.common.progress import silent
 from fourfold_parallel.common.records import Event, Record, read_record
-from fourfold_parallel.common.values import digest
 from fourfold_parallel.common.workers import each
 from fourfold_parallel.reproduce.experiment import Workplace
 from fourfold_parallel.run import checkpoint
@@ -118,10 +117,11 @@ def fork(source: Checkpoint, run: Run, folder: Path) -> None:
     checkpoint.write(
         folder,
         step=source.step,
-        run_sha256=digest(run),
+        run=run,
         save=copy,
         wait=lambda: None,
         is_main=True,
+        beside={},
     )
 
 

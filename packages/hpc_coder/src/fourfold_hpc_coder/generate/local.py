@@ -1,0 +1,139 @@
+"""A transformers model on this machine that completes prompts, in batches."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from fourfold_hpc_coder.generate.endpoint import FUNCTION_ONLY
+from fourfold_parallel.launch import device
+
+RESPONSE_FILE = "prompt.json"
+"""Beside a tuned model's weights: the token that ended prompts in training, which generation repeats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """A transformers model, greedy at temperature 0, else sampled."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 0.95
+    seed: int = 0
+    before: str = ""
+    after: str = ""
+    """Put around each prompt: what the model was told in training, to the letter."""
+    chat: bool = False
+    """Whether each prompt becomes the user's message of the tokenizer's chat template."""
+
+    @torch.no_grad()
+    def complete_many(self, prompts: Sequence[str], *, first: int = 0) -> list[str]:
+        """All prompts as one batch, padded on the left; each row stops at its end token."""
+        rows = [self._encode(prompt) for prompt in prompts]
+        width = max(map(len, rows))
+        end = self.tokenizer.eos_token_id
+        assert isinstance(end, int)
+        tokens = torch.tensor([[end] * (width - len(row)) + row for row in rows])
+        seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        written = self._continue(tokens, seen, end, self.seed + first)[:, width:]
+        return [self._text(row.tolist(), end) for row in written]
+
+    def _encode(self, prompt: str) -> list[int]:
+        prompt = f"{self.before}{prompt}{self.after}"
+        if not self.chat:
+            return self.tokenizer.encode(prompt, add_special_tokens=False)
+        words = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+        return self.tokenizer.encode(str(words), add_special_tokens=False)
+
+    def _continue(
+        self,
+        tokens: Int[Tensor, "batch prompt"],
+        seen: Int[Tensor, "batch prompt"],
+        end: int,
+        seed: int,
+    ) -> Int[Tensor, "batch whole"]:
+        sampling: dict[str, Any] = {"do_sample": False}
+        if self.temperature > 0:
+            sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            written = self.model.generate(  # pyright: ignore[reportCallIssue]
+                input_ids=tokens.to(self.model.device),
+                attention_mask=seen.to(self.model.device),
+                max_new_tokens=self.max_new_tokens,
+                use_cache=True,
+                pad_token_id=end,
+                eos_token_id=end,
+                **sampling,
+            )
+        assert isinstance(written, Tensor)
+        return written.cpu()
+
+    def _text(self, tokens: list[int], end: int) -> str:
+        stop = tokens.index(end) if end in tokens else len(tokens)
+        return str(self.tokenizer.decode(tokens[:stop]))
+
+
+def open_local(
+    model: str,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 0.95,
+    chat: bool = False,
+) -> Local:
+    """A model by hub id or folder, asked as it was trained where the folder says how (`RESPONSE_FILE`).
+
+    Args:
+        model: hub id or folder.
+        max_new_tokens: longest completion.
+        temperature: of sampling; 0 takes the likeliest token.
+        top_p: of sampling.
+        chat: whether each prompt becomes the user's message of the tokenizer's chat template.
+    """
+    note = Path(model, RESPONSE_FILE)
+    trained = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {"response": ""}
+    return Local(
+        model=AutoModelForCausalLM.from_pretrained(model).to(device()).eval(),  # pyright: ignore[reportArgumentType]
+        tokenizer=AutoTokenizer.from_pretrained(model),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        before=FUNCTION_ONLY if chat else "",
+        after=trained["response"],
+        chat=chat,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalModel:
+    """A model by hub id or folder, asked like a server: greedily, one prompt at a time."""
+
+    model_name: str
+    max_new_tokens: int = 512
+
+    def ask(self, prompt: str) -> tuple[str, int]:
+        """The model's words; they cost nothing."""
+        [text] = _loaded(self).complete_many([prompt])
+        return text, 0
+
+
+@lru_cache(maxsize=1)
+def _loaded(model: LocalModel) -> Local:
+    return open_local(model.model_name, max_new_tokens=model.max_new_tokens)

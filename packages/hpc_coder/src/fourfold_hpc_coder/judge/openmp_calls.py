@@ -1,0 +1,53 @@
+"""The calls of GCC's OpenMP that the linker sends through our own sources."""
+
+REGIONS = (
+    "GOMP_parallel",
+    "GOMP_parallel_sections",
+    "GOMP_parallel_loop_static",
+    "GOMP_parallel_loop_dynamic",
+    "GOMP_parallel_loop_guided",
+    "GOMP_parallel_loop_nonmonotonic_dynamic",
+    "GOMP_parallel_loop_nonmonotonic_guided",
+    "GOMP_parallel_loop_runtime",
+    "GOMP_parallel_loop_nonmonotonic_runtime",
+    "GOMP_parallel_loop_maybe_nonmonotonic_runtime",
+    "GOMP_parallel_reductions",
+)
+"""GCC's calls into a parallel region; the linker sends them through `threads.cc`."""
+
+SYNCHRONISED = (
+    "GOMP_barrier",
+    "GOMP_critical_start",
+    "GOMP_critical_end",
+    "GOMP_critical_name_start",
+    "GOMP_critical_name_end",
+    "GOMP_atomic_start",
+    "GOMP_atomic_end",
+    "GOMP_ordered_start",
+    "GOMP_ordered_end",
+    "GOMP_loop_end",
+    "GOMP_sections_end",
+    "GOMP_barrier_cancel",
+    "GOMP_loop_end_cancel",
+    "GOMP_sections_end_cancel",
+    "GOMP_single_copy_start",
+    "GOMP_single_copy_end",
+    "GOMP_doacross_post",
+    "GOMP_doacross_ull_post",
+    "GOMP_task",
+    "GOMP_taskloop",
+    "GOMP_taskloop_ull",
+    "omp_set_lock",
+    "omp_unset_lock",
+    "omp_test_lock",
+    "omp_set_nest_lock",
+    "omp_unset_nest_lock",
+    "omp_test_nest_lock",
+    "pthread_mutex_lock",
+    "pthread_mutex_trylock",
+    "pthread_mutex_unlock",
+    "__cxa_guard_acquire",
+    "__cxa_guard_release",
+    "__cxa_guard_abort",
+)
+"""Calls that order accesses; sent through `race.cc` when a program is checked for races."""

@@ -1,0 +1,173 @@
+"""Is a program really parallel? What its text says, and what it did when it ran.
+
+Neither alone is enough. A pragma in a comment satisfies a search for a substring (ParEval's check), and an
+empty parallel region before a sequential loop satisfies any look at the text; a program that was given one
+processor shows nothing when it runs. Both must agree: the text uses the model, and where a launch had more
+than one processor, work was done inside parallel regions that several threads entered, or several ranks
+computed and data moved between them.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import assert_never
+
+from fourfold_hpc_coder.judge.protocol import Evidence
+from fourfold_hpc_coder.vocabulary import Model, Processors
+
+WORKING_SHARE = 0.05
+"""Least share of a call's processor time that must be spent in parallel regions, or by other threads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """Whether a program is parallel as asked, and the observation that decided it."""
+
+    parallel: bool
+    because: str
+
+
+_DIRECTIVES = r"parallel|task|taskloop|teams|target|sections|for"
+_MESSAGES = (
+    r"\bMPI_(?:I?(?:[bsr]?send|m?recv|sendrecv|bcast|reduce\w*|allreduce|gatherv?|allgatherv?|scatterv?|"
+    r"alltoall\w*|scan|exscan|neighbor_\w+)|R?(?:put|get|accumulate)|get_accumulate|fetch_and_op|"
+    r"compare_and_swap|win_shared_query)\w*\s*\("
+)
+_KOKKOS = (
+    r"\bparallel_(?:for|reduce|scan)\s*\(|"
+    r"\bKokkos::(?:Experimental::)?(?:sort|\w+_scan|transform)\w*\s*\("
+)
+_GPU = r"\b(?:threadIdx|blockIdx|this_grid|this_thread_block)\b"
+
+
+def without_comments(text: str) -> str:
+    """C++ text with comments removed and the contents of string and character literals blanked."""
+    pattern = re.compile(
+        r'//[^\n]*|/\*.*?\*/|R"(\w*)\(.*?\)\1"|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])+\'',
+        re.DOTALL,
+    )
+    return pattern.sub(lambda match: " " if match.group().startswith("/") else '""', text)
+
+
+def in_text(body: str, model: Model) -> Proof:
+    """The proof by the text: a directive, a message, a pattern, a thread's index, outside of comments."""
+    joined = re.sub(r"\\\n", " ", body)
+    code = without_comments(re.sub(r'_Pragma\s*\(\s*"([^"]*)"\s*\)', r"\n#pragma \1\n", joined))
+    if re.search(r"^\s*#\s*if\s+0\b", code, re.MULTILINE):
+        code = re.sub(
+            r"^\s*#\s*if\s+0\b.*?^\s*#\s*endif\b", "", code, flags=re.DOTALL | re.MULTILINE
+        )
+    match model:
+        case "serial":
+            return Proof(parallel=True, because="a serial answer was asked for")
+        case "omp":
+            return _has_openmp(code)
+        case "mpi":
+            return _has(_MESSAGES, code, "no MPI call that moves data between ranks")
+        case "mpi+omp":
+            messages = in_text(body, "mpi")
+            return _has_openmp(code) if messages.parallel else messages
+        case "kokkos":
+            return _has(
+                _KOKKOS, code, "no Kokkos pattern (parallel_for, parallel_reduce, parallel_scan)"
+            )
+        case "cuda" | "hip":
+            return _has(_GPU, code, "no use of the thread's index, so every thread does the same")
+        case _:
+            assert_never(model)
+
+
+def _has(pattern: str, code: str, otherwise: str) -> Proof:
+    sign = re.search(pattern, code, re.IGNORECASE)
+    if sign:
+        return Proof(parallel=True, because=f"it has {sign.group().strip(' (')}")
+    return Proof(parallel=False, because=f"it has {otherwise}")
+
+
+def _has_openmp(code: str) -> Proof:
+    written = r"(?:^\s*#\s*pragma\s+omp\b|\bomp\s*::\s*directive\s*\()"
+    pattern = rf"{written}[^\n]*?\b(?:{_DIRECTIVES})"
+    sign = re.search(pattern, code, re.MULTILINE)
+    if sign:
+        return Proof(parallel=True, because=f"it has {' '.join(sign.group().split())}")
+    return Proof(parallel=False, because="it has no OpenMP directive that divides work")
+
+
+def in_action(evidence: Mapping[Processors, Evidence], model: Model) -> Proof:
+    """The proof by the runs, on those launches that had several processors.
+
+    Args:
+        evidence: of one call on the timing input, by launch.
+        model: what was asked for.
+    """
+    match model:
+        case "serial" | "cuda" | "hip":
+            return Proof(parallel=True, because="nothing to observe")
+        case "kokkos":
+            return _worked(evidence, "no time was spent in Kokkos' patterns")
+        case "omp":
+            several = {
+                processors: observed
+                for processors, observed in evidence.items()
+                if processors.threads > 1
+            }
+            return _worked(several, "no work was done inside parallel regions")
+        case "mpi":
+            return _talked(evidence)
+        case "mpi+omp":
+            talked = _talked(evidence)
+            several = {
+                processors: observed
+                for processors, observed in evidence.items()
+                if processors.threads > 1
+            }
+            return (
+                _worked(several, "no work was done inside parallel regions")
+                if talked.parallel
+                else talked
+            )
+        case _:
+            assert_never(model)
+
+
+def _worked(evidence: Mapping[Processors, Evidence], otherwise: str) -> Proof:
+    if not evidence:
+        return Proof(
+            parallel=True, because="no launch had several threads, so nothing was observed"
+        )
+    for processors, observed in evidence.items():
+        inside = observed.region_cpu_s / max(observed.main_cpu_s - observed.message_cpu_s, 1e-9)
+        others = (observed.process_cpu_s - observed.main_cpu_s) / max(
+            observed.process_cpu_s - observed.message_cpu_s, 1e-9
+        )
+        # A region that nobody else enters is a sequential loop with a directive.
+        is_alone = processors.threads > 1 and observed.team <= observed.ranks
+        if observed.regions and not is_alone and max(inside, others) >= WORKING_SHARE:
+            return Proof(
+                parallel=True,
+                because=f"on {processors}, {observed.regions:.0f} parallel regions took {inside:.0%} of the "
+                f"calling threads' time, and other threads did {max(others, 0):.0%} of the work",
+            )
+    return Proof(parallel=False, because=otherwise)
+
+
+def _talked(evidence: Mapping[Processors, Evidence]) -> Proof:
+    several = {
+        processors: observed for processors, observed in evidence.items() if processors.ranks > 1
+    }
+    if not several:
+        return Proof(parallel=True, because="no launch had several ranks, so nothing was observed")
+    talked = {
+        processors: observed
+        for processors, observed in several.items()
+        if observed.talking_ranks > 1
+    }
+    for processors, observed in talked.items():
+        if observed.working_ranks > 1:
+            return Proof(
+                parallel=True,
+                because=f"on {processors}, {observed.messages:.0f} calls moved data between "
+                f"{observed.talking_ranks:.0f} ranks",
+            )
+    lack = "one rank did all the work" if talked else "no data moved between ranks"
+    return Proof(parallel=False, because=lack)

@@ -1,0 +1,186 @@
+"""Compilers: what is on this machine, and with which flags each parallel model is built."""
+
+import importlib.resources
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from fourfold_hpc_coder.judge.openmp_calls import REGIONS, SYNCHRONISED
+from fourfold_hpc_coder.sandbox.backends import Landlock, Sandbox
+from fourfold_hpc_coder.vocabulary import Model
+
+KOKKOS_HEADERS = Path("/usr/include/trilinos")
+"""The place of Kokkos in Debian's libtrilinos-kokkos-dev."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flavour:
+    """The compiler and the flags of a model's programs."""
+
+    compiler: str
+    prelude: tuple[str, ...]
+    """Flags of the answer, the prelude and what of ours lies beneath; equal ones have one prelude."""
+    flags: tuple[str, ...]
+    """Further flags of the answer; none of them may make GCC refuse the prelude."""
+    libraries: tuple[str, ...]
+    runtime: tuple[str, ...]
+    """Our sources beneath every driver of this flavour."""
+
+
+PLAIN = ("-std=c++17", "-O3")
+NO_MACROS = ("-U_OPENMP", "-U_REENTRANT")
+"""Undefines the macros of OpenMP's flag; a prelude made under one of them would serve nothing else."""
+_OPENMP = ("-fopenmp", *NO_MACROS, "-include", "/prelude/openmp.hpp")
+
+
+def _gcc(
+    *flags: str,
+    prelude: tuple[str, ...] = PLAIN,
+    libraries: Sequence[str] = (),
+    runtime: Sequence[str],
+    wrapped: Sequence[str] = (),
+) -> Flavour:
+    return Flavour(
+        compiler="g++",
+        prelude=prelude,
+        flags=flags,
+        libraries=(*(f"-Wl,--wrap={name}" for name in wrapped), *libraries),
+        runtime=tuple(runtime),
+    )
+
+
+ANSWERING_S = 30
+"""Longest that a compiler gets to say which it is."""
+
+
+@cache
+def _said(*words: str) -> tuple[str, str]:
+    """A compiler's words on itself, or the reason why it says nothing."""
+    try:
+        shown = subprocess.run(  # noqa: S603 - fixed names
+            words, capture_output=True, text=True, check=True, timeout=ANSWERING_S
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return "", str(error)
+    return shown.stdout, ""
+
+
+@cache
+def mpi_flags() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Compile and link flags as the MPI's own wrapper states them, without the C++ bindings of MPI-2."""
+    compiled, linked = (
+        _said("mpicxx", f"--showme:{what}")[0].split() for what in ("compile", "link")
+    )
+    libraries = tuple(word for word in linked if word != "-lmpi_cxx")
+    return ("-DOMPI_SKIP_MPICXX", *compiled, "-include", "mpi.h"), libraries
+
+
+def flavour_of(model: Model) -> Flavour:
+    """The compiler and flags of a model here; call `missing` first."""
+    match model:
+        case "serial":
+            return _gcc(runtime=("alone.cc",))
+        case "omp":
+            return _gcc(*_OPENMP, runtime=("alone.cc", "threads.cc"), wrapped=REGIONS)
+        case "mpi":
+            flags, libraries = mpi_flags()
+            return _gcc(*flags, libraries=libraries, runtime=("ranks.cc",))
+        case "mpi+omp":
+            flags, libraries = mpi_flags()
+            return _gcc(
+                *_OPENMP,
+                *flags,
+                libraries=libraries,
+                runtime=("ranks.cc", "threads.cc"),
+                wrapped=REGIONS,
+            )
+        case "kokkos":
+            return _gcc(
+                prelude=(*PLAIN, "-DFOURFOLD_KOKKOS", f"-isystem{KOKKOS_HEADERS}"),
+                libraries=("-ltrilinos_kokkoscore", "-ldl"),
+                runtime=("alone.cc",),
+            )
+        case "cuda":
+            return Flavour(compiler="nvcc", prelude=PLAIN, flags=(), libraries=(), runtime=())
+        case "hip":
+            return Flavour(compiler="hipcc", prelude=PLAIN, flags=(), libraries=(), runtime=())
+
+
+def racing() -> Flavour:
+    """Like OpenMP's, with every memory access of the answer reported to the checker in `race.cc`."""
+    return _gcc(
+        *_OPENMP,
+        "-g1",
+        "-O1",
+        "-fsanitize=thread",
+        # The one name that the flag defines; with it GCC would refuse the prelude.
+        "-U__SANITIZE_THREAD__",
+        libraries=("-no-pie",),
+        runtime=("alone.cc", "race.cc"),
+        wrapped=(*REGIONS, *SYNCHRONISED),
+    )
+
+
+def missing(model: Model) -> str:
+    """The program that a model needs and this machine lacks, with its package; empty for none.
+
+    A compiler that is there and does not answer is missing too.
+    """
+    needs = {
+        "serial": [("g++", "g++")],
+        "omp": [("g++", "g++")],
+        "mpi": [("g++", "g++"), ("mpicxx", "libopenmpi-dev"), ("mpirun", "openmpi-bin")],
+        "mpi+omp": [("g++", "g++"), ("mpicxx", "libopenmpi-dev"), ("mpirun", "openmpi-bin")],
+        "kokkos": [("g++", "g++")],
+        "cuda": [("nvcc", "nvidia-cuda-toolkit")],
+        "hip": [("hipcc", "hipcc")],
+    }[model]
+    for program, package in needs:
+        if shutil.which(program) is None:
+            return f"{program} is not installed (Debian: {package})"
+    if mute := _said(needs[0][0], "--version")[1]:
+        return f"{needs[0][0]} is installed, and does not work: {mute}"
+    if model in ("mpi", "mpi+omp") and (mute := _said("mpicxx", "--showme:link")[1]):
+        return f"mpicxx is not Open MPI's (Debian: libopenmpi-dev), or does not work: {mute}"
+    if model == "kokkos" and not (KOKKOS_HEADERS / "Kokkos_Core.hpp").exists():
+        return "Kokkos is not installed (Debian: libtrilinos-kokkos-dev)"
+    return ""
+
+
+def barred(model: Model, sandbox: Sandbox) -> str:
+    """The reason why answers in a model cannot be judged here; empty where they can."""
+    if model in ("mpi", "mpi+omp") and isinstance(sandbox, Landlock):
+        return (
+            "MPI's launcher needs sockets, which the sandbox `landlock` cannot keep on this machine; "
+            "install Debian's bubblewrap, or allow user namespaces"
+        )
+    return missing(model)
+
+
+def runs_here(model: Model) -> bool:
+    """Whether programs of a model can also be run: GPU kernels are compiled only."""
+    return model not in ("cuda", "hip")
+
+
+def identity(model: Model) -> str:
+    """The compiler and its version, for cache keys and records."""
+    compiler = flavour_of(model).compiler
+    shown = _said(compiler, "--version")[0].strip()
+    return shown.splitlines()[-1 if compiler == "nvcc" else 0]
+
+
+def gcc_version() -> str:
+    """GCC's version and machine, for the names of what it makes."""
+    return _said("g++", "-dumpfullversion", "-dumpmachine")[0]
+
+
+@cache
+def driver_texts() -> dict[str, str]:
+    """Our C++ sources beneath every answer, by file name."""
+    folder = importlib.resources.files("fourfold_hpc_coder.judge") / "drivers"
+    return {
+        file.name: file.read_text(encoding="utf-8") for file in folder.iterdir() if file.is_file()
+    }

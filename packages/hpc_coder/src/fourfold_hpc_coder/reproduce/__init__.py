@@ -1,0 +1,1 @@
+"""The paper's study, reproduced: recipes, claims, the experiment and its figures."""

@@ -1,0 +1,1 @@
+"""Scoring a file of outputs: every answer judged once, journalled, tabulated and reported."""

@@ -1,0 +1,31 @@
+from .cache import RecurrentCache as RecurrentCache
+from .cache import estimate_cache_bytes as estimate_cache_bytes
+from .causal_lm import RecurrentDepthForCausalLM as RecurrentDepthForCausalLM
+from .causal_lm import RecurrentDepthOutput as RecurrentDepthOutput
+from .configuration import RecurrentDepthConfig as RecurrentDepthConfig
+from .decoding.compacting import compacting as compacting
+from .decoding.diffusion import Diffusion as Diffusion
+from .decoding.speculate import Speculation as Speculation
+from .exits.criteria import KL as KL
+from .exits.criteria import ArgmaxStability as ArgmaxStability
+from .exits.criteria import Cosine as Cosine
+from .exits.criteria import Criterion as Criterion
+from .exits.criteria import Custom as Custom
+from .exits.criteria import EntropyDiff as EntropyDiff
+from .exits.criteria import Fixed as Fixed
+from .exits.criteria import LatentDiff as LatentDiff
+from .exits.criteria import MinPKL as MinPKL
+from .published_weights import load_published as load_published
+from .retrofit import retrofit as retrofit
+from .states import FreshNoise as FreshNoise
+from .states import RowStates as RowStates
+from .states import StateTable as StateTable
+from .states import TokenStates as TokenStates
+from .states import state_table as state_table
+from .training.ellis import Ellis as Ellis
+from .training.models import RecurrentDepth as RecurrentDepth
+from .training.random_depth import Always as Always
+from .training.random_depth import LogNormalPoisson as LogNormalPoisson
+from .training.random_depth import RandomDepth as RandomDepth
+
+__version__: str

@@ -1,0 +1,461 @@
+"""The model as transformers knows it: arguments, masks, positions, caches, exits, loss, generation."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from fourfold_recurrent_depth.cache import CACHE, RecurrentCache
+from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
+from fourfold_recurrent_depth.exits.criteria import Criterion, criterion_named
+from fourfold_recurrent_depth.exits.stopping import iterate_until_exit
+from fourfold_recurrent_depth.fast.compiled import compiled_stages
+from fourfold_recurrent_depth.model import (
+    Adapter,
+    Attention,
+    GatedMLP,
+    RecurrentDepthModel,
+    RMSNorm,
+    SandwichBlock,
+    rotary_table,
+)
+from fourfold_recurrent_depth.stages import Pass
+from fourfold_recurrent_depth.states import FreshNoise, InitialState, TokenStates, draw_state
+
+Steps = int | tuple[int, int] | Tensor | tuple[Tensor, int]
+"""Recurrences: r without gradient; (n, k) of which the last k carry gradient; or one (n + k) per row,
+of which the last `mean_backprop_depth` carry gradient in training, or as many as stand beside them."""
+
+_NOT_FOR_ATTENTION = ("return_dict", "num_items_in_batch", "output_attentions", "shift_labels")
+_WRITTEN = {
+    part: part.forward for part in (SandwichBlock, Attention, GatedMLP, RMSNorm, Adapter, nn.Linear)
+}
+"""The parts that compiled stages stand for, with their forward passes as they were written."""
+
+
+@dataclass
+class RecurrentDepthOutput(CausalLMOutputWithPast):
+    """The result of a pass: that of any causal language model of transformers, and states and exits."""
+
+    final_state: Tensor | None = None
+    """s_r, raw: (batch, token, width)."""
+    latent_states: Tensor | None = None
+    """ln_f(s_r), which the coda reads."""
+    exit_steps: Tensor | None = None
+    """Recurrences of each token: (batch, token)."""
+
+
+class RecurrentDepthForCausalLM(RecurrentDepthModel, GenerationMixin):
+    """Prelude, core iterated in latent space, coda. Registered under `huginn_raven`."""
+
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SandwichBlock"]  # noqa: RUF012 - transformers' own declarations
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    freqs_cis: Tensor
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch token"] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "#batch token"] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Float[Tensor, "batch token width"] | None = None,
+        labels: Int[Tensor, "batch token"] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_steps: Steps | None = None,
+        exit: Criterion | str | Callable[..., Tensor] | None = None,  # noqa: A002 - the word for it
+        initial_state: InitialState | None = None,
+        init_scale: float = 1.0,
+        warm_start: bool = False,
+        kv_budget: int | None = None,
+        output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
+        **options: Any,
+    ) -> RecurrentDepthOutput:
+        """Think `num_steps` times about every token, or until `exit` says that it is enough.
+
+        Args:
+            input_ids: tokens; or `inputs_embeds`.
+            attention_mask: 0 for padding, on either side.
+            position_ids: by default counted from each row's first real token.
+            past_key_values: a `RecurrentCache`; made where `use_cache` asks for one.
+            inputs_embeds: rows of the embedding, not yet scaled.
+            labels: the inputs, as everywhere in transformers; -100 is ignored.
+            use_cache: give a cache back.
+            logits_to_keep: last positions to predict at; 0 for all.
+            num_steps: see `Steps`; by default `config.mean_recurrence`, without gradient in evaluation
+                and with gradient through the last `config.mean_backprop_depth` in training.
+            exit: a criterion of `fourfold_recurrent_depth.exits`, its name, or a callable. Rows wait for the
+                slowest of the batch; whether checks save time is said there.
+            initial_state: s_0 of every token. By default, in evaluation a function of each token and its
+                position (`TokenStates`), so that equal calls give equal results; in training drawn anew
+                (`FreshNoise`, which the published code does in evaluation too).
+            init_scale: multiplies the drawn state's standard deviation; 0 gives zeros.
+            warm_start: begin from the last token's final state, which the cache keeps.
+            kv_budget: recurrences whose keys and values the cache keeps; by default all.
+            output_hidden_states: also give the states s_0 .. s_r (`hidden_states`).
+            cache: what transformers calls `past_key_values` from 5.24 on.
+            options: passed on to transformers' attention function.
+
+        Raises:
+            ValueError: before any compute, where an argument cannot be honoured.
+        """
+        embedded = self._embed(input_ids, inputs_embeds)
+        batch, tokens = embedded.shape[:2]
+        without, with_gradient, per_row = self.recurrences(num_steps, batch)
+        steps = without + with_gradient
+        criterion = None if exit is None else criterion_named(exit)
+        if criterion is not None:
+            self.refuse_exit(attention_mask, tokens, per_row, output_hidden_states)
+        given = past_key_values if cache is None else cache
+        if given is None and use_cache:
+            given = RecurrentCache(self.config, steps=steps, budget=kv_budget)
+        self.refuse_cache(given, per_row, kv_budget, warm_start=warm_start)
+        cache = cast(RecurrentCache | None, given)
+        if cache is None and criterion is not None:
+            # Tokens that have stopped keep their last keys: one slot per layer remembers enough.
+            cache = RecurrentCache(self.config, steps=steps, budget=1, capacity=tokens)
+        this_pass, positions = self.locate(embedded, attention_mask, position_ids, cache, options)
+        if cache is not None:
+            cache.open(batch, tokens, steps=steps)
+
+        e = self.read(embedded, this_pass)
+        if warm_start and cache is not None and cache.last_state is not None:
+            s = cache.last_state.unsqueeze(1).expand_as(e)
+        else:
+            s = self.start(e, input_ids, positions, initial_state, scale=init_scale)
+        logits, exit_steps, history = None, None, [s] if output_hidden_states else None
+        if criterion is None:
+            s = self.iterate(
+                e, s, this_pass, without, with_gradient, per_row=per_row, history=history
+            )
+        else:
+            assert cache is not None
+            padding = None if attention_mask is None or attention_mask.ndim == 4 else attention_mask
+            real = None if padding is None else padding[:, -tokens:].bool()
+            result = iterate_until_exit(
+                self, e, s, this_pass, cache, criterion, steps=steps, real=real
+            )
+            s, exit_steps = result.state, result.steps
+            if result.logits is not None and (tokens == 1 or logits_to_keep == 1):
+                logits = result.logits
+        latents = self.transformer["ln_f"](s)
+        if logits is None:
+            logits = self.speak(latents, this_pass, logits_to_keep)
+        if cache is not None:
+            cache.close(state=s, steps=exit_steps)
+        return RecurrentDepthOutput(
+            loss=None if labels is None else self.loss_of(logits, labels, options),
+            logits=cast(Any, logits),
+            hidden_states=cast(Any, None if history is None else tuple(history)),
+            final_state=s,
+            latent_states=latents,
+            exit_steps=exit_steps,
+            **{CACHE: cast(Any, cache if use_cache else None)},
+        )
+
+    def begin(
+        self, tokens: Int[Tensor, "batch token"], cache: RecurrentCache | None
+    ) -> tuple[Float[Tensor, "batch token width"], Pass, Int[Tensor, "#batch token"]]:
+        """Embeddings, pass and positions of tokens without padding: where a decoder of its own starts."""
+        embedded = self._embed(tokens, None)
+        this_pass, positions = self.locate(embedded, None, None, cache, {})
+        return embedded, this_pass, positions
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(
+                "exactly one of input_ids and inputs_embeds must be given; leave the other out"
+            )
+        embedded = self.transformer["wte"](input_ids) if inputs_embeds is None else inputs_embeds
+        return embedded * math.sqrt(self.config.n_embd)
+
+    def locate(
+        self,
+        embedded: Tensor,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: RecurrentCache | None,
+        options: dict[str, Any],
+    ) -> tuple[Pass, Int[Tensor, "#batch token"]]:
+        """The pass: rotations, the mask in the backend's form, stages in C++ where they can be; positions."""
+        batch, tokens = embedded.shape[:2]
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        if self.config.reference_semantics:
+            mask = None
+        _refuse_places(mask, position_ids, batch=batch, tokens=tokens, cached=cached)
+        positions = self._positions(mask, position_ids, cached, tokens)
+        table = self.freqs_cis
+        if table.dtype not in (torch.float32, torch.float64):
+            # A model cast as a whole has cast its angles too: they are computed anew, in float32.
+            table = rotary_table(self.config).to(embedded.device)
+        table = torch.view_as_complex(table)[0, :, 0]
+        this_pass = Pass(
+            rotary=table[positions].unsqueeze(2),
+            mask=create_causal_mask(
+                self.config,
+                embedded,
+                mask,
+                # Beside a cache transformers does not look for packed texts in the positions.
+                cache if cached else None,
+                positions if position_ids is not None else None,
+            ),
+            cache=cache,
+            options={k: v for k, v in options.items() if k not in _NOT_FOR_ATTENTION},
+            stages=self.stages(),
+            takes_any_mask=self.config._attn_implementation in ("sdpa", "eager"),  # noqa: SLF001
+        )
+        this_pass.stages = compiled_stages(self, embedded, this_pass, _WRITTEN)
+        return this_pass, positions
+
+    def start(
+        self,
+        e: Float[Tensor, "batch token width"],
+        tokens: Int[Tensor, "batch token"] | None,
+        positions: Int[Tensor, "#batch token"],
+        initial: InitialState | None,
+        *,
+        scale: float,
+    ) -> Float[Tensor, "batch token width"]:
+        """s_0: given, or drawn; see `draw_state`."""
+        if initial is None:
+            initial = FreshNoise() if self.training else TokenStates()
+        width = self.config.n_embd
+        whole = draw_state(e, tokens, positions, initial, width=width, scale=scale)
+        adapter = self.transformer["adapter"]
+        return cast(Adapter, adapter).piece(whole) if self.takes_halves() else whole
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> bool:
+        """Called by `generate`: a cache of ours, allocated once for the whole length, if none came."""
+        del generation_mode, batch_size
+        is_given = model_kwargs.get(CACHE) is not None
+        if is_given or generation_config.use_cache is False:
+            return False
+        steps = self.recurrences(model_kwargs.get("num_steps"), 1)
+        model_kwargs[CACHE] = RecurrentCache(
+            self.config,
+            steps=steps[0] + steps[1],
+            budget=model_kwargs.get("kv_budget"),
+            capacity=max_cache_length,
+        )
+        return True
+
+    def recurrences(self, steps: Steps | None, batch: int) -> tuple[int, int, Tensor | None]:
+        """(n, k, recurrences of each row or None)."""
+        config = self.config
+        if steps is None:
+            mean = config.mean_recurrence
+            steps = (mean - config.mean_backprop_depth, config.mean_backprop_depth)
+            steps = (max(0, steps[0]), min(mean, steps[1])) if self.training else mean
+        each, last = steps, config.mean_backprop_depth * self.training
+        if isinstance(steps, tuple) and len(steps) == 2:
+            each, last = steps
+        if (
+            isinstance(each, Tensor)
+            and each.shape == (batch,)
+            and batch > 1
+            and not each.is_floating_point()
+        ):
+            lowest, total = int(each.min()), int(each.max())
+            k, per_row = min(int(last), total), each
+        else:
+            pair: Any = (steps, 0) if hasattr(steps, "__index__") else steps
+            try:
+                n, k = map(operator.index, pair)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"num_steps={steps} is neither a number of recurrences, nor a pair (without gradient, "
+                    f"with gradient), nor a tensor of one number for each of {batch} rows; use one of these"
+                ) from error
+            lowest, total, per_row = min(n, k), n + k, None
+        if total < 1 or min(lowest, k) < 0 or (per_row is not None and lowest < 1):
+            raise ValueError(
+                f"num_steps={steps} asks for fewer than 1 recurrence; use 1 or more for every row, or a "
+                "pair (without gradient, with gradient) of numbers from 0 that sum to 1 or more"
+            )
+        return total - k, k, per_row
+
+    def refuse_cache(
+        self,
+        cache: Cache | None,
+        per_row: Tensor | None,
+        budget: int | None,
+        *,
+        warm_start: bool,
+    ) -> None:
+        """Raise where a cache cannot hold what is asked of it, or there is none."""
+        if cache is None:
+            if budget is not None or warm_start:
+                raise ValueError(
+                    f"kv_budget={budget}, warm_start={warm_start} are about a cache, and this pass has none; "
+                    "use use_cache=True"
+                )
+            return
+        if not isinstance(cache, RecurrentCache):
+            raise ValueError(
+                f"a {type(cache).__name__} does not know at which depth a token ended; leave "
+                "past_key_values out, or pass a RecurrentCache"
+            )
+        if budget is not None and cache.budget != budget:
+            raise ValueError(
+                f"kv_budget={budget} for a cache whose budget is {cache.budget}; leave one of them out"
+            )
+        if per_row is not None:
+            raise ValueError(
+                "num_steps of each row by itself leaves a cache's slots without a common depth; use "
+                "use_cache=False, or one number for all rows"
+            )
+
+    def refuse_exit(
+        self, mask: Tensor | None, tokens: int, per_row: Tensor | None, history: bool | None
+    ) -> None:
+        """Raise where an exit criterion cannot judge what it is asked to."""
+        if per_row is not None or history:
+            raise ValueError(
+                "exit decides recurrences itself and keeps no history; leave out output_hidden_states, and "
+                "give one num_steps for all rows"
+            )
+        if self.config._attn_implementation == "flex_attention":  # noqa: SLF001 - transformers' own name
+            raise ValueError(
+                "exit goes on with some rows of a mask, which flex_attention's masks cannot; "
+                "use attn_implementation='sdpa'"
+            )
+        if mask is not None and mask.ndim == 2:
+            empty = (~mask[:, -tokens:].bool().any(1)).nonzero().flatten().tolist()
+            if empty:
+                raise ValueError(
+                    f"rows {empty} of the batch hold padding alone, which no exit criterion can judge; "
+                    "leave them out"
+                )
+
+    def _positions(
+        self, mask: Tensor | None, position_ids: Tensor | None, cached: int, tokens: int
+    ) -> Int[Tensor, "#batch token"]:
+        """Place of each token in its own text: padding does not count."""
+        if position_ids is None:
+            position_ids = torch.arange(cached, cached + tokens, device=self.device)[None]
+            if mask is not None and mask.ndim == 2 and not bool(mask.all()):
+                position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+        last = int(position_ids.max())
+        if last >= self.config.block_size:
+            raise ValueError(
+                f"position {last} lies beyond the rotary table of block_size={self.config.block_size}; "
+                "use a shorter text, or a model with a larger block_size"
+            )
+        return position_ids
+
+    def loss_of(self, logits: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
+        """Cross-entropy; labels are the inputs, as in transformers, or shifted, as in the reference."""
+        extra = {"shift_labels": labels} if self.config.reference_semantics else {}
+        given = ("num_items_in_batch", "shift_labels")
+        extra |= {k: options[k] for k in given if options.get(k) is not None}
+        return self.loss_function(
+            logits=logits, labels=labels, vocab_size=logits.shape[-1], **extra
+        )
+
+    def resize_token_embeddings(self, *given: Any, **options: Any) -> Any:
+        """As in transformers; the new size is exact, so that what is saved can be read again."""
+        resized: Any = super().resize_token_embeddings(*given, **options)
+        if self.config.padded_vocab_size != resized.num_embeddings:
+            self.config.padding_multiple = 1
+        return resized
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Angles of a model that was cast as a whole are rounded: the exact ones are saved, as published."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.freqs_cis.dtype not in (torch.float32, torch.float64):
+            exact = rotary_table(self.config).to(self.freqs_cis.device)
+            destination[prefix + "freqs_cis"] = exact
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Takase et al. 2023, cut at three standard deviations (section 4.1)."""
+        values = self.config.init_values
+        std, small = values["std"], values["out_proj"]
+        if isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, Attention):
+            init.zeros_(module.qk_bias)
+            for parameter, size in ((module.Wqkv.weight, std), (module.proj.weight, small)):
+                init.trunc_normal_(parameter, std=size, a=-3 * size, b=3 * size)
+        elif isinstance(module, GatedMLP):
+            gate, up = module.fc.weight.chunk(2)
+            # The model was trained with both halves at std; the published inference file, which no
+            # run has used for training, draws the up half small.
+            halves = ((gate, std), (up, small if self.config.reference_semantics else std))
+            if not getattr(module.fc.weight, "_is_hf_initialized", False):
+                for parameter, size in halves:
+                    init.trunc_normal_(parameter, std=size, a=-3 * size, b=3 * size)
+            init.trunc_normal_(module.proj.weight, std=small, a=-3 * small, b=3 * small)
+        elif isinstance(module, nn.Embedding | Adapter) or module is self.lm_head:
+            init.trunc_normal_(cast(Tensor, module.weight), std=std, a=-3 * std, b=3 * std)
+        elif module is self:
+            init.copy_(cast(Tensor, self.freqs_cis), rotary_table(self.config))
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.transformer["wte"]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.transformer["wte"] = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the head."""
+        self.lm_head = new_embeddings
+
+
+def _refuse_places(
+    mask: Any, position_ids: Tensor | None, *, batch: int, tokens: int, cached: int
+) -> None:
+    """Raise where mask or positions are not those of this pass."""
+    if tokens == 0:
+        raise ValueError("input_ids of no tokens leave nothing to predict from; give one or more")
+    if isinstance(mask, Tensor) and mask.ndim != 4 and mask.shape != (batch, cached + tokens):
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)} for {batch} rows of {cached} cached and {tokens} "
+            f"new tokens; give ({batch}, {cached + tokens}), or four dimensions as transformers' masks have"
+        )
+    if position_ids is None:
+        return
+    is_shaped = position_ids.ndim == 2 and position_ids.shape[0] in (1, batch)
+    if not is_shaped or position_ids.shape[1] != tokens or int(position_ids.min()) < 0:
+        raise ValueError(
+            f"position_ids of shape {tuple(position_ids.shape)} from {int(position_ids.min())} for {batch} "
+            f"rows of {tokens} tokens; give one row or {batch}, with a place from 0 on for each token"
+        )
+
+
+AutoConfig.register("huginn_raven", RecurrentDepthConfig, exist_ok=True)
+AutoModelForCausalLM.register(RecurrentDepthConfig, RecurrentDepthForCausalLM, exist_ok=True)

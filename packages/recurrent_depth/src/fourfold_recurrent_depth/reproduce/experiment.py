@@ -1,0 +1,417 @@
+"""The reproduction of Geiping et al. 2025: train, measure, judge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fourfold_parallel.common.progress import Progress, silent
+from fourfold_parallel.common.records import Material, read_record
+from fourfold_parallel.common.workers import each
+from fourfold_parallel.reproduce.experiment import Drawing, Experiment, Stage, Workplace
+from fourfold_parallel.reproduce.launches import Launch
+from fourfold_parallel.reproduce.scale import Scale
+from fourfold_parallel.run import checkpoint
+from fourfold_parallel.run.data import tokenize
+from fourfold_parallel.run.models import Model
+from fourfold_parallel.run.recipe import Run
+from fourfold_parallel.run.train import train, trained_model
+from fourfold_recurrent_depth.analysis.flops import costs, materialised_parameters
+from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
+from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
+from fourfold_recurrent_depth.decoding.diffusion import Diffusion, diffuse
+from fourfold_recurrent_depth.decoding.speculate import Speculation, speculate
+from fourfold_recurrent_depth.reproduce import measurements, recipes
+from fourfold_recurrent_depth.reproduce.claims import CLAIMS
+from fourfold_recurrent_depth.reproduce.measurements import Event
+from fourfold_recurrent_depth.reproduce.measures import (
+    ADDITION,
+    AUTOMATON,
+    DRAWS,
+    EXACT,
+    LANGUAGE,
+    RETROFIT,
+)
+from fourfold_recurrent_depth.training.models import RecurrentDepth
+
+WORKERS = 2
+"""Processes of a stage; each trains and measures on one thread."""
+
+
+def _trained(
+    run: Run, folder: Path, progress: Progress = silent
+) -> tuple[RecurrentDepthForCausalLM, Event]:
+    """The run's model, from its last checkpoint on where there is one."""
+    torch.set_num_threads(1)
+    record = folder / run.name / "record.jsonl"
+    place = folder / run.name / "checkpoints"
+    last = train(run, record=record, checkpoints=place, progress=progress)
+    model = trained_model(run, last)
+    assert isinstance(model, RecurrentDepthForCausalLM)
+    steps = read_record(record).of("step")
+    tail = [event.number("loss_nats") for event in steps[-20:]]
+    elapsed_s = sum(event.number("elapsed_s") for event in steps)
+    thinned = steps[:: max(1, len(steps) // 60)]
+    price = costs(model.config, context=run.sequence)
+    draws = [cast(Any, run.objective).recurrences.draw(number) for number in range(run.steps)]
+    flops = run.tokens_per_step * sum(price.training(*draw) for draw in draws)
+    return model, (
+        "trained",
+        {
+            "steps": run.steps,
+            "final_loss_nats": round(sum(tail) / len(tail), 5),
+            "tokens_per_s": round(run.steps * run.tokens_per_step / elapsed_s, 1),
+            "training_flops": flops,
+            "flops_per_s": round(flops / elapsed_s, 1),
+            "curve_steps": [int(event.number("step")) for event in thinned],
+            "curve_loss_nats": [round(event.number("loss_nats"), 4) for event in thinned],
+        },
+    )
+
+
+def examine_cells(
+    member: tuple[recipes.Arm, Run], exam: measurements.Exam, folder: Path
+) -> tuple[Event, ...]:
+    """Train one automaton model and sit the exam; the law's models sit it on the way too."""
+    arm, run = member
+    notes = folder / run.name / "on_the_way.jsonl"
+    watch = partial(_sit_on_the_way, run, exam, notes) if arm == "law" else silent
+    model, trained = _trained(run, folder, watch)
+    events = [trained, *measurements.accuracy_by_depth(model, exam)]
+    if arm == "law":
+        # A resumed run may have sat an exam twice, with the same answers.
+        lines = dict.fromkeys(notes.read_text(encoding="utf-8").splitlines())
+        events += [("on_the_way", json.loads(line)) for line in lines]
+        events += measurements.exits(
+            model, exam, measurements.CRITERIA, steps=2 * recipes.CELLS_MEAN
+        )
+        events += measurements.latent_paths(model, exam)
+    return tuple((kind, {"arm": arm, "seed": run.seed, **fields}) for kind, fields in events)
+
+
+def _sit_on_the_way(
+    run: Run,
+    exam: measurements.Exam,
+    notes: Path,
+    done: int,
+    total: int,
+    note: str,
+) -> None:
+    """Note the accuracy at one recurrence and at the mean, with the weights of each checkpoint."""
+    del total, note
+    if (done - 1) % run.checkpoint_every or done == 1:
+        return
+    last = checkpoint.latest(notes.parent / "checkpoints", run=run)
+    assert last is not None
+    model = cast(RecurrentDepthForCausalLM, trained_model(run, last))
+    with notes.open("a", encoding="utf-8") as file:
+        for _, fields in measurements.accuracy_by_depth(model, exam, (1, recipes.CELLS_MEAN)):
+            file.write(json.dumps({"step": last.step, **fields}) + "\n")
+
+
+def examine_draws(
+    member: tuple[recipes.DrawArm, Run], exam: measurements.Exam, folder: Path
+) -> tuple[Event, ...]:
+    """Train one model, and examine it at the mean recurrence."""
+    arm, run = member
+    model, trained = _trained(run, folder)
+    events = (trained, measurements.held_out(model, exam, steps=recipes.MEAN))
+    return tuple((kind, {"arm": arm, "seed": run.seed, **fields}) for kind, fields in events)
+
+
+def examine_additions(run: Run, rows: int, folder: Path) -> tuple[Event, ...]:
+    """Train one model, and examine it at every depth."""
+    model, trained = _trained(run, folder)
+    events = [trained, *measurements.addition_by_depth(model, operands=run.sequence, rows=rows)]
+    return tuple((kind, {"seed": run.seed, **fields}) for kind, fields in events)
+
+
+def examine_retrofits(
+    member: tuple[recipes.RetrofitArm, Run], rows: int, folder: Path
+) -> tuple[Event, ...]:
+    """Train a dense or retrofitted model on, and measure held-out rows at every depth that it has."""
+    arm, run = member
+    torch.set_num_threads(1)
+    place = folder / run.name
+    last = train(
+        run, record=place / "record.jsonl", checkpoints=place / "checkpoints", progress=silent
+    )
+    model = trained_model(run, last)
+    batch = run.data.validation(sequence=run.sequence).batch(0, batch=rows)
+    depths = () if arm == "dense" else (1, recipes.MEAN // 2, recipes.MEAN, 2 * recipes.MEAN)
+    found = measurements.loss_by_depth(model, batch.tokens, depths)
+    trained: Event = ("trained", {"steps": run.steps, "training_flops": recipes.flops_of(arm, run)})
+    return tuple(
+        (kind, {"arm": arm, "seed": run.seed, **fields}) for kind, fields in (trained, *found)
+    )
+
+
+def examine_bytes(run: Run, study: recipes.Bytes, folder: Path) -> tuple[Event, ...]:
+    """Train one language model, then decode in every way."""
+    model, trained = _trained(run, folder)
+    stream = run.data.validation(sequence=study.prompt + study.generated)
+    rows = stream.batch(0, batch=study.rows).tokens[:, :-1]
+    steps = 4 * recipes.MEAN
+    events: list[Event] = [trained]
+    events += measurements.cache_sharing(model, rows, steps=steps, prompt=study.prompt)
+    events += measurements.warm_start(model, rows, steps=steps, prompt=study.prompt)
+    events += speculation(model, rows[:, : study.prompt], steps=steps, new=study.generated)
+    events += diffusion(model, rows[:, : study.prompt], steps=steps, new=study.generated)
+    return tuple((kind, {"seed": run.seed, **fields}) for kind, fields in events)
+
+
+def _greedy(model: RecurrentDepthForCausalLM, prompt: Tensor, steps: int, new: int) -> Tensor:
+    options: Any = {
+        "max_new_tokens": new, "do_sample": False, "num_steps": steps, "init_scale": 0.0,
+        "eos_token_id": None, "pad_token_id": 0,
+    }  # fmt: skip
+    made: Any = cast(Any, model).generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    return made[:, prompt.shape[1] :]
+
+
+def speculation(
+    model: RecurrentDepthForCausalLM, prompt: Tensor, *, steps: int, new: int
+) -> Iterable[Event]:
+    """Drafts of several depths against greedy decoding."""
+    greedy = _greedy(model, prompt, steps, new)
+    for draft in (1, 2, 4):
+        found = speculate(
+            model,
+            prompt,
+            speculation=Speculation(draft_steps=draft, lookahead=4),
+            max_new_tokens=new,
+            num_steps=steps,
+            init_scale=0.0,
+        )
+        yield (
+            "speculation",
+            {
+                "draft_steps": draft,
+                "lookahead": 4,
+                "full_recurrences": steps,
+                "equals_greedy": bool(torch.equal(found.tokens, greedy)),
+                "accepted_share": round(found.accepted / found.drafted, 5),
+                "core_passes": found.recurrences,
+                "greedy_core_passes": steps * new,
+            },
+        )
+
+
+def diffusion(
+    model: RecurrentDepthForCausalLM, prompt: Tensor, *, steps: int, new: int
+) -> Iterable[Event]:
+    """The diffusion-style sampler against greedy decoding."""
+    greedy = _greedy(model, prompt, steps, new)
+    found = diffuse(
+        model, prompt, diffusion=Diffusion(), max_new_tokens=new, num_steps=steps, init_scale=0.0
+    )
+    yield (
+        "diffusion",
+        {
+            "agreement": round(float((found.tokens == greedy).double().mean()), 5),
+            "core_passes": found.core_passes,
+            "pass_ratio": round(steps * new / found.core_passes, 4),
+            "positions_recurred": found.positions_recurred,
+            "outer_steps": found.outer_steps,
+        },
+    )
+
+
+def check_exact(study: recipes.Exact) -> Iterable[Event]:
+    """Counted FLOPs against torch's counter, Huginn's totals, and speculation on random weights."""
+    shape = RecurrentDepth(
+        width=48, heads=4, prelude=1, core=2, coda=1, hidden=80, vocabulary=96, context=64,
+        mean_recurrence=8, mean_backprop=4,
+    )  # fmt: skip
+    model = shape.build(seed=study.seed)
+    assert isinstance(model, RecurrentDepthForCausalLM)
+    model.set_attn_implementation("eager")
+    tokens = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(study.seed))
+    price = costs(model.config, context=tokens.shape[1])
+    pairs = [(r, 0) for r in (1, 4, 32)] + [(0, 4), (3, 2), (7, 4)]
+    for without, with_gradient in pairs:
+        with FlopCounterMode(display=False) as counter:
+            if with_gradient:
+                out = model.train()(tokens, labels=tokens, num_steps=(without, with_gradient))
+                out.loss.backward()
+                expected = price.training(without, with_gradient)
+            else:
+                with torch.no_grad():
+                    model.eval()(tokens, num_steps=without)
+                expected = price.forward(without)
+        counted = counter.get_total_flops()
+        ours = expected * tokens.numel()
+        yield (
+            "flops",
+            {
+                "without_gradient": without,
+                "with_gradient": with_gradient,
+                "formula": ours,
+                "counted": counted,
+                "relative_error": round(abs(ours / counted - 1), 6),
+            },
+        )
+    huginn = RecurrentDepthConfig()
+    # As the paper counts: products with weights alone, the adapter's whole in every recurrence.
+    bare = costs(huginn, context=0, splits_adapter=False)
+    yield (
+        "huginn",
+        {
+            "materialised_parameters": materialised_parameters(huginn, 32),
+            "training_flops": bare.training(25, 8),
+            "forward_flops_at_32": bare.forward(32),
+        },
+    )
+    model.set_attn_implementation("sdpa")
+    yield from speculation(model.eval(), tokens[:, :8], steps=recipes.MEAN * 2, new=study.generated)
+
+
+def _record(
+    study: Any,
+    jobs: Sequence[Callable[[], Sequence[Event]]],
+    workplace: Workplace,
+    materials: Sequence[Material] = (),
+) -> None:
+    """Do the jobs, two at a time, and write their events in order."""
+    with workplace.recording(study, seed=study.seed, materials=materials) as records:
+        for done, events in enumerate(each(_call, jobs, processes=WORKERS), start=1):
+            for kind, fields in events:
+                records.write(kind, **fields)
+            workplace.progress(done, len(jobs), f"{done} of {len(jobs)} models")
+
+
+def _call(job: Callable[[], Sequence[Event]]) -> Sequence[Event]:
+    return job()
+
+
+def perform_cells(study: recipes.Cells, workplace: Workplace) -> None:
+    """Train and examine every automaton model."""
+    _record(
+        study,
+        [partial(examine_cells, arm, study.exam, workplace.scratch) for arm in study.members],
+        workplace,
+    )
+
+
+def perform_draws(study: recipes.Draws, workplace: Workplace) -> None:
+    """Train and examine every model."""
+    _record(
+        study,
+        [partial(examine_draws, arm, study.exam, workplace.scratch) for arm in study.members],
+        workplace,
+    )
+
+
+def perform_additions(study: recipes.Additions, workplace: Workplace) -> None:
+    """Train and examine every addition model."""
+    _record(
+        study,
+        [partial(examine_additions, run, study.rows, workplace.scratch) for run in study.members],
+        workplace,
+    )
+
+
+def perform_retrofits(study: recipes.Retrofits, workplace: Workplace) -> None:
+    """Train the dense models, go on from each in every way, and examine."""
+    dense = {run.seed: run.model for arm, run in study.members if arm == "dense"}
+    for _ in each(_pretrain, tuple(dense.values()), processes=WORKERS):
+        pass
+    _record(
+        study,
+        [partial(examine_retrofits, arm, study.rows, workplace.scratch) for arm in study.members],
+        workplace,
+        _materials(study.members[0][1]),
+    )
+
+
+def _pretrain(model: Model) -> None:
+    torch.set_num_threads(1)
+    model.build(seed=0)
+
+
+def _materials(run: Run) -> Sequence[Material]:
+    data: Any = run.data
+    return tokenize(data.corpus, data.tokenizer).materials
+
+
+def perform_bytes(study: recipes.Bytes, workplace: Workplace) -> None:
+    """Train and examine every language model."""
+    _record(
+        study,
+        [partial(examine_bytes, run, study, workplace.scratch) for run in study.members],
+        workplace,
+        _materials(study.members[0]),
+    )
+
+
+def perform_exact(study: recipes.Exact, workplace: Workplace) -> None:
+    """Write the counts and equalities."""
+    with workplace.recording(study, seed=study.seed) as records:
+        for kind, fields in check_exact(study):
+            records.write(kind, **fields)
+
+
+def _stages(scale: Scale) -> Sequence[Stage]:
+    match scale:
+        case "smoke" | "laptop":
+            exact, cells = recipes.exact(scale), recipes.cells(scale)
+        case "paper":
+            return ()
+    stages = [
+        Stage(name=EXACT, run=exact, perform=partial(perform_exact, exact)),
+        Stage(name=AUTOMATON, run=cells, perform=partial(perform_cells, cells)),
+    ]
+    if scale == "laptop":
+        draws, additions = recipes.draws(scale), recipes.additions(scale)
+        stages += [
+            Stage(name=DRAWS, run=draws, perform=partial(perform_draws, draws)),
+            Stage(name=ADDITION, run=additions, perform=partial(perform_additions, additions)),
+        ]
+        retrofits = recipes.retrofits(scale)
+        stages.append(
+            Stage(name=RETROFIT, run=retrofits, perform=partial(perform_retrofits, retrofits))
+        )
+        language = recipes.language(scale)
+        stages.append(Stage(name=LANGUAGE, run=language, perform=partial(perform_bytes, language)))
+    return tuple(stages)
+
+
+def _drawings(scale: Scale) -> Sequence[Drawing]:
+    from fourfold_recurrent_depth.reproduce import figures
+
+    return figures.drawings(scale)
+
+
+def _launches() -> Sequence[Launch]:
+    run = recipes.table_1("paper")
+    return (
+        Launch(
+            name=run.name,
+            title=f"{run.name}, {run.steps} steps of {run.tokens_per_step / 1e6:.1f} M tokens",
+            needs="4,096 GPUs of 64 GB, and the published data mix as text files of its own",
+            command="-m fourfold_recurrent_depth train huginn --text $TEXTS --out huginn-0125",
+            nodes=512,
+            gpus=8,
+            hours=24,
+        ),
+    )
+
+
+EXPERIMENT = Experiment(
+    package="recurrent_depth",
+    title="Recurrent depth: test-time compute in latent space",
+    paper="Geiping, McLeish, Jain, Kirchenbauer, Singh, Bartoldson, Kailkhura, Bhatele, Goldstein: Scaling "
+    "up Test-Time Compute with Latent Reasoning: A Recurrent Depth Approach, 2025 (arXiv 2502.05171)",
+    claims=CLAIMS,
+    stages=_stages,
+    drawings=_drawings,
+    launches=_launches,
+)
+"""Announced as the entry point `recurrent_depth`."""

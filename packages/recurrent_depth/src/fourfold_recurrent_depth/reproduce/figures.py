@@ -1,0 +1,185 @@
+"""Figures of the automaton and language runs: records in, figures out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from fourfold_parallel.reproduce.claims import Records
+from fourfold_parallel.reproduce.experiment import Drawing
+from fourfold_parallel.reproduce.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES
+from fourfold_parallel.reproduce.scale import Scale
+from fourfold_recurrent_depth.reproduce.measures import AUTOMATON, LANGUAGE, accuracies
+
+
+def drawings(scale: Scale) -> Sequence[Drawing]:
+    """The figures that a scale's records allow."""
+    cells = f"{scale} scale, cellular automaton"
+    drawn = [
+        Drawing(
+            name="accuracy-by-recurrences",
+            caption="Accuracy after r recurrences by difficulty k (steps of the automaton), mean and range "
+            f"over seeds; dotted, the model trained with one recurrence; {cells}. The paper's figure 7.",
+            draw=accuracy_by_recurrences,
+        ),
+        Drawing(
+            name="exit-steps",
+            caption="Recurrences after which tokens stop under KL < 5e-4, by difficulty, all seeds pooled; "
+            f"{cells}. The paper's figure 10.",
+            draw=exit_steps,
+        ),
+        Drawing(
+            name="path-independence",
+            caption="Largest relative distance between states that began at 5 different random states, as "
+            f"quantiles over tokens, after 4, 16 and 64 recurrences; {cells}. The paper's figures 22 to 25.",
+            draw=path_independence,
+        ),
+        Drawing(
+            name="trajectories",
+            caption="States of the last cell of some rows in their first two principal components, dark to "
+            f"light from first to last of 32 recurrences, by difficulty; one seed, {cells}. The paper's "
+            "figure 12.",
+            draw=trajectories,
+        ),
+    ]
+    if scale == "laptop":
+        drawn.append(
+            Drawing(
+                name="cache-sharing",
+                caption="Loss of teacher-forced decoding against the recurrences whose keys the cache keeps, "
+                "relative to all of them, per seed; laptop scale, bytes of Python. Section 6.2.",
+                draw=cache_sharing,
+            )
+        )
+    return drawn
+
+
+def accuracy_by_recurrences(records: Records) -> Figure:
+    """Accuracy over r, one colour per k."""
+    record = records[AUTOMATON]
+    figure = Figure(figsize=(6.4, 3.4))
+    axes = figure.subplots()
+    tables = [accuracies(record, "law", seed) for seed in record.seeds("accuracy", arm="law")]
+    twins = [
+        accuracies(record, "shallow", seed) for seed in record.seeds("accuracy", arm="shallow")
+    ]
+    depths = sorted({r for _, r in tables[0]})
+    for k in sorted({k for k, _ in tables[0]}):
+        values = np.asarray([[table[k, r] for r in depths] for table in tables])
+        color = SHADES[(k - 1) % len(SHADES)]
+        axes.plot(depths, values.mean(0), "o-", color=color, markersize=4, label=f"k={k}")
+        axes.fill_between(
+            depths, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0
+        )
+        shallow = np.mean([twin[k, 1] for twin in twins])
+        axes.plot([1, depths[-1]], [shallow, shallow], ":", color=color, linewidth=1.0)
+    axes.axhline(0.5, color=IDEAL, linestyle="--", linewidth=0.9, label="guessing")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("recurrences r at test time")
+    axes.set_ylabel("share of cells predicted")
+    axes.set_title("Recurrent depth: accuracy by recurrences and difficulty")
+    axes.legend(ncols=2, loc="lower right")
+    return figure
+
+
+def exit_steps(records: Records) -> Figure:
+    """Histogram of exit steps, one panel per k."""
+    record = records[AUTOMATON]
+    events = record.of("exit_steps", arm="law", criterion="kl")
+    ks = sorted({int(event.number("k")) for event in events})
+    figure = Figure(figsize=(6.4, 1.1 + 0.9 * len(ks)))
+    for index, (axes, k) in enumerate(
+        zip(np.ravel(figure.subplots(len(ks), 1, sharex=True)), ks, strict=True)
+    ):
+        counts = np.sum(
+            [event.numbers("tokens_by_recurrences") for event in events if event.number("k") == k],
+            axis=0,
+        )
+        axes.bar(np.arange(1, len(counts) + 1), counts / counts.sum(), color=METHOD, width=0.8)
+        mean = float((np.arange(1, len(counts) + 1) * counts).sum() / counts.sum())
+        axes.axvline(mean, color=IDEAL, linestyle="--", linewidth=1)
+        axes.set_ylabel(f"k={k}")
+        if index == 0:
+            axes.set_title("Recurrent depth: share of tokens that stop after r recurrences")
+    figure.supxlabel("recurrences (dashed: mean)", fontsize=9.5)
+    return figure
+
+
+def path_independence(records: Records) -> Figure:
+    """Quantiles of the distance between paths."""
+    record = records[AUTOMATON]
+    figure = Figure(figsize=(6.4, 3.2))
+    axes = figure.subplots()
+    shares = np.linspace(0, 1, 11)
+    for color, depth in zip((BASELINE, CONTROL, METHOD), (4, 16, 64), strict=True):
+        deciles = np.mean(
+            [
+                event.numbers("distance_deciles")
+                for event in record.of("path", arm="law", recurrences=depth)
+            ],
+            axis=0,
+        )
+        axes.plot(
+            shares, np.maximum(deciles, 1e-7), "o-", color=color, markersize=4, label=f"r={depth}"
+        )
+    axes.axhline(0.02, color=IDEAL, linestyle="--", linewidth=1, label="2 %")
+    axes.set_yscale("log")
+    axes.set_xlabel("share of tokens")
+    axes.set_ylabel("relative distance")
+    axes.set_title("Recurrent depth: what is left of the beginning")
+    axes.legend()
+    return figure
+
+
+def trajectories(records: Records) -> Figure:
+    """Paths in the plane of the first two components."""
+    record = records[AUTOMATON]
+    seed = record.seeds("trajectory", arm="law")[0]
+    figure = Figure(figsize=(6.4, 3.6))
+    axes = figure.subplots()
+    seen: set[int] = set()
+    for event in record.of("trajectory", arm="law", seed=seed):
+        k = int(event.number("k"))
+        points = np.asarray(event.values["components"])
+        color = SHADES[(k - 1) % len(SHADES)]
+        axes.plot(*points.T, color=color, linewidth=0.7, alpha=0.6)
+        sizes = np.linspace(4, 22, len(points))
+        axes.scatter(
+            *points.T,
+            s=sizes,
+            color=color,
+            alpha=0.5,
+            linewidths=0,
+            label=None if k in seen else f"k={k}",
+        )
+        axes.scatter(*points[-1], s=36, facecolor="white", edgecolor=color, zorder=3)
+        seen.add(k)
+    axes.set_xlabel("first principal component of the states")
+    axes.set_ylabel("second")
+    axes.set_title("Recurrent depth: where states go (circles: after 32)")
+    axes.legend()
+    return figure
+
+
+def cache_sharing(records: Records) -> Figure:
+    """Relative loss over recurrences kept."""
+    record = records[LANGUAGE]
+    figure = Figure(figsize=(6.4, 3.0))
+    axes = figure.subplots()
+    for index, seed in enumerate(record.seeds("cache")):
+        events = sorted(record.of("cache", seed=seed), key=lambda e: e.number("recurrences_kept"))
+        kept = [event.number("recurrences_kept") for event in events]
+        loss = np.asarray([event.number("loss_nats") for event in events])
+        color = (METHOD, CONTROL, BASELINE)[index % 3]
+        axes.plot(kept, 100 * (loss / loss[-1] - 1), "o-", color=color, label=f"seed {seed}")
+    axes.axhline(1, color=IDEAL, linestyle="--", linewidth=1, label="1 %")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("recurrences whose keys are kept")
+    axes.set_ylabel("loss above a full cache (%)")
+    axes.set_title("Recurrent depth: sharing the cache among recurrences")
+    axes.legend()
+    return figure
