@@ -65,6 +65,14 @@ def test_a_law_without_shape_prints_none(suite: RunTable) -> None:
     assert not analysis.prescription.near
 
 
+def test_a_table_without_widths_is_counted_by_size_alone(suite: RunTable) -> None:
+    columns = {name: suite.columns[name] for name in ("parameters", "tokens", "loss_nats")}
+    text = page.page(analysed(RunTable.from_columns({"run": suite.run, **columns}), CHINCHILLA))
+    assert "FLOPs are counted as 6 N T" in text
+    assert "What to run next" not in text
+    assert "at a width of 40 times the depth" in page.page(analysed(suite, CHINCHILLA))
+
+
 def test_shape_that_plays_no_part_is_not_identified(suite: RunTable) -> None:
     """Losses of a law in N and T, to which a law in width and depth fits as well."""
     analysis = analysed(suite, WIDTH_DEPTH)

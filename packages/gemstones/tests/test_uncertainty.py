@@ -26,24 +26,6 @@ from fourfold_gemstones.uncertainty import (
 )
 
 
-def test_a_weight_counts_as_copies_of_the_row(suite: RunTable) -> None:
-    """Refitting with run weights 0 and 2 is fitting the table with those runs dropped and doubled."""
-    fit = ParametricLaw(delta=1e-3).fit(suite)
-    names, index = suite.groups("run")
-    counts = np.asarray([2.0, 0, 1, 1, 1, 0, 2, 1, 1, 1, 1, 1])
-    (weighted,) = fit.law.refits(fit, suite, counts[index][None])
-    rows = np.concatenate([np.flatnonzero(counts[index] >= copy) for copy in (1, 2)])
-    copies = np.concatenate([np.full(int((counts[index] >= copy).sum()), copy) for copy in (1, 2)])
-    table = RunTable.from_columns(
-        {
-            "run": [f"{suite.run[row]} {copy}" for row, copy in zip(rows, copies, strict=True)],
-            **{name: values[rows] for name, values in suite.columns.items()},
-        }
-    )
-    assert len(names) == len(counts)
-    assert weighted.slope == pytest.approx(fit.law.fit(table).estimate.slope, abs=1e-6)
-
-
 def test_counts_keep_the_number_of_groups() -> None:
     counts = group_counts(7, 50, np.random.default_rng(0))
     assert (counts.sum(axis=1) == 7).all()

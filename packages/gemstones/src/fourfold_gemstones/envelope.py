@@ -186,7 +186,7 @@ class IsoFlopLaw(Settings):
         vertices = []
         for budget in budgets:
             parameters, tokens, loss = self._cut(table, float(budget))
-            if len(loss) < 4:
+            if len(np.unique(parameters)) < 4:
                 continue
             curve, tilt, _ = np.polyfit(np.log(parameters), np.log(loss), 2)
             vertex = -tilt / (2 * curve) if curve > 0 else np.inf
@@ -215,12 +215,12 @@ class IsoFlopLaw(Settings):
     def refits(
         self, fit: IsoFlopFit, table: RunTable, weights: Float[np.ndarray, "draw row"]
     ) -> tuple[Line, ...]:
-        """Refitted at the same budgets to rows of non-zero weight; failed draws are left out."""
+        """Refitted at the same budgets, each row as often as its weight; failed draws are left out."""
         fixed = dataclasses.replace(self, budgets=tuple(float(budget) for budget in fit.budgets))
         lines = []
         for weight in weights:
             try:
-                lines.append(fixed.fit(table.where(weight > 0)).estimate)
+                lines.append(fixed.fit(table.repeated(weight.round().astype(int))).estimate)
             except ValueError:
                 continue
         return tuple(lines)

@@ -94,8 +94,7 @@ class PowerLaw:
                 return self.exponents[0], self.exponents[1]
             case other:
                 raise ValueError(
-                    f"a law in {other} has no closed-form slope; use allocate(), or fit a law in "
-                    f"{CHINCHILLA}"
+                    f"a law in {other} has no closed-form slope; use allocate(), or fit one in {CHINCHILLA}"
                 )
 
     def vector(self) -> Float[np.ndarray, " parameter"]:

@@ -309,7 +309,9 @@ def page(analysis: Analysis) -> str:
             "condition number": f"{certificate.condition:.3g}",
             "at a bound": ", ".join(certificate.at_bound) or "none",
         },
-        aspect=None if analysis.shaped else ASPECT,
+        counted=f"at a width of {ASPECT:g} times the depth"
+        if "width" in analysis.fit.table.columns
+        else "as 6 N T, since the table has no widths",
         near_nats=NEAR_NATS,
         fitted=drawings[0],
         residuals=drawings[1],

@@ -353,6 +353,18 @@ class RunTable:
         columns = {name: values[keep] for name, values in self.columns.items()}
         return replace(self, run=self.run[keep], columns=MappingProxyType(columns))
 
+    def repeated(self, counts: Int[np.ndarray, " row"]) -> RunTable:
+        """Each row as often as its count; a further copy belongs to a run of its own."""
+        copies = [np.flatnonzero(counts > copy) for copy in range(int(counts.max()))]
+        rows = np.concatenate(copies)
+        names = [
+            f"{self.run[row]}, copy {copy + 1}" if copy else str(self.run[row])
+            for copy, of_copy in enumerate(copies)
+            for row in of_copy
+        ]
+        columns = {name: values[rows] for name, values in self.columns.items()}
+        return replace(self, run=np.asarray(names), columns=MappingProxyType(columns))
+
     def write(self, path: StrPath) -> None:
         """Write run and columns as CSV, which `read` takes."""
         with whole_file(Path(path)) as partial, partial.open("w", newline="") as file:

@@ -270,8 +270,8 @@ def threshold_instability(records: Records) -> Finding:
         "contradicted" if stable else "reproduced",
         f"largest spread {spread[worst]:.4f} over thresholds 1e-3 to 1e-6, {worst}",
         event,
-        "at the global optimum the slope does not depend on the threshold: the instability was the "
-        "optimiser's"
+        "at the global optimum the slope does not depend on the threshold: the instability was "
+        "the optimiser's"
         if stable
         else "the slope depends on the threshold",
     )
