@@ -323,6 +323,9 @@ def test_a_checkpoint_is_a_folder_that_transformers_reads(tmp_path: Path, small_
     prompt = tokenizer("the grid holds", return_tensors="pt")
     made = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     assert tokenizer.decode(made[0]).startswith("the grid holds")
+    assert model.generation_config.use_cache
+    plain = ours.generate(**prompt, max_new_tokens=8, do_sample=False, use_cache=False)
+    assert torch.equal(made, plain)
     again = Published(name=last.path, revision="main", licence="made here")
     assert from_json(to_json(again)) == again
     for name, weight in again.build(seed=0).state_dict().items():

@@ -43,8 +43,10 @@ def files(model: nn.Module, tokens: TokenFile) -> dict[str, bytes]:
         folder = Path(name)
         config.save_pretrained(folder)
         if model.generation_config is not None:
+            settings = copy.deepcopy(model.generation_config)
+            settings.use_cache = True  # training goes without one, generation need not
             # Published settings may be such as `save_pretrained` refuses; they are kept as they are.
-            model.generation_config.to_json_file(folder / "generation_config.json")
+            settings.to_json_file(folder / "generation_config.json")
         if tokens.has_tokenizer:
             tokens.tokenizer().tokenizer.save_pretrained(folder)
         return {

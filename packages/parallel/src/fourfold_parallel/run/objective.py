@@ -1,4 +1,4 @@
-"""A training step minimises an objective. Papers bring a mask or a whole one; the loop knows neither."""
+"""A training step minimises an objective. Papers bring a target mask, or an objective of their own."""
 
 import importlib.metadata
 from collections.abc import Sequence
