@@ -68,7 +68,7 @@ def decode(
             f"queries {tuple(queries.shape)} of {queries.dtype} on {queries.device} with keys "
             f"{tuple(keys.shape)}, values {tuple(values.shape)} and leading coordinates "
             f"{tuple(leading.shape)}: the compiled kernel takes tensors of one cache, contiguous float32 or "
-            f"bfloat16 on a CPU, widths that are multiples of {LANES}, room that is one of {BLOCK}, and needs "
+            f"bfloat16 on a CPU, widths that are multiples of {LANES}, room of {BLOCK}, and needs "
             f"one of {', '.join(native.COMPILERS)}; use kernels.cpu"
         )
     filled = -(-read.length // read.page)
