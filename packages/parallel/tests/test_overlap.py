@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from fourfold_parallel.grid.collectives import SILENT, Event, Observer, Trace
+from fourfold_parallel.grid.collectives import SILENT, Observer, Trace, TraceEvent
 from fourfold_parallel.grid.gradients import local
 from fourfold_parallel.grid.layers import RESIDUAL, RMSNorm
 from fourfold_parallel.grid.linear import Linear, bias_cut, weight_cut
@@ -212,7 +212,9 @@ def test_every_overlap_under_every_checkpointing(sizes: Sizes) -> None:
         )  # fmt: skip
 
 
-def traced_step(sizes: Sizes, overlaps: Overlaps, kept: str = "all", **how: bool) -> list[Event]:
+def traced_step(
+    sizes: Sizes, overlaps: Overlaps, kept: str = "all", **how: bool
+) -> list[TraceEvent]:
     """The events of a step after the first, on this rank."""
     trace = Trace()
     _, grid, schedule, mesh = stacks(sizes, overlaps, trace, **how)
@@ -224,7 +226,9 @@ def traced_step(sizes: Sizes, overlaps: Overlaps, kept: str = "all", **how: bool
     return trace.events
 
 
-def place(events: list[Event], moment: str, what: str, layer: str, *, last: bool = False) -> int:
+def place(
+    events: list[TraceEvent], moment: str, what: str, layer: str, *, last: bool = False
+) -> int:
     found = [
         index
         for index, event in enumerate(events)
@@ -328,7 +332,7 @@ def test_a_model_on_the_grid_can_be_copied_and_pickled() -> None:
     run_on_ranks(4, copies_work, sizes=(1, 2, 2, 1))
 
 
-def frozen_weights_are_quiet(sizes: Sizes) -> list[Event]:
+def frozen_weights_are_quiet(sizes: Sizes) -> list[TraceEvent]:
     trace = Trace()
     _, grid, schedule, mesh = stacks(sizes, Overlaps(), trace)
     for name, parameter in grid.named_parameters():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fourfold_parallel.grid.collectives import Event, Trace
+from fourfold_parallel.grid.collectives import Trace, TraceEvent
 from fourfold_parallel.grid.linear import Linear, bias_cut, weight_cut
 from fourfold_parallel.grid.products import Products
 from fourfold_parallel.grid.schedule import Overlaps, Schedule
@@ -17,7 +17,7 @@ K, N, TOKENS, ELEMENT = 16, 32, 64, 8
 """Inputs, outputs and tokens that every grid of 8 divides; bytes of a float64."""
 
 
-def one_layer(sizes: Sizes, *, swapped: bool, keeps_tile: bool) -> list[Event]:
+def one_layer(sizes: Sizes, *, swapped: bool, keeps_tile: bool) -> list[TraceEvent]:
     """The events of the second forward and backward of one layer."""
     trace = Trace()
     mesh = mesh_of(sizes).observed(trace)

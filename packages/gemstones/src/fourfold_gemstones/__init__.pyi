@@ -35,3 +35,5 @@ from .uncertainty import difference as difference
 from .uncertainty import leave_one_out as leave_one_out
 from .uncertainty import paired_bootstrap as paired_bootstrap
 from .uncertainty import slope as slope
+
+__version__: str

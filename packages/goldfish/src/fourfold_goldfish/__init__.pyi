@@ -15,3 +15,5 @@ from .memorization import Sampling as Sampling
 from .memorization import extract as extract
 from .memorization import rouge_l as rouge_l
 from .objective import CompactedNextToken as CompactedNextToken
+
+__version__: str

@@ -33,3 +33,5 @@ from .selectors import Random as Random
 from .selectors import Selector as Selector
 from .selectors import SparQ as SparQ
 from .selectors import Streaming as Streaming
+
+__version__: str

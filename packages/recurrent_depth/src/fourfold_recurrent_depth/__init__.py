@@ -3,9 +3,9 @@
 The public names stand in `__init__.pyi`; each is imported when it is first used.
 """
 
-import importlib.metadata
+from importlib.metadata import version
 
 import lazy_loader
 
+__version__ = version("fourfold-recurrent-depth")
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-__version__ = importlib.metadata.version("fourfold-recurrent-depth")

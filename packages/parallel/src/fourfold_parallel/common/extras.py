@@ -5,17 +5,24 @@ import importlib.metadata
 from packaging.requirements import Requirement
 
 
-def remedy(missing: ModuleNotFoundError) -> str:
-    """The line that installs a module that is not there, and is enough.
+def remedy(missing: ModuleNotFoundError, *, distribution: str) -> str:
+    """What to install for a module that is not there, in one line that is enough.
 
     The line names the libraries themselves: fourfold's own names need not be on any index.
+
+    Args:
+        missing: what the import raised.
+        distribution: the package that needed it (`fourfold-loki`), whose extras are looked at first.
     """
     module = (missing.name or "").partition(".")[0]
-    for distribution in importlib.metadata.distributions():
-        name = distribution.metadata["Name"] or ""
-        if not name.startswith("fourfold-"):
-            continue
-        for extra in distribution.metadata.get_all("Provides-Extra") or ():
+    ours = [
+        candidate
+        for candidate in importlib.metadata.distributions()
+        if (candidate.metadata["Name"] or "").startswith("fourfold-")
+    ]
+    for candidate in sorted(ours, key=lambda other: other.metadata["Name"] != distribution):
+        name = candidate.metadata["Name"]
+        for extra in candidate.metadata.get_all("Provides-Extra") or ():
             needed = _libraries(name, extra)
             if module in {_module(requirement) for requirement in needed}:
                 words = " ".join(f"'{requirement}'" for requirement in needed)

@@ -61,7 +61,7 @@ Wire = Unchanged | Cast
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
+class TraceEvent:
     """One thing that happened on this rank, in the order in which it happened."""
 
     moment: Literal["start", "wait", "product"]
@@ -80,12 +80,12 @@ class Observer:
 
     __slots__ = ()
 
-    def started(self, event: Event) -> float:
+    def started(self, event: TraceEvent) -> float:
         """A collective was started; the result is handed to `waited`."""
         del event
         return 0.0
 
-    def waited(self, event: Event, token: float) -> None:
+    def waited(self, event: TraceEvent, token: float) -> None:
         """The result of a collective is about to be used."""
 
     def product(self, what: str, layer: str) -> None:
@@ -101,21 +101,21 @@ class Trace(Observer):
 
     latency_s: float = 0.0
     """Time in seconds between the start of a collective and the earliest end of its wait."""
-    events: list[Event] = field(default_factory=list)
+    events: list[TraceEvent] = field(default_factory=list)
 
-    def started(self, event: Event) -> float:
+    def started(self, event: TraceEvent) -> float:
         """Note the start and its time."""
         self.events.append(event)
         return time.perf_counter()
 
-    def waited(self, event: Event, token: float) -> None:
+    def waited(self, event: TraceEvent, token: float) -> None:
         """Note the wait, after the rest of the latency."""
         self.events.append(event)
         time.sleep(max(0.0, token + self.latency_s - time.perf_counter()))
 
     def product(self, what: str, layer: str) -> None:
         """Note the product."""
-        self.events.append(Event(moment="product", what=what, layer=layer))
+        self.events.append(TraceEvent(moment="product", what=what, layer=layer))
 
     def volume(self) -> dict[tuple[str, str], tuple[int, int]]:
         """Calls and payload bytes by (axis, verb)."""
@@ -153,7 +153,7 @@ class Pending:
             self._under_way = False
             observer = self._axis.observer
             if observer is not SILENT:
-                event = Event(
+                event = TraceEvent(
                     moment="wait", what=self._verb, layer=self._layer, axis=self._axis.name
                 )
                 observer.waited(event, self._token)
@@ -354,7 +354,9 @@ class Axis:
         token = 0.0
         if self.observer is not SILENT:
             token = self.observer.started(
-                Event(moment="start", what=verb, layer=layer, axis=self.name, payload_bytes=payload)
+                TraceEvent(
+                    moment="start", what=verb, layer=layer, axis=self.name, payload_bytes=payload
+                )
             )
         if work is None and not torch.compiler.is_compiling():
             result = _functional.wait_tensor(result)  # at once: never two of them under way

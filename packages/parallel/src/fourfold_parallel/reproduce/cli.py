@@ -52,7 +52,10 @@ def main(
             sort_subcommands=False,
         )
     except ModuleNotFoundError as missing:
-        target.print(Text.assemble(("error: ", "red"), remedy(missing)), soft_wrap=True)
+        target.print(
+            Text.assemble(("error: ", "red"), remedy(missing, distribution=distribution["Name"])),
+            soft_wrap=True,
+        )
         sys.exit(2)
     except (ValueError, OSError) as error:
         target.print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)

@@ -161,6 +161,7 @@ def perform(
             f"{experiment.package} has nothing to run here at scale {scale!r}; "
             f"see its launch lines: python -m fourfold_{experiment.package} reproduce --scale paper"
         )
+    experiment.drawings(scale)  # a figure library that is missing is missed now, not after hours
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     records: dict[str, Record] = {}
