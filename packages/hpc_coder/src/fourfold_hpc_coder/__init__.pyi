@@ -29,3 +29,5 @@ from .vocabulary import Processors as Processors
 from .vocabulary import Prompt as Prompt
 from .vocabulary import Sample as Sample
 from .vocabulary import Verdict as Verdict
+
+__version__: str
