@@ -59,6 +59,21 @@ def test_every_verdict_has_its_record_line(results: Path) -> None:
         assert any(event.line == int(line) for event in record.events)
 
 
+SECTIONS = ("Use it", "The idea", "What we found", "Where to read next", "Deviations", "Citation")
+"""Headings that every package's README has, in this order; others may stand between."""
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda page: page.parent.name)
+def test_every_readme_has_the_same_parts_in_the_same_order(readme: Path) -> None:
+    """The second package that one reads costs a tenth of the first. Each says how it is installed."""
+    text = readme.read_text()
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert [heading for heading in headings if heading in SECTIONS] == list(SECTIONS)
+    if readme.parent.name != "parallel":
+        assert f"pip install ./packages/parallel ./packages/{readme.parent.name}" in text
+        assert "](results/README.md)" in text
+
+
 @pytest.mark.parametrize("readme", READMES, ids=lambda page: page.parent.name)
 def test_readme_code_runs_or_is_quoted(
     readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,6 +1,7 @@
 """Packages combined: the scripts as a person calls them."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,17 @@ def test_a_wrong_package_name_is_refused_with_the_right_ones() -> None:
     assert called.returncode == 2
     assert "no package 'goldfsh' is installed" in called.stderr
     assert "goldfish" in called.stderr
+
+
+@pytest.mark.parametrize("package", installed())
+def test_the_papers_own_runs_are_commands_that_there_are(package: str, tmp_path: Path) -> None:
+    """Each launch line names a subcommand and options that its package's parser takes."""
+    for launch in experiment_of(package).launches():
+        module, subcommand, *words = launch.command.removeprefix("-m ").split()
+        called = call("-m", module, subcommand, "--help")
+        assert called.returncode == 0, called.stderr
+        options = {word for word in words if word.startswith("--")}
+        assert options <= set(re.findall(r"--[a-z-]+", called.stdout)), launch.command
 
 
 def test_no_packages_at_a_time_is_refused(tmp_path: Path) -> None:

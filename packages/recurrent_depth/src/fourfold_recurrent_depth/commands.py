@@ -41,7 +41,8 @@ def train(
     corpus = TextFiles(paths=tuple(map(str, text)), licence=licence)
     corpus.files()  # refuses missing files before anything is loaded
     assert isinstance(run.data, Packed)
-    run = replace(run, name=f"{shape}-own-text", data=replace(run.data, corpus=corpus))
+    data = replace(run.data, corpus=corpus)
+    run = replace(run, name=f"{shape}-own-text", data=data)
     target = terminal.console()
     terminal.start(target)
     bars = terminal.Bars(target, 1)
@@ -54,6 +55,6 @@ def train(
         )
     if is_main_rank():
         trained_model(run, last).save_pretrained(out / "model")
-        tokens = tokenize(corpus, run.data.tokenizer)
+        tokens = tokenize(corpus, data.tokenizer)
         tokens.tokenizer().tokenizer.save_pretrained(str(out / "model"))
         target.print(f"AutoModelForCausalLM.from_pretrained reads {out / 'model'}")

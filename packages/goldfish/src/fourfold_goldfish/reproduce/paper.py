@@ -10,7 +10,7 @@ from typing import Literal
 from fourfold_goldfish.reproduce.buckets import Buckets
 from fourfold_goldfish.reproduce.recipes import AUTHORS, Attack
 from fourfold_parallel.grid.engine import Fourfold
-from fourfold_parallel.reproduce.experiment import Launch
+from fourfold_parallel.reproduce.launches import Launch
 from fourfold_parallel.run.corpora import Corpus
 from fourfold_parallel.run.engines import DDP, Engine
 from fourfold_parallel.run.models import Llama, Model, Published
@@ -168,23 +168,25 @@ def named(
 
 
 def launches() -> tuple[Launch, ...]:
-    """Command lines that start the paper's runs; `$HEAD` is the name of the first node."""
+    """How the papers' runs are started."""
     data = "--passages wikipedia/ --background redpajama/"
     return (
         _launch(
+            "tinyllama-k4",
             "TinyLlama-1.1B, 20 B tokens, one run for each of plain, k3, k4, k8, k32, k128",
-            "128 GPUs of 64 GB as in the paper (or fewer, longer), 100 GB of text in memory; HEAD is the "
-            "first node's name",
+            "128 GPUs of 64 GB as in the paper (or fewer, longer), 100 GB of text in memory",
             f"train tinyllama --arm k4 --weights TinyLlama-1.1B/ {data}",
             nodes=16,
         ),
         _launch(
+            "tinyllama-equal-supervision-k4",
             "the same on as many supervised tokens, 26.7 B at k=4",
             "as above",
             f"train tinyllama-equal-supervision --arm k4 --weights TinyLlama-1.1B/ {data}",
             nodes=16,
         ),
         _launch(
+            "axonn-study-k2",
             "AxoNN's bucket study, one run for each model and for plain and k2",
             "a node for 8 B parameters, 128 nodes for 405 B",
             f"train axonn-study --arm k2 --weights Llama-3.1-8B/ --learning-rate 1e-5 {data}",
@@ -193,12 +195,13 @@ def launches() -> tuple[Launch, ...]:
     )
 
 
-def _launch(title: str, needs: str, words: str, *, nodes: int) -> Launch:
-    module = f"-m fourfold_goldfish {words}"
-    rendezvous = "--rdzv-backend c10d --rdzv-endpoint $HEAD:29500 " if nodes > 1 else ""
+def _launch(name: str, title: str, needs: str, words: str, *, nodes: int) -> Launch:
     return Launch(
+        name=name,
         title=title,
         needs=needs,
-        torchrun=f"torchrun --nnodes {nodes} --nproc-per-node 8 {rendezvous}{module}",
-        slurm=f"srun --nodes {nodes} --ntasks-per-node 8 --gpus-per-task 1 python {module}",
+        command=f"-m fourfold_goldfish {words}",
+        nodes=nodes,
+        gpus=8,
+        hours=24,
     )

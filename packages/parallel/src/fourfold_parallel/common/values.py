@@ -83,8 +83,9 @@ def to_json(value: object) -> Json:
 
 
 def _as_declared(field: dataclasses.Field[Any], value: object) -> object:
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    return float(value) if is_whole and field.type in (float, "float") else value
+    if field.type in (float, "float") and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
 
 
 def strict(json_value: Json) -> Json:

@@ -201,9 +201,10 @@ def _have_addresses(
         is_float = type(weight) is nn.Parameter and weight.dtype == torch.float32
         if not (is_float and weight.is_cpu and weight.is_contiguous()):
             return False
+    written_blocks: Any = blocks  # their modules are those of SandwichBlock, as was checked above
     shapes = {
         (part.mlp.proj.weight.shape, part.attn.qk_bias.shape, part.mlp.fc.weight.shape)
-        for part in blocks
+        for part in written_blocks
     }
     norms = {part.eps for part in modules if hasattr(part, "eps")}
     (width, hidden), bias, _ = next(iter(shapes))

@@ -395,8 +395,8 @@ def _launches() -> Sequence[Launch]:
         Launch(
             name=run.name,
             title=f"{run.name}, {run.steps} steps of {run.tokens_per_step / 1e6:.1f} M tokens",
-            needs="4,096 GPUs of 64 GB, and the published data mix as text files of its own",
-            command="-m fourfold_recurrent_depth train huginn --text $TEXTS --out huginn-0125",
+            needs="4,096 GPUs of 64 GB, and the published data mix as text files in texts/",
+            command="-m fourfold_recurrent_depth train huginn --text texts/*.txt --out huginn-0125",
             nodes=512,
             gpus=8,
             hours=24,
