@@ -21,7 +21,9 @@ def drawn(seed: int = 0, width: int = 32) -> torch.Tensor:
     return TokenStates(seed=seed).of(tokens, torch.arange(64)[None], width)
 
 
-@pytest.mark.parametrize("states", [drawn(), state_table(4096, 32, seed=3).states])
+@pytest.mark.parametrize(
+    "states", [drawn(), drawn(seed=7), drawn(seed=-(2**40)), state_table(4096, 32, seed=3).states]
+)
 def test_states_follow_the_initial_law(states: torch.Tensor) -> None:
     """N(0, 2/5), cut at three standard deviations: the distribution, not its moments alone."""
     law = stats.truncnorm(-CUT, CUT, scale=0.4**0.5)

@@ -56,10 +56,13 @@ class TokenStates:
         """The states, float32, the same on every device up to rounding."""
         token, position, seed, feature = _ODD
         features = torch.arange(width, device=tokens.device) * feature
-        bits = (tokens * token + positions * position + self.seed * seed).unsqueeze(-1) + features
-        # The finalizer of SplitMix64 (Steele, Lea, Flood 2014); products wrap around.
+        # Python's numbers do not wrap around by themselves, as a tensor's do.
+        origin = (self.seed * seed + 2**63) % 2**64 - 2**63
+        bits = (tokens * token + positions * position + origin).unsqueeze(-1) + features
+        # The finalizer of SplitMix64 (Steele, Lea, Flood 2014); products wrap around. Torch shifts copies of
+        # the sign in, which the mask takes out again.
         for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
-            bits = (bits ^ (bits >> shift)) * factor
+            bits = (bits ^ ((bits >> shift) & (2 ** (64 - shift) - 1))) * factor
         uniform = ((bits >> 40).float() + 0.5) * (math.erf(CUT / math.sqrt(2)) / 2**23)
         return torch.erfinv(uniform) * math.sqrt(2 * 2 / 5)
 
