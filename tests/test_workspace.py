@@ -191,3 +191,17 @@ def test_the_repository_stays_small() -> None:
     sizes = {path: path.stat().st_size for path in tracked()}
     assert sum(sizes.values()) < 30e6
     assert {path.name for path, size in sizes.items() if size > 1.5e6} == set()
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=IDS)
+def test_variables_are_named_after_what_they_hold(member: Path) -> None:
+    """A pronoun is no name: `found` was a dict, a match, a tuple and a list."""
+    pronouns = [
+        f"{path.name}:{node.lineno} {node.id}"
+        for path in source_of(member).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Name)
+        and isinstance(node.ctx, ast.Store)
+        and node.id in {"one", "found"}
+    ]
+    assert pronouns == []

@@ -147,7 +147,7 @@ class RecurrentCache(Cache):
         tokens = key_states.shape[2]
         self._reserve(key_states)
         stop = self.length + tokens
-        found = []
+        filled = []
         for slots, states in (
             (self._key_slots, key_states),
             (self._value_slots, value_states),
@@ -158,7 +158,7 @@ class RecurrentCache(Cache):
                 if self._running is not None:
                     states = torch.where(self._running, states, new)  # noqa: PLW2901
                 new.copy_(states)
-                found.append(slot[:, :, :stop])
+                filled.append(slot[:, :, :stop])
             else:
                 # One copy of the survivors' context, and the write into both.
                 here = slot[:, :, :stop].index_select(0, self._rows)
@@ -167,8 +167,8 @@ class RecurrentCache(Cache):
                     states = torch.where(self._running, states, new)  # noqa: PLW2901
                 new.copy_(states)
                 slot[:, :, self.length : stop].index_copy_(0, self._rows, new)
-                found.append(here)
-        return found[0], found[1]
+                filled.append(here)
+        return filled[0], filled[1]
 
     def views(
         self, like: Float[Tensor, "row head token width"], slots: Sequence[int], layers: int

@@ -38,11 +38,11 @@ def load_published(
         model = RecurrentDepthForCausalLM(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     weights = _training_weights(training) if training else None
-    found = _shapes(folder) if weights is None else {n: tuple(w.shape) for n, w in weights.items()}
+    shapes = _shapes(folder) if weights is None else {n: tuple(w.shape) for n, w in weights.items()}
     optional = {"freqs_cis"} | ({"lm_head.weight"} if config.tie_embeddings else set())
-    missing = sorted(set(expected) - set(found) - optional)
-    extra = sorted(set(found) - set(expected))
-    other = sorted(name for name in set(found) & set(expected) if found[name] != expected[name])
+    missing = sorted(set(expected) - set(shapes) - optional)
+    extra = sorted(set(shapes) - set(expected))
+    other = sorted(name for name in set(shapes) & set(expected) if shapes[name] != expected[name])
     if missing or extra or other:
         raise ValueError(
             f"{training or folder} is not a checkpoint of its config: {len(missing)} keys missing "
@@ -66,20 +66,20 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no safetensors; name the folder of the weights")
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
-                found[name] = tuple(file.get_slice(name).get_shape())
-    return found
+                shapes[name] = tuple(file.get_slice(name).get_shape())
+    return shapes
 
 
 def _training_weights(path: Path) -> dict[str, Tensor]:
     """Weights of a training checkpoint: the prefix off, the second copy (`forward_module`) left out."""
-    held: Any = torch.load(path, map_location="cpu", weights_only=True)
-    held = held.get("model", held)
+    saved: Any = torch.load(path, map_location="cpu", weights_only=True)
+    saved = saved.get("model", saved)
     return {
         name.removeprefix(TRAINING_PREFIX): tensor
-        for name, tensor in held.items()
+        for name, tensor in saved.items()
         if "forward_module" not in name
     }

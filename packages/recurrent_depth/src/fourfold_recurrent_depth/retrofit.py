@@ -233,7 +233,7 @@ def retrofit(
 
 def _refuse_more_than_layers(config: Any) -> None:
     """Raise for models that scale embeddings or logits, or hide tokens beyond a window."""
-    found = {
+    beyond = {
         name: getattr(config, name, None)
         for name in (
             "embedding_multiplier",
@@ -246,13 +246,13 @@ def _refuse_more_than_layers(config: Any) -> None:
     kinds = set(
         getattr(config, "layer_types", None) or ["full_attention" if window is None else "sliding"]
     )
-    found = {name: value for name, value in found.items() if value not in (None, 1, 1.0)}
+    beyond = {name: value for name, value in beyond.items() if value not in (None, 1, 1.0)}
     if kinds != {"full_attention"}:
-        found["sliding_window"] = window
-    if found:
-        told = ", ".join(f"{name}={value}" for name, value in found.items())
+        beyond["sliding_window"] = window
+    if beyond:
+        named = ", ".join(f"{name}={value}" for name, value in beyond.items())
         raise ValueError(
-            f"{config.model_type} computes with {told} outside of its layers, which retrofit does not take "
+            f"{config.model_type} computes with {named} outside of its layers, which retrofit does not take "
             "over; use a model of plain layers, as Llama's or Qwen's without windows"
         )
 

@@ -170,9 +170,9 @@ class GridSession:
         """
         casts = self._precision == "bf16"
         autocast = torch.autocast(self.device.type, torch.bfloat16) if casts else nullcontext()
-        held: AbstractContextManager[None] = nullcontext() if is_last else self._reducer.hold()
+        sums_wait: AbstractContextManager[None] = nullcontext() if is_last else self._reducer.hold()
         try:
-            with held, autocast:
+            with sums_wait, autocast:
                 yield
         except BaseException:
             self.parallel.abandon()

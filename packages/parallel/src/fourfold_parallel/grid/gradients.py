@@ -83,8 +83,8 @@ class _Bucket:
         if summed.data_ptr() != self.flat.data_ptr():
             parameters = self.parts if self.is_whole else self.arrived
             parts = [self.parts[parameter] for parameter in parameters]
-            for part, one in zip(parts, summed.split([p.numel() for p in parts]), strict=True):
-                part.copy_(one.view_as(part))
+            for part, total in zip(parts, summed.split([p.numel() for p in parts]), strict=True):
+                part.copy_(total.view_as(part))
         self.arrived = []
 
 
@@ -161,7 +161,7 @@ class DataReducer:
         gradient = local(parameter.grad)
         fellows = self._new.setdefault(gradient.dtype, [])
         fellows.append(parameter)
-        if sum(local(one.grad).nbytes for one in fellows) >= self._bucket_bytes:
+        if sum(local(fellow.grad).nbytes for fellow in fellows) >= self._bucket_bytes:
             self._close(self._new.pop(gradient.dtype))
 
     def _close(self, parameters: list[Tensor]) -> None:
@@ -181,7 +181,7 @@ class DataReducer:
             self._close(parameters)
         self._new = {}
         # In the order of arrival, which is the same on every rank.
-        touched = {id(one): one for one in (self._buckets[p] for p in self._finished)}
+        touched = {id(bucket): bucket for bucket in (self._buckets[p] for p in self._finished)}
         for bucket in touched.values():
             if not bucket.is_whole:
                 self._send(bucket)
@@ -204,30 +204,33 @@ def gradient_norm(
         order: 1, 2, any positive number, or infinity.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    held = [(one, local(one).detach()) for one in gradients if local(one).numel()]
+    filled = [(grad, local(grad).detach()) for grad in gradients if local(grad).numel()]
     if not gradients:
         return torch.zeros((), device=torch.device(mesh.torch_mesh.device_type))
     dtype = torch.promote_types(local(gradients[0]).dtype, torch.float32)
     # Along the other axes every rank has the same sum: what was summed over data is bitwise equal.
-    cuts = {one.placements: {*mesh.cut_of(one)} for one in gradients if isinstance(one, DTensor)}
+    cuts = {
+        grad.placements: {*mesh.cut_of(grad)} for grad in gradients if isinstance(grad, DTensor)
+    }
     axes = [axis for axis in mesh.axes if any(axis.name in cut for cut in cuts.values())]
     norms = torch.zeros(1, dtype=dtype, device=local(gradients[0]).device)
-    if held:
-        pieces = [piece for _, piece in held]
+    if filled:
+        pieces = [piece for _, piece in filled]
         norms = torch.stack(torch._foreach_norm(pieces, order, dtype=dtype))  # pyright: ignore[reportPrivateImportUsage]  # noqa: SLF001 - as torch's own clipping
     if math.isinf(order):
         total = norms.max()
         for axis in axes:
             total = axis.all_reduce(total, op="max", layer="gradient_norm").wait()
         return total
-    if axes and held:
+    if axes and filled:
         copies = {
             placements: math.prod(axis.size for axis in axes if axis.name not in cut)
             for placements, cut in cuts.items()
         }
         everywhere = math.prod(axis.size for axis in axes)
         counts = [
-            copies[one.placements] if isinstance(one, DTensor) else everywhere for one, _ in held
+            copies[grad.placements] if isinstance(grad, DTensor) else everywhere
+            for grad, _ in filled
         ]
         norms = norms * norms.new_tensor(counts).pow(-1 / order)
     total = torch.linalg.vector_norm(norms, order)

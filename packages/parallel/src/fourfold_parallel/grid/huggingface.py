@@ -200,12 +200,12 @@ def parallelize(
         ValueError: A module cannot be cut, heads do not divide, or a model on the meta device came
             without weights. Raised on every rank alike, before any collective.
     """
-    found = rules_for(model, rules or {})
-    check_sizes(model, found, {axis.name: axis.size for axis in mesh.axes})
-    stretch = find_stretch(model, found) if cuts_tokens else None
+    rules_of = rules_for(model, rules or {})
+    check_sizes(model, rules_of, {axis.name: axis.size for axis in mesh.axes})
+    stretch = find_stretch(model, rules_of) if cuts_tokens else None
     norms = {
         name: norm_kind(name, model.get_submodule(name))
-        for name, rule in found.items()
+        for name, rule in rules_of.items()
         if isinstance(rule, ResidualNorm)
     }
     if weights is None and any(p.is_meta for p in model.parameters()):
@@ -227,10 +227,10 @@ def parallelize(
     with open_weights(weights) if weights is not None else _held(model) as source:
         builder.source = source
         # Modules of other modules first: what holds them takes them over.
-        for name, rule in sorted(found.items(), key=lambda item: isinstance(item[1], OfHeads)):
+        for name, rule in sorted(rules_of.items(), key=lambda item: isinstance(item[1], OfHeads)):
             module = model.get_submodule(name)
             model.set_submodule(name, builder.layer(name, module, rule, norms.get(name)))
-    _count_local_heads(model, found, mesh.row)
+    _count_local_heads(model, rules_of, mesh.row)
     if stretch is not None:
         cut_tokens(model, stretch, mesh.row)
     _fill_buffers(model, mesh.torch_mesh.device_type)

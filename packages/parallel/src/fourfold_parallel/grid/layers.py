@@ -68,8 +68,8 @@ class Embedding(Layer):
             tile = F.pad(tile, (0, 0, 0, 1))
         elsewhere = (tokens < self.start) | (tokens >= self.stop)
         here = (tokens - self.start).masked_fill(elsewhere, 0)
-        found = F.embedding(here, tile, padding_idx=self.padding)
-        embedding = self.mesh.row.sum(found.masked_fill(elsewhere.unsqueeze(-1), 0))
+        rows = F.embedding(here, tile, padding_idx=self.padding)
+        embedding = self.mesh.row.sum(rows.masked_fill(elsewhere.unsqueeze(-1), 0))
         if self.scale == 1.0:
             return embedding
         # Gemma keeps its scale in float32 and rounds it to the embedding's number format.
@@ -154,7 +154,7 @@ class Mixing(Copied):
     ) -> Float[Tensor, "*batch piece"]:
         """The inner module's result, for this rank's features."""
         col = self.mesh.col
-        inputs = [col.whole(one, dim=-1, length=self.width, used="alike") for one in pieces]
+        inputs = [col.whole(piece, dim=-1, length=self.width, used="alike") for piece in pieces]
         return self.piece(super().forward(*inputs, **options))
 
     def piece(self, whole: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch piece"]:
@@ -394,9 +394,9 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         ignored = targets == IGNORED
         elsewhere = ignored | (targets < start) | (targets >= stop)
         here = (targets - start).masked_fill(elsewhere, 0).unsqueeze(-1)
-        found = shifted.gather(-1, here).squeeze(-1) if stop > start else largest
+        own = shifted.gather(-1, here).squeeze(-1) if stop > start else largest
         exponentials = shifted.exp_()
-        sums = torch.stack([exponentials.sum(-1), found.masked_fill(elsewhere, 0)])
+        sums = torch.stack([exponentials.sum(-1), own.masked_fill(elsewhere, 0)])
         partition, target = row.all_reduce(sums, layer="loss").wait()
         ctx.save_for_backward(exponentials, partition, here, elsewhere, ignored)
         ctx.dtype = logits.dtype

@@ -155,12 +155,12 @@ class Stored:
         rows, *others = slices
         features = shape[0] // self.parts
         first, last = rows.start // self.parts, -(-rows.stop // self.parts)
-        found = []
+        pieces = []
         for part in range(self.parts):
             index = (slice(part * features + first, part * features + last), *others)
             piece = source[index[::-1] if self.transposed else index]
-            found.append(piece.t() if self.transposed else piece)
-        kept = rearrange(torch.stack(found), "part f ... -> (f part) ...")
+            pieces.append(piece.t() if self.transposed else piece)
+        kept = rearrange(torch.stack(pieces), "part f ... -> (f part) ...")
         skipped = rows.start - first * self.parts
         return kept[skipped : skipped + rows.stop - rows.start]
 

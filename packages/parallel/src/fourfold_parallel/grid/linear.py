@@ -169,8 +169,8 @@ class Linear(Layer):
     def forward(self, x: Float[Tensor, "*batch piece"]) -> Float[Tensor, "*batch2 piece_out"]:
         """From this rank's tokens and input features to its output features."""
         visit = self.visit()  # has this layer's gather under way (step 1), and starts the next's
-        weight = visit.held["weight"].piece
-        bias = visit.held["bias"].piece if self.bias is not None else None
+        weight = visit.parameters["weight"].piece
+        bias = visit.parameters["bias"].piece if self.bias is not None else None
         x = x.to(weight.dtype)  # as autocast would; the product itself runs with autocast off
         if torch.is_autocast_enabled(x.device.type):  # entering the context costs time
             with torch.autocast(x.device.type, enabled=False):
@@ -212,7 +212,7 @@ class _GridProduct(torch.autograd.Function):
 
         ctx.layer = layer
         # Where backward leaves dW and db under way, for `_AwaitGradient` to wait for.
-        ctx.late = {name: held.late for name, held in visit.held.items()}
+        ctx.late = {name: parameter.late for name, parameter in visit.parameters.items()}
         ctx.dtype, ctx.state = piece.dtype, layer.state()
         # Step 4 gathers the parameter itself; backward refuses one that has changed by then.
         ctx.save_for_backward(x, tile if layer.keeps_tile else None)

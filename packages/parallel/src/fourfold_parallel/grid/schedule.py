@@ -49,7 +49,7 @@ ALL_OVERLAPS = Overlaps()
 NO_OVERLAP = Overlaps(input_gradient=False, weight_gradient=False, weights=False)
 
 
-class Late:
+class DeferredGradient:
     """The gradient of one use of one parameter, between its start and its wait."""
 
     __slots__ = ("_pending", "_shape", "immediate")
@@ -79,17 +79,17 @@ class Late:
         return pending.wait()
 
 
-AT_ONCE = Late(torch.Size(), immediate=True)
+AT_ONCE = DeferredGradient(torch.Size(), immediate=True)
 """Of every gradient that nobody waits for later: it remembers nothing."""
 
 
 @dataclass(slots=True, kw_only=True)
-class Held:
+class VisitParameter:
     """One parameter during one visit of its layer."""
 
     piece: Tensor
     """This rank's piece, known to autograd, in the number format of the computation."""
-    late: Late
+    late: DeferredGradient
     gather: Pending | None = None
     """The gather of the tile, once it was started."""
 
@@ -109,7 +109,7 @@ class Visit:
     """One pass through one layer, forward or backward, with the parameters it holds."""
 
     request: Request
-    held: dict[str, Held]
+    parameters: dict[str, VisitParameter]
     made_for: tuple[Any, ...] = ()
     """State of the parameters, for a visit made ahead: if it has changed, the visit is void."""
 
@@ -117,24 +117,24 @@ class Visit:
         """Start the gathers that are not yet under way."""
         layer = self.request.layer
         for name in layer.tiled:
-            held = self.held[name]
-            if held.gather is None:
-                held.gather = layer.mesh.depth.all_gather(
-                    held.piece.detach(), rows=layer.tile_rows[name], layer=layer.name
+            parameter = self.parameters[name]
+            if parameter.gather is None:
+                parameter.gather = layer.mesh.depth.all_gather(
+                    parameter.piece.detach(), rows=layer.tile_rows[name], layer=layer.name
                 )
 
     def wait_for_tile(self, name: str) -> Tensor:
         """The tile, waited for. The visit lets go of it: it may be asked for once."""
-        held = self.held[name]
-        gather, held.gather = held.gather, None
+        parameter = self.parameters[name]
+        gather, parameter.gather = parameter.gather, None
         assert gather is not None, f"{self.request.layer.name}: no gather of {name!r} under way"
         return gather.wait()
 
     def drop(self) -> None:
         """Let the gathers finish; nobody will use them."""
-        for held in self.held.values():
-            if held.gather is not None:
-                held.gather.wait()
+        for parameter in self.parameters.values():
+            if parameter.gather is not None:
+                parameter.gather.wait()
 
 
 class Schedule:
@@ -174,9 +174,9 @@ class Schedule:
         if self.overlaps.weights or self.overlaps.weight_gradient:
             self._look_ahead()
         if not self.overlaps.weights:
-            for held in visit.held.values():
-                if held.gather is not None:
-                    held.gather.wait()
+            for parameter in visit.parameters.values():
+                if parameter.gather is not None:
+                    parameter.gather.wait()
         return visit
 
     def _advance(self, request: Request) -> None:
@@ -217,7 +217,7 @@ class Schedule:
     def _prepare(self, request: Request) -> Visit:
         layer, phase, dtype, differentiable = request
         late = self.overlaps.weight_gradient and not torch.compiler.is_compiling()
-        held: dict[str, Held] = {}
+        parameters: dict[str, VisitParameter] = {}
         for name in layer.parameter_names if phase == "forward" else layer.tiled:
             if differentiable == torch.is_grad_enabled():
                 piece = layer.local(name, dtype)
@@ -226,12 +226,12 @@ class Schedule:
                     piece = layer.local(name, dtype)
             ticket = AT_ONCE
             if late and layer.gradient_travels(name):
-                ticket = Late(piece.shape, immediate=False)
+                ticket = DeferredGradient(piece.shape, immediate=False)
                 if piece.requires_grad:
                     with torch.enable_grad():
                         piece = _AwaitGradient.apply(piece, ticket)
-            held[name] = Held(piece=piece, late=ticket)
-        return Visit(request=request, held=held)
+            parameters[name] = VisitParameter(piece=piece, late=ticket)
+        return Visit(request=request, parameters=parameters)
 
     def drop(self) -> None:
         """Let what nobody will use finish: gathers made ahead, and gradients never asked for."""
@@ -328,10 +328,12 @@ class Layer(nn.Module):
     def use(self, visit: Visit, name: str) -> Float[Tensor, "..."]:
         """A parameter ready for ordinary torch code; its gradient finds its own way."""
         if name in self.tiled:
-            return _Tile.apply(visit.held[name].piece, self, visit, name)
+            return _Tile.apply(visit.parameters[name].piece, self, visit, name)
         if axes := self._summed[name]:
-            return _Copied.apply(visit.held[name].piece, axes, visit.held[name].late, self.name)
-        return visit.held[name].piece
+            return _Copied.apply(
+                visit.parameters[name].piece, axes, visit.parameters[name].late, self.name
+            )
+        return visit.parameters[name].piece
 
     def local(self, name: str, dtype: torch.dtype) -> Tensor:
         """This rank's piece of a parameter, known to autograd, in the computation's format."""
@@ -395,7 +397,7 @@ class _AwaitGradient(torch.autograd.Function):
     """The parameter itself, forward; backward, the wait for its gradient."""
 
     @staticmethod
-    def forward(ctx: Context, parameter: Tensor, late: Late) -> Tensor:
+    def forward(ctx: Context, parameter: Tensor, late: DeferredGradient) -> Tensor:
         ctx.late = late
         return parameter.view_as(parameter)
 
@@ -412,7 +414,7 @@ class _Tile(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, piece: Tensor, layer: Layer, visit: Visit, name: str) -> Tensor:
         del piece  # autograd's end of the tile, which the visit has been gathering
-        ctx.layer, ctx.late = layer, visit.held[name].late
+        ctx.layer, ctx.late = layer, visit.parameters[name].late
         tile = visit.wait_for_tile(name)
         return tile.view_as(tile)
 
@@ -428,7 +430,7 @@ class _Copied(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Context, parameter: Tensor, axes: tuple[Axis, ...], late: Late, layer: str
+        ctx: Context, parameter: Tensor, axes: tuple[Axis, ...], late: DeferredGradient, layer: str
     ) -> Tensor:
         ctx.axes, ctx.late, ctx.layer = axes, late, layer
         return parameter.view_as(parameter)

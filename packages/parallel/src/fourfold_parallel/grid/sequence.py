@@ -64,8 +64,8 @@ def find_stretch(model: PreTrainedModel, rules: Mapping[str, Rule]) -> Stretch:
     layers: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
-            held = [f"{name}.{index}" for index in range(len(module))]
-            layers += [one for one in held if any(b.startswith(f"{one}.") for b in blocks)]
+            entries = [f"{name}.{index}" for index in range(len(module))]
+            layers += [entry for entry in entries if any(b.startswith(f"{entry}.") for b in blocks)]
     for name, rule in rules.items():
         block = next((b for b in blocks if name.startswith(f"{b}.")), None)
         if isinstance(rule, ResidualNorm) and block is not None:

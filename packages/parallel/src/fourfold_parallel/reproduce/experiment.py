@@ -198,12 +198,12 @@ def conclude(experiment: Experiment, scale: Scale, folder: Path, records: Record
 
 def load(experiment: Experiment, scale: Scale, folder: Path) -> Records:
     """The finished records of a scale in a folder; a missing or unfinished one is left out."""
-    found: dict[str, Record] = {}
+    finished: dict[str, Record] = {}
     for stage in experiment.stages(scale):
         path = folder / f"{stage.name}.jsonl"
         if _is_done(path, stage):
-            found[stage.name] = read_record(path)
-    return found
+            finished[stage.name] = read_record(path)
+    return finished
 
 
 def _draw(

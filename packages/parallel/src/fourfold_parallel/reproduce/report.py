@@ -32,25 +32,25 @@ class Section:
     @property
     def lines(self) -> dict[str, tuple[str, str]]:
         """The record lines that verdicts rest on: "file:line" -> (anchor, the line's JSON)."""
-        found = {}
+        lines = {}
         by_name = {record.path.name: record for record in self.records}
         for row in self.rows:
             name, _, number = row.record.partition(":")
             if name in by_name:
-                event = next(one for one in by_name[name].events if one.line == int(number))
+                event = next(event for event in by_name[name].events if event.line == int(number))
                 anchor = f"{self.package}-{name}-{number}".replace(".", "-")
-                found[row.record] = (anchor, json.dumps(event.values, indent=1))
-        return found
+                lines[row.record] = (anchor, json.dumps(event.values, indent=1))
+        return lines
 
     @property
     def materials(self) -> tuple[dict[str, Any], ...]:
         """Data and weights that the records used, each once."""
-        held: dict[str, dict[str, Any]] = {}
+        by_sha256: dict[str, dict[str, Any]] = {}
         for record in self.records:
             listed: Any = record.events[0].values["materials"]
             for material in listed:
-                held.setdefault(material["sha256"], material)
-        return tuple(held.values())
+                by_sha256.setdefault(material["sha256"], material)
+        return tuple(by_sha256.values())
 
 
 def write(folder: Path, *, scale: str, elapsed_s: float | None = None) -> Path:

@@ -80,10 +80,10 @@ class _Workplace:
                 assert isinstance(pipe, Connection)
                 rank = open_pipes.pop(pipe)
                 try:
-                    held, value = pipe.recv()
+                    has_held, value = pipe.recv()
                 except EOFError:
-                    held, value = False, "the process ended"
-                (results if held else failures)[rank] = value
+                    has_held, value = False, "the process ended"
+                (results if has_held else failures)[rank] = value
         if failures or open_pipes:
             self.close()
         for rank, failure in sorted(failures.items(), key=lambda item: "gloo" in item[1]):

@@ -146,10 +146,10 @@ def examine_retrofits(
     model = trained_model(run, last)
     batch = run.data.validation(sequence=run.sequence).batch(0, batch=rows)
     depths = () if arm == "dense" else (1, recipes.MEAN // 2, recipes.MEAN, 2 * recipes.MEAN)
-    found = measurements.loss_by_depth(model, batch.tokens, depths)
+    losses = measurements.loss_by_depth(model, batch.tokens, depths)
     trained: Event = ("trained", {"steps": run.steps, "training_flops": recipes.flops_of(arm, run)})
     return tuple(
-        (kind, {"arm": arm, "seed": run.seed, **fields}) for kind, fields in (trained, *found)
+        (kind, {"arm": arm, "seed": run.seed, **fields}) for kind, fields in (trained, *losses)
     )
 
 
@@ -182,7 +182,7 @@ def speculation(
     """Drafts of several depths against greedy decoding."""
     greedy = _greedy(model, prompt, steps, new)
     for draft in (1, 2, 4):
-        found = speculate(
+        decoded = speculate(
             model,
             prompt,
             speculation=Speculation(draft_steps=draft, lookahead=4),
@@ -196,9 +196,9 @@ def speculation(
                 "draft_steps": draft,
                 "lookahead": 4,
                 "full_recurrences": steps,
-                "equals_greedy": bool(torch.equal(found.tokens, greedy)),
-                "accepted_share": round(found.accepted / found.drafted, 5),
-                "core_passes": found.recurrences,
+                "equals_greedy": bool(torch.equal(decoded.tokens, greedy)),
+                "accepted_share": round(decoded.accepted / decoded.drafted, 5),
+                "core_passes": decoded.recurrences,
                 "greedy_core_passes": steps * new,
             },
         )
@@ -209,17 +209,17 @@ def diffusion(
 ) -> Iterable[Event]:
     """The diffusion-style sampler against greedy decoding."""
     greedy = _greedy(model, prompt, steps, new)
-    found = diffuse(
+    decoded = diffuse(
         model, prompt, diffusion=Diffusion(), max_new_tokens=new, num_steps=steps, init_scale=0.0
     )
     yield (
         "diffusion",
         {
-            "agreement": round(float((found.tokens == greedy).double().mean()), 5),
-            "core_passes": found.core_passes,
-            "pass_ratio": round(steps * new / found.core_passes, 4),
-            "positions_recurred": found.positions_recurred,
-            "outer_steps": found.outer_steps,
+            "agreement": round(float((decoded.tokens == greedy).double().mean()), 5),
+            "core_passes": decoded.core_passes,
+            "pass_ratio": round(steps * new / decoded.core_passes, 4),
+            "positions_recurred": decoded.positions_recurred,
+            "outer_steps": decoded.outer_steps,
         },
     )
 

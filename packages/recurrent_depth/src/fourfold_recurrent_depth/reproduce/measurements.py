@@ -172,17 +172,17 @@ def latent_paths(model: RecurrentDepthForCausalLM, exam: Exam) -> Iterator[Event
     reduced = Exam(hardest=exam.hardest, cells=exam.cells, rows=min(8, exam.rows))
     tokens, _, k = reduced.all()
     for steps in (4, 16, 64):
-        found = latents.path_independence(model, tokens, steps=steps, seeds=range(5))
+        paths = latents.path_independence(model, tokens, steps=steps, seeds=range(5))
         yield (
             "path",
             {
                 "recurrences": steps,
-                "mean_distance": round(float(found.distance.mean()), 6),
-                "share_within_2_percent": round(float((found.distance <= 0.02).double().mean()), 5),
-                "share_same_prediction": round(float(found.agrees.double().mean()), 5),
+                "mean_distance": round(float(paths.distance.mean()), 6),
+                "share_within_2_percent": round(float((paths.distance <= 0.02).double().mean()), 5),
+                "share_same_prediction": round(float(paths.agrees.double().mean()), 5),
                 "distance_deciles": [
                     round(float(q), 6)
-                    for q in found.distance.flatten().quantile(torch.arange(11) / 10)
+                    for q in paths.distance.flatten().quantile(torch.arange(11) / 10)
                 ],
             },
         )
