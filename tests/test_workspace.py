@@ -205,3 +205,17 @@ def test_variables_are_named_after_what_they_hold(member: Path) -> None:
         and node.id in {"one", "found"}
     ]
     assert pronouns == []
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=IDS)
+def test_docstrings_name_things_and_not_questions(member: Path) -> None:
+    """The first line says what it is or gives; a question leaves that to the reader."""
+    questions = [
+        f"{path.name}: {text.splitlines()[0]}"
+        for path in source_of(member).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module)
+        and (text := ast.get_docstring(node))
+        and text.split()[0] in {"What", "Which", "How", "Where", "Why"}
+    ]
+    assert questions == []

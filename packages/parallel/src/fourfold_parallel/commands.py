@@ -1,4 +1,4 @@
-"""What `fourfold` does over all installed packages: reproduce them, write the report, list them."""
+"""Subcommands of `fourfold`, over all installed packages: reproduce them, write the report, list them."""
 
 import os
 import time

@@ -168,7 +168,7 @@ def named(
 
 
 def launches() -> tuple[Launch, ...]:
-    """How the papers' runs are started."""
+    """The launches of the papers' own runs."""
     data = "--passages wikipedia/ --background redpajama/"
     return (
         _launch(

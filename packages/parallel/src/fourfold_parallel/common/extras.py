@@ -6,7 +6,7 @@ from packaging.requirements import Requirement
 
 
 def remedy(missing: ModuleNotFoundError, *, distribution: str) -> str:
-    """What to install for a module that is not there, in one line that is enough.
+    """The line that installs a module that is not there; it is enough.
 
     The line names the libraries themselves: fourfold's own names need not be on any index.
 

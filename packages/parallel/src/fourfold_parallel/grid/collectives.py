@@ -186,7 +186,7 @@ _under_way: dict[Pending, None] = {}
 
 
 def under_way() -> tuple[Pending, ...]:
-    """What this process has started in eager mode and not waited for, oldest first."""
+    """The collectives that this process has started in eager mode and not waited for, oldest first."""
     return tuple(_under_way)
 
 

@@ -260,7 +260,7 @@ class GridSession:
         return self._piece(name, view) if view.get_shape() else file.get_tensor(path)
 
     def _piece(self, name: str, published: Any) -> Tensor:
-        """What this rank steps on of something that has the shape of a published parameter."""
+        """This rank's piece of something that has the shape of a published parameter."""
         owner = self._owners[name]
         assert isinstance(owner, DTensor)
         kept = tuple(owner.shape)

@@ -1,4 +1,4 @@
-"""What a transformer needs beside its linear layers, on the grid.
+"""The layers of a transformer beside the linear ones, on the grid.
 
 The residual stream is cut over col: a rank holds `width / C` features of its own tokens, and the
 ranks of row hold copies. Between a plain and a swapped layer the features (heads, hidden units) are

@@ -1,4 +1,4 @@
-"""Which module of a model becomes what on the grid: rules, where they come from, and how to refuse.
+"""Rules that say what each module of a model becomes on the grid, their sources, and refusals.
 
 Pure functions of names, shapes and a configuration: nothing here touches a process group.
 """
@@ -123,7 +123,7 @@ UNPUBLISHED: dict[str, dict[str, Rule]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """How a parameter is kept, relative to the tensor of the published model."""
+    """The form in which a parameter is kept, relative to the tensor of the published model."""
 
     transposed: bool = False
     """The published matrix is `[inputs, outputs]` (GPT-2's Conv1D)."""
@@ -166,7 +166,7 @@ class Stored:
 
 
 def stored(module: nn.Module, rule: Rule, parameter_name: str) -> Stored:
-    """How a parameter of a module under a rule is kept."""
+    """The form in which a rule keeps a parameter of a module."""
     parts = rule.parts if isinstance(rule, Plain) else 1
     transposed = isinstance(module, Conv1D) and parameter_name == "weight"
     return Stored(transposed=transposed, parts=parts)
@@ -261,7 +261,7 @@ def shares_heads(name: str, kv_heads: int, row: int) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormKind:
-    """What a norm over the residual stream computes."""
+    """The formula of a norm over the residual stream."""
 
     centred: bool
     """A layer norm, which subtracts the mean; else a root-mean-square norm."""
@@ -271,7 +271,7 @@ class NormKind:
 
 
 def norm_kind(name: str, module: nn.Module) -> NormKind:
-    """What a norm computes, found out by asking it.
+    """The formula of a norm, found out by asking it.
 
     Model files write their own RMSNorm: the gain may be stored as a difference from one, and may
     multiply before or after rounding. A small input in bfloat16 tells the variants apart.

@@ -275,12 +275,12 @@ class _GridProduct(torch.autograd.Function):
 
 
 def weight_cut(*, swapped: bool) -> Cut:
-    """How `W` is cut: rows over the produced axis and then depth, columns over the contracted."""
+    """The cut of `W`: rows over the produced axis and then depth, columns over the contracted."""
     if swapped:
         return {"col": 0, "row": 1, "depth": 0}
     return {"row": 0, "col": 1, "depth": 0}
 
 
 def bias_cut(*, swapped: bool) -> Cut:
-    """How `b` is cut: over the produced axis."""
+    """The cut of `b`: over the produced axis."""
     return {"col": 0} if swapped else {"row": 0}

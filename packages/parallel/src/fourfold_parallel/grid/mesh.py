@@ -148,7 +148,7 @@ class Mesh:
         )  # fmt: skip
 
     def cut_of(self, parameter: DTensor) -> dict[AxisName, int]:
-        """How a parameter of this grid is cut."""
+        """The cut of a parameter of this grid."""
         return {
             name: placement.dim
             for name, placement in zip(self._names, parameter.placements, strict=True)
@@ -156,7 +156,7 @@ class Mesh:
         }
 
     def slices(self, shape: Sequence[int], cut: Cut) -> tuple[slice, ...]:
-        """Where this rank's piece of a tensor of `shape` lies in the whole."""
+        """The place of this rank's piece in a whole tensor of `shape`."""
         bounds = [(0, length) for length in shape]
         for name in STORAGE_ORDER:
             if name in cut:

@@ -33,7 +33,7 @@ Phase = Literal["forward", "backward"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlaps:
-    """Which communication runs under computation. The results do not depend on it."""
+    """The communication that runs under computation. The results do not depend on it."""
 
     input_gradient: bool = True
     """Sum the input's gradient while the weight's gradient is computed."""
@@ -60,7 +60,7 @@ class DeferredGradient:
         self._pending: Pending | None = None
 
     def promise(self, pending: Pending) -> Tensor:
-        """What to return to autograd for a gradient under way.
+        """The stand-in that autograd gets for a gradient under way.
 
         The gradient itself if nobody waits for it later. Otherwise a placeholder, NaN everywhere
         and without memory, which `_AwaitGradient` replaces unread. Where autograd was asked for other
@@ -267,7 +267,7 @@ class Layer(nn.Module):
         self._summed: dict[str, tuple[Axis, ...]] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
-        """What `to`, `float` and the like call: nothing where nothing changes, and refused elsewhere.
+        """Called by `to`, `float` and the like: does nothing where nothing changes, and refuses elsewhere.
 
         Torch would exchange each parameter's inside for a new one that no hook watches any more, so
         that gradients would not be summed over data.
@@ -343,13 +343,13 @@ class Layer(nn.Module):
         return _Piece.apply(parameter, f"{self.name}.{name}").to(dtype)
 
     def state(self) -> tuple[Any, ...]:
-        """What a visit depends on: the parameters' storage and versions; unknown where compiled."""
+        """The state that a visit depends on: the parameters' storage and versions; unknown where compiled."""
         if torch.compiler.is_compiling():
             return ()
         return tuple(_state(getattr(self, name)) for name in self.parameter_names)
 
     def refuse_changes(self, *, since: tuple[Any, ...]) -> None:
-        """What autograd does for the tensors that it saves, which DTensors and gathered tiles are not.
+        """Check what autograd checks for the tensors that it saves, which DTensors and gathered tiles are not.
 
         Raises:
             RuntimeError: A parameter is not what it was at `since`.

@@ -62,7 +62,7 @@ class _Shares(DistributedSampler[Any]):
 
 class _Loader(DataLoader[Any]):
     def set_epoch(self, epoch: int) -> None:
-        """What `Trainer` calls, which may go on from a later epoch."""
+        """Called by `Trainer`, which may go on from a later epoch."""
         cast(_Shares, self.sampler).set_epoch(epoch)
 
 

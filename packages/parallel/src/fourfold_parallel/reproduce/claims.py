@@ -80,7 +80,7 @@ def unanimous(*, holds: Iterable[bool], fails: Iterable[bool]) -> Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a rule measured and decided."""
+    """The measurement and the decision of a rule."""
 
     verdict: Verdict
     ours: str

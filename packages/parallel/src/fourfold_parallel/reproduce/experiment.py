@@ -30,7 +30,7 @@ ENTRY_POINTS = "fourfold.experiments"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workplace:
-    """Where a stage reads and writes."""
+    """The files that a stage reads and writes."""
 
     record: Path
     """The stage's own record; its last line must be an event "finished"."""
@@ -111,7 +111,7 @@ class Experiment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What `perform` left in its folder."""
+    """The results that `perform` left in its folder."""
 
     folder: Path
     rows: tuple[LedgerRow, ...]

@@ -1,4 +1,4 @@
-"""How a paper's own runs are started: a torchrun line, and a file for Slurm."""
+"""Launches of a paper's own runs: a torchrun line, and a file for Slurm."""
 
 from dataclasses import dataclass
 

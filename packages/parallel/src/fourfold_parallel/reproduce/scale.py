@@ -1,4 +1,4 @@
-"""How large a reproduction is run."""
+"""The sizes of a reproduction."""
 
 from typing import Literal
 

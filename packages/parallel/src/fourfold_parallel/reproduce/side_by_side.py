@@ -33,7 +33,7 @@ EVERY_S = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """What became of one package: its ledger's rows, or why there are none."""
+    """The outcome of one package: its ledger's rows, or why there are none."""
 
     rows: tuple[LedgerRow, ...] = ()
     error: str = ""

@@ -1,4 +1,4 @@
-"""What a person sees of long work: log lines, progress bars, tables."""
+"""The view of long work in a terminal: log lines, progress bars, tables."""
 
 import logging
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What the laws of the grid share: its factorisations, its meshes, and the serial twin."""
+"""Helpers of the laws of the grid: its factorisations, its meshes, and the serial twin."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def _workplace(ranks: int) -> _Workplace:
 
 
 def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
-    """What a rank does: join the group, then run laws until the other end closes."""
+    """The life of a rank: join the group, then run laws until the other end closes."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
