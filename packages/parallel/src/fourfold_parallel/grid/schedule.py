@@ -349,7 +349,7 @@ class Layer(nn.Module):
         return tuple(_state(getattr(self, name)) for name in self.parameter_names)
 
     def refuse_changes(self, *, since: tuple[Any, ...]) -> None:
-        """Check what autograd checks for the tensors that it saves, which DTensors and gathered tiles are not.
+        """Check what autograd checks for tensors that it saves; it saves no DTensors and no gathered tiles.
 
         Raises:
             RuntimeError: A parameter is not what it was at `since`.
