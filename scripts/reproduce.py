@@ -12,5 +12,6 @@ from fourfold_parallel.reproduce import cli
 ROOT = Path(__file__).resolve().parent.parent
 
 if __name__ == "__main__":
-    out = () if "--out" in sys.argv else ("--out", str(ROOT / "out"))
+    named = any(word.partition("=")[0] == "--out" for word in sys.argv)
+    out = () if named else ("--out", str(ROOT / "out"))
     cli.main("parallel", {"reproduce": commands.reproduce}, ["reproduce", *sys.argv[1:], *out])

@@ -57,6 +57,15 @@ def test_the_papers_own_runs_are_commands_that_there_are(package: str, tmp_path:
         assert options <= set(re.findall(r"--[a-z-]+", called.stdout)), launch.command
 
 
+@pytest.mark.parametrize("form", ["--out {}", "--out={}"])
+def test_results_go_where_one_asks(tmp_path: Path, form: str) -> None:
+    """Both ways to write the option; the script's own folder is for those who name none."""
+    words = form.format(tmp_path).split()
+    called = call("scripts/reproduce.py", "--only", "goldfish", "--scale", "paper", *words)
+    assert called.returncode == 0, called.stderr
+    assert (tmp_path / "paper" / "goldfish" / "tinyllama-k4.sbatch").exists()
+
+
 def test_no_packages_at_a_time_is_refused(tmp_path: Path) -> None:
     called = call("scripts/reproduce.py", "--scale", "smoke", "--jobs", "0", "--out", str(tmp_path))
     assert called.returncode == 2
