@@ -1,0 +1,115 @@
+"""Seconds of the computation between two collectives, on one rank.
+
+A product `[m, k] @ [k, n]` takes its `2 m n k` operations at the machine's best measured rate, and beside
+that the time to read and write its three matrices: so a small or thin product runs below the best rate,
+as it does. Elementwise work takes its traffic over the memory's rate. Whatever is measured on the
+machine (`Machine.products`) is not computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from fourfold_parallel.plan.job import FUSED, Job, Layout
+from fourfold_parallel.plan.machine import Machine, Precision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passes:
+    """Elements read and written for each element of a tensor, forward, and the kernels that do it."""
+
+    norm: float
+    rotary: float
+    activation: float
+    loss: float
+    norm_kernels: int
+    rotary_kernels: int
+
+
+EAGER = Passes(norm=10, rotary=8, activation=5, loss=10, norm_kernels=6, rotary_kernels=14)
+"""transformers' model files, one kernel an operation."""
+FUSED_PASSES = Passes(norm=3, rotary=2, activation=3, loss=4, norm_kernels=1, rotary_kernels=1)
+RESIDUAL_PASSES = 3
+BACKWARD_PASSES = 2.0
+"""Traffic of an operation's backward over its forward's."""
+ATTENTION_BACKWARD = 2.5
+"""Products of a fused attention's backward over its forward's: five to two."""
+EAGER_SCORE_PASSES = 8
+"""Reads and writes of each score by an attention that holds them: mask, scale, softmax, cast."""
+UPDATE_BYTES = 28
+"""AdamW in float32 reads four numbers of a parameter and writes three."""
+CLIP_BYTES = 8
+"""The gradient is read for its norm, and read and written where it is scaled."""
+
+
+@lru_cache(maxsize=200_000)
+def product_seconds(machine: Machine, precision: Precision, m: int, n: int, k: int) -> float:
+    """Of `[m, k] @ [k, n]`."""
+    known = machine.measured.get((m, n, k, precision)) if machine.products else None
+    if known is not None:
+        return known
+    rate = machine.rate(precision)
+    element = 2 if precision == "bf16" else 4
+    traffic = element * (m * n + n * k + m * k) / machine.memory_bytes_per_s
+    return 2.0 * m * n * k / (rate.flops_per_s * rate.share) + traffic
+
+
+class Work:
+    """Seconds of one rank's work for one microbatch, by kind."""
+
+    def __init__(self, job: Job, layout: Layout, machine: Machine) -> None:
+        self.job, self.layout, self.machine = job, layout, machine
+        self.tokens: int = min(layout.microbatch, -(-job.batch // layout.shares)) * job.sequence
+        self.between: int = -(-self.tokens // (layout.row if layout.cuts_tokens else 1))
+        """Tokens of the residual stream between blocks."""
+        self.passes = FUSED_PASSES if job.fused else EAGER
+
+    def product(self, outputs: int, inputs: int) -> float:
+        """Of this rank's tokens with a tile `outputs x inputs`; its two backward products take as long."""
+        return product_seconds(self.machine, self.job.precision, self.tokens, outputs, inputs)
+
+    def traffic(self, elements: float, passes: float, *, element: int = 0) -> float:
+        """Of reading or writing elements so many times."""
+        return passes * elements * (element or self.job.element) / self.machine.memory_bytes_per_s
+
+    def norm(self) -> float:
+        """Forward, over the residual stream."""
+        return self.traffic(self.between * self.job.model.width / self.layout.col, self.passes.norm)
+
+    def residual(self) -> float:
+        """One addition to the residual stream."""
+        return self.traffic(self.between * self.job.model.width / self.layout.col, RESIDUAL_PASSES)
+
+    def activation(self) -> float:
+        """Of the MLP's hidden units, forward."""
+        hidden = self.job.model.mlp_inputs / self.layout.row
+        return self.traffic(self.tokens * hidden, self.passes.activation)
+
+    def attention(self) -> float:
+        """Rotary positions, scores, softmax and mixing of this rank's heads, forward."""
+        model, job = self.job.model, self.job
+        heads = -(-model.heads // self.layout.row)
+        rate = self.machine.rate(job.precision)
+        operations = 2.0 * self.tokens * job.sequence * heads * model.head_width
+        if job.attention in FUSED:
+            inner = operations / (rate.flops_per_s * rate.attention_share)
+        else:  # both halves of the scores, held and passed over
+            inner = 2 * operations / (rate.flops_per_s * rate.share)
+            inner += self.traffic(self.tokens * job.sequence * heads, EAGER_SCORE_PASSES)
+        kv_heads = max(1, model.kv_heads // self.layout.row)
+        turned = self.tokens * (heads + kv_heads) * model.head_width
+        rotary = 0 if model.positions else self.traffic(turned, self.passes.rotary)
+        return inner + rotary
+
+    def loss(self) -> float:
+        """Of the logits, after the head's product, forward and backward, in float32."""
+        logits = self.tokens * self.job.model.vocabulary / self.layout.row
+        return self.traffic(logits, self.passes.loss, element=4)
+
+    def update(self, parameters: float) -> float:
+        """Of the optimizer, for this rank's parameters."""
+        shared = parameters / (self.layout.data if self.layout.shards_optimizer else 1)
+        if self.machine.seconds_per_update:
+            return shared * self.machine.seconds_per_update
+        return (shared * UPDATE_BYTES + parameters * CLIP_BYTES) / self.machine.memory_bytes_per_s

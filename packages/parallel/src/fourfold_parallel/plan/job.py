@@ -1,0 +1,111 @@
+"""What is to be trained, and how it is laid out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from fourfold_parallel.plan.machine import BYTES, Precision
+from fourfold_parallel.plan.transformer import Transformer
+
+AxisName = Literal["data", "depth", "row", "col"]
+Attention = Literal["eager", "sdpa", "flex", "flash_attention_2", "flash_attention_3"]
+FUSED: tuple[Attention, ...] = ("sdpa", "flex", "flash_attention_2", "flash_attention_3")
+"""Attentions that never hold the scores of all pairs of tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Storage:
+    """Bytes of each parameter that outlive a step, by who holds them."""
+
+    weight: int = 4
+    """A rank's piece of the parameter."""
+    gradient: int = 4
+    master: int = 0
+    """A copy that the optimizer steps, apart from the weight."""
+    moments: int = 8
+    wire: int = 4
+    """Of a gradient summed over data."""
+
+
+GRID = Storage()
+"""fourfold's engine: parameters, gradients and AdamW's moments in float32, products under autocast."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A model and the batch of one step."""
+
+    model: Transformer
+    batch: int
+    """Sequences of a step, over all ranks."""
+    sequence: int
+    """Tokens of a sequence."""
+    precision: Precision = "bf16"
+    attention: Attention = "sdpa"
+    storage: Storage = GRID
+    fused: bool = False
+    """Norms, activations and the loss are fused kernels (compiled, or written by hand)."""
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.batch * self.sequence
+
+    @property
+    def element(self) -> int:
+        """Bytes of an activation."""
+        return BYTES[self.precision]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """A grid, and how each rank goes through its share of the batch."""
+
+    data: int = 1
+    depth: int = 1
+    row: int = 1
+    col: int = 1
+    microbatch: int = 1
+    """Sequences that a rank takes through the model at once."""
+    recomputes: bool = False
+    """Activations are kept at the borders of decoder layers only."""
+    cuts_tokens: bool = False
+    """The sequence form: between blocks, tokens are cut over row."""
+    shards_optimizer: bool = False
+    """ZeRO-1 over data."""
+
+    @property
+    def ranks(self) -> int:
+        """Of the grid."""
+        return self.data * self.depth * self.row * self.col
+
+    @property
+    def shares(self) -> int:
+        """Parts of the batch."""
+        return self.data * self.depth
+
+    def size(self, axis: AxisName) -> int:
+        """Of an axis."""
+        return {"data": self.data, "depth": self.depth, "row": self.row, "col": self.col}[axis]
+
+    def stride(self, axis: AxisName) -> int:
+        """Ranks between neighbours along an axis: col is innermost, then row, depth, data."""
+        return {
+            "col": 1,
+            "row": self.col,
+            "depth": self.col * self.row,
+            "data": self.col * self.row * self.depth,
+        }[axis]
+
+    def microbatches(self, batch: int) -> int:
+        """Of a step, on every rank."""
+        return math.ceil(batch / (self.shares * self.microbatch))
+
+    def __str__(self) -> str:
+        grid = " x ".join(f"{n} {self.size(n)}" for n in ("data", "depth", "row", "col"))
+        extras = [f"microbatch {self.microbatch}"]
+        extras += ["recompute"] * self.recomputes + ["sequence form"] * self.cuts_tokens
+        extras += ["ZeRO-1"] * self.shards_optimizer
+        return f"{grid}, {', '.join(extras)}"

@@ -1,0 +1,199 @@
+"""A machine as the planner sees it: how fast it multiplies, reads memory and communicates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from fourfold_parallel.common.files import StrPath
+from fourfold_parallel.common.values import from_json, strict, to_json
+
+Precision = Literal["fp32", "bf16"]
+BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter"]
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """Products in one number format."""
+
+    precision: Precision
+    flops_per_s: float
+    """Nominal peak, of which utilisation is a part."""
+    share: float
+    """The best measured product's part of the peak."""
+    attention_share: float
+    """A fused attention kernel's part of the peak, forward."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ring:
+    """Measured groups: `size` ranks, each `stride` ranks from the next, with all sibling groups at once."""
+
+    stride: int
+    size: int
+    bytes_per_s: float
+    """Of a rank's ring: payload over time, times `(size - 1) / size`, twice that for an all-reduce."""
+    latency_s: float
+    """Of a collective without payload."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """A measured product `[m, k] @ [k, n]`."""
+
+    m: int
+    n: int
+    k: int
+    precision: Precision
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Nodes of equal devices. Rates are those of one device, in one direction."""
+
+    name: str
+    sources: tuple[str, ...]
+    """Where the numbers are from; `fitted: ...` names those that were fitted to measured steps."""
+    rates: tuple[Rate, ...]
+    memory_bytes: float
+    """Of one device, of which the planner leaves `memory_slack` to the allocator and libraries."""
+    memory_bytes_per_s: float
+    """Reading or writing in an elementwise kernel, as measured or as a share of the nominal rate."""
+    devices_per_node: int
+    rings: tuple[Ring, ...]
+    """Within a node. A group that was not measured takes the nearest that was."""
+    node_bytes_per_s: float
+    """Of all network ports of a node together, as a large ring sees them."""
+    network_latency_s: float
+    """That each node adds to a collective over the network."""
+    network_shares: tuple[tuple[int, float], ...] = ((1, 1.0),)
+    """By number of nodes, the part of `node_bytes_per_s` that a ring over them sees."""
+    kernel_s: float
+    """From one call of torch to the next: the host's time to launch a kernel, or to begin an operation."""
+    host_computes: bool = False
+    """The host is the device (a CPU): the time of a call adds to that of the operation."""
+    steals: float = 0.0
+    """The part of a collective's time that computation under way loses to it. 1 hides nothing."""
+    memory_slack: float = 0.06
+    products: tuple[Product, ...] = ()
+    """Measured; others are computed from the rates."""
+    seconds_per_update: float = 0.0
+    """Of one parameter by the optimizer, where it was measured; else from the memory's rate."""
+
+    def rate(self, precision: Precision) -> Rate:
+        """The products' rate in a number format.
+
+        Raises:
+            ValueError: The machine has none.
+        """
+        for rate in self.rates:
+            if rate.precision == precision:
+                return rate
+        known = ", ".join(rate.precision for rate in self.rates)
+        raise ValueError(f"machine {self.name} has no rate for {precision}; it has {known}")
+
+    @cached_property
+    def measured(self) -> dict[tuple[int, int, int, Precision], float]:
+        """Seconds of the measured products."""
+        return {(p.m, p.n, p.k, p.precision): p.seconds for p in self.products}
+
+    def ring(self, *, stride: int, size: int) -> Ring:
+        """The ring of `size` ranks, each `stride` from the next, while all sibling groups communicate.
+
+        A group that fits in a node takes the measured ring. One that spans nodes shares the node's
+        network with its siblings: `min(devices_per_node, stride)` of them (Singh et al. 2024, section V).
+        """
+        known = self._rings.get((stride, size))
+        if known is None:
+            known = self._rings[stride, size] = self._ring(stride, size)
+        return known
+
+    @cached_property
+    def _rings(self) -> dict[tuple[int, int], Ring]:
+        return {}
+
+    def _ring(self, stride: int, size: int) -> Ring:
+        node = self.devices_per_node
+        if stride * size <= node and self.rings:
+            return min(self.rings, key=lambda r: (abs(r.stride - stride), abs(r.size - size)))
+        nodes = max(2, stride * size // node)
+        shared = self.node_bytes_per_s * self._network_share(nodes) / min(node, stride)
+        inside = max(
+            (r.bytes_per_s for r in self.rings if r.stride * r.size == node), default=shared
+        )
+        return Ring(
+            stride=stride, size=size,
+            bytes_per_s=min(shared, inside) if stride < node else shared,
+            latency_s=self.network_latency_s * min(size, nodes),
+        )  # fmt: skip
+
+    def seconds(self, kind: Collective, payload: float, *, stride: int, size: int) -> float:
+        """Of a collective whose full tensor has `payload` bytes, in a ring."""
+        if size == 1:
+            return 0.0
+        ring = self.ring(stride=stride, size=size)
+        rounds = 2 if kind == "all_reduce" else 1
+        return ring.latency_s * rounds + rounds * (size - 1) / size * payload / ring.bytes_per_s
+
+    def crosses_nodes(self, *, stride: int, size: int) -> bool:
+        """Whether such a group spans nodes."""
+        return stride * size > self.devices_per_node
+
+    def _network_share(self, nodes: int) -> float:
+        return min(self.network_shares, key=lambda entry: abs(entry[0] - nodes))[1]
+
+    def save(self, path: StrPath) -> None:
+        """Write it as JSON, which `load` reads."""
+        Path(path).write_text(json.dumps(strict(to_json(self)), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: StrPath) -> Machine:
+        """A machine that `save` or `fourfold probe` wrote.
+
+        Raises:
+            ValueError: The file holds something else.
+        """
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            machine = from_json(json.loads(text))
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} holds no machine ({error}); `fourfold probe` writes one"
+            ) from error
+        if not isinstance(machine, Machine):
+            raise ValueError(f"{path} holds no machine; `fourfold probe` writes one")
+        return machine
+
+
+def machine_of(name: StrPath) -> Machine:
+    """A known machine by name, or one from a file.
+
+    Raises:
+        ValueError: Neither; names the known ones.
+    """
+    from fourfold_parallel.plan.machines import MACHINES
+
+    text = str(name)
+    if text in MACHINES:
+        return MACHINES[text]
+    if Path(text).is_file():
+        return Machine.load(text)
+    known = ", ".join(MACHINES)
+    raise ValueError(
+        f"machine {text!r} is neither known nor a file; known are {known}; "
+        "`fourfold probe --out FILE` measures this one"
+    )
+
+
+def divisors(number: int) -> Iterator[int]:
+    """All divisors, in order."""
+    for candidate in range(1, number + 1):
+        if number % candidate == 0:
+            yield candidate

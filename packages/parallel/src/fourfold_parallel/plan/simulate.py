@@ -1,0 +1,377 @@
+"""One step of the grid, told again without tensors: what a rank computes, starts and waits for.
+
+All ranks do the same, so one is enough. The order is that of `grid/linear.py` and its schedule: the
+gather of the next tile before each product, the sum of the input's gradient under the weight's
+product, the spread of the weight's gradient under the backward of the layer before, the sums over
+data as gradients are finished. A collective occupies its link (within the node, or the network) from
+when it starts; a wait that comes before its end is *exposed*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fourfold_parallel.plan.cost import ATTENTION_BACKWARD, BACKWARD_PASSES, Work
+from fourfold_parallel.plan.job import AxisName, Job, Layout
+from fourfold_parallel.plan.machine import Collective, Machine
+from fourfold_parallel.plan.transformer import Linear
+
+AXES: tuple[AxisName, ...] = ("data", "depth", "row", "col")
+SIMULATED_LAYERS = 4
+"""Further decoder layers take what the last of these took."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Something that happened: on lane `compute`, or on the lane of an axis."""
+
+    lane: str
+    name: str
+    start_s: float
+    stop_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A simulated step."""
+
+    seconds: float
+    compute_s: float
+    """Products, elementwise work and the update, if nothing were waited for."""
+    exposed_s: dict[AxisName, float]
+    """Waited for, by axis."""
+    moved_bytes: dict[AxisName, float]
+    """That this rank sends along each axis, in rings."""
+    update_s: float
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def bound(self) -> str:
+        """What the step's time mostly goes to."""
+        parts = {"compute": self.compute_s} | {f"{n} exposed": s for n, s in self.exposed_s.items()}
+        return max(parts, key=parts.__getitem__)
+
+
+@dataclass(slots=True, kw_only=True)
+class Clock:
+    """A rank's time: its host, its device, its links."""
+
+    machine: Machine
+    layout: Layout
+    records: bool
+    host: float = 0.0
+    device: float = 0.0
+    links: dict[bool, float] = field(default_factory=lambda: {False: 0.0, True: 0.0})
+    computed: float = 0.0
+    exposed: dict[AxisName, float] = field(default_factory=lambda: dict.fromkeys(AXES, 0.0))
+    moved: dict[AxisName, float] = field(default_factory=lambda: dict.fromkeys(AXES, 0.0))
+    spans: list[Span] = field(default_factory=list)
+
+    def compute(self, name: str, seconds: float, kernels: int = 1) -> None:
+        """Run `seconds` of work in so many kernels, each of which the host launches."""
+        calls = kernels * self.machine.kernel_s
+        if self.machine.host_computes:
+            start, seconds = self.device, seconds + calls
+        else:
+            self.host += calls
+            # The first kernel starts when it was launched, the last cannot end before it was.
+            start = max(self.device, self.host - calls)
+            seconds = max(seconds, self.host - start)
+        self.device = start + seconds
+        self.computed += seconds
+        if self.records:
+            self.spans.append(Span(lane="compute", name=name, start_s=start, stop_s=self.device))
+
+    def start(self, axis: AxisName, kind: Collective, payload: float, name: str) -> float:
+        """Start a collective; gives when it ends. Nothing on an axis of size one."""
+        size = self.layout.size(axis)
+        if size == 1:
+            return 0.0
+        stride = self.layout.stride(axis)
+        seconds = self.machine.seconds(kind, payload, stride=stride, size=size)
+        link = self.machine.crosses_nodes(stride=stride, size=size)
+        begin = max(self.device, self.links[link])
+        self.links[link] = begin + seconds
+        self.device += self.machine.steals * seconds
+        self.moved[axis] += (2 if kind == "all_reduce" else 1) * (size - 1) / size * payload
+        if self.records:
+            self.spans.append(
+                Span(lane=axis, name=f"{kind} {name}", start_s=begin, stop_s=begin + seconds)
+            )
+        return begin + seconds
+
+    def wait(self, axis: AxisName, end: float) -> None:
+        """Let the device wait for a collective."""
+        if end > self.device:
+            self.exposed[axis] += end - self.device
+            self.device = end
+        if self.machine.host_computes:
+            self.host = self.device
+
+
+class Rank:
+    """One rank going through a microbatch."""
+
+    def __init__(self, job: Job, layout: Layout, machine: Machine, *, records: bool) -> None:
+        self.job, self.layout = job, layout
+        self.clock = Clock(machine=machine, layout=layout, records=records)
+        self.work = Work(job, layout, machine)
+        self._gathers: dict[int, float] = {}
+        self._late: tuple[float, Linear] | None = None
+        self._sums: list[float] = []
+
+    def microbatch(self, layers: int, *, is_last: bool) -> None:
+        """Forward and backward of so many decoder layers, the embedding and the head."""
+        job, model = self.job, self.job.model
+        body = [linear for _ in range(layers) for linear in model.linears]
+        order = [*body, model.head]
+        self._embed()
+        for index in range(len(body)):
+            self._forward(order, index)
+        self.clock.compute("norm", self.work.norm(), self.work.passes.norm_kernels)
+        self._statistics(2)
+        self._product_forward(order, len(body))
+        self.clock.compute("loss", self.work.loss(), 12)
+        self._column(self.work.tokens * 4 * 2, "row", "loss")
+        backward = self._backward_order(order, layers)
+        for position in range(len(backward)):
+            self._backward(backward, position, is_last=is_last)
+        self._finish_late(is_last=is_last)
+        if is_last:
+            table = 0 if model.tied else model.vocabulary * model.width
+            tile = table / (self.layout.row * self.layout.col)
+            ends = self.clock.start("depth", "reduce_scatter", tile * job.element, "embedding")
+            self.clock.wait("depth", ends)
+            self._reduce(tile / self.layout.depth, "embedding")
+        for ends in self._sums:
+            self.clock.wait("data", ends)
+        self._sums.clear()
+
+    # forward ------------------------------------------------------------------------------------
+
+    def _embed(self) -> None:
+        model, layout = self.job.model, self.layout
+        tile = model.vocabulary * model.width / (layout.row * layout.col)
+        clock = self.clock
+        clock.wait(
+            "depth", clock.start("depth", "all_gather", tile * self.job.element, "embedding")
+        )
+        elements = self.work.tokens * model.width / layout.col
+        clock.compute("embedding", self.work.traffic(elements, 4), 6)
+        clock.wait(
+            "row", clock.start("row", "all_reduce", elements * self.job.element, "embedding")
+        )
+
+    def _forward(self, order: Sequence[Linear], index: int) -> None:
+        """A linear layer with what comes before it in its block."""
+        linear, clock, work = order[index], self.clock, self.work
+        starts_block = not linear.swapped and (index == 0 or order[index - 1].swapped)
+        if starts_block:
+            clock.compute("norm", work.norm(), work.passes.norm_kernels)
+            self._statistics(1)
+            self._gather_tokens("into block")
+        if linear.swapped:
+            self._between(linear)
+        self._product_forward(order, index)
+        if linear.swapped:
+            clock.compute("residual", work.residual())
+
+    def _between(self, linear: Linear, *, backward: bool = False) -> None:
+        """Attention or activation: the work before a block's swapped layer."""
+        model, work = self.job.model, self.work
+        if linear is model.linears[-1]:
+            factor = BACKWARD_PASSES if backward else 1.0
+            self.clock.compute("activation", factor * work.activation(), 2)
+        else:
+            factor = ATTENTION_BACKWARD if backward else 1.0
+            self.clock.compute(
+                "attention", factor * work.attention(), 3 + work.passes.rotary_kernels
+            )
+
+    def _tile(self, linear: Linear) -> tuple[int, int]:
+        """This rank's rows and columns of a weight."""
+        over = (
+            (self.layout.col, self.layout.row)
+            if linear.swapped
+            else (self.layout.row, self.layout.col)
+        )
+        return -(-linear.outputs // over[0]), -(-linear.inputs // over[1])
+
+    def _start_gather(self, order: Sequence[Linear], index: int) -> None:
+        if index < len(order) and index not in self._gathers:
+            rows, columns = self._tile(order[index])
+            payload = rows * columns * self.job.element
+            self._gathers[index] = self.clock.start(
+                "depth", "all_gather", payload, order[index].name
+            )
+
+    def _product_forward(self, order: Sequence[Linear], index: int) -> None:
+        linear, clock = order[index], self.clock
+        self._start_gather(order, index)
+        self._start_gather(order, index + 1)
+        clock.wait("depth", self._gathers.pop(index))
+        rows, columns = self._tile(linear)
+        clock.compute(linear.name, self.work.product(rows, columns))
+        contracted: AxisName = "row" if linear.swapped else "col"
+        kind: Collective = "all_reduce"
+        if linear.swapped and self.layout.cuts_tokens:
+            kind = "reduce_scatter"
+        payload = self.work.tokens * rows * self.job.element
+        clock.wait(contracted, clock.start(contracted, kind, payload, linear.name))
+
+    def _gather_tokens(self, name: str) -> None:
+        if self.layout.cuts_tokens:
+            payload = self.work.tokens * self.job.model.width / self.layout.col * self.job.element
+            self.clock.wait("row", self.clock.start("row", "all_gather", payload, name))
+
+    def _statistics(self, times: int) -> None:
+        """Sums of a norm's statistics over col: a number a token."""
+        for _ in range(times):
+            self._column(self.work.between * 4, "col", "norm")
+
+    def _column(self, payload: float, axis: AxisName, name: str) -> None:
+        self.clock.wait(axis, self.clock.start(axis, "all_reduce", payload, name))
+
+    # backward -----------------------------------------------------------------------------------
+
+    def _backward_order(self, order: Sequence[Linear], layers: int) -> list[tuple[Linear, str]]:
+        """Every visit after forward: backward ones, and with recomputation forward ones before them."""
+        per_layer = list(self.job.model.linears)
+        visits: list[tuple[Linear, str]] = [(order[-1], "backward")]
+        for _ in range(layers):
+            if self.layout.recomputes:
+                visits += [(linear, "forward") for linear in per_layer]
+            visits += [(linear, "backward") for linear in reversed(per_layer)]
+        return visits
+
+    def _backward(self, visits: list[tuple[Linear, str]], position: int, *, is_last: bool) -> None:
+        linear, phase = visits[position]
+        order = [visit[0] for visit in visits]
+        if phase == "forward":
+            self._forward(order, position)
+            return
+        clock, work = self.clock, self.work
+        if linear.swapped:
+            clock.compute("residual", work.residual())
+            self._gather_tokens("backward")
+        self._start_gather(order, position)
+        self._start_gather(order, position + 1)
+        clock.wait("depth", self._gathers.pop(position))
+        rows, columns = self._tile(linear)
+        clock.compute(f"d{linear.name} input", work.product(rows, columns))
+        produced: AxisName = "col" if linear.swapped else "row"
+        payload = work.tokens * columns * self.job.element
+        sums_here = linear.swapped or not self.layout.cuts_tokens
+        ends = clock.start(produced, "all_reduce", payload, linear.name) if sums_here else 0.0
+        clock.compute(f"d{linear.name} weight", work.product(rows, columns))
+        self._finish_late(is_last=is_last)
+        spread = clock.start(
+            "depth", "reduce_scatter", rows * columns * self.job.element, linear.name
+        )
+        self._late = (spread, linear)
+        clock.wait(produced, ends)
+        if linear.swapped:
+            self._between(linear, backward=True)
+        elif (
+            position + 1 == len(visits)
+            or visits[position + 1][0].swapped
+            or (visits[position + 1][1] == "forward")
+        ):
+            self._leave_block()
+
+    def _leave_block(self) -> None:
+        """Backward of what a block begins with: the gather of tokens, and its norm."""
+        if self.layout.cuts_tokens:
+            payload = self.work.tokens * self.job.model.width / self.layout.col * self.job.element
+            ends = self.clock.start("row", "reduce_scatter", payload, "out of block")
+            self.clock.wait("row", ends)
+        passes = BACKWARD_PASSES * self.work.norm()
+        self.clock.compute("norm", passes, 2 * self.work.passes.norm_kernels)
+        self._statistics(1)
+
+    def _finish_late(self, *, is_last: bool) -> None:
+        """Wait for the layer's gradient of before, and send it over data."""
+        if self._late is None:
+            return
+        ends, linear = self._late
+        self._late = None
+        self.clock.wait("depth", ends)
+        if is_last:
+            rows, columns = self._tile(linear)
+            self._reduce(rows * columns / self.layout.depth, linear.name)
+
+    def _reduce(self, elements: float, name: str) -> None:
+        kind: Collective = "reduce_scatter" if self.layout.shards_optimizer else "all_reduce"
+        payload = elements * self.job.storage.wire
+        self._sums.append(self.clock.start("data", kind, payload, name))
+
+
+def simulate(job: Job, layout: Layout, machine: Machine, *, records: bool = False) -> Step:
+    """One step of a job on a layout.
+
+    Args:
+        job: The model and batch.
+        layout: The grid and the microbatch.
+        machine: The machine.
+        records: Keep the spans of the last microbatch, of at most four decoder layers.
+    """
+    microbatches = layout.microbatches(job.batch)
+    last = _extrapolated(job, layout, machine, is_last=True, records=records)
+    total = last
+    if microbatches > 1:
+        other = _extrapolated(job, layout, machine, is_last=False, records=False)
+        total = _sum(other, last, times=microbatches - 1)
+    return _with_update(job, layout, machine, total)
+
+
+def _extrapolated(
+    job: Job, layout: Layout, machine: Machine, *, is_last: bool, records: bool
+) -> Step:
+    layers = job.model.layers
+    walked = _walk(job, layout, machine, min(layers, SIMULATED_LAYERS), is_last, records)
+    if layers <= SIMULATED_LAYERS:
+        return walked
+    fewer = _walk(job, layout, machine, SIMULATED_LAYERS - 1, is_last, False)
+    layer = _sum(fewer, walked, times=-1)
+    return _sum(layer, walked, times=layers - SIMULATED_LAYERS)
+
+
+def _walk(
+    job: Job, layout: Layout, machine: Machine, layers: int, is_last: bool, records: bool
+) -> Step:
+    rank = Rank(job, layout, machine, records=records)
+    rank.microbatch(layers, is_last=is_last)
+    clock = rank.clock
+    return Step(
+        seconds=max(clock.device, clock.host), compute_s=clock.computed, exposed_s=clock.exposed,
+        moved_bytes=clock.moved, update_s=0.0, spans=tuple(clock.spans),
+    )  # fmt: skip
+
+
+def _sum(a: Step, b: Step, *, times: int) -> Step:
+    """`times * a + b`, with the spans of `b`."""
+    return Step(
+        seconds=times * a.seconds + b.seconds,
+        compute_s=times * a.compute_s + b.compute_s,
+        exposed_s={n: times * a.exposed_s[n] + b.exposed_s[n] for n in AXES},
+        moved_bytes={n: times * a.moved_bytes[n] + b.moved_bytes[n] for n in AXES},
+        update_s=0.0,
+        spans=b.spans,
+    )
+
+
+def _with_update(job: Job, layout: Layout, machine: Machine, step: Step) -> Step:
+    pieces = job.model.parameters / (layout.depth * layout.row * layout.col)
+    update = Work(job, layout, machine).update(pieces)
+    seconds, exposed, moved = step.seconds + update, dict(step.exposed_s), dict(step.moved_bytes)
+    if layout.shards_optimizer and layout.data > 1:
+        payload = pieces * job.storage.weight
+        stride = layout.stride("data")
+        gather = machine.seconds("all_gather", payload, stride=stride, size=layout.data)
+        seconds, exposed["data"] = seconds + gather, exposed["data"] + gather
+        moved["data"] += (layout.data - 1) / layout.data * payload
+    return Step(
+        seconds=seconds, compute_s=step.compute_s + update, exposed_s=exposed, moved_bytes=moved,
+        update_s=update, spans=step.spans,
+    )  # fmt: skip
