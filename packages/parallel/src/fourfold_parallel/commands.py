@@ -3,6 +3,7 @@
 import os
 import time
 from pathlib import Path
+from typing import Literal
 
 from fourfold_parallel.reproduce.cli import Switch
 from fourfold_parallel.reproduce.scale import Scale
@@ -64,6 +65,69 @@ def report(folder: Path, /) -> None:
     from fourfold_parallel.reproduce.report import write
 
     print(write(folder, scale=folder.name))  # noqa: T201 - where it lies is the answer
+
+
+def plan(
+    *,
+    model: str,
+    gpus: int,
+    batch: int,
+    sequence: int,
+    machine: str,
+    precision: Literal["bf16", "fp32"] = "bf16",
+    attention: Literal["eager", "sdpa", "flex", "flash_attention_2", "flash_attention_3"] = "sdpa",
+    fused: Switch = False,
+    top: int = 8,
+    why_not: tuple[str, ...] = (),
+    launch: Switch = False,
+    verify_top: int = 0,
+    page: Path = Path("plan.html"),
+    trace: Path = Path("plan.trace.json"),
+) -> None:
+    """Rank every grid of a number of devices for a model, and say why.
+
+    Args:
+        model: A hub id, a folder, or a config.json of transformers; no weights are read.
+        gpus: Devices. Any number; every ordered factorisation into data, depth, row and col is tried.
+        batch: Sequences of a step, over all devices.
+        sequence: Tokens of a sequence.
+        machine: perlmutter, frontier, alps, dgx-a100, dgx-h100, dgx-h200, dgx-b200, p5-h100, or a file that
+            `fourfold probe` wrote.
+        precision: Of products: bf16 (autocast) or fp32.
+        attention: As transformers names it.
+        fused: Norms, activations and the loss are fused kernels (torch.compile, or written by hand).
+        top: Grids shown.
+        why_not: Grids to explain, such as row=8,data=512.
+        launch: Print the engine and the torchrun and Slurm lines of the winner.
+        verify_top: Run the first so many grids for a few steps on this machine's CPUs.
+        page: Where the page goes.
+        trace: Where the simulated step goes, for Perfetto.
+    """
+    from fourfold_parallel.plan.job import Job
+    from fourfold_parallel.plan.machine import machine_of
+    from fourfold_parallel.plan.search import rank
+    from fourfold_parallel.plan.simulate import simulate
+    from fourfold_parallel.planning import terminal
+    from fourfold_parallel.planning.jobs import config_of, layout_of, transformer_of
+    from fourfold_parallel.planning.page import write_page
+    from fourfold_parallel.planning.trace import write_trace
+
+    on = machine_of(machine)
+    job = Job(
+        model=transformer_of(model), batch=batch, sequence=sequence, precision=precision,
+        attention=attention, fused=fused,
+    )  # fmt: skip
+    ranking = rank(job, on, gpus)
+    terminal.show(ranking, top=top, why_not=[layout_of(text) for text in why_not])
+    write_page(ranking, page)
+    write_trace(simulate(job, ranking.best.layout, on, records=True).spans, trace)
+    if launch:
+        terminal.show_launch(ranking)
+    if verify_top:
+        from fourfold_parallel.planning.verify import verify
+
+        terminal.show_verified(verify(config_of(model), ranking, first=verify_top))
+    terminal.say(f"page: {page}   trace: {trace}")
 
 
 def packages() -> None:

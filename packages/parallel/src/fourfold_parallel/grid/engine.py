@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,25 @@ ELEMENTWISE = (
 """Optimizers whose update of an element depends on that element's gradients alone."""
 
 
+class Planned(Protocol):
+    """A layout that the planner chose (`fourfold_parallel.plan.job.Layout`)."""
+
+    @property
+    def data(self) -> int: ...  # noqa: D102 - as `Fourfold`'s
+    @property
+    def depth(self) -> int: ...  # noqa: D102
+    @property
+    def row(self) -> int: ...  # noqa: D102
+    @property
+    def col(self) -> int: ...  # noqa: D102
+    @property
+    def cuts_tokens(self) -> bool: ...  # noqa: D102
+    @property
+    def shards_optimizer(self) -> bool: ...  # noqa: D102
+    @property
+    def recomputes(self) -> bool: ...  # noqa: D102
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fourfold:
     """A grid of `data * depth * row * col` ranks (AxoNN); they multiply to the ranks launched."""
@@ -53,9 +72,20 @@ class Fourfold:
     """Cut the optimizer's state over data (ZeRO-1)."""
     cuts_tokens: bool = False
     """The sequence form: between blocks, cut the residual stream's tokens over row."""
+    recomputes: bool = False
+    """Keep activations at the borders of decoder layers only, and compute the others again in backward."""
     logits: Literal["split", "whole"] = "split"
     """`split` leaves each rank its part of the vocabulary, which `token_nats` and the model's own loss
     understand; `whole` gathers them, for an objective that reads logits itself."""
+
+    @classmethod
+    def planned(cls, layout: Planned) -> Self:
+        """The engine of the planner's choice: `Fourfold.planned(rank(job, machine, 8).best.layout)`."""
+        return cls(
+            data=layout.data, depth=layout.depth, row=layout.row, col=layout.col,
+            cuts_tokens=layout.cuts_tokens, shards_optimizer=layout.shards_optimizer,
+            recomputes=layout.recomputes,
+        )  # fmt: skip
 
     @contextmanager
     def open(
@@ -97,11 +127,15 @@ class Fourfold:
         on = device()
         with process_group(on):
             mesh = Mesh(**sizes, device=on.type)
+            if self.recomputes:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
             session = GridSession(model, optimizer, mesh, self, on, precision)
             try:
                 yield session
             finally:  # the process group may end now
                 session.parallel.abandon()
+                if self.recomputes:
+                    model.gradient_checkpointing_disable()
 
 
 class GridSession:

@@ -9,8 +9,6 @@ machine (`Machine.products`) is not computed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-
 from fourfold_parallel.plan.job import FUSED, Job, Layout
 from fourfold_parallel.plan.machine import Machine, Precision
 
@@ -43,7 +41,6 @@ CLIP_BYTES = 8
 """The gradient is read for its norm, and read and written where it is scaled."""
 
 
-@lru_cache(maxsize=200_000)
 def product_seconds(machine: Machine, precision: Precision, m: int, n: int, k: int) -> float:
     """Of `[m, k] @ [k, n]`."""
     known = machine.measured.get((m, n, k, precision)) if machine.products else None
@@ -63,11 +60,17 @@ class Work:
         self.tokens: int = min(layout.microbatch, -(-job.batch // layout.shares)) * job.sequence
         self.between: int = -(-self.tokens // (layout.row if layout.cuts_tokens else 1))
         """Tokens of the residual stream between blocks."""
-        self.passes = FUSED_PASSES if job.fused else EAGER
+        self.passes: Passes = FUSED_PASSES if job.fused else EAGER
+        self._products: dict[tuple[int, int], float] = {}
 
     def product(self, outputs: int, inputs: int) -> float:
         """Of this rank's tokens with a tile `outputs x inputs`; its two backward products take as long."""
-        return product_seconds(self.machine, self.job.precision, self.tokens, outputs, inputs)
+        seconds = self._products.get((outputs, inputs))
+        if seconds is None:
+            precision, tokens = self.job.precision, self.tokens
+            seconds = product_seconds(self.machine, precision, tokens, outputs, inputs)
+            self._products[outputs, inputs] = seconds
+        return seconds
 
     def traffic(self, elements: float, passes: float, *, element: int = 0) -> float:
         """Of reading or writing elements so many times."""

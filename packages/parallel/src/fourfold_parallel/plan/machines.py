@@ -8,6 +8,8 @@ Rates of elementwise kernels are 0.8 of the nominal memory rate.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fourfold_parallel.plan.machine import GIB, Machine, Rate, Ring
 
 SHEET = "stas00/ml-engineering, compute/accelerator and network (vendor sheets, measured products)"
@@ -40,6 +42,13 @@ A100 = (
     Rate(precision="bf16", flops_per_s=312e12, share=0.80, attention_share=0.40),
     Rate(precision="fp32", flops_per_s=156e12, share=0.70, attention_share=0.10),
 )
+
+
+def _shared(rates: tuple[Rate, ...], share: float) -> tuple[Rate, ...]:
+    """The rates with another share of products in bfloat16."""
+    return tuple(replace(r, share=share) if r.precision == "bf16" else r for r in rates)
+
+
 H100 = (
     Rate(precision="bf16", flops_per_s=989e12, share=0.65, attention_share=0.30),
     Rate(precision="fp32", flops_per_s=494e12, share=0.60, attention_share=0.06),
@@ -48,6 +57,7 @@ B200 = (
     Rate(precision="bf16", flops_per_s=2250e12, share=0.48, attention_share=0.20),
     Rate(precision="fp32", flops_per_s=1125e12, share=0.45, attention_share=0.04),
 )
+WEAK = "fitted: share of bf16, to the weak scaling of Singh et al. 2024 (`fourfold reproduce --only parallel`)"
 FITTED = "fitted: share and attention_share of bf16 to published training steps (benchmarks/plan_cases.py)"
 MI250X = (
     Rate(precision="bf16", flops_per_s=191.5e12, share=0.65, attention_share=0.25),
@@ -56,39 +66,39 @@ MI250X = (
 
 PERLMUTTER = Machine(
     name="perlmutter",
-    sources=(FITTED, AUTHORS, SHEET, "4 A100 and 4 Slingshot-11 ports of 25 GB/s a node"),
-    rates=A100,
+    sources=(WEAK, AUTHORS, SHEET, "4 A100 and 4 Slingshot-11 ports of 25 GB/s a node"),
+    rates=_shared(A100, 0.60),
     memory_bytes=40 * GIB,
     memory_bytes_per_s=MEMORY_SHARE * 1.555e12,
     devices_per_node=4,
     rings=_table({(1, 2): 76, (1, 4): 225, (2, 2): 76}, latency_s=2e-5),
-    node_bytes_per_s=80 * GIB,
+    node_bytes_per_s=59.52e9,
     network_latency_s=9e-6 * 4,
     kernel_s=GPU_KERNEL_S,
 )
 FRONTIER = Machine(
     name="frontier",
-    sources=(AUTHORS, "4 MI250X (8 dies) and 4 Slingshot-11 ports of 25 GB/s a node"),
-    rates=MI250X,
+    sources=(WEAK, AUTHORS, "4 MI250X (8 dies) and 4 Slingshot-11 ports of 25 GB/s a node"),
+    rates=_shared(MI250X, 0.38),
     memory_bytes=64 * GIB,
     memory_bytes_per_s=MEMORY_SHARE * 1.64e12,
     devices_per_node=8,
     rings=_table(
         {(1, 2): 129, (1, 4): 52, (1, 8): 135, (2, 2): 50, (2, 4): 72, (4, 2): 36}, latency_s=3e-5
     ),
-    node_bytes_per_s=80 * GIB,
+    node_bytes_per_s=109.98e9,
     network_latency_s=3.5e-5,
     kernel_s=1e-5,
 )
 ALPS = Machine(
     name="alps",
-    sources=(FITTED, SHEET, "4 GH200 and 4 Slingshot-11 ports of 25 GB/s a node"),
-    rates=H100,
+    sources=(WEAK, SHEET, "4 GH200 and 4 Slingshot-11 ports of 25 GB/s a node"),
+    rates=_shared(H100, 0.33),
     memory_bytes=96 * GIB,
     memory_bytes_per_s=MEMORY_SHARE * 4.0e12,
     devices_per_node=4,
     rings=_node(0.75 * 450e9, 4),
-    node_bytes_per_s=80 * GIB,
+    node_bytes_per_s=100e9,
     network_latency_s=3.6e-5,
     kernel_s=GPU_KERNEL_S,
 )

@@ -10,7 +10,7 @@ when it starts; a wait that comes before its end is *exposed*.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fourfold_parallel.plan.cost import ATTENTION_BACKWARD, BACKWARD_PASSES, Work
 from fourfold_parallel.plan.job import AxisName, Job, Layout
@@ -18,8 +18,33 @@ from fourfold_parallel.plan.machine import Collective, Machine
 from fourfold_parallel.plan.transformer import Linear
 
 AXES: tuple[AxisName, ...] = ("data", "depth", "row", "col")
-SIMULATED_LAYERS = 4
+SIMULATED_LAYERS = 3
 """Further decoder layers take what the last of these took."""
+
+
+@dataclass(frozen=True, slots=True)
+class Road:
+    """What an axis' collectives travel on."""
+
+    size: int
+    crosses: bool
+    latency_s: float
+    seconds_per_byte: float
+    """Of payload, once around the ring."""
+
+    @classmethod
+    def of(cls, axis: AxisName, layout: Layout, machine: Machine) -> Road:
+        """The road of an axis on a machine."""
+        size, stride = layout.size(axis), layout.stride(axis)
+        if size == 1:
+            return cls(1, False, 0.0, 0.0)
+        ring = machine.ring(stride=stride, size=size)
+        return cls(
+            size,
+            machine.crosses_nodes(stride=stride, size=size),
+            ring.latency_s,
+            (size - 1) / size / ring.bytes_per_s,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +92,10 @@ class Clock:
     exposed: dict[AxisName, float] = field(default_factory=lambda: dict.fromkeys(AXES, 0.0))
     moved: dict[AxisName, float] = field(default_factory=lambda: dict.fromkeys(AXES, 0.0))
     spans: list[Span] = field(default_factory=list)
+    roads: dict[AxisName, Road] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.roads = {axis: Road.of(axis, self.layout, self.machine) for axis in AXES}
 
     def compute(self, name: str, seconds: float, kernels: int = 1) -> None:
         """Run `seconds` of work in so many kernels, each of which the host launches."""
@@ -85,16 +114,15 @@ class Clock:
 
     def start(self, axis: AxisName, kind: Collective, payload: float, name: str) -> float:
         """Start a collective; gives when it ends. Nothing on an axis of size one."""
-        size = self.layout.size(axis)
-        if size == 1:
+        road = self.roads[axis]
+        if road.size == 1:
             return 0.0
-        stride = self.layout.stride(axis)
-        seconds = self.machine.seconds(kind, payload, stride=stride, size=size)
-        link = self.machine.crosses_nodes(stride=stride, size=size)
-        begin = max(self.device, self.links[link])
-        self.links[link] = begin + seconds
+        rounds = 2 if kind == "all_reduce" else 1
+        seconds = rounds * (road.latency_s + payload * road.seconds_per_byte)
+        begin = max(self.device, self.links[road.crosses])
+        self.links[road.crosses] = begin + seconds
         self.device += self.machine.steals * seconds
-        self.moved[axis] += (2 if kind == "all_reduce" else 1) * (size - 1) / size * payload
+        self.moved[axis] += rounds * (road.size - 1) / road.size * payload
         if self.records:
             self.spans.append(
                 Span(lane=axis, name=f"{kind} {name}", start_s=begin, stop_s=begin + seconds)
@@ -117,9 +145,11 @@ class Rank:
         self.job, self.layout = job, layout
         self.clock = Clock(machine=machine, layout=layout, records=records)
         self.work = Work(job, layout, machine)
+        self._tiles: dict[Linear, tuple[int, int]] = {}
         self._gathers: dict[int, float] = {}
         self._late: tuple[float, Linear] | None = None
-        self._sums: list[float] = []
+        self.sums_end: float = 0.0
+        """When the last sum over data ends. Nothing but the update waits for it."""
 
     def microbatch(self, layers: int, *, is_last: bool) -> None:
         """Forward and backward of so many decoder layers, the embedding and the head."""
@@ -135,8 +165,9 @@ class Rank:
         self.clock.compute("loss", self.work.loss(), 12)
         self._column(self.work.tokens * 4 * 2, "row", "loss")
         backward = self._backward_order(order, layers)
+        order = [linear for linear, _ in backward]
         for position in range(len(backward)):
-            self._backward(backward, position, is_last=is_last)
+            self._backward(backward, order, position, is_last=is_last)
         self._finish_late(is_last=is_last)
         if is_last:
             table = 0 if model.tied else model.vocabulary * model.width
@@ -144,9 +175,6 @@ class Rank:
             ends = self.clock.start("depth", "reduce_scatter", tile * job.element, "embedding")
             self.clock.wait("depth", ends)
             self._reduce(tile / self.layout.depth, "embedding")
-        for ends in self._sums:
-            self.clock.wait("data", ends)
-        self._sums.clear()
 
     # forward ------------------------------------------------------------------------------------
 
@@ -191,12 +219,12 @@ class Rank:
 
     def _tile(self, linear: Linear) -> tuple[int, int]:
         """This rank's rows and columns of a weight."""
-        over = (
-            (self.layout.col, self.layout.row)
-            if linear.swapped
-            else (self.layout.row, self.layout.col)
-        )
-        return -(-linear.outputs // over[0]), -(-linear.inputs // over[1])
+        tile = self._tiles.get(linear)
+        if tile is None:
+            row, col = self.layout.row, self.layout.col
+            rows, columns = (col, row) if linear.swapped else (row, col)
+            tile = self._tiles[linear] = -(-linear.outputs // rows), -(-linear.inputs // columns)
+        return tile
 
     def _start_gather(self, order: Sequence[Linear], index: int) -> None:
         if index < len(order) and index not in self._gathers:
@@ -245,9 +273,10 @@ class Rank:
             visits += [(linear, "backward") for linear in reversed(per_layer)]
         return visits
 
-    def _backward(self, visits: list[tuple[Linear, str]], position: int, *, is_last: bool) -> None:
+    def _backward(
+        self, visits: list[tuple[Linear, str]], order: list[Linear], position: int, *, is_last: bool
+    ) -> None:
         linear, phase = visits[position]
-        order = [visit[0] for visit in visits]
         if phase == "forward":
             self._forward(order, position)
             return
@@ -304,7 +333,7 @@ class Rank:
     def _reduce(self, elements: float, name: str) -> None:
         kind: Collective = "reduce_scatter" if self.layout.shards_optimizer else "all_reduce"
         payload = elements * self.job.storage.wire
-        self._sums.append(self.clock.start("data", kind, payload, name))
+        self.sums_end = self.clock.start("data", kind, payload, name)
 
 
 def simulate(job: Job, layout: Layout, machine: Machine, *, records: bool = False) -> Step:
@@ -314,64 +343,97 @@ def simulate(job: Job, layout: Layout, machine: Machine, *, records: bool = Fals
         job: The model and batch.
         layout: The grid and the microbatch.
         machine: The machine.
-        records: Keep the spans of the last microbatch, of at most four decoder layers.
+        records: Keep the spans of the last microbatch, of at most three decoder layers.
     """
     microbatches = layout.microbatches(job.batch)
-    last = _extrapolated(job, layout, machine, is_last=True, records=records)
-    total = last
-    if microbatches > 1:
-        other = _extrapolated(job, layout, machine, is_last=False, records=False)
-        total = _sum(other, last, times=microbatches - 1)
-    return _with_update(job, layout, machine, total)
+    last = _microbatch(job, layout, machine, is_last=True, records=records)
+    others = last
+    if microbatches > 1 and layout.data > 1:
+        others = _microbatch(job, layout, machine, is_last=False, records=False)
+    return _step(job, layout, machine, last + others * (microbatches - 1))
 
 
-def _extrapolated(
+def scout(job: Job, layout: Layout, machine: Machine) -> float:
+    """A rough, cheap guess of a step's seconds: one decoder layer, for every layer and microbatch."""
+    two, one = (_walk(job, layout, machine, n, is_last=False, records=False) for n in (2, 1))
+    return (two.seconds - one.seconds) * job.model.layers * layout.microbatches(job.batch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Walk:
+    """What a rank did in some layers and microbatches; walks add up."""
+
+    seconds: float
+    sums_end: float
+    compute_s: float
+    exposed_s: dict[AxisName, float]
+    moved_bytes: dict[AxisName, float]
+    spans: tuple[Span, ...] = ()
+
+    def __add__(self, other: _Walk) -> _Walk:
+        return _Walk(
+            seconds=self.seconds + other.seconds,
+            sums_end=self.sums_end + other.seconds,
+            compute_s=self.compute_s + other.compute_s,
+            exposed_s={n: self.exposed_s[n] + other.exposed_s[n] for n in AXES},
+            moved_bytes={n: self.moved_bytes[n] + other.moved_bytes[n] for n in AXES},
+            spans=self.spans,
+        )
+
+    def __mul__(self, times: float) -> _Walk:
+        return _Walk(
+            seconds=self.seconds * times,
+            sums_end=self.sums_end * times,
+            compute_s=self.compute_s * times,
+            exposed_s={n: seconds * times for n, seconds in self.exposed_s.items()},
+            moved_bytes={n: size * times for n, size in self.moved_bytes.items()},
+        )
+
+
+def _microbatch(
     job: Job, layout: Layout, machine: Machine, *, is_last: bool, records: bool
-) -> Step:
-    layers = job.model.layers
-    walked = _walk(job, layout, machine, min(layers, SIMULATED_LAYERS), is_last, records)
-    if layers <= SIMULATED_LAYERS:
+) -> _Walk:
+    """A few layers are walked; each of the others takes what the last of these took."""
+    simulated = min(job.model.layers, SIMULATED_LAYERS)
+    walked = _walk(job, layout, machine, simulated, is_last=is_last, records=records)
+    more = job.model.layers - simulated
+    if not more:
         return walked
-    fewer = _walk(job, layout, machine, SIMULATED_LAYERS - 1, is_last, False)
-    layer = _sum(fewer, walked, times=-1)
-    return _sum(layer, walked, times=layers - SIMULATED_LAYERS)
+    fewer = _walk(job, layout, machine, simulated - 1, is_last=is_last, records=False)
+    whole = walked + (walked + fewer * -1) * more
+    # The sums over data queue on their own: they end later by what each layer adds to their queue.
+    ends = walked.sums_end + (walked.sums_end - fewer.sums_end) * more
+    return replace(whole, sums_end=ends)
 
 
 def _walk(
-    job: Job, layout: Layout, machine: Machine, layers: int, is_last: bool, records: bool
-) -> Step:
+    job: Job, layout: Layout, machine: Machine, layers: int, *, is_last: bool, records: bool
+) -> _Walk:
     rank = Rank(job, layout, machine, records=records)
     rank.microbatch(layers, is_last=is_last)
     clock = rank.clock
-    return Step(
-        seconds=max(clock.device, clock.host), compute_s=clock.computed, exposed_s=clock.exposed,
-        moved_bytes=clock.moved, update_s=0.0, spans=tuple(clock.spans),
+    return _Walk(
+        seconds=max(clock.device, clock.host), sums_end=rank.sums_end, compute_s=clock.computed,
+        exposed_s=clock.exposed, moved_bytes=clock.moved, spans=tuple(clock.spans),
     )  # fmt: skip
 
 
-def _sum(a: Step, b: Step, *, times: int) -> Step:
-    """`times * a + b`, with the spans of `b`."""
-    return Step(
-        seconds=times * a.seconds + b.seconds,
-        compute_s=times * a.compute_s + b.compute_s,
-        exposed_s={n: times * a.exposed_s[n] + b.exposed_s[n] for n in AXES},
-        moved_bytes={n: times * a.moved_bytes[n] + b.moved_bytes[n] for n in AXES},
-        update_s=0.0,
-        spans=b.spans,
-    )
-
-
-def _with_update(job: Job, layout: Layout, machine: Machine, step: Step) -> Step:
+def _step(job: Job, layout: Layout, machine: Machine, walk: _Walk) -> Step:
+    """The walk with what follows it: the last sums over data, the update, ZeRO-1's gather."""
     pieces = job.model.parameters / (layout.depth * layout.row * layout.col)
     update = Work(job, layout, machine).update(pieces)
-    seconds, exposed, moved = step.seconds + update, dict(step.exposed_s), dict(step.moved_bytes)
+    waited = max(0.0, walk.sums_end - walk.seconds)
+    moved = dict(walk.moved_bytes)
     if layout.shards_optimizer and layout.data > 1:
         payload = pieces * job.storage.weight
         stride = layout.stride("data")
-        gather = machine.seconds("all_gather", payload, stride=stride, size=layout.data)
-        seconds, exposed["data"] = seconds + gather, exposed["data"] + gather
+        waited += machine.seconds("all_gather", payload, stride=stride, size=layout.data)
         moved["data"] += (layout.data - 1) / layout.data * payload
     return Step(
-        seconds=seconds, compute_s=step.compute_s + update, exposed_s=exposed, moved_bytes=moved,
-        update_s=update, spans=step.spans,
-    )  # fmt: skip
+        seconds=walk.seconds + waited + update,
+        compute_s=walk.compute_s + update,
+        exposed_s=walk.exposed_s | {"data": walk.exposed_s["data"] + waited},
+        moved_bytes=moved,
+        update_s=update,
+        spans=walk.spans,
+    )

@@ -1,0 +1,1 @@
+"""What only reproduces AxoNN's paper: its numbers, what we run beside them, its claims and figures."""
