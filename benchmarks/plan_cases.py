@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fourfold_parallel.plan.job import Job, Layout, Storage
-from fourfold_parallel.plan.machine import GIB, Machine, machine_of
+from fourfold_parallel.plan.machine import GIB, Machine
+from fourfold_parallel.plan.machines import machine_of
 from fourfold_parallel.plan.machines import _node
 from fourfold_parallel.plan.simulate import simulate
 from fourfold_parallel.plan.transformer import Linear, Transformer

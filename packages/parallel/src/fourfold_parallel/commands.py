@@ -104,7 +104,7 @@ def plan(
         trace: Where the simulated step goes, for Perfetto.
     """
     from fourfold_parallel.plan.job import Job
-    from fourfold_parallel.plan.machine import machine_of
+    from fourfold_parallel.plan.machines import machine_of
     from fourfold_parallel.plan.search import rank
     from fourfold_parallel.plan.simulate import simulate
     from fourfold_parallel.planning import terminal

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 
-from fourfold_parallel.axonn.measures import errors, event, events, place
+from fourfold_parallel.axonn.measures import error, errors, places, points
 from fourfold_parallel.reproduce.claims import Finding, Records, beyond_us, claim, decide
 
 _PLANNED = (
@@ -31,14 +31,14 @@ _MACHINE = "the machine itself"
 )
 def weak_scaling(records: Records) -> Finding:
     """Errors over all points."""
-    found = errors(records)
-    middle = statistics.median(abs(e) for e in found.values())
-    worst = max(found, key=lambda point: abs(found[point]))
+    by_point = errors(records)
+    middle = statistics.median(abs(e) for e in by_point.values())
+    worst = max(by_point, key=lambda point: abs(by_point[point]))
     return Finding(
         decide(reproduced=middle <= 0.10, contradicted=False),
-        f"median error {middle:.1%}; worst {found[worst]:+.0%} ({worst})",
-        event(records, "weak-scaling", "point"),
-        f"the median error of {len(found)} points is {middle:.1%}",
+        f"median error {middle:.1%}; worst {by_point[worst]:+.0%} ({worst})",
+        points(records)[0],
+        f"the median error of {len(by_point)} points is {middle:.1%}",
     )
 
 
@@ -55,15 +55,15 @@ def weak_scaling(records: Records) -> Finding:
 )
 def largest(records: Records) -> Finding:
     """The largest run."""
-    [point] = [e for e in events(records, "weak-scaling", "point") if e.values["devices"] == 32768]
-    away = point.values["pflops_per_s"] / point.values["paper_pflops_per_s"] - 1
+    point = records["weak-scaling"].only("point", devices=32768)
+    away = error(point)
     mfu = 0.165 * (1 + away)
     return Finding(
         decide(reproduced=abs(away) <= 0.10, contradicted=False),
         f"MFU {mfu:.1%}, HFU {mfu * 4 / 3:.1%}",
         point,
-        f"the simulated rate is {away:+.0%} from the paper's; network noise and failures of so large a run are not "
-        "in the model",
+        f"the simulated rate is {away:+.0%} from the paper's; noise of the network and "
+        "failures of so large a run are not in the model",
     )
 
 
@@ -80,12 +80,12 @@ def largest(records: Records) -> Finding:
 )
 def strong_scaling(records: Records) -> Finding:
     """Efficiency at the largest number of devices."""
-    sizes = events(records, "strong-scaling", "size")
-    first, last = sizes[0].values, sizes[-1].values
-    efficiency = first["step_s"] * first["devices"] / (last["step_s"] * last["devices"])
+    sizes = records["strong-scaling"].of("size")
+    first, last = (s.number("step_s") * s.number("devices") for s in (sizes[0], sizes[-1]))
+    efficiency = first / last
     return Finding(
         decide(reproduced=efficiency >= 0.9, contradicted=False),
-        f"{efficiency:.1%} at {last['devices']} devices",
+        f"{efficiency:.1%} at {sizes[-1].values['devices']} devices",
         sizes[-1],
         f"the simulated efficiency is {efficiency:.1%}",
     )
@@ -104,8 +104,8 @@ def strong_scaling(records: Records) -> Finding:
 )
 def overlap(records: Records) -> Finding:
     """The saving of hiding."""
-    hidden, shown = events(records, "overlap", "schedule")
-    saved = 1 - hidden.values["step_s"] / shown.values["step_s"]
+    hidden, shown = records["overlap"].of("schedule")
+    saved = 1 - hidden.number("step_s") / shown.number("step_s")
     return Finding(
         decide(reproduced=0.10 <= saved <= 0.30, contradicted=False),
         f"{saved:.1%} less time",
@@ -119,23 +119,21 @@ def overlap(records: Records) -> Finding:
     section="V.B",
     says="The communication model ranks the fastest configurations first",
     paper="its first 10 hold most of the fastest observed ones (20 B on 32 GPUs, 40 B on 64 dies)",
-    conditions="no measured ranking is published: the order of the same grids by a model that has computation, "
-    "overlap, latency and memory stands in for the observed one",
-    rule="reproduced if the 3 grids that our model finds fastest are among the first 10 of the authors' ranking in "
-    "both cases; otherwise inconclusive",
+    conditions="no measured ranking is published: the order of the same grids by a model that has "
+    "computation, overlap, latency and memory stands in for the observed one",
+    rule="reproduced if the 3 grids that our model finds fastest are among the first 10 of the authors' "
+    "ranking in both cases; otherwise inconclusive",
     scales=("smoke", "laptop"),
     needs="a measured ranking",
 )
 def authors_ranking(records: Records) -> Finding:
     """Where our first three stand in the authors' ranking."""
-    cases = events(records, "rankings", "ranked")
-    places = [
-        [place(grid, case.values["theirs"]) for grid in case.values["ours"][:3]] for case in cases
-    ]
-    inside = [sum(p <= 10 for p in row) for row in places]
+    cases = records["rankings"].of("ranked")
+    stand = [places(case, first=3) for case in cases]
+    inside = [sum(place <= 10 for place in row) for row in stand]
     words = "; ".join(
         f"{case.values['model']}: places {', '.join(map(str, row))}"
-        for case, row in zip(cases, places, strict=True)
+        for case, row in zip(cases, stand, strict=True)
     )
     return Finding(
         decide(reproduced=min(inside) == 3, contradicted=False),

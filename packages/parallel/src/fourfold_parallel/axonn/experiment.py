@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -11,7 +11,8 @@ from fourfold_parallel.axonn.paper import counted_flops, gpt
 from fourfold_parallel.axonn.recipes import Overlap, Rankings, StrongScaling, WeakScaling
 from fourfold_parallel.plan import authors
 from fourfold_parallel.plan.job import Job, Layout
-from fourfold_parallel.plan.machine import Machine, machine_of
+from fourfold_parallel.plan.machine import Machine
+from fourfold_parallel.plan.machines import machine_of
 from fourfold_parallel.plan.memory import fits, memory_of
 from fourfold_parallel.plan.search import Plan, grid_of, grids, plan_of, rank
 from fourfold_parallel.plan.simulate import scout
@@ -142,7 +143,7 @@ def _stages(scale: Scale) -> Sequence[Stage]:
     )
 
 
-def _drawings(scale: Scale) -> Iterable[Drawing]:
+def _drawings(scale: Scale) -> Sequence[Drawing]:
     from fourfold_parallel.axonn import figures  # needs matplotlib, and nothing else does
 
     return figures.drawings(scale)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fourfold_parallel.axonn.measures import events
+from fourfold_parallel.axonn.measures import points, ranking
 from fourfold_parallel.reproduce.claims import Records
 from fourfold_parallel.reproduce.experiment import Drawing
 from fourfold_parallel.reproduce.figures import BASELINE, IDEAL, METHOD, SHADES
@@ -19,22 +20,13 @@ def weak_scaling(records: Records) -> Figure:
     """The paper's rates and the simulated ones."""
     figure = Figure(figsize=(9.6, 3.4))
     for axes, machine in zip(figure.subplots(1, 3), MACHINES, strict=True):
-        points = [
-            p.values
-            for p in events(records, "weak-scaling", "point")
-            if p.values["machine"] == machine
-        ]
-        devices = [p["devices"] for p in points]
-        axes.plot(
-            devices, [p["paper_pflops_per_s"] for p in points], "o-", color=BASELINE, label="paper"
-        )
-        axes.plot(
-            devices, [p["pflops_per_s"] for p in points], "s--", color=METHOD, label="planner"
-        )
-        axes.set(xscale="log", yscale="log", title=machine.capitalize(), xlabel="devices")
-        axes.set_xticks(devices, [f"{d:,}" for d in devices], rotation=40, ha="right")
-        axes.minorticks_off()
-        axes.legend()
+        mine = [p for p in points(records) if p.values["machine"] == machine]
+        devices = [p.number("devices") for p in mine]
+        paper, ours = ([p.number(k) for p in mine] for k in ("paper_pflops_per_s", "pflops_per_s"))
+        axes.plot(devices, paper, "o-", color=BASELINE, label="paper")
+        axes.plot(devices, ours, "s--", color=METHOD, label="planner")
+        axes.set(title=machine.capitalize(), xlabel="devices")
+        _doubling(axes, devices)
     figure.axes[0].set_ylabel("Pflop/s, recomputation counted")
     return figure
 
@@ -43,30 +35,34 @@ def strong_scaling(records: Records) -> Figure:
     """Seconds of a step of one model on ever more devices."""
     figure = Figure(figsize=(5.2, 3.4))
     axes = figure.subplots()
-    sizes = [e.values for e in events(records, "strong-scaling", "size")]
-    devices, seconds = [s["devices"] for s in sizes], [s["step_s"] for s in sizes]
+    sizes = records["strong-scaling"].of("size")
+    devices, seconds = [s.number("devices") for s in sizes], [s.number("step_s") for s in sizes]
     ideal = [seconds[0] * devices[0] / d for d in devices]
     axes.plot(devices, ideal, "--", color=IDEAL, label="ideal")
     axes.plot(devices, seconds, "s-", color=METHOD, label="planner")
-    axes.set(xscale="log", yscale="log", xlabel="dies of Frontier", ylabel="seconds a step")
-    axes.set_xticks(devices, [f"{d:,}" for d in devices], rotation=40, ha="right")
+    axes.set(xlabel="dies of Frontier", ylabel="seconds a step")
+    _doubling(axes, devices)
+    return figure
+
+
+def _doubling(axes: Axes, devices: Sequence[float]) -> None:
+    """Logarithmic axes with a tick at each number of devices, and the legend."""
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks(devices, [f"{d:,.0f}" for d in devices], rotation=40, ha="right")
     axes.minorticks_off()
     axes.legend()
-    return figure
 
 
 def rankings(records: Records) -> Figure:
     """The authors' seconds of communication against our seconds of a step, a dot a grid."""
     figure = Figure(figsize=(9.6, 3.4))
-    cases = [e.values for e in events(records, "rankings", "ranked")]
+    cases = records["rankings"].of("ranked")
     for axes, case in zip(figure.subplots(1, len(cases)), cases, strict=True):
-        theirs = {tuple(row[:4]): row[4] for row in case["theirs"]}
-        grids = [tuple(row[:4]) for row in case["ours"]]
-        axes.scatter(
-            [theirs[g] for g in grids], [row[4] for row in case["ours"]], s=18, color=SHADES[2]
-        )
+        theirs, ours = ranking(case, "theirs"), ranking(case, "ours")
+        axes.scatter([theirs[grid] for grid in ours], list(ours.values()), s=18, color=SHADES[2])
+        machine = str(case.values["machine"]).capitalize()
         axes.set(
-            title=f"{case['model']} on {case['devices']} of {case['machine'].capitalize()}",
+            title=f"{case.values['model']} on {case.values['devices']} of {machine}",
             xlabel="authors' model: seconds of communication", ylabel="planner: seconds a step",
         )  # fmt: skip
     return figure
@@ -78,7 +74,7 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
     return (
         Drawing(
             name="figure-6",
-            caption="Weak scaling: the paper's measured rates and the planner's, one fitted constant a machine.",
+            caption="Weak scaling: the paper's rates and the planner's, one fitted constant a machine.",
             draw=weak_scaling,
         ),
         Drawing(
@@ -88,7 +84,7 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
         ),
         Drawing(
             name="figure-4",
-            caption="The authors' communication model and the planner on the same grids; a dot a grid that fits.",
+            caption="The authors' communication model and the planner; a dot is a grid that fits.",
             draw=rankings,
         ),
     )

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from fourfold_parallel.common.records import Event
 from fourfold_parallel.reproduce.claims import Records
 
-
-def events(records: Records, stage: str, kind: str) -> list[Event]:
-    """The events of a kind in a stage's record."""
-    return [e for e in records[stage].events if e.kind == kind]
+Grid = tuple[float, ...]
+"""Its four sizes: data, depth, row, col."""
 
 
-def event(records: Records, stage: str, kind: str) -> Event:
-    """The first of them."""
-    return events(records, stage, kind)[0]
+def points(records: Records) -> tuple[Event, ...]:
+    """The weak-scaling points."""
+    return records["weak-scaling"].of("point")
+
+
+def error(point: Event) -> float:
+    """The simulated rate against the paper's, less one."""
+    return point.number("pflops_per_s") / point.number("paper_pflops_per_s") - 1
 
 
 def errors(records: Records) -> dict[str, float]:
-    """Of each weak-scaling point, the simulated rate against the paper's, less one."""
+    """Of each weak-scaling point."""
     return {
-        f"{p.values['model']} on {p.values['devices']} of {p.values['machine']}": p.values["pflops_per_s"]
-        / p.values["paper_pflops_per_s"]
-        - 1
-        for p in events(records, "weak-scaling", "point")
-    }  # fmt: skip
+        f"{p.values['model']} on {p.values['devices']} of {p.values['machine']}": error(p)
+        for p in points(records)
+    }
 
 
-def place(grid: Sequence[float], ranking: Sequence[Sequence[float]]) -> int:
-    """Where a grid stands in a ranking, from 1; rows are the four sizes and the seconds."""
-    return 1 + [list(row[:4]) for row in ranking].index(list(grid[:4]))
+def ranking(case: Event, key: str) -> dict[Grid, float]:
+    """The grids of a ranking with their seconds, fastest first."""
+    rows = case.values[key]
+    assert isinstance(rows, list)
+    table = [[float(str(cell)) for cell in row] for row in rows if isinstance(row, list)]
+    return {tuple(sizes): seconds for *sizes, seconds in table}
+
+
+def places(case: Event, *, first: int) -> list[int]:
+    """Where our first grids stand in the authors' ranking, from 1."""
+    theirs = list(ranking(case, "theirs"))
+    return [1 + theirs.index(grid) for grid in list(ranking(case, "ours"))[:first]]

@@ -40,12 +40,18 @@ def _points(machine: str, *rows: tuple[int, str, float]) -> tuple[Point, ...]:
 
 
 WEAK_SCALING = (
-    *_points("perlmutter", (512, "5B", 80.8), (1024, "10B", 197.8), (2048, "20B", 352.5), (4096, "40B", 620.1)),
+    *_points(
+        "perlmutter", (512, "5B", 80.8), (1024, "10B", 197.8), (2048, "20B", 352.5),
+        (4096, "40B", 620.1),
+    ),
     *_points(
         "frontier", (512, "5B", 40.4), (1024, "10B", 77.3), (2048, "20B", 145.7), (4096, "40B", 295.9),
         (8192, "80B", 571.4), (16384, "160B", 1019.9), (32768, "320B", 1381.0),
     ),
-    *_points("alps", (1024, "10B", 310.0), (2048, "20B", 621.6), (4096, "40B", 1095.8), (6144, "60B", 1423.1)),
+    *_points(
+        "alps", (1024, "10B", 310.0), (2048, "20B", 621.6), (4096, "40B", 1095.8),
+        (6144, "60B", 1423.1),
+    ),
 )  # fmt: skip
 
 
@@ -58,7 +64,7 @@ def gpt(size: str) -> Transformer:
 
 
 def counted_flops(size: str, *, recomputes: bool) -> float:
-    """Of a step, by the paper's formula: `96 B S L H^2 (1 + S/(6H) + V/(16 L H))`, 72 without recomputation."""
+    """Of a step, by the paper: `96 B S L H^2 (1 + S/(6H) + V/(16 L H))`; 72 without recomputation."""
     layers, width, _ = SIZES[size]
     factor = 96 if recomputes else 72
     shape = 1 + SEQUENCE / (6 * width) + VOCABULARY / (16 * layers * width)

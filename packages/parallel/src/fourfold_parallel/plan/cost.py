@@ -9,6 +9,7 @@ machine (`Machine.products`) is not computed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 from fourfold_parallel.plan.job import FUSED, Job, Layout
 from fourfold_parallel.plan.machine import Machine, Precision
 

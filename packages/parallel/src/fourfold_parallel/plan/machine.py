@@ -172,26 +172,6 @@ class Machine:
         return machine
 
 
-def machine_of(name: StrPath) -> Machine:
-    """A known machine by name, or one from a file.
-
-    Raises:
-        ValueError: Neither; names the known ones.
-    """
-    from fourfold_parallel.plan.machines import MACHINES
-
-    text = str(name)
-    if text in MACHINES:
-        return MACHINES[text]
-    if Path(text).is_file():
-        return Machine.load(text)
-    known = ", ".join(MACHINES)
-    raise ValueError(
-        f"machine {text!r} is neither known nor a file; known are {known}; "
-        "`fourfold probe --out FILE` measures this one"
-    )
-
-
 def divisors(number: int) -> Iterator[int]:
     """All divisors, in order."""
     for candidate in range(1, number + 1):

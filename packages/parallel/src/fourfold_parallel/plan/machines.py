@@ -9,7 +9,9 @@ Rates of elementwise kernels are 0.8 of the nominal memory rate.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+from fourfold_parallel.common.files import StrPath
 from fourfold_parallel.plan.machine import GIB, Machine, Rate, Ring
 
 SHEET = "stas00/ml-engineering, compute/accelerator and network (vendor sheets, measured products)"
@@ -57,7 +59,7 @@ B200 = (
     Rate(precision="bf16", flops_per_s=2250e12, share=0.48, attention_share=0.20),
     Rate(precision="fp32", flops_per_s=1125e12, share=0.45, attention_share=0.04),
 )
-WEAK = "fitted: share of bf16, to the weak scaling of Singh et al. 2024 (`fourfold reproduce --only parallel`)"
+WEAK = "fitted: share of bf16, to the weak scaling of Singh et al. 2024 (claim P1)"
 FITTED = "fitted: share and attention_share of bf16 to published training steps (benchmarks/plan_cases.py)"
 MI250X = (
     Rate(precision="bf16", flops_per_s=191.5e12, share=0.65, attention_share=0.25),
@@ -170,3 +172,21 @@ MACHINES = {
     )
 }  # fmt: skip
 """By name."""
+
+
+def machine_of(name: StrPath) -> Machine:
+    """A known machine by name, or one from a file.
+
+    Raises:
+        ValueError: Neither; names the known ones.
+    """
+    text = str(name)
+    if text in MACHINES:
+        return MACHINES[text]
+    if Path(text).is_file():
+        return Machine.load(text)
+    known = ", ".join(MACHINES)
+    raise ValueError(
+        f"machine {text!r} is neither known nor a file; known are {known}; "
+        "`fourfold probe --out FILE` measures this one"
+    )

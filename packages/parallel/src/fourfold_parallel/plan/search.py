@@ -17,6 +17,7 @@ MOST_MICROBATCH = 64
 """Sequences that a rank takes at once, at most."""
 SIMULATED = 300
 """Layouts that are simulated whole, the best by a rough guess."""
+MOST_RANKS = 1_000_000
 CLOSE = 0.02
 """Plans within this of the best are called ties: the model is not sharper."""
 
@@ -210,11 +211,15 @@ def nothing_fits(
 
 
 def _larger(ranks: int, machine: Machine) -> Iterator[int]:
-    step = max(1, machine.devices_per_node)
-    first = ranks + (-ranks) % step if ranks > step else ranks
-    for doubling in range(21):
-        for factor in (2, 3):
-            yield max(first, step) * factor * 2**doubling // (1 if factor == 2 else 1)
+    """More devices: one and a half times and twice as many, again and again, in whole nodes."""
+    node = machine.devices_per_node
+    base = max(node, ranks + -ranks % node) if ranks >= node else ranks
+    while base < MOST_RANKS:
+        for factor in (3, 4):
+            more = base * factor // 2
+            if more % min(node, more) == 0:
+                yield more
+        base *= 2
 
 
 def _any_fits(job: Job, machine: Machine, ranks: int) -> bool:

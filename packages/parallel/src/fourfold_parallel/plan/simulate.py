@@ -423,16 +423,17 @@ def _step(job: Job, layout: Layout, machine: Machine, walk: _Walk) -> Step:
     pieces = job.model.parameters / (layout.depth * layout.row * layout.col)
     update = Work(job, layout, machine).update(pieces)
     waited = max(0.0, walk.sums_end - walk.seconds)
-    moved = dict(walk.moved_bytes)
+    moved, exposed = dict(walk.moved_bytes), dict(walk.exposed_s)
     if layout.shards_optimizer and layout.data > 1:
         payload = pieces * job.storage.weight
         stride = layout.stride("data")
         waited += machine.seconds("all_gather", payload, stride=stride, size=layout.data)
         moved["data"] += (layout.data - 1) / layout.data * payload
+    exposed["data"] += waited
     return Step(
         seconds=walk.seconds + waited + update,
         compute_s=walk.compute_s + update,
-        exposed_s=walk.exposed_s | {"data": walk.exposed_s["data"] + waited},
+        exposed_s=exposed,
         moved_bytes=moved,
         update_s=update,
         spans=walk.spans,

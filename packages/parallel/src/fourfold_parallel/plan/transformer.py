@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
@@ -182,7 +182,7 @@ REQUIRED = (
 )  # fmt: skip
 
 
-def _one_layer(config: PretrainedConfig) -> nn.Module:
+def _one_layer(config: PretrainedConfig) -> PreTrainedModel:
     small: Any = copy.deepcopy(config)
     small.num_hidden_layers = 1
     if getattr(small, "layer_types", None):
@@ -234,9 +234,10 @@ def _is_residual_norm(module: nn.Module, width: int) -> bool:
     return "norm" in type(module).__name__.lower() and set(shapes) == {(width,)}
 
 
-def _positions(model: nn.Module, config: PretrainedConfig) -> Iterator[int]:
+def _positions(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[int]:
     """Rows of the learned tables beside the vocabulary."""
     for module in model.modules():
-        is_other = isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
-        if is_other and module.embedding_dim == config.hidden_size:
+        if not isinstance(module, nn.Embedding) or module is model.get_input_embeddings():
+            continue
+        if module.embedding_dim == config.hidden_size:
             yield module.num_embeddings

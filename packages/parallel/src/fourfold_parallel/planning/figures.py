@@ -103,7 +103,7 @@ def volume(plan: Plan) -> Figure:
     """Bytes that a rank sends in a step, by axis."""
     figure = Figure(figsize=(6.4, 1.9))
     axes = figure.subplots()
-    used = [axis for axis in AXES if plan.step.moved_bytes[axis]]
+    used: list[AxisName] = [axis for axis in AXES if plan.step.moved_bytes[axis]]
     axes.barh(
         used, [plan.step.moved_bytes[axis] / GIB for axis in used],
         color=[AXIS_COLOURS[axis] for axis in used], height=0.6,

@@ -50,12 +50,12 @@ def layout_of(text: str) -> Layout:
     Raises:
         ValueError: A word is not an axis with a size.
     """
-    sizes: dict[str, int] = {}
+    sizes = {"data": 1, "depth": 1, "row": 1, "col": 1}
     for word in filter(None, re.split(r"[,\s]+", text)):
         name, _, size = word.partition("=")
-        if name not in ("data", "depth", "row", "col") or not size.isdecimal() or int(size) < 1:
+        if name not in sizes or not size.isdecimal() or int(size) < 1:
             raise ValueError(
                 f"{word!r} is no axis with a size; write data=2,depth=1,row=4,col=1 (missing ones are 1)"
             )
         sizes[name] = int(size)
-    return Layout(**sizes)
+    return Layout(data=sizes["data"], depth=sizes["depth"], row=sizes["row"], col=sizes["col"])

@@ -14,7 +14,6 @@ from fourfold_parallel.plan.simulate import AXES
 from fourfold_parallel.planning.verify import Verified
 from fourfold_parallel.reproduce.launches import Launch
 
-
 COLUMNS = ("grid", "micro", "form", "s/step", "slower", "MFU", "HFU", "GiB", "waits", "mostly")
 
 
@@ -78,7 +77,7 @@ def show_launch(ranking: Ranking) -> None:
     launch = Launch(
         name=f"plan-{ranking.ranks}",
         title=f"{ranking.job.model.name} on {ranking.ranks} devices: {layout}",
-        needs=f"{ranking.ranks} devices of {machine.name}; train.py, your script, calls fourfold_parallel.train",
+        needs=f"{ranking.ranks} {machine.name} devices; train.py, which calls fourfold_parallel.train",
         command="train.py",
         nodes=-(-ranking.ranks // per_node),
         gpus=per_node,
