@@ -1,11 +1,13 @@
 """Pages say what the code and the records say."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from textwrap import dedent
 from types import ModuleType
 
 import pytest
@@ -15,6 +17,7 @@ from fourfold_parallel.reproduce.claims import read_ledger
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("packages/*/*.md")])
+GUIDES = sorted(ROOT.glob("docs/guides/*.md"))
 READMES = sorted(ROOT.glob("packages/*/README.md"))
 
 
@@ -101,6 +104,42 @@ def test_readme_code_runs_or_is_quoted(
             assert not missing
 
 
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda page: page.stem)
+def test_a_guide_does_what_it_says(guide: Path, tmp_path: Path) -> None:
+    """Its blocks run in one folder, in order; each line of a `text` block is printed by the block before."""
+    printed: list[str] = []
+    blocks = re.findall(
+        r"^ *```(python|bash|text)\n(.*?)^ *```", guide.read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert {"python", "text"} <= {language for language, _ in blocks}
+    for language, block in blocks:
+        text = dedent(block)
+        named = re.match(r"# (\w+\.py)\n", text)
+        if language == "text":
+            assert [line for line in text.splitlines() if line not in printed] == []
+        elif named:
+            (tmp_path / named[1]).write_text(text)
+        else:
+            words = [sys.executable, "-c", text] if language == "python" else ["sh", "-ec", text]
+            printed = output_of(words, tmp_path)
+
+
+def output_of(words: list[str], folder: Path) -> list[str]:
+    """The lines that a command prints. It must succeed, and has one thread: tests share the cores."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    called = subprocess.run(
+        words,
+        cwd=folder,
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert called.returncode == 0, called.stdout
+    return called.stdout.splitlines()
+
+
 def test_the_readme_names_the_two_commands_and_ci_calls_the_test_command() -> None:
     readme = (ROOT / "README.md").read_text()
     assert "scripts/env python scripts/reproduce.py" in readme
@@ -148,14 +187,7 @@ def test_signatures_show_shapes_and_the_search_knows_the_names(tmp_path: Path) -
         str(tmp_path / "built"),
         str(ROOT / "packages" / "goldfish"),
     ]
-    called = subprocess.run(
-        [sys.executable, "-c", program, *folders],
-        cwd=ROOT / "scripts",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert called.returncode == 0, called.stderr
+    output_of([sys.executable, "-c", program, *folders], ROOT / "scripts")
     text = re.sub(r"<[^>]+>", "", (tmp_path / "built" / "index.html").read_text())
     assert "Bool[Tensor, 'batch row']" in text
     assert "rouge_l" in (tmp_path / "built" / "searchindex.js").read_text()
