@@ -113,7 +113,7 @@ def faults_of_pages(member: Path) -> Iterator[str]:
 def faults_of_wheel(member: Path, wheel: Path) -> Iterator[str]:
     """One line for each thing that a wheel lacks, gets wrong, or gives away."""
     with zipfile.ZipFile(wheel) as archive:
-        files = {name: archive.read(name) for name in archive.namelist()}
+        files = {name: archive.read(name) for name in archive.namelist() if name[-1] != "/"}
     source = member / "src"
     paths = {path for path in source.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     ours = {path.relative_to(source).as_posix() for path in paths}

@@ -1,6 +1,6 @@
 """Pages say what the code and the records say."""
 
-import importlib.util
+import importlib
 import os
 import re
 import subprocess
@@ -8,10 +8,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 from textwrap import dedent
-from types import ModuleType
 
 import pytest
 
+import pages
+import tables
 from fourfold_parallel.common.records import read_record
 from fourfold_parallel.reproduce.claims import read_ledger
 
@@ -19,17 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("packages/*/*.md")])
 GUIDES = sorted(ROOT.glob("docs/guides/*.md"))
 READMES = sorted(ROOT.glob("packages/*/README.md"))
-
-
-def script(name: str) -> ModuleType:
-    """A file of `scripts/`, imported."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -41,7 +31,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("readme", READMES, ids=lambda page: page.parent.name)
 def test_tables_are_the_committed_records(readme: Path) -> None:
     """Each table of a package's documents is what `scripts/tables.py` renders from its records."""
-    documents = dict(script("tables").rendered(readme.parent))
+    documents = dict(tables.rendered(readme.parent))
     assert not documents or readme.parent / "results" / "README.md" in documents
     for document, text in documents.items():
         assert document.read_text() == text, document
@@ -149,7 +139,6 @@ def test_the_readme_names_the_two_commands_and_ci_calls_the_test_command() -> No
 
 def test_the_checker_of_pages_names_every_fault(tmp_path: Path) -> None:
     """Of pages that are right it says nothing."""
-    pages = script("pages")
     (tmp_path / "style.css").write_text("a { background: url(data:image/svg+xml;b) }")
     right = '<p id="here"></p><a href="#here"></a><a href="b%20c.html#there"></a><link href="style.css">'
     (tmp_path / "a.html").write_text(right + '<a href="https://example.org">elsewhere</a>')
@@ -170,7 +159,7 @@ def test_the_checker_of_pages_names_every_fault(tmp_path: Path) -> None:
 @pytest.mark.parametrize("readme", READMES, ids=lambda page: page.parent.name)
 def test_the_reference_names_all_that_is_public_and_every_command(readme: Path) -> None:
     module = importlib.import_module(f"fourfold_{readme.parent.name}")
-    text = script("pages").reference(readme.parent)
+    text = pages.reference(readme.parent)
     listed = set(re.findall(r"\{py:obj\}`(\w+) <", text))
     assert listed == {name for name in module.__all__ if name != "__version__"}
     assert text.count("usage: python -m") == len(re.findall(r"^### ", text, re.MULTILINE)) > 1
