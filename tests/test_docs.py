@@ -1,17 +1,24 @@
 """Pages say what the code and the records say."""
 
-import importlib.util
+import importlib
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
+import pages
+import tables
 from fourfold_parallel.common.records import read_record
 from fourfold_parallel.reproduce.claims import read_ledger
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("packages/*/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("packages/*/*.md")])
+GUIDES = sorted(ROOT.glob("docs/guides/*.md"))
 READMES = sorted(ROOT.glob("packages/*/README.md"))
 
 
@@ -24,11 +31,6 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("readme", READMES, ids=lambda page: page.parent.name)
 def test_tables_are_the_committed_records(readme: Path) -> None:
     """Each table of a package's documents is what `scripts/tables.py` renders from its records."""
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "scripts" / "tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
     documents = dict(tables.rendered(readme.parent))
     assert not documents or readme.parent / "results" / "README.md" in documents
     for document, text in documents.items():
@@ -92,8 +94,89 @@ def test_readme_code_runs_or_is_quoted(
             assert not missing
 
 
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda page: page.stem)
+def test_a_guide_does_what_it_says(guide: Path, tmp_path: Path) -> None:
+    """Its blocks run in one folder, in order; each line of a `text` block is printed by the block before."""
+    printed: list[str] = []
+    blocks = re.findall(
+        r"^ *```(python|bash|text)\n(.*?)^ *```", guide.read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert {"python", "text"} <= {language for language, _ in blocks}
+    for language, block in blocks:
+        text = dedent(block)
+        named = re.match(r"# (\w+\.py)\n", text)
+        if language == "text":
+            assert [line for line in text.splitlines() if line not in printed] == []
+        elif named:
+            (tmp_path / named[1]).write_text(text)
+        else:
+            words = [sys.executable, "-c", text] if language == "python" else ["sh", "-ec", text]
+            printed = output_of(words, tmp_path)
+
+
+def output_of(words: list[str], folder: Path) -> list[str]:
+    """The lines that a command prints. It must succeed, and has one thread: tests share the cores."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    called = subprocess.run(
+        words,
+        cwd=folder,
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert called.returncode == 0, called.stdout
+    return called.stdout.splitlines()
+
+
 def test_the_readme_names_the_two_commands_and_ci_calls_the_test_command() -> None:
     readme = (ROOT / "README.md").read_text()
     assert "scripts/env python scripts/reproduce.py" in readme
     assert "scripts/env pytest" in readme
     assert "scripts/env pytest\n" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_checker_of_pages_names_every_fault(tmp_path: Path) -> None:
+    """Of pages that are right it says nothing."""
+    (tmp_path / "style.css").write_text("a { background: url(data:image/svg+xml;b) }")
+    right = '<p id="here"></p><a href="#here"></a><a href="b%20c.html#there"></a><link href="style.css">'
+    (tmp_path / "a.html").write_text(right + '<a href="https://example.org">elsewhere</a>')
+    (tmp_path / "b c.html").write_text('<h1 id="there"></h1>')
+    assert list(pages.faults_of(tmp_path)) == []
+    (tmp_path / "style.css").write_text("@import 'https://example.org/font.css';")
+    wrong = '<a href="gone.html"></a><a href="a.html#gone"></a><script src="//example.org/x.js"></script>'
+    (tmp_path / "b c.html").write_text(wrong)
+    assert sorted(pages.faults_of(tmp_path)) == [
+        "a.html: b%20c.html#there has no such anchor",
+        "b c.html: a.html#gone has no such anchor",
+        "b c.html: fetches //example.org/x.js",
+        "b c.html: gone.html leads nowhere",
+        "style.css: fetches https://example.org/font.css",
+    ]
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda page: page.parent.name)
+def test_the_reference_names_all_that_is_public_and_every_command(readme: Path) -> None:
+    module = importlib.import_module(f"fourfold_{readme.parent.name}")
+    text = pages.reference(readme.parent)
+    listed = set(re.findall(r"\{py:obj\}`(\w+) <", text))
+    assert listed == {name for name in module.__all__ if name != "__version__"}
+    assert text.count("usage: python -m") == len(re.findall(r"^### ", text, re.MULTILINE)) > 1
+
+
+def test_signatures_show_shapes_and_the_search_knows_the_names(tmp_path: Path) -> None:
+    """The reference of one package, built alone."""
+    program = (
+        "import sys, pages; from pathlib import Path; staged, built, package = map(Path, sys.argv[1:])\n"
+        "pages.write(staged / 'README.md', pages.reference(package)); pages.build(staged, built)"
+    )
+    folders = [
+        str(tmp_path / "staged"),
+        str(tmp_path / "built"),
+        str(ROOT / "packages" / "goldfish"),
+    ]
+    output_of([sys.executable, "-c", program, *folders], ROOT / "scripts")
+    text = re.sub(r"<[^>]+>", "", (tmp_path / "built" / "index.html").read_text())
+    assert "Bool[Tensor, 'batch row']" in text
+    assert "rouge_l" in (tmp_path / "built" / "searchindex.js").read_text()

@@ -12,7 +12,7 @@ from fourfold_loki.selectors.base import Candidates, Selector
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparQ(Selector):
-    """The `channels` coordinates of largest |q|, chosen by every query for itself."""
+    """The `channels` coordinates of largest `|q|`, chosen by every query for itself."""
 
     channels: int
 
@@ -25,7 +25,7 @@ class SparQ(Selector):
     def scores(self, among: Candidates) -> Float[Tensor, "batch heads query token"]:
         """Scores of the query with its small coordinates set to zero, at the temperature of the paper.
 
-        The temperature divides by the share of |q| that is left (Ribar et al. 2023, equation 5); it does
+        The temperature divides by the share of `|q|` that is left (Ribar et al. 2023, equation 5); it does
         not change a ranking but the mean over a group.
 
         Raises:

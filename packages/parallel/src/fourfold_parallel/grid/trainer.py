@@ -1,4 +1,4 @@
-"""transformers' `Trainer` and accelerate's loop on a grid: the model is `parallelize`d, the rest is stock.
+"""transformers' `Trainer` and accelerate's loop on a grid: `parallelize` is all of ours, the rest is theirs.
 
 Both shard batches over all ranks, and on a grid the ranks of row and col must get equal rows. That is
 all that differs here; the model itself tells accelerate to wrap and scale nothing.

@@ -153,7 +153,7 @@ class MinPKL(Criterion):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EntropyDiff(Criterion):
-    """|H(p_i) - H(p_{i-1})| in nats."""
+    """`|H(p_i) - H(p_{i-1})|` in nats."""
 
     reads = "logits"
     threshold: float = 1e-3
