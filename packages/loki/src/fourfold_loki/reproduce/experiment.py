@@ -33,6 +33,7 @@ from fourfold_loki.reproduce.recipes import (
     Perplexity,
     Ranks,
 )
+from fourfold_loki.reproduce.measures import headline
 from fourfold_loki.reproduce.tables import TABLES
 from fourfold_loki.reproduce.text import tokenized, windows_of
 from fourfold_loki.selectors import DoubleSparsity, Loki, PcaAttention, Selector
@@ -373,6 +374,10 @@ EXPERIMENT = Experiment(
     title="Loki: low-rank keys for efficient sparse attention",
     paper="Singhania, Singh, He, Feizi, Bhatele: Loki: Low-rank Keys for Efficient Sparse Attention. "
     "NeurIPS 2024",
+    idea="Keys span few dimensions: a few principal components of them are enough to choose the tokens worth "
+    "attending to.",
+    headline=headline,
+    picture="figure-quality",
     claims=CLAIMS,
     stages=_stages,
     drawings=_drawings,

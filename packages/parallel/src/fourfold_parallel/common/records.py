@@ -4,6 +4,7 @@ Units are in the keys (`loss_nats`, `elapsed_s`, `peak_bytes`). A run that dies 
 cut short by the death is not JSON, so no reader takes it for whole, and a resumed run removes it.
 """
 
+import functools
 import importlib.metadata
 import json
 import math
@@ -80,20 +81,28 @@ def hardware() -> dict[str, Json]:
 
 def commit() -> str:
     """The source's git commit, with "+changes" where tracked files differ; "installed" outside git."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(here), *words]
-        return subprocess.run(  # noqa: S603 - fixed words, no shell
-            command, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
     try:
-        head = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        head = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
         return "installed"
     return f"{head}+changes" if changed else head
+
+
+@functools.cache
+def commit_date(commit: str) -> str:
+    """The day of a commit that a record names (`2026-11-22`); empty where this copy does not hold it."""
+    try:
+        return _git("show", "--no-patch", "--format=%cs", commit.partition("+")[0], "--")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    return subprocess.run(  # noqa: S603 - words of ours, no shell
+        command, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def header(

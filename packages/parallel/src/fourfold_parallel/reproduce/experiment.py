@@ -5,9 +5,11 @@ again; one that was interrupted goes on from its last checkpoint.
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +41,8 @@ class Workplace:
     finished: Records
     """Records of the stages before this one."""
     progress: Progress
+    started_s: float = field(default_factory=time.perf_counter)
+    """When this process began the stage, on its own clock."""
 
     @contextmanager
     def recording(
@@ -54,14 +58,17 @@ class Workplace:
                 header(run, seed=seed, world_size=1, materials=materials, overrides=())
             )
             yield records
-            records.write("finished")
+            self._finish(records)
 
     @contextmanager
     def concluding(self) -> Iterator[RecordWriter]:
         """The record that a training began: what the block adds to it, after which it is finished."""
         with RecordWriter(self.record) as records:
             yield records
-            records.write("finished")
+            self._finish(records)
+
+    def _finish(self, records: RecordWriter) -> None:
+        records.write("finished", elapsed_s=round(time.perf_counter() - self.started_s, 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +105,12 @@ class Experiment:
     title: str
     paper: str
     """Authors, title, venue, year."""
+    idea: str = ""
+    """What the paper says, in one sentence for those who have not read it."""
+    headline: Callable[[Records], str] = lambda _: ""
+    """What was found, in one sentence, from the committed records."""
+    picture: str = ""
+    """The drawing that the report shows first; otherwise its first."""
     claims: Sequence[Claim]
     stages: Callable[[Scale], Sequence[Stage]]
     """The stages at a scale, in order; none where the scale is launched by hand."""
@@ -133,6 +146,15 @@ def experiment_of(package: str) -> Experiment:
         raise ValueError(f"no package {package!r} is installed; there are {', '.join(installed())}")
     [point] = importlib.metadata.entry_points(group=ENTRY_POINTS, name=package)
     return point.load()
+
+
+def committed_results(package: str) -> Path:
+    """Where the results of a package are committed: beside its source, which only a checkout has."""
+    [point] = importlib.metadata.entry_points(group=ENTRY_POINTS, name=package)
+    spec = importlib.util.find_spec(point.module.partition(".")[0])
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parents[2] / "results"
 
 
 def perform(

@@ -25,13 +25,14 @@ def render(template: Path, **values: object) -> str:
 
 
 def inline(svg: str, *, prefix: str) -> Markup:
-    """A drawing of ours as part of a page: no XML prolog, and ids that no other drawing has.
+    """A drawing of ours as part of a page: no XML prolog, ids that no other drawing has, its width known.
 
     Args:
         svg: what matplotlib wrote; nothing of a stranger's.
         prefix: unique on the page.
     """
     text = svg[svg.index("<svg") :]
+    width = text.partition(' width="')[2].partition('"')[0]
     for mark in ('id="', 'href="#', "url(#"):
         text = text.replace(mark, mark + prefix)
-    return Markup(text)  # noqa: S704
+    return Markup(f'<div class="drawing" style="--native: {width}">{text}</div>')  # noqa: S704
