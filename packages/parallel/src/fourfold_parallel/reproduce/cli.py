@@ -84,6 +84,7 @@ def reproduces(package: str) -> Callable[..., None]:
         from fourfold_parallel.launch import is_main_rank
         from fourfold_parallel.reproduce import terminal
         from fourfold_parallel.reproduce.experiment import experiment_of, perform
+        from fourfold_parallel.reproduce.report import compare
 
         target = terminal.console()
         terminal.start(target)
@@ -100,7 +101,8 @@ def reproduces(package: str) -> Callable[..., None]:
                 resume=resume,
                 progress=lambda stage: bars.named(stage.name) if is_main_rank() else silent,
             )
-        target.print(terminal.ledger_table(outcome.rows))
-        target.print(f"records, ledger and figures: {outcome.folder}")
+        target.print(terminal.compared(package, compare(package, outcome.folder)), soft_wrap=True)
+        target.print(f"records, ledger and figures: {outcome.folder}", soft_wrap=True)
+        target.print(f"the page of them: fourfold report {out / scale}", soft_wrap=True)
 
     return reproduce

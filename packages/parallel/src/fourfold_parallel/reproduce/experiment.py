@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fourfold_parallel.common.files import write_text
-from fourfold_parallel.common.progress import Progress
+from fourfold_parallel.common.progress import DONE, Progress
 from fourfold_parallel.common.records import Material, Record, RecordWriter, header, read_record
 from fourfold_parallel.common.values import describes, to_json
 from fourfold_parallel.reproduce.claims import Claim, LedgerRow, Records, judge, write_ledger
@@ -203,7 +203,7 @@ def perform(
                     (folder / f"{later.name}.jsonl").unlink(missing_ok=True)
             stage.perform(workplace)
             shutil.rmtree(workplace.scratch, ignore_errors=True)
-        report(1, 1, "done")
+        report(1, 1, DONE)
         records[stage.name] = read_record(path)
     return conclude(experiment, scale, folder, records)
 

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -231,6 +231,14 @@ def _section(folder: Path, committed: Path, package: str) -> Section:
     )
 
 
+def compare(package: str, folder: Path) -> tuple[Entry, ...]:
+    """The claims of a package, as a folder's ledger and the committed one judge them."""
+    return entries(
+        Results(committed_results(package), package=package, name="committed"),
+        Results(folder, package=package, name="run"),
+    )
+
+
 def entries(committed: Results, run: Results) -> tuple[Entry, ...]:
     """The claims of both ledgers: where they differ, then contradicted ones, then the others."""
     claims = {**committed.rows, **run.rows}
@@ -248,9 +256,3 @@ def first_commands(readme: str) -> str:
     part = readme.partition("## Use it\n")[2].partition("\n## ")[0]
     block = re.search(r"^```(\w*)\n(.*?)^```", part, re.DOTALL | re.MULTILINE)
     return block[2].strip() if block and not block[1] else ""
-
-
-def verdicts(rows: Sequence[LedgerRow]) -> str:
-    """Rows counted: `9 reproduced, 3 contradicted`."""
-    counts = Counter(row.verdict for row in rows)
-    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in ORDER if counts[verdict])

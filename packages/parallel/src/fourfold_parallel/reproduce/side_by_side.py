@@ -4,6 +4,7 @@ Small models gain little from a second thread and lose much where two of them wa
 a machine of few cores reproduces two papers at a time faster than two papers in turn.
 """
 
+import logging
 import multiprocessing
 import os
 import queue
@@ -66,6 +67,7 @@ def perform_all(
     workers = max(1, min(jobs, len(names)))
     threads = max(1, (os.cpu_count() or 1) // workers)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # for what a worker starts in its turn
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; a worker's are drawn here
     context = multiprocessing.get_context("spawn")
     messages: Queue[Message] = context.Queue()
     stages = sum(len(experiment_of(name).stages(scale)) for name in names)
@@ -122,6 +124,7 @@ def _begin(messages: "Queue[Message]", threads: int) -> None:
     _messages = messages
     torch.set_num_threads(threads)
     start(console())
+    logging.getLogger("fourfold_parallel").setLevel(logging.WARNING)  # the bars say where it is
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
