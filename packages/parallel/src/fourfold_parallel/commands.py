@@ -4,6 +4,7 @@ import os
 import time
 from pathlib import Path
 
+from fourfold_parallel.common.sinks import SinkName, named
 from fourfold_parallel.reproduce.cli import Switch
 from fourfold_parallel.reproduce.scale import Scale
 
@@ -14,6 +15,7 @@ def reproduce(
     only: str = "all",
     resume: Switch = False,
     jobs: int = os.cpu_count() or 1,
+    sink: tuple[SinkName, ...] = (),
     out: Path = Path("out"),
 ) -> None:
     """Reproduce the papers at a scale and write a report: what was found, and beside it this run.
@@ -25,6 +27,7 @@ def reproduce(
         only: Packages, separated by commas: goldfish,loki.
         resume: Keep what is finished and go on from checkpoints, instead of starting over.
         jobs: Packages worked on at a time; they share the cores.
+        sink: Where the events of the records go too, as they are written.
         out: Folder for records, ledgers, figures and the report.
     """
     from fourfold_parallel.reproduce import report, side_by_side, terminal
@@ -43,7 +46,7 @@ def reproduce(
     ready = [name for name, experiment in experiments.items() if experiment.stages(scale)]
     started_s = time.perf_counter()
     outcomes = side_by_side.perform_all(
-        ready, scale, out / scale, resume=resume, jobs=jobs, target=target
+        ready, scale, out / scale, resume=resume, jobs=jobs, target=target, sinks=named(sink)
     )
     judged = [name for name in ready if outcomes[name].rows]
     if judged:

@@ -50,6 +50,8 @@ def train_and_attack(left_out: TargetMask, attack: Attack, workplace: Workplace)
         record=workplace.record,
         checkpoints=workplace.scratch / "checkpoints",
         progress=workplace.progress,
+        sinks=workplace.sinks,
+        overrides=workplace.overrides,
     )
     if not is_main_rank():
         return
@@ -128,6 +130,8 @@ def train_once(supervision: Supervision, workplace: Workplace) -> None:
         record=workplace.record,
         checkpoints=workplace.scratch / "checkpoints",
         progress=workplace.progress,
+        sinks=workplace.sinks,
+        overrides=workplace.overrides,
     )
     if is_main_rank():
         with workplace.concluding():

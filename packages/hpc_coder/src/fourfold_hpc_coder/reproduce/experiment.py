@@ -49,6 +49,8 @@ def tune_and_ask(study: FinetuneStudy, workplace: Workplace) -> None:
         record=workplace.record,
         checkpoints=workplace.scratch / "checkpoints",
         progress=workplace.progress,
+        sinks=workplace.sinks,
+        overrides=workplace.overrides,
     )
     if not is_main_rank():
         return

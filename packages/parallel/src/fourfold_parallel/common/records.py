@@ -7,19 +7,24 @@ cut short by the death is not JSON, so no reader takes it for whole, and a resum
 import functools
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from fourfold_parallel.common.files import StrPath, append_line
+from fourfold_parallel.common.sinks import OpenSink, Sink
 from fourfold_parallel.common.values import Json, digest, from_json, strict, to_json
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 1
 """Version of the record format; a reader refuses others."""
@@ -135,9 +140,12 @@ class RecordWriter:
     A writer with `path=None` writes nothing: the ranks that do not record hold one.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, sinks: Sequence[OpenSink] = ()) -> None:
+        """A writer to a file, and to sinks that get every event that the file gets."""
         self._handle: int | None = None
+        self._sinks: list[Sink] = []
         if path is not None:
+            self._sinks = [open_sink(path) for open_sink in sinks]
             path.parent.mkdir(parents=True, exist_ok=True)
             _drop_cut_line(path)
             self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -159,9 +167,22 @@ class RecordWriter:
     def _append(self, values: dict[str, Json]) -> None:
         assert self._handle is not None
         append_line(self._handle, json.dumps(values))
+        for sink in tuple(self._sinks):
+            self._told(sink, partial(sink.write, values))
+
+    def _told(self, sink: Sink, tell: Callable[[], None]) -> None:
+        """Tell a sink something; one that fails is told no more."""
+        try:
+            tell()
+        except Exception as error:  # noqa: BLE001 - whatever a tracker does, the run and its record go on
+            self._sinks.remove(sink)
+            log.warning("%s failed and gets no further events: %s", type(sink).__name__, error)
 
     def close(self) -> None:
         """Push the lines to the disk and close."""
+        for sink in tuple(self._sinks):
+            self._told(sink, sink.close)
+        self._sinks = []
         if self._handle is not None:
             os.fsync(self._handle)
             os.close(self._handle)

@@ -19,6 +19,7 @@ from typing import Any
 from fourfold_parallel.common.files import write_text
 from fourfold_parallel.common.progress import DONE, Progress
 from fourfold_parallel.common.records import Material, Record, RecordWriter, header, read_record
+from fourfold_parallel.common.sinks import OpenSink
 from fourfold_parallel.common.values import describes, to_json
 from fourfold_parallel.reproduce.claims import Claim, LedgerRow, Records, judge, write_ledger
 from fourfold_parallel.reproduce.launches import Launch
@@ -41,6 +42,10 @@ class Workplace:
     finished: Records
     """Records of the stages before this one."""
     progress: Progress
+    sinks: Sequence[OpenSink] = ()
+    """Get every event of the record; a stage that trains hands them on."""
+    overrides: Sequence[str] = ()
+    """How the run differs from its recipe, which marks the record; a stage that trains hands them on."""
     started_s: float = field(default_factory=time.perf_counter)
     """When this process began the stage, on its own clock."""
 
@@ -53,9 +58,9 @@ class Workplace:
         Where the block raises, what it wrote stays, unfinished.
         """
         self.record.unlink(missing_ok=True)
-        with RecordWriter(self.record) as records:
+        with RecordWriter(self.record, self.sinks) as records:
             records.write_header(
-                header(run, seed=seed, world_size=1, materials=materials, overrides=())
+                header(run, seed=seed, world_size=1, materials=materials, overrides=self.overrides)
             )
             yield records
             self._finish(records)
@@ -63,7 +68,7 @@ class Workplace:
     @contextmanager
     def concluding(self) -> Iterator[RecordWriter]:
         """The record that a training began: what the block adds to it, after which it is finished."""
-        with RecordWriter(self.record) as records:
+        with RecordWriter(self.record, self.sinks) as records:
             yield records
             self._finish(records)
 
@@ -164,6 +169,7 @@ def perform(
     *,
     resume: bool,
     progress: Callable[[Stage], Progress],
+    sinks: Sequence[OpenSink] = (),
 ) -> Outcome:
     """Run what is not finished, judge the claims, draw the figures.
 
@@ -173,6 +179,7 @@ def perform(
         folder: receives `<stage>.jsonl`, `ledger.jsonl`, `<figure>.svg` and `figures.json`.
         resume: keep finished stages and go on from checkpoints; otherwise start over.
         progress: gives the progress of a stage.
+        sinks: get every event of the records.
 
     Raises:
         ValueError: where the scale has no stages.
@@ -196,6 +203,7 @@ def perform(
                 scratch=folder / "scratch" / stage.name,
                 finished=dict(records),
                 progress=report,
+                sinks=sinks,
             )
             _discard_other(path, workplace.scratch, stage)
             for later in stages:
@@ -247,7 +255,8 @@ def _is_done(path: Path, stage: Stage) -> bool:
         record = read_record(path)
     except ValueError:
         return False
-    return record.is_finished and describes(record.events[0].values["run"], stage.run)
+    first = record.events[0].values
+    return record.is_finished and not first["overrides"] and describes(first["run"], stage.run)
 
 
 def _discard_other(path: Path, scratch: Path, stage: Stage) -> None:

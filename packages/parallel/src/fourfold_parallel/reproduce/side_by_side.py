@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 
 from fourfold_parallel.common.progress import Progress
+from fourfold_parallel.common.sinks import OpenSink
 from fourfold_parallel.reproduce.claims import LedgerRow
 from fourfold_parallel.reproduce.experiment import Stage, experiment_of, perform
 from fourfold_parallel.reproduce.scale import Scale
@@ -48,6 +49,7 @@ def perform_all(
     resume: bool,
     jobs: int,
     target: Console,
+    sinks: Sequence[OpenSink] = (),
 ) -> dict[str, Judged]:
     """Perform the experiments of packages. One that is refused (`ValueError`) does not stop the others.
 
@@ -58,6 +60,7 @@ def perform_all(
         resume: as in `perform`.
         jobs: packages at a time.
         target: shows the progress bars.
+        sinks: get every event of the records.
 
     Raises:
         ValueError: for fewer than one job, or a worker that was killed.
@@ -80,7 +83,8 @@ def perform_all(
         ) as pool,
     ):
         futures: dict[Future[tuple[LedgerRow, ...]], str] = {
-            pool.submit(_perform, name, scale, folder / name, resume): name for name in names
+            pool.submit(_perform, name, scale, folder / name, resume, sinks): name
+            for name in names
         }
         waiting = set(futures)
         while waiting:
@@ -136,7 +140,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _perform(name: str, scale: Scale, folder: Path, resume: bool) -> tuple[LedgerRow, ...]:
+def _perform(
+    name: str, scale: Scale, folder: Path, resume: bool, sinks: Sequence[OpenSink]
+) -> tuple[LedgerRow, ...]:
     """A worker's task."""
 
     def progress(stage: Stage) -> Progress:
@@ -153,4 +159,7 @@ def _perform(name: str, scale: Scale, folder: Path, resume: bool) -> tuple[Ledge
 
         return report
 
-    return perform(experiment_of(name), scale, folder, resume=resume, progress=progress).rows
+    experiment = experiment_of(name)
+    return perform(
+        experiment, scale, folder, resume=resume, progress=progress, sinks=sinks
+    ).rows

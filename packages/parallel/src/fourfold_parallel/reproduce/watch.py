@@ -35,6 +35,8 @@ class Watched:
     latest: dict[str, Any] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
     lines: int = 0
+    is_over: bool = False
+    """True once a training has done its last step, or a stage has ended, until it is resumed."""
     _read: int = 0
 
     def look(self) -> None:
@@ -46,6 +48,7 @@ class Watched:
         if self.path.stat().st_size < self._read:
             self.header, self.steps, self.latest, self.validation = {}, [], {}, {}
             self.lines = self._read = 0
+            self.is_over = False
         with self.path.open("rb") as file:
             file.seek(self._read)
             text = file.read()
@@ -77,15 +80,13 @@ class Watched:
                 self.header = {**self.header, "run": event["run"]}
             case "resumed":
                 self.steps = [step for step in self.steps if step["step"] <= event["step"]]
+                self.is_over = False
             case "step":
                 self.steps.append(event)
             case "validation":
                 self.validation = event
-
-    @property
-    def is_over(self) -> bool:
-        """True after the last step of a training, and at the end of a stage."""
-        return self.latest.get("event") in {"trained", "finished"}
+            case "trained" | "finished":
+                self.is_over = True
 
     @property
     def total(self) -> int:
@@ -170,10 +171,10 @@ def _title(watched: Watched) -> Text:
     match watched.latest.get("event"):
         case None:
             state = "no line yet"
-        case "trained":
-            state = "trained"
         case "finished":
             state = "finished"
+        case _ if watched.is_over:
+            state = "trained"
         case _ if watched.silent_s > max(10.0, 5 * watched.step_s):
             state = f"nothing written for {duration(watched.silent_s)}"
         case _:
