@@ -95,7 +95,9 @@ def smoke(tmp_path: Path) -> Path:
     ledger = folder / "goldfish" / "ledger.jsonl"
     rows = {row.id: row for row in read_ledger(ledger)}
     rows["G1"] = replace(rows["G1"], verdict="inconclusive")
-    rows["G2"] = replace(rows["G2"], verdict="not tested", ours="", record="", because="needs: more")
+    rows["G2"] = replace(
+        rows["G2"], verdict="not tested", ours="", record="", because="needs: more"
+    )
     write_ledger(ledger, tuple(rows.values()))
     return folder
 
@@ -113,7 +115,9 @@ def test_a_report_is_one_self_contained_page(smoke: Path) -> None:
         experiment = experiment_of(name)
         for claim in experiment.claims:
             assert f"<strong>{claim.id}</strong>" in page
-        assert experiment.headline(Results(smoke / name, package=name, name="x").records) in unescape(page)
+        assert experiment.headline(
+            Results(smoke / name, package=name, name="x").records
+        ) in unescape(page)
         assert f'id="committed-{name}-{experiment.picture}"' in page
     assert page.count("<figure ") == 2 * len([*smoke.glob("*/*.svg")])
     for anchor in re.findall(r'href="#([^"]+)"', page):
@@ -180,7 +184,9 @@ def test_costs_are_those_that_records_hold() -> None:
     [cost] = committed_cost("goldfish", "laptop")
     steps = sum(
         event.number("elapsed_s")
-        for record in Results(committed_results("goldfish"), package="goldfish", name="x").records.values()
+        for record in Results(
+            committed_results("goldfish"), package="goldfish", name="x"
+        ).records.values()
         for event in record.of("step")
     )
     assert cost.seconds == pytest.approx(steps)

@@ -18,6 +18,7 @@ from fourfold_parallel.common.records import RecordWriter, header, read_record
 from fourfold_parallel.common.sinks import Sink, TensorBoard, Trackio, Wandb, named, numbers
 from fourfold_parallel.common.values import Json
 from fourfold_parallel.reproduce.experiment import Workplace
+from fourfold_parallel.run.optimizer import Constant
 from fourfold_parallel.run.recipe import Run, Steps
 from fourfold_parallel.run.train import train
 
@@ -49,8 +50,9 @@ def test_a_sink_gets_every_event_of_a_training_and_of_its_stage(
     """Through a training, one that goes on to a longer horizon, and what a stage adds."""
     kept, record = Kept(), tmp_path / "r.jsonl"
     place = {"record": record, "checkpoints": tmp_path / "checkpoints", "progress": silent}
-    train(small_run, **place, sinks=(kept,))
-    longer = replace(small_run, horizon=Steps(count=small_run.steps + 2))
+    shorter = replace(small_run, schedule=Constant(warmup_steps=2))
+    train(shorter, **place, sinks=(kept,))
+    longer = replace(shorter, horizon=Steps(count=small_run.steps + 2))
     train(longer, **place, extends=True, sinks=(kept,))
     workplace = Workplace(
         record=record, scratch=tmp_path, finished={}, progress=silent, sinks=(kept,)
@@ -209,9 +211,7 @@ def test_the_real_tensorboard_reads_what_was_written(tmp_path: Path, small_run: 
 
     record = tmp_path / "r.jsonl"
     with RecordWriter(record, (TensorBoard,)) as records:
-        records.write_header(
-            header(small_run, seed=0, world_size=1, materials=(), overrides=())
-        )
+        records.write_header(header(small_run, seed=0, world_size=1, materials=(), overrides=()))
         for step in (1, 2, 3):
             records.write("step", step=step, loss_nats=1 / step)
     with RecordWriter(record, (TensorBoard,)) as records:

@@ -55,7 +55,9 @@ def test_one_look_says_loss_speed_time_left_and_memory(tmp_path: Path, small_run
     assert "running" in text
 
 
-def test_it_ends_when_the_run_ends(tmp_path: Path, small_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_ends_when_the_run_ends(
+    tmp_path: Path, small_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever follows the last step at once; and not at the `trained` of a run that was resumed."""
     monkeypatch.setattr(watch, "LOOK_S", 0.02)
     path = tmp_path / "r.jsonl"

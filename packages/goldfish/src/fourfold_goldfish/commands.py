@@ -162,8 +162,8 @@ def train(
         arm: The loss: plain, or goldfish with one target in k left out.
         learning_rate: The study's, which is not published; the other recipes have the paper's.
         field: Key of the text in .jsonl files.
-        set: Fields that shall differ from the recipe, such as run.batch=8 run.horizon.count=100. The record is
-            marked, and no table takes it.
+        set: Fields that shall differ from the recipe, such as run.batch=8 run.horizon.count=100. The record
+            is marked, and no table takes it.
         sink: Where the events of the record go too, as they are written.
         out: Folder for the record and the checkpoints.
     """

@@ -50,7 +50,8 @@ def headline(records: Records) -> str:
     record = records[PUBLISHED]
     runs, rows = (record.only("coverage", groups=groups) for groups in ("run", "row"))
     return (
-        f"{len(above_optimum(record))} of the {len(record.of('refit'))} published fits are not at the minimum "
-        f"of their objective; intervals over whole runs hold the true slope in {runs.number('covered'):.0f} of "
-        f"{runs.number('suites'):.0f} simulations, over single rows in {rows.number('covered'):.0f}."
+        f"{len(above_optimum(record))} of the {len(record.of('refit'))} published fits are not at the "
+        f"minimum of their objective; intervals over whole runs hold the true slope in "
+        f"{runs.number('covered'):.0f} of {runs.number('suites'):.0f} simulations, over single rows in "
+        f"{rows.number('covered'):.0f}."
     )

@@ -129,8 +129,8 @@ EXPERIMENT = Experiment(
     title="HPC-Coder-V2",
     paper="Chaturvedi, Nichols, Singh, Bhatele: HPC-Coder-V2: Studying Code LLMs Across Low-Resource "
     "Parallel Languages. 2024",
-    idea="Fine-tuned on instruction data made for parallel code, a code model writes correct parallel code as "
-    "often as much larger ones.",
+    idea="Fine-tuned on instruction data made for parallel code, a code model writes correct parallel code "
+    "as often as much larger ones.",
     headline=headline,
     picture="held-out-loss",
     claims=CLAIMS,

@@ -21,6 +21,7 @@ from fourfold_loki.evaluate.traffic import Shape
 from fourfold_loki.moments import RotaryStage, Statistics
 from fourfold_loki.reproduce import recipes
 from fourfold_loki.reproduce.claims import CLAIMS
+from fourfold_loki.reproduce.measures import headline
 from fourfold_loki.reproduce.recipes import (
     Arm,
     ByApproximateScores,
@@ -33,7 +34,6 @@ from fourfold_loki.reproduce.recipes import (
     Perplexity,
     Ranks,
 )
-from fourfold_loki.reproduce.measures import headline
 from fourfold_loki.reproduce.tables import TABLES
 from fourfold_loki.reproduce.text import tokenized, windows_of
 from fourfold_loki.selectors import DoubleSparsity, Loki, PcaAttention, Selector

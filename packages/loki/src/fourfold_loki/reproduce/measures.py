@@ -86,7 +86,9 @@ def retrieved(record: Record, arm: str) -> list[bool]:
 def headline(records: Records) -> str:
     """The finding in a sentence: two bases in the longest windows."""
     record = records["long-context"]
-    published, ours = (added_percent(record, arm).value for arm in ("loki-pca", "loki-balanced-shared"))
+    published, ours = (
+        added_percent(record, arm).value for arm in ("loki-pca", "loki-balanced-shared")
+    )
     return (
         f"Reading a quarter of the keys, the published basis adds {published:.0f} % perplexity: it drops the "
         f"attention sink. One that looks at queries too adds {ours:.2g} %."

@@ -92,7 +92,9 @@ class _Tracker:
         if not self._runs:
             config = {"run": event["run"]} if is_header else {}
             self._runs = [self._begin(_session(self._record, anew=is_header), config)]
-        self._tell(self._runs[0], numbers(event), self._index.of(event))
+        step = self._index.of(event)
+        if values := numbers(event):
+            self._tell(self._runs[0], values, step)
 
     def close(self) -> None:
         """Finish the run; an event that follows goes on with it."""

@@ -30,7 +30,7 @@ class Cost:
 
 
 def seconds_of(record: Record) -> float:
-    """Seconds that a stage took: as its end says, and at least the sum of its training steps; 0 if neither."""
+    """Seconds that a stage took: as its end says, at least the sum of its training steps; 0 if neither."""
     steps = sum(event.number("elapsed_s") for event in record.of("step"))
     last = record.events[-1].values.get("elapsed_s")
     return max(steps, last) if isinstance(last, int | float) else steps

@@ -5,6 +5,8 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+_HALF_PT = 580
+"""A drawing up to this width stands beside another on a page."""
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
@@ -35,4 +37,5 @@ def inline(svg: str, *, prefix: str) -> Markup:
     width = text.partition(' width="')[2].partition('"')[0]
     for mark in ('id="', 'href="#', "url(#"):
         text = text.replace(mark, mark + prefix)
-    return Markup(f'<div class="drawing" style="--native: {width}">{text}</div>')  # noqa: S704
+    kind = "drawing wide" if float(width.removesuffix("pt")) > _HALF_PT else "drawing"
+    return Markup(f'<div class="{kind}" style="--native: {width}">{text}</div>')  # noqa: S704

@@ -83,8 +83,7 @@ def perform_all(
         ) as pool,
     ):
         futures: dict[Future[tuple[LedgerRow, ...]], str] = {
-            pool.submit(_perform, name, scale, folder / name, resume, sinks): name
-            for name in names
+            pool.submit(_perform, name, scale, folder / name, resume, sinks): name for name in names
         }
         waiting = set(futures)
         while waiting:
@@ -160,6 +159,4 @@ def _perform(
         return report
 
     experiment = experiment_of(name)
-    return perform(
-        experiment, scale, folder, resume=resume, progress=progress, sinks=sinks
-    ).rows
+    return perform(experiment, scale, folder, resume=resume, progress=progress, sinks=sinks).rows

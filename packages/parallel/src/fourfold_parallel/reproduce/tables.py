@@ -46,8 +46,8 @@ def check_recipes(records: Records) -> None:
         marks = record.events[0].values["overrides"]
         if marks:
             raise ValueError(
-                f"{record.path} is of a run with overrides {marks}; no table takes its numbers. Make it again "
-                "without --set, or remove it"
+                f"{record.path} is of a run with overrides {marks}; no table takes its numbers. Make "
+                "it again without --set, or remove it"
             )
 
 

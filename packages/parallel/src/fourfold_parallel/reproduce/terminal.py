@@ -141,6 +141,14 @@ def print_costs(target: Console, packages: Sequence[str], scale: Scale) -> None:
 def print_next(target: Console, page: Path, scale: Scale, elapsed_s: float) -> None:
     """Say where the report lies, and what to type next."""
     target.print(f"report ({elapsed_s:.0f} s): {page.resolve().as_uri()}", soft_wrap=True)
-    if scale == "smoke":
-        target.print("next: the same with --scale laptop (it says first what it costs), or")
-    target.print("      fourfold packages, which says what you can do with each on something of yours")
+    again = (
+        "next: the same with --scale laptop (it says first what it costs), or"
+        if scale == "smoke"
+        else "next:"
+    )
+    target.print(again)
+    target.print(
+        "      fourfold packages (in a checkout: scripts/env fourfold packages), which says how to use each "
+        "on something of yours",
+        soft_wrap=True,
+    )

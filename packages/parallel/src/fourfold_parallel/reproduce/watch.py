@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ class Watched:
 
 
 def planned_steps(described: object) -> int:
-    """Steps of the one run in a description, read without importing what it is made of; 0 if there is none."""
+    """Steps of the one run in a description, read without importing its classes; 0 if there is none."""
     level = [described]
     while level:
         runs = [item for item in level if isinstance(item, dict) and _is_run(item)]
@@ -140,7 +141,7 @@ def curve(values: list[float], columns: int = _COLUMNS) -> str:
         return ""
     columns = min(columns, len(values))
     edges = [len(values) * column // columns for column in range(columns + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((mean - low) * scale)] for mean in means)

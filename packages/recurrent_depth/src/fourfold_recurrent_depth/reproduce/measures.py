@@ -42,7 +42,7 @@ def headline(records: Records) -> str:
     needed = [recurrences_needed(sums(record, seed)) for seed in record.seeds("addition")]
     few, many = min(needed[0]), max(needed[0])
     ranges = [sorted({table[count] for table in needed}) for count in (few, many)]
-    fewest, most = ("{} to {}".format(r[0], r[-1]) if len(r) > 1 else str(r[0]) for r in ranges)
+    fewest, most = ("-".join(map(str, sorted({r[0], r[-1]}))) for r in ranges)
     return (
         f"Sums of {few} numbers need {fewest} recurrence{'s' if fewest != '1' else ''}, sums of {many} need "
         f"{most}: more thought for harder sums, from the same weights."
