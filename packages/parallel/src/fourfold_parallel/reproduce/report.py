@@ -80,13 +80,18 @@ class Results:
         """Figures by name, in the experiment's order."""
         if not self.rows:
             return {}
-        captions = json.loads((self._folder / "figures.json").read_text(encoding="utf-8"))
-        return {name: self._picture(name, caption) for name, caption in captions.items()}
+        return {name: self.picture(name, "figure") for name in self._captions}
 
-    def _picture(self, name: str, caption: str) -> Picture:
+    @cached_property
+    def _captions(self) -> Mapping[str, str]:
+        return json.loads((self._folder / "figures.json").read_text(encoding="utf-8"))
+
+    def picture(self, name: str, place: str) -> Picture:
+        """A figure, to be shown at a place of the page that has it once."""
         anchor = f"{self._prefix}-{name}"
         svg = (self._folder / f"{name}.svg").read_text(encoding="utf-8")
-        return Picture(anchor=anchor, caption=caption, drawing=inline(svg, prefix=f"{anchor}-"))
+        drawing = inline(svg, prefix=f"{place}-{anchor}-")
+        return Picture(anchor=anchor, caption=self._captions[name], drawing=drawing)
 
     @cached_property
     def lines(self) -> Mapping[str, Line]:
@@ -164,9 +169,10 @@ class Section:
     @property
     def picture(self) -> tuple[Picture, ...]:
         """The figure that is shown first, if there is any."""
-        pictures = self.committed.pictures or self.run.pictures
-        named = pictures.get(self.experiment.picture)
-        return (named,) if named else tuple(pictures.values())[:1]
+        results = self.committed if self.committed.pictures else self.run
+        names = [*results.pictures]
+        chosen = self.experiment.picture if self.experiment.picture in names else "".join(names[:1])
+        return (results.picture(chosen, "card"),) if chosen else ()
 
     @property
     def counts(self) -> Counter[str]:
