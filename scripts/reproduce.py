@@ -1,6 +1,6 @@
 """Reproduce the papers: `fourfold reproduce`, into the checkout's own `out/`.
 
-scripts/env python scripts/reproduce.py --scale smoke
+scripts/env python scripts/reproduce.py
 """
 
 import sys

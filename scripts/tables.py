@@ -12,7 +12,7 @@ from fourfold_parallel.common.files import write_text
 from fourfold_parallel.common.records import read_record
 from fourfold_parallel.reproduce.claims import read_ledger
 from fourfold_parallel.reproduce.experiment import experiment_of
-from fourfold_parallel.reproduce.tables import filled, ledger_page
+from fourfold_parallel.reproduce.tables import check_recipes, filled, ledger_page
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,13 +23,14 @@ def rendered(package: Path) -> Iterator[tuple[Path, str]]:
     if not (results / "ledger.jsonl").exists():
         return
     rows = read_ledger(results / "ledger.jsonl")
-    yield results / "README.md", ledger_page(package.name, rows)
     experiment = experiment_of(package.name)
     records = {
         path.stem: read_record(path)
         for path in results.glob("*.jsonl")
         if path.name != "ledger.jsonl"
     }
+    check_recipes(records)
+    yield results / "README.md", ledger_page(package.name, rows)
     for document in sorted([package / "README.md", *package.glob("docs/*.md")]):
         text = document.read_text(encoding="utf-8")
         if "<!-- ledger:" in text or "<!-- table:" in text:

@@ -2,14 +2,22 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import pytest
 
-from fourfold_parallel.reproduce.claims import read_ledger
-from fourfold_parallel.reproduce.experiment import experiment_of, installed
+from fourfold_parallel.common.records import read_record
+from fourfold_parallel.reproduce import figures
+from fourfold_parallel.reproduce.claims import read_ledger, write_ledger
+from fourfold_parallel.reproduce.costs import committed_cost
+from fourfold_parallel.reproduce.experiment import committed_results, experiment_of, installed
+from fourfold_parallel.reproduce.report import ORDER, Results, compare, first_commands, write
 from fourfold_parallel.reproduce.scale import Scale
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,26 +86,114 @@ def test_the_report_of_a_folder_without_results_is_refused(tmp_path: Path) -> No
     assert "holds no ledger" in called.stderr
 
 
-def test_a_report_is_one_self_contained_page(tmp_path: Path) -> None:
-    """From committed results: every claim and figure is in it, and nothing is fetched from elsewhere."""
+@pytest.fixture
+def smoke(tmp_path: Path) -> Path:
+    """A folder as a run leaves it, made of committed results: one claim decided otherwise, one not run."""
     folder = tmp_path / "smoke"
-    experiments = {name: experiment_of(name) for name in installed()}
-    for name, experiment in experiments.items():
-        target = folder / name
-        target.mkdir(parents=True)
-        for path in (ROOT / "packages" / name / "results").iterdir():
-            (target / path.name).write_bytes(path.read_bytes())
-        drawings = experiment.drawings(committed_scale(name))
-        captions = {one.name: one.caption for one in drawings}
-        (target / "figures.json").write_text(json.dumps(captions))
-    called = call("-m", "fourfold_parallel", "report", str(folder))
+    for name in installed():
+        if committed(name):
+            shutil.copytree(ROOT / "packages" / name / "results", folder / name)
+    ledger = folder / "goldfish" / "ledger.jsonl"
+    rows = {row.id: row for row in read_ledger(ledger)}
+    rows["G1"] = replace(rows["G1"], verdict="inconclusive")
+    rows["G2"] = replace(
+        rows["G2"], verdict="not tested", ours="", record="", because="needs: more"
+    )
+    write_ledger(ledger, tuple(rows.values()))
+    return folder
+
+
+def committed(name: str) -> bool:
+    return (committed_results(name) / "ledger.jsonl").exists()
+
+
+def test_a_report_is_one_self_contained_page(smoke: Path) -> None:
+    """Every claim and figure is in it, and nothing is fetched from elsewhere."""
+    called = call("-m", "fourfold_parallel", "report", str(smoke))
     assert called.returncode == 0, called.stderr
-    page = (folder / "report.html").read_text()
-    for experiment in experiments.values():
+    page = (smoke / "report.html").read_text()
+    for name in filter(committed, installed()):
+        experiment = experiment_of(name)
         for claim in experiment.claims:
             assert f"<strong>{claim.id}</strong>" in page
-    assert page.count("<figure ") == sum(
-        len(one.drawings(committed_scale(name))) for name, one in experiments.items()
-    )
-    assert 'src="http' not in page
+        assert experiment.headline(
+            Results(smoke / name, package=name, name="x").records
+        ) in unescape(page)
+        assert f'id="committed-{name}-{experiment.picture}"' in page
+    assert page.count("<figure ") == 2 * len([*smoke.glob("*/*.svg")])
+    anchors = Counter(re.findall(r'id="([^"]+)"', page))
+    assert {name for name, count in anchors.items() if count > 1} == set()
+    assert set(re.findall(r'href="#([^"]+)"', page)) <= set(anchors)
+    assert not re.search(r'(src|href)="https?:', page)
     assert "<link" not in page
+
+
+def test_a_report_shows_the_committed_finding_beside_this_runs(smoke: Path) -> None:
+    """Also of what was not run; where the two differ it says so, and contradictions come first."""
+    entries = {entry.claim.id: entry for entry in compare("goldfish", smoke / "goldfish")}
+    assert next(iter(entries)) == "G1"
+    assert entries["G1"].differs
+    assert not entries["G2"].differs
+    assert entries["G2"].finding.verdict == "reproduced"
+    verdicts = [entry.finding.verdict for entry in entries.values()][1:]
+    assert verdicts == sorted(verdicts, key=ORDER.index)
+    page = write(smoke, scale="smoke").read_text()
+    [row] = re.findall(r'<tr id="goldfish-G2".*?</tr>', page, re.DOTALL)
+    record = read_record(committed_results("goldfish") / "k4-seed0.jsonl")
+    assert str(record.events[0].values["commit"])[:7] in row
+    assert "#committed-goldfish-k4-seed0-jsonl-244" in row
+    assert "#run-goldfish" not in row
+
+
+def test_a_report_of_a_package_that_is_installed_alone_shows_its_run(smoke: Path) -> None:
+    page = write(smoke, scale="smoke", committed=lambda _: smoke / "nowhere").read_text()
+    assert "committed-goldfish" not in page
+    assert "#run-goldfish-plain-seed0-jsonl-244" in page
+    assert page.count("<figure ") == len([*smoke.glob("*/*.svg")])
+    assert "python -m fourfold_goldfish --help" in page
+
+
+@pytest.mark.parametrize("name", [name for name in installed() if committed(name)])
+def test_committed_figures_are_drawn_from_the_committed_records(name: str) -> None:
+    """Captions and all; no label of an axis touches another."""
+    experiment, folder = experiment_of(name), committed_results(name)
+    drawings = experiment.drawings(committed_scale(name))
+    captions = json.loads((folder / "figures.json").read_text())
+    assert captions == {drawing.name: drawing.caption for drawing in drawings}
+    records = Results(folder, package=name, name="x").records
+    for drawing in drawings:
+        with figures.style():
+            figure = drawing.draw(records)
+            assert figures.svg(figure) == (folder / f"{drawing.name}.svg").read_text(), drawing.name
+            assert figures.touching(figure) == [], drawing.name
+
+
+@pytest.mark.parametrize("name", [name for name in installed() if committed(name)])
+def test_a_readme_begins_with_commands_that_there_are(name: str) -> None:
+    """What the report shows to begin with."""
+    readme = ROOT / "packages" / name / "README.md"
+    commands = first_commands(readme.read_text()).splitlines()
+    mine = [line.split() for line in commands if line.startswith("python -m fourfold_")]
+    assert mine
+    for _, dash_m, module, subcommand, *words in mine:
+        called = call(dash_m, module, subcommand, "--help")
+        options = {word for word in words if word.startswith("--")}
+        assert options <= set(re.findall(r"--[a-z-]+", called.stdout)), subcommand
+
+
+def test_costs_are_those_that_records_hold() -> None:
+    """Steps where a stage's end holds no time; a package without records of the scale says nothing."""
+    [cost] = committed_cost("goldfish", "laptop")
+    steps = sum(
+        event.number("elapsed_s")
+        for record in Results(
+            committed_results("goldfish"), package="goldfish", name="x"
+        ).records.values()
+        for event in record.of("step")
+    )
+    assert cost.seconds == pytest.approx(steps)
+    assert f"{steps / 60:.0f} min in {cost.timed} of {cost.stages} stages" in str(cost)
+    assert "2 cores" in str(cost)
+    assert committed_cost("goldfish", "smoke") == ()
+    [untimed] = committed_cost("loki", "laptop")
+    assert "whose records hold no time" in str(untimed)

@@ -1,5 +1,6 @@
 """Laws of experiments: what is finished is kept, what changed is done again, what died goes on."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from fourfold_parallel.common.progress import silent
+from fourfold_parallel.common.records import read_record
 from fourfold_parallel.reproduce.claims import (
     Finding,
     NotTestedError,
@@ -17,7 +19,8 @@ from fourfold_parallel.reproduce.claims import (
     judge,
 )
 from fourfold_parallel.reproduce.experiment import Drawing, Experiment, Stage, Workplace, perform
-from fourfold_parallel.reproduce.figures import svg
+from fourfold_parallel.reproduce.figures import svg, touching
+from fourfold_parallel.reproduce.tables import check_recipes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,3 +147,37 @@ def test_a_stage_is_done_again_when_one_that_it_reads_is(tmp_path: Path) -> None
     assert done == ["a", "b"]
     go(experiment(3), tmp_path, resume=True)
     assert done == ["a", "b", "a", "b"]
+
+
+def test_a_finished_stage_says_how_long_it_took(tmp_path: Path) -> None:
+    go(toy_experiment([], {"a": 1, "b": 2}), tmp_path, resume=False)
+    last = read_record(tmp_path / "a.jsonl").events[-1]
+    assert last.kind == "finished"
+    assert 0 <= last.number("elapsed_s") < 60
+
+
+def test_a_marked_record_is_no_recipes(tmp_path: Path) -> None:
+    """A stage is done again where its record's run had overrides, and no table takes such a record."""
+    experiment = toy_experiment(done := [], {"a": 1, "b": 2})
+    go(experiment, tmp_path, resume=True)
+    path = tmp_path / "a.jsonl"
+    path.write_text(path.read_text().replace('"overrides": []', '"overrides": ["number=1"]'))
+    with pytest.raises(ValueError, match=re.escape("overrides ['number=1']; no table takes")):
+        check_recipes({"a": read_record(path)})
+    go(experiment, tmp_path, resume=True)
+    assert done == ["a", "b", "a"]
+    check_recipes({"a": read_record(path)})
+
+
+def test_labels_of_an_axis_are_apart() -> None:
+    """Less than a decade, and one and a half, in the width of a telephone."""
+    for low, high in ((0.015, 0.6), (0.2, 0.9), (1.0, 1e6)):
+        figure = Figure(figsize=(1.8, 1.5))
+        axes = figure.subplots()
+        axes.set_xscale("log")
+        axes.plot([low, high], [0, 1])
+        had = touching(figure)
+        text = svg(figure)
+        assert touching(figure) == [], (low, high)
+        assert len(axes.get_xticklabels()) > 0
+        assert not had or text

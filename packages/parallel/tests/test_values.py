@@ -1,6 +1,7 @@
 """Values survive their way through a record."""
 
 import math
+import re
 import sys
 import types
 from dataclasses import dataclass, replace
@@ -10,7 +11,14 @@ import pytest
 import torch
 
 from fourfold_parallel.common import values
-from fourfold_parallel.common.values import differences, digest, formerly, from_json, to_json
+from fourfold_parallel.common.values import (
+    differences,
+    digest,
+    formerly,
+    from_json,
+    overridden,
+    to_json,
+)
 from fourfold_parallel.run.recipe import Run, Tokens
 
 
@@ -99,3 +107,50 @@ def test_a_renamed_class_and_a_dropped_field_are_still_read(
     with pytest.raises(ValueError, match=r"not of the installed version.*unknown"):
         from_json({"type": "parallel/New", "kept": 1, "unknown": 2})
     values._kind.cache_clear()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inner:
+    """A part with a number of each kind."""
+
+    rate: float
+    steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outer:
+    """A whole."""
+
+    name: str
+    on: bool
+    sizes: tuple[int, ...]
+    inner: Inner
+
+
+OUTER = Outer(name="a", on=True, sizes=(1, 2), inner=Inner(rate=0.5, steps=3))
+
+
+def test_fields_are_set_by_words() -> None:
+    words = ("name=b=c", "on=false", "sizes=[3]", "inner.rate=1", "inner.steps=4")
+    assert overridden(OUTER, words) == Outer(
+        name="b=c", on=False, sizes=(3,), inner=Inner(rate=1.0, steps=4)
+    )
+    assert type(overridden(OUTER, words).inner.rate) is float
+    assert overridden(OUTER, ()) == OUTER
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("inner.speed=1", "Inner has no field 'speed'; it has rate, steps"),
+        ("inner=1", "write the path of a number"),
+        ("name.first=1", "write the path of a number"),
+        ("inner.steps=1.5", "'1.5' is no int; it was 3"),
+        ("inner.rate=true", "'true' is no float"),
+        ("on=1", "'1' is no bool"),
+        ("inner.steps=", "'' is no int"),
+    ],
+)
+def test_what_a_field_cannot_be_is_refused(word: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        overridden(OUTER, (word,))

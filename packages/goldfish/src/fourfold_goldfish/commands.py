@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fourfold_goldfish.inputs import Texts, model_place
+from fourfold_parallel.common.sinks import SinkName
 
 
 def audit(
@@ -147,6 +148,8 @@ def train(
     arm: Literal["plain", "k2", "k3", "k4", "k8", "k32", "k128"] = "k4",
     learning_rate: float = 1e-5,
     field: str = "text",
+    set: tuple[str, ...] = (),  # noqa: A002
+    sink: tuple[SinkName, ...] = (),
     out: Path = Path("out/paper/goldfish"),
 ) -> None:
     """Train and attack one of the papers' own runs; every rank calls this alike.
@@ -159,12 +162,17 @@ def train(
         arm: The loss: plain, or goldfish with one target in k left out.
         learning_rate: The study's, which is not published; the other recipes have the paper's.
         field: Key of the text in .jsonl files.
+        set: Fields that shall differ from the recipe, such as run.batch=8 run.horizon.count=100. The record
+            is marked, and no table takes it.
+        sink: Where the events of the record go too, as they are written.
         out: Folder for the record and the checkpoints.
     """
     corpus = _texts((passages, background), field)
     from fourfold_goldfish.reproduce.experiment import train_and_attack
     from fourfold_goldfish.reproduce.paper import named, paper_mask
     from fourfold_parallel.common.progress import silent
+    from fourfold_parallel.common.sinks import named as named_sinks
+    from fourfold_parallel.common.values import overridden
     from fourfold_parallel.reproduce.experiment import Workplace
     from fourfold_parallel.reproduce.terminal import Bars, console, start
 
@@ -172,6 +180,7 @@ def train(
     attack = named(
         recipe, arm, corpus=corpus, weights=model_place(weights), learning_rate=learning_rate
     )
+    attack = overridden(attack, set)
     name = attack.run.name
     bars = Bars(console(), 1)
     with bars.running():
@@ -180,6 +189,8 @@ def train(
             scratch=out / "scratch" / name,
             finished={},
             progress=bars.named(name) if console().is_terminal else silent,
+            sinks=named_sinks(sink),
+            overrides=set,
         )
         train_and_attack(paper_mask(arm), attack, workplace)
 

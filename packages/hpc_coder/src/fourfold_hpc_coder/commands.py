@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 from fourfold_hpc_coder.instruct.samples import ANY, Category
 from fourfold_hpc_coder.vocabulary import MODELS, Model, Processors
+from fourfold_parallel.common.sinks import SinkName
 from fourfold_parallel.reproduce.cli import Switch
 
 if TYPE_CHECKING:
@@ -249,6 +250,8 @@ def finetune(
     sequence: int = 512,
     learning_rate: float = 1e-5,
     seed: int = 0,
+    set: tuple[str, ...] = (),  # noqa: A002
+    sink: tuple[SinkName, ...] = (),
 ) -> None:
     """Fine-tune a transformers model on a file of samples, packed, with the runtime's loop.
 
@@ -269,11 +272,15 @@ def finetune(
         sequence: Tokens per row.
         learning_rate: The paper's; a LoRA wants ten times as much.
         seed: Of the rows' order and of what is drawn.
+        set: Further fields of the run, such as max_grad_norm=0.5; the record is marked.
+        sink: Where the events of the record go too, as they are written.
     """
     if not data.is_file():
         raise ValueError(f"--data {data}: no such file; make one with make-data")
     from fourfold_hpc_coder.finetune import finetuning, save_tuned
     from fourfold_parallel.common.records import read_record
+    from fourfold_parallel.common.sinks import named
+    from fourfold_parallel.common.values import overridden
     from fourfold_parallel.reproduce import terminal
     from fourfold_parallel.run.train import train, trained_model
 
@@ -293,18 +300,24 @@ def finetune(
         learning_rate=learning_rate,
         seed=seed,
     )
+    run = overridden(run, set)
     target = terminal.console()
     bars = terminal.Bars(target, 1)
     out.mkdir(parents=True, exist_ok=True)
     record = out / "record.jsonl"
     with bars.running():
         last = train(
-            run, record=record, checkpoints=out / "checkpoints", progress=bars.named("steps")
+            run,
+            record=record,
+            checkpoints=out / "checkpoints",
+            progress=bars.named("steps"),
+            sinks=named(sink),
+            overrides=set,
         )
     save_tuned(run, trained_model(run, last), out / "model")
     loss = read_record(record).last("validation").number("validation_loss_nats")
     target.print(
-        f"{steps} steps, held-out loss {loss:.3f} nats per token: {out / 'model'}", markup=False
+        f"{run.steps} steps, held-out loss {loss:.3f} nats per token: {out / 'model'}", markup=False
     )
 
 

@@ -1,6 +1,10 @@
 from .common.progress import Progress as Progress
 from .common.records import Record as Record
 from .common.records import read_record as read_record
+from .common.sinks import Sink as Sink
+from .common.sinks import TensorBoard as TensorBoard
+from .common.sinks import Trackio as Trackio
+from .common.sinks import Wandb as Wandb
 from .grid.engine import Fourfold as Fourfold
 from .grid.huggingface import parallelize as parallelize
 from .grid.mesh import Mesh as Mesh

@@ -12,6 +12,7 @@ def main() -> None:
             "reproduce": commands.reproduce,
             "report": commands.report,
             "plan": commands.plan,
+            "watch": commands.watch,
             "packages": commands.packages,
         },
     )

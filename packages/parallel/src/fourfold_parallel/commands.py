@@ -5,26 +5,30 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from fourfold_parallel.common.sinks import SinkName, named
 from fourfold_parallel.reproduce.cli import Switch
 from fourfold_parallel.reproduce.scale import Scale
 
 
 def reproduce(
     *,
-    scale: Scale = "laptop",
+    scale: Scale = "smoke",
     only: str = "all",
     resume: Switch = False,
     jobs: int = os.cpu_count() or 1,
+    sink: tuple[SinkName, ...] = (),
     out: Path = Path("out"),
 ) -> None:
-    """Reproduce the papers at a scale and write a report of every claim.
+    """Reproduce the papers at a scale and write a report: what was found, and beside it this run.
 
     Args:
-        scale: smoke: a few minutes on 2 cores. laptop: up to 45 minutes. paper: write, for each paper,
-            job files with the paper's own hyper-parameters, and print how to start them.
+        scale: smoke: a few minutes on 2 cores. laptop: what the committed findings rest on; it says first
+            what that took. paper: write, for each paper, job files with the paper's own hyper-parameters,
+            and print how to start them.
         only: Packages, separated by commas: goldfish,loki.
         resume: Keep what is finished and go on from checkpoints, instead of starting over.
         jobs: Packages worked on at a time; they share the cores.
+        sink: Where the events of the records go too, as they are written.
         out: Folder for records, ledgers, figures and the report.
     """
     from fourfold_parallel.reproduce import report, side_by_side, terminal
@@ -38,19 +42,21 @@ def reproduce(
         for name, experiment in experiments.items():
             terminal.write_launches(target, name, experiment.launches(), out / scale / name)
         return
+    if scale != "smoke":
+        terminal.print_costs(target, names, scale)
     ready = [name for name, experiment in experiments.items() if experiment.stages(scale)]
     started_s = time.perf_counter()
     outcomes = side_by_side.perform_all(
-        ready, scale, out / scale, resume=resume, jobs=jobs, target=target
+        ready, scale, out / scale, resume=resume, jobs=jobs, target=target, sinks=named(sink)
     )
-    rows = [row for name in ready for row in outcomes[name].rows]
-    if rows:
-        target.print(terminal.ledger_table(rows))
+    judged = [name for name in ready if outcomes[name].rows]
+    if judged:
         elapsed_s = time.perf_counter() - started_s
         page = report.write(out / scale, scale=scale, elapsed_s=elapsed_s)
-        target.print(
-            f"{len(rows)} claims judged in {elapsed_s:.0f} s. Report: {page}", soft_wrap=True
-        )
+        for name in judged:
+            entries = report.compare(name, out / scale / name)
+            target.print(terminal.compared(name, entries), soft_wrap=True)
+        terminal.print_next(target, page, scale, elapsed_s)
     errors = [f"{name}: {outcomes[name].error}" for name in ready if outcomes[name].error]
     if errors:
         raise ValueError("\n".join(errors))
@@ -128,6 +134,21 @@ def plan(
 
         terminal.show_verified(verify(config_of(model), ranking, first=verify_top))
     terminal.say(f"page: {page}   trace: {trace}")
+
+
+def watch(record: Path, /, *, once: Switch = False, patience_s: float = 600.0) -> None:
+    """Follow a record while its run goes on: loss, tokens a second, time left, memory.
+
+    Args:
+        record: The .jsonl file that the run writes.
+        once: Show how it stands and end.
+        patience_s: A run that writes nothing for so many seconds is taken for dead.
+    """
+    from rich.console import Console
+
+    from fourfold_parallel.reproduce.watch import watch as follow
+
+    follow(record, Console(highlight=False), once=once, patience_s=patience_s)
 
 
 def packages() -> None:

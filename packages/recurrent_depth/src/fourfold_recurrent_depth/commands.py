@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
+from fourfold_parallel.common.sinks import SinkName
+
 
 def train(
     shape: Literal["tiny", "huginn"],
@@ -11,6 +13,8 @@ def train(
     text: tuple[Path, ...],
     licence: str = "not stated",
     steps: int = 300,
+    set: tuple[str, ...] = (),  # noqa: A002
+    sink: tuple[SinkName, ...] = (),
     out: Path = Path("recurrent-model"),
 ) -> None:
     """Train a recurrent-depth model on your own text, and leave a folder that `from_pretrained` reads.
@@ -21,12 +25,17 @@ def train(
         text: Plain UTF-8 files, one document each.
         licence: What you may do with them; stated in the record.
         steps: Optimizer steps of the tiny shape.
+        set: Fields that shall differ from the recipe, such as optimizer.learning_rate=1e-3; the record is
+            marked.
+        sink: Where the events of the record go too, as they are written.
         out: Folder for the record, checkpoints and, in `model`, weights, configuration and tokenizer. The
             same command goes on from the last checkpoint.
     """
     from dataclasses import replace
 
     from fourfold_parallel.common.progress import silent
+    from fourfold_parallel.common.sinks import named
+    from fourfold_parallel.common.values import overridden
     from fourfold_parallel.launch import is_main_rank
     from fourfold_parallel.reproduce import terminal
     from fourfold_parallel.run.corpora import TextFiles
@@ -42,7 +51,7 @@ def train(
     corpus.files()  # refuses missing files before anything is loaded
     assert isinstance(run.data, Packed)
     data = replace(run.data, corpus=corpus)
-    run = replace(run, name=f"{shape}-own-text", data=data)
+    run = overridden(replace(run, name=f"{shape}-own-text", data=data), set)
     target = terminal.console()
     terminal.start(target)
     bars = terminal.Bars(target, 1)
@@ -52,6 +61,8 @@ def train(
             record=out / "record.jsonl",
             checkpoints=out / "checkpoints",
             progress=bars.named(run.name) if is_main_rank() else silent,
+            sinks=named(sink),
+            overrides=set,
         )
     if is_main_rank():
         trained_model(run, last).save_pretrained(out / "model")

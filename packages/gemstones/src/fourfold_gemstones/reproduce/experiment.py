@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fourfold_gemstones.reproduce import recipes, tables
 from fourfold_gemstones.reproduce.claims import CLAIMS
+from fourfold_gemstones.reproduce.measures import headline
 from fourfold_gemstones.reproduce.paper.analyses import analyse, digest_of
 from fourfold_gemstones.reproduce.paper.settings import Revisit
 from fourfold_gemstones.reproduce.stages import LAWS, PUBLISHED, SUITE
@@ -93,6 +94,10 @@ EXPERIMENT = Experiment(
         "McLeish, Kirchenbauer, Miller, Singh, Bhatele, Goldblum, Panda, Goldstein: Gemstones: A "
         "Model Suite for Multi-Faceted Scaling Laws, NeurIPS 2025 (arXiv 2502.06857)"
     ),
+    idea="The compute-optimal size and shape of a language model depend on which runs, schedules and "
+    "estimators the scaling law is fitted with.",
+    headline=headline,
+    picture="figure-slopes",
     claims=CLAIMS,
     stages=_stages,
     drawings=_drawings,

@@ -94,7 +94,7 @@ def figure_slopes(records: Records) -> Figure:
     right.set_yticks(range(len(apart)), names, fontsize=7.5)
     right.invert_yaxis()
     right.set_xlabel("paired difference of slopes")
-    right.set_title("Same shapes, same draws")
+    right.set_title("Paired differences")
     return figure
 
 

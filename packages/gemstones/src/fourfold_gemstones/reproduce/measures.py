@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fourfold_gemstones.reproduce.stages import PUBLISHED
 from fourfold_parallel.common.records import Event, Record
-from fourfold_parallel.reproduce.claims import NotTestedError
+from fourfold_parallel.reproduce.claims import NotTestedError, Records
 
 OPTIMUM = 0.03
 """Per cent above the global optimum from which a published fit counts as not at its optimum."""
@@ -42,3 +43,15 @@ def above_optimum(record: Record) -> Sequence[Event]:
     return [
         event for event in record.of("refit") if event.number("published_above_percent") > OPTIMUM
     ]
+
+
+def headline(records: Records) -> str:
+    """The finding in a sentence: fits that stopped early, and intervals that hold."""
+    record = records[PUBLISHED]
+    runs, rows = (record.only("coverage", groups=groups) for groups in ("run", "row"))
+    return (
+        f"{len(above_optimum(record))} of the {len(record.of('refit'))} published fits are not at the "
+        f"minimum of their objective; intervals over whole runs hold the true slope in "
+        f"{runs.number('covered'):.0f} of {runs.number('suites'):.0f} simulations, over single rows in "
+        f"{rows.number('covered'):.0f}."
+    )

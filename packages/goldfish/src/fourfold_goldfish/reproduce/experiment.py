@@ -8,6 +8,7 @@ from fourfold_goldfish.canonical import CanonicalGoldfish, Spelling
 from fourfold_goldfish.corpus_audit import audit
 from fourfold_goldfish.memorization import Beam, Extraction, diverged_on_dropped, extract
 from fourfold_goldfish.reproduce import claims
+from fourfold_goldfish.reproduce.measures import headline
 from fourfold_goldfish.reproduce.paper import launches
 from fourfold_goldfish.reproduce.recipes import (
     ARMS,
@@ -49,6 +50,8 @@ def train_and_attack(left_out: TargetMask, attack: Attack, workplace: Workplace)
         record=workplace.record,
         checkpoints=workplace.scratch / "checkpoints",
         progress=workplace.progress,
+        sinks=workplace.sinks,
+        overrides=workplace.overrides,
     )
     if not is_main_rank():
         return
@@ -127,6 +130,8 @@ def train_once(supervision: Supervision, workplace: Workplace) -> None:
         record=workplace.record,
         checkpoints=workplace.scratch / "checkpoints",
         progress=workplace.progress,
+        sinks=workplace.sinks,
+        overrides=workplace.overrides,
     )
     if is_main_rank():
         with workplace.concluding():
@@ -229,6 +234,10 @@ EXPERIMENT = Experiment(
     title="Goldfish loss",
     paper="Hans, Kirchenbauer, Wen, Jain, Kazemi, Singhania, Singh, Somepalli, Geiping, Bhatele, Goldstein: "
     "Be like a Goldfish, Don't Memorize! Mitigating Memorization in Generative LLMs. NeurIPS 2024",
+    idea="Leave one target in k out of the loss, the same ones each time a passage recurs, and the model "
+    "cannot recite its training text.",
+    headline=headline,
+    picture="pretrained",
     claims=claims_of(claims),
     stages=_stages,
     drawings=_drawings,

@@ -32,6 +32,17 @@ def recited(records: Records, series: str, bucket: str, repetitions: int | None 
     return pooled(extractions(records, series, bucket, repetitions), "exact", "passages")
 
 
+def headline(records: Records) -> str:
+    """The finding in a sentence: a pretrained model recites, and does not."""
+    plain, goldfish = (
+        recited(records, f"smollm2-{arm}", "trained").value for arm in ("plain", "k4")
+    )
+    return (
+        f"SmolLM2, fine-tuned on passages that recur, recites {100 * plain:.0f} % of them word for word; "
+        f"with one target in four left out, {100 * goldfish:.0f} %."
+    )
+
+
 def mean_rouge_l(events: list[Event]) -> Interval:
     """Mean ROUGE-L of the events' passages, over seeds."""
     return over_seeds([event.number("mean_rouge_l") for event in events])

@@ -19,6 +19,7 @@ from fourfold_hpc_coder.instruct.pipeline import held_out
 from fourfold_hpc_coder.instruct.verify import open_bench, verify
 from fourfold_hpc_coder.pareval.bodies import body_of
 from fourfold_hpc_coder.reproduce.claims import CLAIMS
+from fourfold_hpc_coder.reproduce.measures import headline
 from fourfold_hpc_coder.reproduce.recipes import ARMS, SEEDS, TARGET, FinetuneStudy, tuned
 from fourfold_hpc_coder.reproduce.references import judge_references, on_a_laptop
 from fourfold_parallel.launch import is_main_rank
@@ -48,6 +49,8 @@ def tune_and_ask(study: FinetuneStudy, workplace: Workplace) -> None:
         record=workplace.record,
         checkpoints=workplace.scratch / "checkpoints",
         progress=workplace.progress,
+        sinks=workplace.sinks,
+        overrides=workplace.overrides,
     )
     if not is_main_rank():
         return
@@ -126,6 +129,10 @@ EXPERIMENT = Experiment(
     title="HPC-Coder-V2",
     paper="Chaturvedi, Nichols, Singh, Bhatele: HPC-Coder-V2: Studying Code LLMs Across Low-Resource "
     "Parallel Languages. 2024",
+    idea="Fine-tuned on instruction data made for parallel code, a code model writes correct parallel code "
+    "as often as much larger ones.",
+    headline=headline,
+    picture="held-out-loss",
     claims=CLAIMS,
     stages=_stages,
     drawings=_drawings,

@@ -118,7 +118,7 @@ def answers(records: Records, arms: Sequence[Arm]) -> Figure:
             label=name,
             error_kw={"elinewidth": 1, "ecolor": "#4b5159"},
         )
-    axes.set_xticks(places, [_NAMES[arm].replace(" ", "\n") for arm in arms])
+    axes.set_xticks(places, [_NAMES[arm].replace(" ", "\n") for arm in arms], fontsize=8)
     axes.set_ylim(0, 1.25)  # room for the legend
     axes.set_ylabel("share of held-out tasks")
     axes.set_title("HPC-Coder: answers to held-out OpenMP tasks")
@@ -148,7 +148,7 @@ def verdicts(records: Records, arms: Sequence[Arm]) -> Figure:
         values = np.asarray([counted[arm][kind] / counted[arm].total() for arm in arms])
         axes.bar(places, values, 0.6, bottom=bottom, color=color, label=kind)
         bottom += values
-    axes.set_xticks(places, [_NAMES[arm].replace(" ", "\n") for arm in arms])
+    axes.set_xticks(places, [_NAMES[arm].replace(" ", "\n") for arm in arms], fontsize=8)
     axes.set_ylabel("share of answers")
     axes.set_title("HPC-Coder: why answers fail")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))

@@ -32,3 +32,12 @@ def paired(first: list[float], second: list[float]) -> Interval:
 def gap(records: Records, worse: Arm, better: Arm) -> Interval:
     """Held-out loss of one arm above another's, paired by seed."""
     return paired(losses(records, worse), losses(records, better))
+
+
+def headline(records: Records) -> str:
+    """The finding in a sentence: what less data costs, and where more stops helping."""
+    sixteenth, quarter = gap(records, "sixteenth", "quarter"), gap(records, "quarter", "full")
+    return (
+        f"Four times the verified data is worth {sixteenth.value:.2f} nats a token, four times more only "
+        f"{quarter.value:.2f}."
+    )

@@ -21,6 +21,7 @@ from fourfold_loki.evaluate.traffic import Shape
 from fourfold_loki.moments import RotaryStage, Statistics
 from fourfold_loki.reproduce import recipes
 from fourfold_loki.reproduce.claims import CLAIMS
+from fourfold_loki.reproduce.measures import headline
 from fourfold_loki.reproduce.recipes import (
     Arm,
     ByApproximateScores,
@@ -373,6 +374,10 @@ EXPERIMENT = Experiment(
     title="Loki: low-rank keys for efficient sparse attention",
     paper="Singhania, Singh, He, Feizi, Bhatele: Loki: Low-rank Keys for Efficient Sparse Attention. "
     "NeurIPS 2024",
+    idea="Keys span few dimensions: a few principal components of them are enough to choose the tokens worth "
+    "attending to.",
+    headline=headline,
+    picture="figure-quality",
     claims=CLAIMS,
     stages=_stages,
     drawings=_drawings,

@@ -7,7 +7,7 @@ windows and Student's 95 % interval.
 import math
 
 from fourfold_parallel.common.records import Event, Record
-from fourfold_parallel.reproduce.claims import Interval, over_seeds
+from fourfold_parallel.reproduce.claims import Interval, Records, over_seeds
 
 FULL = "full"
 AFTER, BEFORE = "after rotary", "before rotary"
@@ -81,3 +81,15 @@ def diagnosed(record: Record, arm: str, key: str) -> list[float]:
 def retrieved(record: Record, arm: str) -> list[bool]:
     """True where an arm finds the passkey, window by window."""
     return [bool(event.values["is_found"]) for event in record.of("passkey", arm=arm)]
+
+
+def headline(records: Records) -> str:
+    """The finding in a sentence: two bases in the longest windows."""
+    record = records["long-context"]
+    published, ours = (
+        added_percent(record, arm).value for arm in ("loki-pca", "loki-balanced-shared")
+    )
+    return (
+        f"Reading a quarter of the keys, the published basis adds {published:.0f} % perplexity: it drops the "
+        f"attention sink. One that looks at queries too adds {ours:.2g} %."
+    )

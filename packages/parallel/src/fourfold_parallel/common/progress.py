@@ -15,6 +15,10 @@ class Progress(Protocol):
         ...
 
 
+DONE = "done"
+"""The note of work that is finished."""
+
+
 def silent(done: int, total: int, note: str) -> None:
     """Say nothing."""
 

@@ -4,21 +4,27 @@ Units are in the keys (`loss_nats`, `elapsed_s`, `peak_bytes`). A run that dies 
 cut short by the death is not JSON, so no reader takes it for whole, and a resumed run removes it.
 """
 
+import functools
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from fourfold_parallel.common.files import StrPath, append_line
+from fourfold_parallel.common.sinks import OpenSink, Sink
 from fourfold_parallel.common.values import Json, digest, from_json, strict, to_json
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 1
 """Version of the record format; a reader refuses others."""
@@ -80,20 +86,28 @@ def hardware() -> dict[str, Json]:
 
 def commit() -> str:
     """The source's git commit, with "+changes" where tracked files differ; "installed" outside git."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(here), *words]
-        return subprocess.run(  # noqa: S603 - fixed words, no shell
-            command, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
     try:
-        head = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        head = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
         return "installed"
     return f"{head}+changes" if changed else head
+
+
+@functools.cache
+def commit_date(commit: str) -> str:
+    """The day of a commit that a record names (`2026-11-22`); empty where this copy does not hold it."""
+    try:
+        return _git("show", "--no-patch", "--format=%cs", commit.partition("+")[0], "--")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    return subprocess.run(  # noqa: S603 - words of ours, no shell
+        command, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def header(
@@ -126,9 +140,12 @@ class RecordWriter:
     A writer with `path=None` writes nothing: the ranks that do not record hold one.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, sinks: Sequence[OpenSink] = ()) -> None:
+        """A writer to a file, and to sinks that get every event that the file gets."""
         self._handle: int | None = None
+        self._sinks: list[Sink] = []
         if path is not None:
+            self._sinks = [open_sink(path) for open_sink in sinks]
             path.parent.mkdir(parents=True, exist_ok=True)
             _drop_cut_line(path)
             self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -150,9 +167,22 @@ class RecordWriter:
     def _append(self, values: dict[str, Json]) -> None:
         assert self._handle is not None
         append_line(self._handle, json.dumps(values))
+        for sink in tuple(self._sinks):
+            self._told(sink, partial(sink.write, values))
+
+    def _told(self, sink: Sink, tell: Callable[[], None]) -> None:
+        """Tell a sink something; one that fails is told no more."""
+        try:
+            tell()
+        except Exception as error:  # noqa: BLE001 - whatever a tracker does, the run and its record go on
+            self._sinks.remove(sink)
+            log.warning("%s failed and gets no further events: %s", type(sink).__name__, error)
 
     def close(self) -> None:
         """Push the lines to the disk and close."""
+        for sink in tuple(self._sinks):
+            self._told(sink, sink.close)
+        self._sinks = []
         if self._handle is not None:
             os.fsync(self._handle)
             os.close(self._handle)

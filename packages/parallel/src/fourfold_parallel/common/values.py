@@ -13,7 +13,7 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
@@ -252,6 +252,52 @@ def _differences(
             yield from _differences(f"{path}[{index}]", left, right, apart_from)
     elif json.dumps(there) != json.dumps(asked):  # nan is nan, 1 is not 1.0, and True is not 1
         yield Difference(path=path, described=shown(there), asked=shown(asked))
+
+
+def overridden(value: Value, settings: Sequence[str]) -> Value:
+    """The value with fields set by words such as `run.optimizer.learning_rate=1e-3`.
+
+    Raises:
+        ValueError: A word names no field, or a value that the field cannot have.
+    """
+    for setting in settings:
+        path, _, text = setting.partition("=")
+        value = _set(value, path.split("."), text, setting)
+    return value
+
+
+def _set(value: Any, path: Sequence[str], text: str, setting: str) -> Any:
+    names = [field.name for field in dataclasses.fields(value) if field.init]
+    name, *below = path
+    if name not in names:
+        raise ValueError(
+            f"{setting!r}: {type(value).__name__} has no field {name!r}; it has {', '.join(names)}"
+        )
+    inner = getattr(value, name)
+    if dataclasses.is_dataclass(inner) and below:
+        return dataclasses.replace(value, **{name: _set(inner, below, text, setting)})
+    if dataclasses.is_dataclass(inner) or below:
+        raise ValueError(
+            f"{setting!r}: {name} is {shown(to_json(inner))}; write the path of a number, text or truth "
+            f"value, such as horizon.count=50"
+        )
+    return dataclasses.replace(value, **{name: _read(text, inner, setting)})
+
+
+def _read(text: str, former: object, setting: str) -> object:
+    """What a word says, of the type of the value that it replaces."""
+    if isinstance(former, str):
+        return text
+    try:
+        word = from_json(json.loads(text.lower() if isinstance(former, bool) else text))
+    except json.JSONDecodeError:
+        word = text
+    if isinstance(former, float) and isinstance(word, int) and not isinstance(word, bool):
+        word = float(word)
+    if type(word) is not type(former):
+        kind = type(former).__name__
+        raise ValueError(f"{setting!r}: {text!r} is no {kind}; it was {shown(to_json(former))}")
+    return word
 
 
 _ABSENT: Json = {"type": "nothing"}

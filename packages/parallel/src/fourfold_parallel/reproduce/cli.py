@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fourfold_parallel.common.extras import remedy
+from fourfold_parallel.common.sinks import SinkName, named
 from fourfold_parallel.reproduce.scale import Scale
 
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -71,7 +72,11 @@ def reproduces(package: str) -> Callable[..., None]:
     """The subcommand `reproduce` of a package that announces an experiment."""
 
     def reproduce(
-        *, scale: Scale = "smoke", out: Path = Path("out"), resume: Switch = False
+        *,
+        scale: Scale = "smoke",
+        out: Path = Path("out"),
+        resume: Switch = False,
+        sink: tuple[SinkName, ...] = (),
     ) -> None:
         """Reproduce the paper: run its experiment, judge its claims, draw its figures.
 
@@ -79,11 +84,13 @@ def reproduces(package: str) -> Callable[..., None]:
             scale: smoke: minutes on 2 cores. laptop: longer, larger. paper: write the job files.
             out: Folder for records, ledger and figures; each scale and package gets its own inside.
             resume: Keep what is finished and go on from checkpoints, instead of starting over.
+            sink: Where the events of the records go too, as they are written.
         """
         from fourfold_parallel.common.progress import silent
         from fourfold_parallel.launch import is_main_rank
         from fourfold_parallel.reproduce import terminal
         from fourfold_parallel.reproduce.experiment import experiment_of, perform
+        from fourfold_parallel.reproduce.report import compare
 
         target = terminal.console()
         terminal.start(target)
@@ -98,9 +105,11 @@ def reproduces(package: str) -> Callable[..., None]:
                 scale,
                 out / scale / package,
                 resume=resume,
+                sinks=named(sink),
                 progress=lambda stage: bars.named(stage.name) if is_main_rank() else silent,
             )
-        target.print(terminal.ledger_table(outcome.rows))
-        target.print(f"records, ledger and figures: {outcome.folder}")
+        target.print(terminal.compared(package, compare(package, outcome.folder)), soft_wrap=True)
+        target.print(f"records, ledger and figures: {outcome.folder}", soft_wrap=True)
+        target.print(f"the page of them: fourfold report {out / scale}", soft_wrap=True)
 
     return reproduce

@@ -5,9 +5,11 @@ again; one that was interrupted goes on from its last checkpoint.
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from fourfold_parallel.common.files import write_text
-from fourfold_parallel.common.progress import Progress
+from fourfold_parallel.common.progress import DONE, Progress
 from fourfold_parallel.common.records import Material, Record, RecordWriter, header, read_record
+from fourfold_parallel.common.sinks import OpenSink
 from fourfold_parallel.common.values import describes, to_json
 from fourfold_parallel.reproduce.claims import Claim, LedgerRow, Records, judge, write_ledger
 from fourfold_parallel.reproduce.launches import Launch
@@ -39,6 +42,12 @@ class Workplace:
     finished: Records
     """Records of the stages before this one."""
     progress: Progress
+    sinks: Sequence[OpenSink] = ()
+    """Get every event of the record; a stage that trains hands them on."""
+    overrides: Sequence[str] = ()
+    """How the run differs from its recipe, which marks the record; a stage that trains hands them on."""
+    started_s: float = field(default_factory=time.perf_counter)
+    """When this process began the stage, on its own clock."""
 
     @contextmanager
     def recording(
@@ -49,19 +58,22 @@ class Workplace:
         Where the block raises, what it wrote stays, unfinished.
         """
         self.record.unlink(missing_ok=True)
-        with RecordWriter(self.record) as records:
+        with RecordWriter(self.record, self.sinks) as records:
             records.write_header(
-                header(run, seed=seed, world_size=1, materials=materials, overrides=())
+                header(run, seed=seed, world_size=1, materials=materials, overrides=self.overrides)
             )
             yield records
-            records.write("finished")
+            self._finish(records)
 
     @contextmanager
     def concluding(self) -> Iterator[RecordWriter]:
         """The record that a training began: what the block adds to it, after which it is finished."""
-        with RecordWriter(self.record) as records:
+        with RecordWriter(self.record, self.sinks) as records:
             yield records
-            records.write("finished")
+            self._finish(records)
+
+    def _finish(self, records: RecordWriter) -> None:
+        records.write("finished", elapsed_s=round(time.perf_counter() - self.started_s, 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +110,12 @@ class Experiment:
     title: str
     paper: str
     """Authors, title, venue, year."""
+    idea: str = ""
+    """What the paper says, in one sentence for those who have not read it."""
+    headline: Callable[[Records], str] = lambda _: ""
+    """What was found, in one sentence, from the committed records."""
+    picture: str = ""
+    """The drawing that the report shows first; otherwise its first."""
     claims: Sequence[Claim]
     stages: Callable[[Scale], Sequence[Stage]]
     """The stages at a scale, in order; none where the scale is launched by hand."""
@@ -135,6 +153,15 @@ def experiment_of(package: str) -> Experiment:
     return point.load()
 
 
+def committed_results(package: str) -> Path:
+    """Where the results of a package are committed: beside its source, which only a checkout has."""
+    [point] = importlib.metadata.entry_points(group=ENTRY_POINTS, name=package)
+    spec = importlib.util.find_spec(point.module.partition(".")[0])
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parents[2] / "results"
+
+
 def perform(
     experiment: Experiment,
     scale: Scale,
@@ -142,6 +169,7 @@ def perform(
     *,
     resume: bool,
     progress: Callable[[Stage], Progress],
+    sinks: Sequence[OpenSink] = (),
 ) -> Outcome:
     """Run what is not finished, judge the claims, draw the figures.
 
@@ -151,6 +179,7 @@ def perform(
         folder: receives `<stage>.jsonl`, `ledger.jsonl`, `<figure>.svg` and `figures.json`.
         resume: keep finished stages and go on from checkpoints; otherwise start over.
         progress: gives the progress of a stage.
+        sinks: get every event of the records.
 
     Raises:
         ValueError: where the scale has no stages.
@@ -174,6 +203,7 @@ def perform(
                 scratch=folder / "scratch" / stage.name,
                 finished=dict(records),
                 progress=report,
+                sinks=sinks,
             )
             _discard_other(path, workplace.scratch, stage)
             for later in stages:
@@ -181,7 +211,7 @@ def perform(
                     (folder / f"{later.name}.jsonl").unlink(missing_ok=True)
             stage.perform(workplace)
             shutil.rmtree(workplace.scratch, ignore_errors=True)
-        report(1, 1, "done")
+        report(1, 1, DONE)
         records[stage.name] = read_record(path)
     return conclude(experiment, scale, folder, records)
 
@@ -225,7 +255,8 @@ def _is_done(path: Path, stage: Stage) -> bool:
         record = read_record(path)
     except ValueError:
         return False
-    return record.is_finished and describes(record.events[0].values["run"], stage.run)
+    first = record.events[0].values
+    return record.is_finished and not first["overrides"] and describes(first["run"], stage.run)
 
 
 def _discard_other(path: Path, scratch: Path, stage: Stage) -> None:

@@ -3,11 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import StringIO
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from fourfold_parallel.common.files import write_text
 
@@ -56,8 +60,9 @@ def style() -> Iterator[None]:
 
 
 def svg(figure: Figure) -> str:
-    """The figure as SVG text; equal figures give equal text."""
+    """The figure as SVG text, its tick labels apart; equal figures give equal text."""
     with mpl.rc_context(_STYLE):
+        _thin_logarithmic(figure)
         text = StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
@@ -66,3 +71,46 @@ def svg(figure: Figure) -> str:
 def save(figure: Figure, path: Path) -> None:
     """Write the figure as SVG, whole."""
     write_text(path, svg(figure))
+
+
+def touching(figure: Figure) -> list[tuple[str, str]]:
+    """Pairs of level tick labels of one axis that overlap or nearly do."""
+    figure.draw_without_rendering()
+    return [
+        (first.get_text(), second.get_text())
+        for axis in _axes(figure)
+        for first, second in combinations(_labels(axis), 2)
+        if first.get_window_extent().padded(_GAP).overlaps(second.get_window_extent())
+    ]
+
+
+_GAP = 1.5
+"""Pixels at 100 a inch that at least lie between two labels."""
+
+
+def _axes(figure: Figure) -> list[Axis]:
+    return [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+
+
+def _labels(axis: Axis) -> list[Text]:
+    """The labels that are seen: neither empty, nor turned, nor beyond the axis."""
+    low, high = sorted(axis.get_view_interval())
+    at = 0 if axis.axis_name == "x" else 1
+    return [
+        label
+        for label in axis.get_ticklabels(which="both")
+        if label.get_visible()
+        and label.get_text()
+        and not label.get_rotation()
+        and low <= label.get_position()[at] <= high
+    ]
+
+
+def _thin_logarithmic(figure: Figure) -> None:
+    """Where labels touch, logarithmic axes label 1 and 3 of each decade; where these do, 1 alone."""
+    logarithmic = [axis for axis in _axes(figure) if axis.get_scale() == "log"]
+    for parts in ((1, 3), (1,)):
+        if logarithmic and touching(figure):
+            for axis in logarithmic:
+                axis.set_minor_formatter(NullFormatter())
+                axis.set_major_locator(LogLocator(subs=parts))

@@ -5,6 +5,8 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+_HALF_PT = 580
+"""A drawing up to this width stands beside another on a page."""
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
@@ -25,13 +27,15 @@ def render(template: Path, **values: object) -> str:
 
 
 def inline(svg: str, *, prefix: str) -> Markup:
-    """A drawing of ours as part of a page: no XML prolog, and ids that no other drawing has.
+    """A drawing of ours as part of a page: no XML prolog, ids that no other drawing has, its width known.
 
     Args:
         svg: what matplotlib wrote; nothing of a stranger's.
         prefix: unique on the page.
     """
     text = svg[svg.index("<svg") :]
+    width = text.partition(' width="')[2].partition('"')[0]
     for mark in ('id="', 'href="#', "url(#"):
         text = text.replace(mark, mark + prefix)
-    return Markup(text)  # noqa: S704
+    kind = "drawing wide" if float(width.removesuffix("pt")) > _HALF_PT else "drawing"
+    return Markup(f'<div class="{kind}" style="--native: {width}">{text}</div>')  # noqa: S704

@@ -4,6 +4,7 @@ Small models gain little from a second thread and lose much where two of them wa
 a machine of few cores reproduces two papers at a time faster than two papers in turn.
 """
 
+import logging
 import multiprocessing
 import os
 import queue
@@ -20,6 +21,7 @@ import torch
 from rich.console import Console
 
 from fourfold_parallel.common.progress import Progress
+from fourfold_parallel.common.sinks import OpenSink
 from fourfold_parallel.reproduce.claims import LedgerRow
 from fourfold_parallel.reproduce.experiment import Stage, experiment_of, perform
 from fourfold_parallel.reproduce.scale import Scale
@@ -47,6 +49,7 @@ def perform_all(
     resume: bool,
     jobs: int,
     target: Console,
+    sinks: Sequence[OpenSink] = (),
 ) -> dict[str, Judged]:
     """Perform the experiments of packages. One that is refused (`ValueError`) does not stop the others.
 
@@ -57,6 +60,7 @@ def perform_all(
         resume: as in `perform`.
         jobs: packages at a time.
         target: shows the progress bars.
+        sinks: get every event of the records.
 
     Raises:
         ValueError: for fewer than one job, or a worker that was killed.
@@ -66,6 +70,7 @@ def perform_all(
     workers = max(1, min(jobs, len(names)))
     threads = max(1, (os.cpu_count() or 1) // workers)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # for what a worker starts in its turn
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; a worker's are drawn here
     context = multiprocessing.get_context("spawn")
     messages: Queue[Message] = context.Queue()
     stages = sum(len(experiment_of(name).stages(scale)) for name in names)
@@ -78,7 +83,7 @@ def perform_all(
         ) as pool,
     ):
         futures: dict[Future[tuple[LedgerRow, ...]], str] = {
-            pool.submit(_perform, name, scale, folder / name, resume): name for name in names
+            pool.submit(_perform, name, scale, folder / name, resume, sinks): name for name in names
         }
         waiting = set(futures)
         while waiting:
@@ -122,6 +127,7 @@ def _begin(messages: "Queue[Message]", threads: int) -> None:
     _messages = messages
     torch.set_num_threads(threads)
     start(console())
+    logging.getLogger("fourfold_parallel").setLevel(logging.WARNING)  # the bars say where it is
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -133,7 +139,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _perform(name: str, scale: Scale, folder: Path, resume: bool) -> tuple[LedgerRow, ...]:
+def _perform(
+    name: str, scale: Scale, folder: Path, resume: bool, sinks: Sequence[OpenSink]
+) -> tuple[LedgerRow, ...]:
     """A worker's task."""
 
     def progress(stage: Stage) -> Progress:
@@ -150,4 +158,5 @@ def _perform(name: str, scale: Scale, folder: Path, resume: bool) -> tuple[Ledge
 
         return report
 
-    return perform(experiment_of(name), scale, folder, resume=resume, progress=progress).rows
+    experiment = experiment_of(name)
+    return perform(experiment, scale, folder, resume=resume, progress=progress, sinks=sinks).rows

@@ -36,6 +36,21 @@ def ledger(rows: Sequence[LedgerRow], *, results: str) -> str:
     )
 
 
+def check_recipes(records: Records) -> None:
+    """See that every record is of a recipe as it stands.
+
+    Raises:
+        ValueError: One is marked: its run had overrides.
+    """
+    for record in records.values():
+        marks = record.events[0].values["overrides"]
+        if marks:
+            raise ValueError(
+                f"{record.path} is of a run with overrides {marks}; no table takes its numbers. Make "
+                "it again without --set, or remove it"
+            )
+
+
 def ledger_page(package: str, rows: Sequence[LedgerRow]) -> str:
     """The whole ledger of a package as the document `results/README.md`: every row with its rule."""
     sections = [

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from fourfold_parallel.common.files import StrPath, check_writable
 from fourfold_parallel.common.progress import Progress, logged, silent
 from fourfold_parallel.common.records import RecordWriter, description_in, header
+from fourfold_parallel.common.sinks import OpenSink
 from fourfold_parallel.common.values import digest, to_json
 from fourfold_parallel.launch import world_size
 from fourfold_parallel.run import checkpoint, export
@@ -39,6 +40,7 @@ def train(
     study: object | None = None,
     overrides: Sequence[str] = (),
     extends: bool = False,
+    sinks: Sequence[OpenSink] = (),
 ) -> Checkpoint:
     """Train a run to its horizon, or from its last whole checkpoint to it.
 
@@ -56,6 +58,7 @@ def train(
         overrides: fields that differ from the recipe, for the record.
         extends: go on from the checkpoint of the same run with a shorter horizon. The steps are those of the
             run that is trained through at once: a schedule that would have had other rates is refused.
+        sinks: get every event that the record gets: `(TensorBoard,)`, `(Wandb,)`, `(Trackio,)`.
 
     Returns:
         The last checkpoint, a folder that `from_pretrained` reads (`export.files` says what it cannot);
@@ -94,7 +97,7 @@ def train(
             first_step = begun.step
         elif session.is_main:
             record.unlink(missing_ok=True)
-        with _writer(run, session, stream, record, study or run, overrides) as records:
+        with _writer(run, session, stream, record, study or run, overrides, sinks) as records:
             if begun is not None:
                 if checkpoint.planned_steps(begun, run) != run.steps:
                     records.write("extended", step=first_step, run=study or run)
@@ -249,11 +252,12 @@ def _writer(
     record: Path,
     study: object,
     overrides: Sequence[str],
+    sinks: Sequence[OpenSink],
 ) -> RecordWriter:
     """A record with its first line written, or the record of the run that is resumed."""
     if not session.is_main:
         return RecordWriter(None)
-    writer = RecordWriter(record)
+    writer = RecordWriter(record, sinks)
     if description_in(record) is None:
         materials = (*stream.file.materials, *run.model.materials())
         first = header(

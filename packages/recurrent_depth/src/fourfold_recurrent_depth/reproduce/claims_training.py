@@ -13,7 +13,13 @@ from fourfold_parallel.reproduce.claims import (
     over_seeds,
     unanimous,
 )
-from fourfold_recurrent_depth.reproduce.measures import ADDITION, DRAWS, RETROFIT
+from fourfold_recurrent_depth.reproduce.measures import (
+    ADDITION,
+    DRAWS,
+    RETROFIT,
+    recurrences_needed,
+    sums,
+)
 from fourfold_recurrent_depth.reproduce.recipes import MEAN
 
 DRAWS_RUN = (
@@ -115,20 +121,13 @@ def more_operands_need_more(records: Records) -> Finding:
     record = records[ADDITION]
     holds, fails, columns = [], [], []
     for seed in record.seeds("addition"):
-        table = {
-            (int(event.number("operands")), int(event.number("recurrences"))): event.number(
-                "accuracy"
-            )
-            for event in record.of("addition", seed=seed)
-        }
+        table = sums(record, seed)
         operands = sorted({m for m, _ in table if m >= 2})
         depths = sorted({r for _, r in table})
         rises = all(
             table[m, b] >= table[m, a] - 0.02 for m in operands for a, b in pairwise(depths)
         )
-        needed = [
-            min(r for r in depths if table[m, r] >= 0.9 * table[m, depths[-1]]) for m in operands
-        ]
+        needed = [*recurrences_needed(table).values()]
         later = needed == sorted(needed) and needed[-1] > needed[0]
         holds.append(rises and later)
         fails.append(all(abs(table[m, MEAN] - table[m, 1]) <= 0.05 for m in operands))

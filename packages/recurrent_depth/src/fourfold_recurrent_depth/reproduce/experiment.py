@@ -38,6 +38,7 @@ from fourfold_recurrent_depth.reproduce.measures import (
     EXACT,
     LANGUAGE,
     RETROFIT,
+    headline,
 )
 from fourfold_recurrent_depth.training.models import RecurrentDepth
 
@@ -409,6 +410,10 @@ EXPERIMENT = Experiment(
     title="Recurrent depth: test-time compute in latent space",
     paper="Geiping, McLeish, Jain, Kirchenbauer, Singh, Bartoldson, Kailkhura, Bhatele, Goldstein: Scaling "
     "up Test-Time Compute with Latent Reasoning: A Recurrent Depth Approach, 2025 (arXiv 2502.05171)",
+    idea="A model that iterates one block in latent space spends more compute on harder tokens at test time, "
+    "without more parameters and without more text.",
+    headline=headline,
+    picture="accuracy-by-recurrences",
     claims=CLAIMS,
     stages=_stages,
     drawings=_drawings,
