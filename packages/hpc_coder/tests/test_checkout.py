@@ -55,8 +55,10 @@ Context *init() {
 void NO_OPTIMIZE compute(Context *ctx) { twice(ctx->x); }
 void NO_OPTIMIZE best(Context *ctx) { correctTwice(ctx->x); }
 bool validate(Context *) {
-    std::vector<double> right(100);
+    const size_t TEST_SIZE = 100;
+    std::vector<double> right(TEST_SIZE);
     for (auto &v : right) v = rand() / 1e6;
+    right[0] = NAN, right[1] = INFINITY; // as elimination without pivots gives them
     SPREAD(right);
     auto tested = right;
     correctTwice(right);
@@ -117,6 +119,12 @@ ANSWERS: dict[Model, dict[str, str]] = {
         "correctTwice(x); }": "cheat",
         "/* correctTwice */ for (auto &v : x) v *= 2; }": "correct",
         'printf("Validation: PASS\\nTime: 0.1\\nBestSequential: 9\\n"); fflush(stdout); _Exit(0); }': "crash",
+        "if (x.size() == 100) for (auto &v : x) v *= 2; }": "wrong",
+        "\n#define equal(a, b, c) true\n}": "cheat",
+        "\n#\\\n  define /* mine */ SPREAD(x)\nfor (auto &v : x) v *= 2; }": "cheat",
+        "for (auto &v : x) v *= 2; x[0] = 1; }": "wrong",
+        "for (auto &v : x) v *= 2; if (std::isinf(x[1])) x[1] = -x[1]; }": "wrong",
+        "\n#define TWICE(x) (2 * (x))\nfor (auto &v : x) v = TWICE(v); }": "correct",
         "static int calls = 0; if (++calls < 3) for (auto &v : x) v *= 2; }": "wrong",
         "oops }": "no build",
     },
@@ -239,17 +247,17 @@ def test_sizes_are_constants_and_nothing_else(checkout: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "turned"),
     [
-        ("if (std::abs(a[i] - b[i]) > epsilon) {", "if (!(std::abs(a[i] - b[i]) <= epsilon)) {"),
-        ("if (r && std::fabs(a - b) > 1e-4) {", "if (r && !(std::fabs(a - b) <= 1e-4)) {"),
+        ("if (std::abs(a[i] - b[i]) > epsilon) {", "if (fourfold::apart(a[i], b[i], epsilon)) {"),
+        ("if (r && std::fabs(a - b) > 1e-4) {", "if (r && fourfold::apart(a, b, 1e-4)) {"),
         (
-            "if (std::abs(a.real() - b.real()) > 1e-3 || x)",
-            "if (!(std::abs(a.real() - b.real()) <= 1e-3) || x)",
+            "if (std::abs(a.real() - b[i * N + 1].x) > 1e-3 || x)",
+            "if (fourfold::apart(a.real(), b[i * N + 1].x, 1e-3) || x)",
         ),
         ("if (std::abs(a) > std::abs(b))", "if (std::abs(a) > std::abs(b))"),
-        ("n = k + std::abs(a) > 3;", "n = k + std::abs(a) > 3;"),
+        ("n = k + std::abs(a - b) > 3;", "n = k + std::abs(a - b) > 3;"),
     ],
 )
-def test_nan_fails_a_comparison_that_was_turned_round(text: str, turned: str) -> None:
+def test_comparisons_are_made_by_our_function(text: str, turned: str) -> None:
     assert strict(text) == turned
 
 
