@@ -1,6 +1,7 @@
 """What is taken from a model's words, and files of outputs that can be stopped and continued."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from fourfold_hpc_coder.pareval.files import read_outputs
 from fourfold_parallel.common.progress import silent
 from fourfold_parallel.run.models import Llama
 
+LINEAR_S = 10
+"""Ten times what a linear scan takes here, on a busy machine; a quadratic one takes minutes."""
 PROMPT = "/* Add one. */\nint f(int x) {"
 
 CASES = {
@@ -46,6 +49,24 @@ CASES = {
         "if (f(x - 1)) { x += 1; } return x; }",
         "if (f(x - 1)) { x += 1; } return x; }",
     ),
+    "a fence of the prompt's closed": ("\n  return 1;\n}\n```\nIt adds one.", "\n  return 1;\n}"),
+    "a fence closed before a usage example": (
+        "return 1; }\n```\nUse it so:\n```cpp\nint main() { f(1); }\n```",
+        "return 1; }",
+    ),
+    "the function again, and a fence closed": (
+        "int f(int x) { return 1; }\n```\nUsage:\n```cpp\nf(1);\n```",
+        " return 1; }",
+    ),
+    "prose with a brace before a fence": (
+        "The set {x} is closed:\n```cpp\nreturn 1; }\n```",
+        "return 1; }",
+    ),
+    "a call before it is defined": (
+        "int g() { return f(1); }\nint f(int x) { return 2; }",
+        " return 2; }",
+    ),
+    "a name that it begins with": ("int f2(int x) { return 1; }\n", "int f2(int x) { return 1; }\n"),
     "a type on its own line": ("static int\nf(int x)\n{ return 1; }", " return 1; }"),
 }
 
@@ -54,6 +75,21 @@ CASES = {
 def test_the_body_is_found(case: str) -> None:
     text, body = CASES[case]
     assert body_of(text, PROMPT) == body
+
+
+def test_a_fence_that_the_prompt_opened_needs_no_closing_brace_before_it() -> None:
+    text = "return 1;\n```\nThis adds one to `x`."
+    assert body_of(text, f"Complete:\n```cpp\n{PROMPT}") == "return 1;\n"
+
+
+@pytest.mark.parametrize(
+    "piece", ["\n", "f(", "f (x)\n", "/*", "```", '"', "int f(int x)\n", "f\n\n(", "{", "' ", "```\n", "f();\n"]
+)
+def test_a_reply_that_repeats_itself_is_read_in_no_time(piece: str) -> None:
+    """Some hundred blank lines once took time that grew with their cube."""
+    began_s = time.process_time()
+    body_of(piece * 50_000, PROMPT)
+    assert time.process_time() - began_s < LINEAR_S
 
 
 class Counting:

@@ -24,7 +24,6 @@ SIGNALS = {
     signal.SIGKILL: "a kill: memory ran out, or a signal of its own",
 }
 
-
 FENCE = "```"
 """Opens and closes the code in a chat's reply; no C++."""
 
