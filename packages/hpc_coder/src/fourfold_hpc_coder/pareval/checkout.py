@@ -114,10 +114,14 @@ class CheckoutProblem:
         plain = re.sub(r'^#include\s*[<"](?:mpi|omp)\.h[>"]', "", prompt, flags=re.MULTILINE)
         above, _, opening = plain.rstrip().rpartition("\n")
         function = re.fullmatch(r"(.*?)\b(\w+)\s*\((.*)\)\s*\{", opening.strip())
-        if function is None or len(self.forbidden()) != 1:
+        if function is None:
             return plain, "__builtin_trap(); }"
-        returned, _, parameters = function.groups()
-        [right] = self.forbidden()
+        returned, name, parameters = function.groups()
+        named = f"correct{name[:1].upper()}{name[1:]}"
+        rights = {named} & self.forbidden() or self.forbidden()
+        if len(rights) != 1:
+            return plain, "__builtin_trap(); }"
+        [right] = rights
         names = ", ".join(re.findall(r"(\w+)\s*(?:,(?![^<]*>)|$)", parameters))
         declared = f"{returned} {right}({parameters});"
         return f"{above}\n{declared}\n{opening}", f"return {right}({names}); }}"
@@ -152,7 +156,8 @@ class CheckoutProblem:
 
 _GENERATED = "\x00generated\x00"
 _INCLUDED = re.compile(r'^[ \t]*#include[ \t]+"([\w.-]+)".*$', re.MULTILINE)
-_TEST_SIZE = re.compile(r"\b(size_t\s+TEST_SIZE\s*=\s*)(\d+)(?=\s*;)")
+_TEST_SIZE = re.compile(r"(\bsize_t\s+TEST_SIZE\s*=\s*|std::vector<[\w:<>]+>\s+\w+\()(\d+)(?=\)?\s*;)")
+"""The size that a driver checks answers on, under a name or where an array is made."""
 SMALLEST_CHECK = 32
 """Below it a driver's own size has no smaller ones that mean anything."""
 _PART = r"(?:[^(),]|\([^()]*\))+?"
