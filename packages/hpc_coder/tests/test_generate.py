@@ -161,6 +161,20 @@ def test_outputs_of_other_options_are_neither_taken_nor_lost(tmp_path: Path) -> 
     assert [one["name"] for one in json.loads(out.read_text())] == ["p1", "p2", "p0"]
 
 
+def test_a_translation_is_asked_for_with_its_source(tmp_path: Path) -> None:
+    """Once the prompt alone was asked, which says nothing of what to translate."""
+    [record] = records(1)
+    sources = [f"// {model}\nint f0(int x) {{ return 1; }}\n{record['prompt']}\n" for model in "ab"]
+    translations = [{**record, "translation_prompt": source} for source in sources]
+    seen = Counting(99)
+    generate_file(translations, seen, SAMPLING, tmp_path / "o.json", silent)
+    assert seen.seen == [source for source in sources for _ in range(2)]
+    questions, _ = read_outputs(tmp_path / "o.json")
+    assert [question.prompt for question in questions] == [record["prompt"]] * 2
+    again = Counting(0)
+    generate_file(translations, again, SAMPLING, tmp_path / "o.json", silent)
+
+
 def test_every_batch_of_samples_is_drawn_anew(tmp_path: Path) -> None:
     """Each batch once began from the same seed: of eight samples four were copies."""
     fast = CodePairs(vocabulary=300, samples=20).fast()

@@ -3,7 +3,7 @@
 import json
 import tarfile
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -172,9 +172,26 @@ def test_samples_survive_reading_and_writing(tmp_path: Path) -> None:
     made = make_samples(templates(5, verified=False)).samples
     write_samples(tmp_path / "x.jsonl", made)
     assert read_samples(tmp_path / "x.jsonl") == made
+    (tmp_path / "x.jsonl").write_text((tmp_path / "x.jsonl").read_text().rstrip("\n"))
+    assert read_samples(tmp_path / "x.jsonl") == made
+    assert read_samples(tmp_path / "x.jsonl", is_being_made=True) == made[:-1]
     (tmp_path / "x.jsonl").write_text('{"category": 1}\n')
     with pytest.raises(ValueError, match="line 1"):
         read_samples(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085", "\x1c", "\v", "\f"])
+def test_only_a_line_feed_ends_a_line(tmp_path: Path, separator: str) -> None:
+    """JSON need not escape what Python calls the end of a line; the rest of the file was once left out."""
+    made = make_samples(templates(3, verified=False)).samples
+    spoken = replace(made[1], instruction=f"/* one{separator}two */")
+    path = tmp_path / "x.jsonl"
+    lines = [
+        json.dumps(asdict(sample), ensure_ascii=False) for sample in (made[0], spoken, made[2])
+    ]
+    # A strict parser wants control characters escaped; the others it takes as they are.
+    path.write_text("\r\n".join(lines) + "\r\n\r\n", encoding="utf-8", newline="")
+    assert read_samples(path) == (made[0], spoken, made[2])
 
 
 def test_only_right_answers_are_kept(bench) -> None:
@@ -298,6 +315,17 @@ def test_a_real_function_is_asked_for_without_its_directives(tmp_path: Path, san
     assert [one.verdict for one in judged] == ["compiles", "no build"]
 
 
+REFUSALS: dict[str, object] = {
+    "openai": {"error": {"message": "max_tokens is too large: 512", "type": "invalid"}},
+    "vllm": {"object": "error", "message": "max_tokens is too large: 512"},
+    "fastapi": {"detail": "max_tokens is too large: 512"},
+    "plain": {"error": "max_tokens is too large: 512"},
+    "text": "max_tokens is too large: 512",
+    "other": {"why": "max_tokens is too large: 512"},
+}
+"""How servers say why they refuse."""
+
+
 @pytest.fixture
 def endpoint():
     """A server that speaks the completions protocol and answers with a fenced function."""
@@ -310,12 +338,17 @@ def endpoint():
                 reply = {"error": "no such model"}
             elif "mute" in body["model"]:
                 reply = {"choices": [{"message": {"content": None}}], "usage": None}
+            elif "parts" in body["model"]:
+                parts = [{"type": "text", "text": "return "}, {"type": "text", "text": "7; }"}]
+                reply = {"choices": [{"message": {"content": parts}}]}
+            elif "refused" in body["model"]:
+                reply = REFUSALS[body["model"].split()[1]]
             else:
                 opened = asked[asked.rindex("*/\n") + 3 :]
                 text = f"Sure:\n```cpp\n{opened}\n    return 7;\n}}\n```\nDone."
                 reply = {"choices": [{"message": {"content": text}}], "usage": {"total_tokens": 30}}
             data = b"<html>" if "page" in body["model"] else json.dumps(reply).encode()
-            self.send_response(200)
+            self.send_response(400 if "refused" in body["model"] else 200)
             if "cut" in body["model"]:
                 self.send_header("Content-Length", "9999")
             self.end_headers()
@@ -389,9 +422,16 @@ def test_a_server_that_answers_otherwise_is_named(endpoint: str) -> None:
         Endpoint(url=endpoint, model_name="broken page").complete_many(["x"])
     with pytest.raises(ValueError, match="gave no answer"):
         Endpoint(url=endpoint, model_name="broken, cut").complete_many(["x"])
+    assert Endpoint(url=endpoint, model_name="parts").complete_many(["x"]) == ["return 7; }"]
     assert Endpoint(url=endpoint, model_name="mute").complete_many(["x"]) == [""]
     with pytest.raises(ValueError, match="no http address"):
         Endpoint(url="ftp://x", model_name="m").complete_many(["x"])
+
+
+@pytest.mark.parametrize("form", REFUSALS)
+def test_a_servers_refusal_is_quoted(endpoint: str, form: str) -> None:
+    with pytest.raises(ValueError, match="refused .*400.*max_tokens is too large: 512"):
+        Endpoint(url=endpoint, model_name=f"refused {form}").complete_many(["x"])
 
 
 def test_the_tokenizer_never_merges_across_the_end_of_the_prompt() -> None:

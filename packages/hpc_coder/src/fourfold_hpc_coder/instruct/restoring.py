@@ -52,7 +52,7 @@ def restore(
     functions = [seed for seed in seeds(sources) if "openmp" in seed.constructs]
     samples = [restoration(seed) for seed in functions if not screen.hit(seed.text)]
     files = (folder / "restored.jsonl", folder / "restored-refused.jsonl")
-    kept, refused = ([*read_samples(file)] if file.exists() else [] for file in files)
+    kept, refused = ([*read_samples(file, is_being_made=True)] if file.exists() else [] for file in files)
     known = {sample.provenance.task for sample in (*kept, *refused)}
     sandbox = find_sandbox(allow_none=False)
     try:

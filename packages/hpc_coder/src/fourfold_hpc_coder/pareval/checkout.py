@@ -82,6 +82,11 @@ HOPELESS: Mapping[str, str] = {
     "48_sparse_la_sparse_axpy": "its check empties the result before the call and then wants its old size",
 }
 """Problems of ParEval (at 4c9877f) that no answer passes on processors, and why."""
+UNSTEADY: Mapping[str, str] = {
+    "49_sparse_la_sparse_lu_decomp": "it eliminates without pivots in a sparse matrix, so that half of its own "
+    "answer is NaN, and two right answers agree at the checkout's own size alone",
+}
+"""Problems of ParEval whose check says little, and why; they are checked on no further size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +150,7 @@ class CheckoutProblem:
     def sizes(self, generator: np.random.Generator) -> tuple[np.uint64, ...]:
         """Sizes other than the driver's own to check answers on; transforms want powers of two."""
         own = re.search(r"fourfold::sized\((\d+)\)", self.text)
-        if own is None or (most := int(own.group(1))) < SMALLEST_CHECK:
+        if self.name in UNSTEADY or own is None or (most := int(own.group(1))) < SMALLEST_CHECK:
             return ()
         if re.search(r"\bfft\b", self.name.replace("_", " ")):
             return (np.uint64(most // 4), np.uint64(most // 2))
