@@ -72,7 +72,8 @@ def test_a_name_may_hold_what_separates_lines_elsewhere(tmp_path: Path) -> None:
         lines = [json.dumps({**fields, "run": run}, ensure_ascii=False) for run in (name, "c")]
         (tmp_path / "runs.jsonl").write_text("\n".join(lines), encoding="utf-8")
         (tmp_path / "runs.csv").write_text(
-            f'run,width,depth,tokens,loss\n{name},256,8,1e9,3\n"c\nd",256,8,1e9,3\n', encoding="utf-8"
+            f'run,width,depth,tokens,loss\n{name},256,8,1e9,3\n"c\nd",256,8,1e9,3\n',
+            encoding="utf-8",
         )
         assert RunTable.read(tmp_path / "runs.csv").run.tolist() == [name, "c\nd"]
         if separator != "\f":  # JSON escapes control characters

@@ -71,7 +71,10 @@ CASES = {
         "int g() { return f(1); }\nint f(int x) { return 2; }",
         " return 2; }",
     ),
-    "a name that it begins with": ("int f2(int x) { return 1; }\n", "int f2(int x) { return 1; }\n"),
+    "a name that it begins with": (
+        "int f2(int x) { return 1; }\n",
+        "int f2(int x) { return 1; }\n",
+    ),
     "a type on its own line": ("static int\nf(int x)\n{ return 1; }", " return 1; }"),
 }
 
@@ -88,7 +91,21 @@ def test_a_fence_that_the_prompt_opened_needs_no_closing_brace_before_it() -> No
 
 
 @pytest.mark.parametrize(
-    "piece", ["\n", "f(", "f (x)\n", "/*", "```", '"', "int f(int x)\n", "f\n\n(", "{", "' ", "```\n", "f();\n"]
+    "piece",
+    [
+        "\n",
+        "f(",
+        "f (x)\n",
+        "/*",
+        "```",
+        '"',
+        "int f(int x)\n",
+        "f\n\n(",
+        "{",
+        "' ",
+        "```\n",
+        "f();\n",
+    ],
 )
 def test_a_reply_that_repeats_itself_is_read_in_no_time(piece: str) -> None:
     """Some hundred blank lines once took time that grew with their cube."""
@@ -262,20 +279,29 @@ def test_a_model_stops_at_each_of_its_own_ends(begun: PreTrainedTokenizerFast, e
     """A chat model has two; a tokenizer may know none of them."""
     text, turn = begun.convert_tokens_to_ids(["<|end|>", TURN_END])
     own: int | list[int] | None = {
-        "the text's": text, "the turn's": turn, "both": [text, turn], "none": None
+        "the text's": text,
+        "the turn's": turn,
+        "both": [text, turn],
+        "none": None,
     }[ends]
     if ends in ("the turn's", "none"):
         begun.eos_token = None
     local = scripted(begun, f"a{TURN_END}b<|end|>c", own)
     [said] = local.complete_many(["int f() {"])
-    assert said == {
-        "the text's": f"a{TURN_END}b",
-        "the turn's": "a",
-        "both": "a",
-        "none": f"a{TURN_END}b<|end|>c",
-    }[ends]
+    assert (
+        said
+        == {
+            "the text's": f"a{TURN_END}b",
+            "the turn's": "a",
+            "both": "a",
+            "none": f"a{TURN_END}b<|end|>c",
+        }[ends]
+    )
     stops = local.model.asked["eos_token_id"]
-    assert stops == {"the text's": [text], "the turn's": [turn], "both": [text, turn], "none": None}[ends]
+    assert (
+        stops
+        == {"the text's": [text], "the turn's": [turn], "both": [text, turn], "none": None}[ends]
+    )
 
 
 def test_every_batch_of_samples_is_drawn_anew(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from fourfold_hpc_coder.instruct.pipeline import (
     templates,
 )
 from fourfold_hpc_coder.instruct.samples import ANY, read_samples, write_samples
-from fourfold_hpc_coder.instruct.seeds import compiled, restoration, seeds
+from fourfold_hpc_coder.instruct.seeds import compiled, harvest, restoration
 from fourfold_hpc_coder.instruct.sources import Tree, parallel_files
 from fourfold_hpc_coder.instruct.teachers import ModelTeacher, Templates, shuffled_tasks, split
 from fourfold_hpc_coder.instruct.verify import verify
@@ -282,10 +282,58 @@ def test_seeds_are_whole_parallel_functions_with_their_place(tmp_path: Path) -> 
     (tmp_path / "src" / "a.cpp").write_text(SOURCE)
     (tmp_path / "src" / "copy.cpp").write_text(SOURCE)
     (tmp_path / "notes.txt").write_text("#pragma omp")
-    found = seeds(parallel_files([_tree(tmp_path)]))
+    found = harvest(parallel_files([_tree(tmp_path)])).seeds
     assert [seed.origin for seed in found] == ["made/src/a.cpp:3-9", "made/src/a.cpp:11-14"]
     assert found[0].text.startswith("double total")
     assert {seed.licence for seed in found} == {"MIT"}
+
+
+FOREIGN = {
+    "a lambda of Kokkos'": (
+        "void f(V x) { Kokkos::parallel_for(n, KOKKOS_LAMBDA(const int i) { x(i) = 0; }); }\n",
+        "kokkos",
+    ),
+    "a function of Kokkos'": (
+        'KOKKOS_INLINE_FUNCTION void g(int i) { Kokkos::abort(i ? "a" : "b"); }\n',
+        "kokkos",
+    ),
+    "a kernel": ("__global__ void h(float *__restrict__ x) { x[threadIdx.x] = 0; }\n", "cuda"),
+    "a kernel with bounds": (
+        "__global__ void __launch_bounds__(256, 2) k(int *x) {\n    __shared__ int y[8];\n"
+        "    y[threadIdx.x] = x[0];\n}\n",
+        "cuda",
+    ),
+    "a launch": (
+        "void l(int *x) { auto i = threadIdx.x; h<<<dim3(1, 2),\n    64>>>(x + i); }\n",
+        "cuda",
+    ),
+    "a lambda of CUDA's": (
+        "void m(int n) { each(n, [=] __device__ (int i) { return threadIdx.x + i; }); }\n",
+        "cuda",
+    ),
+    "a lambda of C++": (
+        "void o(V x) { Kokkos::parallel_for(n, [=](const int i) { x(i) = 0; }); }\n",
+        "kokkos",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_words_that_are_no_cpp_lose_no_function(kind: str, tmp_path: Path) -> None:
+    """Of Kokkos' functions they lost half, of CUDA's nearly all."""
+    text, construct = FOREIGN[kind]
+    (tmp_path / "a.cu").write_text(f"int plain;\n{text}")
+    found = harvest(parallel_files([_tree(tmp_path)]))
+    assert [seed.text for seed in found.seeds] == [text.rstrip("\n")]
+    assert found.seeds[0].constructs == (construct,)
+    assert not found.unread
+
+
+def test_functions_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.cpp").write_text(f"{SOURCE}\nvoid f(V x) {{\n#pragma omp parallel\n  x.(1; }}\n")
+    found = harvest(parallel_files([_tree(tmp_path)]))
+    assert len(found.seeds) == 2
+    assert found.unread == {"openmp": 1}
 
 
 def test_archives_are_read_like_folders(tmp_path: Path) -> None:
@@ -307,7 +355,7 @@ def test_other_licences_and_absent_trees_are_refused(tmp_path: Path) -> None:
 def test_a_real_function_is_asked_for_without_its_directives(tmp_path: Path, sandbox) -> None:
     """And kept only if it compiles by itself."""
     (tmp_path / "a.cpp").write_text(SOURCE)
-    found = [restoration(seed) for seed in seeds(parallel_files([_tree(tmp_path)]))]
+    found = [restoration(seed) for seed in harvest(parallel_files([_tree(tmp_path)])).seeds]
     assert "pragma" not in found[0].instruction
     assert "reduction" not in found[0].instruction
     assert "reduction(+:sum)" in found[0].answer
@@ -430,7 +478,7 @@ def test_a_server_that_answers_otherwise_is_named(endpoint: str) -> None:
 
 @pytest.mark.parametrize("form", REFUSALS)
 def test_a_servers_refusal_is_quoted(endpoint: str, form: str) -> None:
-    with pytest.raises(ValueError, match="refused .*400.*max_tokens is too large: 512"):
+    with pytest.raises(ValueError, match=r"refused .*400.*max_tokens is too large: 512"):
         Endpoint(url=endpoint, model_name=f"refused {form}").complete_many(["x"])
 
 

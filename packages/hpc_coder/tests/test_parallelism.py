@@ -59,7 +59,17 @@ def test_the_text_must_use_the_model_outside_of_comments(
 
 @pytest.mark.parametrize(
     "piece",
-    ["\n", "#if 0\n", " \t\n", "/*", 'R"a(', "omp::directive(", "#pragma omp\n", '_Pragma("', "\\\n"],
+    [
+        "\n",
+        "#if 0\n",
+        " \t\n",
+        "/*",
+        'R"a(',
+        "omp::directive(",
+        "#pragma omp\n",
+        '_Pragma("',
+        "\\\n",
+    ],
 )
 def test_a_text_that_repeats_itself_is_read_in_no_time(piece: str) -> None:
     """Hundreds of blank lines, or conditions that are not closed, once took minutes."""

@@ -72,7 +72,9 @@ def test_every_window_begins_as_the_tokenizer_begins_a_text(
     hidden = hide(begun, tokens(1, 600)[0], context=100, depths=(0.0, 1.0), keys=(123, 456))
     assert hidden.ids.shape == (4, 100)
     assert set(hidden.ids[:, 0].tolist()) == {begin}
-    assert (hidden.ids[:, 1 : 1 + len(tokenizer.encode(TASK))] == torch.tensor(tokenizer.encode(TASK))).all()
+    assert (
+        hidden.ids[:, 1 : 1 + len(tokenizer.encode(TASK))] == torch.tensor(tokenizer.encode(TASK))
+    ).all()
 
 
 def test_reading_everything_finds_what_full_attention_finds(

@@ -65,7 +65,9 @@ def windows(
         ids.extend(encoded(tokenizer, text))
         if len(ids) >= needed:
             cut = torch.tensor(ids[:needed]).view(-1, room)
-            return torch.cat([torch.tensor(start, dtype=cut.dtype).expand(len(cut), -1), cut], dim=1)
+            return torch.cat(
+                [torch.tensor(start, dtype=cut.dtype).expand(len(cut), -1), cut], dim=1
+            )
     raise ValueError(
         f"the texts hold {len(ids)} tokens and {needed} were asked for; give more text or fewer tokens"
     )

@@ -100,7 +100,7 @@ def _fields(sampling: Sampling) -> Fields:
 
 
 def _asked(record: Fields) -> str:
-    """The text that is completed: of a translation, the function in another model stands before the prompt."""
+    """The text to complete: of a translation, with the function in another model before the prompt."""
     return record.get("translation_prompt") or record["prompt"]
 
 

@@ -18,8 +18,8 @@ def body_of(text: str, prompt: str) -> str:
     """The function's body in what a model wrote: up to the brace that closes it.
 
     Understands a bare continuation, one that closes a fence of the prompt's, a fenced block, and a whole
-    function written again; braces in strings, characters and comments do not count. Helpers written before the
-    function are left out, since a body has no place for them.
+    function written again; braces in strings, characters and comments do not count. Helpers written before
+    the function are left out, since a body has no place for them.
 
     Args:
         text: the model's words.

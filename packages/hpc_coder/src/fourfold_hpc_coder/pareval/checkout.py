@@ -4,10 +4,10 @@ Of a checkout are used its problems' drivers (`drivers/cpp/benchmarks/TYPE/NAME/
 `baseline.hpp` and `utilities.hpp`) and its `problem-sizes.json`. Its `main` is not: the driver's functions
 are called by our server, in our sandbox, under our clock, and nothing that a program prints is
 believed. An answer still shares its process with the check and the right answer, as ParEval wants it; what
-that leaves open is closed where text allows: comparisons are made in our file, so that NaN fails them where the
-right answer has none, an answer that names the checkout's right answer or redefines a word of its driver is a
-cheat, the check is made on sizes of ours as well, and repeated after the timed calls. Where we have inputs of
-our own for a problem, the answer is looked at a second time (`second_look.py`).
+that leaves open is closed where text allows: comparisons are made in our file, so that NaN fails them where
+the right answer has none, an answer that names the checkout's right answer or redefines a word of its driver
+is a cheat, the check is made on sizes of ours as well, and repeated after the timed calls. Where we have
+inputs of our own for a problem, the answer is looked at a second time (`second_look.py`).
 """
 
 import json
@@ -45,7 +45,9 @@ REQUEST = replace(_PERFORM, parameters=(*_PERFORM.parameters[:2], _CHECK))
 OWN_SIZE = np.uint64(0)
 """Asks for the size that a driver checks answers on by itself."""
 
-SERVER = HELPERS + """#include "server.hpp"
+SERVER = (
+    HELPERS
+    + """#include "server.hpp"
 struct Context;
 Context *init();
 void compute(Context *), best(Context *), reset(Context *);
@@ -64,6 +66,7 @@ static void perform(int what, std::size_t size, bool &check) {
 }
 int main(int count, char **words) { return fourfold::serve(&perform, count, words); }
 """
+)
 
 MACROS: Mapping[Model, str] = {
     "serial": "USE_SERIAL",
@@ -83,8 +86,8 @@ HOPELESS: Mapping[str, str] = {
 }
 """Problems of ParEval (at 4c9877f) that no answer passes on processors, and why."""
 UNSTEADY: Mapping[str, str] = {
-    "49_sparse_la_sparse_lu_decomp": "it eliminates without pivots in a sparse matrix, so that half of its own "
-    "answer is NaN, and two right answers agree at the checkout's own size alone",
+    "49_sparse_la_sparse_lu_decomp": "it eliminates without pivots in a sparse matrix, so that half of its "
+    "own answer is NaN, and two right answers agree at the checkout's own size alone",
 }
 """Problems of ParEval whose check says little, and why; they are checked on no further size."""
 
@@ -115,7 +118,7 @@ class CheckoutProblem:
         return f"{defined}{DECLARED}{before}{answer}{after}"
 
     def own_answer(self, prompt: str) -> tuple[str, str]:
-        """The prompt and a body that hand over to the checkout's right answer; a trap if there are several."""
+        """The prompt and a body that call the checkout's right answer; a trap where it is not known."""
         plain = re.sub(r'^#include\s*[<"](?:mpi|omp)\.h[>"]', "", prompt, flags=re.MULTILINE)
         above, _, opening = plain.rstrip().rpartition("\n")
         function = re.fullmatch(r"(.*?)\b(\w+)\s*\((.*)\)\s*\{", opening.strip())
@@ -128,7 +131,7 @@ class CheckoutProblem:
             return plain, "__builtin_trap(); }"
         [right] = rights
         names = ", ".join(re.findall(r"(\w+)\s*(?:,(?![^<]*>)|$)", parameters))
-        declared = f"{returned} {right}({parameters});"
+        declared = f"{returned.strip()} {right}({parameters});"
         return f"{above}\n{declared}\n{opening}", f"return {right}({names}); }}"
 
     def driver(self, model: Model) -> str:  # noqa: ARG002 - the protocol's
@@ -161,7 +164,9 @@ class CheckoutProblem:
 
 _GENERATED = "\x00generated\x00"
 _INCLUDED = re.compile(r'^[ \t]*#include[ \t]+"([\w.-]+)".*$', re.MULTILINE)
-_TEST_SIZE = re.compile(r"(\bsize_t\s+TEST_SIZE\s*=\s*|std::vector<[\w:<>]+>\s+\w+\()(\d+)(?=\)?\s*;)")
+_TEST_SIZE = re.compile(
+    r"(\bsize_t\s+TEST_SIZE\s*=\s*|std::vector<[\w:<>]+>\s+\w+\()(\d+)(?=\)?\s*;)"
+)
 """The size that a driver checks answers on, under a name or where an array is made."""
 SMALLEST_CHECK = 32
 """Below it a driver's own size has no smaller ones that mean anything."""

@@ -100,7 +100,7 @@ def _question(entry: object) -> Question:
     outputs = entry["outputs"]
     if isinstance(outputs, list):  # a driver's results hold their outputs
         outputs = [
-            output.get("generated_output") if isinstance(output, dict) else output
+            output.get("generated_output", output) if isinstance(output, dict) else output
             for output in outputs
         ]
         # No answer is an answer that failed: without it, the rates would rise.

@@ -1,9 +1,10 @@
 """A second look at answers to a checkout's problems, by inputs and right answers of ours.
 
-A checkout checks answers on inputs that chance draws at one size. Constants pass some of its checks, since what
-decides hardly ever comes up. Where a problem of ours asks for the same function, the answer's file is linked with
-our driver as well, which calls the function itself: at sizes of ours, the smallest included, with what decides
-planted at the ends and between blocks. The right answer comes from our reference, in another process.
+A checkout checks answers on inputs that chance draws at one size. Constants pass some of its checks, since
+what decides hardly ever comes up. Where a problem of ours asks for the same function, the answer's file is
+linked with our driver as well, which calls the function itself: at sizes of ours, the smallest included, with
+what decides planted at the ends and between blocks. The right answer comes from our reference, in another
+process. What a checkout's own answer is wrong on, no answer to it is asked.
 """
 
 from collections.abc import Mapping
@@ -26,8 +27,8 @@ bool apart(double a, double b, double most);
 bool apart(std::complex<double> a, std::complex<double> b, double most);
 }
 """
-"""Functions of ours in a checkout's driver: the size to check on, and the comparison of two numbers. They are in a
-file of their own, so that no pragma of an answer about its arithmetic is about theirs."""
+"""Functions of ours in a checkout's driver: the size to check on, and the comparison of two numbers. They are
+in a file of their own, so that no pragma of an answer about its arithmetic is about theirs."""
 HELPERS = f"""{DECLARED}
 namespace fourfold {{
 static std::size_t size = 0; // 0 for the driver's own
@@ -82,16 +83,15 @@ class SecondLook:
 
 
 @lru_cache(maxsize=1)
-def _problems() -> Mapping[str, Problem]:
-    """The built-in problems, and further ones that only a second look needs."""
+def further_problems() -> Mapping[str, Problem]:
+    """Problems for second looks alone: new ones, and ours without what a checkout's answer is wrong on."""
     files = sorted((Path(__file__).parent / "further").glob("*.toml"))
-    further = {file.stem: read_problem(file.stem, file.read_text("utf-8")) for file in files}
-    return {**own_problems(), **further}
+    return {file.stem: read_problem(file.stem, file.read_text("utf-8")) for file in files}
 
 
 def problem_of(question: Question) -> Problem | None:
     """The problem of ours that asks for a question's function; None where there is none."""
-    problem = _problems().get(question.name)
+    problem = {**own_problems(), **further_problems()}.get(question.name)
     if problem is None or not fits(problem, question.prompt, question.model):
         return None
     # A checkout hands over outputs of zeros; an answer may add to them.

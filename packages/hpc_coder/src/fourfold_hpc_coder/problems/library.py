@@ -104,7 +104,10 @@ def fits(problem: Problem, prompt: str, model: Model) -> bool:
     function = problem.signature.function
     if model in ("cuda", "hip"):
         return True
-    declared, ours = linked(_last_line(prompt), function), linked(problem.declaration(model), function)
+    declared, ours = (
+        linked(_last_line(prompt), function),
+        linked(problem.declaration(model), function),
+    )
     return declared == ours
 
 

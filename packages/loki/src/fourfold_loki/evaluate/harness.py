@@ -122,7 +122,9 @@ def continuations(
             "at least as many windows as choices, and shorter answers"
         )
     # lm-eval begins the text anew.
-    texts = [str(tokenizer.decode(window[:-answer], skip_special_tokens=True)) for window in windows]
+    texts = [
+        str(tokenizer.decode(window[:-answer], skip_special_tokens=True)) for window in windows
+    ]
     ends = [str(tokenizer.decode(window[-answer:])) for window in windows]
     documents = []
     for place, context in enumerate(texts):

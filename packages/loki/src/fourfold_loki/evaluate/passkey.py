@@ -62,7 +62,6 @@ def hide(
     Raises:
         ValueError: for numbers of unequal length, or too little text.
     """
-
     task = [*beginning(tokenizer), *encoded(tokenizer, TASK)]
     question = encoded(tokenizer, QUESTION)
     answers = [encoded(tokenizer, f" {key}") for key in keys]

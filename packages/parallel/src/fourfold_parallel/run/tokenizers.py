@@ -47,7 +47,7 @@ class LoadedTokenizer:
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a text as data: what spells a control token is encoded by its letters, and nothing is put around."""
+    """Ids of a text as data: what spells a control token gives its letters, and nothing is put around it."""
     return tokenizer.encode(
         text, add_special_tokens=False, split_special_tokens=True, verbose=False
     )
