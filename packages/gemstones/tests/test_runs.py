@@ -64,6 +64,22 @@ def test_a_missing_column_shows_the_columns_of_the_file(tmp_path: Path) -> None:
         RunTable.read(path).column("depth")
 
 
+def test_a_name_may_hold_what_separates_lines_elsewhere(tmp_path: Path) -> None:
+    """JSON need not escape these, and a quoted field of CSV may hold a line feed."""
+    for separator in ("\u2028", "\u0085", "\f"):
+        name = f"a{separator}b"
+        fields = {"run": name, "width": 256, "depth": 8, "tokens": 1e9, "loss": 3}
+        lines = [json.dumps({**fields, "run": run}, ensure_ascii=False) for run in (name, "c")]
+        (tmp_path / "runs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        (tmp_path / "runs.csv").write_text(
+            f'run,width,depth,tokens,loss\n{name},256,8,1e9,3\n"c\nd",256,8,1e9,3\n',
+            encoding="utf-8",
+        )
+        assert RunTable.read(tmp_path / "runs.csv").run.tolist() == [name, "c\nd"]
+        if separator != "\f":  # JSON escapes control characters
+            assert RunTable.read(tmp_path / "runs.jsonl").run.tolist() == [name, "c"]
+
+
 def test_capitals_do_not_matter_and_two_names_for_one_thing_do(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     path.write_text("Run,Width,Depth,TOKENS,Loss\na,256,8,1e9,3\n")

@@ -9,8 +9,11 @@ import pytest
 from fourfold_hpc_coder.__main__ import main
 from fourfold_hpc_coder.judge import toolchain
 from fourfold_hpc_coder.judge.bench import JudgeSettings
+from fourfold_hpc_coder.judge.judge import judge
+from fourfold_hpc_coder.judge.reference import reference
 from fourfold_hpc_coder.pareval.checkout import HOPELESS, Checkout, open_checkout, strict
 from fourfold_hpc_coder.pareval.files import Question
+from fourfold_hpc_coder.pareval.second_look import further_problems
 from fourfold_hpc_coder.score import score
 from fourfold_hpc_coder.score.score import Scoring
 from fourfold_hpc_coder.vocabulary import Model, Processors
@@ -55,8 +58,10 @@ Context *init() {
 void NO_OPTIMIZE compute(Context *ctx) { twice(ctx->x); }
 void NO_OPTIMIZE best(Context *ctx) { correctTwice(ctx->x); }
 bool validate(Context *) {
-    std::vector<double> right(100);
+    const size_t TEST_SIZE = 100;
+    std::vector<double> right(TEST_SIZE);
     for (auto &v : right) v = rand() / 1e6;
+    right[0] = NAN, right[1] = INFINITY; // as elimination without pivots gives them
     SPREAD(right);
     auto tested = right;
     correctTwice(right);
@@ -64,6 +69,35 @@ bool validate(Context *) {
     return equal(right, tested, 1e-6);
 }
 void destroy(Context *ctx) { delete ctx; }
+"""
+
+SEARCH = "36_search_check_if_array_contains_value"
+SEARCH_BASELINE = """#pragma once
+bool NO_INLINE correctContains(std::vector<int> const &x, int target) {
+    for (int v : x) if (v == target) return true;
+    return false;
+}
+"""
+SEARCH_DRIVER = """#include <vector>
+#include "utilities.hpp"
+#include "generated-code.hpp"
+#include "baseline.hpp"
+struct Context { std::vector<int> x; };
+void reset(Context *ctx) { for (auto &v : ctx->x) v = rand(); }
+Context *init() {
+    auto *ctx = new Context();
+    ctx->x.resize(DRIVER_PROBLEM_SIZE);
+    reset(ctx);
+    return ctx;
+}
+void NO_OPTIMIZE compute(Context *ctx) { (void)contains(ctx->x, 1); }
+void NO_OPTIMIZE best(Context *ctx) { (void)correctContains(ctx->x, 1); }
+bool validate(Context *) {
+    std::vector<int> x(1024);
+    for (auto &v : x) v = rand();
+    int target = rand(); // which hardly ever is among them
+    return contains(x, target) == correctContains(x, target);
+}
 """
 
 
@@ -75,6 +109,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "cpu.cc").write_text(DRIVER)
     (folder / "baseline.hpp").write_text(BASELINE)
     (root / "drivers" / "cpp" / "utilities.hpp").write_text(UTILITIES)
+    search = folder.parents[1] / "search" / SEARCH
+    search.mkdir(parents=True)
+    (search / "cpu.cc").write_text(SEARCH_DRIVER)
+    (search / "baseline.hpp").write_text(SEARCH_BASELINE)
     sizes = {NAME: {"serial": "(1<<14)", "omp": "(1<<20)", "mpi": "(1<<14)"}}
     (root / "drivers" / "problem-sizes.json").write_text(json.dumps(sizes))
     return root
@@ -117,6 +155,12 @@ ANSWERS: dict[Model, dict[str, str]] = {
         "correctTwice(x); }": "cheat",
         "/* correctTwice */ for (auto &v : x) v *= 2; }": "correct",
         'printf("Validation: PASS\\nTime: 0.1\\nBestSequential: 9\\n"); fflush(stdout); _Exit(0); }': "crash",
+        "if (x.size() == 100) for (auto &v : x) v *= 2; }": "wrong",
+        "\n#define equal(a, b, c) true\n}": "cheat",
+        "\n#\\\n  define /* mine */ SPREAD(x)\nfor (auto &v : x) v *= 2; }": "cheat",
+        "for (auto &v : x) v *= 2; x[0] = 1; }": "wrong",
+        "for (auto &v : x) v *= 2; if (std::isinf(x[1])) x[1] = -x[1]; }": "wrong",
+        "\n#define TWICE(x) (2 * (x))\nfor (auto &v : x) v = TWICE(v); }": "correct",
         "static int calls = 0; if (++calls < 3) for (auto &v : x) v *= 2; }": "wrong",
         "oops }": "no build",
     },
@@ -146,6 +190,61 @@ def test_answers_to_a_checkouts_problem_get_their_verdicts(plan: Scoring, model:
         if one.verdict == "correct":
             assert one.sample.best_sequential_s > 0
             assert all(run.runtime_s > 0 for run in one.sample.runs)
+
+
+SEARCHES = {
+    "for (int v : x) if (v == target) return true; return false; }": "correct",
+    "return false; }": "wrong",
+    "if (x.size() == 1024) for (int v : x) if (v == target) return true; return false; }": "wrong",
+    "for (size_t i = 1; i < x.size(); ++i) if (x[i] == target) return true; return false; }": "wrong",
+}
+
+
+def test_what_a_checkouts_inputs_make_right_is_looked_at_by_ours(plan: Scoring) -> None:
+    """ParEval takes three constants for right, and answers for the one size that it checks."""
+    asked = {
+        **entry("serial", *SEARCHES),
+        "problem_type": "search",
+        "name": SEARCH,
+        "prompt": "bool contains(std::vector<int> const& x, int target) {",
+    }
+    plan.outputs.write_text(json.dumps([asked]))
+    [judged] = score.score_file(plan, silent).judged
+    verdicts = [answer.verdict for answer in judged.judgements]
+    assert verdicts == [*SEARCHES.values()], [answer.because for answer in judged.judgements]
+
+
+def test_further_problems_are_right_and_decided(bench) -> None:
+    """Constants are wrong there, and our own answers right in every model."""
+    constants = {"18": ["1", "N"], "28": ["1", "777", "77"], "39": ["true", "false"]}
+    for name, problem in further_problems().items():
+        right = reference(bench, problem)
+        for model in ("serial", "omp", "mpi"):
+            if not toolchain.missing(model):
+                found = judge(bench, right, model, problem.prompt(model), problem.answer(model))
+                assert found.verdict == "correct", found.because
+        for constant in constants.get(name[:2], []):
+            body = f"return {constant}; }}"
+            found = judge(bench, right, "serial", problem.prompt("serial"), body)
+            assert found.verdict == "wrong", (name, constant)
+
+
+def test_a_checkouts_own_answer_takes_the_answers_place(checkout: Path) -> None:
+    """By a declaration, since its definition may come after."""
+    asked = {**entry("serial", RIGHT), "problem_type": "search", "name": SEARCH}
+    prompt = "#include <omp.h>\nbool contains(std::vector<int> const& x, int target) {"
+    question = Question(
+        name=SEARCH,
+        problem_type="search",
+        model="omp",
+        prompt=prompt,
+        outputs=(RIGHT,),
+        fields=asked,
+    )
+    before, body = open_checkout(checkout).find(question).own_answer(prompt)
+    assert "omp.h" not in before
+    assert "bool correctContains(std::vector<int> const& x, int target);" in before
+    assert body == "return correctContains(x, target); }"
 
 
 def test_a_compilers_words_count_the_answers_own_lines(plan: Scoring) -> None:
@@ -239,17 +338,17 @@ def test_sizes_are_constants_and_nothing_else(checkout: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "turned"),
     [
-        ("if (std::abs(a[i] - b[i]) > epsilon) {", "if (!(std::abs(a[i] - b[i]) <= epsilon)) {"),
-        ("if (r && std::fabs(a - b) > 1e-4) {", "if (r && !(std::fabs(a - b) <= 1e-4)) {"),
+        ("if (std::abs(a[i] - b[i]) > epsilon) {", "if (fourfold::apart(a[i], b[i], epsilon)) {"),
+        ("if (r && std::fabs(a - b) > 1e-4) {", "if (r && fourfold::apart(a, b, 1e-4)) {"),
         (
-            "if (std::abs(a.real() - b.real()) > 1e-3 || x)",
-            "if (!(std::abs(a.real() - b.real()) <= 1e-3) || x)",
+            "if (std::abs(a.real() - b[i * N + 1].x) > 1e-3 || x)",
+            "if (fourfold::apart(a.real(), b[i * N + 1].x, 1e-3) || x)",
         ),
         ("if (std::abs(a) > std::abs(b))", "if (std::abs(a) > std::abs(b))"),
-        ("n = k + std::abs(a) > 3;", "n = k + std::abs(a) > 3;"),
+        ("n = k + std::abs(a - b) > 3;", "n = k + std::abs(a - b) > 3;"),
     ],
 )
-def test_nan_fails_a_comparison_that_was_turned_round(text: str, turned: str) -> None:
+def test_comparisons_are_made_by_our_function(text: str, turned: str) -> None:
     assert strict(text) == turned
 
 

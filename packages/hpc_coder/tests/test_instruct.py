@@ -3,7 +3,7 @@
 import json
 import tarfile
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from fourfold_hpc_coder.instruct.pipeline import (
     templates,
 )
 from fourfold_hpc_coder.instruct.samples import ANY, read_samples, write_samples
-from fourfold_hpc_coder.instruct.seeds import compiled, restoration, seeds
+from fourfold_hpc_coder.instruct.seeds import compiled, harvest, restoration
 from fourfold_hpc_coder.instruct.sources import Tree, parallel_files
 from fourfold_hpc_coder.instruct.teachers import ModelTeacher, Templates, shuffled_tasks, split
 from fourfold_hpc_coder.instruct.verify import verify
@@ -172,9 +172,26 @@ def test_samples_survive_reading_and_writing(tmp_path: Path) -> None:
     made = make_samples(templates(5, verified=False)).samples
     write_samples(tmp_path / "x.jsonl", made)
     assert read_samples(tmp_path / "x.jsonl") == made
+    (tmp_path / "x.jsonl").write_text((tmp_path / "x.jsonl").read_text().rstrip("\n"))
+    assert read_samples(tmp_path / "x.jsonl") == made
+    assert read_samples(tmp_path / "x.jsonl", is_being_made=True) == made[:-1]
     (tmp_path / "x.jsonl").write_text('{"category": 1}\n')
     with pytest.raises(ValueError, match="line 1"):
         read_samples(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085", "\x1c", "\v", "\f"])
+def test_only_a_line_feed_ends_a_line(tmp_path: Path, separator: str) -> None:
+    """JSON need not escape what Python calls the end of a line; the rest of the file was once left out."""
+    made = make_samples(templates(3, verified=False)).samples
+    spoken = replace(made[1], instruction=f"/* one{separator}two */")
+    path = tmp_path / "x.jsonl"
+    lines = [
+        json.dumps(asdict(sample), ensure_ascii=False) for sample in (made[0], spoken, made[2])
+    ]
+    # A strict parser wants control characters escaped; the others it takes as they are.
+    path.write_text("\r\n".join(lines) + "\r\n\r\n", encoding="utf-8", newline="")
+    assert read_samples(path) == (made[0], spoken, made[2])
 
 
 def test_only_right_answers_are_kept(bench) -> None:
@@ -265,10 +282,58 @@ def test_seeds_are_whole_parallel_functions_with_their_place(tmp_path: Path) -> 
     (tmp_path / "src" / "a.cpp").write_text(SOURCE)
     (tmp_path / "src" / "copy.cpp").write_text(SOURCE)
     (tmp_path / "notes.txt").write_text("#pragma omp")
-    found = seeds(parallel_files([_tree(tmp_path)]))
+    found = harvest(parallel_files([_tree(tmp_path)])).seeds
     assert [seed.origin for seed in found] == ["made/src/a.cpp:3-9", "made/src/a.cpp:11-14"]
     assert found[0].text.startswith("double total")
     assert {seed.licence for seed in found} == {"MIT"}
+
+
+FOREIGN = {
+    "a lambda of Kokkos'": (
+        "void f(V x) { Kokkos::parallel_for(n, KOKKOS_LAMBDA(const int i) { x(i) = 0; }); }\n",
+        "kokkos",
+    ),
+    "a function of Kokkos'": (
+        'KOKKOS_INLINE_FUNCTION void g(int i) { Kokkos::abort(i ? "a" : "b"); }\n',
+        "kokkos",
+    ),
+    "a kernel": ("__global__ void h(float *__restrict__ x) { x[threadIdx.x] = 0; }\n", "cuda"),
+    "a kernel with bounds": (
+        "__global__ void __launch_bounds__(256, 2) k(int *x) {\n    __shared__ int y[8];\n"
+        "    y[threadIdx.x] = x[0];\n}\n",
+        "cuda",
+    ),
+    "a launch": (
+        "void l(int *x) { auto i = threadIdx.x; h<<<dim3(1, 2),\n    64>>>(x + i); }\n",
+        "cuda",
+    ),
+    "a lambda of CUDA's": (
+        "void m(int n) { each(n, [=] __device__ (int i) { return threadIdx.x + i; }); }\n",
+        "cuda",
+    ),
+    "a lambda of C++": (
+        "void o(V x) { Kokkos::parallel_for(n, [=](const int i) { x(i) = 0; }); }\n",
+        "kokkos",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_words_that_are_no_cpp_lose_no_function(kind: str, tmp_path: Path) -> None:
+    """Of Kokkos' functions they lost half, of CUDA's nearly all."""
+    text, construct = FOREIGN[kind]
+    (tmp_path / "a.cu").write_text(f"int plain;\n{text}")
+    found = harvest(parallel_files([_tree(tmp_path)]))
+    assert [seed.text for seed in found.seeds] == [text.rstrip("\n")]
+    assert found.seeds[0].constructs == (construct,)
+    assert not found.unread
+
+
+def test_functions_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.cpp").write_text(f"{SOURCE}\nvoid f(V x) {{\n#pragma omp parallel\n  x.(1; }}\n")
+    found = harvest(parallel_files([_tree(tmp_path)]))
+    assert len(found.seeds) == 2
+    assert found.unread == {"openmp": 1}
 
 
 def test_archives_are_read_like_folders(tmp_path: Path) -> None:
@@ -290,12 +355,23 @@ def test_other_licences_and_absent_trees_are_refused(tmp_path: Path) -> None:
 def test_a_real_function_is_asked_for_without_its_directives(tmp_path: Path, sandbox) -> None:
     """And kept only if it compiles by itself."""
     (tmp_path / "a.cpp").write_text(SOURCE)
-    found = [restoration(seed) for seed in seeds(parallel_files([_tree(tmp_path)]))]
+    found = [restoration(seed) for seed in harvest(parallel_files([_tree(tmp_path)])).seeds]
     assert "pragma" not in found[0].instruction
     assert "reduction" not in found[0].instruction
     assert "reduction(+:sum)" in found[0].answer
     judged = compiled(found, sandbox, tmp_path / "jobs")
     assert [one.verdict for one in judged] == ["compiles", "no build"]
+
+
+REFUSALS: dict[str, object] = {
+    "openai": {"error": {"message": "max_tokens is too large: 512", "type": "invalid"}},
+    "vllm": {"object": "error", "message": "max_tokens is too large: 512"},
+    "fastapi": {"detail": "max_tokens is too large: 512"},
+    "plain": {"error": "max_tokens is too large: 512"},
+    "text": "max_tokens is too large: 512",
+    "other": {"why": "max_tokens is too large: 512"},
+}
+"""How servers say why they refuse."""
 
 
 @pytest.fixture
@@ -310,12 +386,17 @@ def endpoint():
                 reply = {"error": "no such model"}
             elif "mute" in body["model"]:
                 reply = {"choices": [{"message": {"content": None}}], "usage": None}
+            elif "parts" in body["model"]:
+                parts = [{"type": "text", "text": "return "}, {"type": "text", "text": "7; }"}]
+                reply = {"choices": [{"message": {"content": parts}}]}
+            elif "refused" in body["model"]:
+                reply = REFUSALS[body["model"].split()[1]]
             else:
                 opened = asked[asked.rindex("*/\n") + 3 :]
                 text = f"Sure:\n```cpp\n{opened}\n    return 7;\n}}\n```\nDone."
                 reply = {"choices": [{"message": {"content": text}}], "usage": {"total_tokens": 30}}
             data = b"<html>" if "page" in body["model"] else json.dumps(reply).encode()
-            self.send_response(200)
+            self.send_response(400 if "refused" in body["model"] else 200)
             if "cut" in body["model"]:
                 self.send_header("Content-Length", "9999")
             self.end_headers()
@@ -389,9 +470,16 @@ def test_a_server_that_answers_otherwise_is_named(endpoint: str) -> None:
         Endpoint(url=endpoint, model_name="broken page").complete_many(["x"])
     with pytest.raises(ValueError, match="gave no answer"):
         Endpoint(url=endpoint, model_name="broken, cut").complete_many(["x"])
+    assert Endpoint(url=endpoint, model_name="parts").complete_many(["x"]) == ["return 7; }"]
     assert Endpoint(url=endpoint, model_name="mute").complete_many(["x"]) == [""]
     with pytest.raises(ValueError, match="no http address"):
         Endpoint(url="ftp://x", model_name="m").complete_many(["x"])
+
+
+@pytest.mark.parametrize("form", REFUSALS)
+def test_a_servers_refusal_is_quoted(endpoint: str, form: str) -> None:
+    with pytest.raises(ValueError, match=r"refused .*400.*max_tokens is too large: 512"):
+        Endpoint(url=endpoint, model_name=f"refused {form}").complete_many(["x"])
 
 
 def test_the_tokenizer_never_merges_across_the_end_of_the_prompt() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from fourfold_hpc_coder.judge import toolchain
 from fourfold_hpc_coder.judge.bench import built, launched
-from fourfold_hpc_coder.judge.judge import judge
+from fourfold_hpc_coder.judge.judge import judge, wants_every_rank
 from fourfold_hpc_coder.judge.reference import reference
 from fourfold_hpc_coder.problems.library import own_problems
 from fourfold_hpc_coder.vocabulary import Model, Processors
@@ -34,6 +34,14 @@ def verdict(bench, right, body: str, model: Model):
     if reason := toolchain.missing(model):
         pytest.skip(reason)
     return judge(bench, right, model, right.exercise.prompt(model), body)
+
+
+def on_the_first_rank(bench, right, body: str):
+    """The verdict where the prompt wants the value on rank 0 alone."""
+    if reason := toolchain.missing("mpi"):
+        pytest.skip(reason)
+    prompt = right.exercise.prompt("mpi").replace(", on every rank", "")
+    return judge(bench, right, "mpi", prompt, body)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +200,7 @@ MOVING = {
 @pytest.mark.parametrize("call", MOVING)
 def test_every_way_to_move_data_between_ranks_is_one(quick, average, call: str) -> None:
     """Each was once overlooked, and the answer called not parallel."""
-    found = verdict(quick, average, f"{_SHARE}{MOVING[call]} return t / n; }}", "mpi")
+    found = on_the_first_rank(quick, average, f"{_SHARE}{MOVING[call]} return t / n; }}")
     assert found.verdict == "correct", found.because
 
 
@@ -208,10 +216,70 @@ MPI_Bcast(&s, 1, MPI_DOUBLE, 0, MPI_COMM_WORLD); return s / x.size(); }"""
 @pytest.mark.parametrize("model", ["serial", "mpi"])
 def test_a_bad_end_after_right_answers_is_a_crash(quick, average, model: Model) -> None:
     """ParEval wants exit code 0; a program that corrupts its memory may show it only at the end."""
-    sum_ = RIGHT if model == "serial" else f"{_SHARE} {MOVING['Ireduce']} return t / n; }}"
-    found = verdict(
-        quick, average, f"static struct X {{ ~X() {{ std::abort(); }} }} last; {sum_}", model
-    )
+    last = "static struct X { ~X() { std::abort(); } } last;"
+    if model == "serial":
+        found = verdict(quick, average, f"{last} {RIGHT}", model)
+    else:
+        body = f"{last} {_SHARE} {MOVING['Ireduce']} return t / n; }}"
+        found = on_the_first_rank(quick, average, body)
     assert found.verdict == "crash"
     assert "its answers were right, but it then ended with SIGABRT" in found.because
     assert not found.sample.counts
+
+
+REDUCE = f"{_SHARE} MPI_Reduce(&s, &t, 1, MPI_DOUBLE, MPI_SUM, 0, all);"
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        ("MPI_Bcast(&t, 1, MPI_DOUBLE, 0, all); return t / n;", "correct"),
+        ("return r ? -1 : t / n;", "wrong"),
+        ("return r ? NAN : t / n;", "not finite"),
+    ],
+)
+def test_a_value_wanted_on_every_rank_is_looked_at_on_every_rank(
+    quick, average, returned: str, expected: str
+) -> None:
+    """Of the other ranks nothing was asked once."""
+    body = f"{REDUCE} {returned} }}"
+    found = verdict(quick, average, body, "mpi")
+    assert found.verdict == expected, found.because
+    if expected != "correct":
+        assert "on rank 1 is" in found.because
+    assert on_the_first_rank(quick, average, body).verdict == "correct"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ("Every rank has a complete copy of x. Return the sum on all ranks.", True),
+        ("Return the average, on every rank.", True),
+        ("Return the result on all\n   processes.", True),
+        ("Every rank has a complete copy of x. Return the result on rank 0.", False),
+    ],
+)
+def test_a_prompt_says_where_it_wants_the_value(prompt: str, wanted: bool) -> None:
+    assert wants_every_rank(prompt) == wanted
+
+
+SUMMED = f"{_SHARE} MPI_Allreduce(&s, &t, 1, MPI_DOUBLE, MPI_SUM, all);"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ("MPI_Init(nullptr, nullptr);", "", "crash"),
+        ("int g; MPI_Init_thread(nullptr, nullptr, 0, &g);", "", "crash"),
+        ("", "MPI_Finalize();", "crash"),
+        ("int is; MPI_Initialized(&is); if (!is) MPI_Init(nullptr, nullptr);", "", "correct"),
+    ],
+)
+def test_mpi_is_started_and_ended_once(
+    quick, average, before: str, after: str, expected: str
+) -> None:
+    """By the caller; ParEval's ends MPI after the answer too, which is an error the second time."""
+    found = verdict(quick, average, f"{before} {SUMMED} {after} return t / n; }}", "mpi")
+    assert found.verdict == expected, found.because
+    if expected == "crash":
+        assert "MPI allows it once" in found.because

@@ -1,13 +1,16 @@
 """What counts as parallel in a program's text and in what it did."""
 
+import time
 from dataclasses import replace
 
 import pytest
 
 from fourfold_hpc_coder.judge.parallelism import in_action, in_text, without_comments
 from fourfold_hpc_coder.judge.protocol import Evidence
-from fourfold_hpc_coder.vocabulary import Model, Processors
+from fourfold_hpc_coder.vocabulary import MODELS, Model, Processors
 
+LINEAR_S = 10
+"""Ten times what a scan that is linear takes here, on a busy machine; a quadratic one takes minutes."""
 LOOP = "for (int i = 0; i < n; ++i) s += i;"
 
 
@@ -25,6 +28,9 @@ LOOP = "for (int i = 0; i < n; ++i) s += i;"
         ("omp", 'auto s = "\\n#pragma omp parallel for\\n";', False),
         ("omp", 'auto s = R"(\n#pragma omp parallel for\n)";', False),
         ("omp", f"#if 0\n#pragma omp parallel for\n#endif\n{LOOP}", False),
+        ("omp", f"#if 0\n#if 1\n#endif\n#pragma omp parallel for\n#endif\n{LOOP}", False),
+        ("omp", f"#if 0\n#else\n#pragma omp parallel for\n#endif\n{LOOP}", True),
+        ("omp", f"#if 0\n#endif\n#pragma omp parallel for\n{LOOP}", True),
         ("omp", f"#pragma omp simd\n{LOOP}", False),
         ("omp", "#pragma omp barrier\n", False),
         ("mpi", "MPI_Allreduce(a, b, 1, c, d, e);", True),
@@ -49,6 +55,28 @@ def test_the_text_must_use_the_model_outside_of_comments(
     model: Model, text: str, parallel: bool
 ) -> None:
     assert in_text(text, model).parallel == parallel
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "\n",
+        "#if 0\n",
+        " \t\n",
+        "/*",
+        'R"a(',
+        "omp::directive(",
+        "#pragma omp\n",
+        '_Pragma("',
+        "\\\n",
+    ],
+)
+def test_a_text_that_repeats_itself_is_read_in_no_time(piece: str) -> None:
+    """Hundreds of blank lines, or conditions that are not closed, once took minutes."""
+    began_s = time.process_time()
+    for model in MODELS:
+        in_text(piece * 50_000, model)
+    assert time.process_time() - began_s < LINEAR_S
 
 
 def test_comments_go_and_code_stays() -> None:

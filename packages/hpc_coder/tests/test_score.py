@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from fourfold_hpc_coder.__main__ import main
+from fourfold_hpc_coder.evaluation import pass_at_k
 from fourfold_hpc_coder.judge import toolchain
 from fourfold_hpc_coder.judge.bench import JudgeSettings
 from fourfold_hpc_coder.pareval import files as pareval
@@ -183,6 +184,18 @@ def test_equal_answers_are_judged_once_and_the_cache_spares_the_rest(
     assert second.reused == 3
     verdicts = [one.verdict for one in second.judged[0].judgements]
     assert verdicts == ["correct", "wrong", "correct"]
+
+
+def test_a_null_among_outputs_is_an_answer_that_failed(plan: Scoring) -> None:
+    """Left out, it raised every rate of its prompt, and took the right answers with it."""
+    plan.outputs.write_text(
+        json.dumps([{**entry(AVERAGE, "serial", RIGHT), "outputs": [RIGHT, None]}])
+    )
+    scored = score.score_file(plan, silent)
+    assert not scored.omissions
+    [judged] = scored.judged
+    assert [answer.verdict for answer in judged.judgements] == ["correct", "no answer"]
+    assert pass_at_k([judged.prompt], 1) == 0.5
 
 
 def test_a_chats_reply_is_named_and_its_body_judged_where_asked_for(plan: Scoring) -> None:

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -272,10 +273,11 @@ class RunTable:
         data = path.read_bytes()
         match path.suffix:
             case ".csv":
-                rows = list(csv.DictReader(data.decode("utf-8-sig").splitlines()))
+                rows = list(csv.DictReader(StringIO(data.decode("utf-8-sig"), newline=None)))
                 columns = _columns(rows, path)
             case ".jsonl" | ".ndjson":
-                rows = [json.loads(line) for line in data.decode().splitlines() if line.strip()]
+                # Only a line feed ends a line: a name may hold other separators.
+                rows = [json.loads(line) for line in data.decode().split("\n") if line.strip()]
                 columns = _columns(rows, path)
             case ".parquet":
                 columns = read_parquet(path)

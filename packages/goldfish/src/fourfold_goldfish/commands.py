@@ -83,11 +83,14 @@ def extract(
     attack = {"model": model, "prompt": prompt, "suffix": suffix, "beams": beams}
     recited = _recited(out, attack)
     needed = prompt + suffix
+    from fourfold_parallel.run.tokenizers import beginning, encoded
+
     tokenizer = _tokenizer(model)
+    start = beginning(tokenizer)
     rows = {
         text.name: ids[:needed]
         for text in documents
-        if len(ids := tokenizer(text.content, verbose=False)["input_ids"]) >= needed
+        if len(ids := [*start, *encoded(tokenizer, text.content)]) >= needed
     }
     if not rows:
         raise ValueError(

@@ -14,6 +14,7 @@ from torch import Tensor
 from fourfold_goldfish.canonical import CanonicalGoldfish, Spelling, canonical
 from fourfold_goldfish.loss import Goldfish
 from fourfold_parallel.common.progress import Progress, silent
+from fourfold_parallel.run.tokenizers import encoded
 
 Mask = Goldfish | CanonicalGoldfish
 
@@ -141,8 +142,7 @@ def audit(
 
 
 def _encode(tokenizer: Any, text: str) -> Int[Tensor, " token"]:
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.long)
+    return torch.tensor(encoded(tokenizer, text), dtype=torch.long)
 
 
 def _leak(

@@ -167,12 +167,13 @@ def _generate(
     model: PreTrainedModel, prompt: Int[Tensor, "passage prompt"], **options: Any
 ) -> Int[Tensor, "passage new"]:
     # A model's own generation settings may punish repetition, which is what an attack looks for.
+    end = model.config.eos_token_id  # a chat model has several
     settings = {"do_sample": False, "use_cache": True, "repetition_penalty": 1.0, **options}
     written = model.generate(  # pyright: ignore[reportCallIssue]
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         no_repeat_ngram_size=0,
-        pad_token_id=model.config.eos_token_id,
+        pad_token_id=end[0] if isinstance(end, list) else end,
         **settings,
     )
     assert isinstance(written, Tensor)

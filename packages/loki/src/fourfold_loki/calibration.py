@@ -14,6 +14,7 @@ from fourfold_loki.huggingface.session import attending
 from fourfold_loki.huggingface.sites import attention_modules, check_model, is_iterated
 from fourfold_loki.moments import CalibrationSource, Moments, Statistics, fingerprint
 from fourfold_parallel.common.progress import Progress, silent
+from fourfold_parallel.run.tokenizers import beginning, encoded
 
 ROUNDING = 0.05
 """Of the largest coordinate: bfloat16 turned forth and back loses less than that, other angles nearly all."""
@@ -51,15 +52,22 @@ def windows(
 ) -> Int[Tensor, "window context"]:
     """Texts as ids, end to end, cut into windows; what does not fill a window is left out.
 
+    Every window begins as the tokenizer begins every text.
+
     Raises:
         ValueError: where the texts hold fewer tokens.
     """
-    needed = max(tokens // context, 1) * context
+    start = beginning(tokenizer)
+    room = context - len(start)
+    needed = max(tokens // context, 1) * room
     ids: list[int] = []
     for text in [texts] if isinstance(texts, str) else texts:
-        ids.extend(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        ids.extend(encoded(tokenizer, text))
         if len(ids) >= needed:
-            return torch.tensor(ids[:needed]).view(-1, context)
+            cut = torch.tensor(ids[:needed]).view(-1, room)
+            return torch.cat(
+                [torch.tensor(start, dtype=cut.dtype).expand(len(cut), -1), cut], dim=1
+            )
     raise ValueError(
         f"the texts hold {len(ids)} tokens and {needed} were asked for; give more text or fewer tokens"
     )

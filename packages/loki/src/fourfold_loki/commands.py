@@ -236,8 +236,9 @@ def passkey(
     loaded, tokenizer, fitted = _prepared(model, basis)
     from fourfold_loki.evaluate.passkey import hide, retrieve
     from fourfold_loki.evaluate.perplexity import FULL
+    from fourfold_parallel.run.tokenizers import beginning
 
-    filling = _windows(texts, tokenizer).flatten()
+    filling = _windows(texts, tokenizer)[:, len(beginning(tokenizer)) :].flatten()
     hidden = hide(tokenizer, filling, context=texts.context, depths=DEPTHS, keys=passkeys)
     arms = _arms(fitted, setting)
     count = len(hidden.ids) * (len(arms) + 1)

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,6 +62,11 @@ class Endpoint:
         try:
             with urllib.request.urlopen(request, timeout=self.timeout_s) as reply:  # noqa: S310
                 whole = reply.read()
+        except urllib.error.HTTPError as error:
+            raise ValueError(
+                f"{self.url} refused ({error}): {_explanation(error)}; mend what it names, and the same "
+                "command goes on from here"
+            ) from None
         except (OSError, http.client.HTTPException) as error:
             raise ValueError(
                 f"{self.url} gave no answer ({error}); when it does, the same command goes on from here"
@@ -68,9 +74,36 @@ class Endpoint:
         try:
             answer = json.loads(whole)
             # Where a model declined, or ran out of tokens before its answer, there is no text.
-            text = str(answer["choices"][0]["message"]["content"] or "")
+            text = _text_of(answer["choices"][0]["message"]["content"])
             return text, int((answer.get("usage") or {}).get("total_tokens") or 0)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             raise ValueError(
                 f"{self.url} answered {whole[:200].decode(errors='replace')}, which is no completion"
             ) from None
+
+
+MOST_QUOTED = 500
+"""Characters of a server's words in an error of ours."""
+
+
+def _explanation(error: urllib.error.HTTPError) -> str:
+    """The server's own words on its refusal, of which each server has another form."""
+    try:
+        text = error.read(1 << 16).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        text = ""
+    try:
+        said = json.loads(text)
+        while isinstance(said, dict):
+            said = next(said[key] for key in ("error", "message", "detail") if said.get(key))
+        text = str(said)
+    except (ValueError, StopIteration):
+        pass  # a page, or an object of another form, is quoted as it is
+    return " ".join(text.split())[:MOST_QUOTED] or "it says no more"
+
+
+def _text_of(content: Any) -> str:
+    """The text of a message, which may come in parts."""
+    if isinstance(content, list):
+        return "".join(str(part["text"]) for part in content if part.get("type") == "text")
+    return str(content or "")

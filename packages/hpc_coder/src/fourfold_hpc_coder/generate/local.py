@@ -19,6 +19,7 @@ from transformers import (
 
 from fourfold_hpc_coder.generate.endpoint import FUNCTION_ONLY
 from fourfold_parallel.launch import device
+from fourfold_parallel.run.tokenizers import beginning, encoded
 
 RESPONSE_FILE = "prompt.json"
 """Beside a tuned model's weights: the token that ended prompts in training, which generation repeats."""
@@ -42,30 +43,43 @@ class Local:
 
     @torch.no_grad()
     def complete_many(self, prompts: Sequence[str], *, first: int = 0) -> list[str]:
-        """All prompts as one batch, padded on the left; each row stops at its end token."""
+        """All prompts as one batch, padded on the left; each row stops at an end of the model's."""
         rows = [self._encode(prompt) for prompt in prompts]
         width = max(map(len, rows))
-        end = self.tokenizer.eos_token_id
-        assert isinstance(end, int)
-        tokens = torch.tensor([[end] * (width - len(row)) + row for row in rows])
+        ends = self._ends()
+        filler = ends[0] if ends else 0  # nobody looks at it
+        tokens = torch.tensor([[filler] * (width - len(row)) + row for row in rows])
         seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        written = self._continue(tokens, seen, end, self.seed + first)[:, width:]
-        return [self._text(row.tolist(), end) for row in written]
+        written = self._continue(tokens, seen, ends, filler, self.seed + first)[:, width:]
+        return [self._text(row.tolist(), ends) for row in written]
+
+    def _ends(self) -> list[int]:
+        """Ids at which the model stops: its own, of a text or a turn, and the tokenizer's; none for a few."""
+        named = self.model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
+        own = named if isinstance(named, list) else [named]
+        ids = [end for end in (self.tokenizer.eos_token_id, *own) if isinstance(end, int)]
+        return [*dict.fromkeys(ids)]
 
     def _encode(self, prompt: str) -> list[int]:
-        prompt = f"{self.before}{prompt}{self.after}"
+        """A prompt is data; what stands around it in training or by the chat's template is control."""
         if not self.chat:
-            return self.tokenizer.encode(prompt, add_special_tokens=False)
-        words = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+            text = encoded(self.tokenizer, f"{self.before}{prompt}")
+            after = self.tokenizer.encode(self.after, add_special_tokens=False)
+            return [*beginning(self.tokenizer), *text, *after]
+        ids = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"{self.before}{prompt}{self.after}"}],
+            add_generation_prompt=True,
+            return_dict=False,
+            sanitize_control_tokens=True,
         )
-        return self.tokenizer.encode(str(words), add_special_tokens=False)
+        return [int(token) for token in ids]
 
     def _continue(
         self,
         tokens: Int[Tensor, "batch prompt"],
         seen: Int[Tensor, "batch prompt"],
-        end: int,
+        ends: list[int],
+        filler: int,
         seed: int,
     ) -> Int[Tensor, "batch whole"]:
         sampling: dict[str, Any] = {"do_sample": False}
@@ -78,15 +92,15 @@ class Local:
                 attention_mask=seen.to(self.model.device),
                 max_new_tokens=self.max_new_tokens,
                 use_cache=True,
-                pad_token_id=end,
-                eos_token_id=end,
+                pad_token_id=filler,
+                eos_token_id=ends or None,
                 **sampling,
             )
         assert isinstance(written, Tensor)
         return written.cpu()
 
-    def _text(self, tokens: list[int], end: int) -> str:
-        stop = tokens.index(end) if end in tokens else len(tokens)
+    def _text(self, tokens: list[int], ends: list[int]) -> str:
+        stop = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
         return str(self.tokenizer.decode(tokens[:stop]))
 
 

@@ -57,7 +57,8 @@ def generate_file(
     """Complete every prompt and write ParEval's outputs file; what the file has is kept.
 
     Args:
-        prompts: ParEval's prompt records: problem_type, language, name, parallelism_model, prompt.
+        prompts: ParEval's prompt records: problem_type, language, name, parallelism_model, prompt; with a
+            `translation_prompt`, that is what is asked.
         backend: completes prompts.
         sampling: how many, how hot, how long.
         out: the JSON file, written whole after each prompt.
@@ -69,9 +70,9 @@ def generate_file(
     out = Path(out)
     entries = _done(out, sampling)
     for index, record in enumerate(prompts):
-        key = (record["name"], record["parallelism_model"], record["prompt"])
+        key = _key(record)
         if key not in entries:
-            wanted = [record["prompt"]] * sampling.samples
+            wanted = [_asked(record)] * sampling.samples
             raw: list[str] = []
             for first in range(0, len(wanted), sampling.batch):
                 raw += backend.complete_many(wanted[first : first + sampling.batch], first=first)
@@ -98,14 +99,21 @@ def _fields(sampling: Sampling) -> Fields:
     }
 
 
+def _asked(record: Fields) -> str:
+    """The text to complete: of a translation, with the function in another model before the prompt."""
+    return record.get("translation_prompt") or record["prompt"]
+
+
+def _key(record: Fields) -> tuple[str, str, str]:
+    return record["name"], record["parallelism_model"], _asked(record)
+
+
 def _done(out: Path, sampling: Sampling) -> dict[tuple[str, str, str], Fields]:
     if not out.exists():
         return {}
     try:
         entries = json.loads(out.read_text(encoding="utf-8"))
-        done = {
-            (entry["name"], entry["parallelism_model"], entry["prompt"]): entry for entry in entries
-        }
+        done = {_key(entry): entry for entry in entries}
         differ = [
             f"{key} {entry.get(key)!r}"
             for entry in entries

@@ -54,7 +54,7 @@ class Screen:
 
 def _comment(text: str) -> str:
     """The words of the comments; of the whole text where it has none."""
-    comments = re.findall(r"/\*(.*?)\*/", text, re.DOTALL)
+    comments = re.findall(r"/\*(.*?)(?:\*/|\Z)", text, re.DOTALL)
     return " ".join(re.findall(r"\w+", " ".join(comments or [text]).lower()))
 
 

@@ -36,7 +36,7 @@ from fourfold_parallel.common.values import digest
 from fourfold_parallel.run.corpora import Documents
 from fourfold_parallel.run.data import Batch, TokenFile, TokenStream
 from fourfold_parallel.run.objective import IGNORE, MicrobatchLoss, TargetMask, token_nats
-from fourfold_parallel.run.tokenizers import LoadedTokenizer
+from fourfold_parallel.run.tokenizers import LoadedTokenizer, beginning, encoded
 
 END = "<|end|>"
 RESPONSE = "<|response|>"
@@ -198,7 +198,11 @@ class FileRows:
                 f"{', '.join(map(str, fast.all_special_tokens[:8]))}"
             )
         end = fast.eos_token_id
-        if not isinstance(end, int) or end == token:
+        if not isinstance(end, int):
+            raise ValueError(
+                f"{self.tokenizer} has no token that ends texts; set its eos_token, which ends every sample"
+            )
+        if end == token:
             raise ValueError(
                 f"{self.tokenizer} ends texts with token {end}, which cannot also be {self.response!r}; "
                 "name another response token"
@@ -244,7 +248,7 @@ def stream_of(
 
     Args:
         samples: at least one.
-        tokenizer: without special tokens of its own in the text.
+        tokenizer: of the model.
         marks: end and response.
         material: of the tokenizer, for records.
         sequence: targets per row.
@@ -278,10 +282,16 @@ def stream_of(
 def encode(
     tokenizer: PreTrainedTokenizerFast, sample: InstructionSample, marks: Marks = OURS
 ) -> list[int]:
-    """Prompt, the response token, the answer and the end."""
-    prompt = tokenizer.encode(sample.instruction, add_special_tokens=False)
-    answer = tokenizer.encode(f"\n{sample.answer}", add_special_tokens=False)
-    return [*prompt, marks.response, *answer, marks.end]
+    """As the tokenizer begins every text; prompt, the response token, the answer and the end.
+
+    Text that spells one of the tokenizer's control tokens is data, and gives its letters.
+    """
+    start = beginning(tokenizer)
+    prompt = encoded(tokenizer, sample.instruction)
+    answer = encoded(tokenizer, f"\n{sample.answer}")
+    # Where texts begin and end with one token, a beginning would be the end of an empty sample.
+    start = [] if marks.end in start else start
+    return [*start, *prompt, marks.response, *answer, marks.end]
 
 
 def packed(

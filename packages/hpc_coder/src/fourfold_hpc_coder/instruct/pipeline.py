@@ -119,8 +119,8 @@ def make_samples(
     folder = Path(folder) if folder else cache_folder() / "hpc_coder" / "data" / key
     _claim(folder, replace(recipe, samples=1))
     kept_file, refused_file = folder / "samples.jsonl", folder / "refused.jsonl"
-    kept = [*read_samples(kept_file)] if kept_file.exists() else []
-    refused = [*read_samples(refused_file)] if refused_file.exists() else []
+    kept = [*read_samples(kept_file, is_being_made=True)] if kept_file.exists() else []
+    refused = [*read_samples(refused_file, is_being_made=True)] if refused_file.exists() else []
     if len(kept) < recipe.samples:
         _extend(recipe, kept, refused, progress, (kept_file, refused_file), budget)
     return Dataset(samples=tuple(kept), refused=tuple(refused))

@@ -7,7 +7,7 @@ from pathlib import Path
 from fourfold_hpc_coder.instruct.decontaminate import Screen
 from fourfold_hpc_coder.instruct.pipeline import benchmark_prompts
 from fourfold_hpc_coder.instruct.samples import read_samples, write_samples
-from fourfold_hpc_coder.instruct.seeds import compiled, restoration, seeds
+from fourfold_hpc_coder.instruct.seeds import compiled, harvest, restoration
 from fourfold_hpc_coder.instruct.sources import Tree, parallel_files
 from fourfold_hpc_coder.sandbox.process import find_sandbox
 from fourfold_hpc_coder.sandbox.scratch import scratch_folder
@@ -22,6 +22,8 @@ class RestorationCounts:
     """JSONL of the samples that were kept."""
     functions: int
     """That use OpenMP, near-duplicates counted once."""
+    unread: int
+    """Beside them, left out since the parser finds an error in them."""
     resembling: int
     """Of them, like a benchmark's prompt."""
     tried: int
@@ -30,9 +32,9 @@ class RestorationCounts:
     def __str__(self) -> str:
         """As a sentence."""
         return (
-            f"{self.functions} real functions use OpenMP, near-duplicates counted once; {self.resembling} "
-            f"resemble a benchmark's prompt; of {self.tried} that were tried {self.kept} compile alone: "
-            f"{self.path}"
+            f"{self.functions} real functions use OpenMP, near-duplicates counted once, and {self.unread} "
+            f"more that the parser cannot read; {self.resembling} resemble a benchmark's prompt; of "
+            f"{self.tried} that were tried {self.kept} compile alone: {self.path}"
         )
 
 
@@ -49,10 +51,13 @@ def restore(
     """
     screen = Screen.of(benchmark_prompts())
     sources = [file for file in parallel_files(trees) if "openmp" in file.constructs]
-    functions = [seed for seed in seeds(sources) if "openmp" in seed.constructs]
+    found = harvest(sources)
+    functions = [seed for seed in found.seeds if "openmp" in seed.constructs]
     samples = [restoration(seed) for seed in functions if not screen.hit(seed.text)]
     files = (folder / "restored.jsonl", folder / "restored-refused.jsonl")
-    kept, refused = ([*read_samples(file)] if file.exists() else [] for file in files)
+    kept, refused = (
+        [*read_samples(file, is_being_made=True)] if file.exists() else [] for file in files
+    )
     known = {sample.provenance.task for sample in (*kept, *refused)}
     sandbox = find_sandbox(allow_none=False)
     try:
@@ -70,6 +75,7 @@ def restore(
     return RestorationCounts(
         path=files[0],
         functions=len(functions),
+        unread=found.unread.get("openmp", 0),
         resembling=len(functions) - len(samples),
         tried=len(kept) + len(refused),
         kept=len(kept),

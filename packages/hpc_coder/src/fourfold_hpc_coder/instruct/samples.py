@@ -49,16 +49,21 @@ def write_samples(path: Path, samples: Iterable[InstructionSample]) -> None:
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def read_samples(path: Path) -> tuple[InstructionSample, ...]:
-    """Read JSONL back; a cut last line is left out.
+def read_samples(path: Path, *, is_being_made: bool = False) -> tuple[InstructionSample, ...]:
+    """Read JSONL back, whose lines end with line feeds alone; blank ones say nothing.
+
+    Args:
+        path: of the file.
+        is_being_made: whether a last line that was cut is left out, to be made again.
 
     Raises:
         ValueError: for a line that is no sample.
     """
     samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or (is_being_made and number == len(lines)):
+            continue
         try:
             fields = json.loads(line)
             fields["provenance"] = Provenance(**fields["provenance"])

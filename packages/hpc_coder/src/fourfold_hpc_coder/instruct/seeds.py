@@ -7,7 +7,8 @@ the function compiles by itself; most of real code does not, and the share that 
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,20 +45,56 @@ class Seed:
         return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def seeds(files: Sequence[SourceFile]) -> tuple[Seed, ...]:
-    """Functions of the files that use a parallel model, near-duplicates once, in order."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Harvest:
+    """The functions of some files that use a parallel model."""
+
+    seeds: tuple[Seed, ...]
+    """Near-duplicates once, in order."""
+    unread: Mapping[Construct, int]
+    """Functions left out since the parser finds an error in them, by what they use."""
+
+
+def harvest(files: Sequence[SourceFile]) -> Harvest:
+    """Functions of the files that use a parallel model."""
     seen = TextMemory.of((), threshold=SCRAPED)
-    return tuple(seed for file in files for seed in _of_file(file) if seen.add(seed.text))
+    unread: Counter[Construct] = Counter()
+    kept = [seed for file in files for seed in _of_file(file, unread) if seen.add(seed.text)]
+    return Harvest(seeds=tuple(kept), unread=unread)
 
 
-def _of_file(file: SourceFile) -> Iterator[Seed]:
+_FOREIGN = re.compile(
+    rb"(?P<lambda>\bKOKKOS_(?:CLASS_)?LAMBDA\b)|"
+    rb"(?<!\])(?<!\] )\b(?P<inline>KOKKOS_(?:DEFAULTED_|INLINE_|FORCEINLINE_)?FUNCTION|"
+    rb"__(?:global|device|host|forceinline|noinline|shared|constant)__|C10_(?:HOST_DEVICE|DEVICE|HOST))\b|"
+    rb"<<<[^;{}]*?>>>|\b(?:__launch_bounds__|C10_LAUNCH_BOUNDS_\w+)\s*\([^()]*\)|"
+    rb"\b__(?:restrict|device|host)__\b"
+)
+"""Words of parallel models that are no C++ until a compiler of theirs has read them."""
+_CPP = {"lambda": b"[=]", "inline": b"inline", None: b""}
+"""C++ that stands where such a word does."""
+
+
+def _plain(source: bytes) -> bytes:
+    """The source with C++ in the place of such words; what stands around them stays in its place."""
+
+    def stood_in(word: re.Match[bytes]) -> bytes:
+        instead = _CPP[word.lastgroup]
+        return instead + re.sub(rb"[^\n]", b" ", word.group()[len(instead) :])
+
+    return _FOREIGN.sub(stood_in, source)
+
+
+def _of_file(file: SourceFile, unread: Counter[Construct]) -> Iterator[Seed]:
     source = file.text.encode("utf-8", "surrogatepass")
-    for node in _functions(_PARSER.parse(source).root_node):
+    for node in _functions(_PARSER.parse(_plain(source)).root_node):
         text = source[node.start_byte : node.end_byte].decode("utf-8", "surrogatepass")
         constructs: tuple[Construct, ...] = tuple(
             name for name, pattern in CONSTRUCTS.items() if pattern.search(text)
         )
-        if constructs and len(text) <= LONGEST and not node.has_error:
+        if node.has_error and len(text) <= LONGEST:
+            unread.update(constructs)
+        elif constructs and len(text) <= LONGEST:
             first, last = node.start_point[0] + 1, node.end_point[0] + 1
             yield Seed(
                 text=text,

@@ -20,7 +20,7 @@ from fourfold_parallel.run.corpora import Documents
 Construct = Literal["openmp", "mpi", "cuda", "kokkos"]
 
 CONSTRUCTS: dict[Construct, re.Pattern[str]] = {
-    "openmp": re.compile(r"^\s*#\s*pragma\s+omp\b", re.MULTILINE),
+    "openmp": re.compile(r"^[ \t]*#[ \t]*pragma[ \t]+omp\b", re.MULTILINE),
     "mpi": re.compile(r"\bMPI_[A-Z]\w+\s*\("),
     "cuda": re.compile(r"\b__global__\b|\bthreadIdx\."),
     "kokkos": re.compile(r"\bKokkos::\w+|\bKOKKOS_LAMBDA\b"),

@@ -53,6 +53,10 @@ class Exercise(Protocol):
         """Names that an answer has no business with."""
         ...
 
+    def fixed(self) -> frozenset[str]:
+        """Words of ours that follow an answer in its file, which it may not redefine."""
+        ...
+
 
 LAUNCHES: dict[Model, tuple[Processors, ...]] = {
     "serial": (Processors(),),

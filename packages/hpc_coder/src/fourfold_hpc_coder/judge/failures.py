@@ -24,7 +24,6 @@ SIGNALS = {
     signal.SIGKILL: "a kill: memory ran out, or a signal of its own",
 }
 
-
 FENCE = "```"
 """Opens and closes the code in a chat's reply; no C++."""
 
@@ -137,26 +136,49 @@ def of_answer(
     """Compare outputs with the reference's; ("correct", "") where they agree."""
     for parameter in exercise.signature.outputs:
         ours, right = outputs[parameter.name], expected[parameter.name]
-        if ours.shape != right.shape:
-            return "wrong", (
-                f"{_called(parameter)} has {ours.size} elements where the reference has {right.size}, "
-                f"{where}"
-            )
-        if np.array_equal(ours, right):  # false of NaN, and much faster
-            continue
-        good = agrees(ours, right, exercise.tolerance(parameter))
-        if good.all():
-            continue
-        first = int(np.argmin(good))
-        verdict: Verdict = "not finite" if _not_finite(ours[~good]) else "wrong"
-        place = (
-            f"{_called(parameter)}[{first}]" if parameter.holds == "many" else _called(parameter)
-        )
-        share = f" ({np.count_nonzero(~good)} of {good.size} differ)" if good.size > 1 else ""
-        return verdict, (
-            f"{place} is {ours[first]} where the reference has {right[first]}{share}, {where}"
-        )
+        verdict, because = _of_output(exercise, parameter, ours, right, _called(parameter))
+        if verdict != "correct":
+            return verdict, f"{because}, {where}"
     return "correct", ""
+
+
+def of_other_ranks(
+    exercise: Exercise, elsewhere: np.ndarray, expected: dict[str, np.ndarray], where: str
+) -> tuple[Verdict, str]:
+    """Compare what the ranks after the first returned; ("correct", "") where every one is right.
+
+    Args:
+        exercise: says how close is close.
+        elsewhere: a value a rank.
+        expected: the reference's outputs.
+        where: ends a sentence about the call.
+    """
+    for parameter in exercise.signature.result:
+        for rank, value in enumerate(elsewhere[:, None], start=1):
+            called = f"{_called(parameter)} on rank {rank}"
+            right = expected[parameter.name]
+            verdict, because = _of_output(exercise, parameter, value, right, called)
+            if verdict != "correct":
+                return verdict, f"{because}, which the prompt wants on every rank, {where}"
+    return "correct", ""
+
+
+def _of_output(
+    exercise: Exercise, parameter: Parameter, ours: np.ndarray, right: np.ndarray, called: str
+) -> tuple[Verdict, str]:
+    if ours.shape != right.shape:
+        because = f"{called} has {ours.size} elements where the reference has {right.size}"
+        return "wrong", because
+    if np.array_equal(ours, right):  # false of NaN, and much faster
+        return "correct", ""
+    good = agrees(ours, right, exercise.tolerance(parameter))
+    if good.all():
+        return "correct", ""
+    first = int(np.argmin(good))
+    verdict: Verdict = "not finite" if _not_finite(ours[~good]) else "wrong"
+    place = f"{called}[{first}]" if parameter.holds == "many" else called
+    share = f" ({np.count_nonzero(~good)} of {good.size} differ)" if good.size > 1 else ""
+    return verdict, f"{place} is {ours[first]} where the reference has {right[first]}{share}"
 
 
 def _called(parameter: Parameter) -> str:

@@ -12,7 +12,7 @@ from fourfold_hpc_coder.judge.launch import LaunchResult, launch
 from fourfold_hpc_coder.judge.parallelism import Proof
 from fourfold_hpc_coder.judge.races import RaceReport, find_race
 from fourfold_hpc_coder.judge.reference import Reference
-from fourfold_hpc_coder.vocabulary import Model, Sample, Verdict
+from fourfold_hpc_coder.vocabulary import Model, Processors, Sample, Verdict
 
 KEPT_CHARACTERS = 4000
 """Kept of what a compiler or program wrote."""
@@ -43,6 +43,8 @@ class Candidate:
     written: Proof
     folder: Path
     """Its program is in `out` there."""
+    is_everywhere: bool
+    """Whether every rank must return the right value."""
     checks: tuple[LaunchResult, ...]
     """Every launch in order, up to the first that failed."""
     race: RaceReport | None
@@ -90,20 +92,26 @@ def check(
     if used := sorted(own & set(re.findall(r"\w+", parallelism.without_comments(body)))):
         because = f"it names {', '.join(used)}, which belongs to the judge"
         return _failed("cheat", because, built=False)
+    if used := sorted(right.exercise.fixed() & redefined(body)):
+        because = f"it redefines {', '.join(used)}, which its judge's text after it uses"
+        return _failed("cheat", because, built=False)
     text = right.exercise.unit(prompt, body)
-    outcome = built(bench, right.exercise, model, text, folder)
-    if outcome.code or outcome.limit != "nothing":
-        verdict, because = failures.of_build(outcome, body)
-        return _failed(verdict, because, built=False, output=outcome.stderr)
+    programs = [(right, folder), *_places(right.again, folder)]
+    for asked, place in programs:
+        outcome = built(bench, asked.exercise, model, text, place)
+        if outcome.code or outcome.limit != "nothing":
+            verdict, because = failures.of_build(outcome, body)
+            return _failed(verdict, because, built=False, output=outcome.stderr)
     if not toolchain.runs_here(model):
         return replace(
             _failed("compiled, not run", "it builds; running it needs a GPU", built=True),
             proof=written.because,
         )
+    is_everywhere = wants_every_rank(prompt)
     # The launches in order, up to the first that fails.
     checks: list[LaunchResult] = []
     for processors in bench.settings.of(model):
-        checks.append(launch(bench, right, model, processors, folder, is_timed=False))
+        checks.append(_checked(bench, programs, model, processors, is_everywhere=is_everywhere))
         if not checks[-1].run.valid:
             break
     if not any(check.run.valid for check in checks):
@@ -114,12 +122,34 @@ def check(
         text=text,
         written=written,
         folder=folder,
+        is_everywhere=is_everywhere,
         checks=(*checks,),
         race=None,
     )
     # What is parallel by its text is looked at in any case, and here no timing waits for it.
     is_asked = written.parallel if checks[-1].run.valid else _may_race(checks[-1].verdict)
     return replace(candidate, race=find_race(bench, right, model, text)) if is_asked else candidate
+
+
+def _checked(
+    bench: Bench,
+    programs: Sequence[tuple[Reference, Path]],
+    model: Model,
+    processors: Processors,
+    *,
+    is_everywhere: bool,
+) -> LaunchResult:
+    """The first launch of an answer's programs that fails, or the last."""
+
+    def launched(asked: Reference, place: Path) -> LaunchResult:
+        return launch(
+            bench, asked, model, processors, place, is_timed=False, is_everywhere=is_everywhere
+        )
+
+    checked = launched(*programs[0])
+    for asked, place in programs[1:]:
+        checked = launched(asked, place) if checked.run.valid else checked
+    return checked
 
 
 def time_candidate(bench: Bench, candidate: Candidate) -> Judgement:
@@ -129,7 +159,15 @@ def time_candidate(bench: Bench, candidate: Candidate) -> Judgement:
     launches: list[LaunchResult] = []
     for checked in candidate.checks:
         launches.append(
-            launch(bench, right, model, checked.run.processors, candidate.folder, is_timed=True)
+            launch(
+                bench,
+                right,
+                model,
+                checked.run.processors,
+                candidate.folder,
+                is_timed=True,
+                is_everywhere=candidate.is_everywhere,
+            )
             if checked.run.valid
             else checked
         )
@@ -168,6 +206,30 @@ def time_candidate(bench: Bench, candidate: Candidate) -> Judgement:
         because=f"{now} {race.race} with nothing in between",
         sample=_spoiled(judgement.sample),
     )
+
+
+_EVERYWHERE = re.compile(r"\bon\s+(?:all|every)\s+(?:ranks?|process(?:es)?)\b")
+_REDEFINES = re.compile(r"(?:#|%:|\?\?=)[ \t]*(?:define|undef)[ \t]+(\w+)")
+_CONTINUED = re.compile(r"\\[ \t]*\n")
+
+
+def wants_every_rank(prompt: str) -> bool:
+    """Whether a prompt asks for the returned value on every rank, and not on the first alone."""
+    return _EVERYWHERE.search(prompt) is not None
+
+
+def redefined(body: str) -> frozenset[str]:
+    """Words that an answer gives another meaning by the preprocessor."""
+    code = parallelism.without_comments(_CONTINUED.sub("", body))
+    return frozenset(_REDEFINES.findall(code))
+
+
+def _places(again: Sequence[Reference], folder: Path) -> list[tuple[Reference, Path]]:
+    """A private, empty folder for each further program of an answer."""
+    places = [(asked, folder / f"again-{number}") for number, asked in enumerate(again)]
+    for _, place in places:
+        place.mkdir()
+    return places
 
 
 def _failed(verdict: Verdict, because: str, *, built: bool, output: str = "") -> Judgement:

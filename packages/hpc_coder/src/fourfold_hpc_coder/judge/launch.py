@@ -53,6 +53,7 @@ def launch(
     folder: Path,
     *,
     is_timed: bool,
+    is_everywhere: bool = False,
 ) -> LaunchResult:
     """Start the program, have it answer the checks, or one of them and then the timed calls.
 
@@ -63,6 +64,7 @@ def launch(
         processors: on what it runs.
         folder: its program is in `out` there.
         is_timed: whether this launch is timed, for which everything else becomes quiet.
+        is_everywhere: whether every rank must return the right value, not the first alone.
     """
     exercise, patience_s = right.exercise, bench.settings.time_limit_s
     where = f"on {processors}, {right.checks[-1].where}"
@@ -74,6 +76,12 @@ def launch(
         where = f"on {processors}, {asked.where}"
         reply = call(channel, exercise, asked.arguments)
         verdict, because = failures.of_answer(exercise, reply.outputs, asked.expected, where)
+        if verdict == "correct" and is_everywhere and exercise.signature.result:
+            if len(reply.elsewhere) != processors.ranks - 1:
+                raise ForgedError("a reply on the result channel lacks the value of a rank")
+            verdict, because = failures.of_other_ranks(
+                exercise, reply.elsewhere, asked.expected, where
+            )
         return reply if verdict == "correct" else None
 
     with launched(bench, folder, model, processors, settings=bench.settings) as channel:

@@ -42,21 +42,39 @@ _GPU = r"\b(?:threadIdx|blockIdx|this_grid|this_thread_block)\b"
 
 def without_comments(text: str) -> str:
     """C++ text with comments removed and the contents of string and character literals blanked."""
+    # What is not closed goes to the end, for the next one not to be sought there again.
     pattern = re.compile(
-        r'//[^\n]*|/\*.*?\*/|R"(\w*)\(.*?\)\1"|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])+\'',
+        r'//[^\n]*|/\*.*?(?:\*/|\Z)|R"(\w*)\(.*?(?:\)\1"|\Z)|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])+\'',
         re.DOTALL,
     )
     return pattern.sub(lambda match: " " if match.group().startswith("/") else '""', text)
 
 
+_CONDITION = re.compile(r"[ \t]*(?:#|%:)[ \t]*(if|ifdef|ifndef|else|elif|endif)\b[ \t]*(\S*)")
+
+
+def without_dead(code: str) -> str:
+    """Code without what stands between `#if 0` and its `#else` or `#endif`."""
+    kept: list[str] = []
+    depth = 0  # of conditions, within the one that is dead
+    for line in code.split("\n"):
+        condition = _CONDITION.match(line)
+        word, value = condition.groups() if condition else ("", "")
+        if not depth and word == "if" and value in ("0", "(0)", "false"):
+            depth = 1
+        elif depth:
+            depth += word.startswith("if")
+            depth -= word == "endif" or (depth == 1 and word in ("else", "elif"))
+        else:
+            kept.append(line)
+    return "\n".join(kept)
+
+
 def in_text(body: str, model: Model) -> Proof:
     """The proof by the text: a directive, a message, a pattern, a thread's index, outside of comments."""
     joined = re.sub(r"\\\n", " ", body)
-    code = without_comments(re.sub(r'_Pragma\s*\(\s*"([^"]*)"\s*\)', r"\n#pragma \1\n", joined))
-    if re.search(r"^\s*#\s*if\s+0\b", code, re.MULTILINE):
-        code = re.sub(
-            r"^\s*#\s*if\s+0\b.*?^\s*#\s*endif\b", "", code, flags=re.DOTALL | re.MULTILINE
-        )
+    pragmas = re.sub(r'_Pragma\s*\(\s*"([^"]*)"\s*\)', r"\n#pragma \1\n", joined)
+    code = without_dead(without_comments(pragmas))
     match model:
         case "serial":
             return Proof(parallel=True, because="a serial answer was asked for")
@@ -85,8 +103,8 @@ def _has(pattern: str, code: str, otherwise: str) -> Proof:
 
 
 def _has_openmp(code: str) -> Proof:
-    written = r"(?:^\s*#\s*pragma\s+omp\b|\bomp\s*::\s*directive\s*\()"
-    pattern = rf"{written}[^\n]*?\b(?:{_DIRECTIVES})"
+    written = r"(?:^[ \t]*#[ \t]*pragma[ \t]+omp\b|\bomp\s*::\s*directive\s*\()"
+    pattern = rf"{written}[^\n]{{0,1000}}?\b(?:{_DIRECTIVES})"
     sign = re.search(pattern, code, re.MULTILINE)
     if sign:
         return Proof(parallel=True, because=f"it has {' '.join(sign.group().split())}")

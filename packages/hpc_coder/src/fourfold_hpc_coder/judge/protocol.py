@@ -62,6 +62,8 @@ class Reply:
     moving_cpu_s: tuple[float, float]
     """Processor time of the whole job while inputs and while outputs were moved."""
     evidence: Evidence
+    elsewhere: np.ndarray
+    """What the ranks after the first returned, in their order; empty where nothing is returned."""
 
 
 @dataclass(slots=True)
@@ -123,8 +125,10 @@ class Channel:
         if len(reply) < _EVIDENCE.size:
             raise ForgedError("a reply on the result channel is too short")
         evidence = _EVIDENCE.unpack_from(reply)
+        taken, rest = _unpacked(reply[_EVIDENCE.size :], outputs)
         return Reply(
-            outputs=_unpacked(reply[_EVIDENCE.size :], outputs),
+            outputs=taken,
+            elsewhere=_returned(rest, outputs),
             runtime_s=done_s - go_s,
             moving_cpu_s=(early_cpu_s, late_cpu_s),
             evidence=Evidence(
@@ -242,7 +246,10 @@ def _packed(values: np.ndarray, parameter: Parameter) -> tuple[memoryview, memor
     return memoryview(count), flat.data
 
 
-def _unpacked(reply: memoryview, outputs: Sequence[Parameter]) -> dict[str, np.ndarray]:
+def _unpacked(
+    reply: memoryview, outputs: Sequence[Parameter]
+) -> tuple[dict[str, np.ndarray], memoryview]:
+    """The outputs of the first rank, and what is left of the reply."""
     arrays, at = {}, 0
     for parameter in outputs:
         count = 1
@@ -256,7 +263,14 @@ def _unpacked(reply: memoryview, outputs: Sequence[Parameter]) -> dict[str, np.n
             raise ForgedError("a reply on the result channel is too short")
         arrays[parameter.name] = np.frombuffer(reply[at : at + size], parameter.dtype)
         at += size
-    return arrays
+    return arrays, reply[at:]
+
+
+def _returned(rest: memoryview, outputs: Sequence[Parameter]) -> np.ndarray:
+    result = next((output.dtype for output in outputs if output.name == "result"), np.dtype("u1"))
+    if len(rest) % result.itemsize:
+        raise ForgedError("a reply on the result channel ends within a value")
+    return np.frombuffer(rest, result)
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ def find_race(bench: Bench, right: Reference, model: Model, text: str) -> RaceRe
         kind, *addresses = meeting.groups()
         program = folder / "out"
         numbers = [source_line(bench.sandbox, program, address) for address in addresses]
-    written = text.rpartition(ANSWER_BEGINS)[2].splitlines()
+    written = text.rpartition(ANSWER_BEGINS)[2].split("\n")
     lines = [" ".join(written[number - 1].split()) for number in numbers if number]
     shown = " and ".join(f"`{line}`" for line in dict.fromkeys(lines))
     act = (

@@ -40,6 +40,8 @@ class Reference:
     checks: tuple[Round, ...]
     timed: tuple[Round, ...]
     best_s: float
+    again: tuple["Reference", ...] = ()
+    """Exercises made of the same answer, on which it must be right as well; they are not timed."""
 
 
 def reference(bench: Bench, problem: Problem) -> Reference:
@@ -48,20 +50,40 @@ def reference(bench: Bench, problem: Problem) -> Reference:
     Raises:
         RuntimeError: where our own reference fails, which is a bug of the problem.
     """
-    generator = np.random.default_rng((bench.secret, zlib.crc32(problem.name.encode())))
+    generator = generator_of(bench, problem)
     checks = [*problem.checks(generator)]
-    timed = bench.settings.timing_size(problem)
-    wanted = [
-        *checks,
-        *(
-            (f"for an input of size {timed}", problem.arguments(timed, generator))
-            for _ in range(bench.settings.repetitions)
-        ),
+    size = bench.settings.timing_size(problem)
+    timed = [
+        (f"for an input of size {size}", problem.arguments(size, generator))
+        for _ in range(bench.settings.repetitions)
     ]
+    rounds, runtimes_s = answered(bench, problem, [*checks, *timed])
+    count = len(checks)
+    return Reference(
+        exercise=problem,
+        checks=rounds[:count],
+        timed=rounds[count:],
+        best_s=min(runtimes_s[count:]),
+    )
+
+
+def generator_of(bench: Bench, problem: Problem) -> np.random.Generator:
+    """Decides a problem's sizes and inputs, by the bench's secret."""
+    return np.random.default_rng((bench.secret, zlib.crc32(problem.name.encode())))
+
+
+def answered(
+    bench: Bench, problem: Problem, wanted: Sequence[tuple[str, dict[str, np.ndarray]]]
+) -> tuple[tuple[Round, ...], list[float]]:
+    """Rounds of the inputs, each with the reference's answer, and the seconds that it took.
+
+    Raises:
+        RuntimeError: where our own reference fails.
+    """
     calls = [(*arguments.values(),) for _, arguments in wanted]
     text = problem.unit(problem.prompt("serial"), problem.answer("serial"))
     answers = trusted_answers(bench, problem, text, calls)
-    rounds = [
+    rounds = tuple(
         Round(
             where=where,
             arguments=arguments,
@@ -69,14 +91,8 @@ def reference(bench: Bench, problem: Problem) -> Reference:
             moving_cpu_s=(allowed(answer.moving_cpu_s[0]), allowed(answer.moving_cpu_s[1])),
         )
         for (where, _), arguments, answer in zip(wanted, calls, answers, strict=True)
-    ]
-    count = len(checks)
-    return Reference(
-        exercise=problem,
-        checks=tuple(rounds[:count]),
-        timed=tuple(rounds[count:]),
-        best_s=min(answer.runtime_s for answer in answers[count:]),
     )
+    return rounds, [answer.runtime_s for answer in answers]
 
 
 def allowed(moving_cpu_s: float) -> float:

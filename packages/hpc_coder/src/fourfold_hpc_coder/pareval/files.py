@@ -100,9 +100,11 @@ def _question(entry: object) -> Question:
     outputs = entry["outputs"]
     if isinstance(outputs, list):  # a driver's results hold their outputs
         outputs = [
-            output.get("generated_output") if isinstance(output, dict) else output
+            output.get("generated_output", output) if isinstance(output, dict) else output
             for output in outputs
         ]
+        # No answer is an answer that failed: without it, the rates would rise.
+        outputs = ["" if output is None else output for output in outputs]
     if not isinstance(outputs, list) or not all(isinstance(output, str) for output in outputs):
         raise ValueError("its outputs are not a list of texts; give function bodies")
     if not outputs:

@@ -45,10 +45,12 @@ def draw(
     match rule["kind"]:
         case "adjacency":
             hub = decided_at if rule.get("decisive") else None
-            edges = _adjacency(n, hub, symmetric=rule["symmetric"], generator=generator)
+            share = rule.get("share", 0.3)
+            edges = _adjacency(n, hub, share, symmetric=rule["symmetric"], generator=generator)
             return edges.astype(dtype)
         case "member":
-            return _member(drawn[rule["of"]], rule, generator, decided_at).astype(dtype)
+            arrays = [drawn[name] for name in rule["of"]]
+            return _member(arrays, rule, generator, decided_at).astype(dtype)
         case "sparse":
             rows, columns = length_of(rule["rows"], n), length_of(rule["columns"], n)
             return _sparse((rows, columns), length_of(rule["entries"], n), dtype, generator)
@@ -133,10 +135,10 @@ def _uniform(
 
 
 def _adjacency(
-    n: int, hub: int | None, *, symmetric: bool, generator: np.random.Generator
+    n: int, hub: int | None, share: float, *, symmetric: bool, generator: np.random.Generator
 ) -> np.ndarray:
     """Row by row; a hub is joined to every vertex, in a directed graph to itself as well."""
-    edges = generator.random((n, n)) < 0.3
+    edges = generator.random((n, n)) < share
     if hub is not None:
         edges[hub, :] = edges[:, hub] = True
     if symmetric:
@@ -157,14 +159,18 @@ def _sparse(
 
 
 def _member(
-    values: np.ndarray,
+    arrays: Sequence[np.ndarray],
     rule: Mapping[str, Any],
     generator: np.random.Generator,
     decided_at: int | None,
 ) -> np.ndarray:
-    """An element, the one that decides where that is asked for; or none, but what stands beyond the end."""
+    """An element, the one that decides where that is asked for; or none, but what stands beyond the end.
+
+    Of several arrays each has its turn; `otherwise` lists values that may be wanted instead.
+    """
     if decided_at is not None:
-        return values[decided_at]
+        return arrays[decided_at % len(arrays)][decided_at]
+    values = arrays[0]
     if generator.random() < rule["chance"]:
         return values[generator.integers(len(values))]
-    return generator.choice(FENCES)
+    return generator.choice(rule.get("otherwise", FENCES))

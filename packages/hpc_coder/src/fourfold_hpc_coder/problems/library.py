@@ -85,17 +85,31 @@ def find_problem(name: str, prompt: str, model: Model) -> Problem:
             f"({', '.join([*own_problems()][:3])}, ...); outputs of other problems need their drivers"
         )
     function = problem.signature.function
-    if not re.search(
-        rf"\b{function}\s*\(", prompt.rstrip().splitlines()[-1] if prompt.strip() else ""
-    ):
+    if not re.search(rf"\b{function}\s*\(", _last_line(prompt)):
         raise ValueError(
             f"the prompt of {name} does not end by opening {function}(...); "
             f"its last line must declare {problem.signature.text}"
         )
-    declared, ours = prompt.rstrip().splitlines()[-1], problem.declaration(model)
-    if model not in ("cuda", "hip") and linked(declared, function) != linked(ours, function):
+    if not fits(problem, prompt, model):
+        declared, ours = _last_line(prompt), problem.declaration(model)
         raise ValueError(
             f"the prompt of {name} declares `{declared.strip()}`, but the built-in {model} driver calls "
             f"`{ours}`; have the built-in prompt answered, as `generate` does"
         )
     return problem
+
+
+def fits(problem: Problem, prompt: str, model: Model) -> bool:
+    """Whether a prompt declares a problem's function in types that our driver can call."""
+    function = problem.signature.function
+    if model in ("cuda", "hip"):
+        return True
+    declared, ours = (
+        linked(_last_line(prompt), function),
+        linked(problem.declaration(model), function),
+    )
+    return declared == ours
+
+
+def _last_line(prompt: str) -> str:
+    return prompt.rstrip().rpartition("\n")[2]

@@ -116,6 +116,10 @@ class Problem:
         """Nothing: the reference is in another process."""
         return frozenset()
 
+    def fixed(self) -> frozenset[str]:
+        """Nothing: no text of ours follows an answer in its file."""
+        return frozenset()
+
     def sizes(self, generator: np.random.Generator) -> tuple[int, ...]:
         """Sizes at which an answer is checked: the smallest, some that nothing divides, one that many do."""
         top = self.check_size

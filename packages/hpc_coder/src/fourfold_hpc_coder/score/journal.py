@@ -50,7 +50,7 @@ class Journal:
         """Take the lines that are whole; refuse the journal of another file."""
         content = self.path.read_bytes()
         content = content[: content.rfind(b"\n") + 1]
-        for place, line in enumerate(content.splitlines(), start=1):
+        for place, line in enumerate(content.split(b"\n")[:-1], start=1):
             try:
                 fields = json.loads(line)
                 if place > 1:

@@ -167,7 +167,7 @@ def _answer(index: int, body: str, judgement: Judgement, reference: str) -> Answ
 def _difference(reference: str, body: str) -> str:
     """Lines of a unified difference, marked; escaped."""
     lines = difflib.unified_diff(
-        reference.splitlines(), body.splitlines(), "reference", "answer", lineterm="", n=2
+        reference.split("\n"), body.split("\n"), "reference", "answer", lineterm="", n=2
     )
     marked = []
     for line in lines:

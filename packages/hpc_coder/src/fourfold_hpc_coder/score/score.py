@@ -14,7 +14,7 @@ from fourfold_hpc_coder.judge import toolchain
 from fourfold_hpc_coder.judge.bench import Bench, JudgeSettings
 from fourfold_hpc_coder.judge.judge import Judgement
 from fourfold_hpc_coder.pareval.bodies import body_of
-from fourfold_hpc_coder.pareval.checkout import HOPELESS, CheckoutProblem
+from fourfold_hpc_coder.pareval.checkout import HOPELESS, UNSTEADY, CheckoutProblem
 from fourfold_hpc_coder.pareval.files import Omission, Question, read_outputs
 from fourfold_hpc_coder.problems.library import find_problem
 from fourfold_hpc_coder.problems.problem import Problem
@@ -215,7 +215,7 @@ def _undefined(judged: Iterable[JudgedQuestion], ks: Sequence[int]) -> Iterator[
 
 
 def _hopeless(assignments: Iterable[_Assignment]) -> Iterator[str]:
-    """A note for every problem of a checkout whose own check refuses right answers."""
+    """A note for every problem of a checkout whose own check refuses right answers, or says little."""
     names = {
         assignment.problem.name
         for assignment in assignments
@@ -223,3 +223,5 @@ def _hopeless(assignments: Iterable[_Assignment]) -> Iterator[str]:
     }
     for name in sorted(names & {*HOPELESS}):
         yield f"no answer to {name} passes with ParEval's driver: {HOPELESS[name]}"
+    for name in sorted(names & {*UNSTEADY}):
+        yield f"ParEval's check of {name} says little: {UNSTEADY[name]}"

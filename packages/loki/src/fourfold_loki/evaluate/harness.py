@@ -121,12 +121,15 @@ def continuations(
             f"{len(windows)} windows of {windows.shape[1]} tokens for {choices} choices of {answer}; use "
             "at least as many windows as choices, and shorter answers"
         )
+    # lm-eval begins the text anew.
+    texts = [
+        str(tokenizer.decode(window[:-answer], skip_special_tokens=True)) for window in windows
+    ]
     ends = [str(tokenizer.decode(window[-answer:])) for window in windows]
     documents = []
-    for place, window in enumerate(windows):
+    for place, context in enumerate(texts):
         right = place % choices
         passages = [ends[(place + step - right) % len(ends)] for step in range(choices)]
-        context = str(tokenizer.decode(window[:-answer]))
         documents.append({"context": context, "choices": passages, "right": right})
     return {
         "task": "continuations",

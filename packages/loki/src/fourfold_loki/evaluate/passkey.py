@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold_loki.attention_mode import Sparse
 from fourfold_loki.evaluate.perplexity import each_arm
+from fourfold_parallel.run.tokenizers import beginning, encoded
 
 TASK = "A pass key is hidden in the text below. Remember it.\n\n"
 NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
@@ -61,11 +62,9 @@ def hide(
     Raises:
         ValueError: for numbers of unequal length, or too little text.
     """
-
-    def encoded(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
-    answers = [encoded(f" {key}") for key in keys]
+    task = [*beginning(tokenizer), *encoded(tokenizer, TASK)]
+    question = encoded(tokenizer, QUESTION)
+    answers = [encoded(tokenizer, f" {key}") for key in keys]
     if len({len(answer) for answer in answers}) != 1:
         raise ValueError(
             f"keys={tuple(keys)} differ in length as tokens; use as many digits in each"
@@ -73,8 +72,8 @@ def hide(
     windows, places = [], []
     for depth in depths:
         for key, answer in zip(keys, answers, strict=True):
-            needle = encoded(NEEDLE.format(key=key))
-            room = context - len(encoded(TASK) + needle + encoded(QUESTION) + answer)
+            needle = encoded(tokenizer, NEEDLE.format(key=key))
+            room = context - len(task + needle + question + answer)
             # Every window takes its own stretch of the filling text.
             first = len(windows) * max(room, 0)
             text = filling[first : first + max(room, 0)].tolist()
@@ -85,7 +84,7 @@ def hide(
                 )
             cut = round(depth * room)
             body = text[:cut] + needle + text[cut:]
-            windows.append(encoded(TASK) + body + encoded(QUESTION) + answer)
+            windows.append(task + body + question + answer)
             places.append(depth)
     return PasskeyWindows(
         ids=torch.tensor(windows), depths=tuple(places), prompt=context - len(answers[0])

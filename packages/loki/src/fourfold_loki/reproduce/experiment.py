@@ -212,8 +212,8 @@ def _whole_batches(path: Path, lines_each: int) -> int:
     if not path.exists():
         return 0
     whole = len(read_record(path).of("scored")) // lines_each
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    write_text(path, "".join(lines[: 1 + whole * lines_each]))
+    lines = path.read_text(encoding="utf-8").split("\n")
+    write_text(path, "".join(f"{line}\n" for line in lines[: 1 + whole * lines_each]))
     return whole
 
 

@@ -247,7 +247,8 @@ def read_ledger(path: Path) -> tuple[LedgerRow, ...]:
     Raises:
         ValueError: A line is no row of a ledger.
     """
-    rows = [from_json(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = [from_json(json.loads(line)) for line in lines if line]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, LedgerRow):
             raise ValueError(f"{path}:{number} is no row of a ledger; judge the records again")

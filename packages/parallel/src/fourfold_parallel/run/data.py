@@ -28,7 +28,7 @@ from fourfold_parallel.run.tokenizers import LoadedTokenizer, Tokenizer
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 """Version of the token file; part of its cache key."""
 
 
@@ -84,9 +84,7 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer) -> TokenFile:
         documents = corpus.load()
         loaded = tokenizer.load(documents)
         kind = np.uint16 if loaded.vocabulary <= np.iinfo(np.uint16).max + 1 else np.uint32
-        pieces = [
-            np.asarray([*loaded.encode(text), loaded.end], dtype=kind) for text in documents.texts
-        ]
+        pieces = [np.asarray(loaded.document(text), dtype=kind) for text in documents.texts]
         lengths = np.asarray([len(piece) for piece in pieces], dtype=np.int64)
         with whole_folder(folder) as partial:
             np.save(partial / "tokens.npy", np.concatenate(pieces))

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fourfold_parallel.common.files import StrPath, sha256_of
 from fourfold_parallel.common.records import Material
@@ -34,12 +34,34 @@ class LoadedTokenizer:
         return len(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        """Ids of a text as data, without special tokens."""
+        return encoded(self.tokenizer, text)
+
+    def document(self, text: str) -> list[int]:
+        """Ids of a whole text: as the tokenizer begins every text, and with the end id."""
+        return [*beginning(self.tokenizer), *self.encode(text), self.end]
 
     def decode(self, tokens: list[int]) -> str:
         """Text of ids."""
         return str(self.tokenizer.decode(tokens))
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text as data: what spells a control token gives its letters, and nothing is put around it."""
+    return tokenizer.encode(
+        text, add_special_tokens=False, split_special_tokens=True, verbose=False
+    )
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that a tokenizer puts before every text, without which a model that knows them does badly.
+
+    Gemma's, Llama's and DeepSeek-Coder's put one; most put none.
+    """
+    text = "a"
+    whole, bare = tokenizer.encode(text), encoded(tokenizer, text)
+    places = range(len(whole) - len(bare) + 1)
+    return whole[: next((at for at in places if whole[at : at + len(bare)] == bare), 0)]
 
 
 class Tokenizer(Protocol):

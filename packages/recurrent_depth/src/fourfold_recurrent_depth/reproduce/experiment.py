@@ -88,8 +88,8 @@ def examine_cells(
     events = [trained, *measurements.accuracy_by_depth(model, exam)]
     if arm == "law":
         # A resumed run may have sat an exam twice, with the same answers.
-        lines = dict.fromkeys(notes.read_text(encoding="utf-8").splitlines())
-        events += [("on_the_way", json.loads(line)) for line in lines]
+        lines = dict.fromkeys(notes.read_text(encoding="utf-8").split("\n"))
+        events += [("on_the_way", json.loads(line)) for line in lines if line]
         events += measurements.exits(
             model, exam, measurements.CRITERIA, steps=2 * recipes.CELLS_MEAN
         )

@@ -13,6 +13,7 @@ import json
 import re
 import warnings
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from types import MappingProxyType
 
@@ -104,7 +105,7 @@ def chinchilla_points(folder: StrPath, *, outliers: int = OUTLIERS) -> RunTable:
             f"no {name} in {folder} or its data/; give the path of a copy of the paper's repository"
         )
     data = path.read_bytes()
-    rows = list(csv.DictReader(data.decode().splitlines()))
+    rows = list(csv.DictReader(StringIO(data.decode(), newline=None)))
     parameters = np.asarray([float(row["Model Size"]) for row in rows])
     flops = np.asarray([float(row["Training FLOP"]) for row in rows])
     table = RunTable.from_columns(
@@ -215,7 +216,7 @@ def preflight(folder: StrPath) -> tuple[tuple[int, int, float, float], ...]:
             f"no {name} in {folder} or its data/; give the path of a copy of the paper's repository"
         )
     runs = []
-    for row in csv.DictReader(path.read_text().splitlines()):
+    for row in csv.DictReader(StringIO(path.read_text(), newline=None)):
         words = re.match(r"PyGemma-(\d+)x(\d+)_.*_lr([0-9.e+-]+)_", row["Name"])
         if words is not None:
             loss = float(row["scaling/global_loss"])
@@ -257,7 +258,7 @@ def benchmark_accuracy(folder: StrPath) -> dict[Checkpoint, float]:
     if path.suffix == ".parquet":
         columns = read_parquet(path)
     else:
-        rows = list(csv.DictReader(path.read_text().splitlines()))
+        rows = list(csv.DictReader(StringIO(path.read_text(), newline=None)))
         columns = {name: [row[name] for row in rows] for name in rows[0]}
     revisions = next(values for name, values in columns.items() if "Gemstone" in str(values[0]))
     scores = [values for values in columns.values() if values is not revisions]
@@ -274,7 +275,7 @@ def task_losses(folder: StrPath) -> dict[Checkpoint, float]:
     path = _either(folder, "task_losses_mean.csv")
     if path is not None:
         means: dict[Checkpoint, float] = {}
-        for row in csv.DictReader(path.read_text().splitlines()):
+        for row in csv.DictReader(StringIO(path.read_text(), newline=None)):
             width, depth = row["run"].split("x")
             at = (int(width), int(depth), int(row["step"]))
             means[at] = float(np.mean([float(row[task]) for task in TASKS]))
@@ -293,5 +294,5 @@ def text_losses(folder: StrPath, text: str) -> dict[Checkpoint, float]:
     path = _either(folder, f"{text}_losses_combined.jsonl")
     if path is None:
         return {}
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text().split("\n") if line]
     return {(row["width"], row["depth"], row["step"]): row["final_loss"] for row in rows}

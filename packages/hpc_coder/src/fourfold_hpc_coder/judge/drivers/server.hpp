@@ -7,7 +7,8 @@
 //
 // Request: operation (1 byte), token (16), length (8), payload. Reply: token, length, payload.
 //   L  load: keep these inputs, ready for a call          G  go: call the candidate once
-//   D  dump: send outputs and evidence                     Q  quit
+//   D  dump: send evidence, outputs, and what the other ranks returned
+//   Q  quit
 #pragma once
 
 #include <array>
@@ -57,6 +58,7 @@ void share(unsigned char *bytes, std::size_t n); // rank 0's bytes on every rank
 void settle();                                   // until every rank is here; who waits, sleeps
 void barrier();                                  // the same by the runtime system, which may have work left
 Evidence gathered(Evidence mine);                // the sum over ranks, on rank 0
+Bytes gathered(const Bytes &mine);               // every rank's in turn, on rank 0; all have as many
 
 inline double seconds(clockid_t clock) {
   timespec now;
@@ -198,8 +200,12 @@ public:
 
   void call() { call(std::index_sequence_for<Parameters...>{}); }
 
-  void dump(Bytes &bytes) {
+  void returned(Bytes &bytes) {
     if constexpr (!std::is_void_v<Result>) Wire<Result>::store(bytes, result_);
+  }
+
+  void dump(Bytes &bytes) {
+    returned(bytes);
     dump(bytes, std::index_sequence_for<Parameters...>{});
   }
 
@@ -264,10 +270,14 @@ int serve(Result (*function)(Parameters...), int argc, char **argv) {
       }
       if (request.operation == 'D') {
         evidence.talking_ranks = evidence.messages > 0;
+        Bytes returned;
+        server.returned(returned);
+        Bytes everywhere = gathered(returned);
         Evidence all = gathered(evidence);
         if (rank() == 0) {
           append(reply, &all, sizeof all);
           server.dump(reply);
+          append(reply, everywhere.data() + returned.size(), everywhere.size() - returned.size());
         }
       }
       settle();
