@@ -190,7 +190,8 @@ def _weaknesses(fit: ParametricFit) -> Iterator[str]:
     if not fit.certificate.rests:
         yield (
             "the best descent does not rest: its relative gradient is "
-            f"{fit.certificate.relative_gradient:.1e}, above {minimise.LARGEST_GRADIENT:g}; raise starts above {fit.law.starts}"
+            f"{fit.certificate.relative_gradient:.1e}, above {minimise.LARGEST_GRADIENT:g}; "
+            f"raise starts above {fit.law.starts}"
         )
     floor = np.exp(fit.estimate.log_floor)
     below = np.flatnonzero(loss < floor)
