@@ -103,9 +103,7 @@ def with_accelerate(model: Any) -> list[float]:
         )
         model = model.model
     else:
-        loader = DataLoader(
-            rows(), batch_size=ROWS // ACCUMULATED, collate_fn=collate
-        )
+        loader = DataLoader(rows(), batch_size=ROWS // ACCUMULATED, collate_fn=collate)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     model, optimizer = accelerator.prepare(model, optimizer)
     losses = []
