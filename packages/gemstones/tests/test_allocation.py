@@ -210,6 +210,7 @@ def test_a_shape_that_the_runs_tell_raises_no_doubt(told: tuple[ParametricFit, B
     ("certificate", "band", "doubt"),
     [
         ({"agreeing": 2}, {}, "only 2 of"),
+        ({"relative_gradient": 7.8e-3}, {}, "does not rest: its relative gradient is 7.8e-03"),
         ({"at_bound": ("floor", "exponent of depth")}, {}, "at its bound: exponent of depth"),
         ({}, {"share_at_edge": 0.06}, "edge of the shapes searched in 6% of the draws"),
         ({}, {"aspect": Interval(low=9.9, high=100.0, level=0.95)}, "9.9 to 100, spans more than"),

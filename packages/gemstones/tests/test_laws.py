@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fourfold_gemstones import minimise
 from fourfold_gemstones.architecture import GEMSTONES, Architecture, Embeddings
 from fourfold_gemstones.envelope import Bins, EnvelopeLaw, IsoFlopLaw, frontier
 from fourfold_gemstones.laws import SHAPE_ONLY, WIDTH_DEPTH, PowerLaw
@@ -110,6 +111,61 @@ def test_every_start_agrees_and_no_slope_is_left(suite: RunTable) -> None:
     assert certificate.basins == (0.0,)
     assert certificate.relative_gradient < 1e-5
     assert certificate.isolated
+
+
+def vanishing_floor() -> RunTable:
+    """Thirteen shapes whose losses have no floor, so that descents creep along one that vanishes."""
+    generator = np.random.default_rng(1)
+    shapes = [(256, 23), (256, 80), (384, 13), (512, 11), (512, 49), (768, 3), (768, 45)]
+    shapes += [(1024, 28), (1280, 15), (1280, 36), (1792, 7), (2048, 27), (3072, 12)]
+    tokens = np.tile(np.geomspace(5e9, 3.5e11, 8), len(shapes))
+    width, depth = (np.repeat(np.asarray(sizes, float), 8) for sizes in zip(*shapes, strict=True))
+    law = PowerLaw(
+        variables=SHAPE_ONLY,
+        log_coefficients=(2.15, 0.8, 10.17),
+        exponents=(0.267, 0.131, 0.482),
+        log_floor=-30.0,
+    )
+    loss = law.loss({"width": width, "depth": depth, "tokens": tokens})
+    noise = np.repeat(generator.normal(0, 0.01, len(shapes)), 8)
+    noise += generator.standard_t(3, len(tokens)) * 2e-3
+    return RunTable.from_columns(
+        {
+            "run": [f"{w:g}x{d:g}" for w, d in zip(width, depth, strict=True)],
+            "width": width,
+            "depth": depth,
+            "tokens": tokens,
+            "loss_nats": loss * np.exp(noise),
+        }
+    )
+
+
+@pytest.mark.filterwarnings("ignore:at its bound")
+def test_the_best_descent_goes_on_until_it_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However early the descents give up, the certified one ends where the patient ones do."""
+    law = ParametricLaw(variables=SHAPE_ONLY, delta=1e-3)
+    patient = law.fit(vanishing_floor())
+    monkeypatch.setattr(minimise, "PATIENCE", 1)
+    hasty = law.fit(vanishing_floor())
+    for fit in (patient, hasty):
+        assert fit.certificate.rests
+        assert fit.certificate.at_bound == ("floor",)
+        assert not fit.certificate.isolated
+    assert hasty.objective == pytest.approx(patient.objective, rel=1e-10)
+
+
+def test_no_certificate_where_a_slope_is_left(suite: RunTable) -> None:
+    certificate = ParametricLaw().fit(suite).certificate
+    assert not replace(certificate, relative_gradient=7.8e-3).isolated
+
+
+@pytest.mark.filterwarnings("ignore:at its bound")
+@pytest.mark.filterwarnings("ignore:.* losses lie below")
+def test_a_law_that_explains_nothing_says_so(suite: RunTable) -> None:
+    """A table that mixes two losses, in nats of one text and of another, is no table of one law."""
+    mixed = suite.with_losses(suite.column("loss_nats") * np.tile([1.0, 3.0], len(suite) // 2))
+    with pytest.warns(LawWarning, match=r"next to nothing of .*: R² -?0\.\d\d, and -?\d% of"):
+        ParametricLaw().fit(mixed)
 
 
 def test_the_envelope_ignores_points_above_it(suite: RunTable) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from fourfold_gemstones import minimise
 from fourfold_gemstones.envelope import EnvelopeLaw, Target
+from fourfold_gemstones.laws import SHAPE_ONLY
 from fourfold_gemstones.parametric import LawWarning, ParametricLaw
 from fourfold_gemstones.reproduce.paper.data import (
     TASKS,
@@ -23,6 +24,7 @@ from fourfold_gemstones.reproduce.paper.data import (
     task_losses,
     text_losses,
 )
+from fourfold_gemstones.runs import RunTable
 from fourfold_gemstones.simulate import EPOCH, HALF, design_null
 from fourfold_gemstones.uncertainty import bootstrap, slope
 
@@ -153,3 +155,19 @@ def test_the_published_suite_cost_what_the_paper_says(published: Path) -> None:
     last = [np.flatnonzero(index == run)[-1] for run in range(22)]
     assert table.flops()[last].sum() == pytest.approx(2.6618e22, rel=1e-4)
     assert table.column("gpu_hours")[last].sum() == pytest.approx(163_347, rel=1e-4)
+
+
+def test_the_law_of_the_losses_on_dclm_has_no_floor(published: Path) -> None:
+    """Twenty-four starts find what three hundred do: the floor vanishes, and nothing is isolated."""
+    path = published / "fineweb_dclm_losses_combined.jsonl"
+    if not path.is_file():
+        pytest.skip("needs benchmarks/fineweb_dclm_losses_combined.jsonl of the paper's repository")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows.sort(key=lambda row: (row["run_name"], row["tokens"]))
+    table = RunTable.from_columns({name: [row[name] for row in rows] for name in rows[0]})
+    assert not table.has("num_nodes")
+    with pytest.warns(LawWarning, match="at its bound: floor"):
+        fit = ParametricLaw(variables=SHAPE_ONLY, delta=1e-3).fit(table)
+    assert fit.objective == pytest.approx(0.003257841363, rel=1e-9)
+    assert fit.certificate.relative_gradient < 1e-6
+    assert not fit.certificate.isolated

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fourfold_gemstones.architecture import GEMSTONES, Embeddings
+from fourfold_gemstones.parametric import ParametricLaw
 from fourfold_gemstones.runs import RunsWarning, RunTable
 
 
@@ -27,13 +28,14 @@ def columns(**changes: list) -> dict[str, list]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss_nats": [3.5, float("nan"), 3.3, 3.0]}, "not finite in row 1"),
+        ({"loss_nats": [3.5, float("nan"), 3.3, 3.0]}, "no value in row 1"),
         ({"loss_nats": [3.5, -1.0, 3.3, 0.0]}, r"is -1 in rows 1, 3"),
         ({"tokens": [1e9, 1e9, 1e9, 2e9]}, "row 1 .* repeats the token count"),
         ({"tokens": [2e9, 1e9, 1e9, 2e9]}, "row 1 .* has fewer tokens"),
         ({"loss_nats": [33.0, 30.0, 29.0, 28.0]}, "a perplexity"),
         ({"tokens": [1.0, 2.0, 1.0, 2.0]}, "steps, or millions"),
-        ({"parameters": [1e8, "many", 2e8, 2e8]}, "'many' in row 1"),
+        ({"loss_nats": [3.5, "many", 3.3, 3.0]}, "'many' in row 1"),
+        ({"run": ["a", "", "b", "b"]}, "'run' has no value in row 1"),
         ({"parameters": [1e8, 1e8]}, "2 rows and 'run' has 4"),
         ({"tokens": [1e9, float("inf"), 1e9, 2e9]}, "'tokens' is not finite in row 1"),
     ],
@@ -101,6 +103,118 @@ def test_a_table_without_runs_says_so(tmp_path: Path) -> None:
     assert table.run.tolist() == ["row 0", "row 1"]
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("learning_rate", ["", "cosine", 1e-3, 1e-3]),
+        ("seed", ["a", "b", "c", "d"]),
+        ("step", [1.0, float("nan"), 1.0, 2.0]),
+        ("width", [256, 256, "", 512]),
+        ("gpu_hours", [1.0, -2.0, 1.0, 2.0]),
+    ],
+)
+def test_a_column_that_nothing_reads_stops_nothing(name: str, values: list) -> None:
+    """What a law does not read may hold anything; who reads it is told the row."""
+    table = RunTable.from_columns(columns(**{name: values}))
+    assert len(ParametricLaw().inputs(table)["parameters"]) == 4
+    with pytest.raises(ValueError, match=rf"column '{name}' .* in rows? \d"):
+        table.column(name)
+
+
+def test_flops_of_a_broken_column_are_not_counted_instead() -> None:
+    shape = {"width": [256, 256, 512, 512], "depth": [8, 8, 8, 8]}
+    table = RunTable.from_columns(
+        columns(**shape, flops=[1e18, "", 1e18, 2e18]), architecture=GEMSTONES
+    )
+    with pytest.raises(ValueError, match="'flops' has no value in row 1"):
+        table.flops()
+
+
+def test_a_column_that_nobody_filled_in_is_none(tmp_path: Path) -> None:
+    """The published losses on other texts have two such columns in all 770 rows."""
+    path = tmp_path / "losses.jsonl"
+    row = {"run_name": "a", "tokens": 1e9, "final_loss": 3.0, "num_nodes": None}
+    rows = [row, {**row, "tokens": 2e9, "final_loss": 2.9}]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    table = RunTable.read(path)
+    assert sorted(table.columns) == ["loss_nats", "tokens"]
+    with pytest.raises(ValueError, match="no column 'num_nodes', its columns are run_name, tokens"):
+        table.column("num_nodes")
+
+
+@pytest.mark.parametrize("delimiter", [",", ", ", ";", "; ", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_table_is_read_as_people_have_it(
+    tmp_path: Path, delimiter: str, encoding: str, end: str
+) -> None:
+    """Separators of several countries, a spreadsheet's marks and endings, and its trailing empty row."""
+    path = tmp_path / "runs.csv"
+    lines = [
+        ["Run", "tokens", "loss", "note"],
+        ["a", "1e9", "3.0", "long"],
+        ["b", "2e9", "2.9", ""],
+        [""] * 4,
+    ]
+    text = end.join(delimiter.join(line) for line in lines)
+    path.write_bytes(text.encode(encoding))
+    table = RunTable.read(path)
+    assert table.run.tolist() == ["a", "b"]
+    assert table.column("loss_nats").tolist() == [3.0, 2.9]
+    assert table.header == ("Run", "tokens", "loss", "note")
+
+
+def test_a_header_that_is_not_known_shows_what_was_seen(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_text("Modell; Token; Verlust\na; 1e9; 3\n")
+    with pytest.warns(RunsWarning), pytest.raises(ValueError, match="are Modell, Token, Verlust"):
+        RunTable.read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("runs.csv", "run,loss,tokens,loss\na,3,1e9,4\n", r"more than one column \['loss'\]"),
+        (
+            "runs.csv",
+            "run,loss, tokens,Loss\na,3,1e9,4\n",
+            r"\['loss', 'Loss'\] of runs.csv all mean",
+        ),
+        ("runs.csv", "run,params,tokens,loss,parameters\na,1,1e9,4,2\n", "all mean 'parameters'"),
+        ("runs.jsonl", '{"run": "a", "tokens": 1e9, "loss": 3, "loss": 4}', "more than one column"),
+        (
+            "runs.jsonl",
+            '{"run": "a", "tokens": 1e9, "loss": 3, "loss_nats": 4}',
+            "all mean 'loss_nats'",
+        ),
+        (
+            "runs.jsonl",
+            '{"run": "a", "tokens": 1e9, "loss": 3}\n{"run"',
+            "line 2 of runs.jsonl is not JSON",
+        ),
+        ("runs.csv", "run,tokens,loss\na,1e9,3,4\n", "row 0 of runs.csv has 4 fields"),
+        (
+            "runs.csv",
+            "run,tokens,loss\na,1e9,3,5\n".replace("a", "\udcff"),
+            "runs.csv is not utf-8",
+        ),
+    ],
+)
+def test_a_file_of_two_meanings_is_refused(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=message):
+        RunTable.read(tmp_path / name)
+
+
+def test_a_frame_with_a_name_twice_is_refused() -> None:
+    pandas = pytest.importorskip("pandas", reason="pandas makes the frame")
+    frame = pandas.DataFrame([["a", 1e9, 3.0, 4.0]], columns=["run", "tokens", "loss", "loss"])
+    with pytest.raises(ValueError, match=r"a frame has more than one column \['loss'\]"):
+        RunTable.from_frame(frame)
+
+
 def test_what_is_written_is_read_again(tmp_path: Path, suite: RunTable) -> None:
     suite.write(str(tmp_path / "runs.csv"))
     again = RunTable.read(tmp_path / "runs.csv")
@@ -146,7 +260,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 def test_a_row_with_a_hole_is_named(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     path.write_text("run,tokens,loss_nats\na,1e9,3\na,2e9,\n")
-    with pytest.raises(ValueError, match=r"row 1 of runs.csv lacks \['loss_nats'\]"):
+    with pytest.raises(ValueError, match="'loss_nats' has no value in row 1 of runs"):
         RunTable.read(path)
 
 

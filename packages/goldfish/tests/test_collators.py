@@ -20,7 +20,7 @@ from transformers import (
 
 from fourfold_goldfish import Goldfish, add_goldfish, goldfish_collator
 from fourfold_goldfish.canonical import CanonicalGoldfish, Spelling
-from fourfold_goldfish.collators import document_ids, mask_labels
+from fourfold_goldfish.collators import LENGTHS, document_ids, mask_labels
 from fourfold_goldfish.mask_digest import (
     check_mask_digest,
     mask_digest,
@@ -69,15 +69,54 @@ def test_a_padded_batch_is_masked_as_its_documents_are_alone(side: str) -> None:
     assert torch.equal(masked["input_ids"], unmasked["input_ids"])
 
 
-def test_flattened_documents_are_masked_as_they_are_alone() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"return_position_ids": False, "return_flash_attn_kwargs": True},
+        {"return_position_ids": False, "return_seq_idx": True},
+        {"position_ids_start": 2},
+    ],
+)
+def test_flattened_documents_are_masked_as_they_are_alone(options: dict[str, Any]) -> None:
+    """However the batch tells its documents."""
     documents = examples(30, 12, 21)
-    batch = goldfish_collator(DataCollatorWithFlattening(), GOLDFISH)(documents)
+    batch = goldfish_collator(DataCollatorWithFlattening(**options), GOLDFISH)(documents)
     begin = 0
     for document in documents:
         length = len(document["input_ids"])
         dropped = batch["labels"][0, begin + 1 : begin + length] == -100
         assert torch.equal(dropped, alone(document)[1:])
         begin += length
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_cumulative_lengths_count_through_all_rows(name: str) -> None:
+    """Padding behind the last document is one of its own."""
+    batch = {"input_ids": torch.zeros(2, 5).long(), name: [0, 3, 5, 6, 9]}
+    assert document_ids(batch).tolist() == [[1, 1, 1, 2, 2], [1, 2, 2, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"cu_seq_lens_q": torch.tensor([0, 4, 9])}, r"cu_seq_lens_q=\[0, 4, 9\] are not"),
+        ({"cu_seqlens": torch.tensor([2, 8])}, "cumulative lengths, from 0, of documents of 8 ids"),
+        ({"attention_mask": torch.ones(1, 1, 8, 8)}, r"attention_mask of shape \(1, 1, 8, 8\)"),
+        ({"position_ids": torch.arange(4)[None]}, r"position_ids of shape \(1, 4\)"),
+    ],
+)
+def test_documents_that_cannot_be_told_are_refused(extra: dict[str, Any], message: str) -> None:
+    tokens = torch.arange(3, 11)[None]
+    with pytest.raises(ValueError, match=message):
+        mask_labels({"input_ids": tokens, "labels": tokens, **extra}, GOLDFISH)
+
+
+def test_one_row_of_positions_stands_for_all() -> None:
+    tokens = torch.zeros(2, 4).long()
+    for positions in (torch.tensor([0, 1, 0, 1]), torch.tensor([[0, 1, 0, 1]])):
+        batch = {"input_ids": tokens, "position_ids": positions}
+        assert document_ids(batch).tolist() == [[0, 0, 1, 1]] * 2
 
 
 def test_rows_packed_with_end_tokens_are_masked_as_their_documents_are_alone() -> None:

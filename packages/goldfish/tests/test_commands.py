@@ -1,5 +1,6 @@
 """The command line, as a person calls it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,7 @@ def test_an_audit_prints_its_table(place: Path, run, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr()
     assert "documents                          2\n" in printed.out
     assert "lines re-wrapped" in printed.out
+    assert re.search(r"capitals +[\d.]+ +[\d.]+ +2$", printed.out, re.MULTILINE)
     assert "2 text files are read; skipped as no text: 1 .png" in printed.err
     run(*words, "--canonical", "24")
     assert capsys.readouterr().out != printed.out
@@ -72,6 +74,19 @@ def test_an_attack_goes_on_where_it_stopped(  # type: ignore[no-untyped-def]
     with pytest.raises(SystemExit) as stopped:
         run("extract", place / "texts", *words, "--beams", "2")
     assert stopped.value.code == 2
+
+
+def test_an_attack_says_how_many_texts_were_too_short(  # type: ignore[no-untyped-def]
+    place: Path, run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside the share that was recited, of which they are no part."""
+    (place / "texts" / "short.txt").write_text("a fish", encoding="utf-8")
+    out = tmp_path / "attack.jsonl"
+    words = ["--model", place / "model", "--prompt", "8", "--suffix", "4", "--out", out]
+    run("extract", place / "texts", *words)
+    assert "of 2 texts recited verbatim; 1 of 3 left out, of fewer than 12 tokens; record:" in (
+        capsys.readouterr().out
+    )
 
 
 def test_a_figure_is_drawn_from_committed_records(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

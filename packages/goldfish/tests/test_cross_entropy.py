@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fourfold_goldfish import Goldfish, goldfish_cross_entropy
-from fourfold_goldfish.cross_entropy import Split, dropped_nats
+from fourfold_goldfish.cross_entropy import PLAIN, Split, Tail, dropped_nats
 from fourfold_goldfish.objective import CompactedNextToken
 from fourfold_parallel.grid.mesh import Mesh
 from fourfold_parallel.run.data import Batch
@@ -33,17 +33,25 @@ def problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor,
     return hidden, head, targets, drop
 
 
-def masked_by_hand(hidden: Tensor, head: Tensor, targets: Tensor, drop: Tensor) -> Tensor:
+def masked_by_hand(
+    hidden: Tensor, head: Tensor, targets: Tensor, drop: Tensor, tail: Tail = PLAIN
+) -> Tensor:
     labels = targets.masked_fill(drop, -100)
-    return F.cross_entropy((hidden @ head.T).flatten(0, 1), labels.flatten(), reduction="sum")
+    logits = tail(hidden @ head.T)
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+
+TAILS = (PLAIN, Tail(scale=0.25), Tail(cap=3.0), Tail(scale=2.0, cap=5.0))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1024])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_loss_and_gradients_equal_manual_masking(chunk: int, reduction: str) -> None:
+@pytest.mark.parametrize("tail", TAILS, ids=str)
+def test_loss_and_gradients_equal_manual_masking(chunk: int, reduction: str, tail: Tail) -> None:
     hidden, head, targets, drop = problem()
     kept = int((~drop & (targets != -100)).sum())
-    expected = masked_by_hand(hidden, head, targets, drop) / (kept if reduction == "mean" else 1)
+    expected = masked_by_hand(hidden, head, targets, drop, tail)
+    expected /= kept if reduction == "mean" else 1
     ours = goldfish_cross_entropy(
         hidden,
         head,
@@ -51,6 +59,7 @@ def test_loss_and_gradients_equal_manual_masking(chunk: int, reduction: str) -> 
         drop,
         chunk=chunk,
         reduction=reduction,  # type: ignore[arg-type]
+        tail=tail,
     )
     torch.testing.assert_close(ours, expected)
     theirs = torch.autograd.grad(3 * expected, (hidden, head))
@@ -113,16 +122,16 @@ def test_bfloat16_heads_lose_no_more_than_their_rounding() -> None:
     assert gradient.dtype == torch.float32
 
 
-def split_equals_whole() -> None:
+def split_equals_whole(tail: Tail) -> None:
     """On every rank: the loss, its part of the head's gradient and all of the hidden states'."""
     hidden, head, targets, drop = problem()
     mesh = Mesh(row=torch.distributed.get_world_size())
     start, stop = mesh.row.bounds(VOCABULARY)
     piece = head[start:stop].detach().requires_grad_()
     ours = goldfish_cross_entropy(
-        hidden, piece, targets, drop, chunk=16, backend=Split(mesh.row, VOCABULARY)
+        hidden, piece, targets, drop, chunk=16, backend=Split(mesh.row, VOCABULARY), tail=tail
     )
-    whole = goldfish_cross_entropy(hidden, head, targets, drop)
+    whole = goldfish_cross_entropy(hidden, head, targets, drop, tail=tail)
     torch.testing.assert_close(ours, whole)
     of_hidden, of_piece = torch.autograd.grad(ours, (hidden, piece))
     expected_hidden, expected_head = torch.autograd.grad(whole, (hidden, head))
@@ -131,8 +140,9 @@ def split_equals_whole() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_a_split_vocabulary_changes_nothing(ranks: int) -> None:
-    run_on_ranks(ranks, split_equals_whole)
+@pytest.mark.parametrize("tail", TAILS[::3], ids=str)
+def test_a_split_vocabulary_changes_nothing(ranks: int, tail: Tail) -> None:
+    run_on_ranks(ranks, split_equals_whole, tail=tail)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -170,7 +180,7 @@ def test_a_head_that_is_more_than_a_matrix_is_refused() -> None:
     tokens = torch.ones(1, 8, dtype=torch.long)
     batch = Batch(tokens=tokens, document_ids=tokens, addresses=(0,))
     objective = CompactedNextToken(mask=KeepAll())
-    with pytest.raises(ValueError, match="use NextToken"):
+    with pytest.raises(ValueError, match="the head has a bias"):
         objective.loss(model, batch, objective.targets(batch))
 
 
@@ -189,6 +199,20 @@ for rows, vocabulary in ((5, 37), (3, 5000), (2, 4096)):
     nats = losses_and_slopes(logits, targets)
     torch.testing.assert_close(nats, expected)
     torch.testing.assert_close(logits, leaf.grad)
+
+from fourfold_goldfish.cross_entropy import Tail, goldfish_cross_entropy
+
+hidden = torch.randn(1, 9, 16, generator=generator, requires_grad=True)
+head = torch.randn(37, 16, generator=generator, requires_grad=True)
+targets = torch.randint(0, 37, (1, 9), generator=generator)
+for tail in (Tail(scale=0.25), Tail(scale=2.0, cap=5.0)):
+    results = []
+    for backend in ("torch", "triton"):
+        loss = goldfish_cross_entropy(
+            hidden, head, targets, torch.zeros(1, 9, dtype=torch.bool), backend=backend, tail=tail
+        )
+        results.append((loss, *torch.autograd.grad(loss, (hidden, head))))
+    torch.testing.assert_close(*results)
 """
 
 

@@ -113,6 +113,15 @@ def test_an_edited_text_file_is_read_again(tmp_path: Path) -> None:
     assert digests[0] != digests[1]
 
 
+def test_a_text_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.txt", tmp_path / "latin.txt"
+    good.write_text("alpha", encoding="utf-8")
+    bad.write_bytes("caf\u00e9 au lait".encode("latin-1"))
+    corpus = TextFiles(paths=(good, bad), licence="made here")
+    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8 text \(.* at byte 3\)"):
+        corpus.load()
+
+
 def test_the_files_of_a_local_tokenizer_count(tmp_path: Path, packed: Packed) -> None:
     """A tokenizer trained anew into the same folder tokenizes anew."""
     folder = str(tmp_path / "tokenizer")

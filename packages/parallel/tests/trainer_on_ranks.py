@@ -32,7 +32,7 @@ CONFIG = LlamaConfig(
 
 def rows() -> list[dict[str, torch.Tensor]]:
     tokens = torch.randint(0, 61, (ROWS * STEPS, 9), generator=torch.Generator().manual_seed(2))
-    return [{"input_ids": row, "labels": row} for row in tokens]
+    return [{"input_ids": row, "labels": row, "source": n} for n, row in enumerate(tokens)]
 
 
 def build() -> Any:
@@ -51,11 +51,46 @@ def with_trainer(model: Any, folder: Path) -> list[float]:
         train_sampling_strategy="sequential", dataloader_pin_memory=False,
     )  # fmt: skip
     if isinstance(model, Parallel):
-        trainer = GridTrainer(model, shuffle=False, args=arguments, train_dataset=rows())
+        trainer = GridTrainer(model, args=arguments, train_dataset=rows())
     else:
         trainer = Trainer(model=model, args=arguments, train_dataset=rows())
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Without the column that the model does not take, which Trainer leaves out by itself."""
+    return default_data_collator([{**row, "source": None} for row in features])
+
+
+def scored(model: Any, folder: Path) -> dict[str, Any]:
+    """Evaluations of fewer rows than ranks, of rows that do not divide, and predictions, row by row."""
+    shares = model.mesh.batch_size() if isinstance(model, Parallel) else 1
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_eval_batch_size=4 // shares, save_strategy="no", report_to=[],
+        use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, dataloader_num_workers=1,
+    )  # fmt: skip
+    seen: list[Any] = []
+
+    def metrics(given: Any) -> dict[str, float]:
+        seen.append((torch.tensor(given.predictions), torch.tensor(given.label_ids)))
+        return {"rows": float(len(given.label_ids))}
+
+    common: Any = {"args": arguments, "compute_metrics": metrics}
+    if isinstance(model, Parallel):
+        trainer = GridTrainer(model, **common)
+    else:
+        trainer = Trainer(model=model, **common)
+    results = {}
+    for count in (1, 8, 11):
+        found = trainer.evaluate(rows()[:count])
+        logits, labels = seen.pop()
+        results[str(count)] = {
+            "loss": found["eval_loss"], "rows": found["eval_rows"], "labels": labels.tolist(),
+            "logits": logits.double().sum((1, 2)).tolist(),
+        }  # fmt: skip
+    results["predicted"] = trainer.predict(rows()[:7]).predictions.sum((1, 2)).tolist()
+    return results
 
 
 def with_accelerate(model: Any) -> list[float]:
@@ -64,13 +99,11 @@ def with_accelerate(model: Any) -> list[float]:
     if isinstance(model, Parallel):
         batch = ROWS // model.mesh.batch_size() // ACCUMULATED
         loader: Any = share_loader(
-            rows(), model.mesh, batch=batch, collate_fn=default_data_collator, shuffle=False, seed=0
+            rows(), model.mesh, batch=batch, collate_fn=collate, shuffle=False, seed=0
         )
         model = model.model
     else:
-        loader = DataLoader(
-            rows(), batch_size=ROWS // ACCUMULATED, collate_fn=default_data_collator
-        )
+        loader = DataLoader(rows(), batch_size=ROWS // ACCUMULATED, collate_fn=collate)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     model, optimizer = accelerator.prepare(model, optimizer)
     losses = []
@@ -91,7 +124,7 @@ def main() -> None:
     folder, sizes = Path(sys.argv[1]), [int(size) for size in sys.argv[2].split(",")]
     dist.init_process_group("gloo")
     mesh = Mesh(data=sizes[0], depth=sizes[1], row=sizes[2], col=sizes[3])
-    losses: dict[str, list[float]] = {}
+    losses: dict[str, Any] = {"scored": scored(parallelize(build(), mesh), folder / "scored")}
     for loop in ("trainer", "accelerate"):
         parallel = parallelize(build(), mesh)
         if loop == "trainer":

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fourfold_recurrent_depth import RecurrentDepthConfig, RecurrentDepthForCausalLM
+from fourfold_recurrent_depth.retrofit import retrofit
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +64,24 @@ def make() -> Callable[..., RecurrentDepthForCausalLM]:
 @pytest.fixture
 def tiny() -> RecurrentDepthForCausalLM:
     return made()
+
+
+@pytest.fixture
+def dense() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, vocab_size=64, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(params=["recurrent", "retrofitted"])
+def iterated(
+    request: pytest.FixtureRequest, tiny: RecurrentDepthForCausalLM, dense: LlamaForCausalLM
+) -> Any:
+    """A model that iterates its middle, of either class."""
+    return tiny if request.param == "recurrent" else retrofit(dense, 1, 2, 1, alpha=0.5).eval()
 
 
 @pytest.fixture

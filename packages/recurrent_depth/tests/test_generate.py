@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 from fourfold_recurrent_depth import state_table
 from fourfold_recurrent_depth.decoding.compacting import compacting
@@ -112,18 +112,11 @@ def test_compacting_refuses_a_cache_that_holds_the_prompt(tiny: Any, tokens: tor
         tiny.generate(tokens, custom_generate=compacting, max_new_tokens=2, past_key_values=held)
 
 
-def dense() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=48, vocab_size=64, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def test_one_recurrence_of_a_retrofitted_model_is_the_dense_model(tokens: torch.Tensor) -> None:
+def test_one_recurrence_of_a_retrofitted_model_is_the_dense_model(
+    dense: LlamaForCausalLM, tokens: torch.Tensor
+) -> None:
     """With all layers kept, and with one left out, which equals the dense model without it."""
-    model = dense()
+    model = dense
     with torch.no_grad():
         expected = model(tokens).logits
         recurrent = retrofit(model, 1, 2, 1)
@@ -161,17 +154,21 @@ def test_models_that_are_more_than_layers_are_refused(model: str, message: str) 
         retrofit(built(getattr(transformers, f"{model}Config")(**shape)), 1, 2, 1)
 
 
-def test_microbatches_of_a_retrofitted_model_share_a_step(tokens: torch.Tensor) -> None:
+def test_microbatches_of_a_retrofitted_model_share_a_step(
+    dense: LlamaForCausalLM, tokens: torch.Tensor
+) -> None:
     """The trainer divides by the labels of the step, and leaves the division to the model."""
-    recurrent = retrofit(dense(), 1, 2, 1)
+    recurrent = retrofit(dense, 1, 2, 1)
     whole = recurrent(tokens, labels=tokens).loss
     half = recurrent(tokens, labels=tokens, num_items_in_batch=torch.tensor(66)).loss
     assert float(half.detach()) == pytest.approx(float(whole.detach()) / 2, rel=1e-5)
 
 
-def test_a_retrofitted_model_trains_and_uses_depth(tokens: torch.Tensor) -> None:
+def test_a_retrofitted_model_trains_and_uses_depth(
+    dense: LlamaForCausalLM, tokens: torch.Tensor
+) -> None:
     """Gradients reach every part; with alpha > 0 the second recurrence sees the first."""
-    recurrent = retrofit(dense(), 1, 2, 1, alpha=0.5)
+    recurrent = retrofit(dense, 1, 2, 1, alpha=0.5)
     with torch.no_grad():
         one, two = (recurrent(tokens, num_steps=r).logits for r in (1, 2))
     assert (one - two).abs().max() > 1e-3
@@ -179,14 +176,16 @@ def test_a_retrofitted_model_trains_and_uses_depth(tokens: torch.Tensor) -> None
     assert all(p.grad is not None for p in recurrent.parameters())
     for wrong, message in (((1, 4, 1), "do not fit"), ((1, 0, 1), "do not fit")):
         with pytest.raises(ValueError, match=message):
-            retrofit(dense(), *wrong)
+            retrofit(dense, *wrong)
     with pytest.raises(ValueError, match="one slot for each layer"):
         recurrent(tokens, past_key_values=DynamicCache())
 
 
-def test_a_retrofitted_models_cache_changes_nothing(tokens: torch.Tensor) -> None:
+def test_a_retrofitted_models_cache_changes_nothing(
+    dense: LlamaForCausalLM, tokens: torch.Tensor
+) -> None:
     """Token by token and in chunks, and in `generate` beside rows of other lengths."""
-    recurrent = retrofit(dense(), 1, 2, 1, alpha=0.5).eval()
+    recurrent = retrofit(dense, 1, 2, 1, alpha=0.5).eval()
     with torch.no_grad():
         whole = recurrent(tokens, num_steps=3).logits
         for chunks in ((5, 1, 1, 5), (1,) * 12):
@@ -273,3 +272,18 @@ def test_the_harness_scores_as_the_model_does(tiny: Any) -> None:
         assert score == pytest.approx(float(expected), abs=1e-3)
     assert int(lm.steps_taken.sum()) > 0
     assert int(lm.steps_taken[:4].sum()) == 0
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_packed_texts_do_not_see_each_other(
+    iterated: Any, tokens: torch.Tensor, use_cache: bool
+) -> None:
+    """Each text of a row is as it is alone, with a cache and without."""
+    starts = ((0, 5), (5, 8), (8, 12))
+    positions = torch.cat([torch.arange(stop - start) for start, stop in starts])[None]
+    with torch.no_grad():
+        packed = iterated(tokens, position_ids=positions, num_steps=3, use_cache=use_cache).logits
+        for start, stop in starts:
+            alone = iterated(tokens[:, start:stop], num_steps=3).logits
+            # float32, as in test_model.py.
+            torch.testing.assert_close(packed[:, start:stop], alone, rtol=0, atol=3e-5)

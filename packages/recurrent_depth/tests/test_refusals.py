@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from fourfold_recurrent_depth import RecurrentCache, RecurrentDepthForCausalLM
+from fourfold_recurrent_depth import RecurrentCache, RecurrentDepthForCausalLM, state_table
+from fourfold_recurrent_depth.decoding.compacting import compacting
+from fourfold_recurrent_depth.decoding.speculate import Speculation
 from fourfold_recurrent_depth.exits import KL, LatentDiff
 
 ROUNDING = 3e-5
@@ -78,6 +80,69 @@ def test_bad_input_is_refused(
 def test_criteria_that_cannot_judge_are_refused(make_one: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_one()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_step": 4}, "'num_step'; did you mean 'num_steps'"),
+        ({"input_embeds": torch.zeros(3, 12, 32)}, "'input_embeds'; did you mean 'input"),
+        ({"output_details": {"return_logits": True}}, "no argument 'output_details'"),
+        ({"temperature": 0.5}, "no argument 'temperature'; it takes"),
+    ],
+)
+def test_unknown_arguments_are_refused(
+    iterated: Any, tokens: torch.Tensor, options: dict[str, Any], message: str
+) -> None:
+    """Two calls that differ in a misspelt name would give one result without a word."""
+    with pytest.raises(TypeError, match=message):
+        iterated(tokens, **options)
+    iterated(tokens, **dict.fromkeys(options))  # tools of transformers hand on what is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"return_dict": False}, "return_dict=False"),
+        ({"output_attentions": True}, "output_attentions=True"),
+        ({"cu_seq_lens_q": torch.tensor([0, 5, 12])}, "cu_seq_lens_q without position_ids"),
+        ({"seq_idx": torch.zeros(3, 12).int()}, "seq_idx without position_ids"),
+        (
+            {"past_key_values": DynamicCache(), "cache": DynamicCache()},
+            "past_key_values and cache are one argument",
+        ),
+    ],
+)
+def test_what_nothing_would_read_is_refused(
+    iterated: Any, tokens: torch.Tensor, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        iterated(tokens, **options)
+
+
+def test_the_published_name_of_the_first_state_is_taken(tiny: Any, tokens: torch.Tensor) -> None:
+    """And both names at once are refused, in decoders of their own too."""
+    state = torch.randn(3, 12, 32, generator=torch.Generator().manual_seed(5))
+    ours = logits(tiny, tokens, initial_state=state)
+    assert torch.equal(logits(tiny, tokens, input_states=state), ours)
+    assert not torch.allclose(logits(tiny, tokens, num_steps=4), ours, atol=0.1)
+    table = state_table(64, 32, seed=0)
+    both: Any = {"input_states": table, "initial_state": table}
+    with pytest.raises(ValueError, match="initial_state and input_states are one argument"):
+        logits(tiny, tokens, **both)
+    options: Any = {"max_new_tokens": 3, "do_sample": False, "num_steps": 4}
+    for decoder in (None, compacting, Speculation(draft_steps=2)):
+        drawn = tiny.generate(tokens, initial_state=table, custom_generate=decoder, **options)
+        named = tiny.generate(tokens, input_states=table, custom_generate=decoder, **options)
+        assert named.tolist() == drawn.tolist()
+        with pytest.raises(ValueError, match="are one argument"):
+            tiny.generate(tokens, custom_generate=decoder, **both, **options)
+
+
+def test_continuous_batching_is_refused(iterated: Any) -> None:
+    """Instead of rows without a token."""
+    with pytest.raises(ValueError, match="generate_batch keeps one page"):
+        iterated.generate_batch([[1, 2, 3], [4, 5]], max_new_tokens=4)
 
 
 def test_what_a_cache_cannot_take_is_refused(tiny: Any, tokens: torch.Tensor) -> None:

@@ -411,8 +411,9 @@ def doubts_of_shape(fit: ParametricFit, band: Band) -> tuple[str, ...]:
     """Reasons for which a table does not identify the optimal shape; none where it does.
 
     A law in width and depth can be fitted to runs in which shape plays no part: it has an optimum all the
-    same. Its shape may be read only if all four hold:
+    same. Its shape may be read only if all five hold:
 
+    - the best descent rests, so that it is an optimum;
     - as many descents as the solver asks for agree, so that there is one optimum to speak of;
     - no term of width or depth has run to its bound, where it drops out of the law;
     - the law and not the edge of the search window decides, for the fit and for 95 % of the draws;
@@ -422,6 +423,9 @@ def doubts_of_shape(fit: ParametricFit, band: Band) -> tuple[str, ...]:
     gone = [name for name in certificate.at_bound if name.split()[-1] in ("width", "depth")]
     span = band.aspect.high / band.aspect.low
     doubts = {
+        f"the best descent does not rest: its relative gradient is {certificate.relative_gradient:.1e}": (
+            not certificate.rests
+        ),
         f"only {certificate.agreeing} of {certificate.starts} descents agree, fewer than "
         f"{CONFIRMATIONS}": certificate.agreeing < CONFIRMATIONS,
         f"at its bound: {', '.join(gone)}": bool(gone),

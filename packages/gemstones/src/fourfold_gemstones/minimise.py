@@ -33,6 +33,12 @@ MAX_LOG_TERM = 60.0
 """Logarithm at which a term is cut off, so that a wild trial step is rejected, not an overflow."""
 PATIENCE = 12
 """Steps without progress after which a descent is done; fewer on the way to the last threshold."""
+SETTLING = 150
+"""The same for the best descent, which alone goes on until it rests: along a term that vanishes it creeps."""
+LARGEST_GRADIENT = 1e-4
+"""Relative gradient above which a descent has not come to rest, and is no minimum."""
+NOISE_FREE = 1e-20
+"""An objective below this is that of a table without noise: rounding errors, as is its gradient."""
 CONFIRMATIONS = 3
 """Descents that must agree on the best objective before no further seeds are tried."""
 MOST_DOUBLINGS = 2
@@ -60,8 +66,13 @@ class Certificate:
 
     @property
     def isolated(self) -> bool:
-        """True where at least two starts agree and no parameter sits at a bound."""
-        return self.agreeing >= 2 and not self.at_bound
+        """True where the best descent rests, at least two agree and no parameter sits at a bound."""
+        return self.rests and self.agreeing >= 2 and not self.at_bound
+
+    @property
+    def rests(self) -> bool:
+        """True where the gradient has vanished, as it does at a minimum."""
+        return self.relative_gradient <= LARGEST_GRADIENT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -419,15 +430,14 @@ def follow(
     theta[:, :m] -= theta[:, m : 2 * m] * centre
     theta = np.clip(theta, lower, upper)
     descent = Descent(problem.log_inputs - centre, problem.log_loss, weights)
-    path = thresholds(problem.delta)
-    for delta in path[:-1]:
+    for delta in thresholds(problem.delta)[:-1]:
         theta, _ = descend(
             descent, theta, delta, lower=lower, upper=upper, steps=25, tolerance=1e-5, patience=6
         )
     theta, value = descend(
         descent,
         theta,
-        path[-1],
+        problem.delta,
         lower=lower,
         upper=upper,
         steps=200,
@@ -436,6 +446,32 @@ def follow(
     )
     theta[:, :m] += theta[:, m : 2 * m] * centre
     return theta, value
+
+
+def settle(
+    problem: Problem, parameters: Float[np.ndarray, " parameter"]
+) -> tuple[Float[np.ndarray, " parameter"], float]:
+    """One descent (inputs not centred) taken on at the target threshold until it rests."""
+    m = problem.log_inputs.shape[1]
+    centre = problem.centre
+    lower, upper = bounds(problem.log_loss, m)
+    theta = parameters[None].copy()
+    theta[:, :m] -= theta[:, m : 2 * m] * centre
+    descent = Descent(
+        problem.log_inputs - centre, problem.log_loss, np.ones((1, len(problem.log_loss)))
+    )
+    theta, value = descend(
+        descent,
+        np.clip(theta, lower, upper),
+        problem.delta,
+        lower=lower,
+        upper=upper,
+        steps=20 * SETTLING,
+        tolerance=1e-13,
+        patience=SETTLING,
+    )
+    theta[:, :m] += theta[:, m : 2 * m] * centre
+    return theta[0], float(value[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -448,7 +484,7 @@ class Optimum:
 
 
 def minimise(problem: Problem, *, starts: int, names: tuple[str, ...]) -> Optimum:
-    """Follow `starts` seeds to the end, more where few of them agree, and certify the best."""
+    """Follow `starts` seeds to the end, more where few of them agree; settle and certify the best."""
     m = problem.log_inputs.shape[1]
     ones = np.ones((1, len(problem.log_loss)))
     tried = 0
@@ -462,6 +498,7 @@ def minimise(problem: Problem, *, starts: int, names: tuple[str, ...]) -> Optimu
         if (value <= value.min() * (1 + AGREEMENT)).sum() >= min(CONFIRMATIONS, starts):
             break
     best = int(np.argmin(value))
+    theta[best], value[best] = settle(problem, theta[best])
     return Optimum(
         parameters=theta[best],
         objective=float(value[best]),
@@ -479,7 +516,7 @@ def certify(
     m = problem.log_inputs.shape[1]
     best = float(values.min())
     excess = np.sort(values) / max(best, 1e-300) - 1
-    if best < 1e-20:  # a noise-free table: objectives are rounding errors
+    if best < NOISE_FREE:
         excess = np.where(np.sort(values) < 1e-18, 0.0, np.inf)
     basins = [0.0]
     for gap in excess:
@@ -499,6 +536,7 @@ def certify(
         problem.log_inputs - problem.centre, problem.log_loss, np.ones((1, len(problem.log_loss)))
     )
     gradient, _, _ = descent.derivatives(centred[None], problem.delta)
+    steepest = float(np.abs(gradient[0][~bound]).max())
     _, _, slope = descent.jacobian(centred[None])
     free = slope[0][~bound]
     lengths = np.linalg.norm(free, axis=1)
@@ -507,7 +545,7 @@ def certify(
         starts=len(values),
         agreeing=int((excess < AGREEMENT).sum()),
         basins=tuple(basins),
-        relative_gradient=float(np.abs(gradient[0][~bound]).max() / max(best, 1e-300)),
+        relative_gradient=0.0 if best < NOISE_FREE else steepest / best,
         condition=float(np.linalg.cond(columns)),
         at_bound=tuple(label for label, at in zip(labels, bound, strict=True) if at),
     )

@@ -109,7 +109,7 @@ def analyse(
         warnings.simplefilter("always", RunsWarning)
         if not isinstance(table, RunTable):
             table = RunTable.read(table, architecture=architecture)
-        cost: Cost = Compute() if "width" in table.columns else SixNT()
+        cost: Cost = Compute() if table.has("width") else SixNT()
         fit = law.fit(table)
         resampled = bootstrap(fit, draws=draws, generator=generator)
         planner = Planner(
@@ -155,7 +155,7 @@ def _near(
 def _suggestions(
     fit: ParametricFit, draws: Bootstrap, planner: Planner, budget: float, *, run_sd: float
 ) -> tuple[Suggestion, ...]:
-    if "width" not in fit.table.columns:
+    if not fit.table.has("width"):
         return ()
 
     def log_size(law: PowerLaw) -> float:
@@ -310,7 +310,7 @@ def page(analysis: Analysis) -> str:
             "at a bound": ", ".join(certificate.at_bound) or "none",
         },
         counted=f"at a width of {ASPECT:g} times the depth"
-        if "width" in analysis.fit.table.columns
+        if analysis.fit.table.has("width")
         else "as 6 N T, since the table has no widths",
         near_nats=NEAR_NATS,
         fitted=drawings[0],

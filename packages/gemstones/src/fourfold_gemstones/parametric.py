@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -31,6 +31,9 @@ LAWS: Mapping[str, tuple[Variable, ...]] = MappingProxyType(
     }
 )
 """Variables by the name that the command line gives a law of them."""
+LEAST_EXPLAINED = 0.3
+"""Share of the absolute deviations of log loss below which a law does not describe its table: an R² of about
+a half, where no row is an outlier."""
 
 
 class LawWarning(UserWarning):
@@ -125,33 +128,21 @@ class ParametricLaw(Settings):
         """The global minimum, with a certificate.
 
         Warns:
-            LawWarning: Measured losses lie below the fitted floor, or a parameter is at its bound.
+            LawWarning: The law explains less than `LEAST_EXPLAINED`, the descent does not rest, measured
+                losses lie below the fitted floor, or a parameter is at its bound.
         """
         optimum = minimise.minimise(self.problem(table), starts=self.starts, names=self.variables)
         estimate = PowerLaw.from_vector(self.variables, optimum.parameters)
-        below = np.flatnonzero(table.column("loss_nats") < np.exp(estimate.log_floor))
-        if len(below):
-            warnings.warn(
-                f"{len(below)} losses lie below the fitted floor of "
-                f"{np.exp(estimate.log_floor):.4g} nats: rows {below[:8].tolist()} of "
-                f"{table.source}",
-                LawWarning,
-                stacklevel=2,
-            )
-        if optimum.certificate.at_bound:
-            warnings.warn(
-                f"at its bound: {', '.join(optimum.certificate.at_bound)}. {table.source} does not "
-                "identify it; do not extrapolate this law",
-                LawWarning,
-                stacklevel=2,
-            )
-        return ParametricFit(
+        fit = ParametricFit(
             law=self,
             table=table,
             estimate=estimate,
             objective=optimum.objective,
             certificate=optimum.certificate,
         )
+        for weakness in _weaknesses(fit):
+            warnings.warn(weakness, LawWarning, stacklevel=2)
+        return fit
 
     def refits(
         self, fit: ParametricFit, table: RunTable, weights: Float[np.ndarray, "draw row"]
@@ -181,3 +172,36 @@ class ParametricFit:
         log_loss = np.log(table.column("loss_nats"))
         residual = log_loss - np.log(self.predict(table))
         return 1 - float(np.square(residual).sum() / np.square(log_loss - log_loss.mean()).sum())
+
+
+def _weaknesses(fit: ParametricFit) -> Iterator[str]:
+    """Sentences on a fit that can be used, the gravest first; none for a good one."""
+    source, loss = fit.table.source, fit.table.column("loss_nats")
+    log_loss = np.log(loss)
+    left = np.abs(log_loss - np.log(fit.predict(fit.table))).sum()
+    deviations = np.abs(log_loss - np.median(log_loss)).sum()
+    if left > (1 - LEAST_EXPLAINED) * deviations > 0:
+        yield (
+            f"the law explains next to nothing of {source}: R² {fit.score(fit.table):.2f}, and "
+            f"{1 - left / deviations:.0%} of the absolute deviations of log loss, of which a law that holds "
+            f"explains {LEAST_EXPLAINED:.0%} and more. Its numbers mean nothing; see that all losses are of "
+            "one text and tokenizer, and every column in one unit"
+        )
+    if not fit.certificate.rests:
+        yield (
+            "the best descent does not rest: its relative gradient is "
+            f"{fit.certificate.relative_gradient:.1e}, above {minimise.LARGEST_GRADIENT:g}; "
+            f"raise starts above {fit.law.starts}"
+        )
+    floor = np.exp(fit.estimate.log_floor)
+    below = np.flatnonzero(loss < floor)
+    if len(below):
+        yield (
+            f"{len(below)} losses lie below the fitted floor of {floor:.4g} nats: rows "
+            f"{below[:8].tolist()} of {source}"
+        )
+    if fit.certificate.at_bound:
+        yield (
+            f"at its bound: {', '.join(fit.certificate.at_bound)}. {source} does not identify it; do not "
+            "extrapolate this law"
+        )

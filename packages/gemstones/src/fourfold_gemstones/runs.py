@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
+import io
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from io import StringIO
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -60,6 +62,10 @@ _BY_LOWER_CASE = MappingProxyType(
     {name.lower(): name for name in (*NUMERIC, "run")}
     | {alias.lower(): name for alias, name in ALIASES.items()}
 )
+REQUIRED = ("tokens", "loss_nats")
+"""Columns that every use of a table reads; any other is checked when it is read."""
+DELIMITERS = (",", ";", "\t", "|")
+"""Between the fields of a .csv file, as spreadsheets of several countries write it."""
 MAY_BE_ZERO = frozenset({"seed", "step"})
 """Columns in which zero is a value like any other."""
 LARGEST_LOSS_NATS = 25.0
@@ -102,10 +108,13 @@ def _rows(mask: Bool[np.ndarray, " row"]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RunTable:
-    """Checked columns of equal length; every number is float64, so that 6 N T cannot overflow.
+    """Columns of equal length; every number is float64, so that 6 N T cannot overflow.
+
+    A column is checked when it is read, tokens and losses at once: one that a law does not read may have
+    holes.
 
     Raises:
-        ValueError: A required column is missing, a value is not finite or not positive, a run has
+        ValueError: A required column is missing, a value in it is not finite or not positive, a run has
             two rows at one token count, or its token counts decrease. The message names the rows.
     """
 
@@ -114,6 +123,8 @@ class RunTable:
     columns: Mapping[str, Float[np.ndarray, " row"]]
     """`tokens` and `loss_nats` (nats per token) always; `width`, `depth`, `parameters` (all
     weights, both embedding tables), `flops`, `gpu_hours`, `seconds` (cumulative) where known."""
+    faults: Mapping[str, str] = field(default_factory=dict)
+    """Why a column that the file has cannot be read, by name; it is not in `columns`."""
     architecture: Architecture | UnknownArchitecture = UnknownArchitecture()
     """The way to count FLOPs and embedding tables from width and depth."""
     source: str = "memory"
@@ -124,7 +135,9 @@ class RunTable:
     """SHA-256 of the file's bytes."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "loss_nats"):
+        for name in REQUIRED:
+            if name in self.faults:
+                raise ValueError(self.faults[name])
             if name not in self.columns:
                 raise ValueError(
                     f"column {name!r} is missing from {self.source}, whose columns are {self._names}; "
@@ -134,8 +147,8 @@ class RunTable:
             raise ValueError(
                 f"{self.source} has no rows; a law needs at least as many as parameters"
             )
-        for name, values in self.columns.items():
-            self._check_values(name, values)
+        for name in REQUIRED:
+            self._check_values(name)
         self._check_units()
         self._check_order()
 
@@ -143,7 +156,8 @@ class RunTable:
     def _names(self) -> str:
         return ", ".join(self.header or sorted(self.columns)) or "none"
 
-    def _check_values(self, name: str, values: Float[np.ndarray, " row"]) -> None:
+    def _check_values(self, name: str) -> None:
+        values = self.columns[name]
         assert len(values) == len(self.run), name
         bad = ~np.isfinite(values)
         if bad.any():
@@ -215,21 +229,29 @@ class RunTable:
                     f"columns {given} of {source} all mean {known!r}; drop or rename all but one"
                 )
             named[known] = values
-        numbers: dict[str, Float[np.ndarray, " row"]] = {}
-        for name in NUMERIC:
-            if name in named:
-                numbers[name] = _to_float(name, named[name], source)
-        length = len(next(iter(numbers.values()))) if numbers else 0
-        for name, values in numbers.items():
-            if len(values) != len(named.get("run", values)):
+        read = [name for name in NUMERIC if name in named]
+        length = len(named.get("run", named[read[0]] if read else ()))
+        for name in read:
+            if len(named[name]) != length:
                 raise ValueError(
-                    f"column {name!r} of {source} has {len(values)} rows and 'run' has "
-                    f"{len(named['run'])}; give columns of equal length"
+                    f"column {name!r} of {source} has {len(named[name])} rows and "
+                    f"{'run' if 'run' in named else read[0]!r} has {length}; give columns of equal length"
                 )
         run = named.get("run", [f"row {row}" for row in range(length)])
+        _refuse_holes("run", run, source)
+        numbers: dict[str, Float[np.ndarray, " row"]] = {}
+        faults: dict[str, str] = {}
+        for name in read:
+            if length and all(_is_hole(value) for value in named[name]):
+                continue  # an optional column that nobody filled in is none
+            try:
+                numbers[name] = _to_float(name, named[name], source)
+            except ValueError as error:
+                faults[name] = str(error)
         return cls(
             run=np.asarray([str(name) for name in run]),
             columns=MappingProxyType(numbers),
+            faults=MappingProxyType(faults),
             architecture=architecture,
             source=source,
             header=tuple(str(name) for name in columns),
@@ -248,6 +270,8 @@ class RunTable:
         Warns:
             RunsWarning: It has no column `run`.
         """
+        names = [str(name) for name in frame.columns]
+        _refuse_twice(names, "a frame")
         columns = {str(name): list(frame[name]) for name in frame.columns}
         _warn_without_run(columns, "a frame")
         return cls.from_columns(columns, architecture=architecture, source="a frame")
@@ -259,7 +283,10 @@ class RunTable:
         *,
         architecture: Architecture | UnknownArchitecture = UnknownArchitecture(),
     ) -> RunTable:
-        """A `.csv`, `.jsonl` (one object per row) or `.parquet` file.
+        """A `.csv` or `.tsv`, `.jsonl` (one object per row) or `.parquet` file.
+
+        Fields of a .csv may be separated by commas, semicolons, tabs or bars, with blanks after them; text is
+        UTF-8, or UTF-16 with the mark that spreadsheets write.
 
         Raises:
             ValueError: The file is absent, of another kind, or its rows are refused.
@@ -272,13 +299,10 @@ class RunTable:
             raise ValueError(f"no file {path}; give the path of a .csv, .jsonl or .parquet table")
         data = path.read_bytes()
         match path.suffix:
-            case ".csv":
-                rows = list(csv.DictReader(StringIO(data.decode("utf-8-sig"), newline=None)))
-                columns = _columns(rows, path)
+            case ".csv" | ".tsv":
+                columns = _separated(_text(data, path), path)
             case ".jsonl" | ".ndjson":
-                # Only a line feed ends a line: a name may hold other separators.
-                rows = [json.loads(line) for line in data.decode().split("\n") if line.strip()]
-                columns = _columns(rows, path)
+                columns = _objects(_text(data, path), path)
             case ".parquet":
                 columns = read_parquet(path)
             case other:
@@ -286,6 +310,7 @@ class RunTable:
                     f"{path.name} ends in {other!r}, and .csv, .jsonl and .parquet can be read; "
                     "convert it to one of these"
                 )
+        columns = columns or {name: [] for name in ("run", *REQUIRED)}
         _warn_without_run(columns, path.name)
         return cls.from_columns(
             columns,
@@ -298,18 +323,25 @@ class RunTable:
         """A column by name.
 
         Raises:
-            ValueError: The table lacks it.
+            ValueError: The table lacks it, or a value in it is no number, not finite or not positive.
         """
-        if name == "parameters" and name not in self.columns:
+        if name == "parameters" and not self.has(name):
             return self._architecture("parameters").parameters(
                 self.column("width"), self.column("depth")
             )
+        if name in self.faults:
+            raise ValueError(self.faults[name])
         if name not in self.columns:
             raise ValueError(
                 f"{self.source} has no column {name!r}, its columns are {self._names}; add the column, "
                 "or choose a law that does not read it"
             )
+        self._check_values(name)
         return self.columns[name]
+
+    def has(self, name: str) -> bool:
+        """True where the rows tell a column, even one that `column` refuses."""
+        return name in self.columns or name in self.faults
 
     def _architecture(self, purpose: str) -> Architecture:
         match self.architecture:
@@ -332,8 +364,8 @@ class RunTable:
 
     def flops(self) -> Float[np.ndarray, " row"]:
         """Training FLOPs up to each row: the column where given, else counted from the shape."""
-        if "flops" in self.columns:
-            return self.columns["flops"]
+        if self.has("flops"):
+            return self.column("flops")
         architecture = self._architecture("its FLOPs")
         return (
             architecture.flops_per_token(self.column("width"), self.column("depth"))
@@ -416,8 +448,16 @@ def read_parquet(path: Path) -> dict[str, list[Any]]:
     return pyarrow.parquet.read_table(path).to_pydict()
 
 
+def _is_hole(value: Any) -> bool:
+    """True for what files and frames write where there is no value."""
+    if isinstance(value, str):
+        return value.strip().lower() in ("", "nan")
+    return value is None or (isinstance(value, float | np.floating) and bool(np.isnan(value)))
+
+
 def _to_float(name: str, values: Any, source: str) -> Float[np.ndarray, " row"]:
-    """Numbers as float64; text that is no number is refused with its row."""
+    """Numbers as float64; a hole or text that is no number is refused with its row."""
+    _refuse_holes(name, values, source)
     try:
         return np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
@@ -432,15 +472,82 @@ def _to_float(name: str, values: Any, source: str) -> Float[np.ndarray, " row"]:
         raise
 
 
-def _columns(rows: Sequence[Mapping[str, Any]], path: Path) -> dict[str, list[Any]]:
-    """Rows to columns; every row must have every column of the first that we read."""
-    if not rows:
-        return {"run": [], "tokens": [], "loss_nats": []}
-    read = [name for name in rows[0] if name and _known(name) in (*NUMERIC, "run")]
-    for number, row in enumerate(rows):
-        absent = [name for name in read if row.get(name) in (None, "")]
-        if absent:
+def _refuse_holes(name: str, values: Any, source: str) -> None:
+    holes = np.asarray([_is_hole(value) for value in values], dtype=bool)
+    if holes.any():
+        raise ValueError(
+            f"column {name!r} has no value in {_rows(holes)} of {source}; fill it or drop these rows"
+        )
+
+
+def _refuse_twice(names: Sequence[str], source: str) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1 and name.strip()]
+    if twice:
+        raise ValueError(
+            f"{source} has more than one column {twice}, and its columns are {', '.join(names)}; drop or "
+            "rename all but one"
+        )
+
+
+def _text(data: bytes, path: Path) -> str:
+    """The text of a file: UTF-16 where it begins with that mark, else UTF-8."""
+    encoding = (
+        "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    )
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path.name} is not {encoding} text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
+
+
+def _separated(text: str, path: Path) -> dict[str, list[Any]]:
+    """Columns of separated fields; the separator is that under which most of the header is known."""
+    first = next((line for line in text.splitlines() if line.strip()), "")
+
+    def rows(delimiter: str, some: str) -> list[list[str]]:
+        parsed = csv.reader(
+            io.StringIO(some, newline=""), delimiter=delimiter, skipinitialspace=True
+        )
+        return [row for row in parsed if any(field.strip() for field in row)]
+
+    def known(delimiter: str) -> tuple[int, int]:
+        names = [name for row in rows(delimiter, first) for name in row]
+        return sum(_known(name) in (*NUMERIC, "run") for name in names), len(names)
+
+    header, *fields = rows(max(DELIMITERS, key=known), text) or [[]]
+    names = [name.strip() for name in header]
+    _refuse_twice(names, path.name)
+    for number, row in enumerate(fields):
+        if len(row) != len(names):
             raise ValueError(
-                f"row {number} of {path.name} lacks {absent}; fill them or drop the row"
+                f"row {number} of {path.name} has {len(row)} fields, and its header has {len(names)} "
+                f"({', '.join(names)}); mend the row"
             )
-    return {str(name): [row.get(name) for row in rows] for name in rows[0]}
+    return {name: [row[at] for row in fields] for at, name in enumerate(names) if name}
+
+
+def _objects(text: str, path: Path) -> dict[str, list[Any]]:
+    """Columns of JSON lines, by every name that occurs; None where a row lacks one."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _refuse_twice([name for name, _ in pairs], path.name)
+        return dict(pairs)
+
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line, object_pairs_hook=unique)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"line {number} of {path.name} is not JSON ({error.msg}); mend or remove it"
+                ) from error
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"line {number} of {path.name} is {line[:40]!r}; give one object per row"
+                )
+            rows.append(row)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}

@@ -21,6 +21,8 @@ from fourfold_goldfish.loss import Goldfish
 from fourfold_goldfish.mask_digest import MaskCheck, mask_digest
 from fourfold_parallel.run.objective import IGNORE, TargetMask
 
+LENGTHS = ("cu_seq_lens_q", "cu_seq_lens", "cu_seqlens_q", "cu_seqlens")
+"""Names under which collators give the cumulative lengths of the documents of a flattened batch."""
 Collator = Callable[[list[Any]], Any]
 """Features of some examples to a batch, a mapping of tensors; transformers' and TRL's are."""
 
@@ -96,18 +98,51 @@ def document_ids(
     """The document of each id of a batch, counted within its row; padding is a document of its own.
 
     A document begins where `position_ids` do not go on by one, where `seq_idx` or `attention_mask`
-    changes, and after an id in `separators`.
+    changes, at the cumulative lengths of `LENGTHS`, and after an id in `separators`.
+
+    Raises:
+        ValueError: for positions, indices, masks or lengths that are not those of the tokens.
     """
     tokens: Tensor = batch["input_ids"]
-    begins = torch.zeros_like(tokens, dtype=torch.bool)
+    begins = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
     for name, step in (("position_ids", 1), ("seq_idx", 0), ("attention_mask", 0)):
         values = batch.get(name)
-        if isinstance(values, Tensor) and values.shape == tokens.shape:
+        if isinstance(values, Tensor):
+            values = _per_token(name, values, tokens)
             begins[:, 1:] |= values[:, 1:] != values[:, :-1] + step
+    for name in LENGTHS:
+        if batch.get(name) is not None:
+            begins.view(-1)[_places(name, batch[name], tokens)] = True
     if separators:
         ends = torch.isin(tokens, torch.tensor(separators, device=tokens.device))
         begins[:, 1:] |= ends[:, :-1]
     return begins.cumsum(dim=1)
+
+
+def _per_token(name: str, values: Tensor, tokens: Tensor) -> Int[Tensor, "batch row"]:
+    """Values for each token: one row may stand for all; of positions on several axes the first are taken."""
+    if name == "position_ids" and values.ndim == 3:
+        values = values[0]
+    if values.ndim == 1:
+        values = values[None]
+    if values.shape not in (tokens.shape, (1, tokens.shape[1])):
+        raise ValueError(
+            f"{name} of shape {tuple(values.shape)} do not say to which document each of "
+            f"{tuple(tokens.shape)} ids belongs; give seq_idx, position_ids that begin anew, or separators"
+        )
+    return values.expand_as(tokens).long()
+
+
+def _places(name: str, lengths: Any, tokens: Tensor) -> Int[Tensor, " document"]:
+    """The ids, counted through all rows, at which documents begin."""
+    ends = torch.as_tensor(lengths, device=tokens.device).long()
+    rises = ends.ndim == 1 and len(ends) > 0 and bool((ends.diff() >= 0).all())
+    if not rises or int(ends[0]) != 0 or int(ends[-1]) > tokens.numel():
+        raise ValueError(
+            f"{name}={ends.tolist()} are not the cumulative lengths, from 0, of documents of "
+            f"{tokens.numel()} ids; leave them out, or give seq_idx"
+        )
+    return ends[ends < tokens.numel()]
 
 
 def add_goldfish(

@@ -134,10 +134,11 @@ def extract(
                 )
             progress(first + len(names), len(waiting), f"{sum(recited.values())} recited")
     short = len(documents) - len(rows)
-    if short:
-        sys.stderr.write(f"{short} texts of fewer than {needed} tokens were left out\n")
+    left_out = (
+        f"; {short} of {len(documents)} left out, of fewer than {needed} tokens" if short else ""
+    )
     sys.stdout.write(
-        f"{sum(recited.values())} of {len(recited)} texts recited verbatim; record: {out}\n"
+        f"{sum(recited.values())} of {len(recited)} texts recited verbatim{left_out}; record: {out}\n"
     )
 
 

@@ -56,6 +56,8 @@ class Leak:
     """The share of one copy's hidden tokens that an altered copy teaches."""
 
     perturbation: str
+    documents: int
+    """Compared; left out are those too short for the mask, or whose letters the change does not keep."""
     leaked: float
     """Of the tokens left out in the copy, the share spelled by supervised tokens of the altered copy."""
     never: float
@@ -154,7 +156,7 @@ def _leak(
     shortest: int,
 ) -> Leak:
     """Compare copies on canonical characters, which every perturbation here keeps in number and place."""
-    left_out = leaked = never = total = 0
+    left_out = leaked = never = total = compared = 0
     for text in texts:
         altered = PERTURBATIONS[name](text)
         if len(canonical(altered)) != len(canonical(text)):
@@ -177,11 +179,17 @@ def _leak(
         any_hidden = counted[ends] > counted[ends - lengths]
         # Tokens of blanks and punctuation spell nothing, so nothing can be said of them.
         spelled = lengths > 0
+        compared += 1
         left_out += int((hidden & spelled).sum())
         leaked += int((hidden & spelled & ~any_hidden).sum())
         never += int((hidden & spelled & any_hidden).sum())
         total += int(spelled.sum())
-    return Leak(perturbation=name, leaked=leaked / max(1, left_out), never=never / max(1, total))
+    return Leak(
+        perturbation=name,
+        documents=compared,
+        leaked=leaked / max(1, left_out),
+        never=never / max(1, total),
+    )
 
 
 def _correlation(dropped: Bool[Tensor, " target"]) -> float:
@@ -219,7 +227,10 @@ def table(audit: Audit) -> str:
         f"documents without a gap            {audit.unprotected_documents:.4f}",
         f"input tokens for equal supervision {audit.cost:.4f} times",
         "",
-        "a second copy with                  gives away  hides for good",
-        *(f"{leak.perturbation:<36}{leak.leaked:>8.3f}{leak.never:>14.3f}" for leak in audit.leaks),
+        "a second copy with                  gives away  hides for good  documents compared",
+        *(
+            f"{leak.perturbation:<36}{leak.leaked:>8.3f}{leak.never:>14.3f}{leak.documents:>14}"
+            for leak in audit.leaks
+        ),
     ]
     return "\n".join(lines)

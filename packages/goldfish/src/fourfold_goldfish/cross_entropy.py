@@ -5,6 +5,7 @@ kept targets and memory that of one chunk's logits. Gradients are made in the fo
 probabilities are at hand, and scaled in the backward pass.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +27,40 @@ class Split:
     """Ids in the whole head; this rank holds those in `axis.bounds(vocabulary)`."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tail:
+    """The way from the head's products to logits: `cap * tanh(scale * product / cap)`."""
+
+    scale: float = 1.0
+    """Factor behind the head: `logit_scale` of Cohere, one over `logits_scaling` of Granite."""
+    cap: float = math.inf
+    """Soft cap, `final_logit_softcapping` of Gemma; infinity caps nothing."""
+
+    def __post_init__(self) -> None:
+        if not self.cap > 0:
+            raise ValueError(f"cap={self.cap} must be positive; use math.inf for none")
+
+    def __call__(
+        self, products: Float[Tensor, "*batch vocabulary"]
+    ) -> Float[Tensor, "*batch vocabulary"]:
+        """The logits."""
+        scaled = products if self.scale == 1 else products * self.scale
+        return scaled if math.isinf(self.cap) else (scaled / self.cap).tanh() * self.cap
+
+    def apply_(
+        self, products: Float[Tensor, "row vocabulary"]
+    ) -> tuple[Float[Tensor, "row vocabulary"], Float[Tensor, "#row #vocabulary"]]:
+        """The logits, in the memory of the products, and their derivative with respect to the products."""
+        products.mul_(self.scale)
+        if math.isinf(self.cap):
+            return products, products.new_full((1, 1), self.scale)
+        bent = products.div_(self.cap).tanh_()
+        slope = bent.square().sub_(1).mul_(-self.scale)
+        return bent.mul_(self.cap), slope
+
+
+PLAIN = Tail()
+"""The products are the logits."""
 Backend = Literal["torch", "triton"] | Split
 """The way from a chunk's logits to losses and slopes: torch operations, one Triton kernel (on a GPU), or
 torch operations and collectives over a split vocabulary."""
@@ -40,11 +75,12 @@ def goldfish_cross_entropy(
     reduction: Literal["mean", "sum"] = "mean",
     chunk: int = 1024,
     backend: Backend = "torch",
+    tail: Tail = PLAIN,
 ) -> Float[Tensor, ""]:
     """Loss in nats over the targets that are neither dropped nor ignored.
 
-    Equal to `F.cross_entropy(hidden @ lm_head.T, targets with -100 where dropped)`. Shapes depend on the
-    mask, so a GPU waits for it once.
+    Equal to `F.cross_entropy(tail(hidden @ lm_head.T), targets with -100 where dropped)`. Shapes depend on
+    the mask, so a GPU waits for it once. A head with a bias is more than `lm_head`, and not served.
 
     Args:
         hidden: what the head would be given.
@@ -54,12 +90,13 @@ def goldfish_cross_entropy(
         reduction: over kept targets; `sum` where ranks or microbatches share one normalisation.
         chunk: rows whose logits are held at a time.
         backend: how losses come from logits.
+        tail: what the model does to its head's products before they are logits.
 
     Raises:
         ValueError: for shapes that do not match, or ids that the head does not have.
     """
     rows, kept_targets = _kept(hidden, lm_head, targets, drop, chunk, backend)
-    nats_sum = _CompactedCrossEntropy.apply(rows, lm_head, kept_targets, chunk, backend)
+    nats_sum = _CompactedCrossEntropy.apply(rows, lm_head, kept_targets, chunk, backend, tail)
     assert isinstance(nats_sum, Tensor)
     return nats_sum / max(1, len(rows)) if reduction == "mean" else nats_sum
 
@@ -73,6 +110,7 @@ def dropped_nats(
     *,
     chunk: int = 1024,
     backend: Backend = "torch",
+    tail: Tail = PLAIN,
 ) -> tuple[Float[Tensor, ""], int]:
     """Summed loss on the targets that were left out, and their number: how well they are protected.
 
@@ -80,7 +118,9 @@ def dropped_nats(
     intervals.
     """
     rows, left_out = _kept(hidden, lm_head, targets, ~drop, chunk, backend)
-    return _CompactedCrossEntropy.apply(rows, lm_head, left_out, chunk, backend), len(rows)
+    nats_sum = _CompactedCrossEntropy.apply(rows, lm_head, left_out, chunk, backend, tail)
+    assert isinstance(nats_sum, Tensor)
+    return nats_sum, len(rows)
 
 
 def _kept(
@@ -112,7 +152,13 @@ class _CompactedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, chunk: int, backend: Backend
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk: int,
+        backend: Backend,
+        tail: Tail,
     ) -> Tensor:
         needs_rows, needs_weight = ctx.needs_input_grad[:2]
         wide = torch.promote_types(rows.dtype, torch.float32)
@@ -122,10 +168,10 @@ class _CompactedCrossEntropy(torch.autograd.Function):
         for first in range(0, len(rows), chunk):
             # One chunk's logits are in memory at a time, and become their own gradient in place.
             part = rows[first : first + chunk]
-            logits = (part @ weight.T).to(wide)
+            logits, bend = tail.apply_((part @ weight.T).to(wide))
             nats, slope = _losses_and_slopes(logits, targets[first : first + chunk], backend)
             nats_sum += nats.sum()
-            slope = slope.to(weight.dtype)
+            slope = slope.mul_(bend).to(weight.dtype)
             # Back through the product: a row's gradient is written once, the head's is summed.
             if rows_slope is not None:
                 torch.mm(slope, weight, out=rows_slope[first : first + chunk])
@@ -145,7 +191,7 @@ class _CompactedCrossEntropy(torch.autograd.Function):
         rows_slope, weight_slope = (
             None if slope is None else slope * gradient.to(slope.dtype) for slope in ctx.slopes
         )
-        return rows_slope, weight_slope, None, None, None
+        return rows_slope, weight_slope, None, None, None, None
 
 
 def _losses_and_slopes(

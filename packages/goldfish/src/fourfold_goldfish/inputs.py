@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fourfold_parallel.common.files import read_text
 from fourfold_parallel.common.records import Material
 from fourfold_parallel.run.corpora import Documents
 
@@ -98,12 +99,7 @@ class Texts:
         )
 
     def _documents(self, file: Path) -> Iterator[Text]:
-        try:
-            content = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); convert it or leave it out"
-            ) from error
+        content = read_text(file)
         if file.suffix.lower() not in LINES:
             yield Text(str(file), content)
             return

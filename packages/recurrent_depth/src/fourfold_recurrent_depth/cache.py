@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -54,6 +54,21 @@ class SlotView:
     """Place at which the tokens begin."""
     is_one_slot: bool = False
     """One slot serves every layer in turn."""
+
+
+class Unpaged:
+    """A model whose cache is none of transformers' paged ones, which continuous batching needs."""
+
+    def init_continuous_batching(self, *_: object, **__: object) -> NoReturn:
+        """Called by `generate_batch`, which would otherwise answer with empty rows.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"generate_batch keeps one page of keys for each layer, and {type(self).__name__} has keys of "
+            "every recurrence; use generate, with a padded batch and its attention_mask"
+        )
 
 
 class RecurrentCache(Cache):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fourfold_recurrent_depth.cache import CACHE, RecurrentCache
+from fourfold_recurrent_depth.cache import CACHE, RecurrentCache, Unpaged
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
 from fourfold_recurrent_depth.exits.criteria import Criterion, criterion_named
 from fourfold_recurrent_depth.exits.stopping import iterate_until_exit
@@ -30,14 +31,20 @@ from fourfold_recurrent_depth.model import (
     SandwichBlock,
     rotary_table,
 )
-from fourfold_recurrent_depth.stages import Pass
+from fourfold_recurrent_depth.stages import (
+    FOR_ATTENTION,
+    FOR_THE_LOSS,
+    Pass,
+    either,
+    refuse_lengths_alone,
+    refuse_unknown,
+)
 from fourfold_recurrent_depth.states import FreshNoise, InitialState, TokenStates, draw_state
 
 Steps = int | tuple[int, int] | Tensor | tuple[Tensor, int]
 """Recurrences: r without gradient; (n, k) of which the last k carry gradient; or one (n + k) per row,
 of which the last `mean_backprop_depth` carry gradient in training, or as many as stand beside them."""
 
-_NOT_FOR_ATTENTION = ("return_dict", "num_items_in_batch", "output_attentions", "shift_labels")
 _WRITTEN = {
     part: part.forward for part in (SandwichBlock, Attention, GatedMLP, RMSNorm, Adapter, nn.Linear)
 }
@@ -56,7 +63,7 @@ class RecurrentDepthOutput(CausalLMOutputWithPast):
     """Recurrences of each token: (batch, token)."""
 
 
-class RecurrentDepthForCausalLM(RecurrentDepthModel, GenerationMixin):
+class RecurrentDepthForCausalLM(Unpaged, RecurrentDepthModel, GenerationMixin):
     """Prelude, core iterated in latent space, coda. Registered under `huginn_raven`."""
 
     supports_gradient_checkpointing = True
@@ -83,6 +90,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthModel, GenerationMixin):
         num_steps: Steps | None = None,
         exit: Criterion | str | Callable[..., Tensor] | None = None,  # noqa: A002 - the word for it
         initial_state: InitialState | None = None,
+        input_states: Float[Tensor, "#batch #token width"] | None = None,
         init_scale: float = 1.0,
         warm_start: bool = False,
         kv_budget: int | None = None,
@@ -108,16 +116,21 @@ class RecurrentDepthForCausalLM(RecurrentDepthModel, GenerationMixin):
             initial_state: s_0 of every token. By default, in evaluation a function of each token and its
                 position (`TokenStates`), so that equal calls give equal results; in training drawn anew
                 (`FreshNoise`, which the published code does in evaluation too).
+            input_states: the published name of `initial_state`.
             init_scale: multiplies the drawn state's standard deviation; 0 gives zeros.
             warm_start: begin from the last token's final state, which the cache keeps.
             kv_budget: recurrences whose keys and values the cache keeps; by default all.
             output_hidden_states: also give the states s_0 .. s_r (`hidden_states`).
             cache: what transformers calls `past_key_values` from 5.24 on.
-            options: passed on to transformers' attention function.
+            options: of transformers' losses and attention functions; any other is refused.
 
         Raises:
+            TypeError: an argument is unknown.
             ValueError: before any compute, where an argument cannot be honoured.
         """
+        refuse_unknown(options, PARAMETERS)
+        refuse_lengths_alone(options, position_ids, self.config._attn_implementation)  # noqa: SLF001
+        initial_state = either(initial_state, input_states, ("initial_state", "input_states"))
         embedded = self._embed(input_ids, inputs_embeds)
         batch, tokens = embedded.shape[:2]
         without, with_gradient, per_row = self.recurrences(num_steps, batch)
@@ -125,7 +138,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthModel, GenerationMixin):
         criterion = None if exit is None else criterion_named(exit)
         if criterion is not None:
             self.refuse_exit(attention_mask, tokens, per_row, output_hidden_states)
-        given = past_key_values if cache is None else cache
+        given = either(past_key_values, cache, ("past_key_values", "cache"))
         if given is None and use_cache:
             given = RecurrentCache(self.config, steps=steps, budget=kv_budget)
         self.refuse_cache(given, per_row, kv_budget, warm_start=warm_start)
@@ -219,7 +232,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthModel, GenerationMixin):
                 positions if position_ids is not None else None,
             ),
             cache=cache,
-            options={k: v for k, v in options.items() if k not in _NOT_FOR_ATTENTION},
+            options={name: options[name] for name in FOR_ATTENTION if name in options},
             stages=self.stages(),
             takes_any_mask=self.config._attn_implementation in ("sdpa", "eager"),  # noqa: SLF001
         )
@@ -372,8 +385,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthModel, GenerationMixin):
     def loss_of(self, logits: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
         """Cross-entropy; labels are the inputs, as in transformers, or shifted, as in the reference."""
         extra = {"shift_labels": labels} if self.config.reference_semantics else {}
-        given = ("num_items_in_batch", "shift_labels")
-        extra |= {k: options[k] for k in given if options.get(k) is not None}
+        extra |= {k: options[k] for k in FOR_THE_LOSS if options.get(k) is not None}
         return self.loss_function(
             logits=logits, labels=labels, vocab_size=logits.shape[-1], **extra
         )
@@ -456,6 +468,9 @@ def _refuse_places(
             f"rows of {tokens} tokens; give one row or {batch}, with a place from 0 on for each token"
         )
 
+
+PARAMETERS = tuple(inspect.signature(RecurrentDepthForCausalLM.forward).parameters)[1:-1]
+"""Arguments of the forward pass by name."""
 
 AutoConfig.register("huginn_raven", RecurrentDepthConfig, exist_ok=True)
 AutoModelForCausalLM.register(RecurrentDepthConfig, RecurrentDepthForCausalLM, exist_ok=True)

@@ -10,6 +10,7 @@ Training continues with `RandomDepth` and its curriculum.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,7 +21,14 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fourfold_recurrent_depth.cache import CACHE, RecurrentCache
+from fourfold_recurrent_depth.cache import CACHE, RecurrentCache, Unpaged
+from fourfold_recurrent_depth.stages import (
+    FOR_ATTENTION,
+    FOR_THE_LOSS,
+    either,
+    refuse_lengths_alone,
+    refuse_unknown,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +54,7 @@ class _Slot:
         return self.cache.update(key_states, value_states, self.slot)
 
 
-class Retrofitted(PreTrainedModel, GenerationMixin):
+class Retrofitted(Unpaged, PreTrainedModel, GenerationMixin):
     """A decoder of the Llama family (embed_tokens, layers, norm, rotary_emb) with an iterated middle."""
 
     base_model_prefix = ""
@@ -95,7 +103,6 @@ class Retrofitted(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         position_ids: Int[Tensor, "#batch token"] | None = None,
         use_cache: bool | None = None,
-        num_items_in_batch: int | Tensor | None = None,
         cache: Cache | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast:
@@ -110,19 +117,21 @@ class Retrofitted(PreTrainedModel, GenerationMixin):
             position_ids: by default counted on from what is cached.
             use_cache: give a cache back.
             cache: what transformers calls `past_key_values` from 5.24 on.
-            num_items_in_batch: labels that the loss is divided by, where microbatches share a step.
-            options: passed on to the layers.
+            options: of transformers' losses and attention functions; any other is refused.
 
         Raises:
+            TypeError: an argument is unknown.
             ValueError: fewer than one recurrence, or another cache, which has one slot a layer.
         """
+        refuse_unknown(options, PARAMETERS)
+        refuse_lengths_alone(options, position_ids, self.config._attn_implementation)  # noqa: SLF001
         without, with_gradient = (0, num_steps) if isinstance(num_steps, int) else num_steps
         steps = without + with_gradient
         if min(without, with_gradient) < 0 or steps < 1:
             raise ValueError(
                 f"num_steps={num_steps} asks for fewer than 1 recurrence; use 1 or more"
             )
-        cache = past_key_values if cache is None else cache
+        cache = either(past_key_values, cache, ("past_key_values", "cache"))
         if cache is None and use_cache:
             cache = RecurrentCache(self.cut, steps=steps)
         if cache is not None and not isinstance(cache, RecurrentCache):
@@ -134,12 +143,13 @@ class Retrofitted(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=e.device)[None]
             position_ids = position_ids + (0 if cache is None else cache.length)
-        mask = create_causal_mask(
-            self.config, e, attention_mask, cache, position_ids,
-        )  # fmt: skip
+        # Beside a cache transformers does not look for packed texts in the positions.
+        filled = cache if cache is not None and cache.length else None
+        mask = create_causal_mask(self.config, e, attention_mask, filled, position_ids)
         shared: dict[str, Any] = {
             "attention_mask": mask, "position_ids": position_ids,
-            "position_embeddings": self.rotary_emb(e, position_ids=position_ids), **options,
+            "position_embeddings": self.rotary_emb(e, position_ids=position_ids),
+            **{name: options[name] for name in FOR_ATTENTION if name in options},
         }  # fmt: skip
         if cache is not None:
             cache.open(*input_ids.shape, steps=steps)
@@ -156,7 +166,7 @@ class Retrofitted(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
+                **{k: options[k] for k in FOR_THE_LOSS if options.get(k) is not None},
             )  # fmt: skip
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, **{CACHE: cast(Any, cache if use_cache else None)}
@@ -194,6 +204,10 @@ class Retrofitted(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         """The dense model's."""
         return self.lm_head
+
+
+PARAMETERS = tuple(inspect.signature(Retrofitted.forward).parameters)[1:-1]
+"""Arguments of the forward pass by name."""
 
 
 def retrofit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -10,6 +11,65 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 from transformers import Cache
+from transformers.utils.generic import TransformersKwargs
+
+FOR_THE_LOSS = ("num_items_in_batch", "shift_labels")
+"""Options of a forward pass that are the loss's."""
+FOR_ATTENTION = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal")
+"""Options that transformers' attention functions take."""
+IGNORED = (*TransformersKwargs.__annotations__, "return_dict")
+"""Options that transformers' tools hand to every model, and ours has nothing to do for."""
+_UNHEARD = {
+    "return_dict": False,
+    "output_attentions": True,
+    "output_hidden_states": True,
+    "output_router_logits": True,
+}
+"""Values of such options that ask for something all the same."""
+
+
+def refuse_unknown(options: Mapping[str, Any], parameters: Sequence[str]) -> None:
+    """Raise for options of a forward pass that nothing would read.
+
+    Raises:
+        TypeError: A name is unknown; the nearest parameter is named.
+        ValueError: A known option asks for what no model here gives, or packs texts by lengths alone.
+    """
+    known = {*FOR_THE_LOSS, *FOR_ATTENTION, *IGNORED}
+    for name, value in options.items():
+        if name not in known and value is not None:
+            near = difflib.get_close_matches(name, parameters, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(parameters)}"
+            raise TypeError(f"forward takes no argument {name!r}; {hint}")
+    for name, value in _UNHEARD.items():
+        if options.get(name) is value:
+            raise ValueError(f"{name}={value} is not served here; leave it out")
+
+
+def refuse_lengths_alone(
+    options: Mapping[str, Any], position_ids: Tensor | None, attention: str
+) -> None:
+    """Raise where texts are packed by their lengths, which this attention function does not read."""
+    packed = [name for name in ("cu_seq_lens_q", "seq_idx") if options.get(name) is not None]
+    reads_lengths = "flash" in attention and packed == ["cu_seq_lens_q"]
+    if packed and position_ids is None and not reads_lengths:
+        raise ValueError(
+            f"{packed[0]} without position_ids: {attention} attention would let the texts of a row see one "
+            "another; give position_ids that begin anew with each text"
+        )
+
+
+def either(first: Any, second: Any, names: tuple[str, str]) -> Any:
+    """The value of an argument that has two names.
+
+    Raises:
+        ValueError: Both are given.
+    """
+    if first is not None and second is not None:
+        raise ValueError(
+            f"{names[0]} and {names[1]} are one argument, and both are given; give one"
+        )
+    return second if first is None else first
 
 
 class Stage(Protocol):

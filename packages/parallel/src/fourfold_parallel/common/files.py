@@ -113,6 +113,20 @@ def append_line(handle: int, line: str) -> None:
         raise
 
 
+def read_text(path: Path) -> str:
+    """The text of a file that a person names.
+
+    Raises:
+        ValueError: It is not UTF-8; file and place are named.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it or leave it out"
+        ) from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole."""
     with whole_file(path) as partial:

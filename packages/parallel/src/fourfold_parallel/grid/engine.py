@@ -273,6 +273,7 @@ class GridSession:
         saved = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
         for group, own in zip(saved["param_groups"], self.optimizer.param_groups, strict=True):
             own.update({key: value for key, value in group.items() if key != "params"})
+        self.optimizer.state.clear()
         state: dict[str, dict[str, Any]] = {}
         with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
             for path in file.keys():  # noqa: SIM118 - not a dict

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fourfold_parallel.common.files import StrPath, sha256_of
+from fourfold_parallel.common.files import StrPath, read_text, sha256_of
 from fourfold_parallel.common.records import Material
 
 WIKIPEDIA_REMEDY = "pip install 'gensim>=4.3'"
@@ -134,8 +134,12 @@ class TextFiles:
         return tuple(Path(path) for path in self.paths)
 
     def load(self) -> Documents:
-        """Read the files in the order given."""
-        texts = tuple(path.read_text(encoding="utf-8") for path in self.files())
+        """Read the files in the order given.
+
+        Raises:
+            ValueError: A file is missing, or not UTF-8.
+        """
+        texts = tuple(read_text(path) for path in self.files())
         return Documents(
             texts=texts,
             material=Material(

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
 from torch.distributed.tensor import DTensor
@@ -20,14 +22,14 @@ from torch.distributed.tensor import DTensor
 from fourfold_parallel.common.files import write_text
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_WHOLE = StateDictOptions(full_state_dict=True)
 
 
 def save_full_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, *, is_main: bool
 ) -> None:
     """Gather model and optimizer to the main rank and write them as safetensors. Every rank calls it."""
-    gathered: Any = get_state_dict(model, optimizer, options=_FULL)
-    weights, moments = gathered
+    weights, moments = _gathered(model, optimizer)
     if not is_main:
         return
     save_weights(weights, folder)
@@ -42,6 +44,24 @@ def save_full_state(
     save_file(tensors, folder / "optimizer.safetensors")
     groups = json.dumps({"numbers": numbers, "param_groups": moments["param_groups"]})
     write_text(folder / "optimizer.json", groups)
+
+
+def _gathered(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    """Whole weights and optimizer state, by name, on the main rank.
+
+    torch steps an optimizer without state, so that it has some: the next update would count as its second.
+    """
+    gathered: Any
+    if optimizer.state:
+        gathered = get_state_dict(model, optimizer, options=_FULL)
+        return gathered
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [
+        {**group, "params": [names[id(parameter)] for parameter in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    gathered = get_model_state_dict(model, options=_FULL)
+    return gathered, {"state": {}, "param_groups": groups}
 
 
 def save_weights(weights: dict[str, Any], folder: Path) -> None:
@@ -79,14 +99,18 @@ def load_full_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: 
         name, _, key = path.rpartition("/")
         state.setdefault(name, {})[key] = value
     moments: Any = {"state": state, "param_groups": saved["param_groups"]}
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    is_cut = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if is_cut and state:
         set_state_dict(
             model,
             optimizer,
             model_state_dict=weights,
             optim_state_dict=moments,
-            options=StateDictOptions(full_state_dict=True),
+            options=_WHOLE,
         )
+    elif is_cut:
+        set_model_state_dict(model, weights, options=_WHOLE)
+        optimizer.load_state_dict(moments)
     else:
         # `set_state_dict` refuses an optimizer without state, and a parameter that has had no gradient;
         # the optimizer itself takes both, and matches the names of the groups by their order.

@@ -22,6 +22,7 @@ from transformers import (
 from fourfold_recurrent_depth.cache import CACHE, RecurrentCache
 from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.decoding.greedy import refuse_extras
+from fourfold_recurrent_depth.stages import either
 from fourfold_recurrent_depth.states import RowStates
 
 _BY_ROW = (
@@ -68,7 +69,8 @@ def compacting(
         raise ValueError(
             "compacting needs an empty RecurrentCache; leave use_cache and past_key_values out"
         )
-    state = options.get("initial_state")
+    names = ("initial_state", "input_states")
+    state = either(*(options.get(name) for name in names), names)
     is_by_row = isinstance(state, RowStates) or (isinstance(state, Tensor) and len(state) > 1)
     if is_by_row or any(isinstance(processor, _BY_ROW) for processor in logits_processor):
         raise ValueError(

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
+from fourfold_recurrent_depth.stages import either
 from fourfold_recurrent_depth.states import InitialState
 
 
@@ -72,7 +73,11 @@ class GreedyDecoder(ABC):
             input_ids,
             max_new_tokens=generation_config.max_length - input_ids.shape[1],
             num_steps=without + with_gradient,
-            initial_state=options.get("initial_state"),
+            initial_state=either(
+                options.get("initial_state"),
+                options.get("input_states"),
+                ("initial_state", "input_states"),
+            ),
             init_scale=options.get("init_scale", 1.0),
         )
         return _with_prompt(input_ids, result.tokens, generation_config)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fourfold_parallel.run.data import Batch
 from fourfold_parallel.run.objective import MicrobatchLoss, token_nats
+from fourfold_recurrent_depth.retrofit import Retrofitted
 from fourfold_recurrent_depth.states import RowStates
 
 MODULUS = 2**31 - 1
@@ -120,9 +121,12 @@ class RandomDepth:
         steps: Any = draws[0]
         if self.per == "row" and rows > 1:
             steps = (totals, max(with_gradient for _, with_gradient in draws))
-        states = RowStates(tuple((batch.number * _PRIME + a) % MODULUS for a in batch.addresses))
+        begin: dict[str, Any] = {}
+        if not isinstance(getattr(model, "module", model), Retrofitted):  # which begins with zeros
+            seeds = tuple((batch.number * _PRIME + a) % MODULUS for a in batch.addresses)
+            begin["initial_state"] = RowStates(seeds)
         logits = model(
-            input_ids=batch.tokens[:, :-1], use_cache=False, num_steps=steps, initial_state=states
+            input_ids=batch.tokens[:, :-1], use_cache=False, num_steps=steps, **begin
         ).logits
         return MicrobatchLoss(
             nats_sum=token_nats(logits, targets, model).sum(),

@@ -86,7 +86,7 @@ def published_frame(folder: StrPath, name: str) -> RunTable:
         # The frames of Chinchilla's points name no runs: each of its points is one.
         warnings.simplefilter("ignore", RunsWarning)
         table = RunTable.read(path)
-    if "width" not in table.columns:
+    if not table.has("width"):
         return table
     columns = dict(table.columns)
     columns["seconds"] = columns["seconds_per_step"] * columns["step"]
