@@ -37,6 +37,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int:
+    """Ranks of this launch on this node; without a launcher's word, all ranks of the process group."""
+    ranks = dist.get_world_size() if dist.is_initialized() else world_size()
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks)))
+
+
 def is_main_rank() -> bool:
     """True on the launch's first process, which writes."""
     return os.environ.get("RANK", "0") == "0"
