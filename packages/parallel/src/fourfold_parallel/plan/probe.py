@@ -382,26 +382,34 @@ def _time_collective(
     group: dist.ProcessGroup,
 ) -> None:
     start = _starter(make, kind, payload, group)
-    watch.time((kind, *ring, payload), lambda _: start().wait())
+    watch.time((kind, *ring, payload), lambda _: start()())
 
 
 def _starter(
     make: Operands, kind: Collective, payload: int, group: dist.ProcessGroup
-) -> Callable[[], Any]:
-    """Starts a collective whose full tensor has so many bytes; its result is new, as on the grid."""
+) -> Callable[[], Callable[[], object]]:
+    """Starts a collective whose full tensor has so many bytes, as the grid does, and gives its wait."""
     whole = make(payload // make.dtype.itemsize)
     piece = whole.chunk(group.size())[0].clone()
+
+    def gather() -> Callable[[], object]:
+        return _all_gather(torch.empty_like(whole), piece, group, async_op=True).wait
+
+    def scatter() -> Callable[[], object]:
+        return _reduce_scatter(torch.empty_like(piece), whole, group=group, async_op=True).wait
+
+    def scatter_terms() -> Callable[[], object]:
+        terms = torch.empty_like(whole)
+        work: Any = dist.all_to_all_single(terms, whole, group=group, async_op=True)
+        return lambda: (work.wait(), terms.unflatten(0, (group.size(), -1)).sum(0))
+
     match kind:
         case "all_reduce":
-            return lambda: dist.all_reduce(whole, group=group, async_op=True)
+            return lambda: dist.all_reduce(whole, group=group, async_op=True).wait
         case "all_gather":
-            return lambda: _all_gather(
-                torch.empty_like(whole), piece, group, async_op=True
-            )
+            return gather
         case "reduce_scatter":
-            return lambda: _reduce_scatter(
-                torch.empty_like(piece), whole, group=group, async_op=True
-            )
+            return scatter_terms if whole.is_cpu else scatter
 
 
 def _time_theft(
@@ -413,12 +421,12 @@ def _time_theft(
     start = _starter(make, "all_reduce", 4 * n * k, group)
 
     def both(_: int) -> None:
-        pending = start()
+        finish = start()
         F.linear(x, weight)
-        pending.wait()
+        finish()
 
     watch.time("product alone", lambda _: F.linear(x, weight))
-    watch.time("collective alone", lambda _: start().wait())
+    watch.time("collective alone", lambda _: start()())
     watch.time("product and collective", both)
 
 
