@@ -1,6 +1,6 @@
 """The planner on this machine: the predicted and the measured step of every grid of gloo ranks.
 
-    JAXTYPING_DISABLE=1 scripts/env python benchmarks/plan_ranks.py RANKS WIDTH --out benchmarks/plan_ranks.jsonl
+    scripts/env python benchmarks/plan_ranks.py RANKS WIDTH --out benchmarks/plan_ranks.jsonl
 
 The ranks probe the machine, which no step has a part in, and the planner predicts each grid. Then all
 grids are opened in one process group, in so many batches as memory asks for, and take turns within each
@@ -25,35 +25,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from scipy.stats import spearmanr
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from fourfold_parallel.grid.engine import Fourfold
 from fourfold_parallel.plan.authors import Links, communication_seconds
 from fourfold_parallel.plan.job import Job, Layout
 from fourfold_parallel.plan.machine import GIB, Machine
-from fourfold_parallel.plan.probe import CLOCKS, layouts_of, probe
+from fourfold_parallel.plan.probe import ClockName, layouts_of, llama_config, probe
 from fourfold_parallel.plan.simulate import Step, simulate
 from fourfold_parallel.plan.transformer import Transformer
 from fourfold_parallel.testing.ranks import run_on_ranks
 
 BATCH, SEQUENCE, ROUNDS, WARM_UPS = 8, 128, 5, 3
-TOGETHER = 10
+TOGETHER = 7
 """Grids whose models are held at once, the reference grid included, which is in every batch."""
 RULES = {"best_within": 3, "spearman": 0.8, "median_error": 0.15, "worst_error": 0.35}
 
 
-def config(width: int) -> LlamaConfig:
-    """Four layers of a width."""
-    return LlamaConfig(
-        hidden_size=width, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
-        intermediate_size=3 * width, vocab_size=2048, max_position_embeddings=SEQUENCE,
-        use_cache=False,
-    )  # fmt: skip
-
-
 def job_of(width: int) -> Job:
     """As the planner sees it."""
-    model = Transformer.of(config(width))
+    model = Transformer.of(llama_config(width=width, sequence=SEQUENCE))
     return Job(model=model, batch=BATCH, sequence=SEQUENCE, precision="fp32")
 
 
@@ -65,7 +56,8 @@ def sizes(layout: Layout) -> dict[str, int]:
 def open_session(stack: ExitStack, layout: Layout, width: int) -> Any:
     """A session of the training loop's engine, with AdamW."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config(width), attn_implementation="sdpa")
+    config = llama_config(width=width, sequence=SEQUENCE)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     opened = Fourfold(**sizes(layout)).open(
         model, optimizer, precision="fp32", batch=BATCH, microbatch=BATCH
@@ -91,46 +83,41 @@ def rounds_of(layouts: list[Layout], width: int) -> dict[Layout, list[tuple[floa
     seen: dict[Layout, list[tuple[float, float]]] = {layout: [] for layout in layouts}
     with ExitStack() as stack:
         sessions = {layout: open_session(stack, layout, width) for layout in layouts}
-        for layout, session in sessions.items():
+        for session in sessions.values():
             for _ in range(WARM_UPS):
                 step(session, tokens)
-            assert seen[layout] == []
         for _ in range(ROUNDS):
             for layout, session in sessions.items():
                 seen[layout].append(step(session, tokens))
     return seen
 
 
-def measure(width: int) -> dict[str, Any]:
-    """On every rank: the machines of both clocks, and every grid's rounds."""
-    job, ranks = job_of(width), dist.get_world_size()
+def machines_of(width: int) -> tuple[dict[ClockName, Machine], float]:
+    """On every rank: the machine by each clock, and the seconds that the probe took."""
     started_s = time.perf_counter()
-    machines = probe(job, name="this machine", device=torch.device("cpu"))
-    probed_s = time.perf_counter() - started_s
-    first, *others = layouts_of(job, ranks)
-    batches = [others[i : i + TOGETHER - 1] for i in range(0, len(others), TOGETHER - 1)]
-    seen = [rounds_of([first, *batch], width) for batch in batches]
-    return {"machines": machines, "probe_s": probed_s, "batches": seen}
+    machines = probe(job_of(width), name="this machine", device=torch.device("cpu"))
+    return machines, time.perf_counter() - started_s
 
 
-def medians(runs: list[dict[str, Any]], clock: int) -> dict[Layout, list[float]]:
-    """Seconds of each round by grid; a batch's are scaled so that its reference takes what the first's took."""
-    cores = min(len(runs), os.cpu_count() or 1)
-    found: dict[Layout, list[float]] = {}
-    for batch in range(len(runs[0]["batches"])):
-        rounds = {
-            layout: [
-                (runs[0]["batches"][batch][layout][turn][0] if clock == 0
-                 else sum(run["batches"][batch][layout][turn][1] for run in runs) / cores)
-                for turn in range(ROUNDS)
-            ]
-            for layout in runs[0]["batches"][batch]
-        }  # fmt: skip
-        reference = next(iter(rounds))
-        if reference in found:
-            scale = statistics.median(found[reference]) / statistics.median(rounds.pop(reference))
-            rounds = {layout: [scale * s for s in values] for layout, values in rounds.items()}
-        found |= rounds
+def measured(ranks: int, width: int) -> dict[ClockName, dict[Layout, list[float]]]:
+    """Seconds of each round, by clock and grid.
+
+    By the wall's clock, a batch's are scaled so that its reference takes what the first batch's took.
+    """
+    first, *others = layouts_of(job_of(width), ranks)
+    cores = min(ranks, os.cpu_count() or 1)
+    found: dict[ClockName, dict[Layout, list[float]]] = {"wall": {}, "processor": {}}
+    for start in range(0, len(others), TOGETHER - 1):
+        batch = [first, *others[start : start + TOGETHER - 1]]
+        runs = run_on_ranks(ranks, rounds_of, layouts=batch, width=width)
+        wall = {grid: [wall_s for wall_s, _ in runs[0][grid]] for grid in batch}
+        scale = statistics.median(found["wall"].get(first, wall[first])) / statistics.median(
+            wall[first]
+        )
+        for grid in batch if start == 0 else batch[1:]:
+            found["wall"][grid] = [scale * wall_s for wall_s in wall[grid]]
+            turns = zip(*(run[grid] for run in runs), strict=True)
+            found["processor"][grid] = [sum(own for _, own in turn) / cores for turn in turns]
     return found
 
 
@@ -138,12 +125,15 @@ def links(machine: Machine) -> Links:
     """The probed bandwidths as the authors' script reads them."""
     inside = {(ring.stride, ring.size): ring.bytes_per_s / GIB for ring in machine.rings}
     return Links(
-        devices_per_node=machine.devices_per_node, inside=inside, between=lambda faster: 1.0 / faster
+        devices_per_node=machine.devices_per_node,
+        inside=inside,
+        between=lambda faster: 1.0 / faster,
     )
 
 
-def judged(predicted: list[float], measured: list[float]) -> dict[str, float]:
+def judged(rows: list[dict[str, Any]], column: str) -> dict[str, float]:
     """What the rules are about."""
+    predicted, measured = ([row[key] for row in rows] for key in (column, "measured_s"))
     errors = [abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
     best = measured.index(min(measured))
     return {
@@ -164,7 +154,9 @@ def keeps(found: dict[str, float]) -> bool:
     )
 
 
-def grid_row(layout: Layout, predicted: Step, rounds: list[float], authors_s: float) -> dict[str, Any]:
+def grid_row(
+    layout: Layout, predicted: Step, rounds: list[float], authors_s: float
+) -> dict[str, Any]:
     """A grid's line of the table."""
     measured = statistics.median(rounds)
     return {
@@ -178,10 +170,10 @@ def grid_row(layout: Layout, predicted: Step, rounds: list[float], authors_s: fl
 def record(ranks: int, width: int) -> dict[str, Any]:
     """Probe, predict, measure, judge."""
     job, load = job_of(width), os.getloadavg()[0]
-    runs = run_on_ranks(ranks, measure, width=width)
+    machines, probe_s = run_on_ranks(ranks, machines_of, width=width)[0]
+    rounds_by_clock = measured(ranks, width)
     found: dict[str, Any] = {}
-    for index, clock in enumerate(CLOCKS):
-        machine = runs[0]["machines"][clock]
+    for clock, machine in machines.items():
         rows = [
             grid_row(
                 layout, simulate(job, replace(layout, microbatch=BATCH // layout.shares), machine),
@@ -190,11 +182,10 @@ def record(ranks: int, width: int) -> dict[str, Any]:
                     layout, links(machine), layers=4, width=width, batch=BATCH, sequence=SEQUENCE
                 ),
             )
-            for layout, rounds in medians(runs, index).items()
+            for layout, rounds in rounds_by_clock[clock].items()
         ]  # fmt: skip
-        predicted, measured = ([row[key] for row in rows] for key in ("predicted_s", "measured_s"))
-        verdict = judged(predicted, measured)
-        authors = judged([row["authors_s"] for row in rows], measured)
+        verdict = judged(rows, "predicted_s")
+        authors = judged(rows, "authors_s")
         found[clock] = {
             "grids": rows, **verdict, "keeps_rules": keeps(verdict),
             "authors_best_at": authors["best_at"], "authors_spearman": authors["spearman"],
@@ -204,7 +195,7 @@ def record(ranks: int, width: int) -> dict[str, Any]:
         "event": "plan_ranks", "ranks": ranks, "width": width, "batch": BATCH, "sequence": SEQUENCE,
         "torch": torch.__version__, "cores": os.cpu_count(), "rounds": ROUNDS, "rules": RULES,
         "load_1min_before": load, "load_1min_after": os.getloadavg()[0],
-        "probe_s": runs[0]["probe_s"], "clocks": found,
+        "probe_s": probe_s, "clocks": found,
     }  # fmt: skip
 
 

@@ -8,7 +8,12 @@ def main() -> None:
     """Perform the command that the arguments name."""
     cli.main(
         "parallel",
-        {"reproduce": commands.reproduce, "report": commands.report, "packages": commands.packages},
+        {
+            "reproduce": commands.reproduce,
+            "report": commands.report,
+            "packages": commands.packages,
+            "probe": commands.probe,
+        },
     )
 
 

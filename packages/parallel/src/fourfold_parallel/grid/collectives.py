@@ -164,7 +164,9 @@ class Pending:
             elif torch.compiler.is_compiling():
                 self._tensor = _functional.wait_tensor(self._tensor)
             if self._terms > 1:
-                self._tensor = self._tensor.unflatten(0, (self._terms, -1)).sum(0, dtype=self._dtype)
+                self._tensor = self._tensor.unflatten(0, (self._terms, -1)).sum(
+                    0, dtype=self._dtype
+                )
             if self._tensor.ndim and self._tensor.shape[0] != self._rows:
                 self._tensor = self._tensor.narrow(0, 0, self._rows)
             self._tensor = self._tensor.to(self._dtype)

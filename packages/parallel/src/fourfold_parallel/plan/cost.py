@@ -45,7 +45,7 @@ CLIP_BYTES = 8
 
 
 LINEAR_NODES = 3
-"""Nodes of autograd written in Python in a linear layer of the grid: its piece, its product, its late wait."""
+"""Nodes of autograd in Python in a linear layer of the grid: its piece, its product, its late wait."""
 NORM_NODES = 1
 """Its piece. Each sum over col adds another."""
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -25,13 +26,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AutoConfig, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
 
-from fourfold_parallel.launch import local_world_size
+from fourfold_parallel.launch import device, local_world_size, process_group
 from fourfold_parallel.plan.authors import grids
 from fourfold_parallel.plan.job import FUSED, Job, Layout
 from fourfold_parallel.plan.machine import (
@@ -47,6 +49,7 @@ from fourfold_parallel.plan.machine import (
     divisors,
 )
 from fourfold_parallel.plan.simulate import simulate
+from fourfold_parallel.plan.transformer import Transformer
 
 # Torch 2.13 has new names for these two, and warns of those that 2.11 has.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -193,9 +196,18 @@ def probe(job: Job, *, name: str, device: torch.device) -> dict[ClockName, Machi
             as many ranks as there are.
         name: Of the machine.
         device: This rank's.
+
+    Raises:
+        ValueError: No grid fits.
     """
     ranks = dist.get_world_size()
-    asked = questions(job, layouts_of(job, ranks))
+    layouts = layouts_of(job, ranks)
+    if not layouts:
+        raise ValueError(
+            f"no grid of {ranks} ranks fits batch={job.batch}, {job.model.heads} heads and width "
+            f"{job.model.width}; use another number of ranks, or a batch that it divides"
+        )
+    asked = questions(job, layouts)
     watch = Stopwatch(device=device)
     make = Operands(device=device, dtype=DTYPES[job.precision])
     groups = {
@@ -219,6 +231,52 @@ def probe(job: Job, *, name: str, device: torch.device) -> dict[ClockName, Machi
         if groups:
             _time_theft(watch, make, asked, groups[1, ranks])
     return {clock: _machine(watch, asked, job, name, device, clock) for clock in CLOCKS}
+
+
+def probe_launched(
+    model: Path | int,
+    *,
+    name: str,
+    batch: int,
+    sequence: int,
+    precision: Precision,
+    clock: ClockName,
+) -> Machine:
+    """This machine, as the ranks of this launch see it.
+
+    Args:
+        model: A folder or file with a configuration of transformers, or the width of a four-layer Llama.
+        name: Of the machine.
+        batch: Sequences of a step, over all ranks.
+        sequence: Tokens of a sequence.
+        precision: Of the products.
+        clock: The clock to believe.
+
+    Raises:
+        ValueError: The planner does not know the model, or no grid of these ranks fits it.
+    """
+    on = device()
+    if on.type != "cpu" and clock == "processor":
+        raise ValueError(f"clock='processor' is of ranks on a CPU, not on {on.type}; use 'wall'")
+    config = (
+        llama_config(width=model, sequence=sequence)
+        if isinstance(model, int)
+        else AutoConfig.from_pretrained(model)
+    )
+    job = Job(
+        model=Transformer.of(config), batch=batch, sequence=sequence, precision=precision
+    )  # fmt: skip
+    with process_group(on):
+        return probe(job, name=name, device=on)[clock]
+
+
+def llama_config(*, width: int, sequence: int) -> LlamaConfig:
+    """Four layers of eight heads, four of them for keys and values."""
+    return LlamaConfig(
+        hidden_size=width, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
+        intermediate_size=3 * width, vocab_size=2048, max_position_embeddings=sequence,
+        use_cache=False,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

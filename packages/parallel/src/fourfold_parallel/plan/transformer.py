@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
     """A linear layer: `outputs x inputs`, from the residual stream (plain) or back to it (swapped)."""
