@@ -14,6 +14,7 @@ def main() -> None:
             "plan": commands.plan,
             "watch": commands.watch,
             "packages": commands.packages,
+            "probe": commands.probe,
         },
     )
 

@@ -1,6 +1,7 @@
 """Subcommands of `fourfold`, over all installed packages: reproduce them, write the report, list them."""
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Literal
@@ -160,3 +161,47 @@ def packages() -> None:
     for name in installed():
         summary = metadata(f"fourfold-{name.replace('_', '-')}")["Summary"]
         print(f"{summary}\n    python -m fourfold_{name} --help")  # noqa: T201 - the answer
+
+
+def probe(
+    *,
+    out: Path,
+    ranks: int = 2,
+    model: Path | Literal["llama"] = "llama",
+    width: int = 512,
+    batch: int = 8,
+    sequence: int = 128,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    clock: Literal["wall", "processor"] = "wall",
+) -> None:
+    """Measure this machine for the planner: products and collectives at a model's local shapes.
+
+    Started by torchrun it measures the ranks of that launch, else it launches `ranks` here.
+
+    Args:
+        out: The file to write, such as machine.json.
+        ranks: Processes that compute and communicate at once.
+        model: A folder or file with a configuration of transformers; llama: four layers of `width`.
+        width: Of that Llama's residual stream.
+        batch: Sequences of a step, over all ranks.
+        sequence: Tokens of a sequence.
+        precision: Of the products.
+        clock: wall, or processor where other work shares the cores of a CPU: what the ranks would take
+            on all cores by themselves.
+    """
+    from fourfold_parallel import launch
+    from fourfold_parallel.plan.probe import probe_launched
+
+    if not launch.is_launched():
+        launch.relaunch(sys.argv[1:], ranks=ranks)
+        return
+    machine = probe_launched(
+        width if model == "llama" else model,  batch=batch, sequence=sequence,
+        precision=precision, clock=clock,
+    )  # fmt: skip
+    if launch.is_main_rank():
+        machine.save(out)
+        print(  # noqa: T201 - what was written
+            f"{out}: {len(machine.products)} products, {len(machine.parts)} pieces of a step and "
+            f"{len(machine.curves)} kinds of collectives, measured on {launch.world_size()} ranks"
+        )

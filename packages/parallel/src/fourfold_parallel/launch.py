@@ -7,7 +7,9 @@ translates; they are read here only.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -35,6 +37,31 @@ def adopt_slurm() -> None:
 def world_size() -> int:
     """Ranks of this launch; 1 for a process that was started alone."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_launched() -> bool:
+    """True in a process that a launcher started, alone or with others."""
+    return "RANK" in os.environ
+
+
+def relaunch(arguments: Sequence[str], *, ranks: int) -> None:
+    """Start this program again on so many ranks of this node, by torchrun, and wait for its end.
+
+    Raises:
+        ValueError: A rank failed; it has said why.
+    """
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+        "-m", "fourfold_parallel", *arguments,
+    ]  # fmt: skip
+    if subprocess.run(command, check=False).returncode:  # noqa: S603 - this program itself
+        raise ValueError(f"a rank of {ranks} failed; its message stands above")
+
+
+def local_world_size() -> int:
+    """Ranks of this launch on this node; without a launcher's word, all ranks of the process group."""
+    ranks = dist.get_world_size() if dist.is_initialized() else world_size()
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks)))
 
 
 def is_main_rank() -> bool:

@@ -3,15 +3,16 @@
 A product `[m, k] @ [k, n]` takes its `2 m n k` operations at the machine's best measured rate, and beside
 that the time to read and write its three matrices: so a small or thin product runs below the best rate,
 as it does. Elementwise work takes its traffic over the memory's rate. Whatever is measured on the
-machine (`Machine.products`) is not computed.
+machine (`Machine.products`, `Machine.parts`) is not computed.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fourfold_parallel.plan.job import FUSED, Job, Layout
-from fourfold_parallel.plan.machine import Machine, Precision
+from fourfold_parallel.plan.machine import Machine, PartName, Precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +43,15 @@ CLIP_BYTES = 8
 """The gradient is read for its norm, and read and written where it is scaled."""
 
 
+LINEAR_NODES = 3
+"""Nodes of autograd in Python in a linear layer of the grid: its piece, its product, its late wait."""
+NORM_NODES = 1
+"""Its piece. Each sum over col adds another."""
+
+
 def product_seconds(machine: Machine, precision: Precision, m: int, n: int, k: int) -> float:
     """Of `[m, k] @ [k, n]`."""
-    known = machine.measured.get((m, n, k, precision)) if machine.products else None
+    known = machine.product(m, n, k, precision)
     if known is not None:
         return known
     rate = machine.rate(precision)
@@ -77,21 +84,32 @@ class Work:
         """Of reading or writing elements so many times."""
         return passes * elements * (element or self.job.element) / self.machine.memory_bytes_per_s
 
-    def norm(self) -> float:
-        """Forward, over the residual stream."""
-        return self.traffic(self.between * self.job.model.width / self.layout.col, self.passes.norm)
+    def embedding(self, *, backward: bool = False) -> float:
+        """The look-up of this rank's tokens; its backward is counted where it was measured."""
+        model, layout = self.job.model, self.layout
+        computed = self.traffic(self.tokens * model.width / layout.col, 4)
+        rows, width = -(-model.vocabulary // layout.row), -(-model.width // layout.col)
+        return self._part("embedding", (self.tokens, rows, width), computed, 0.0, backward)
+
+    def norm(self, *, backward: bool = False) -> float:
+        """Over the residual stream."""
+        computed = self.traffic(self._residual, self.passes.norm)
+        return self._part("norm", self._residual_shape, computed, BACKWARD_PASSES, backward)
 
     def residual(self) -> float:
         """One addition to the residual stream."""
-        return self.traffic(self.between * self.job.model.width / self.layout.col, RESIDUAL_PASSES)
+        computed = self.traffic(self._residual, RESIDUAL_PASSES)
+        return self._part("residual", self._residual_shape, computed, 1.0, False)
 
-    def activation(self) -> float:
-        """Of the MLP's hidden units, forward."""
+    def activation(self, *, backward: bool = False) -> float:
+        """Of the MLP's hidden units."""
         hidden = self.job.model.mlp_inputs / self.layout.row
-        return self.traffic(self.tokens * hidden, self.passes.activation)
+        computed = self.traffic(self.tokens * hidden, self.passes.activation)
+        shape = (self.tokens, math.ceil(hidden))
+        return self._part("activation", shape, computed, BACKWARD_PASSES, backward)
 
-    def attention(self) -> float:
-        """Rotary positions, scores, softmax and mixing of this rank's heads, forward."""
+    def attention(self, *, backward: bool = False) -> float:
+        """Rotary positions, scores, softmax and mixing of this rank's heads."""
         model, job = self.job.model, self.job
         heads = -(-model.heads // self.layout.row)
         rate = self.machine.rate(job.precision)
@@ -104,16 +122,38 @@ class Work:
         kv_heads = max(1, model.kv_heads // self.layout.row)
         turned = self.tokens * (heads + kv_heads) * model.head_width
         rotary = 0 if model.positions else self.traffic(turned, self.passes.rotary)
-        return inner + rotary
+        shape = (self.tokens, job.sequence, heads, kv_heads, model.head_width)
+        return self._part("attention", shape, inner + rotary, ATTENTION_BACKWARD, backward)
 
     def loss(self) -> float:
         """Of the logits, after the head's product, forward and backward, in float32."""
         logits = self.tokens * self.job.model.vocabulary / self.layout.row
-        return self.traffic(logits, self.passes.loss, element=4)
+        computed = self.traffic(logits, self.passes.loss, element=4)
+        shape = (self.tokens, -(-self.job.model.vocabulary // self.layout.row))
+        forward = self._part("loss", shape, computed, 0.0, False)
+        return forward + self._part("loss", shape, computed, 0.0, True)
 
     def update(self, parameters: float) -> float:
         """Of the optimizer, for this rank's parameters."""
         shared = parameters / (self.layout.data if self.layout.shards_optimizer else 1)
         if self.machine.seconds_per_update:
-            return shared * self.machine.seconds_per_update
+            small = self.job.model.tensors * self.machine.seconds_per_tensor
+            return small + shared * self.machine.seconds_per_update
         return (shared * UPDATE_BYTES + parameters * CLIP_BYTES) / self.machine.memory_bytes_per_s
+
+    def _part(
+        self, kind: PartName, shape: tuple[int, ...], computed: float, factor: float, backward: bool
+    ) -> float:
+        """As measured at this shape, or as computed, backward times `factor`."""
+        part = self.machine.part(kind, shape)
+        if part is not None:
+            return part.backward_s if backward else part.forward_s
+        return computed * factor if backward else computed
+
+    @property
+    def _residual(self) -> float:
+        return self.between * self.job.model.width / self.layout.col
+
+    @property
+    def _residual_shape(self) -> tuple[int, int]:
+        return self.between, -(-self.job.model.width // self.layout.col)

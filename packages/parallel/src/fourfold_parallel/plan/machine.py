@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from fourfold_parallel.common.values import from_json, strict, to_json
 Precision = Literal["fp32", "bf16"]
 BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter"]
+PartName = Literal["embedding", "norm", "attention", "activation", "residual", "loss"]
 GIB = 2**30
 
 
@@ -54,6 +56,39 @@ class Product:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A measured piece of a step beside the products, at the shape of one rank."""
+
+    kind: PartName
+    shape: tuple[int, ...]
+    """As `Work` in `cost.py` asks for it."""
+    forward_s: float
+    backward_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """Measured times of one collective, with all sibling groups at once, by size of the full tensor."""
+
+    kind: Collective
+    stride: int
+    size: int
+    points: tuple[tuple[float, float], ...]
+    """(bytes, seconds), ascending."""
+
+    def seconds(self, payload: float) -> float:
+        """Between two points on their line; beyond them in proportion, at least the first's time."""
+        index = bisect_left(self.points, (payload, 0.0))
+        if index == 0:
+            return self.points[0][1]
+        if index == len(self.points):
+            last, seconds = self.points[-1]
+            return seconds * payload / last
+        (before, early), (after, late) = self.points[index - 1 : index + 1]
+        return early + (late - early) * (payload - before) / (after - before)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """Nodes of equal devices. Rates are those of one device, in one direction."""
@@ -86,6 +121,14 @@ class Machine:
     """Measured; others are computed from the rates."""
     seconds_per_update: float = 0.0
     """Of one parameter by the optimizer, where it was measured; else from the memory's rate."""
+    seconds_per_tensor: float = 0.0
+    """Of one tensor by the optimizer, however small."""
+    node_s: float = 0.0
+    """The host's time for a node of autograd that is written in Python, forward and backward together."""
+    parts: tuple[Part, ...] = ()
+    """Measured; others are computed from the memory's rate."""
+    curves: tuple[Curve, ...] = ()
+    """Measured; others are computed from the rings."""
 
     def rate(self, precision: Precision) -> Rate:
         """The products' rate in a number format.
@@ -99,10 +142,30 @@ class Machine:
         known = ", ".join(rate.precision for rate in self.rates)
         raise ValueError(f"machine {self.name} has no rate for {precision}; it has {known}")
 
+    @property
+    def is_probed(self) -> bool:
+        """The pieces of a step were measured, with their calls: what they leave out is counted apart."""
+        return bool(self.parts)
+
+    def product(self, m: int, n: int, k: int, precision: Precision) -> float | None:
+        """Seconds of `[m, k] @ [k, n]`, if it was measured."""
+        return self._products.get((m, n, k, precision))
+
+    def part(self, kind: PartName, shape: tuple[int, ...]) -> Part | None:
+        """A piece of a step, if it was measured at this shape."""
+        return self._parts.get((kind, shape))
+
     @cached_property
-    def measured(self) -> dict[tuple[int, int, int, Precision], float]:
-        """Seconds of the measured products."""
+    def _products(self) -> dict[tuple[int, int, int, Precision], float]:
         return {(p.m, p.n, p.k, p.precision): p.seconds for p in self.products}
+
+    @cached_property
+    def _parts(self) -> dict[tuple[PartName, tuple[int, ...]], Part]:
+        return {(p.kind, p.shape): p for p in self.parts}
+
+    @cached_property
+    def _curves(self) -> dict[tuple[Collective, int, int], Curve]:
+        return {(c.kind, c.stride, c.size): c for c in self.curves}
 
     def ring(self, *, stride: int, size: int) -> Ring:
         """The ring of `size` ranks, each `stride` from the next, while all sibling groups communicate.
@@ -135,9 +198,11 @@ class Machine:
         )  # fmt: skip
 
     def seconds(self, kind: Collective, payload: float, *, stride: int, size: int) -> float:
-        """Of a collective whose full tensor has `payload` bytes, in a ring."""
+        """Of a collective whose full tensor has `payload` bytes: as measured, or in a ring."""
         if size == 1:
             return 0.0
+        if curve := self._curves.get((kind, stride, size)):
+            return curve.seconds(payload)
         ring = self.ring(stride=stride, size=size)
         rounds = 2 if kind == "all_reduce" else 1
         return ring.latency_s * rounds + rounds * (size - 1) / size * payload / ring.bytes_per_s

@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from fourfold_parallel.plan.cost import ATTENTION_BACKWARD, BACKWARD_PASSES, Work
+from fourfold_parallel.plan.cost import LINEAR_NODES, NORM_NODES, Work
 from fourfold_parallel.plan.job import AxisName, Job, Layout
 from fourfold_parallel.plan.machine import Collective, Machine
 from fourfold_parallel.plan.transformer import Linear
 
 AXES: tuple[AxisName, ...] = ("data", "depth", "row", "col")
+TINY_BYTES = 8
 SIMULATED_LAYERS = 3
 """Further decoder layers take what the last of these took."""
 
@@ -101,7 +102,9 @@ class Clock:
         """Run `seconds` of work in so many kernels, each of which the host launches."""
         calls = kernels * self.machine.kernel_s
         if self.machine.host_computes:
-            start, seconds = self.device, seconds + calls
+            # What was measured on the host was measured with its calls.
+            start = self.device
+            seconds += 0.0 if self.machine.is_probed else calls
         else:
             self.host += calls
             # The first kernel starts when it was launched, the last cannot end before it was.
@@ -112,13 +115,25 @@ class Clock:
         if self.records:
             self.spans.append(Span(lane="compute", name=name, start_s=start, stop_s=self.device))
 
+    def nodes(self, number: int) -> None:
+        """Pass so many nodes of autograd that are written in Python, forward and backward."""
+        seconds = number * self.machine.node_s
+        self.host += seconds
+        if self.machine.host_computes:
+            self.device += seconds
+            self.computed += seconds
+
     def start(self, axis: AxisName, kind: Collective, payload: float, name: str) -> float:
         """Start a collective; gives when it ends. Nothing on an axis of size one."""
         road = self.roads[axis]
         if road.size == 1:
             return 0.0
         rounds = 2 if kind == "all_reduce" else 1
-        seconds = rounds * (road.latency_s + payload * road.seconds_per_byte)
+        if self.machine.curves:
+            stride = self.layout.stride(axis)
+            seconds = self.machine.seconds(kind, payload, stride=stride, size=road.size)
+        else:
+            seconds = rounds * (road.latency_s + payload * road.seconds_per_byte)
         begin = max(self.device, self.links[road.crosses])
         self.links[road.crosses] = begin + seconds
         self.device += self.machine.steals * seconds
@@ -160,10 +175,13 @@ class Rank:
         for index in range(len(body)):
             self._forward(order, index)
         self.clock.compute("norm", self.work.norm(), self.work.passes.norm_kernels)
+        self.clock.nodes(NORM_NODES)
         self._statistics(2)
         self._product_forward(order, len(body))
         self.clock.compute("loss", self.work.loss(), 12)
         self._column(self.work.tokens * 4 * 2, "row", "loss")
+        if self.clock.machine.is_probed:
+            self._small()
         backward = self._backward_order(order, layers)
         order = [linear for linear, _ in backward]
         for position in range(len(backward)):
@@ -172,6 +190,8 @@ class Rank:
         if is_last:
             table = 0 if model.tied else model.vocabulary * model.width
             tile = table / (self.layout.row * self.layout.col)
+            if self.clock.machine.is_probed:
+                self.clock.compute("embedding", self.work.embedding(backward=True))
             ends = self.clock.start("depth", "reduce_scatter", tile * job.element, "embedding")
             self.clock.wait("depth", ends)
             self._reduce(tile / self.layout.depth, "embedding")
@@ -186,7 +206,7 @@ class Rank:
             "depth", clock.start("depth", "all_gather", tile * self.job.element, "embedding")
         )
         elements = self.work.tokens * model.width / layout.col
-        clock.compute("embedding", self.work.traffic(elements, 4), 6)
+        clock.compute("embedding", self.work.embedding(), 6)
         clock.wait(
             "row", clock.start("row", "all_reduce", elements * self.job.element, "embedding")
         )
@@ -197,6 +217,7 @@ class Rank:
         starts_block = not linear.swapped and (index == 0 or order[index - 1].swapped)
         if starts_block:
             clock.compute("norm", work.norm(), work.passes.norm_kernels)
+            clock.nodes(NORM_NODES)
             self._statistics(1)
             self._gather_tokens("into block")
         if linear.swapped:
@@ -209,12 +230,10 @@ class Rank:
         """Attention or activation: the work before a block's swapped layer."""
         model, work = self.job.model, self.work
         if linear is model.linears[-1]:
-            factor = BACKWARD_PASSES if backward else 1.0
-            self.clock.compute("activation", factor * work.activation(), 2)
+            self.clock.compute("activation", work.activation(backward=backward), 2)
         else:
-            factor = ATTENTION_BACKWARD if backward else 1.0
             self.clock.compute(
-                "attention", factor * work.attention(), 3 + work.passes.rotary_kernels
+                "attention", work.attention(backward=backward), 3 + work.passes.rotary_kernels
             )
 
     def _tile(self, linear: Linear) -> tuple[int, int]:
@@ -240,6 +259,7 @@ class Rank:
         self._start_gather(order, index + 1)
         clock.wait("depth", self._gathers.pop(index))
         rows, columns = self._tile(linear)
+        clock.nodes(LINEAR_NODES)
         clock.compute(linear.name, self.work.product(rows, columns))
         contracted: AxisName = "row" if linear.swapped else "col"
         kind: Collective = "all_reduce"
@@ -260,6 +280,15 @@ class Rank:
 
     def _column(self, payload: float, axis: AxisName, name: str) -> None:
         self.clock.wait(axis, self.clock.start(axis, "all_reduce", payload, name))
+
+    def _small(self) -> None:
+        """Meetings of all ranks over a few numbers: the loss's maximum and sum, the gradient's norm."""
+        self._column(self.work.tokens * 4, "row", "loss")
+        for axis in ("data", "depth"):
+            self._column(TINY_BYTES, axis, "loss")
+        for axis in ("depth", "row", "col"):
+            self._column(TINY_BYTES, axis, "gradient norm")
+        self.clock.compute("norm", self.work.norm(backward=True))
 
     # backward -----------------------------------------------------------------------------------
 
@@ -315,9 +344,13 @@ class Rank:
             payload = self.work.tokens * self.job.model.width / self.layout.col * self.job.element
             ends = self.clock.start("row", "reduce_scatter", payload, "out of block")
             self.clock.wait("row", ends)
-        passes = BACKWARD_PASSES * self.work.norm()
+        passes = self.work.norm(backward=True)
         self.clock.compute("norm", passes, 2 * self.work.passes.norm_kernels)
         self._statistics(1)
+        if self.clock.machine.is_probed:  # the gradients of a block's plain layers meet
+            plain = sum(not linear.swapped for linear in self.job.model.linears)
+            blocks = sum(linear.swapped for linear in self.job.model.linears)
+            self.clock.compute("residual", (plain / blocks - 1) * self.work.residual())
 
     def _finish_late(self, *, is_last: bool) -> None:
         """Wait for the layer's gradient of before, and send it over data."""
@@ -333,6 +366,8 @@ class Rank:
     def _reduce(self, elements: float, name: str) -> None:
         kind: Collective = "reduce_scatter" if self.layout.shards_optimizer else "all_reduce"
         payload = elements * self.job.storage.wire
+        if self.clock.machine.is_probed and self.layout.data > 1:  # into its bucket
+            self.clock.compute("bucket", self.work.traffic(elements, 2, element=4))
         self.sums_end = self.clock.start("data", kind, payload, name)
 
 

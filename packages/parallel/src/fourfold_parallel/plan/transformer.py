@@ -153,6 +153,19 @@ class Transformer:
         return self.linears[-1].inputs
 
     @property
+    def tensors(self) -> int:
+        """Parameters by number, not by elements."""
+        biased = sum(linear.bias for linear in self.linears)
+        apart = 1 + (not self.tied) + bool(self.positions)
+        return self.layers * (len(self.linears) + biased + self.norms) + 1 + apart
+
+    @property
+    def gated(self) -> bool:
+        """The MLP multiplies two of its matrices' outputs."""
+        before = [linear.swapped for linear in self.linears[:-1]]
+        return before[::-1].index(True) == 2 if True in before else len(before) == 2
+
+    @property
     def matrix_parameters(self) -> int:
         """Elements of all matrices that every token is multiplied with, the head included."""
         return self.layers * sum(m.parameters for m in self.linears) + self.head.parameters
