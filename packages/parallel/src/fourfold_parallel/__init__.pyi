@@ -9,6 +9,12 @@ from .grid.engine import Fourfold as Fourfold
 from .grid.huggingface import parallelize as parallelize
 from .grid.mesh import Mesh as Mesh
 from .grid.trainer import GridTrainer as GridTrainer
+from .plan.job import Job as Job
+from .plan.job import Layout as Layout
+from .plan.machine import Machine as Machine
+from .plan.machines import machine_of as machine_of
+from .plan.search import rank as rank
+from .plan.transformer import Transformer as Transformer
 from .run.corpora import Hub as Hub
 from .run.corpora import PythonManual as PythonManual
 from .run.corpora import PythonSource as PythonSource

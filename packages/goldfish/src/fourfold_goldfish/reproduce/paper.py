@@ -31,6 +31,7 @@ TINYLLAMA = Llama(
     vocabulary=32_000,
     context=2048,
     tied=False,
+    attention="flash_attention_2",
 )
 """TinyLlama-1.1B's shape."""
 
@@ -159,7 +160,12 @@ def named(
         case "axonn-study":
             return axonn_study(
                 arm,
-                model=Published(name=weights, revision="main", licence="as published"),
+                model=Published(
+                    name=weights,
+                    revision="main",
+                    licence="as published",
+                    attention="flash_attention_2",
+                ),
                 engine=Fourfold(data=1, depth=1, row=8, col=1),
                 learning_rate=learning_rate,
                 corpus=corpus,

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fourfold_parallel.plan.job import FUSED, Job, Layout
+from fourfold_parallel.common.attention import FUSED
+from fourfold_parallel.plan.job import Job, Layout
 from fourfold_parallel.plan.machine import Machine, PartName, Precision
 
 

@@ -6,13 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from fourfold_parallel.common.attention import Attention
 from fourfold_parallel.plan.machine import BYTES, Precision
 from fourfold_parallel.plan.transformer import Transformer
 
 AxisName = Literal["data", "depth", "row", "col"]
-Attention = Literal["eager", "sdpa", "flex", "flash_attention_2", "flash_attention_3"]
-FUSED: tuple[Attention, ...] = ("sdpa", "flex", "flash_attention_2", "flash_attention_3")
-"""Attentions that never hold the scores of all pairs of tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

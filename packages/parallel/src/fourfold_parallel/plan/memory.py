@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fourfold_parallel.plan.job import FUSED, Job, Layout
+from fourfold_parallel.common.attention import FUSED
+from fourfold_parallel.plan.job import Job, Layout
 from fourfold_parallel.plan.machine import Machine
 
 FLOAT = 4

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from fourfold_parallel.common.attention import Attention, usable
 from fourfold_parallel.common.files import StrPath, cache_folder, sha256_of, whole_folder
 from fourfold_parallel.common.records import Material
 from fourfold_parallel.run.corpora import packaged_file
@@ -49,6 +50,8 @@ class Llama:
     """Longest sequence, in tokens."""
     tied: bool
     """The head shares the embedding's weight."""
+    attention: Attention = "sdpa"
+    """As transformers names it; `flash_attention_2` on GPUs that have it."""
 
     def config(self) -> LlamaConfig:
         """The same shape in transformers' words.
@@ -84,7 +87,7 @@ class Llama:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(
-                self.config(), dtype=torch.float32, attn_implementation="sdpa"
+                self.config(), dtype=torch.float32, attn_implementation=usable(self.attention)
             )
 
     def materials(self) -> tuple[Material, ...]:
@@ -163,6 +166,8 @@ class Published:
     revision: str
     """Commit, tag or branch of a hub id; `main` for a folder."""
     licence: str
+    attention: Attention = "sdpa"
+    """As transformers names it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", os.fspath(self.name))
@@ -170,7 +175,10 @@ class Published:
     def build(self, *, seed: int) -> PreTrainedModel:  # noqa: ARG002 - published weights
         """Read through transformers."""
         return AutoModelForCausalLM.from_pretrained(
-            self.name, revision=self.revision, dtype=torch.float32, attn_implementation="sdpa"
+            self.name,
+            revision=self.revision,
+            dtype=torch.float32,
+            attn_implementation=usable(self.attention),
         )
 
     def materials(self) -> tuple[Material, ...]:

@@ -368,6 +368,7 @@ def table_1(scale: Scale) -> Run:
             context=4096,
             mean_recurrence=32,
             mean_backprop=8,
+            attention="flash_attention_2",
         ),
         data=Packed(
             corpus=PythonSource(minimum_characters=20_000),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from fourfold_parallel.common.attention import Attention, usable
 from fourfold_parallel.common.records import Material
 from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
@@ -25,6 +26,8 @@ class RecurrentDepth:
     context: int
     mean_recurrence: int
     mean_backprop: int
+    attention: Attention = "sdpa"
+    """As transformers names it."""
 
     def config(self) -> RecurrentDepthConfig:
         """The same shape in the published words."""
@@ -47,7 +50,7 @@ class RecurrentDepth:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             config = self.config()
-            config._attn_implementation = "sdpa"  # noqa: SLF001 - transformers' own way
+            config._attn_implementation = usable(self.attention)  # noqa: SLF001 - transformers' own way
             return RecurrentDepthForCausalLM(config)
 
     def materials(self) -> tuple[Material, ...]:
