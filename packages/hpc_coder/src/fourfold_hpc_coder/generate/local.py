@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -55,7 +55,7 @@ class Local:
 
     def _ends(self) -> list[int]:
         """Ids at which the model stops: its own, of a text or a turn, and the tokenizer's; none for a few."""
-        named = self.model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
+        named = self.model.generation_config.eos_token_id
         own = named if isinstance(named, list) else [named]
         ids = [end for end in (self.tokenizer.eos_token_id, *own) if isinstance(end, int)]
         return [*dict.fromkeys(ids)]
@@ -72,7 +72,7 @@ class Local:
             return_dict=False,
             sanitize_control_tokens=True,
         )
-        return [int(token) for token in ids]
+        return cast("list[int]", ids)
 
     def _continue(
         self,

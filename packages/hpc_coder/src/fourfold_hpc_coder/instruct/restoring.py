@@ -51,8 +51,8 @@ def restore(
     """
     screen = Screen.of(benchmark_prompts())
     sources = [file for file in parallel_files(trees) if "openmp" in file.constructs]
-    found = harvest(sources)
-    functions = [seed for seed in found.seeds if "openmp" in seed.constructs]
+    harvested = harvest(sources)
+    functions = [seed for seed in harvested.seeds if "openmp" in seed.constructs]
     samples = [restoration(seed) for seed in functions if not screen.hit(seed.text)]
     files = (folder / "restored.jsonl", folder / "restored-refused.jsonl")
     kept, refused = (
@@ -75,7 +75,7 @@ def restore(
     return RestorationCounts(
         path=files[0],
         functions=len(functions),
-        unread=found.unread.get("openmp", 0),
+        unread=harvested.unread.get("openmp", 0),
         resembling=len(functions) - len(samples),
         tried=len(kept) + len(refused),
         kept=len(kept),
