@@ -14,7 +14,9 @@ from transformers import (
 )
 
 from fourfold_loki import Budget, Count, Share, Sparse, attending, fit, loki
+from fourfold_loki.cache import LokiLayer
 from fourfold_loki.calibration import calibrate_tokens
+from fourfold_loki.huggingface.sites import sites
 from fourfold_loki.selectors import Exact, Loki
 
 Tokens = Callable[..., torch.Tensor]
@@ -23,7 +25,11 @@ EVERYTHING = Budget(amount=Share(of_visible=1.0))
 QUARTER = Budget(amount=Share(of_visible=0.25))
 FLOAT32 = 2e-4
 """Logits of order ten after a few layers."""
-CONFIGS = {"Gemma3n": "Gemma3nTextConfig"}
+CONFIGS = {
+    "Gemma3n": "Gemma3nTextConfig",
+    "Gemma4": "Gemma4TextConfig",
+    "Dots3Note": "Dots3NoteTextConfig",
+}
 """Names that do not follow the others."""
 
 
@@ -99,6 +105,128 @@ def test_layers_that_read_the_keys_of_others_read_them_turned(
     )
     with attending(model, mode) as session:
         torch.testing.assert_close(steps(model, session.cache(), ids), full, atol=FLOAT32, rtol=0)
+
+
+MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_d_ssm": 64,
+    "mamba_chunk_size": 8, "mamba_expand": 2,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {
+    "num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "selecting"),
+    [
+        ("FalconH1", MAMBA, 4),  # attention and a state space side by side
+        ("Zaya", EXPERTS, 4),  # convolutions before the attention
+        ("MiniMax", {"layer_types": ["linear_attention", "full_attention"] * 2, **EXPERTS}, 2),
+        (
+            "Lfm2Moe",
+            {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1, **EXPERTS},
+            2,
+        ),
+    ],
+)
+def test_hybrid_layers_select_beside_their_state(
+    tokens: Tokens, name: str, settings: dict[str, Any], selecting: int
+) -> None:
+    """Their attention sees everything before; with the model's own cache, which holds the state."""
+    model, ids = other_model(name, **settings), tokens(1, 40)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(0, 0.5)  # Zaya's keys begin as zeros
+
+    def own() -> torch.Tensor:
+        with torch.no_grad():
+            cache = model(ids[:, :30], use_cache=True).past_key_values
+        with torch.no_grad():
+            rows = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(30, 40)]
+        return torch.cat(rows, 1)
+
+    full, basis = own(), fit(calibrate_tokens(model, tokens(8, 64)))
+    assert basis.layers == selecting
+    for budget, is_full in ((EVERYTHING, True), (Budget(amount=Count(keys=1)), False)):
+        with loki(model, basis, budget) as session:
+            logits = own()
+            assert session.reads.queries == 10 * selecting
+            assert torch.allclose(logits, full, atol=1e-5, rtol=0) == is_full
+            with pytest.raises(ValueError, match="layers without attention or hybrid ones"):
+                session.cache()
+
+
+@pytest.mark.parametrize("budget", [EVERYTHING, QUARTER], ids=str)
+def test_values_that_a_model_rearranges_are_decoded_as_it_gives_them(
+    tokens: Tokens, budget: Budget
+) -> None:
+    """Differential attention halves and repeats the values that it got from the cache."""
+    model, ids = other_model("DiffLlama"), tokens(1, 40)
+    basis = fit(calibrate_tokens(model, tokens(4, 64)))
+    full = steps(model, DynamicCache(config=model.config), ids)
+    with loki(model, basis, budget) as session:
+        theirs = steps(model, DynamicCache(config=model.config), ids)
+        ours = steps(model, session.cache(), ids)
+    torch.testing.assert_close(ours, theirs, atol=FLOAT32, rtol=0)
+    assert torch.allclose(ours, full, atol=FLOAT32, rtol=0) == (budget is EVERYTHING)
+
+
+def test_keys_that_a_model_changes_behind_the_cache_are_refused(
+    tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A LokiCache gives them in the basis, in which the queries would not be."""
+    model = other_model("Llama")
+    basis = fit(calibrate_tokens(model, tokens(4, 64)))
+    given = LokiLayer.update
+
+    def copied(layer: LokiLayer, *states: Any, **options: Any) -> Any:
+        keys, values = given(layer, *states, **options)
+        return keys.clone(), values
+
+    monkeypatch.setattr(LokiLayer, "update", copied)
+    with (
+        loki(model, basis, EVERYTHING) as session,
+        pytest.raises(ValueError, match="LlamaAttention attends to other keys than its cache gave"),
+    ):
+        steps(model, session.cache(), tokens(1, 40))
+
+
+@pytest.mark.parametrize("name", ["Gemma4", "Dots3Note"])
+def test_layers_of_different_shapes_are_refused(tokens: Tokens, name: str) -> None:
+    settings: dict[str, Any] = {"num_key_value_heads": 4}
+    if name == "Gemma4":
+        settings |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
+    model = other_model(name, **settings)
+    with pytest.raises(ValueError, match=rf"of {name}ForCausalLM differs from layer to layer"):
+        calibrate_tokens(model, tokens(4, 64))
+
+
+def test_layers_of_an_unknown_kind_are_named_and_not_kept_dense_in_silence(tokens: Tokens) -> None:
+    """Unless they are listed; windows are known to stay dense."""
+    model = other_model("Qwen3", layer_types=["full_attention"] * 4)
+    basis = fit(calibrate_tokens(model, tokens(4, 64)))
+    model.config.layer_types = [
+        "full_attention",
+        "indexed_attention",
+        "sliding_attention",
+        "hybrid",
+    ]
+    with (
+        pytest.raises(
+            ValueError, match=r"layers \(1,\) of Qwen3ForCausalLM are of type 'indexed_att"
+        ),
+        loki(model, basis, QUARTER),
+    ):
+        pass
+    mode = Sparse(selector=Loki(basis=basis, widths=(4,) * 4), budget=QUARTER, dense_layers=(1,))
+    with attending(model, mode) as session:
+        assert [session.is_dense(site, site.layer) for site in sites(model)] == [
+            False,
+            True,
+            True,
+            False,
+        ]
 
 
 def test_sinks_beside_the_keys_are_refused_in_dense_layers_too(tokens: Tokens) -> None:

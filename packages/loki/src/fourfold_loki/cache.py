@@ -21,7 +21,11 @@ LARGEST_PAGE = 64
 
 
 class LokiLayer(CacheLayerMixin):
-    """One layer's values and turned keys; `gave` are the keys that its last update returned."""
+    """One layer's values and turned keys.
+
+    `gave` and `gave_values` are what its last update returned, and `is_new` is true where that was in this
+    pass of the model.
+    """
 
     is_sliding = False
     is_croppable = True
@@ -34,6 +38,8 @@ class LokiLayer(CacheLayerMixin):
         self.width = width
         self.length = 0
         self.gave: Tensor | None = None
+        self.gave_values: Tensor | None = None
+        self.is_new = False
         self._capacity = capacity
         self._is_open = is_open
 
@@ -96,8 +102,9 @@ class LokiLayer(CacheLayerMixin):
         self.values[:, :, first:last] = value_states
         self.leading[..., first:last] = turned[..., : self.width].mT
         self.length = last
-        self.gave = self.keys[:, :, :last]
-        return self.gave, self.values[:, :, :last]
+        self.gave, self.gave_values = self.keys[:, :, :last], self.values[:, :, :last]
+        self.is_new = True
+        return self.gave, self.gave_values
 
     def _is_of_another_batch(self, batch: int) -> bool:
         """True where the room left by forgotten tokens is for another number of sequences."""
@@ -185,3 +192,9 @@ class LokiCache(Cache):
             else:
                 layers.append(DynamicLayer())
         super().__init__(layers=layers)
+
+    def begin_pass(self) -> None:
+        """A pass of the model begins, in which no layer has given keys yet."""
+        for layer in self.layers:
+            if isinstance(layer, LokiLayer):
+                layer.is_new = False

@@ -11,7 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold_loki.attention_mode import AttentionCall, Observe
 from fourfold_loki.huggingface.session import attending
-from fourfold_loki.huggingface.sites import attention_modules, check_model, is_iterated
+from fourfold_loki.huggingface.sites import (
+    attention_modules,
+    check_model,
+    head_width,
+    is_iterated,
+)
 from fourfold_loki.moments import CalibrationSource, Moments, Statistics, fingerprint
 from fourfold_parallel.common.progress import Progress, silent
 from fourfold_parallel.run.tokenizers import beginning, encoded
@@ -94,7 +99,7 @@ def calibrate_tokens(
             f"{config.max_position_embeddings}; use shorter ones"
         )
     layers, kv_heads = layers_of(model), config.num_key_value_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = head_width(config)
     keys, queries, keys_before, queries_before = (
         Moments.empty(layers, kv_heads, width) for _ in range(4)
     )

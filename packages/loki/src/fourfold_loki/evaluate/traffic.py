@@ -8,6 +8,8 @@ Singhania et al. 2024, section 4.2, give the ratio as d/(2D) + k_f.
 from dataclasses import dataclass
 from typing import Any
 
+from fourfold_loki.huggingface.sites import head_width
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
@@ -46,12 +48,11 @@ class Shape:
     @classmethod
     def of(cls, config: Any, *, weights: int, bytes_each: int) -> "Shape":
         """From a model's (text) configuration."""
-        heads = config.num_attention_heads
         return cls(
             layers=config.num_hidden_layers,
-            heads=heads,
+            heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
-            head_width=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            head_width=head_width(config),
             weights=weights,
             bytes_each=bytes_each,
         )

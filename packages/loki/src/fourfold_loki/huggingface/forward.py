@@ -52,6 +52,8 @@ def loki_forward(
     turned = session.layer_that_gave(key)
     if turned is not None:
         query = turned.rotation.turn_queries(query)
+    elif not session.iterates:
+        session.refuse_changed(site)
     if isinstance(mode, Observe):
         visible = visible_keys(module, query, key, attention_mask)
         mode.observer(
@@ -67,7 +69,8 @@ def loki_forward(
     elif not session.is_dense(site, layer):
         _refuse_unfit(mode, layer, kv_heads=key.shape[1], dropout=dropout)
         if query.shape[2] == 1 or mode.reach == "every query":
-            if turned is not None and attention_mask is None and can_decode(mode, query, turned):
+            is_as_cached = turned is not None and value is turned.gave_values
+            if is_as_cached and attention_mask is None and can_decode(mode, query, turned):
                 output, kept = decode(mode, query, turned, scaling=scale)
                 stacks = query.shape[0] * key.shape[1]
                 session.reads.add(

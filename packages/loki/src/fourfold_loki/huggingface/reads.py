@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from fourfold_loki.huggingface.sites import head_width
 from fourfold_loki.selectors import Selector
 
 
@@ -31,7 +32,7 @@ class Reads:
     def of(cls, config: Any, selector: Selector) -> "Reads":
         """For a model's (text) configuration and who ranks."""
         heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        width = head_width(config)
         group = heads // config.num_key_value_heads
         return cls(ranking=selector.cost(head_width=width, group=group))
 

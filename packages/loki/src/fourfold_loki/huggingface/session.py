@@ -73,10 +73,11 @@ class Session:
                 "pass that one"
             )
         roles = sites(self.model)
-        if any(number_of(site.module, site.layer) != site.layer for site in roles):
+        beside = any(site.kind.startswith("hybrid") for site in roles)
+        if beside or any(number_of(site.module, site.layer) != site.layer for site in roles):
             raise ValueError(
-                f"{type(self.model).__name__} has layers without attention, whose state a LokiCache does "
-                "not hold; pass no cache, or the model's own"
+                f"{type(self.model).__name__} has layers without attention or hybrid ones, whose state a "
+                "LokiCache does not hold; pass no cache, or the model's own"
             )
         cache = LokiCache(
             self.mode.selector.basis,
@@ -124,6 +125,20 @@ class Session:
                 f"{self.calls} attention calls in a pass, and a basis of {layers} layers and steps; "
                 "run as many recurrences as it was calibrated with"
             )
+
+    def refuse_changed(self, site: Site) -> None:
+        """Refuse keys that a model changed after a `LokiCache` gave them: they are in the basis, queries not.
+
+        Raises:
+            ValueError: naming the module.
+        """
+        for cache in self.caches:
+            own = cache.layers[site.layer]
+            if isinstance(own, LokiLayer) and own.is_new:
+                raise ValueError(
+                    f"{type(site.module).__name__} attends to other keys than its cache gave, and a "
+                    "LokiCache gives them in the basis; pass no cache, or a cache of transformers"
+                )
 
     def layer_that_gave(self, keys: Tensor) -> LokiLayer | None:
         """The cache layer that these very keys came from, if they came from a `LokiCache`.
@@ -232,6 +247,8 @@ def _enter(session: Session) -> Callable[..., None]:
             )
         session.is_inside = True
         session.calls = 0
+        for own in session.caches:
+            own.begin_pass()
 
     return hook
 

@@ -7,6 +7,7 @@ from the start of the pass, so that a basis has a rotation for every layer and s
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,14 +25,23 @@ class Site:
     module: nn.Module
     layer: int
     """Its place among the attention modules, as bases count; of an iterated module, not the layer."""
-    slides: bool
-    """True where it sees a sliding window only, and stays dense."""
+    kind: str
+    """Type of its layer, as `layer_types` of the configuration has it."""
     positions: tuple[Tensor, Tensor] | None = None
     """Cosines and sines of the rotary embedding, where the model hands them to its modules."""
 
+    @property
+    def slides(self) -> bool:
+        """True where it sees a window only, and stays dense."""
+        return self.kind in WINDOWS
 
-FULL = ("full_attention", "attention")
-"""Types of layers whose attention sees everything before."""
+
+FULL = ("full_attention", "hybrid")
+"""Types of layers whose attention sees everything before; hybrid ones keep a state beside it."""
+WINDOWS = ("sliding_attention", "chunked_attention", "hybrid_sliding")
+"""Types of layers whose attention sees a window."""
+WITHOUT = ("linear_attention", "conv", "moe")
+"""Types of layers without softmax attention, whatever their modules are called."""
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
@@ -42,7 +52,10 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
         if type(module).__name__.endswith("Attention") and getattr(module, "is_causal", True)
     ]
     numbered = [module for module in causal if isinstance(getattr(module, "layer_idx", None), int)]
-    return numbered or causal
+    types = getattr(model.config.get_text_config(), "layer_types", None)
+    if types is None:
+        return numbered or causal
+    return [module for module in numbered if types[module.layer_idx] not in WITHOUT] or causal
 
 
 def is_iterated(model: PreTrainedModel) -> bool:
@@ -54,16 +67,21 @@ def sites(model: PreTrainedModel) -> list[Site]:
     """Every attention module with what is known about it."""
     config = model.config.get_text_config()
     types = getattr(config, "layer_types", None)
-    slides = bool(getattr(config, "sliding_window", None))
-    slides = slides and getattr(config, "use_sliding_window", True)
+    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    common = "sliding_attention" if slides else "full_attention"
     return [
         Site(
             module=module,
             layer=layer,
-            slides=slides if types is None else types[number_of(module, layer)] not in FULL,
+            kind=common if types is None else types[number_of(module, layer)],
         )
         for layer, module in enumerate(attention_modules(model))
     ]
+
+
+def head_width(config: Any) -> int:
+    """Coordinates of a head, of a text configuration."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def number_of(module: nn.Module, layer: int) -> int:
@@ -90,14 +108,17 @@ def check_model(model: PreTrainedModel) -> None:
             f"{name} does not ask transformers' registry for its attention, so a selection would be "
             "ignored; use a model class that supports attention backends"
         )
-    parts = [*dict(model.named_modules()), *dict(model.named_buffers())]
-    if not any(part.endswith(("rotary_emb", "freqs_cis")) for part in parts):
+    parts = [type(module).__name__ for module in model.modules()]
+    parts += [name for name, _ in model.named_buffers()]
+    if not any("Rotary" in part or part.endswith("freqs_cis") for part in parts):
         raise ValueError(
             f"{name} has no rotary embedding, and bases are fitted to rotary keys; "
             "use a rotary model (Llama, Qwen, Mistral, Gemma, ...)"
         )
     config = model.config.get_text_config()
     asked = ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+    for field in (*asked, "head_dim"):
+        _refuse_differing(name, config, field)
     missing = [field for field in asked if getattr(config, field, None) is None]
     if missing:
         raise ValueError(
@@ -106,6 +127,17 @@ def check_model(model: PreTrainedModel) -> None:
         )
     if not attention_modules(model):
         raise ValueError(f"{name} has no causal attention modules; use a decoder model")
+
+
+def _refuse_differing(name: str, config: Any, field: str) -> None:
+    """Raise where layers have values of their own, as some configurations since transformers 5.20 state."""
+    try:
+        getattr(config, field, None)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{field} of {name} differs from layer to layer, and a basis has rotations of one shape; use a "
+            "model whose layers are alike in it"
+        ) from error
 
 
 def check_mode(model: PreTrainedModel, mode: Sparse) -> None:
@@ -121,16 +153,29 @@ def check_mode(model: PreTrainedModel, mode: Sparse) -> None:
         raise ValueError(
             f"dense_layers={wrong} of a model of {layers} layers; use 0 to {layers - 1}"
         )
-    if not is_iterated(model) and all(
-        site.slides or site.layer in mode.dense_layers for site in sites(model)
-    ):
-        raise ValueError(
-            f"no layer of {type(model).__name__} would select: layers with a sliding window and "
-            f"dense_layers={mode.dense_layers} keep full attention; use a model with layers that see "
-            "everything, or sliding_window=None where the context is no longer than the window"
-        )
+    if not is_iterated(model):
+        _refuse_kinds(model, mode)
     if isinstance(mode.selector, Loki):
         check_basis(model, mode.selector.basis)
+
+
+def _refuse_kinds(model: PreTrainedModel, mode: Sparse) -> None:
+    name = type(model).__name__
+    free = [site for site in sites(model) if site.layer not in mode.dense_layers]
+    other = [site for site in free if site.kind not in FULL + WINDOWS]
+    if other:
+        layers = tuple(site.layer for site in other)
+        raise ValueError(
+            f"layers {layers} of {name} are of type {other[0].kind!r}, which chooses or shortens its keys "
+            "itself; list them in dense_layers, or use a model with layers of full attention"
+        )
+    if all(site.slides for site in free):
+        kinds = ", ".join(sorted({site.kind for site in free})) or "none"
+        raise ValueError(
+            f"no layer of {name} would select: layers that see a window only ({kinds}) and "
+            f"dense_layers={mode.dense_layers} keep their attention; use a model with layers that see "
+            "everything, or sliding_window=None where the context is no longer than the window"
+        )
 
 
 def check_basis(model: PreTrainedModel, basis: Basis) -> None:
@@ -141,7 +186,7 @@ def check_basis(model: PreTrainedModel, basis: Basis) -> None:
     """
     config = model.config.get_text_config()
     first = attention_modules(model)[0]
-    width = getattr(first, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = getattr(first, "head_dim", None) or head_width(config)
     source = basis.label.source
     heads = source.kv_heads if isinstance(source, Part) else basis.kv_heads
     # Calls of an iterated model are counted when it runs; see `Session.layer_of`.
