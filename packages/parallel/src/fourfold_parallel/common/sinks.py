@@ -4,6 +4,7 @@ The record is what counts. A sink gets every event after the record has it, and 
 a warning, while the run goes on.
 """
 
+import importlib
 import importlib.util
 import shutil
 import uuid
@@ -108,10 +109,8 @@ class Wandb(_Tracker):
 
     def __init__(self, record: Path) -> None:
         """The sink of a record."""
-        import wandb
-
         super().__init__(record)
-        self._library: Any = wandb
+        self._library = importlib.import_module("wandb")
 
     def _begin(self, session: str, config: Mapping[str, Json]) -> Any:
         self._record.parent.mkdir(parents=True, exist_ok=True)
@@ -136,10 +135,8 @@ class Trackio(_Tracker):
 
     def __init__(self, record: Path) -> None:
         """The sink of a record."""
-        import trackio
-
         super().__init__(record)
-        self._library: Any = trackio
+        self._library = importlib.import_module("trackio")
 
     def _begin(self, session: str, config: Mapping[str, Json]) -> Any:
         name = f"{self._record.stem}-{session}"

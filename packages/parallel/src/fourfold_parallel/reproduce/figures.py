@@ -95,7 +95,7 @@ def _axes(figure: Figure) -> list[Axis]:
 def _labels(axis: Axis) -> list[Text]:
     """The labels that are seen: neither empty, nor turned, nor beyond the axis."""
     low, high = sorted(axis.get_view_interval())
-    at = 0 if axis.axis_name == "x" else 1
+    at = 0 if axis is axis.axes.xaxis else 1
     return [
         label
         for label in axis.get_ticklabels(which="both")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
@@ -116,8 +117,7 @@ class Results:
         """Data and weights that the records used, each once."""
         by_sha256: dict[str, Mapping[str, str]] = {}
         for record in self.records.values():
-            listed: object = record.events[0].values["materials"]
-            assert isinstance(listed, list)
+            listed: Any = record.events[0].values["materials"]
             for material in listed:
                 by_sha256.setdefault(material["sha256"], material)
         return tuple(by_sha256.values())

@@ -88,6 +88,8 @@ class Watched:
                 self.validation = event
             case "trained" | "finished":
                 self.is_over = True
+            case _:  # what a paper measures
+                pass
 
     @property
     def total(self) -> int:
