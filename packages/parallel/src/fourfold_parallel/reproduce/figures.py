@@ -107,7 +107,7 @@ def _labels(axis: Axis) -> list[Text]:
 
 
 def _thin_logarithmic(figure: Figure) -> None:
-    """Where labels touch, logarithmic axes label 1 and 3 of each decade; where these do, 1 alone."""
+    """Label 1 and 3 of each decade alone, on logarithmic axes of a figure whose labels touch; or 1 alone."""
     logarithmic = [axis for axis in _axes(figure) if axis.get_scale() == "log"]
     for parts in ((1, 3), (1,)):
         if logarithmic and touching(figure):

@@ -159,7 +159,7 @@ class Section:
     commands: str
     """The first commands of its README."""
     entries: tuple[Entry, ...]
-    """Where this run differs, then what is contradicted, then the others in the paper's order."""
+    """Those where this run differs, then what is contradicted, then the others in the paper's order."""
 
     @property
     def headline(self) -> str:
@@ -176,7 +176,7 @@ class Section:
 
     @property
     def counts(self) -> Counter[str]:
-        """How many claims have which verdict."""
+        """The number of claims with each verdict."""
         return Counter(entry.finding.verdict for entry in self.entries)
 
 

@@ -28,7 +28,7 @@ _COLUMNS = 48
 
 @dataclass(slots=True)
 class Watched:
-    """What a record says so far: it reads only the lines that came since the last look."""
+    """The state of a record so far: it reads only the lines that came since the last look."""
 
     path: Path
     header: dict[str, Any] = field(default_factory=dict)
