@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fourfold_parallel.common.records import read_record
-from fourfold_parallel.reproduce import figures
+from fourfold_parallel.reproduce import figures, terminal
 from fourfold_parallel.reproduce.claims import read_ledger, write_ledger
 from fourfold_parallel.reproduce.costs import committed_cost
 from fourfold_parallel.reproduce.experiment import committed_results, experiment_of, installed
@@ -143,6 +143,16 @@ def test_a_report_shows_the_committed_finding_beside_this_runs(smoke: Path) -> N
     assert str(record.events[0].values["commit"])[:7] in row
     assert "#committed-goldfish-k4-seed0-jsonl-244" in row
     assert "#run-goldfish" not in row
+
+
+def test_the_end_of_a_run_is_a_line_a_package(smoke: Path) -> None:
+    line = terminal.compared("goldfish", compare("goldfish", smoke / "goldfish")).plain
+    assert line == (
+        "goldfish        13 of 16 claims: 1 contradicted 11 reproduced 1 inconclusive  not as committed: G1"
+    )
+    same = terminal.compared("loki", compare("loki", smoke / "loki")).plain
+    assert same.startswith("loki            17 of 19 claims: ")
+    assert same.endswith("  all as committed")
 
 
 def test_a_report_of_a_package_that_is_installed_alone_shows_its_run(smoke: Path) -> None:

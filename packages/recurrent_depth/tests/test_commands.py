@@ -6,7 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fourfold_parallel.common.records import read_record
 from fourfold_parallel.reproduce import cli
+from fourfold_parallel.run.optimizer import AdamW
+from fourfold_parallel.run.recipe import Run
 from fourfold_recurrent_depth import RecurrentDepthForCausalLM, commands
 
 
@@ -17,11 +20,18 @@ def call(*words: str) -> None:
 def test_a_text_becomes_a_model_that_generates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two steps on a text; the folder holds weights, configuration and tokenizer."""
+    """Two steps on a text, with fields set; the folder holds weights, configuration and tokenizer."""
     monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path / "cache"))
     text, out = tmp_path / "mine.txt", tmp_path / "model"
     text.write_text("to think is to iterate. " * 2000)
-    call("train", "tiny", "--text", str(text), "--steps", "2", "--out", str(out))
+    marks = ["seed=5", "optimizer.beta1=0.8"]
+    words = ["--text", str(text), "--steps", "2", "--set", *marks, "--out", str(out)]
+    call("train", "tiny", *words)
+    record = read_record(out / "record.jsonl")
+    assert record.events[0].values["overrides"] == marks
+    assert isinstance(record.run, Run)
+    assert isinstance(record.run.optimizer, AdamW)
+    assert (record.run.seed, record.run.optimizer.beta1) == (5, 0.8)
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     assert isinstance(model, RecurrentDepthForCausalLM)
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
@@ -36,6 +46,7 @@ def test_a_text_becomes_a_model_that_generates(
     [
         (("--text", "nowhere.txt"), "no such files"),
         (("--text", "nowhere.txt", "--steps", "0"), "--steps 0"),
+        (("--text", __file__, "--set", "optimizer.speed=1"), "AdamW has no field 'speed'"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(

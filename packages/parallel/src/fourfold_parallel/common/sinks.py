@@ -4,6 +4,7 @@ The record is what counts. A sink gets every event after the record has it, and 
 a warning, while the run goes on.
 """
 
+import importlib
 import importlib.util
 import shutil
 import uuid
@@ -71,7 +72,7 @@ class TensorBoard:
 
 
 class _Tracker:
-    """What wandb and trackio have in common: a named run that is begun, told of numbers, and finished."""
+    """The common part of wandb and trackio: a named run that is begun, told of numbers, and finished."""
 
     def __init__(self, record: Path) -> None:
         self._record = record
@@ -108,10 +109,8 @@ class Wandb(_Tracker):
 
     def __init__(self, record: Path) -> None:
         """The sink of a record."""
-        import wandb
-
         super().__init__(record)
-        self._library: Any = wandb
+        self._library = importlib.import_module("wandb")
 
     def _begin(self, session: str, config: Mapping[str, Json]) -> Any:
         self._record.parent.mkdir(parents=True, exist_ok=True)
@@ -136,10 +135,8 @@ class Trackio(_Tracker):
 
     def __init__(self, record: Path) -> None:
         """The sink of a record."""
-        import trackio
-
         super().__init__(record)
-        self._library: Any = trackio
+        self._library = importlib.import_module("trackio")
 
     def _begin(self, session: str, config: Mapping[str, Json]) -> Any:
         name = f"{self._record.stem}-{session}"
@@ -183,7 +180,7 @@ class Index:
 
 
 def numbers(event: Mapping[str, Json]) -> dict[str, float]:
-    """What can be plotted of an event, as `kind/key`; all but its step. A header has nothing."""
+    """The numbers of an event, as `kind/key`; all but its step. A header has none."""
     if event["event"] == "run":
         return {}
     return {
@@ -194,7 +191,7 @@ def numbers(event: Mapping[str, Json]) -> dict[str, float]:
 
 
 def _session(record: Path, *, anew: bool) -> str:
-    """Which run of a tracker a record is, remembered beside it; a record that is begun anew is another."""
+    """The tracker's name of a record's run, kept beside it; a record that is begun anew gets another."""
     path = record.with_name(f".{record.stem}.session")
     if anew or not path.exists():
         write_text(path, uuid.uuid4().hex[:12])

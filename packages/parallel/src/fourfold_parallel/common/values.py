@@ -285,7 +285,7 @@ def _set(value: Any, path: Sequence[str], text: str, setting: str) -> Any:
 
 
 def _read(text: str, former: object, setting: str) -> object:
-    """What a word says, of the type of the value that it replaces."""
+    """The value of a word, of the type of the value that it replaces."""
     if isinstance(former, str):
         return text
     try:

@@ -1,4 +1,4 @@
-"""What a scale costs, as far as committed records hold times."""
+"""The cost of a scale, as far as committed records hold times."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

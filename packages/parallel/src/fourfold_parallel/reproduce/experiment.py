@@ -45,7 +45,7 @@ class Workplace:
     sinks: Sequence[OpenSink] = ()
     """Get every event of the record; a stage that trains hands them on."""
     overrides: Sequence[str] = ()
-    """How the run differs from its recipe, which marks the record; a stage that trains hands them on."""
+    """Fields set otherwise than in the recipe, which mark the record; a stage that trains hands them on."""
     started_s: float = field(default_factory=time.perf_counter)
     """When this process began the stage, on its own clock."""
 
@@ -111,9 +111,9 @@ class Experiment:
     paper: str
     """Authors, title, venue, year."""
     idea: str = ""
-    """What the paper says, in one sentence for those who have not read it."""
+    """The paper in one sentence, for those who have not read it."""
     headline: Callable[[Records], str] = lambda _: ""
-    """What was found, in one sentence, from the committed records."""
+    """The finding in one sentence, from the committed records."""
     picture: str = ""
     """The drawing that the report shows first; otherwise its first."""
     claims: Sequence[Claim]
@@ -154,7 +154,7 @@ def experiment_of(package: str) -> Experiment:
 
 
 def committed_results(package: str) -> Path:
-    """Where the results of a package are committed: beside its source, which only a checkout has."""
+    """The folder of a package's committed results: beside its source, which only a checkout has."""
     [point] = importlib.metadata.entry_points(group=ENTRY_POINTS, name=package)
     spec = importlib.util.find_spec(point.module.partition(".")[0])
     assert spec is not None

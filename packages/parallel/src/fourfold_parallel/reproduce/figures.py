@@ -95,7 +95,7 @@ def _axes(figure: Figure) -> list[Axis]:
 def _labels(axis: Axis) -> list[Text]:
     """The labels that are seen: neither empty, nor turned, nor beyond the axis."""
     low, high = sorted(axis.get_view_interval())
-    at = 0 if axis.axis_name == "x" else 1
+    at = 0 if axis is axis.axes.xaxis else 1
     return [
         label
         for label in axis.get_ticklabels(which="both")
@@ -107,7 +107,7 @@ def _labels(axis: Axis) -> list[Text]:
 
 
 def _thin_logarithmic(figure: Figure) -> None:
-    """Where labels touch, logarithmic axes label 1 and 3 of each decade; where these do, 1 alone."""
+    """Label 1 and 3 of each decade alone, on logarithmic axes of a figure whose labels touch; or 1 alone."""
     logarithmic = [axis for axis in _axes(figure) if axis.get_scale() == "log"]
     for parts in ((1, 3), (1,)):
         if logarithmic and touching(figure):

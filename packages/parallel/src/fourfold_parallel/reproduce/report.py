@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
@@ -116,8 +117,7 @@ class Results:
         """Data and weights that the records used, each once."""
         by_sha256: dict[str, Mapping[str, str]] = {}
         for record in self.records.values():
-            listed: object = record.events[0].values["materials"]
-            assert isinstance(listed, list)
+            listed: Any = record.events[0].values["materials"]
             for material in listed:
                 by_sha256.setdefault(material["sha256"], material)
         return tuple(by_sha256.values())
@@ -159,7 +159,7 @@ class Section:
     commands: str
     """The first commands of its README."""
     entries: tuple[Entry, ...]
-    """Where this run differs, then what is contradicted, then the others in the paper's order."""
+    """Those where this run differs, then what is contradicted, then the others in the paper's order."""
 
     @property
     def headline(self) -> str:
@@ -176,7 +176,7 @@ class Section:
 
     @property
     def counts(self) -> Counter[str]:
-        """How many claims have which verdict."""
+        """The number of claims with each verdict."""
         return Counter(entry.finding.verdict for entry in self.entries)
 
 

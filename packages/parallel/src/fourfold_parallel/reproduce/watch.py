@@ -28,7 +28,7 @@ _COLUMNS = 48
 
 @dataclass(slots=True)
 class Watched:
-    """What a record says so far: it reads only the lines that came since the last look."""
+    """The state of a record so far: it reads only the lines that came since the last look."""
 
     path: Path
     header: dict[str, Any] = field(default_factory=dict)
@@ -88,6 +88,8 @@ class Watched:
                 self.validation = event
             case "trained" | "finished":
                 self.is_over = True
+            case _:  # what a paper measures
+                pass
 
     @property
     def total(self) -> int:
