@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fourfold_hpc_coder.generate.local import Local
+from fourfold_hpc_coder.generate.local import Local, open_local
 from fourfold_hpc_coder.generate.outputs import Sampling, generate_file
 from fourfold_hpc_coder.instruct.format import CodePairs
 from fourfold_hpc_coder.pareval.bodies import body_of
@@ -151,3 +151,10 @@ def test_batching_changes_no_greedy_answer() -> None:
     prompts = ["/* Use OpenMP. */\nint f(", "x", "for (size_t i = 0; i < x.size(); ++i) {"]
     with torch.no_grad():
         assert local.complete_many(prompts) == [local.complete_many([one])[0] for one in prompts]
+
+
+def test_the_model_of_the_wheel_has_a_name_here_too() -> None:
+    """`generate --model smollm2` looked for a hub id of that name."""
+    backend = open_local("smollm2", max_new_tokens=2)
+    assert backend.model.num_parameters() > 134e6
+    assert backend.complete_many(["int f(int x) {"]) != [""]
