@@ -162,7 +162,7 @@ def test_the_command_line_offers_every_parametric_law() -> None:
 
 
 def test_only_the_page_needs_matplotlib(tmp_path: Path) -> None:
-    """Without it, `fit` names the line that installs it before it reads anything; `sample` works."""
+    """Without it `fit` says its numbers, and then the line that installs what the page needs."""
     script = (
         "import sys; sys.modules['matplotlib'] = None; "
         "from fourfold_gemstones.__main__ import main; main()"
@@ -175,7 +175,9 @@ def test_only_the_page_needs_matplotlib(tmp_path: Path) -> None:
         )  # fmt: skip
 
     assert called("sample").returncode == 0
-    refused = called("fit", "absent.csv", "--budget", "1e21")
+    refused = called("fit", "runs.csv", "--budget", "1e21", "--draws", "20")
     assert refused.returncode == 2
+    assert "for 1e+21 FLOPs" in refused.stderr
+    assert not (tmp_path / "scaling-law.html").exists()
     assert "this needs matplotlib" in refused.stderr
     assert "pip install 'matplotlib" in refused.stderr

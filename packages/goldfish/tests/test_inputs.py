@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_goldfish.inputs import Texts, model_place
+from fourfold_goldfish.inputs import Texts
 from fourfold_parallel.common.values import from_json, to_json
-from fourfold_parallel.run.models import SmolLM2
 
 
 @pytest.fixture
@@ -71,9 +70,3 @@ def test_what_holds_no_text_is_named(folder: Path) -> None:
         Texts(paths=(folder / "c.jsonl",), field="content").read()
     with pytest.raises(ValueError, match="is one path; give a tuple"):
         Texts(paths=str(folder))  # type: ignore[arg-type]
-
-
-def test_smollm2_is_a_name_and_any_other_stays_itself() -> None:
-    assert model_place("smollm2") == str(SmolLM2().folder())
-    assert model_place(Path("models/mine")) == "models/mine"
-    assert model_place("someone/model") == "someone/model"

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, GenerationConfig, PreTrainedTokenizerFast
 
-from fourfold_hpc_coder.generate.local import Local
+from fourfold_hpc_coder.generate.local import Local, open_local
 from fourfold_hpc_coder.generate.outputs import Sampling, generate_file
 from fourfold_hpc_coder.instruct.format import OURS, CodePairs, encode
 from fourfold_hpc_coder.instruct.samples import InstructionSample, Provenance
@@ -330,3 +330,10 @@ def test_batching_changes_no_greedy_answer() -> None:
     prompts = ["/* Use OpenMP. */\nint f(", "x", "for (size_t i = 0; i < x.size(); ++i) {"]
     with torch.no_grad():
         assert local.complete_many(prompts) == [local.complete_many([one])[0] for one in prompts]
+
+
+def test_the_model_of_the_wheel_has_a_name_here_too() -> None:
+    """`generate --model smollm2` looked for a hub id of that name."""
+    backend = open_local("smollm2", max_new_tokens=2)
+    assert backend.model.num_parameters() > 134e6
+    assert backend.complete_many(["int f(int x) {"]) != [""]

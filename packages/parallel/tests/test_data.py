@@ -13,7 +13,7 @@ from fourfold_parallel.common.values import from_json, to_json
 from fourfold_parallel.run import data
 from fourfold_parallel.run.corpora import WIKIPEDIA_REMEDY, Hub, TextFiles
 from fourfold_parallel.run.data import Packed, TokenStream, epoch_order, tokenize
-from fourfold_parallel.run.models import SMOLLM2_REMEDY, SmolLM2
+from fourfold_parallel.run.models import SMOLLM2_REMEDY, SmolLM2, model_place
 from fourfold_parallel.run.tokenizers import BytePairs, PublishedTokenizer
 
 
@@ -203,3 +203,10 @@ def test_bad_input_is_refused_with_its_value(
     with pytest.raises(ValueError, match=r".") as caught:
         make(stream, packed)  # type: ignore[operator]
     assert words in str(caught.value)
+
+
+def test_smollm2_is_a_name_and_any_other_stays_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SmolLM2, "folder", lambda _: Path("converted"))
+    assert model_place("smollm2") == "converted"
+    assert model_place(Path("models/mine")) == "models/mine"
+    assert model_place("someone/model") == "someone/model"

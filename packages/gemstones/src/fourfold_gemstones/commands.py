@@ -57,12 +57,12 @@ def fit(
         draws=draws,
         generator=np.random.default_rng(seed),
     )
-    write(report, analysis)
     target = console()
     for text in analysis.warnings:
         target.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
     for text in said(analysis):
         target.print(text, markup=False, soft_wrap=True)
+    write(report, analysis)
     target.print(f"report: {report}", markup=False, soft_wrap=True)
 
 

@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from fourfold_gemstones.allocation import (
     Allocation,
@@ -31,8 +31,10 @@ from fourfold_gemstones.parametric import LawWarning, ParametricFit, ParametricL
 from fourfold_gemstones.runs import RunsWarning, RunTable, StrPath
 from fourfold_gemstones.uncertainty import Bootstrap, Interval, bootstrap, slope
 from fourfold_parallel.common.files import write_text
-from fourfold_parallel.reproduce.figures import BASELINE, METHOD, SHADES, style, svg
 from fourfold_parallel.reproduce.page import inline, render
+
+if TYPE_CHECKING:  # matplotlib is an extra: the numbers come without it
+    from matplotlib.figure import Figure
 
 ASPECT = 40.0
 """Width over depth at which a law without shape counts FLOPs."""
@@ -187,6 +189,10 @@ def said(analysis: Analysis) -> Iterator[str]:
 
 def figure_fit(analysis: Analysis) -> Figure:
     """Measured losses against tokens, one colour per run, and the law through them."""
+    from matplotlib.figure import Figure
+
+    from fourfold_parallel.reproduce.figures import SHADES
+
     table = analysis.fit.table
     names, index = table.groups("run")
     figure = Figure(figsize=(7.2, 4.2))
@@ -207,6 +213,10 @@ def figure_fit(analysis: Analysis) -> Figure:
 
 def figure_residuals(analysis: Analysis) -> Figure:
     """Mean residual of each run, in order of size: where the law misses."""
+    from matplotlib.figure import Figure
+
+    from fourfold_parallel.reproduce.figures import BASELINE, METHOD
+
     table = analysis.fit.table
     names, index = table.groups("run")
     residual = 100 * np.log(table.column("loss_nats") / analysis.fit.predict(table))
@@ -275,7 +285,9 @@ def _next_runs(suggestions: tuple[Suggestion, ...], *, shaped: bool) -> list[tup
 
 
 def page(analysis: Analysis) -> str:
-    """A self-contained HTML page."""
+    """A self-contained HTML page; needs matplotlib."""
+    from fourfold_parallel.reproduce.figures import style, svg
+
     certificate = analysis.fit.certificate
     with style():
         drawings = [

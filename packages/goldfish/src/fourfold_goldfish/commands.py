@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from fourfold_goldfish.inputs import Texts, model_place
+from fourfold_goldfish.inputs import Texts
 from fourfold_parallel.common.sinks import SinkName
 
 
@@ -104,6 +104,7 @@ def extract(
     from fourfold_goldfish import memorization
     from fourfold_parallel.common.records import RecordWriter, header
     from fourfold_parallel.reproduce.terminal import Bars, console, start
+    from fourfold_parallel.run.models import model_place
 
     start(console())
     decoding = memorization.Beam(beams=beams) if beams > 1 else memorization.Greedy()
@@ -179,6 +180,7 @@ def train(
     from fourfold_parallel.common.values import overridden
     from fourfold_parallel.reproduce.experiment import Workplace
     from fourfold_parallel.reproduce.terminal import Bars, console, start
+    from fourfold_parallel.run.models import model_place
 
     start(console())
     attack = named(
@@ -244,6 +246,8 @@ def _texts(paths: tuple[Path, ...], field: str) -> Texts:
 
 def _tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
+
+    from fourfold_parallel.run.models import model_place
 
     return AutoTokenizer.from_pretrained(model_place(name))
 

@@ -1,4 +1,4 @@
-"""Texts and models that a person names: files and folders of text, hub ids, `smollm2`."""
+"""Texts that a person names: files and folders."""
 
 import hashlib
 import json
@@ -135,15 +135,3 @@ def _is_text(file: Path) -> bool:
 def _counted(files: Sequence[Path]) -> str:
     kinds = Counter(file.suffix or file.name for file in files)
     return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-
-
-def model_place(name: str | os.PathLike[str]) -> str:
-    """The folder or hub id that `from_pretrained` takes for a name, of a model or a tokenizer.
-
-    `smollm2` is SmolLM2-135M as it installs as a package.
-    """
-    if str(name) != "smollm2":
-        return str(name)
-    from fourfold_parallel.run.models import SmolLM2
-
-    return str(SmolLM2().folder())

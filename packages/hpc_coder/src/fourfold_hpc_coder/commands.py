@@ -340,7 +340,7 @@ def generate(
     """Have a model answer prompts, and write ParEval's outputs file; stopped, it goes on.
 
     Args:
-        model: Hub id or folder of a transformers model, or the name that an endpoint serves.
+        model: `smollm2` (from its wheel), a hub id or a folder; or the name that an endpoint serves.
         prompts: `built-in`, or a JSON file of ParEval's prompt records.
         models: Parallel models to ask for.
         only: Only prompts of problems whose name holds this, such as `transform` or `27_`.

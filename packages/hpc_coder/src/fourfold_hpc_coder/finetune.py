@@ -14,7 +14,7 @@ from fourfold_hpc_coder.instruct.format import FileRows, InstructionLoss
 from fourfold_parallel.common.files import sha256_of, write_text
 from fourfold_parallel.common.records import Material
 from fourfold_parallel.run.engines import Single
-from fourfold_parallel.run.models import Model, Published, SmolLM2
+from fourfold_parallel.run.models import Model, Published, SmolLM2, model_place
 from fourfold_parallel.run.objective import KeepAll, TargetMask, announced_mask
 from fourfold_parallel.run.optimizer import AdamW, Cosine
 from fourfold_parallel.run.recipe import Run, Steps
@@ -94,10 +94,9 @@ def finetuning(
     if not path.is_file():
         raise ValueError(f"--data {path}: no such file; make one with make-data")
     base: Model = Published(name=model, revision="main", licence=licence)
-    folder = model
+    folder = model_place(model)
     if model == "smollm2":
         base = SmolLM2()
-        folder = str(base.folder())
     rows = FileRows(path=str(path), sha256=sha256_of(path), tokenizer=folder, response=response)
     marks = rows.marks()
     also: TargetMask = KeepAll()

