@@ -12,13 +12,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fourfold_parallel.plan.cost import LINEAR_NODES, NORM_NODES, Work
+from fourfold_parallel.plan.cost import COLLECTIVE_NODES, LINEAR_NODES, NORM_NODES, Work
 from fourfold_parallel.plan.job import AxisName, Job, Layout
 from fourfold_parallel.plan.machine import Collective, Machine
 from fourfold_parallel.plan.transformer import Linear
 
 AXES: tuple[AxisName, ...] = ("data", "depth", "row", "col")
 TINY_BYTES = 8
+BUCKET_BYTES = 25 * 2**20
+"""Of the grid's sums over data."""
 SIMULATED_LAYERS = 4
 """Further decoder layers take what the last of these took."""
 
@@ -99,6 +101,7 @@ class Clock:
         size = self.layout.size(axis)
         if size == 1:
             return 0.0
+        self.nodes(COLLECTIVE_NODES)
         stride = self.layout.stride(axis)
         seconds = self.machine.seconds(kind, payload, stride=stride, size=size)
         link = self.machine.crosses_nodes(stride=stride, size=size)
@@ -131,6 +134,7 @@ class Rank:
         self._gathers: dict[int, float] = {}
         self._late: tuple[float, Linear] | None = None
         self._sums: list[float] = []
+        self._bucket = 0.0
 
     def microbatch(self, layers: int, *, is_last: bool) -> None:
         """Forward and backward of so many decoder layers, the embedding and the head."""
@@ -160,6 +164,7 @@ class Rank:
             ends = self.clock.start("depth", "reduce_scatter", tile * job.element, "embedding")
             self.clock.wait("depth", ends)
             self._reduce(tile / self.layout.depth, "embedding")
+        self._send_bucket()
         for ends in self._sums:
             self.clock.wait("data", ends)
         self._sums.clear()
@@ -331,11 +336,26 @@ class Rank:
             self._reduce(rows * columns / self.layout.depth, linear.name)
 
     def _reduce(self, elements: float, name: str) -> None:
-        kind: Collective = "reduce_scatter" if self.layout.shards_optimizer else "all_reduce"
         payload = elements * self.job.storage.wire
-        if self.clock.machine.is_probed and self.layout.data > 1:  # into its bucket
-            self.clock.compute("bucket", self.work.traffic(elements, 2, element=4))
-        self._sums.append(self.clock.start("data", kind, payload, name))
+        if self.layout.shards_optimizer:
+            self._sums.append(self.clock.start("data", "reduce_scatter", payload, name))
+        elif self.clock.machine.is_probed:
+            self._fill(payload)
+        else:
+            self._sums.append(self.clock.start("data", "all_reduce", payload, name))
+
+    def _fill(self, payload: float) -> None:
+        """Copy a gradient into its bucket, which is sent when it is full."""
+        if self.layout.data > 1:
+            self.clock.compute("bucket", self.work.traffic(payload, 2, element=1))
+            self._bucket += payload
+            if self._bucket >= BUCKET_BYTES:
+                self._send_bucket()
+
+    def _send_bucket(self) -> None:
+        if self._bucket:
+            self._sums.append(self.clock.start("data", "all_reduce", self._bucket, "bucket"))
+            self._bucket = 0.0
 
 
 def simulate(job: Job, layout: Layout, machine: Machine, *, records: bool = False) -> Step:
