@@ -38,7 +38,7 @@ from fourfold_parallel.plan.transformer import Transformer
 from fourfold_parallel.testing import ranks as workplace
 from fourfold_parallel.testing.ranks import run_on_ranks
 
-BATCH, SEQUENCE, ROUNDS, WARM_UPS = 8, 128, 5, 3
+BATCH, SEQUENCE, ROUNDS, WARM_UPS = 8, 128, 5, 2
 TOGETHER = 7
 """Grids whose models are held at once, the reference grid included, which is in every batch."""
 QUIET = 1.5
