@@ -464,6 +464,10 @@ def _starter(
     whole = make(payload // make.dtype.itemsize)
     piece = whole.chunk(group.size())[0].clone()
 
+    def reduce() -> Callable[[], object]:
+        work: Any = dist.all_reduce(whole, group=group, async_op=True)
+        return work.wait
+
     def gather() -> Callable[[], object]:
         return _all_gather(torch.empty_like(whole), piece, group, async_op=True).wait
 
@@ -477,7 +481,7 @@ def _starter(
 
     match kind:
         case "all_reduce":
-            return lambda: dist.all_reduce(whole, group=group, async_op=True).wait
+            return reduce
         case "all_gather":
             return gather
         case "reduce_scatter":
