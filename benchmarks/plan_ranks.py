@@ -38,7 +38,7 @@ from fourfold_parallel.plan.transformer import Transformer
 from fourfold_parallel.testing import ranks as workplace
 from fourfold_parallel.testing.ranks import run_on_ranks
 
-BATCH, SEQUENCE, ROUNDS, WARM_UPS = 8, 128, 5, 3
+BATCH, SEQUENCE, ROUNDS, WARM_UPS = 8, 128, 5, 2
 TOGETHER = 7
 """Grids whose models are held at once, the reference grid included, which is in every batch."""
 QUIET = 1.5
@@ -64,9 +64,8 @@ def open_session(stack: ExitStack, layout: Layout, width: int) -> Any:
     config = llama_config(width=width, sequence=SEQUENCE)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    opened = Fourfold(**sizes(layout)).open(
-        model, optimizer, precision="fp32", batch=BATCH, microbatch=BATCH
-    )
+    engine = Fourfold(data=layout.data, depth=layout.depth, row=layout.row, col=layout.col)
+    opened = engine.open(model, optimizer, precision="fp32", batch=BATCH, microbatch=BATCH)
     return stack.enter_context(opened)
 
 
@@ -139,11 +138,12 @@ def links(machine: Machine) -> Links:
 def judged(rows: list[dict[str, Any]], column: str) -> dict[str, float]:
     """What the rules are about."""
     predicted, measured = ([row[key] for row in rows] for key in (column, "measured_s"))
+    correlation: Any = spearmanr(predicted, measured)
     errors = [abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
     best = measured.index(min(measured))
     return {
         "best_at": 1 + sorted(predicted).index(predicted[best]),
-        "spearman": float(spearmanr(predicted, measured).statistic),
+        "spearman": float(correlation.statistic),
         "median_error": statistics.median(errors),
         "worst_error": max(errors),
     }

@@ -203,7 +203,7 @@ def probe(
         launch.relaunch(sys.argv[1:], ranks=ranks)
         return
     machine = probe_launched(
-        width if model == "llama" else model,  batch=batch, sequence=sequence,
+        width if model == "llama" else model, name=out.stem, batch=batch, sequence=sequence,
         precision=precision, clock=clock,
     )  # fmt: skip
     if launch.is_main_rank():

@@ -47,7 +47,9 @@ CLIP_BYTES = 8
 LINEAR_NODES = 3
 """Nodes of autograd in Python in a linear layer of the grid: its piece, its product, its late wait."""
 NORM_NODES = 1
-"""Its piece. Each sum over col adds another."""
+"""Its piece."""
+COLLECTIVE_NODES = 2
+"""The start and the wait of a collective of the grid take the host about a node each."""
 
 
 def product_seconds(machine: Machine, precision: Precision, m: int, n: int, k: int) -> float:

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from scipy.optimize import isotonic_regression
 from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -62,7 +63,7 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 KINDS: tuple[Collective, ...] = ("all_reduce", "all_gather", "reduce_scatter")
 PASSES = 3
 """Times that everything is measured, apart from one another; the median counts."""
-SHORTEST_S = 0.004
+SHORTEST_S = 0.01
 """A measurement repeats what is shorter until it has taken about so long ..."""
 REPEATS = 20
 """... but no oftener."""
@@ -72,6 +73,11 @@ POINTS = 6
 """Of a collective's curve."""
 COPIED_BYTES = 2**25
 TINY_CALLS = 500
+TINY_NODES = 20
+LEAST_S = 1e-6
+"""Of a collective."""
+BETWEEN = (128, 512, 512)
+"""A product computed before each collective, and subtracted: in a step caches are cold and threads asleep."""
 
 
 class Questions(Machine):
@@ -216,7 +222,9 @@ def probe(job: Job, *, name: str, device: torch.device) -> dict[ClockName, Machi
         for size in divisors(ranks // stride)
         if size > 1
     }
+    between = _product_between(make)
     for _ in range(PASSES):
+        watch.time("between", between)
         for m, n, k in sorted(asked.asked_products):
             _time_product(watch, make, m, n, k)
         for kind, shape in sorted(asked.asked_parts):
@@ -224,9 +232,9 @@ def probe(job: Job, *, name: str, device: torch.device) -> dict[ClockName, Machi
         for (stride, size), group in groups.items():
             for kind in KINDS:
                 for payload in _payloads(asked, kind, stride, size):
-                    _time_collective(watch, make, kind, (stride, size), payload, group)
+                    _time_collective(watch, make, kind, (stride, size), payload, group, between)
         _time_memory(watch, make)
-        _time_calls(watch, make)
+        _time_calls(watch, make, between)
         _time_update(watch, make, job, ranks)
         if groups:
             _time_theft(watch, make, asked, groups[1, ranks])
@@ -438,9 +446,15 @@ def _time_collective(
     ring: tuple[int, int],
     payload: int,
     group: dist.ProcessGroup,
+    between: Callable[[int], object],
 ) -> None:
     start = _starter(make, kind, payload, group)
-    watch.time((kind, *ring, payload), lambda _: start()())
+
+    def after_a_product(turn: int) -> None:
+        between(turn)
+        start()()
+
+    watch.time((kind, *ring, payload), after_a_product)
 
 
 def _starter(
@@ -449,6 +463,10 @@ def _starter(
     """Starts a collective whose full tensor has so many bytes, as the grid does, and gives its wait."""
     whole = make(payload // make.dtype.itemsize)
     piece = whole.chunk(group.size())[0].clone()
+
+    def reduce() -> Callable[[], object]:
+        work: Any = dist.all_reduce(whole, group=group, async_op=True)
+        return work.wait
 
     def gather() -> Callable[[], object]:
         return _all_gather(torch.empty_like(whole), piece, group, async_op=True).wait
@@ -463,7 +481,7 @@ def _starter(
 
     match kind:
         case "all_reduce":
-            return lambda: dist.all_reduce(whole, group=group, async_op=True).wait
+            return reduce
         case "all_gather":
             return gather
         case "reduce_scatter":
@@ -509,21 +527,28 @@ class _Node(torch.autograd.Function):
         return gradient
 
 
-def _time_calls(watch: Stopwatch, make: Operands) -> None:
+def _product_between(make: Operands) -> Callable[[int], object]:
+    m, n, k = BETWEEN
+    sets = make.sets((m, k), (n, k))
+    return lambda turn: F.linear(*sets[turn % len(sets)])
+
+
+def _time_calls(watch: Stopwatch, make: Operands, between: Callable[[int], object]) -> None:
     tiny, leaf = make(8), make(8, grad=True)
 
     def calls(_: int) -> None:
         for _ in range(TINY_CALLS):
             torch.add(tiny, tiny)
 
-    def nodes(_: int) -> None:
+    def nodes(turn: int) -> None:
+        between(turn)
         x = leaf
-        for _ in range(TINY_CALLS):
+        for _ in range(TINY_NODES):
             x = _Node.apply(x)
         torch.autograd.grad(x, leaf, tiny)
 
     watch.time("call", calls, calls=TINY_CALLS)
-    watch.time("node", nodes, calls=TINY_CALLS)
+    watch.time("node", nodes)
 
 
 def _time_update(watch: Stopwatch, make: Operands, job: Job, ranks: int) -> None:
@@ -598,22 +623,27 @@ def _machine(
         products=products,
         seconds_per_update=max(0.0, seconds("update") - seconds("small update")) / share,
         seconds_per_tensor=seconds("small update") / number,
-        node_s=seconds("node"),
+        node_s=max(0.0, seconds("node") - seconds("between")) / TINY_NODES,
         parts=parts,
         curves=curves,
     )  # fmt: skip
 
 
 def _curves(watch: Stopwatch, clock: ClockName) -> Iterator[Curve]:
+    """Of each collective; more bytes never take less time, so what noise inverts is levelled."""
     points: dict[tuple[Collective, int, int], list[tuple[float, float]]] = {}
     for key in watch.trials:
         if key[0] in KINDS:
             kind, stride, size, payload = key
-            points.setdefault((kind, stride, size), []).append(
-                (float(payload), watch.seconds(key, clock))
-            )
+            alone = watch.seconds(key, clock) - watch.seconds("between", clock)
+            points.setdefault((kind, stride, size), []).append((float(payload), alone))
     for (kind, stride, size), measured in points.items():
-        yield Curve(kind=kind, stride=stride, size=size, points=tuple(sorted(measured)))
+        payloads, seconds = zip(*sorted(measured), strict=True)
+        rising = isotonic_regression(seconds).x.clip(min=LEAST_S)
+        yield Curve(
+            kind=kind, stride=stride, size=size,
+            points=tuple(zip(payloads, rising.tolist(), strict=True)),
+        )  # fmt: skip
 
 
 def _rings(curves: Sequence[Curve]) -> Iterator[Ring]:

@@ -12,14 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from fourfold_parallel.plan.cost import LINEAR_NODES, NORM_NODES, Work
+from fourfold_parallel.plan.cost import COLLECTIVE_NODES, LINEAR_NODES, NORM_NODES, Work
 from fourfold_parallel.plan.job import AxisName, Job, Layout
 from fourfold_parallel.plan.machine import Collective, Machine
 from fourfold_parallel.plan.transformer import Linear
 
 AXES: tuple[AxisName, ...] = ("data", "depth", "row", "col")
 TINY_BYTES = 8
-SIMULATED_LAYERS = 3
+BUCKET_BYTES = 25 * 2**20
+"""Of the grid's sums over data."""
+SIMULATED_LAYERS = 4
 """Further decoder layers take what the last of these took."""
 
 
@@ -128,6 +130,7 @@ class Clock:
         road = self.roads[axis]
         if road.size == 1:
             return 0.0
+        self.nodes(COLLECTIVE_NODES)
         rounds = 2 if kind == "all_reduce" else 1
         if self.machine.curves:
             stride = self.layout.stride(axis)
@@ -165,6 +168,7 @@ class Rank:
         self._late: tuple[float, Linear] | None = None
         self.sums_end: float = 0.0
         """When the last sum over data ends. Nothing but the update waits for it."""
+        self._bucket = 0.0
 
     def microbatch(self, layers: int, *, is_last: bool) -> None:
         """Forward and backward of so many decoder layers, the embedding and the head."""
@@ -195,6 +199,7 @@ class Rank:
             ends = self.clock.start("depth", "reduce_scatter", tile * job.element, "embedding")
             self.clock.wait("depth", ends)
             self._reduce(tile / self.layout.depth, "embedding")
+        self._send_bucket()
 
     # forward ------------------------------------------------------------------------------------
 
@@ -364,11 +369,26 @@ class Rank:
             self._reduce(rows * columns / self.layout.depth, linear.name)
 
     def _reduce(self, elements: float, name: str) -> None:
-        kind: Collective = "reduce_scatter" if self.layout.shards_optimizer else "all_reduce"
         payload = elements * self.job.storage.wire
-        if self.clock.machine.is_probed and self.layout.data > 1:  # into its bucket
-            self.clock.compute("bucket", self.work.traffic(elements, 2, element=4))
-        self.sums_end = self.clock.start("data", kind, payload, name)
+        if self.layout.shards_optimizer:
+            self.sums_end = self.clock.start("data", "reduce_scatter", payload, name)
+        elif self.clock.machine.is_probed:
+            self._fill(payload)
+        else:
+            self.sums_end = self.clock.start("data", "all_reduce", payload, name)
+
+    def _fill(self, payload: float) -> None:
+        """Copy a gradient into its bucket, which is sent when it is full."""
+        if self.layout.data > 1:
+            self.clock.compute("bucket", self.work.traffic(payload, 2, element=1))
+            self._bucket += payload
+            if self._bucket >= BUCKET_BYTES:
+                self._send_bucket()
+
+    def _send_bucket(self) -> None:
+        if self._bucket:
+            self.sums_end = self.clock.start("data", "all_reduce", self._bucket, "bucket")
+            self._bucket = 0.0
 
 
 def simulate(job: Job, layout: Layout, machine: Machine, *, records: bool = False) -> Step:
@@ -378,7 +398,7 @@ def simulate(job: Job, layout: Layout, machine: Machine, *, records: bool = Fals
         job: The model and batch.
         layout: The grid and the microbatch.
         machine: The machine.
-        records: Keep the spans of the last microbatch, of at most three decoder layers.
+        records: Keep the spans of the last microbatch, of at most four decoder layers.
     """
     microbatches = layout.microbatches(job.batch)
     last = _microbatch(job, layout, machine, is_last=True, records=records)
