@@ -34,9 +34,10 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+from fourfold_parallel.common.attention import FUSED
 from fourfold_parallel.launch import device, local_world_size, process_group
 from fourfold_parallel.plan.authors import grids
-from fourfold_parallel.plan.job import FUSED, Job, Layout
+from fourfold_parallel.plan.job import Job, Layout
 from fourfold_parallel.plan.machine import (
     Collective,
     Curve,
