@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from transformers.utils import (
+from transformers.utils.import_utils import (
     is_flash_attn_2_available,
     is_flash_attn_3_available,
     is_flash_attn_4_available,

@@ -132,7 +132,7 @@ class Clock:
             return 0.0
         self.nodes(COLLECTIVE_NODES)
         rounds = 2 if kind == "all_reduce" else 1
-        if self.machine.curves:
+        if self.machine.is_probed:
             stride = self.layout.stride(axis)
             seconds = self.machine.seconds(kind, payload, stride=stride, size=road.size)
         else:
