@@ -129,7 +129,7 @@ class RecurrentDepthForCausalLM(Unpaged, RecurrentDepthModel, GenerationMixin):
             ValueError: before any compute, where an argument cannot be honoured.
         """
         refuse_unknown(options, PARAMETERS)
-        refuse_lengths_alone(options, position_ids, self.config._attn_implementation)  # noqa: SLF001
+        refuse_lengths_alone(options, position_ids, str(self.config._attn_implementation))  # noqa: SLF001
         initial_state = either(initial_state, input_states, ("initial_state", "input_states"))
         embedded = self._embed(input_ids, inputs_embeds)
         batch, tokens = embedded.shape[:2]

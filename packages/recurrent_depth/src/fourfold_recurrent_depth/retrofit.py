@@ -124,7 +124,7 @@ class Retrofitted(Unpaged, PreTrainedModel, GenerationMixin):
             ValueError: fewer than one recurrence, or another cache, which has one slot a layer.
         """
         refuse_unknown(options, PARAMETERS)
-        refuse_lengths_alone(options, position_ids, self.config._attn_implementation)  # noqa: SLF001
+        refuse_lengths_alone(options, position_ids, str(self.config._attn_implementation))  # noqa: SLF001
         without, with_gradient = (0, num_steps) if isinstance(num_steps, int) else num_steps
         steps = without + with_gradient
         if min(without, with_gradient) < 0 or steps < 1:

@@ -69,8 +69,12 @@ def loki_forward(
     elif not session.is_dense(site, layer):
         _refuse_unfit(mode, layer, kv_heads=key.shape[1], dropout=dropout)
         if query.shape[2] == 1 or mode.reach == "every query":
-            is_as_cached = turned is not None and value is turned.gave_values
-            if is_as_cached and attention_mask is None and can_decode(mode, query, turned):
+            if (
+                turned is not None
+                and value is turned.gave_values  # some models rearrange them
+                and attention_mask is None
+                and can_decode(mode, query, turned)
+            ):
                 output, kept = decode(mode, query, turned, scaling=scale)
                 stacks = query.shape[0] * key.shape[1]
                 session.reads.add(

@@ -69,8 +69,9 @@ def compacting(
         raise ValueError(
             "compacting needs an empty RecurrentCache; leave use_cache and past_key_values out"
         )
-    names = ("initial_state", "input_states")
-    state = either(*(options.get(name) for name in names), names)
+    state = either(
+        options.get("initial_state"), options.get("input_states"), ("initial_state", "input_states")
+    )
     is_by_row = isinstance(state, RowStates) or (isinstance(state, Tensor) and len(state) > 1)
     if is_by_row or any(isinstance(processor, _BY_ROW) for processor in logits_processor):
         raise ValueError(
