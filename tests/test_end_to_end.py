@@ -119,7 +119,7 @@ def test_a_report_is_one_self_contained_page(smoke: Path) -> None:
         assert experiment.headline(
             Results(smoke / name, package=name, name="x").records
         ) in unescape(page)
-        assert f'id="committed-{name}-{experiment.picture}"' in page
+        assert f'id="card-committed-{name}-{experiment.picture}' in page
     assert page.count("<figure ") == 2 * len([*smoke.glob("*/*.svg")])
     anchors = Counter(re.findall(r'id="([^"]+)"', page))
     assert {name for name, count in anchors.items() if count > 1} == set()
@@ -184,7 +184,7 @@ def test_a_readme_begins_with_commands_that_there_are(name: str) -> None:
     readme = ROOT / "packages" / name / "README.md"
     commands = first_commands(readme.read_text()).splitlines()
     mine = [line.split() for line in commands if line.startswith("python -m fourfold_")]
-    assert mine
+    assert mine or not commands
     for _, dash_m, module, subcommand, *words in mine:
         called = call(dash_m, module, subcommand, "--help")
         options = {word for word in words if word.startswith("--")}

@@ -32,6 +32,7 @@ def reproduce(
         sink: Where the events of the records go too, as they are written.
         out: Folder for records, ledgers, figures and the report.
     """
+    sinks = named(sink)  # what is missing is said before anything heavy is imported
     from fourfold_parallel.reproduce import report, side_by_side, terminal
     from fourfold_parallel.reproduce.experiment import experiment_of, installed
 
@@ -48,7 +49,7 @@ def reproduce(
     ready = [name for name, experiment in experiments.items() if experiment.stages(scale)]
     started_s = time.perf_counter()
     outcomes = side_by_side.perform_all(
-        ready, scale, out / scale, resume=resume, jobs=jobs, target=target, sinks=named(sink)
+        ready, scale, out / scale, resume=resume, jobs=jobs, target=target, sinks=sinks
     )
     judged = [name for name in ready if outcomes[name].rows]
     if judged:

@@ -86,6 +86,7 @@ def reproduces(package: str) -> Callable[..., None]:
             resume: Keep what is finished and go on from checkpoints, instead of starting over.
             sink: Where the events of the records go too, as they are written.
         """
+        sinks = named(sink)
         from fourfold_parallel.common.progress import silent
         from fourfold_parallel.launch import is_main_rank
         from fourfold_parallel.reproduce import terminal
@@ -105,7 +106,7 @@ def reproduces(package: str) -> Callable[..., None]:
                 scale,
                 out / scale / package,
                 resume=resume,
-                sinks=named(sink),
+                sinks=sinks,
                 progress=lambda stage: bars.named(stage.name) if is_main_rank() else silent,
             )
         target.print(terminal.compared(package, compare(package, outcome.folder)), soft_wrap=True)
