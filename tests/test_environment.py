@@ -30,6 +30,17 @@ papers = []
 """
 
 
+DEV = 'dev = [{ include-group = "papers" }, { include-group = "docs" }]'
+MEMBER = """
+[project]
+name = "fourfold-none"
+version = "0"
+[build-system]
+requires = ["uv_build>=0.9"]
+build-backend = "uv_build"
+"""
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """An empty workspace that needs one small wheel, beside a wheelhouse that holds it."""
@@ -117,6 +128,34 @@ def test_a_changed_lock_is_noticed(checkout: Path) -> None:
     with (checkout / "pyproject.toml").open("a") as file:
         file.write("\n# changed\n")
     assert "making the environment" in offline(checkout, "true").stderr
+
+
+def interpreters() -> list[str]:
+    """The CPythons of this machine that `scripts/env` takes, this one first."""
+    places = [Path("/usr/bin"), Path("/usr/local/bin"), *Path("/opt/python").glob("*/bin")]
+    places += Path.home().glob(".pyenv/versions/*/bin")
+    paths = [place / f"python3.{minor}" for place in places for minor in (11, 12, 13)]
+    versions = {path.name: str(path) for path in paths if path.exists()}
+    mine = f"python3.{sys.version_info.minor}"
+    return list({mine: str(Path(sys.executable).resolve()), **versions}.values())
+
+
+@pytest.mark.parametrize("python", interpreters(), ids=lambda path: Path(path).name)
+def test_another_python_resolves_what_every_group_asks_for(checkout: Path, python: str) -> None:
+    """Groups that include groups, members with what they need, constraints from the lock."""
+    member = checkout / "packages" / "none"
+    (member / "src" / "fourfold_none").mkdir(parents=True)
+    (member / "src" / "fourfold_none" / "__init__.py").touch()
+    (member / "pyproject.toml").write_text(MEMBER)
+    project = PROJECT.replace("papers = []", 'papers = ["fourfold-none"]\ndocs = ["einops"]')
+    project = project.replace("dev = []", DEV)
+    (checkout / "pyproject.toml").write_text(project)
+    made = offline(checkout, "--resolve", *SHOW, FOURFOLD_PYTHON=python)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.strip() == str(checkout / ".venv")
+    assert "resolving for this machine" in made.stderr
+    shown = env(checkout, "python", "-c", "import fourfold_none, sys; print(sys.version_info[:2])")
+    assert shown.stdout.strip() == str((3, int(Path(python).name.partition("3.")[2] or 11)))
 
 
 def test_a_read_only_home_is_no_hindrance(checkout: Path) -> None:
