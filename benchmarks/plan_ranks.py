@@ -143,7 +143,7 @@ def judged(rows: list[dict[str, Any]], column: str) -> dict[str, float]:
     best = measured.index(min(measured))
     return {
         "best_at": 1 + sorted(predicted).index(predicted[best]),
-        "spearman": float(correlation.statistic),
+        "spearman": round(float(correlation.statistic), 9),
         "median_error": statistics.median(errors),
         "worst_error": max(errors),
     }

@@ -53,6 +53,9 @@ class Fourfold:
     """Cut the optimizer's state over data (ZeRO-1)."""
     cuts_tokens: bool = False
     """The sequence form: between blocks, cut the residual stream's tokens over row."""
+    keeps_tiles: bool = False
+    """Keep gathered tiles from forward to backward: two thirds of the traffic over depth, for the memory of
+    all tiles."""
     logits: Literal["split", "whole"] = "split"
     """`split` leaves each rank its part of the vocabulary, which `token_nats` and the model's own loss
     understand; `whole` gathers them, for an objective that reads logits itself."""
@@ -127,6 +130,7 @@ class GridSession:
             mesh,
             overlaps=engine.overlaps,
             logits=engine.logits,
+            keeps_tiles=engine.keeps_tiles,
             cuts_tokens=engine.cuts_tokens,
         )
         self.model: nn.Module = model
