@@ -110,19 +110,19 @@ def measured(ranks: int, width: int) -> dict[ClockName, dict[Layout, list[float]
     """
     first, *others = layouts_of(job_of(width), ranks)
     cores = min(ranks, os.cpu_count() or 1)
-    found: dict[ClockName, dict[Layout, list[float]]] = {"wall": {}, "processor": {}}
+    seconds: dict[ClockName, dict[Layout, list[float]]] = {"wall": {}, "processor": {}}
     for start in range(0, len(others), TOGETHER - 1):
         batch = [first, *others[start : start + TOGETHER - 1]]
         runs = run_on_ranks(ranks, rounds_of, layouts=batch, width=width)
         wall = {grid: [wall_s for wall_s, _ in runs[0][grid]] for grid in batch}
-        scale = statistics.median(found["wall"].get(first, wall[first])) / statistics.median(
+        scale = statistics.median(seconds["wall"].get(first, wall[first])) / statistics.median(
             wall[first]
         )
         for grid in batch if start == 0 else batch[1:]:
-            found["wall"][grid] = [scale * wall_s for wall_s in wall[grid]]
+            seconds["wall"][grid] = [scale * wall_s for wall_s in wall[grid]]
             turns = zip(*(run[grid] for run in runs), strict=True)
-            found["processor"][grid] = [sum(own for _, own in turn) / cores for turn in turns]
-    return found
+            seconds["processor"][grid] = [sum(own for _, own in turn) / cores for turn in turns]
+    return seconds
 
 
 def links(machine: Machine) -> Links:
@@ -136,26 +136,26 @@ def links(machine: Machine) -> Links:
 
 
 def judged(rows: list[dict[str, Any]], column: str) -> dict[str, float]:
-    """What the rules are about."""
+    """The figures that the rules limit, of a column of predictions."""
     predicted, measured = ([row[key] for row in rows] for key in (column, "measured_s"))
     correlation: Any = spearmanr(predicted, measured)
     errors = [abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
     best = measured.index(min(measured))
     return {
         "best_at": 1 + sorted(predicted).index(predicted[best]),
-        "spearman": float(correlation.statistic),
+        "spearman": round(float(correlation.statistic), 9),
         "median_error": statistics.median(errors),
         "worst_error": max(errors),
     }
 
 
-def keeps(found: dict[str, float]) -> bool:
-    """Whether the rules are kept."""
+def keeps(verdict: dict[str, float]) -> bool:
+    """True where the rules are kept."""
     return (
-        found["best_at"] <= RULES["best_within"]
-        and found["spearman"] >= RULES["spearman"]
-        and found["median_error"] <= RULES["median_error"]
-        and found["worst_error"] <= RULES["worst_error"]
+        verdict["best_at"] <= RULES["best_within"]
+        and verdict["spearman"] >= RULES["spearman"]
+        and verdict["median_error"] <= RULES["median_error"]
+        and verdict["worst_error"] <= RULES["worst_error"]
     )
 
 
@@ -177,7 +177,7 @@ def record(ranks: int, width: int) -> dict[str, Any]:
     job, load = job_of(width), os.getloadavg()[0]
     machines, probe_s = run_on_ranks(ranks, machines_of, width=width)[0]
     rounds_by_clock = measured(ranks, width)
-    found: dict[str, Any] = {}
+    clocks: dict[str, Any] = {}
     for clock, machine in machines.items():
         rows = [
             grid_row(
@@ -191,7 +191,7 @@ def record(ranks: int, width: int) -> dict[str, Any]:
         ]  # fmt: skip
         verdict = judged(rows, "predicted_s")
         authors = judged(rows, "authors_s")
-        found[clock] = {
+        clocks[clock] = {
             "grids": rows, **verdict, "keeps_rules": keeps(verdict),
             "authors_best_at": authors["best_at"], "authors_spearman": authors["spearman"],
             "steals": machine.steals, "kernel_s": machine.kernel_s, "node_s": machine.node_s,
@@ -200,15 +200,15 @@ def record(ranks: int, width: int) -> dict[str, Any]:
         "event": "plan_ranks", "ranks": ranks, "width": width, "batch": BATCH, "sequence": SEQUENCE,
         "torch": torch.__version__, "cores": os.cpu_count(), "rounds": ROUNDS, "rules": RULES,
         "load_1min_before": load, "load_1min_after": os.getloadavg()[0],
-        "probe_s": probe_s, "judged_clock": "wall" if load <= QUIET else "processor", "clocks": found,
+        "probe_s": probe_s, "judged_clock": "wall" if load <= QUIET else "processor", "clocks": clocks,
     }  # fmt: skip
 
 
-def table(found: dict[str, Any]) -> str:
-    """What a reader wants to see of a record."""
-    lines = [f"{found['ranks']} ranks, width {found['width']}, probed in {found['probe_s']:.0f} s, "
-             f"load {found['load_1min_before']:.1f} to {found['load_1min_after']:.1f}"]  # fmt: skip
-    for clock, result in found["clocks"].items():
+def table(entry: dict[str, Any]) -> str:
+    """A record as text."""
+    lines = [f"{entry['ranks']} ranks, width {entry['width']}, probed in {entry['probe_s']:.0f} s, "
+             f"load {entry['load_1min_before']:.1f} to {entry['load_1min_after']:.1f}"]  # fmt: skip
+    for clock, result in entry["clocks"].items():
         lines.append(
             f"{clock}: best at {result['best_at']}, Spearman {result['spearman']:.2f}, error median "
             f"{result['median_error']:.3f} worst {result['worst_error']:.3f}; the authors': best at "
@@ -230,11 +230,11 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, help="JSON lines to append to")
     asked = arguments.parse_args()
     workplace.LAW_TIMEOUT_S = LAW_LIMIT_S
-    found = record(asked.ranks, asked.width)
-    print(table(found))
+    entry = record(asked.ranks, asked.width)
+    print(table(entry))
     if asked.out:
         with asked.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(found) + "\n")
+            file.write(json.dumps(entry) + "\n")
 
 
 if __name__ == "__main__":

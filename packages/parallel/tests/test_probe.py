@@ -41,7 +41,7 @@ def probed() -> dict[ClockName, Machine]:
 
 @pytest.fixture(scope="module")
 def runs() -> list[dict[ClockName, Machine]]:
-    """What each of four ranks was given."""
+    """The machines that each of four ranks was given."""
     return run_on_ranks(4, probed)
 
 
@@ -91,8 +91,8 @@ def test_measured_times_are_above_zero(runs: list[dict[ClockName, Machine]]) -> 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_layouts_are_all_factorisations(ranks: int) -> None:
     """Where batch, heads and width divide; each rank takes its share at once."""
-    found = [(g.data, g.depth, g.row, g.col) for g in layouts_of(small_job(8), ranks)]
-    assert sorted(found) == sorted(factorisations(ranks))
+    sizes = [(g.data, g.depth, g.row, g.col) for g in layouts_of(small_job(8), ranks)]
+    assert sorted(sizes) == sorted(factorisations(ranks))
     assert all(g.microbatches(8) == 1 for g in layouts_of(small_job(8), ranks))
 
 

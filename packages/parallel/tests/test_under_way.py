@@ -323,6 +323,25 @@ def test_a_step_in_eager_mode_calls_no_functional_operator() -> None:
     assert seen == plain
 
 
+def gathers_of_a_step(*, keeps_tiles: bool) -> tuple[int, float]:
+    """All-gathers of the second step, and its loss."""
+    with opened((1, 2, 1, 1), keeps_tiles=keeps_tiles) as session:
+        step(session)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            step(session)
+        loss = float(nats(session))
+    counts = {event.key: event.count for event in seen.key_averages()}
+    return counts["c10d::_allgather_base_"], loss
+
+
+def test_kept_tiles_are_gathered_once() -> None:
+    """But the embedding's, in each of two microbatches, which is gathered once in any case."""
+    (again, loss), _ = run_on_ranks(2, gathers_of_a_step, keeps_tiles=False)
+    (once, kept_loss), _ = run_on_ranks(2, gathers_of_a_step, keeps_tiles=True)
+    assert again - once == once - 2
+    assert kept_loss == loss
+
+
 def test_sizes_of_a_grid_are_one_where_they_are_not_given() -> None:
     assert Fourfold(depth=2) == Fourfold(data=1, depth=2, row=1, col=1)
     assert Fourfold(row=2, col=2) == Fourfold(data=1, depth=1, row=2, col=2)

@@ -52,6 +52,8 @@ class Planned(Protocol):
     def shards_optimizer(self) -> bool: ...  # noqa: D102
     @property
     def recomputes(self) -> bool: ...  # noqa: D102
+    @property
+    def keeps_tiles(self) -> bool: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,9 @@ class Fourfold:
     """The sequence form: between blocks, cut the residual stream's tokens over row."""
     recomputes: bool = False
     """Keep activations at the borders of decoder layers only, and compute the others again in backward."""
+    keeps_tiles: bool = False
+    """Keep gathered tiles from forward to backward: two thirds of the traffic over depth, for the memory of
+    all tiles."""
     logits: Literal["split", "whole"] = "split"
     """`split` leaves each rank its part of the vocabulary, which `token_nats` and the model's own loss
     understand; `whole` gathers them, for an objective that reads logits itself."""
@@ -84,7 +89,7 @@ class Fourfold:
         return cls(
             data=layout.data, depth=layout.depth, row=layout.row, col=layout.col,
             cuts_tokens=layout.cuts_tokens, shards_optimizer=layout.shards_optimizer,
-            recomputes=layout.recomputes,
+            recomputes=layout.recomputes, keeps_tiles=layout.keeps_tiles,
         )  # fmt: skip
 
     @contextmanager
@@ -161,6 +166,7 @@ class GridSession:
             mesh,
             overlaps=engine.overlaps,
             logits=engine.logits,
+            keeps_tiles=engine.keeps_tiles,
             cuts_tokens=engine.cuts_tokens,
         )
         self.model: nn.Module = model

@@ -73,6 +73,8 @@ class Layout:
     """The sequence form: between blocks, tokens are cut over row."""
     shards_optimizer: bool = False
     """ZeRO-1 over data."""
+    keeps_tiles: bool = False
+    """Tiles are kept from forward to backward, not gathered again."""
 
     @property
     def ranks(self) -> int:
@@ -105,5 +107,5 @@ class Layout:
         grid = " x ".join(f"{n} {self.size(n)}" for n in ("data", "depth", "row", "col"))
         extras = [f"microbatch {self.microbatch}"]
         extras += ["recompute"] * self.recomputes + ["sequence form"] * self.cuts_tokens
-        extras += ["ZeRO-1"] * self.shards_optimizer
+        extras += ["ZeRO-1"] * self.shards_optimizer + ["kept tiles"] * self.keeps_tiles
         return f"{grid}, {', '.join(extras)}"

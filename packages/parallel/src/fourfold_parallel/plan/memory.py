@@ -98,12 +98,14 @@ def _pieces(job: Job, layout: Layout) -> float:
 
 
 def _tiles(job: Job, layout: Layout, matrices: float) -> float:
-    """Two neighbours' tiles where depth gathers them; else converted copies of all, kept for backward."""
+    """Two neighbours' tiles where depth gathers them again; else all that are gathered or converted."""
     model = job.model
-    if layout.depth > 1:
+    if layout.depth > 1 and not layout.keeps_tiles:
         sizes = sorted(linear.parameters for linear in (*model.linears, model.head))
         return sum(sizes[-2:]) / (layout.row * layout.col) * job.element
-    return matrices * job.element if job.element < job.storage.weight else 0.0
+    if layout.depth > 1 or job.element < job.storage.weight:
+        return matrices * job.element
+    return 0.0
 
 
 def _activations(job: Job, layout: Layout, tokens: int) -> float:

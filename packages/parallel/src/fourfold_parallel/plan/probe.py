@@ -346,8 +346,8 @@ def _embedding(make: Operands, job: Job, tokens: int, rows: int, width: int) -> 
     elsewhere = drawn >= rows
 
     def look_up(table: Tensor) -> Tensor:
-        found = F.embedding(drawn.masked_fill(elsewhere, 0), table)
-        return found.masked_fill(elsewhere.unsqueeze(-1), 0)
+        vectors = F.embedding(drawn.masked_fill(elsewhere, 0), table)
+        return vectors.masked_fill(elsewhere.unsqueeze(-1), 0)
 
     return make.sets((rows, width), grad=True), look_up
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -124,7 +125,7 @@ def rank(job: Job, machine: Machine, ranks: int, *, grid: Sequence[Layout] = ())
     """Every grid and microbatch that can run, ranked by predicted time.
 
     Of each grid and microbatch the least wasteful form that fits is kept: without recomputation before
-    with it, and the optimizer's state whole before cut over data.
+    with it, and the optimizer's state whole before cut over data. Tiles are kept for backward, or not.
 
     Args:
         job: The model and the batch.
@@ -231,23 +232,22 @@ def _any_fits(job: Job, machine: Machine, ranks: int) -> bool:
 def _fitting(job: Job, layout: Layout, machine: Machine) -> Iterator[Layout]:
     """Of each microbatch and sequence form, the least wasteful layout that fits."""
     share = job.batch // layout.shares
-    forms = (False, True) if layout.row > 1 and job.sequence % layout.row == 0 else (False,)
+    cuts = (False, True) if layout.row > 1 and job.sequence % layout.row == 0 else (False,)
+    shards = (False, True) if layout.data > 1 else (False,)
+    kept = (False, True) if layout.depth > 1 else (False,)
     for microbatch in divisors(share):
         if microbatch > MOST_MICROBATCH:
             return
-        for cuts_tokens in forms:
-            for recomputes in (False, True):
-                for shards in (False, True) if layout.data > 1 else (False,):
-                    candidate = replace(
-                        layout, microbatch=microbatch, cuts_tokens=cuts_tokens,
-                        recomputes=recomputes, shards_optimizer=shards,
-                    )  # fmt: skip
-                    if fits(memory_of(job, candidate), machine):
-                        yield candidate
-                        break
-                else:
-                    continue
-                break
+        for cuts_tokens in cuts:
+            whole = replace(layout, microbatch=microbatch, cuts_tokens=cuts_tokens)
+            for keeps_tiles in kept:
+                forms = (
+                    replace(whole, recomputes=r, shards_optimizer=z, keeps_tiles=keeps_tiles)
+                    for r in ((False,) if keeps_tiles else (False, True))
+                    for z in shards
+                )
+                fitting = (form for form in forms if fits(memory_of(job, form), machine))
+                yield from itertools.islice(fitting, 1)
 
 
 def _too_large(job: Job, layout: Layout, machine: Machine) -> str:

@@ -318,9 +318,10 @@ class Rank:
         if linear.swapped:
             clock.compute("residual", work.residual())
             self._gather_tokens("backward")
-        self._start_gather(order, position)
-        self._start_gather(order, position + 1)
-        clock.wait("depth", self._gathers.pop(position))
+        if not self.layout.keeps_tiles:
+            self._start_gather(order, position)
+            self._start_gather(order, position + 1)
+            clock.wait("depth", self._gathers.pop(position))
         rows, columns = self._tile(linear)
         clock.compute(f"d{linear.name} input", work.product(rows, columns))
         produced: AxisName = "col" if linear.swapped else "row"

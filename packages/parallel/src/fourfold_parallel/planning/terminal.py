@@ -43,13 +43,14 @@ def show(ranking: Ranking, *, top: int, why_not: Sequence[Layout]) -> None:
         say(f"Why not {ranking.why_not(layout)}.")
     say(
         f"{len(ranking.grids)} grids simulated, {len(ranking.refusals)} cannot run. Grid and waits: data, "
-        "depth, row, col. Form: r recomputes, s sequence form, z ZeRO-1."
+        "depth, row, col. Form: r recomputes, s sequence form, z ZeRO-1, k keeps tiles."
     )
 
 
 def _cells(plan: Plan, best: Plan) -> tuple[str, ...]:
     layout, step = plan.layout, plan.step
     marks = "r" * layout.recomputes + "s" * layout.cuts_tokens + "z" * layout.shards_optimizer
+    marks += "k" * layout.keeps_tiles
     return (
         "·".join(str(layout.size(axis)) for axis in AXES),
         str(layout.microbatch),
@@ -70,7 +71,7 @@ def show_launch(ranking: Ranking) -> None:
     sizes = ", ".join(f"{axis}={layout.size(axis)}" for axis in AXES)
     switches = "".join(
         f", {name}=True"
-        for name in ("recomputes", "cuts_tokens", "shards_optimizer")
+        for name in ("recomputes", "cuts_tokens", "shards_optimizer", "keeps_tiles")
         if getattr(layout, name)
     )
     per_node = min(machine.devices_per_node, ranking.ranks)
