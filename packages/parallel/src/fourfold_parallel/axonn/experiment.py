@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from fourfold_parallel.axonn import claims, recipes
+from fourfold_parallel.axonn.measures import headline
 from fourfold_parallel.axonn.paper import counted_flops, gpt
 from fourfold_parallel.axonn.recipes import Overlap, Rankings, StrongScaling, WeakScaling
 from fourfold_parallel.plan import authors
@@ -158,6 +159,10 @@ EXPERIMENT = Experiment(
     title="AxoNN: four-dimensional training and its performance model",
     paper="Singh, Singhania, Ranjan, Kirchenbauer, Geiping, Wen, Jain, Hans, Shu, Tomar, Goldstein, Bhatele: "
     "Democratizing AI: Open-source Scalable LLM Training on GPU-based Supercomputers. SC 2024",
+    idea="Split every matrix product in three dimensions and the batch in a fourth, hide the "
+    "communication, and let a model of the machine choose the grid.",
+    headline=headline,
+    picture="figure-6",
     claims=claims_of(claims),
     stages=_stages,
     drawings=_drawings,
