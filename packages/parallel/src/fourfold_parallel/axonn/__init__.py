@@ -1,1 +1,1 @@
-"""What only reproduces AxoNN's paper: its numbers, what we run beside them, its claims and figures."""
+"""The reproduction of AxoNN's paper: its numbers, what we run beside them, its claims and figures."""

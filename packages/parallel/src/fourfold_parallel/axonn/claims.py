@@ -127,7 +127,7 @@ def overlap(records: Records) -> Finding:
     needs="a measured ranking",
 )
 def authors_ranking(records: Records) -> Finding:
-    """Where our first three stand in the authors' ranking."""
+    """Places of our first three in the authors' ranking."""
     cases = records["rankings"].of("ranked")
     stand = [places(case, first=3) for case in cases]
     inside = [sum(place <= 10 for place in row) for row in stand]

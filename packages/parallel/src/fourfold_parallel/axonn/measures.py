@@ -47,6 +47,6 @@ def ranking(case: Event, key: str) -> dict[Grid, float]:
 
 
 def places(case: Event, *, first: int) -> list[int]:
-    """Where our first grids stand in the authors' ranking, from 1."""
+    """Places of our first grids in the authors' ranking, from 1."""
     theirs = list(ranking(case, "theirs"))
     return [1 + theirs.index(grid) for grid in list(ranking(case, "ours"))[:first]]

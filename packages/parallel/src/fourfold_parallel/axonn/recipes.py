@@ -1,4 +1,4 @@
-"""What is run beside the paper's numbers, as values."""
+"""The studies that stand beside the paper's numbers, as values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is to be trained, and how it is laid out."""
+"""A model to be trained, and its layout over ranks."""
 
 from __future__ import annotations
 

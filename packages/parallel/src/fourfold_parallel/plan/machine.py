@@ -208,7 +208,7 @@ class Machine:
         return ring.latency_s * rounds + rounds * (size - 1) / size * payload / ring.bytes_per_s
 
     def crosses_nodes(self, *, stride: int, size: int) -> bool:
-        """Whether such a group spans nodes."""
+        """True where such a group spans nodes."""
         return stride * size > self.devices_per_node
 
     def _network_share(self, nodes: int) -> float:

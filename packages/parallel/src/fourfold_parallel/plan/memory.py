@@ -58,7 +58,7 @@ class Memory:
 
 
 def memory_of(job: Job, layout: Layout) -> Memory:
-    """What one rank of a layout holds."""
+    """The bytes of one rank of a layout."""
     model, storage = job.model, job.storage
     pieces = _pieces(job, layout)
     replicas = layout.data if layout.shards_optimizer else 1
@@ -79,7 +79,7 @@ def memory_of(job: Job, layout: Layout) -> Memory:
 
 
 def fits(memory: Memory, machine: Machine) -> bool:
-    """Whether a rank's peak leaves the slack that the allocator and the libraries need."""
+    """True where a rank's peak leaves the slack that the allocator and the libraries need."""
     return memory.peak <= machine.memory_bytes * (1 - machine.memory_slack)
 
 

@@ -178,7 +178,7 @@ def grid_of(layout: Layout) -> tuple[int, ...]:
 
 
 def refusal(job: Job, layout: Layout) -> str:
-    """Why a grid cannot run whatever the memory; empty if it can."""
+    """The reason that a grid cannot run whatever the memory; empty if it can."""
     model, row = job.model, layout.row
     if job.batch % layout.shares:
         return f"batch {job.batch} does not divide over data * depth = {layout.shares}"
@@ -264,7 +264,7 @@ def _too_large(job: Job, layout: Layout, machine: Machine) -> str:
 
 
 def _loss(slower: Plan, best: Plan) -> str:
-    """Where a plan loses time against the best."""
+    """The parts of a step in which a plan loses time against the best."""
     more = {
         "computing": slower.step.compute_s - best.step.compute_s,
         **{

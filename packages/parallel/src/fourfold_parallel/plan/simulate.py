@@ -27,7 +27,7 @@ SIMULATED_LAYERS = 4
 
 @dataclass(frozen=True, slots=True)
 class Road:
-    """What an axis' collectives travel on."""
+    """The links of an axis' collectives."""
 
     size: int
     crosses: bool
@@ -76,7 +76,7 @@ class Step:
 
     @property
     def bound(self) -> str:
-        """What the step's time mostly goes to."""
+        """The part that takes most of the step's time."""
         parts = {"compute": self.compute_s} | {f"{n} exposed": s for n, s in self.exposed_s.items()}
         return max(parts, key=parts.__getitem__)
 
@@ -411,13 +411,13 @@ def simulate(job: Job, layout: Layout, machine: Machine, *, records: bool = Fals
 
 def scout(job: Job, layout: Layout, machine: Machine) -> float:
     """A rough, cheap guess of a step's seconds: one decoder layer, for every layer and microbatch."""
-    two, one = (_walk(job, layout, machine, n, is_last=False, records=False) for n in (2, 1))
-    return (two.seconds - one.seconds) * job.model.layers * layout.microbatches(job.batch)
+    short, long = (_walk(job, layout, machine, n, is_last=False, records=False) for n in (1, 2))
+    return (long.seconds - short.seconds) * job.model.layers * layout.microbatches(job.batch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Walk:
-    """What a rank did in some layers and microbatches; walks add up."""
+    """A rank's way through some layers and microbatches; walks add up."""
 
     seconds: float
     sums_end: float

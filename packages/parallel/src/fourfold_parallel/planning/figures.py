@@ -87,7 +87,7 @@ def _short(layout: Layout) -> str:
 
 
 def memory(plan: Plan, limit_bytes: float) -> Figure:
-    """What a rank's memory holds at its fullest."""
+    """Contents of a rank's memory at its fullest."""
     figure = Figure(figsize=(6.4, 2.0))
     axes = figure.subplots()
     left = 0.0

@@ -1,4 +1,4 @@
-"""What a person names on the command line, as the planner's values."""
+"""Names that a person types, as the planner's values."""
 
 from __future__ import annotations
 
