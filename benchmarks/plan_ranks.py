@@ -149,14 +149,18 @@ def judged(rows: list[dict[str, Any]], column: str) -> dict[str, float]:
     }
 
 
+def keeps_rule(verdict: dict[str, float], name: str) -> bool:
+    """True where a rule is kept."""
+    if name == "best_within":
+        return verdict["best_at"] <= RULES[name]
+    if name == "spearman":
+        return verdict[name] >= RULES[name]
+    return verdict[name] <= RULES[name]
+
+
 def keeps(verdict: dict[str, float]) -> bool:
-    """True where the rules are kept."""
-    return (
-        verdict["best_at"] <= RULES["best_within"]
-        and verdict["spearman"] >= RULES["spearman"]
-        and verdict["median_error"] <= RULES["median_error"]
-        and verdict["worst_error"] <= RULES["worst_error"]
-    )
+    """True where all rules are kept."""
+    return all(keeps_rule(verdict, name) for name in RULES)
 
 
 def grid_row(
