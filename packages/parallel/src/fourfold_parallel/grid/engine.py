@@ -133,14 +133,17 @@ class Fourfold:
         with process_group(on):
             mesh = Mesh(**sizes, device=on.type)
             if self.recomputes:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+                # Its name until transformers 5.22.
+                switch = getattr(model, "activation_checkpointing_enable", None)
+                (switch or model.gradient_checkpointing_enable)({"use_reentrant": False})
             session = GridSession(model, optimizer, mesh, self, on, precision)
             try:
                 yield session
             finally:  # the process group may end now
                 session.parallel.abandon()
                 if self.recomputes:
-                    model.gradient_checkpointing_disable()
+                    switch = getattr(model, "activation_checkpointing_disable", None)
+                    (switch or model.gradient_checkpointing_disable)()
 
 
 class GridSession:

@@ -67,7 +67,7 @@ def measure(
     config: PretrainedConfig, job: Job, layouts: Sequence[Layout], steps: int
 ) -> list[list[float]]:
     """Seconds of `steps` steps of each layout, in turns; runs on every rank."""
-    runs = [_Run(config, job, layout) for layout in layouts]
+    runs = [LayoutRun(config, job, layout) for layout in layouts]
     seconds: list[list[float]] = [[] for _ in runs]
     for round_ in range(WARM_STEPS + steps):
         for run, times in zip(runs, seconds, strict=True):
@@ -80,7 +80,7 @@ def measure(
     return seconds
 
 
-class _Run:
+class LayoutRun:
     """A model under training on one layout."""
 
     def __init__(self, config: PretrainedConfig, job: Job, layout: Layout) -> None:

@@ -1,0 +1,133 @@
+"""The planner's memory beside what torch allocates on a rank, on gloo ranks of this machine.
+
+    scripts/env python benchmarks/plan_memory.py [--out benchmarks/plan_memory.jsonl]
+
+Measured is the largest number of bytes that torch's CPU allocator holds at once, by its own profiler, from
+before the model is built to the end of the third step. RULE, fixed before: within 8 % on every
+configuration, and no underestimate above 3 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig
+
+from fourfold_parallel.plan.job import Job, Layout
+from fourfold_parallel.plan.memory import memory_of
+from fourfold_parallel.plan.transformer import Transformer
+from fourfold_parallel.planning.verify import LayoutRun
+from fourfold_parallel.testing.ranks import run_on_ranks
+
+STEPS = 3
+LIMIT, UNDER = 0.08, 0.03
+
+
+def config(width: int, layers: int) -> LlamaConfig:
+    """A small Llama."""
+    return LlamaConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4,
+        intermediate_size=3 * width, vocab_size=2048, max_position_embeddings=512, use_cache=False,
+    )  # fmt: skip
+
+
+def cases() -> list[tuple[int, int, Job, Layout]]:
+    """Width, layers, job and layout of every configuration; two ranks each, or four."""
+    found = []
+    for width, layers, batch, sequence, grids in (
+        (
+            512,
+            4,
+            8,
+            128,
+            ({"data": 2}, {"depth": 2}, {"row": 2}, {"col": 2}, {"data": 2, "row": 2}),
+        ),
+        (
+            256,
+            8,
+            8,
+            256,
+            ({"data": 2}, {"depth": 2}, {"row": 2}, {"col": 2}, {"depth": 2, "row": 2}),
+        ),
+    ):
+        model = Transformer.of(config(width, layers))
+        job = Job(model=model, batch=batch, sequence=sequence, precision="fp32")
+        for grid in grids:
+            for recomputes in (False, True):
+                layout = Layout(**grid, recomputes=recomputes)
+                share = batch // layout.shares
+                found.append(
+                    (width, layers, job, Layout(**{**asdict(layout), "microbatch": share}))
+                )
+    return found
+
+
+def peak(width: int, layers: int, job: Job, layout: Layout) -> int:
+    """Bytes that torch holds at once, at most; runs on every rank."""
+    torch.manual_seed(0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run = LayoutRun(config(width, layers), job, layout)
+        for _ in range(STEPS):
+            run.step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        seen.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    return max(e["args"]["Total Allocated"] for e in events if e["name"] == "[memory]")
+
+
+def measure(width: int, layers: int, job: Job, layout: Layout) -> dict[str, Any]:
+    """One configuration, predicted and measured."""
+    measured = run_on_ranks(layout.ranks, peak, width=width, layers=layers, job=job, layout=layout)
+    memory = memory_of(job, layout)
+    error = memory.peak / max(measured) - 1
+    return {
+        "event": "plan_memory", "width": width, "layers": layers, "batch": job.batch,
+        "sequence": job.sequence, "attention": job.attention, "layout": asdict(layout),
+        "measured_bytes": max(measured), "predicted_bytes": round(memory.peak),
+        "parts": {name: round(size) for name, size in memory.parts().items()}, "error": round(error, 4),
+        "holds": -UNDER <= error <= LIMIT, "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def in_processes_of_its_own(index: int) -> dict[str, Any]:
+    """One configuration; the profiler counts for the life of a process."""
+    command = [sys.executable, __file__, "--index", str(index)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Measure, print, write."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--out", type=Path, help="JSON lines to write")
+    arguments.add_argument("--index", type=int, help="this configuration alone")
+    asked = arguments.parse_args()
+    configurations = cases()
+    if asked.index is not None:
+        print(json.dumps(measure(*configurations[asked.index])))
+        return
+    rows = []
+    for index, (width, _, _, layout) in enumerate(configurations):
+        row = in_processes_of_its_own(index)
+        rows.append(row)
+        print(
+            f"{layout}  width {width}: {row['predicted_bytes'] / 2**20:.0f} MiB predicted, "
+            f"{row['measured_bytes'] / 2**20:.0f} measured, {row['error']:+.1%}",
+            flush=True,
+        )
+    if asked.out:
+        asked.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
