@@ -22,7 +22,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
-from fourfold_parallel.plan.job import Job, Layout
+from fourfold_parallel.plan.job import GRID_ON_CPU, Job, Layout
 from fourfold_parallel.plan.memory import memory_of
 from fourfold_parallel.plan.transformer import Transformer
 from fourfold_parallel.planning.verify import LayoutRun
@@ -60,7 +60,9 @@ def cases() -> list[tuple[int, int, Job, Layout]]:
         ),
     ):
         model = Transformer.of(config(width, layers))
-        job = Job(model=model, batch=batch, sequence=sequence, precision="fp32")
+        job = Job(
+            model=model, batch=batch, sequence=sequence, precision="fp32", storage=GRID_ON_CPU
+        )
         for grid in grids:
             for recomputes in (False, True):
                 layout = Layout(**grid, recomputes=recomputes)

@@ -118,7 +118,7 @@ def plan(
         page: Where the page goes.
         trace: Where the simulated step goes, for Perfetto.
     """
-    from fourfold_parallel.plan.job import Job
+    from fourfold_parallel.plan.job import GRID, GRID_ON_CPU, Job
     from fourfold_parallel.plan.machines import machine_of
     from fourfold_parallel.plan.search import rank
     from fourfold_parallel.plan.simulate import simulate
@@ -130,7 +130,7 @@ def plan(
     on = machine_of(machine)
     job = Job(
         model=transformer_of(model), batch=batch, sequence=sequence, precision=precision,
-        attention=attention, fused=fused,
+        attention=attention, fused=fused, storage=GRID_ON_CPU if on.host_computes else GRID,
     )  # fmt: skip
     ranking = rank(job, on, gpus)
     terminal.show(ranking, top=top, why_not=[layout_of(text) for text in why_not])

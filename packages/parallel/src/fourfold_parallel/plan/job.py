@@ -25,10 +25,13 @@ class Storage:
     moments: int = 8
     wire: int = 4
     """Of a gradient summed over data."""
+    update: int = 4
+    """Temporaries of the update: torch's AdamW on GPUs works on all parameters at once, on CPUs on one."""
 
 
 GRID = Storage()
 """fourfold's engine: parameters, gradients and AdamW's moments in float32, products under autocast."""
+GRID_ON_CPU = Storage(update=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,8 @@ from fourfold_parallel.plan.job import Job, Layout
 from fourfold_parallel.plan.machine import Machine
 
 FLOAT = 4
+GRADIENTS_OF_A_LAYER = 0.5
+"""Of what a decoder layer keeps: the gradients of its activations that are there at once in its backward."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,8 +23,13 @@ class Memory:
     gradients: float
     tiles: float
     """Gathered or converted weights in use, or kept for backward."""
+    spread: float
+    """Gradients of tiles under way over depth: sent and received, of two layers."""
     activations: float
-    """That the layers keep for backward."""
+    """That the layers keep for backward; with recomputation, the borders of all."""
+    layer: float
+    """Of one decoder layer: with recomputation it is made again in backward."""
+    recomputes: bool
     logits: float
     """And what the loss makes of them."""
     update: float
@@ -37,11 +44,14 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        """At the fullest of three moments: the loss, the end of backward, the update."""
+        """At the fullest moment: the loss, the first or the last layer's backward, the update."""
         gradients = 0 if self.lasting_gradients else self.gradients
+        backward = self.tiles + self.spread + GRADIENTS_OF_A_LAYER * self.layer
+        again = self.layer if self.recomputes else 0
         return self.lasting + max(
             self.tiles + self.activations + self.logits,
-            self.tiles + gradients,
+            backward + self.activations + again,
+            backward + gradients + self.layer,
             gradients + self.update,
         )
 
@@ -66,14 +76,18 @@ def memory_of(job: Job, layout: Layout) -> Memory:
     tokens = min(layout.microbatch, -(-job.batch // layout.shares)) * job.sequence
     logits = tokens * model.vocabulary / layout.row
     lasts = layout.data > 1 or layout.microbatches(job.batch) > 1
+    activations, layer = _activations(job, layout, tokens)
     return Memory(
         weights=pieces * (storage.weight + storage.master / replicas),
         moments=pieces * storage.moments / replicas,
         gradients=pieces * storage.gradient,
         tiles=_tiles(job, layout, matrices),
-        activations=_activations(job, layout, tokens),
+        spread=_spread(job, layout),
+        activations=activations,
+        layer=layer,
+        recomputes=layout.recomputes,
         logits=logits * (job.element + 2 * FLOAT) + (logits * FLOAT if job.element < FLOAT else 0),
-        update=pieces * FLOAT / replicas,
+        update=pieces * storage.update / replicas,
         lasting_gradients=lasts,
     )
 
@@ -108,16 +122,23 @@ def _tiles(job: Job, layout: Layout, matrices: float) -> float:
     return 0.0
 
 
-def _activations(job: Job, layout: Layout, tokens: int) -> float:
-    """Kept for backward by all layers; with recomputation, by one layer and the borders of all."""
+def _spread(job: Job, layout: Layout) -> float:
+    if layout.depth == 1:
+        return 0.0
+    largest = max(linear.parameters for linear in (*job.model.linears, job.model.head))
+    return 4 * largest / (layout.row * layout.col) * job.element
+
+
+def _activations(job: Job, layout: Layout, tokens: int) -> tuple[float, float]:
+    """Kept for backward by all layers, with recomputation by their borders alone; and by one layer."""
     model = job.model
     between = tokens / (layout.row if layout.cuts_tokens else 1)
     width = model.width / layout.col
     stream = FLOAT if job.storage.weight == FLOAT else job.element
     layer = _layer(job, layout, tokens, between, width, stream)
     if layout.recomputes:
-        return model.layers * between * width * stream + layer
-    return model.layers * layer + 2 * between * width * stream
+        return (model.layers + 2) * between * width * stream, layer
+    return model.layers * layer + 2 * between * width * stream, layer
 
 
 def _layer(
