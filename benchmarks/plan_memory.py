@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +42,21 @@ def config(width: int, layers: int) -> LlamaConfig:
 
 def cases() -> list[tuple[int, int, Job, Layout]]:
     """Width, layers, job and layout of every configuration; two ranks each, or four."""
-    found = []
+    configurations: list[tuple[int, int, Job, Layout]] = []
     for width, layers, batch, sequence, grids in (
         (
             512,
             4,
             8,
             128,
-            ({"data": 2}, {"depth": 2}, {"row": 2}, {"col": 2}, {"data": 2, "row": 2}),
+            (Layout(data=2), Layout(depth=2), Layout(row=2), Layout(col=2), Layout(data=2, row=2)),
         ),
         (
             256,
             8,
             8,
             256,
-            ({"data": 2}, {"depth": 2}, {"row": 2}, {"col": 2}, {"depth": 2, "row": 2}),
+            (Layout(data=2), Layout(depth=2), Layout(row=2), Layout(col=2), Layout(depth=2, row=2)),
         ),
     ):
         model = Transformer.of(config(width, layers))
@@ -64,13 +64,11 @@ def cases() -> list[tuple[int, int, Job, Layout]]:
             model=model, batch=batch, sequence=sequence, precision="fp32", storage=GRID_ON_CPU
         )
         for grid in grids:
+            share = batch // grid.shares
             for recomputes in (False, True):
-                layout = Layout(**grid, recomputes=recomputes)
-                share = batch // layout.shares
-                found.append(
-                    (width, layers, job, Layout(**{**asdict(layout), "microbatch": share}))
-                )
-    return found
+                layout = replace(grid, recomputes=recomputes, microbatch=share)
+                configurations.append((width, layers, job, layout))
+    return configurations
 
 
 def peak(width: int, layers: int, job: Job, layout: Layout) -> int:
