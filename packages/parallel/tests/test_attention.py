@@ -27,7 +27,10 @@ def test_a_model_runs_the_attention_that_is_asked_for(attention: Attention) -> N
     )
 
 
-@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn is installed here")
+@pytest.mark.skipif(
+    is_flash_attn_2_available(),
+    reason="the refusal is for a machine without flash-attn, and it is installed here",
+)
 def test_a_machine_without_flash_attention_is_told_the_way_out(tmp_path: object) -> None:
     """Fresh or published, before anything is read."""
     flash: Attention = "flash_attention_2"

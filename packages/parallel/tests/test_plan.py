@@ -25,18 +25,19 @@ from transformers import (
     Qwen3Config,
 )
 
+from fourfold_parallel.common.axes import AXES
 from fourfold_parallel.grid.collectives import Trace
 from fourfold_parallel.grid.huggingface import parallelize
 from fourfold_parallel.grid.layout import Swapped, rules_for
 from fourfold_parallel.plan import authors
 from fourfold_parallel.plan import simulate as simulation
 from fourfold_parallel.plan.authors import ranking
-from fourfold_parallel.plan.job import Job, Layout
+from fourfold_parallel.plan.job import Job, Layout, grids
 from fourfold_parallel.plan.machine import Machine
 from fourfold_parallel.plan.machines import MACHINES, machine_of
 from fourfold_parallel.plan.memory import fits, memory_of
-from fourfold_parallel.plan.search import grid_of, grids, plan_of, rank
-from fourfold_parallel.plan.simulate import AXES, simulate
+from fourfold_parallel.plan.search import grid_of, plan_of, rank
+from fourfold_parallel.plan.simulate import simulate
 from fourfold_parallel.plan.transformer import Transformer
 from fourfold_parallel.testing.grids import Sizes, factorisations, mesh_of
 from fourfold_parallel.testing.ranks import run_on_ranks

@@ -11,11 +11,11 @@ from fourfold_parallel.axonn.measures import headline
 from fourfold_parallel.axonn.paper import counted_flops, gpt
 from fourfold_parallel.axonn.recipes import Overlap, Rankings, StrongScaling, WeakScaling
 from fourfold_parallel.plan import authors
-from fourfold_parallel.plan.job import Job, Layout
+from fourfold_parallel.plan.job import Job, Layout, grids
 from fourfold_parallel.plan.machine import Machine
 from fourfold_parallel.plan.machines import machine_of
 from fourfold_parallel.plan.memory import fits, memory_of
-from fourfold_parallel.plan.search import Plan, grid_of, grids, plan_of, rank
+from fourfold_parallel.plan.search import Plan, grid_of, plan_of, rank
 from fourfold_parallel.plan.simulate import scout
 from fourfold_parallel.reproduce.claims import claims_of
 from fourfold_parallel.reproduce.experiment import Drawing, Experiment, Stage, Workplace

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import shutil
 import uuid
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -71,7 +72,7 @@ class TensorBoard:
         self._writers = []
 
 
-class _Tracker:
+class _Tracker(ABC):
     """The common part of wandb and trackio: a named run that is begun, told of numbers, and finished."""
 
     def __init__(self, record: Path) -> None:
@@ -79,11 +80,13 @@ class _Tracker:
         self._index = Index()
         self._runs: list[Any] = []
 
+    @abstractmethod
     def _begin(self, session: str, config: Mapping[str, Json]) -> Any:
-        raise NotImplementedError
+        """A run of the tracker's, begun under this name."""
 
+    @abstractmethod
     def _tell(self, run: Any, values: Mapping[str, float], step: int) -> None:
-        raise NotImplementedError
+        """Give a run the numbers of a step."""
 
     def write(self, event: Mapping[str, Json]) -> None:
         """Numbers as `kind/key`; the header as the run's configuration."""

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from fourfold_parallel.common.axes import AxisName
 from fourfold_parallel.grid.gradients import DataReducer, clip_gradients, local
 from fourfold_parallel.grid.huggingface import Parallel, parallelize
-from fourfold_parallel.grid.mesh import AxisName, Mesh, check_sizes
+from fourfold_parallel.grid.mesh import Mesh, check_sizes
 from fourfold_parallel.grid.schedule import ALL_OVERLAPS, Overlaps
 from fourfold_parallel.grid.zero import ShardedReducer
 from fourfold_parallel.launch import check_launched, device, process_group, world_size

@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -27,10 +26,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from fourfold_parallel.common.axes import AXES, AxisName
 from fourfold_parallel.grid.collectives import SILENT, Axis, Observer, Unchanged, Wire
 
-AxisName = Literal["data", "depth", "row", "col"]
-AXES: tuple[AxisName, ...] = ("data", "depth", "row", "col")
 STORAGE_ORDER: tuple[AxisName, ...] = ("row", "col", "depth", "data")
 """Order of the mesh that holds parameters. `DTensor` cuts a dim by the mesh's axes from left to
 right, so with `row` and `col` before `depth` the tile is cut first and its pieces last, and with

@@ -9,11 +9,11 @@ Singh et al. 2024, section V; axonn-ai/Megatron-AxoNN, branch gordon-bell-perlmu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from fourfold_parallel.plan.job import Layout
-from fourfold_parallel.plan.machine import GIB, divisors
+from fourfold_parallel.plan.job import Layout, grids
+from fourfold_parallel.plan.machine import GIB
 
 GRADIENT_BYTES = 4
 ELEMENT_BYTES = 2
@@ -77,14 +77,6 @@ def communication_seconds(
         total += FORWARDS * sums * n / sizes[produced] * per_byte[contracted]
         total += sums * k / sizes[contracted] * per_byte[produced]
     return layers * total
-
-
-def grids(ranks: int) -> Iterator[Layout]:
-    """Every ordered factorisation of a number of ranks into data, depth, row and col."""
-    for data in divisors(ranks):
-        for depth in divisors(ranks // data):
-            for row in divisors(ranks // (data * depth)):
-                yield Layout(data=data, depth=depth, row=row, col=ranks // (data * depth * row))
 
 
 def ranking(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from fourfold_parallel.common.attention import Attention
+from fourfold_parallel.common.axes import AxisName
 from fourfold_parallel.plan.machine import BYTES, Precision
 from fourfold_parallel.plan.transformer import Transformer
-
-AxisName = Literal["data", "depth", "row", "col"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,3 +111,18 @@ class Layout:
         extras += ["recompute"] * self.recomputes + ["sequence form"] * self.cuts_tokens
         extras += ["ZeRO-1"] * self.shards_optimizer + ["kept tiles"] * self.keeps_tiles
         return f"{grid}, {', '.join(extras)}"
+
+
+def grids(ranks: int) -> Iterator[Layout]:
+    """Every ordered factorisation of a number of ranks into data, depth, row and col."""
+    for data in divisors(ranks):
+        for depth in divisors(ranks // data):
+            for row in divisors(ranks // (data * depth)):
+                yield Layout(data=data, depth=depth, row=row, col=ranks // (data * depth * row))
+
+
+def divisors(number: int) -> Iterator[int]:
+    """All divisors, in order."""
+    for candidate in range(1, number + 1):
+        if number % candidate == 0:
+            yield candidate

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -235,10 +234,3 @@ class Machine:
         if not isinstance(machine, Machine):
             raise ValueError(f"{path} holds no machine; `fourfold probe` writes one")
         return machine
-
-
-def divisors(number: int) -> Iterator[int]:
-    """All divisors, in order."""
-    for candidate in range(1, number + 1):
-        if number % candidate == 0:
-            yield candidate

@@ -36,8 +36,7 @@ from transformers.models.llama.modeling_llama import (
 
 from fourfold_parallel.common.attention import FUSED
 from fourfold_parallel.launch import device, local_world_size, process_group
-from fourfold_parallel.plan.authors import grids
-from fourfold_parallel.plan.job import Job, Layout
+from fourfold_parallel.plan.job import Job, Layout, divisors, grids
 from fourfold_parallel.plan.machine import (
     Collective,
     Curve,
@@ -48,7 +47,6 @@ from fourfold_parallel.plan.machine import (
     Product,
     Rate,
     Ring,
-    divisors,
 )
 from fourfold_parallel.plan.simulate import simulate
 from fourfold_parallel.plan.transformer import Transformer

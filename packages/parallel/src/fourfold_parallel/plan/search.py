@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from fourfold_parallel.plan.job import Job, Layout
-from fourfold_parallel.plan.machine import GIB, Machine, divisors
+from fourfold_parallel.common.axes import AXES
+from fourfold_parallel.plan.job import Job, Layout, divisors, grids
+from fourfold_parallel.plan.machine import GIB, Machine
 from fourfold_parallel.plan.memory import Memory, fits, memory_of
-from fourfold_parallel.plan.simulate import AXES, Step, scout, simulate
+from fourfold_parallel.plan.simulate import Step, scout, simulate
 
 MOST_MICROBATCH = 64
 """Sequences that a rank takes at once, at most."""
@@ -162,14 +163,6 @@ def plan_of(job: Job, layout: Layout, machine: Machine) -> Plan:
         hfu=model.flops(tokens=job.tokens, sequence=sequence, recomputes=layout.recomputes) / peak,
         tokens_per_s=job.tokens / step.seconds,
     )
-
-
-def grids(ranks: int) -> Iterator[Layout]:
-    """Every ordered factorisation of a number of ranks into data, depth, row and col."""
-    for data in divisors(ranks):
-        for depth in divisors(ranks // data):
-            for row in divisors(ranks // (data * depth)):
-                yield Layout(data=data, depth=depth, row=row, col=ranks // (data * depth * row))
 
 
 def grid_of(layout: Layout) -> tuple[int, ...]:

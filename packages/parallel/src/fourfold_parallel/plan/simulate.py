@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from fourfold_parallel.common.axes import AXES, AxisName
 from fourfold_parallel.plan.cost import COLLECTIVE_NODES, LINEAR_NODES, NORM_NODES, Work
-from fourfold_parallel.plan.job import AxisName, Job, Layout
+from fourfold_parallel.plan.job import Job, Layout
 from fourfold_parallel.plan.machine import Collective, Machine
 from fourfold_parallel.plan.transformer import Linear
 
-AXES: tuple[AxisName, ...] = ("data", "depth", "row", "col")
 TINY_BYTES = 8
 BUCKET_BYTES = 25 * 2**20
 """Of the grid's sums over data."""

@@ -8,10 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from fourfold_parallel.plan.job import AxisName, Layout
+from fourfold_parallel.common.axes import AXES, AxisName
+from fourfold_parallel.plan.job import Layout
 from fourfold_parallel.plan.machine import GIB
 from fourfold_parallel.plan.search import Plan
-from fourfold_parallel.plan.simulate import AXES, Span
+from fourfold_parallel.plan.simulate import Span
 from fourfold_parallel.planning.trace import LANES
 from fourfold_parallel.reproduce.figures import BASELINE, CONTROL, METHOD, SHADES
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from fourfold_parallel.common.axes import AXES
 from fourfold_parallel.plan.job import Layout
 from fourfold_parallel.plan.machine import GIB
 from fourfold_parallel.plan.search import Plan, Ranking
-from fourfold_parallel.plan.simulate import AXES
 from fourfold_parallel.planning.verify import Verified
 from fourfold_parallel.reproduce.launches import Launch
 

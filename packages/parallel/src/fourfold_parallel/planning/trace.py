@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
+from fourfold_parallel.common.axes import AXES
 from fourfold_parallel.common.files import StrPath, write_text
-from fourfold_parallel.plan.simulate import AXES, Span
+from fourfold_parallel.plan.simulate import Span
 
 LANES = ("compute", *AXES)
 
@@ -29,6 +31,4 @@ def chrome_trace(spans: Sequence[Span]) -> str:
 
 def write_trace(spans: Sequence[Span], path: StrPath) -> None:
     """Write it as a file, whole."""
-    from pathlib import Path
-
     write_text(Path(path), chrome_trace(spans))
