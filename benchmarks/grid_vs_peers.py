@@ -4,7 +4,8 @@
 
 The same Llama, batch and AdamW on gloo ranks of this machine, one thread each. The contenders live
 in the same processes and take turns within each round, so that a busy machine slows all alike; what
-is reported is the ratio to DDP within the round. Memory is the growth of a rank's peak resident set
+is reported is the ratio to DDP within the round, on one rank to plain torch: there every axis has
+size one. Memory is the growth of a rank's peak resident set
 from before the model is built to after three steps, each contender in processes of its own.
 """
 
@@ -40,7 +41,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from fourfold_parallel.grid.engine import Fourfold
 from fourfold_parallel.testing.ranks import run_on_ranks
 
-BATCH, SEQUENCE, ROUNDS = 8, 128, 7
+BATCH, SEQUENCE, ROUNDS = 8, 128, 25
 Step = Callable[[Tensor], None]
 
 
@@ -80,6 +81,12 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, ra
         optimizer.zero_grad()
 
     return step
+
+
+def plain(width: int) -> Step:
+    """Torch without any wrapper."""
+    model = fresh(width)
+    return plain_step(model, adamw(model), rank=0, ranks=1)
 
 
 def ddp(width: int) -> Step:
@@ -153,7 +160,7 @@ def deepspeed_zero_1(width: int) -> Step:
     return step
 
 
-def fourfold(width: int, **sizes: int) -> Step:
+def fourfold(width: int, *, keeps_tiles: bool = False, **sizes: int) -> Step:
     """A grid, behind the seam of the training loop."""
     model = fresh(width)
     optimizer = adamw(model)
@@ -162,6 +169,7 @@ def fourfold(width: int, **sizes: int) -> Step:
         depth=sizes.get("depth", 1),
         row=sizes.get("row", 1),
         col=sizes.get("col", 1),
+        keeps_tiles=keeps_tiles,
     )
     opened = engine.open(model, optimizer, precision="fp32", batch=BATCH, microbatch=BATCH)
     session = opened.__enter__()
@@ -178,6 +186,8 @@ def fourfold(width: int, **sizes: int) -> Step:
 
 def contenders(ranks: int) -> dict[str, Callable[[int], Step]]:
     """Every contender on this number of ranks, from a width."""
+    if ranks == 1:
+        return {"plain": plain, "fourfold": fourfold}
     found: dict[str, Callable[[int], Step]] = {
         "ddp": ddp,
         "fsdp2": fsdp2,
@@ -186,6 +196,9 @@ def contenders(ranks: int) -> dict[str, Callable[[int], Step]]:
     }
     for axis in ("data", "depth", "row", "col"):
         found[f"fourfold_{axis}_{ranks}"] = partial(fourfold, **{axis: ranks})
+    found[f"fourfold_depth_{ranks}_keeping_tiles"] = partial(
+        fourfold, depth=ranks, keeps_tiles=True
+    )
     if ranks == 4:
         found["fourfold_data_2_row_2"] = partial(fourfold, data=2, row=2)
         found["fourfold_data_2_depth_2"] = partial(fourfold, data=2, depth=2)
@@ -240,15 +253,16 @@ def grown(name: str, ranks: int, width: int) -> int | None:
 
 
 def times(ranks: int, width: int) -> dict[str, Any]:
-    """Step times in seconds, and the median over rounds of the ratio to DDP."""
+    """Step times in seconds, and the median over rounds of the ratio to the reference."""
     seen = run_on_ranks(ranks, measure, width=width, rounds=ROUNDS)[0]
-    reference = seen["ddp"]
+    reference_name = "ddp" if ranks > 1 else "plain"
+    reference = seen[reference_name]
     ratios = {
         name: statistics.median(a / b for a, b in zip(values, reference, strict=True))
         for name, values in seen.items()
         if not isinstance(values, str)
     }
-    return {"rounds": ROUNDS, "step_s": seen, "median_ratio_to_ddp": ratios}
+    return {"rounds": ROUNDS, "step_s": seen, f"median_ratio_to_{reference_name}": ratios}
 
 
 def memory(ranks: int, width: int, only: list[str]) -> dict[str, Any]:
@@ -260,7 +274,7 @@ def memory(ranks: int, width: int, only: list[str]) -> dict[str, Any]:
 def main() -> None:
     """Measure, print and write."""
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("ranks", type=int, choices=(2, 4))
+    arguments.add_argument("ranks", type=int, choices=(1, 2, 4))
     arguments.add_argument("width", type=int, help="of the model, a multiple of 16")
     arguments.add_argument("what", choices=("times", "memory"))
     arguments.add_argument("--out", type=Path, help="JSON lines to append to")

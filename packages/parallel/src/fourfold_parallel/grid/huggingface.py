@@ -29,14 +29,19 @@ from transformers import PreTrainedModel
 
 from fourfold_parallel.common.files import StrPath
 from fourfold_parallel.grid import layers
+from fourfold_parallel.grid import whole as whole_blocks
+from fourfold_parallel.grid.check import Check, refuse_own_loss
 from fourfold_parallel.grid.collectives import (
     ALONE,
     Axis,
     finish_under_way,
     refuse_under_way,
 )
+from fourfold_parallel.grid.flow import Flow, find_flows
 from fourfold_parallel.grid.gradients import DataReducer, clip_gradients
 from fourfold_parallel.grid.layout import (
+    Divided,
+    Experts,
     Head,
     LowRankInput,
     LowRankOutput,
@@ -51,12 +56,16 @@ from fourfold_parallel.grid.layout import (
     Stored,
     Swapped,
     Vocabulary,
+    Whole,
     adapted,
     check_sizes,
+    layer_of,
     norm_kind,
     rules_for,
     shares_heads,
     stored,
+    text_config,
+    widened,
 )
 from fourfold_parallel.grid.linear import Linear, bias_cut, weight_cut
 from fourfold_parallel.grid.mesh import Cut, Mesh
@@ -78,6 +87,8 @@ class Parallel:
     reducer: DataReducer
     stored: dict[str, Stored]
     """How each parameter is kept, by the name that it also has in the published model."""
+    whole: dict[str, str]
+    """The blocks that every rank of row and col computes alike, and why."""
 
     def settle(self, *, when: str) -> None:
         """Drop what was gathered ahead, and check that nothing else is under way.
@@ -181,6 +192,8 @@ def parallelize(
     cuts_tokens: bool = False,
     products: Products | None = None,
     weights: StrPath | None = None,
+    whole: Literal["allow", "refuse"] = "allow",
+    checks: bool = True,
 ) -> Parallel:
     """Put a model on the grid; it is changed in place.
 
@@ -195,12 +208,18 @@ def parallelize(
         cuts_tokens: The sequence form: between blocks, cut the residual stream's tokens over row.
         products: How matrix products are computed.
         weights: A safetensors file or a folder of them, from which to read instead of `model`.
+        whole: Whether blocks that no rule covers may be computed alike on every rank of row and col
+            (`Parallel.whole` names them), or are refused.
+        checks: Compare loss, logits and gradients of a few tokens before and after, where `model` has
+            values: one forward and backward of the whole model.
 
     Raises:
         ValueError: A module cannot be cut, heads do not divide, or a model on the meta device came
             without weights. Raised on every rank alike, before any collective.
+        ArithmeticError: The check found the model on the grid to be another one.
     """
-    rules_of = rules_for(model, rules or {})
+    refuse_own_loss(model)
+    rules_of, flows = _rules_and_flows(model, mesh, rules or {}, whole)
     check_sizes(model, rules_of, {axis.name: axis.size for axis in mesh.axes})
     stretch = find_stretch(model, rules_of) if cuts_tokens else None
     norms = {
@@ -221,28 +240,59 @@ def parallelize(
         keeps_tiles=keeps_tiles,
         logits=logits,
         stretch=stretch,
+        flows=flows,
         made={},
         stored={},
     )
+    check = Check.of(model, mesh) if checks and weights is None else None
     with open_weights(weights) if weights is not None else _held(model) as source:
         builder.source = source
         # Modules of other modules first: what holds them takes them over.
-        for name, rule in sorted(rules_of.items(), key=lambda item: isinstance(item[1], OfHeads)):
+        for name, rule in sorted(
+            rules_of.items(), key=lambda item: isinstance(item[1], (OfHeads, Whole))
+        ):
             module = model.get_submodule(name)
             model.set_submodule(name, builder.layer(name, module, rule, norms.get(name)))
     _count_local_heads(model, rules_of, mesh.row)
     if stretch is not None:
         cut_tokens(model, stretch, mesh.row)
     _fill_buffers(model, mesh.torch_mesh.device_type)
-    model.loss_function = GridLoss(mesh, model.config.vocab_size)
+    model.loss_function = GridLoss(mesh, text_config(model).vocab_size)
     schedule, reducer = builder.schedule, DataReducer(model.parameters(), mesh)
     parallel = Parallel(
-        model=model, mesh=mesh, schedule=schedule, reducer=reducer, stored=builder.stored
-    )
+        model=model, mesh=mesh, schedule=schedule, reducer=reducer, stored=builder.stored,
+        whole={name: rule.reason for name, rule in rules_of.items() if isinstance(rule, Whole)},
+    )  # fmt: skip
     model.register_forward_pre_hook(lambda module, _: _restart(parallel, module))
     model.register_load_state_dict_pre_hook(_keep_parameters)
     _tell_accelerate(model, reducer)
+    if check is not None:
+        check.compare(parallel.model, parallel.stored)
+        parallel.settle(when="after the check")
     return parallel
+
+
+def _rules_and_flows(
+    model: PreTrainedModel,
+    mesh: Mesh,
+    overrides: Mapping[str, Rule],
+    whole: Literal["allow", "refuse"],
+) -> tuple[dict[str, Rule], dict[str, Flow]]:
+    """The rules, and the flows of the blocks that are whole; these are widened until none leaks."""
+    rules = rules_for(model, overrides, whole=whole)
+    while True:
+        blocks = {name: rule.reason for name, rule in rules.items() if isinstance(rule, Whole)}
+        if not blocks or mesh.col.size == 1:
+            return rules, {name: Flow() for name in blocks}
+        flows = find_flows(model, blocks, width=text_config(model).hidden_size)
+        wider = {
+            layer_of(model, name): f"the residual stream depends on another result of {name}"
+            for name, flow in flows.items()
+            if flow.leaks and layer_of(model, name) != name
+        }
+        if not wider:
+            return rules, flows
+        rules = widened(model, rules, blocks | wider)
 
 
 Source = Callable[[str], Any]
@@ -295,6 +345,8 @@ class _Builder:
     logits: Literal["whole", "split"]
     stretch: Stretch | None
     """Where tokens are cut over row, if they are."""
+    flows: dict[str, Flow]
+    """Of the whole blocks."""
     made: dict[int, nn.Parameter]
     """Grid parameters by the identity of the published one, so that tied ones stay tied."""
     stored: dict[str, Stored]
@@ -331,9 +383,15 @@ class _Builder:
             case OfHeads(dim=dim):
                 common["summed"] = [self.mesh.depth]
                 return layers.Copied(module, taken({"row": dim}), **common)
+            case Divided():
+                return self._divided(name, module, rule)
+            case Experts():
+                return self._experts(name, module, rule)
+            case Whole():
+                return self._whole(name, module, rule)
             case Mixing():
                 common["summed"] = [self.mesh.depth]
-                width = self.model.config.hidden_size
+                width = text_config(self.model).hidden_size
                 return layers.Mixing(module, taken(layers.COPIES), width=width, **common)
             case ResidualNorm():
                 assert norm is not None
@@ -357,7 +415,8 @@ class _Builder:
         if getattr(module, "bias", None) is not None:
             bias = self._take(name, module, rule, "bias", bias_cut(swapped=swapped))
         kind: type[Linear] = Linear
-        kv_heads = getattr(self.model.config, "num_key_value_heads", None) or self.mesh.row.size
+        config = text_config(self.model)
+        kv_heads = getattr(config, "num_key_value_heads", None) or self.mesh.row.size
         if isinstance(rule, Plain) and rule.parts > 1:
             kind = layers.Interleaved
         elif shares_heads(name, kv_heads, self.mesh.row.size):
@@ -374,6 +433,41 @@ class _Builder:
         if isinstance(layer, layers.SharedHeads):
             layer.heads = kv_heads
         return layer
+
+    def _divided(self, name: str, module: nn.Module, rule: Rule) -> Layer:
+        weight = self._take(name, module, rule, "weight", whole_blocks.TILED)
+        bias = None
+        if getattr(module, "bias", None) is not None:
+            bias = self._take(name, module, rule, "bias", whole_blocks.TILED)
+        return whole_blocks.Divided(weight, bias, mesh=self.mesh, name=name, schedule=self.schedule)
+
+    def _experts(self, name: str, module: nn.Module, rule: Experts) -> Layer:
+        parameters = {
+            own: self._take(
+                name, module, rule, own,
+                whole_blocks.experts_cut(rule.cuts[own]) if own in rule.cuts else layers.COPIES,
+            )
+            for own, _ in module.named_parameters(recurse=False)
+        }  # fmt: skip
+        packed = {own: rule.cuts[own] for own in rule.packed}
+        return whole_blocks.Experts(
+            module, parameters, packed=packed, once=rule.once, mesh=self.mesh, name=name,
+            schedule=self.schedule,
+        )  # fmt: skip
+
+    def _whole(self, name: str, module: nn.Module, rule: Rule) -> Layer:
+        parameters: dict[str, nn.Parameter] = {}
+        for full_name, parameter in module.named_parameters(remove_duplicate=False):
+            if not isinstance(parameter, DTensor):  # of what is on the grid already, nothing
+                path, _, own = full_name.rpartition(".")
+                owner, cut = module.get_submodule(path), whole_blocks.TILED
+                there = f"{name}.{path}" if path else name
+                cut = cut if parameter.ndim else layers.COPIES
+                parameters[full_name] = self._take(there, owner, rule, own, cut)
+        return whole_blocks.Whole(
+            module, parameters, flow=self.flows[name], width=text_config(self.model).hidden_size,
+            cuts_tokens=self._cuts_tokens(name), mesh=self.mesh, name=name, schedule=self.schedule,
+        )  # fmt: skip
 
     def _cuts_tokens(self, name: str) -> bool:
         return self.stretch is not None and self.mesh.row.size > 1 and self.stretch.covers(name)
@@ -460,7 +554,7 @@ def _refuse_saving(*_: Any, **__: Any) -> None:
     raise ValueError("save_pretrained would write this rank's pieces; use Parallel.save(folder)")
 
 
-def _count_local_heads(model: nn.Module, rules: Mapping[str, Rule], row: Axis) -> None:
+def _count_local_heads(model: PreTrainedModel, rules: Mapping[str, Rule], row: Axis) -> None:
     """Tell attention modules how many heads they hold here."""
     parents = {
         adapted(name).rpartition(".")[0] for name, rule in rules.items() if isinstance(rule, Plain)
@@ -471,7 +565,7 @@ def _count_local_heads(model: nn.Module, rules: Mapping[str, Rule], row: Axis) -
             if isinstance(count := getattr(module, attribute, None), int):
                 setattr(module, attribute, max(1, count // row.size))
         if isinstance(getattr(module, "num_key_value_groups", None), int):
-            config: Any = model.config
+            config: Any = text_config(model)
             kv_heads = config.num_key_value_heads
             module.num_key_value_groups = (config.num_attention_heads // row.size) // max(
                 1, kv_heads // row.size

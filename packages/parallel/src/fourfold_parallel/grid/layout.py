@@ -6,17 +6,21 @@ Pure functions of names, shapes and a configuration: nothing here touches a proc
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from fourfold_parallel.grid.whole import elementwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +88,34 @@ class LowRankOutput:
     swapped: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whole:
+    """A block that every rank of row and col computes alike, with what it holds (`whole.py`)."""
+
+    reason: str = "asked for"
+    """Why no other rule covers it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Divided:
+    """A linear layer of a whole block: its outputs over row and col, then gathered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """The experts of a whole block: hidden units over row and col."""
+
+    cuts: Mapping[str, int]
+    """By parameter, the dim of its hidden units."""
+    packed: tuple[str, ...]
+    """Parameters that hold gate and up one after the other."""
+    once: tuple[str, ...]
+    """Parameters that are added to the outputs."""
+
+
 Rule = (
     Plain | Swapped | Head | Vocabulary | Positions | ResidualNorm | PerHead | OfHeads | Mixing
-    | LowRankInput | LowRankOutput
+    | LowRankInput | LowRankOutput | Whole | Divided | Experts
 )  # fmt: skip
 
 PUBLISHED: dict[str, Rule] = {
@@ -95,6 +124,15 @@ PUBLISHED: dict[str, Rule] = {
     "replicated_with_grad_allreduce": PerHead(),
 }
 """Rules for the words of transformers' `base_model_tp_plan`."""
+
+WIDENED = frozenset(
+    {
+        "all_reduce", "colwise_gather_output", "embedding_colwise", "embedding_rowwise",
+        "local_params", "mla_kv_a_proj", "moe_identity_expert", "moe_tp_experts", "packed_colwise",
+        "packed_rowwise", "replicate", "rowwise_split_input",
+    }
+)  # fmt: skip
+"""Words whose modules are computed in a whole block, which is right whatever they mean there."""
 
 UNPUBLISHED: dict[str, dict[str, Rule]] = {
     "gpt2": {
@@ -128,16 +166,22 @@ class Stored:
     transposed: bool = False
     """The published matrix is `[inputs, outputs]` (GPT-2's Conv1D)."""
     parts: int = 1
-    """Published rows are `(part feature)`, kept rows are `(feature part)`."""
+    """Along `dim`, published are `(part feature)`, kept `(feature part)`."""
+    dim: int = 0
 
     def keep(self, published: Tensor) -> Tensor:
         """From the published tensor to the kept one."""
-        tensor = published.t() if self.transposed else published
-        return rearrange(tensor, "(part f) ... -> (f part) ...", part=self.parts)
+        tensor = (published.t() if self.transposed else published).movedim(self.dim, 0)
+        kept = rearrange(tensor, "(part f) ... -> (f part) ...", part=self.parts)
+        return kept.movedim(0, self.dim)
 
     def publish(self, kept: Tensor) -> Tensor:
         """From the kept tensor to the published one."""
-        tensor = rearrange(kept, "(f part) ... -> (part f) ...", part=self.parts)
+        if kept.ndim == 0:
+            return kept.contiguous()
+        tensor = rearrange(
+            kept.movedim(self.dim, 0), "(f part) ... -> (part f) ...", part=self.parts
+        ).movedim(0, self.dim)
         return (tensor.t() if self.transposed else tensor).contiguous()
 
     def keep_shape(self, published: torch.Size) -> tuple[int, ...]:
@@ -152,57 +196,167 @@ class Stored:
             slices: The piece, in the kept shape.
             shape: The kept shape.
         """
-        rows, *others = slices
-        features = shape[0] // self.parts
+        if not slices:
+            return source[()]
+        rows = slices[self.dim]
+        features = shape[self.dim] // self.parts
         first, last = rows.start // self.parts, -(-rows.stop // self.parts)
         pieces = []
         for part in range(self.parts):
-            index = (slice(part * features + first, part * features + last), *others)
-            piece = source[index[::-1] if self.transposed else index]
-            pieces.append(piece.t() if self.transposed else piece)
+            index = [*slices]
+            index[self.dim] = slice(part * features + first, part * features + last)
+            piece = source[tuple(index[::-1] if self.transposed else index)]
+            pieces.append((piece.t() if self.transposed else piece).movedim(self.dim, 0))
         kept = rearrange(torch.stack(pieces), "part f ... -> (f part) ...")
         skipped = rows.start - first * self.parts
-        return kept[skipped : skipped + rows.stop - rows.start]
+        return kept[skipped : skipped + rows.stop - rows.start].movedim(0, self.dim)
 
 
 def stored(module: nn.Module, rule: Rule, parameter_name: str) -> Stored:
     """The form in which a rule keeps a parameter of a module."""
+    if isinstance(rule, Experts):
+        packed = parameter_name in rule.packed
+        return Stored(parts=2, dim=rule.cuts[parameter_name]) if packed else Stored()
+    if isinstance(rule, Whole):  # gathered as it is published
+        return Stored()
     parts = rule.parts if isinstance(rule, Plain) else 1
     transposed = isinstance(module, Conv1D) and parameter_name == "weight"
     return Stored(transposed=transposed, parts=parts)
 
 
-def rules_for(model: PreTrainedModel, overrides: Mapping[str, Rule]) -> dict[str, Rule]:
-    """A rule for every module that holds parameters itself, by module name.
+def rules_for(
+    model: PreTrainedModel,
+    overrides: Mapping[str, Rule],
+    *,
+    whole: Literal["allow", "refuse"] = "allow",
+) -> dict[str, Rule]:
+    """A rule for every module that holds parameters itself or in a whole block, by module name.
 
     Overrides come first, by name pattern (`*` matches within names, as in `fnmatch`); then the
-    model's published tensor-parallel plan; then what the module is.
+    model's published tensor-parallel plan; then what the module is. What none covers is widened to
+    the block around it, which is computed whole.
 
     Raises:
-        ValueError: An override matches no module, the plan uses an unknown word, or a module holds
-            parameters that no rule covers.
+        ValueError: An override matches no module, the plan uses a word that nobody has met, or
+            `whole` is "refuse" and a block would be whole.
     """
     _check_overrides(model, overrides)
     plan = _plan(model)
     rules: dict[str, Rule] = {}
+    reasons: dict[str, str] = {}
+    asked = {
+        name
+        for name, _ in model.named_modules()
+        if name and isinstance(_first_match(name, overrides), Whole)
+    }
     for name, module in _holders(model):
+        if any(_within(name, block) for block in asked):
+            continue
         layer = adapted(name)
-        rule = (
-            _first_match(name, overrides)
-            or _first_match(layer, overrides)
-            or _planned(layer, plan)
-            or _evident(model, model.get_submodule(layer))
-        )
+        rule = _first_match(name, overrides) or _first_match(layer, overrides)
+        if rule is None:
+            rule = _planned(layer, plan) or _evident(model, model.get_submodule(layer))
+            rule, reason = _checked(model, name, rule)
+            if rule is None:
+                reasons[name] = reason
+                continue
         if layer != name and not name.endswith(".base_layer"):
             rule = _low_rank(name, rule)
-        if rule is None:
-            kind = type(module).__name__
-            raise ValueError(
-                f"{name} ({kind}) holds parameters, and neither the model's tensor-parallel plan "
-                f"nor its kind says how to cut them; pass rules={{'{_pattern(name)}': ...}}"
-            )
         rules[name] = rule
-    return rules
+    reasons |= dict.fromkeys(_bare_norms(model, rules), "it normalises, without parameters")
+    if reasons and whole == "refuse":
+        name, reason = next(iter(reasons.items()))
+        raise ValueError(
+            f"{name} ({type(model.get_submodule(name)).__name__}): {reason}, so that every rank would "
+            f"compute {block_of(model, name)!r} whole; pass whole='allow', or "
+            f"rules={{'{_pattern(name)}': ...}}"
+        )
+    blocks = {block_of(model, name): reason for name, reason in reversed(reasons.items())}
+    return widened(model, rules, blocks | dict.fromkeys(asked, Whole().reason))
+
+
+def widened(
+    model: PreTrainedModel, rules: Mapping[str, Rule], blocks: Mapping[str, str]
+) -> dict[str, Rule]:
+    """The rules with these blocks whole, for the reasons given, and with what is divided in them."""
+    outermost = [name for name in blocks if not any(_inside(name, other) for other in blocks)]
+    result = {
+        name: rule
+        for name, rule in rules.items()
+        if not any(_within(name, block) for block in outermost)
+    }
+    shared = _shared_parameters(model)
+    for block in outermost:
+        result[block] = Whole(reason=blocks[block])
+        for name, module in model.get_submodule(block).named_modules():
+            full_name = f"{block}.{name}"
+            if not name or any(
+                isinstance(result.get(above), Experts) for above in _above(full_name)
+            ):
+                continue
+            if (experts := _experts(module)) is not None:
+                result[full_name] = experts
+            elif _is_linear(module) and not any(id(p) in shared for p in module.parameters()):
+                result[full_name] = Divided()
+    return result
+
+
+def block_of(model: PreTrainedModel, name: str) -> str:
+    """The module that is computed whole where `name` has no rule.
+
+    A child of a decoder layer, such as its attention; a module of the decoder outside of its layers,
+    such as the last norm; or what stands beside the decoder, such as a vision tower.
+    """
+    decoder, parts = decoder_name(model), name.split(".")
+    if name == decoder:
+        return name
+    if not _inside(name, decoder):
+        common = 0
+        while [*decoder.split("."), ""][common] == parts[common]:
+            common += 1
+        return _entry(model, parts, common + 1)
+    layer = _layer(model, name)
+    if layer is None:
+        return _entry(model, parts, len(decoder.split(".")) + 1 if decoder else 1)
+    return name if name == layer else _entry(model, parts, len(layer.split(".")) + 1)
+
+
+def _layer(model: PreTrainedModel, name: str) -> str | None:
+    """The decoder layer that a module of the decoder lies in: an entry of the first list on its path."""
+    decoder, parts = decoder_name(model), name.split(".")
+    for end in range(len(decoder.split(".")) + 1 if decoder else 1, len(parts)):
+        if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
+            return ".".join(parts[: end + 1])
+    return None
+
+
+def _entry(model: nn.Module, parts: list[str], end: int) -> str:
+    """The path up to `end`, and on to an entry where it leads to a container, which nobody calls."""
+    containers = (nn.ModuleList, nn.ModuleDict)
+    while end < len(parts) and isinstance(model.get_submodule(".".join(parts[:end])), containers):
+        end += 1
+    return ".".join(parts[:end])
+
+
+def layer_of(model: PreTrainedModel, block: str) -> str:
+    """What a block is widened to: its decoder layer, or from a layer, or elsewhere, the decoder."""
+    layer = _layer(model, block) if _inside(block, decoder_name(model)) else None
+    return layer if layer is not None and layer != block else decoder_name(model)
+
+
+def decoder_name(model: Any) -> str:
+    """The module that makes hidden states of tokens; the base model, but of composite models."""
+    decoder = model.get_decoder()
+    while len(children := [*decoder.children()]) == 1 and not isinstance(
+        children[0], nn.ModuleList
+    ):
+        decoder = children[0]
+    return next((name for name, module in model.named_modules() if module is decoder), "")
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """The configuration of the decoder: the model's own, or the part of a composite one."""
+    return model.config.get_text_config(decoder=True)
 
 
 def check_sizes(
@@ -213,11 +367,14 @@ def check_sizes(
     Raises:
         ValueError: Naming the layer, the sizes and the axis.
     """
-    config = model.config
+    config = text_config(model)
     row = sizes["row"]
-    heads = getattr(config, "num_attention_heads", row)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    plain = next((name for name, rule in rules.items() if isinstance(rule, Plain)), "model")
+    plain = next(
+        (name for name, rule in rules.items() if isinstance(rule, Plain) and "att" in name), None
+    )
+    # An attention that is computed whole has all heads.
+    heads = (getattr(config, "num_attention_heads", None) or row) if plain else row
+    kv_heads = (getattr(config, "num_key_value_heads", None) or heads) if plain else row
     if heads % row:
         raise ValueError(
             f"{plain}: heads={heads} does not divide over axis 'row' of size {row}; "
@@ -274,12 +431,13 @@ def norm_kind(name: str, module: nn.Module) -> NormKind:
     """The formula of a norm, found out by asking it.
 
     Model files write their own RMSNorm: the gain may be stored as a difference from one, and may
-    multiply before or after rounding. A small input in bfloat16 tells the variants apart.
+    multiply before or after rounding. A small input in bfloat16 tells the variants apart. They write
+    subclasses of torch's LayerNorm that compute something else, too.
 
     Raises:
         ValueError: The module computes something else.
     """
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, nn.LayerNorm) and _is_layer_norm(module):
         return NormKind(centred=True, epsilon=module.eps)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     parameters = dict(module.named_parameters(recurse=False))
@@ -308,6 +466,116 @@ def norm_kind(name: str, module: nn.Module) -> NormKind:
     )
 
 
+def _is_layer_norm(module: nn.LayerNorm) -> bool:
+    width = module.normalized_shape[-1]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, width, generator=generator)
+    values = {
+        name: torch.rand(p.shape, generator=generator) for name, p in module.named_parameters()
+    }
+    with torch.no_grad():
+        answer = functional_call(module, values, (x,))
+    expected = F.layer_norm(x, (width,), values.get("weight"), values.get("bias"), module.eps)
+    return torch.equal(answer, expected)
+
+
+def _checked(model: PreTrainedModel, name: str, rule: Rule | str | None) -> tuple[Rule | None, str]:
+    """The rule if the module has the form that it asks for, or none and the reason."""
+    module, width = model.get_submodule(name), text_config(model).hidden_size
+    if isinstance(rule, str):
+        return None, f"the model's plan says {rule!r}"
+    if rule is None:
+        return None, "neither the model's tensor-parallel plan nor its kind says how to cut it"
+    if isinstance(rule, Plain) and _linear_sizes(module)[0] not in (width, None):
+        return (
+            None,
+            f"it is planned to take the residual stream, and its inputs are not {width} wide",
+        )
+    if isinstance(rule, Swapped) and _linear_sizes(module)[1] not in (width, None):
+        return (
+            None,
+            f"it is planned to give the residual stream, and its outputs are not {width} wide",
+        )
+    if isinstance(rule, Head) and not _is_linear(module):
+        return None, "it is a head that is more than a linear layer"
+    if isinstance(rule, ResidualNorm):
+        try:
+            norm_kind(name, module)
+        except ValueError:
+            return (
+                None,
+                "it is neither a layer norm nor a root-mean-square norm that the grid knows",
+            )
+    if isinstance(rule, Vocabulary) and not _is_lookup(module):
+        return None, "it does more than look up rows"
+    return rule, ""
+
+
+def _bare_norms(model: PreTrainedModel, rules: Mapping[str, Rule]) -> Iterator[str]:
+    """Modules without parameters on the residual stream that mix its features."""
+    width = text_config(model).hidden_size
+    decoder = decoder_name(model)
+    for name, module in model.named_modules():
+        leaf = not any(True for _ in module.children()) and not any(True for _ in module.buffers())
+        holds = any(True for _ in module.parameters())
+        if not leaf or holds or not _inside(name, decoder):
+            continue
+        if any(isinstance(rules.get(above), Whole) for above in _above(name)):
+            continue
+        if block_of(model, name) == name and not elementwise(module, width):
+            yield name
+
+
+def _experts(module: nn.Module) -> Experts | None:
+    """How to cut a set of experts, if it is one whose form transformers declares."""
+    declared: Any = module
+    own = dict(module.named_parameters(recurse=False))
+    if not all(hasattr(module, flag) for flag in ("has_gate", "is_transposed", "is_concatenated")):
+        return None
+    if getattr(module, "has_post_expert_norm", False):
+        return None
+    first = "gate_up_proj" if declared.has_gate else "up_proj"
+    units = {first: 2, "down_proj": 1} if declared.is_transposed else {first: 1, "down_proj": 2}
+    biases = {f"{first}_bias": 1} if f"{first}_bias" in own else {}
+    once = tuple(name for name in own if name == "down_proj_bias")
+    if {*own} != {*units, *biases, *once} or any(own[name].ndim != 3 for name in units):
+        return None
+    packed = (first, *biases) if declared.has_gate and declared.is_concatenated else ()
+    return Experts(cuts=units | biases, packed=packed, once=once)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
+def _linear_sizes(module: nn.Module) -> tuple[int | None, int | None]:
+    """Inputs and outputs, of a linear layer."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return getattr(module, "in_features", None), getattr(module, "out_features", None)
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """Identities of the parameters that several modules hold."""
+    counts = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return {identity for identity, count in counts.items() if count > 1}
+
+
+def _inside(name: str, block: str) -> bool:
+    return name.startswith(f"{block}.") or (not block and bool(name))
+
+
+def _within(name: str, block: str) -> bool:
+    return name == block or _inside(name, block)
+
+
+def _above(name: str) -> Iterator[str]:
+    """The name and those of the modules around it."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
 def _holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if any(True for _ in module.parameters(recurse=False)):
@@ -318,24 +586,27 @@ def _plan(model: PreTrainedModel) -> dict[str, Rule | str]:
     """The published plan, or ours where there is none, with names from the root."""
     published: dict[str, str] = getattr(model.config, "base_model_tp_plan", None) or {}
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    if not published and text_config(model) is not model.config:
+        published = getattr(text_config(model), "base_model_tp_plan", None) or {}
+        prefix = f"{decoder_name(model)}." if decoder_name(model) else ""
     if published:
         return {prefix + pattern: PUBLISHED.get(word, word) for pattern, word in published.items()}
     ours = UNPUBLISHED.get(model.config.model_type, {})
     return {prefix + pattern: rule for pattern, rule in ours.items()}
 
 
-def _planned(name: str, plan: Mapping[str, Rule | str]) -> Rule | None:
+def _planned(name: str, plan: Mapping[str, Rule | str]) -> Rule | str | None:
     rule = next((rule for pattern, rule in plan.items() if fnmatchcase(name, pattern)), None)
-    if isinstance(rule, str):
+    if isinstance(rule, str) and rule not in WIDENED:
         raise ValueError(
             f"{name}: the model's plan says {rule!r}, which the grid does not know; it knows "
-            f"{sorted(PUBLISHED)}; pass rules={{'{_pattern(name)}': ...}}"
+            f"{sorted({*PUBLISHED, *WIDENED})}; pass rules={{'{_pattern(name)}': ...}}"
         )
     return rule
 
 
 def _evident(model: PreTrainedModel, module: nn.Module) -> Rule | None:
-    width = model.config.hidden_size
+    width = text_config(model).hidden_size
     if module is model.get_input_embeddings():
         return Vocabulary()
     if module is model.get_output_embeddings():
@@ -359,7 +630,9 @@ def _first_match(name: str, rules: Mapping[str, Rule]) -> Rule | None:
 
 def _check_overrides(model: nn.Module, overrides: Mapping[str, Rule]) -> None:
     names = [name for name, _ in _holders(model)]
-    for pattern in overrides:
+    for pattern, rule in overrides.items():
+        if isinstance(rule, Whole):
+            names = [name for name, _ in model.named_modules() if name]
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
                 f"rule {pattern!r} matches no module with parameters; "

@@ -99,7 +99,8 @@ class Request(NamedTuple):
 
     layer: Layer
     phase: Phase
-    dtype: torch.dtype
+    dtype: torch.dtype | None
+    """The number format of the computation; None where each parameter keeps its own."""
     differentiable: bool
     """Whether autograd is on: it is off in backward, and on again where activations are recomputed."""
 
@@ -277,7 +278,7 @@ class Layer(nn.Module):
         """
         del recurse
         for name in self.parameter_names:
-            piece = getattr(self, name)._local_tensor  # noqa: SLF001 - to_local would build a graph node
+            piece = self._held(name)._local_tensor  # noqa: SLF001 - to_local would build a graph node
             before = torch.empty(0, dtype=piece.dtype, device=piece.device)
             after = fn(before)
             if (after.dtype, after.device) != (before.dtype, before.device):
@@ -290,7 +291,7 @@ class Layer(nn.Module):
 
     def hold_tiled(self, name: str, parameter: nn.Parameter) -> None:
         """Take a parameter that is cut over `depth`, and gathered whenever it is used."""
-        self.register_parameter(name, parameter)
+        self._register(name, parameter)
         self.tiled = (*self.tiled, name)
         assert isinstance(parameter, DTensor)
         cut = self.mesh.cut_of(parameter)
@@ -301,9 +302,19 @@ class Layer(nn.Module):
 
     def hold_copied(self, name: str, parameter: nn.Parameter, *, summed: Sequence[Axis]) -> None:
         """Take a parameter of which ranks along `summed` hold copies and partial gradients."""
-        self.register_parameter(name, parameter)
+        self._register(name, parameter)
         self._summed[name] = tuple(axis for axis in summed if axis.size > 1)
         self._hold(name)
+
+    def _register(self, name: str, parameter: nn.Parameter) -> None:
+        """Put a parameter in its place, of the layer itself or of a module within (`gate.weight`)."""
+        owner, _, own_name = name.rpartition(".")
+        self.get_submodule(owner).register_parameter(own_name, parameter)
+
+    def _held(self, name: str) -> DTensor:
+        parameter = self.get_parameter(name) if "." in name else getattr(self, name)
+        assert isinstance(parameter, DTensor)
+        return parameter
 
     def _hold(self, name: str) -> None:
         self.parameter_names = (*self.parameter_names, name)
@@ -315,10 +326,13 @@ class Layer(nn.Module):
             return self.mesh.depth.size > 1
         return bool(self._summed[name])
 
-    def visit(self) -> Visit:
-        """Enter the layer: its parameters, with their gathers under way."""
-        parameter = getattr(self, self.parameter_names[0])
-        dtype = compute_dtype(parameter)
+    def visit(self, *, casts: bool = True) -> Visit:
+        """Enter the layer: its parameters, with their gathers under way.
+
+        Args:
+            casts: Give them in autocast's number format, if it is on, rather than in their own.
+        """
+        dtype = compute_dtype(self._held(self.parameter_names[0])) if casts else None
         return self.schedule.enter(Request(self, "forward", dtype, torch.is_grad_enabled()))
 
     def revisit(self, dtype: torch.dtype) -> Visit:
@@ -335,18 +349,20 @@ class Layer(nn.Module):
             )
         return visit.parameters[name].piece
 
-    def local(self, name: str, dtype: torch.dtype) -> Tensor:
+    def local(self, name: str, dtype: torch.dtype | None) -> Tensor:
         """This rank's piece of a parameter, known to autograd, in the computation's format."""
-        parameter = getattr(self, name)
+        parameter = self._held(name)
         if torch.compiler.is_compiling():
-            return parameter.to_local().to(dtype)
-        return _Piece.apply(parameter, f"{self.name}.{name}").to(dtype)
+            piece = parameter.to_local()
+        else:
+            piece = _Piece.apply(parameter, f"{self.name}.{name}")
+        return piece if dtype is None else piece.to(dtype)
 
     def state(self) -> tuple[Any, ...]:
         """The state that a visit depends on: the parameters' storage and versions; unknown where compiled."""
         if torch.compiler.is_compiling():
             return ()
-        return tuple(_state(getattr(self, name)) for name in self.parameter_names)
+        return tuple(_state(self._held(name)) for name in self.parameter_names)
 
     def refuse_changes(self, *, since: tuple[Any, ...]) -> None:
         """Check what autograd checks for tensors that it saves; it saves no DTensors and no gathered tiles.

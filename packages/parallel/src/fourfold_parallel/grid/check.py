@@ -1,0 +1,142 @@
+"""The net under `parallelize`: a few tokens through the model before and after.
+
+Rules are made of names, shapes and formulas; a model file may mean something else by them. So loss,
+logits and the gradient of every parameter are computed once by the whole model and once on the grid,
+and a model that became another one is refused, with the parameter that shows it most.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from fourfold_parallel.grid.flow import in_evaluation
+from fourfold_parallel.grid.gradients import local
+from fourfold_parallel.grid.mesh import Mesh
+
+TOKENS = 6
+"""Of a row."""
+MOST_ROWS = 4
+"""More shares of the batch than that get the same rows, without targets."""
+TOLERANCE, COARSE_TOLERANCE = 2e-3, 0.15
+"""Largest relative error, and the same in half precision; model files compute parts in float32, those
+in float64 too. What it is there to catch was 0.3 and more in trials."""
+
+
+def refuse_own_loss(model: PreTrainedModel) -> None:
+    """Refuse models that compute their loss themselves, as the mean of each rank's share.
+
+    Raises:
+        ValueError: The model's forward does not call its `loss_function`.
+    """
+    forward = inspect.unwrap(type(model).forward)
+    if "loss_function" not in forward.__code__.co_names:
+        raise ValueError(
+            f"{type(model).__name__} computes its loss itself, and not by its `loss_function`, which "
+            "the grid replaces: on a share of the batch it would be another loss; it is not laid out"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """What the whole model answers to a few tokens."""
+
+    mesh: Mesh
+    tokens: Tensor
+    loss: Tensor
+    logits: Tensor
+    gradients: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, mesh: Mesh) -> Check | None:
+        """The answers of a model that is whole yet; None of one without values."""
+        if any(p.is_meta for p in model.parameters()):
+            return None
+        rows = min(max(mesh.batch_size(), 2), MOST_ROWS)
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(1, vocabulary, (rows, TOKENS), generator=generator)
+        tokens = tokens.to(model.device)
+        kept = {name: p.grad for name, p in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.grad = None
+        with in_evaluation(model), torch.enable_grad():
+            output = model(input_ids=tokens, labels=tokens, use_cache=False)
+            if any(p.requires_grad for p in model.parameters()):
+                output.loss.backward()
+        gradients: dict[str, Tensor] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                gradients[name] = parameter.grad
+            parameter.grad = kept[name]
+        return cls(
+            mesh=mesh, tokens=tokens, loss=output.loss.detach(), logits=output.logits.detach(),
+            gradients=gradients,
+        )  # fmt: skip
+
+    def compare(self, model: PreTrainedModel, stored: Mapping[str, Any]) -> None:
+        """Refuse a model on the grid that answers something else; its gradients are empty afterwards.
+
+        Raises:
+            ArithmeticError: Naming the largest difference and where it is.
+        """
+        mesh, share = self.mesh, self.mesh.batch_rank()
+        rows = len(self.tokens)
+        # Every row once: the first shares of the batch take the rows in turn, the others none.
+        mine = [row for row in range(rows) if row % mesh.batch_size() == share] or [0]
+        tokens = self.tokens[mine]
+        labels = tokens if share < rows else torch.full_like(tokens, -100)
+        with in_evaluation(model), torch.enable_grad():
+            output = model(input_ids=tokens, labels=labels, use_cache=False)
+            if any(p.requires_grad for p in model.parameters()):
+                output.loss.backward()
+        worst = (_error(output.loss.detach(), self.loss), "the loss")
+        logits = self.logits[mine]
+        if output.logits.shape[-1] != logits.shape[-1]:
+            start, stop = mesh.row.bounds(logits.shape[-1])
+            logits = logits[..., start:stop]
+        worst = max(worst, (_error(output.logits.detach(), logits), "the logits"))
+        for name, parameter in model.named_parameters():
+            worst = max(
+                worst, (self._gradient_error(name, parameter, stored), f"{name}'s gradient")
+            )
+            parameter.grad = None
+        found = torch.tensor([worst[0]], dtype=torch.float64, device=self.logits.device)
+        for axis in mesh.axes:
+            found = axis.all_reduce(found, op="max", layer="check").wait()
+        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        allowed = max(COARSE_TOLERANCE if d.itemsize < 4 else TOLERANCE for d in dtypes)  # noqa: PLR2004
+        if not float(found) <= allowed:
+            raise ArithmeticError(
+                f"{type(model).__name__} on the grid is another model: of {rows} rows of {TOKENS} "
+                f"tokens, {worst[1]} differs by {float(found):.2g} of its size (allowed: {allowed:g}"
+                "); this is a fault of the grid's rules for it: give rules={...: Whole()} for the "
+                "part concerned, use col=1, or report it"
+            )
+
+    def _gradient_error(
+        self, name: str, parameter: nn.Parameter, stored: Mapping[str, Any]
+    ) -> float:
+        expected = self.gradients.get(name)
+        if expected is None or parameter.grad is None:
+            has = parameter.grad is not None and bool(local(parameter.grad).any())
+            return float(has and expected is None)
+        cut = self.mesh.cut_of(parameter) if isinstance(parameter, DTensor) else {}
+        how = stored[name]
+        shape = how.keep_shape(expected.shape)
+        piece = how.read(expected, self.mesh.slices(shape, cut), shape)
+        scale = float(expected.abs().max())
+        difference = (local(parameter.grad) - piece).abs()
+        return float(difference.max()) / scale if difference.numel() and scale else 0.0
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    scale = float(expected.abs().max()) or 1.0
+    return float((found - expected).abs().max()) / scale
