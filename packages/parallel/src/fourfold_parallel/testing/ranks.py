@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import importlib.util
 import inspect
 import multiprocessing
@@ -53,6 +54,11 @@ def run_on_ranks(ranks: int, law: Callable[..., Any], **arguments: Any) -> list[
     return _workplace(ranks).run(law, arguments)
 
 
+def close_ranks(ranks: int) -> None:
+    """End the processes of a world size; the next law on it starts new ones."""
+    _workplace(ranks).close()
+
+
 class _Workplace:
     """The processes of one world size."""
 
@@ -68,7 +74,7 @@ class _Workplace:
         source = inspect.getsourcefile(law)
         assert source is not None
         for pipe in self._pipes:
-            pipe.send((source, law.__name__, arguments))
+            pipe.send((source, law.__module__, law.__name__, arguments))
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
         open_pipes = {pipe: rank for rank, pipe in enumerate(self._pipes)}
@@ -138,18 +144,20 @@ def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
     )
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
-            source, name, arguments = pipe.recv()
+            source, module, name, arguments = pipe.recv()
             try:
-                result = (True, getattr(_module(source), name)(**arguments))
+                result = (True, getattr(_module(source, module), name)(**arguments))
             except Exception:  # noqa: BLE001 - whatever a law raises is its result
                 result = (False, traceback.format_exc())
             pipe.send(result)
 
 
 @lru_cache
-def _module(source: str) -> ModuleType:
-    """The module of a source file, whatever the test runner called it."""
+def _module(source: str, name: str) -> ModuleType:
+    """The module of a law: an installed one by its name, a test's file whatever its runner called it."""
     path = Path(source)
+    if name.partition(".")[0] == __package__.partition(".")[0]:
+        return importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(f"laws_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None

@@ -1,0 +1,1 @@
+"""Any transformers model at toy size on every grid, compared with itself in one process."""
