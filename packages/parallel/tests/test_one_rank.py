@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedModel, Qwen2Config
 
 from fourfold_parallel.grid.huggingface import parallelize
-from fourfold_parallel.grid.layout import Plain, check_sizes, rules_for
+from fourfold_parallel.grid.layout import Divided, Plain, Whole, check_sizes, rules_for
 from fourfold_parallel.grid.linear import Linear, bias_cut, weight_cut
 from fourfold_parallel.grid.mesh import check_sizes as check_ranks
 from fourfold_parallel.grid.products import Products
@@ -109,19 +109,36 @@ def test_a_rule_that_matches_nothing_is_refused() -> None:
         rules_for(llama(), {"model.layers.*.q_prj": Plain()})
 
 
-def test_a_plan_with_an_unknown_word_is_refused() -> None:
-    settings = LLAMA | {"pad_token_id": 0}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(Phi3Config(**settings))
-    with pytest.raises(ValueError, match=r"o_proj: the model's plan says 'rowwise_split_input'"):
+def test_a_plan_with_a_word_that_nobody_has_met_is_refused() -> None:
+    model = llama()
+    model.config.base_model_tp_plan = {"layers.*.mlp.down_proj": "rowwise_with_a_twist"}
+    with pytest.raises(
+        ValueError, match=r"down_proj: the model's plan says 'rowwise_with_a_twist'"
+    ):
         rules_for(model, {})
 
 
-def test_a_module_without_a_rule_is_refused() -> None:
+def test_what_has_no_rule_makes_its_block_whole_or_is_refused() -> None:
     model = llama()
     model.get_submodule("model.layers.0.mlp").register_module("gate", nn.Bilinear(2, 2, 2))
-    with pytest.raises(ValueError, match=r"model.layers.0.mlp.gate \(Bilinear\) holds parameters"):
-        rules_for(model, {})
+    rules = rules_for(model, {})
+    wholes = {name: rule for name, rule in rules.items() if isinstance(rule, Whole)}
+    assert [*wholes] == ["model.layers.0.mlp"]
+    assert rules["model.layers.0.mlp.up_proj"] == Divided()
+    assert rules["model.layers.1.mlp.up_proj"] == Plain()
+    with pytest.raises(
+        ValueError, match=r"mlp.gate \(Bilinear\): neither.*'model.layers.0.mlp' whole"
+    ):
+        rules_for(model, {}, whole="refuse")
+
+
+def test_words_for_gathered_outputs_make_blocks_whole() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(Phi3Config(**LLAMA | {"pad_token_id": 0}))
+    rules = rules_for(model, {})
+    assert isinstance(rules["model.layers.0.self_attn"], Whole)
+    assert "'rowwise_split_input'" in rules["model.layers.0.self_attn"].reason
+    assert rules["model.layers.0.self_attn.qkv_proj"] == Divided()
 
 
 def every_rank_says_the_same() -> str:

@@ -10,38 +10,67 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fourfold_parallel.grid.flow import in_evaluation
 from fourfold_parallel.grid.gradients import local
+from fourfold_parallel.grid.layout import decoder_name, text_config
 from fourfold_parallel.grid.mesh import Mesh
 
 TOKENS = 6
-"""Of a row."""
+"""Of a row, at least: in the sequence form they divide over row."""
 MOST_ROWS = 4
 """More shares of the batch than that get the same rows, without targets."""
 TOLERANCE, COARSE_TOLERANCE = 2e-3, 0.15
 """Largest relative error, and the same in half precision; model files compute parts in float32, those
 in float64 too. What it is there to catch was 0.3 and more in trials."""
+SMALL = 1e-3
+"""Of the model's largest gradient: a parameter's below that is rounding and no more."""
 
 
-def refuse_own_loss(model: PreTrainedModel) -> None:
-    """Refuse models that compute their loss themselves, as the mean of each rank's share.
+LossForm = Literal["function", "shifted", "aligned"]
+"""How a model gets its loss: by its `loss_function`; or by itself, as the mean cross-entropy of the
+next tokens, or of labels that stand where they are predicted."""
+
+
+@torch.no_grad()
+def loss_form(model: PreTrainedModel) -> LossForm:
+    """How a model gets its loss; one that computes it itself is asked, by a few tokens.
 
     Raises:
-        ValueError: The model's forward does not call its `loss_function`.
+        ValueError: It computes something else, or has no values to ask it.
     """
     forward = inspect.unwrap(type(model).forward)
-    if "loss_function" not in forward.__code__.co_names:
+    if "loss_function" in forward.__code__.co_names:
+        return "function"
+    name = type(model).__name__
+    if any(p.is_meta for p in model.parameters()):
         raise ValueError(
-            f"{type(model).__name__} computes its loss itself, and not by its `loss_function`, which "
-            "the grid replaces: on a share of the batch it would be another loss; it is not laid out"
+            f"{name} computes its loss itself, and not by its `loss_function`, and without values it "
+            "cannot be asked which one; give a model with values"
         )
+    tokens = torch.arange(2 * TOKENS, device=model.device).view(2, TOKENS) % 7 + 1
+    labels = tokens.clone()
+    labels[0, 2] = -100
+    with in_evaluation(model):
+        output = model(input_ids=tokens, labels=labels, use_cache=False)
+    wide = output.logits.float()
+    shifted = F.cross_entropy(wide[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    aligned = F.cross_entropy(wide.flatten(0, 1), labels.flatten())
+    candidates: dict[LossForm, Tensor] = {"shifted": shifted, "aligned": aligned}
+    for form, nats in candidates.items():
+        if torch.isclose(nats, output.loss.float(), rtol=1e-4):
+            return form
+    raise ValueError(
+        f"{name} computes its loss itself, and it is not the mean cross-entropy of the next tokens: on "
+        "a share of the batch it would be another one; it is not laid out"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +82,7 @@ class Check:
     loss: Tensor
     logits: Tensor
     gradients: dict[str, Tensor]
+    largest_gradient: float
 
     @classmethod
     def of(cls, model: PreTrainedModel, mesh: Mesh) -> Check | None:
@@ -60,9 +90,12 @@ class Check:
         if any(p.is_meta for p in model.parameters()):
             return None
         rows = min(max(mesh.batch_size(), 2), MOST_ROWS)
-        vocabulary = model.get_input_embeddings().weight.shape[0]
+        vocabulary = min(
+            model.get_input_embeddings().weight.shape[0], text_config(model).vocab_size
+        )
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(1, vocabulary, (rows, TOKENS), generator=generator)
+        length = -(-TOKENS // mesh.row.size) * mesh.row.size
+        tokens = torch.randint(1, vocabulary, (rows, length), generator=generator)
         tokens = tokens.to(model.device)
         kept = {name: p.grad for name, p in model.named_parameters()}
         for parameter in model.parameters():
@@ -79,6 +112,7 @@ class Check:
         return cls(
             mesh=mesh, tokens=tokens, loss=output.loss.detach(), logits=output.logits.detach(),
             gradients=gradients,
+            largest_gradient=max((float(g.abs().max()) for g in gradients.values()), default=0.0),
         )  # fmt: skip
 
     def compare(self, model: PreTrainedModel, stored: Mapping[str, Any]) -> None:
@@ -93,10 +127,17 @@ class Check:
         mine = [row for row in range(rows) if row % mesh.batch_size() == share] or [0]
         tokens = self.tokens[mine]
         labels = tokens if share < rows else torch.full_like(tokens, -100)
-        with in_evaluation(model), torch.enable_grad():
-            output = model(input_ids=tokens, labels=labels, use_cache=False)
-            if any(p.requires_grad for p in model.parameters()):
-                output.loss.backward()
+        try:
+            with in_evaluation(model), torch.enable_grad():
+                output = model(input_ids=tokens, labels=labels, use_cache=False)
+                if any(p.requires_grad for p in model.parameters()):
+                    output.loss.backward()
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ArithmeticError(
+                f"{type(model).__name__} ran whole and fails on the grid, which cuts the residual stream "
+                f"between its blocks: {type(error).__name__}: {error}; use col=1, or compute the decoder "
+                f"whole: rules={{{decoder_name(model)!r}: Whole()}}"
+            ) from error
         worst = (_error(output.loss.detach(), self.loss), "the loss")
         logits = self.logits[mine]
         if output.logits.shape[-1] != logits.shape[-1]:
@@ -112,13 +153,14 @@ class Check:
         for axis in mesh.axes:
             found = axis.all_reduce(found, op="max", layer="check").wait()
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-        allowed = max(COARSE_TOLERANCE if d.itemsize < 4 else TOLERANCE for d in dtypes)  # noqa: PLR2004
+        allowed = max(COARSE_TOLERANCE if d.itemsize < 4 else TOLERANCE for d in dtypes)
         if not float(found) <= allowed:
+            where = worst[1] if worst[0] >= float(found) else "what another rank names"
             raise ArithmeticError(
-                f"{type(model).__name__} on the grid is another model: of {rows} rows of {TOKENS} "
-                f"tokens, {worst[1]} differs by {float(found):.2g} of its size (allowed: {allowed:g}"
-                "); this is a fault of the grid's rules for it: give rules={...: Whole()} for the "
-                "part concerned, use col=1, or report it"
+                f"{type(model).__name__} on the grid is another model: of {rows} rows of "
+                f"{self.tokens.shape[1]} tokens, {where} differs by {float(found):.2g} of its size "
+                f"(allowed: {allowed:g}); this is a fault of the grid's rules for it: give "
+                "rules={...: Whole()} for the part concerned, use col=1, or report it"
             )
 
     def _gradient_error(
@@ -132,7 +174,7 @@ class Check:
         how = stored[name]
         shape = how.keep_shape(expected.shape)
         piece = how.read(expected, self.mesh.slices(shape, cut), shape)
-        scale = float(expected.abs().max())
+        scale = max(float(expected.abs().max()), SMALL * self.largest_gradient)
         difference = (local(parameter.grad) - piece).abs()
         return float(difference.max()) / scale if difference.numel() and scale else 0.0
 

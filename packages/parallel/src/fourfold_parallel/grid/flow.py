@@ -50,18 +50,22 @@ def find_flows(model: PreTrainedModel, blocks: Iterable[str], *, width: int) -> 
     others: list[tuple[str, Tensor]] = []
     handles = []
 
-    def watch(name: str) -> Callable[..., None]:
+    def watch(name: str) -> Callable[..., Any]:
         flow = flows[name]
 
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        def separate(path: Path, x: Tensor) -> Tensor:
+            if is_stream(x, width):
+                flow.outputs.add(path)
+            elif x.requires_grad:
+                x = x.view_as(x)  # what the block itself makes of it does not count
+                others.append((name, x))
+            return x
+
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> Any:
             del module
             flow.is_known = True
             flow.inputs |= {path for path, x in tensors((*args, kwargs)) if is_stream(x, width)}
-            for path, x in tensors(result):
-                if is_stream(x, width):
-                    flow.outputs.add(path)
-                elif x.requires_grad:
-                    others.append((name, x))
+            return mapped(result, separate)
 
         return hook
 

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from fourfold_parallel.common.files import StrPath
 from fourfold_parallel.grid import layers
 from fourfold_parallel.grid import whole as whole_blocks
-from fourfold_parallel.grid.check import Check, refuse_own_loss
+from fourfold_parallel.grid.check import Check, LossForm, loss_form
 from fourfold_parallel.grid.collectives import (
     ALONE,
     Axis,
@@ -40,6 +40,7 @@ from fourfold_parallel.grid.collectives import (
 from fourfold_parallel.grid.flow import Flow, find_flows
 from fourfold_parallel.grid.gradients import DataReducer, clip_gradients
 from fourfold_parallel.grid.layout import (
+    WIDE_BETWEEN,
     Divided,
     Experts,
     Head,
@@ -59,6 +60,7 @@ from fourfold_parallel.grid.layout import (
     Whole,
     adapted,
     check_sizes,
+    decoder_name,
     layer_of,
     norm_kind,
     rules_for,
@@ -218,7 +220,7 @@ def parallelize(
             without weights. Raised on every rank alike, before any collective.
         ArithmeticError: The check found the model on the grid to be another one.
     """
-    refuse_own_loss(model)
+    form = loss_form(model)
     rules_of, flows = _rules_and_flows(model, mesh, rules or {}, whole)
     check_sizes(model, rules_of, {axis.name: axis.size for axis in mesh.axes})
     stretch = find_stretch(model, rules_of) if cuts_tokens else None
@@ -258,6 +260,7 @@ def parallelize(
         cut_tokens(model, stretch, mesh.row)
     _fill_buffers(model, mesh.torch_mesh.device_type)
     model.loss_function = GridLoss(mesh, text_config(model).vocab_size)
+    _honour(model, form)
     schedule, reducer = builder.schedule, DataReducer(model.parameters(), mesh)
     parallel = Parallel(
         model=model, mesh=mesh, schedule=schedule, reducer=reducer, stored=builder.stored,
@@ -280,20 +283,44 @@ def _rules_and_flows(
 ) -> tuple[dict[str, Rule], dict[str, Flow]]:
     """The rules, and the flows of the blocks that are whole; these are widened until none leaks."""
     rules = rules_for(model, overrides, whole=whole)
+    decoder = decoder_name(model)
+    if text_config(model).model_type in WIDE_BETWEEN and mesh.col.size > 1:
+        rules = widened(model, rules, {decoder: "its own code needs the whole residual stream"})
     while True:
         blocks = {name: rule.reason for name, rule in rules.items() if isinstance(rule, Whole)}
-        if not blocks or mesh.col.size == 1:
+        if not blocks or mesh.row.size * mesh.col.size * mesh.depth.size == 1:
             return rules, {name: Flow() for name in blocks}
-        flows = find_flows(model, blocks, width=text_config(model).hidden_size)
-        wider = {
-            layer_of(model, name): f"the residual stream depends on another result of {name}"
-            for name, flow in flows.items()
-            if flow.leaks and layer_of(model, name) != name
+        watched = [name for name, rule in rules.items() if isinstance(rule, Whole | WITHIN)]
+        try:
+            flows = find_flows(model, watched, width=text_config(model).hidden_size)
+        except ValueError:
+            if mesh.col.size > 1:
+                raise
+            return rules, {name: Flow() for name in blocks}
+        wider: dict[str, str] = {}
+        for name in blocks:
+            around = layer_of(model, name)
+            if around != name and name.startswith(f"{decoder}."):
+                if not flows[name].is_known:
+                    wider[around] = f"{name} is used without being called"
+                elif flows[name].leaks:
+                    wider[around] = f"the residual stream depends on another result of {name}"
+        if wider:
+            rules = widened(model, rules, blocks | wider)
+            continue
+        # What code around reads the weights of, instead of calling it, gets them with its block.
+        uncalled = {
+            name
+            for name in watched
+            if name not in blocks
+            and not flows[name].is_known
+            and any(name.startswith(f"{b}.") and flows[b].is_known for b in blocks)
         }
-        if not wider:
-            return rules, flows
-        rules = widened(model, rules, blocks | wider)
+        return {name: rule for name, rule in rules.items() if name not in uncalled}, flows
 
+
+WITHIN = Divided | Experts
+"""What lies in whole blocks and is a layer of its own."""
 
 Source = Callable[[str], Any]
 """From a parameter's name to something that gives its pieces when indexed with slices."""
@@ -347,7 +374,7 @@ class _Builder:
     """Where tokens are cut over row, if they are."""
     flows: dict[str, Flow]
     """Of the whole blocks."""
-    made: dict[int, nn.Parameter]
+    made: dict[int, tuple[nn.Parameter, Stored]]
     """Grid parameters by the identity of the published one, so that tied ones stay tied."""
     stored: dict[str, Stored]
     source: Source = dict[str, Any]().__getitem__
@@ -360,16 +387,14 @@ class _Builder:
         match rule:
             case Plain() | Swapped() | Head():
                 return self._linear(name, module, rule)
-            case LowRankInput(swapped=swapped):
-                weight = take("weight", layers.LOW_RANK_INPUT[swapped])
-                return layers.LowRankInput(
-                    weight, swapped=swapped, cuts_tokens=self._cuts_tokens(name), **common
-                )
-            case LowRankOutput(swapped=swapped):
-                weight = take("weight", layers.LOW_RANK_OUTPUT[swapped])
-                return layers.LowRankOutput(
-                    weight, swapped=swapped, cuts_tokens=self._cuts_tokens(name), **common
-                )
+            case LowRankInput(swapped=swapped) | LowRankOutput(swapped=swapped):
+                first = isinstance(rule, LowRankInput)
+                cuts = layers.LOW_RANK_INPUT if first else layers.LOW_RANK_OUTPUT
+                kind = layers.LowRankInput if first else layers.LowRankOutput
+                return kind(
+                    take("weight", cuts[swapped]), swapped=swapped,
+                    cuts_tokens=self._cuts_tokens(name), **common,
+                )  # fmt: skip
             case Vocabulary():
                 padding = getattr(module, "padding_idx", None)
                 scale = getattr(module, "scalar_embed_scale", 1.0)
@@ -383,12 +408,8 @@ class _Builder:
             case OfHeads(dim=dim):
                 common["summed"] = [self.mesh.depth]
                 return layers.Copied(module, taken({"row": dim}), **common)
-            case Divided():
-                return self._divided(name, module, rule)
-            case Experts():
-                return self._experts(name, module, rule)
-            case Whole():
-                return self._whole(name, module, rule)
+            case Divided() | Experts() | Whole():
+                return self._block(name, module, rule)
             case Mixing():
                 common["summed"] = [self.mesh.depth]
                 width = text_config(self.model).hidden_size
@@ -434,6 +455,15 @@ class _Builder:
             layer.heads = kv_heads
         return layer
 
+    def _block(self, name: str, module: nn.Module, rule: Divided | Experts | Whole) -> Layer:
+        match rule:
+            case Divided():
+                return self._divided(name, module, rule)
+            case Experts():
+                return self._experts(name, module, rule)
+            case Whole():
+                return self._whole(name, module, rule)
+
     def _divided(self, name: str, module: nn.Module, rule: Rule) -> Layer:
         weight = self._take(name, module, rule, "weight", whole_blocks.TILED)
         bias = None
@@ -463,7 +493,11 @@ class _Builder:
                 owner, cut = module.get_submodule(path), whole_blocks.TILED
                 there = f"{name}.{path}" if path else name
                 cut = cut if parameter.ndim else layers.COPIES
-                parameters[full_name] = self._take(there, owner, rule, own, cut)
+                taken = self._take(there, owner, rule, own, cut)
+                if any(taken is other for other in parameters.values()):  # tied within the block
+                    owner.register_parameter(own, taken)
+                else:
+                    parameters[full_name] = taken
         return whole_blocks.Whole(
             module, parameters, flow=self.flows[name], width=text_config(self.model).hidden_size,
             cuts_tokens=self._cuts_tokens(name), mesh=self.mesh, name=name, schedule=self.schedule,
@@ -479,7 +513,8 @@ class _Builder:
         full_name = f"{name}.{parameter_name}"
         published: nn.Parameter = getattr(module, parameter_name)
         if id(published) in self.made:
-            return self.made[id(published)]
+            parameter, self.stored[full_name] = self.made[id(published)]
+            return parameter
         how = stored(module, rule, parameter_name)
         shape = how.keep_shape(published.shape)
         piece = how.read(self.source(full_name), self.mesh.slices(shape, cut), shape)
@@ -487,7 +522,7 @@ class _Builder:
         parameter = nn.Parameter(
             self.mesh.assemble(piece, shape, cut), requires_grad=published.requires_grad
         )
-        self.made[id(published)], self.stored[full_name] = parameter, how
+        self.made[id(published)], self.stored[full_name] = (parameter, how), how
         return parameter
 
 
@@ -536,6 +571,30 @@ class GridLoss:
             # Whole logits: their gradient is taken alike on every rank of row, as it should be.
             row = ALONE
         return layers.vocabulary_cross_entropy(logits, targets, row=row, vocabulary=self.vocabulary)
+
+
+def _honour(model: PreTrainedModel, form: LossForm) -> None:
+    """Give a model that computes its loss itself the grid's: its forward sees no labels."""
+    if form == "function":
+        return
+    given: list[Tensor | None] = []
+
+    def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        del module
+        given.append(kwargs.get("labels"))
+        return args, {**kwargs, "labels": None}
+
+    def add(module: nn.Module, args: Any, output: Any) -> Any:
+        del module, args
+        if (labels := given.pop()) is not None:
+            said = {"labels": labels} if form == "shifted" else {"shift_labels": labels}
+            output["loss"] = model.loss_function(
+                output.logits, **{"labels": None, "vocab_size": output.logits.shape[-1], **said}
+            )
+        return output
+
+    model.register_forward_pre_hook(take, with_kwargs=True)
+    model.register_forward_hook(add)
 
 
 def _tell_accelerate(model: Any, reducer: DataReducer) -> None:

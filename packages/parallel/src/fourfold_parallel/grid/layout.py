@@ -158,6 +158,10 @@ UNPUBLISHED: dict[str, dict[str, Rule]] = {
 }
 """Rules for model types whose configuration publishes no plan, relative to the base model."""
 
+WIDE_BETWEEN = frozenset({"ctrl"})
+"""Model types that compute with the whole width of the residual stream between their blocks, by code
+of their decoder: it is whole where col cuts the stream."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
@@ -249,18 +253,19 @@ def rules_for(
         for name, _ in model.named_modules()
         if name and isinstance(_first_match(name, overrides), Whole)
     }
-    for name, module in _holders(model):
+    for name, _ in _holders(model):
         if any(_within(name, block) for block in asked):
             continue
         layer = adapted(name)
+        factor = layer != name and not name.endswith(".base_layer")
         rule = _first_match(name, overrides) or _first_match(layer, overrides)
         if rule is None:
             rule = _planned(layer, plan) or _evident(model, model.get_submodule(layer))
-            rule, reason = _checked(model, name, rule)
+            rule, reason = _checked(model, f"{layer}.base_layer" if factor else name, rule)
             if rule is None:
                 reasons[name] = reason
                 continue
-        if layer != name and not name.endswith(".base_layer"):
+        if factor:
             rule = _low_rank(name, rule)
         rules[name] = rule
     reasons |= dict.fromkeys(_bare_norms(model, rules), "it normalises, without parameters")

@@ -83,6 +83,8 @@ class Whole(Layer):
                 self.hold_tiled(parameter_name, parameter)
             else:
                 self.hold_copied(parameter_name, parameter, summed=[mesh.depth])
+            if "." not in parameter_name:  # so that one tied within the block is still seen to be
+                inner.register_parameter(parameter_name, parameter)
             steps = self.gathers[parameter_name] = []
             for axis in (mesh.col, mesh.row):
                 if axis.name in cut:  # the inner cut is undone first
@@ -246,13 +248,15 @@ def elementwise(module: nn.Module, width: int) -> bool:
     was_training = module.training
     try:
         with torch.no_grad():
-            whole, part = module.eval()(x), module(x[:, :half])
+            whole = module.eval()(x)
+            try:
+                part = module(x[:, :half])
+            except (RuntimeError, ValueError):  # it knows the width that it is made for
+                return False
     except Exception:  # noqa: BLE001 - it wants something else than a residual stream
         return True
     finally:
         module.train(was_training)
-    return (
-        not isinstance(whole, Tensor)
-        or whole.shape != x.shape
-        or torch.equal(whole[:, :half], part)
-    )
+    if not isinstance(whole, Tensor) or whole.shape != x.shape:
+        return True
+    return torch.equal(whole[:, :half], part)
