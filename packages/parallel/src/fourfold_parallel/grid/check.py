@@ -119,7 +119,7 @@ class Check:
         """Refuse a model on the grid that answers something else; its gradients are empty afterwards.
 
         Raises:
-            ArithmeticError: Naming the largest difference and where it is.
+            ValueError: Naming the largest difference and where it is.
         """
         mesh, share = self.mesh, self.mesh.batch_rank()
         rows = len(self.tokens)
@@ -133,7 +133,7 @@ class Check:
                 if any(p.requires_grad for p in model.parameters()):
                     output.loss.backward()
         except (RuntimeError, ValueError, IndexError) as error:
-            raise ArithmeticError(
+            raise ValueError(
                 f"{type(model).__name__} ran whole and fails on the grid, which cuts the residual stream "
                 f"between its blocks: {type(error).__name__}: {error}; use col=1, or compute the decoder "
                 f"whole: rules={{{decoder_name(model)!r}: Whole()}}"
@@ -156,7 +156,7 @@ class Check:
         allowed = max(COARSE_TOLERANCE if d.itemsize < 4 else TOLERANCE for d in dtypes)
         if not float(found) <= allowed:
             where = worst[1] if worst[0] >= float(found) else "what another rank names"
-            raise ArithmeticError(
+            raise ValueError(
                 f"{type(model).__name__} on the grid is another model: of {rows} rows of "
                 f"{self.tokens.shape[1]} tokens, {where} differs by {float(found):.2g} of its size "
                 f"(allowed: {allowed:g}); this is a fault of the grid's rules for it: give "

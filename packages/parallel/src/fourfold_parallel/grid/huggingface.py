@@ -41,6 +41,7 @@ from fourfold_parallel.grid.flow import Flow, find_flows
 from fourfold_parallel.grid.gradients import DataReducer, clip_gradients
 from fourfold_parallel.grid.layout import (
     WIDE_BETWEEN,
+    Alike,
     Divided,
     Experts,
     Head,
@@ -217,8 +218,9 @@ def parallelize(
 
     Raises:
         ValueError: A module cannot be cut, heads do not divide, or a model on the meta device came
-            without weights. Raised on every rank alike, before any collective.
-        ArithmeticError: The check found the model on the grid to be another one.
+            without weights: raised on every rank alike, before any collective. Or the check found the
+            model on the grid to be another one.
+
     """
     form = loss_form(model)
     rules_of, flows = _rules_and_flows(model, mesh, rules or {}, whole)
@@ -250,8 +252,10 @@ def parallelize(
     with open_weights(weights) if weights is not None else _held(model) as source:
         builder.source = source
         # Modules of other modules first: what holds them takes them over.
+        # Tables of a whole decoder last of the rest: a head may be tied to one, and has its own cut.
         for name, rule in sorted(
-            rules_of.items(), key=lambda item: isinstance(item[1], (OfHeads, Whole))
+            rules_of.items(),
+            key=lambda item: (isinstance(item[1], OfHeads | Whole), isinstance(item[1], Alike)),
         ):
             module = model.get_submodule(name)
             model.set_submodule(name, builder.layer(name, module, rule, norms.get(name)))
@@ -266,7 +270,9 @@ def parallelize(
         model=model, mesh=mesh, schedule=schedule, reducer=reducer, stored=builder.stored,
         whole={name: rule.reason for name, rule in rules_of.items() if isinstance(rule, Whole)},
     )  # fmt: skip
-    model.register_forward_pre_hook(lambda module, _: _restart(parallel, module))
+    model.register_forward_pre_hook(
+        lambda module, _, options: _restart(parallel, module, options), with_kwargs=True
+    )
     model.register_load_state_dict_pre_hook(_keep_parameters)
     _tell_accelerate(model, reducer)
     if check is not None:
@@ -408,7 +414,7 @@ class _Builder:
             case OfHeads(dim=dim):
                 common["summed"] = [self.mesh.depth]
                 return layers.Copied(module, taken({"row": dim}), **common)
-            case Divided() | Experts() | Whole():
+            case Divided() | Experts() | Alike() | Whole():
                 return self._block(name, module, rule)
             case Mixing():
                 common["summed"] = [self.mesh.depth]
@@ -455,14 +461,18 @@ class _Builder:
             layer.heads = kv_heads
         return layer
 
-    def _block(self, name: str, module: nn.Module, rule: Divided | Experts | Whole) -> Layer:
+    def _block(
+        self, name: str, module: nn.Module, rule: Divided | Experts | Alike | Whole
+    ) -> Layer:
         match rule:
             case Divided():
                 return self._divided(name, module, rule)
             case Experts():
                 return self._experts(name, module, rule)
+            case Alike():
+                return self._whole(name, module, rule, Flow(is_known=True))
             case Whole():
-                return self._whole(name, module, rule)
+                return self._whole(name, module, rule, self.flows[name])
 
     def _divided(self, name: str, module: nn.Module, rule: Rule) -> Layer:
         weight = self._take(name, module, rule, "weight", whole_blocks.TILED)
@@ -485,7 +495,7 @@ class _Builder:
             schedule=self.schedule,
         )  # fmt: skip
 
-    def _whole(self, name: str, module: nn.Module, rule: Rule) -> Layer:
+    def _whole(self, name: str, module: nn.Module, rule: Rule, flow: Flow) -> Layer:
         parameters: dict[str, nn.Parameter] = {}
         for full_name, parameter in module.named_parameters(remove_duplicate=False):
             if not isinstance(parameter, DTensor):  # of what is on the grid already, nothing
@@ -499,7 +509,7 @@ class _Builder:
                 else:
                     parameters[full_name] = taken
         return whole_blocks.Whole(
-            module, parameters, flow=self.flows[name], width=text_config(self.model).hidden_size,
+            module, parameters, flow=flow, width=text_config(self.model).hidden_size,
             cuts_tokens=self._cuts_tokens(name), mesh=self.mesh, name=name, schedule=self.schedule,
         )  # fmt: skip
 
@@ -643,9 +653,18 @@ def _fill_buffers(model: PreTrainedModel, device: str) -> None:
                 module._buffers[name] = buffer.to(device)  # noqa: SLF001 - Module.to would also replace parameters
 
 
-def _restart(parallel: Parallel, model: nn.Module) -> None:
+def _restart(parallel: Parallel, model: nn.Module, options: Mapping[str, Any]) -> None:
     if torch.compiler.is_compiling():
         return
+    routed = options.get("output_router_logits")
+    if routed is None:
+        routed = getattr(text_config(parallel.model), "output_router_logits", False)
+    if routed and options.get("labels") is not None and parallel.mesh.batch_size() > 1:
+        raise ValueError(
+            "output_router_logits=True adds a loss that balances experts over a batch, and each of the "
+            f"{parallel.mesh.batch_size()} shares of the batch would balance its own tokens, which is "
+            "another loss; set it to False, or use data=1, depth=1"
+        )
     if model is not parallel.model and parallel.mesh.data.size > 1 and torch.is_grad_enabled():
         raise RuntimeError(
             "a copy of a parallelized model does not sum its gradients over data; parallelize "

@@ -102,6 +102,11 @@ class Divided:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Alike:
+    """A table of a decoder that is whole: rows for every rank alike, for code outside of it too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
     """The experts of a whole block: hidden units over row and col."""
 
@@ -115,7 +120,7 @@ class Experts:
 
 Rule = (
     Plain | Swapped | Head | Vocabulary | Positions | ResidualNorm | PerHead | OfHeads | Mixing
-    | LowRankInput | LowRankOutput | Whole | Divided | Experts
+    | LowRankInput | LowRankOutput | Whole | Alike | Divided | Experts
 )  # fmt: skip
 
 PUBLISHED: dict[str, Rule] = {
@@ -221,7 +226,7 @@ def stored(module: nn.Module, rule: Rule, parameter_name: str) -> Stored:
     if isinstance(rule, Experts):
         packed = parameter_name in rule.packed
         return Stored(parts=2, dim=rule.cuts[parameter_name]) if packed else Stored()
-    if isinstance(rule, Whole):  # gathered as it is published
+    if isinstance(rule, Whole | Alike):  # gathered as it is published
         return Stored()
     parts = rule.parts if isinstance(rule, Plain) else 1
     transposed = isinstance(module, Conv1D) and parameter_name == "weight"
@@ -290,7 +295,7 @@ def widened(
         for name, rule in rules.items()
         if not any(_within(name, block) for block in outermost)
     }
-    shared = _shared_parameters(model)
+    shared, decoder = _shared_parameters(model), decoder_name(model)
     for block in outermost:
         result[block] = Whole(reason=blocks[block])
         for name, module in model.get_submodule(block).named_modules():
@@ -299,7 +304,9 @@ def widened(
                 isinstance(result.get(above), Experts) for above in _above(full_name)
             ):
                 continue
-            if (experts := _experts(module)) is not None:
+            if isinstance(module, nn.Embedding) and block == decoder:
+                result[full_name] = Alike()
+            elif (experts := _experts(module)) is not None:
                 result[full_name] = experts
             elif _is_linear(module) and not any(id(p) in shared for p in module.parameters()):
                 result[full_name] = Divided()

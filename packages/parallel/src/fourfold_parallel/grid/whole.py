@@ -125,7 +125,8 @@ class Whole(Layer):
         return values
 
     def _enter(self, path: Any, x: Tensor) -> Tensor:
-        if path not in self.flow.inputs:
+        is_whole = self.mesh.col.size > 1 and x.shape[-1] == self.width
+        if path not in self.flow.inputs or is_whole:
             return x
         x = self.mesh.col.whole(x, dim=-1, length=self.width, used="alike")
         if self.cuts_tokens:

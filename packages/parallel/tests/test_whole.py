@@ -1,0 +1,225 @@
+"""Blocks that no rule covers: computed whole, their products divided, and equal to the plain model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from fourfold_parallel.certify.toys import default_toy, in_float64, toy_model
+from fourfold_parallel.grid.huggingface import Parallel, parallelize
+from fourfold_parallel.grid.layout import Experts, Whole, rules_for
+from fourfold_parallel.testing.grids import Sizes, close, mesh_of, piece_of
+from fourfold_parallel.testing.ranks import run_on_ranks
+
+TOLERANCE = 1e-9
+"""Sums of float64 in another order."""
+GRIDS: list[Sizes] = [(1, 1, 2, 2), (1, 2, 1, 2), (2, 1, 2, 1)]
+
+
+def toy(family: str, **settings: Any) -> PreTrainedModel:
+    """A random toy model in float64; every rank builds the same."""
+    config = default_toy(family)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return toy_model(config)
+
+
+def tokens_of(rows: int, length: int = 8) -> Tensor:
+    return torch.randint(4, 100, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+def mine_of(parallel: Parallel, tokens: Tensor) -> Tensor:
+    return tokens.chunk(parallel.mesh.batch_size())[parallel.mesh.batch_rank()]
+
+
+def trains_as_alone(family: str, grids: list[Sizes], steps: int = 3, **how: Any) -> None:
+    tokens = tokens_of(4)
+    with in_float64():
+        for sizes in grids:
+            plain = toy(family)
+            parallel = parallelize(copy.deepcopy(plain), mesh_of(sizes), **how)
+            optimizers = [
+                torch.optim.AdamW(m.parameters(), lr=1e-2, eps=1e-3)
+                for m in (plain, parallel.model)
+            ]
+            mine = mine_of(parallel, tokens)
+            for step in range(steps):
+                expected = plain(input_ids=tokens, labels=tokens, use_cache=False).loss
+                ours = parallel.model(input_ids=mine, labels=mine, use_cache=False).loss
+                what = f"{family} {sizes} step {step}"
+                close(ours, expected, what=f"{what}: loss", tolerance=TOLERANCE)
+                for loss, optimizer in zip((expected, ours), optimizers, strict=True):
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                parallel.settle(when="after a step")
+            values = dict(plain.named_parameters())
+            for name, whole in parallel.published():
+                close(whole, values[name], what=f"{family} {sizes}: {name}", tolerance=1e-7)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "qwen3_next", "bloom", "gpt_oss"])
+def test_three_steps_are_those_of_the_plain_model(family: str) -> None:
+    run_on_ranks(4, trains_as_alone, family=family, grids=GRIDS)
+
+
+def test_a_whole_block_in_the_sequence_form() -> None:
+    run_on_ranks(4, trains_as_alone, family="mixtral", grids=[(1, 1, 2, 2)], cuts_tokens=True)
+
+
+def test_a_whole_block_is_recomputed() -> None:
+    run_on_ranks(4, recomputes, family="mixtral")
+
+
+def recomputes(family: str) -> None:
+    tokens = tokens_of(2)
+    plain = toy(family)
+    parallel = parallelize(copy.deepcopy(plain), mesh_of((1, 1, 2, 2)))
+    parallel.model.gradient_checkpointing_enable({"use_reentrant": False})
+    parallel.model.train()
+    plain(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    parallel.model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    parallel.settle(when="after backward")
+    expected = dict(plain.named_parameters())
+    for name, parameter in parallel.model.named_parameters():
+        assert parameter.grad is not None
+        gradient = parallel.stored[name].publish(parameter.grad.full_tensor())
+        close(gradient, expected[name].grad, what=name, tolerance=1e-5)  # parts are in float32
+
+
+def saved_and_loaded(family: str, folder: str) -> None:
+    with in_float64():
+        plain = toy(family)
+        parallel = parallelize(copy.deepcopy(plain), mesh_of((1, 1, 2, 2)))
+        parallel.save(folder)
+        values = dict(plain.named_parameters())
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(
+                plain.config, dtype=torch.float64, experts_implementation="eager"
+            )
+        again = parallelize(empty, mesh_of((1, 2, 2, 1)), weights=folder)
+        for name, parameter in again.model.named_parameters():
+            expected = again.stored[name].keep(values[name])
+            assert torch.equal(
+                parameter._local_tensor, piece_of(expected, parameter, again.mesh)
+            ), name
+        tokens = tokens_of(4)
+        mine = mine_of(again, tokens)
+        logits = plain(input_ids=tokens, use_cache=False).logits
+        share = logits.chunk(again.mesh.batch_size())[again.mesh.batch_rank()]
+        ours = again.model(input_ids=mine, use_cache=False).logits
+        close(ours, share, what="logits after loading", tolerance=TOLERANCE)
+        read: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        for name, value in read.state_dict().items():
+            assert torch.equal(value, plain.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_it_is_saved_and_loaded_onto_another_grid_from_meta(family: str, tmp_path: Path) -> None:
+    run_on_ranks(4, saved_and_loaded, family=family, folder=str(tmp_path))
+
+
+def generates(family: str) -> None:
+    prompt = tokens_of(2, 5)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with in_float64():
+        plain = toy(family)
+        expected = plain.generate(prompt, **options)
+        parallel = parallelize(copy.deepcopy(plain), mesh_of((1, 1, 2, 2)))
+        with torch.no_grad():
+            assert torch.equal(parallel.model.generate(prompt, **options), expected)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "bloom"])
+def test_it_generates_the_same_tokens(family: str) -> None:
+    run_on_ranks(4, generates, family=family)
+
+
+def adapters_train(family: str) -> None:
+    tokens = tokens_of(2)
+    with in_float64():
+        models = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+            models.append(get_peft_model(toy(family), config).base_model.model.double())
+        plain, ours = models
+        parallel = parallelize(ours, mesh_of((1, 1, 2, 2)))
+        plain(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        ours(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        parallel.settle(when="after backward")
+        expected = dict(plain.named_parameters())
+        for name, parameter in ours.named_parameters():
+            assert (parameter.grad is None) == ("lora_" not in name), name
+            if parameter.grad is not None:
+                gradient = parallel.stored[name].publish(parameter.grad.full_tensor())
+                close(gradient, expected[name].grad, what=name, tolerance=TOLERANCE)
+
+
+def test_adapters_beside_experts() -> None:
+    run_on_ranks(4, adapters_train, family="mixtral")
+
+
+def refusals() -> list[str]:
+    said: list[str] = []
+    with in_float64():
+        for how in ({"whole": "refuse"}, {}):
+            model = toy("mixtral", output_router_logits=True)
+            try:
+                parallel = parallelize(model, mesh_of((1, 2, 1, 1)), checks=False, **how)
+                tokens = tokens_of(2)
+                parallel.model(input_ids=tokens, labels=tokens)
+            except ValueError as error:
+                said.append(str(error))
+    return said
+
+
+def test_speed_or_nothing_and_a_balance_of_shares_are_refused() -> None:
+    for whole, balance in run_on_ranks(2, refusals):
+        assert "every rank would compute 'model.layers.0.mlp' whole" in whole
+        assert "pass whole='allow'" in whole
+        assert "output_router_logits=True adds a loss" in balance
+
+
+def test_a_rule_of_ones_own_makes_a_block_whole() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(default_toy("llama"))
+    rules = rules_for(model, {"model.layers.*.mlp": Whole()})
+    assert {name for name, rule in rules.items() if isinstance(rule, Whole)} == {
+        f"model.layers.{index}.mlp" for index in range(model.config.num_hidden_layers)
+    }
+
+
+def test_experts_are_cut_by_what_transformers_declares() -> None:
+    rules = rules_for(toy("gpt_oss"), {})
+    experts = rules["model.layers.0.mlp.experts"]
+    assert experts == Experts(
+        cuts={"gate_up_proj": 2, "down_proj": 1, "gate_up_proj_bias": 1},
+        packed=(), once=("down_proj_bias",),
+    )  # fmt: skip
+
+
+def lies(family: str) -> str:
+    """A model that computes a product otherwise than its class does is caught by the check."""
+    with in_float64():
+        model: Any = toy(family)
+        projection = model.model.layers[0].self_attn.q_proj
+        forward = projection.forward
+        projection.forward = lambda x: forward(x) * 1.5  # on this object alone: no rule sees it
+        try:
+            parallelize(model, mesh_of((1, 1, 1, 2)))
+        except ValueError as error:
+            return str(error)
+    return "accepted"
+
+
+def test_the_check_refuses_a_model_that_became_another() -> None:
+    for message in run_on_ranks(2, lies, family="llama"):
+        assert "LlamaForCausalLM on the grid is another model" in message
