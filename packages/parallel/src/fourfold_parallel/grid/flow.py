@@ -31,6 +31,8 @@ class Flow:
     outputs: set[Path] = field(default_factory=set)
     is_known: bool = False
     """Whether the pass went through the block."""
+    is_read: bool = False
+    """Whether the pass used its parameters and did not go through it."""
     leaks: bool = False
     """Whether the logits depend on another result of the block, whose gradient col would split."""
 
@@ -47,31 +49,13 @@ def find_flows(model: PreTrainedModel, blocks: Iterable[str], *, width: int) -> 
         ValueError: The pass fails, such as on the meta device where a model asks for values.
     """
     flows = {name: Flow() for name in blocks}
-    others: list[tuple[str, Tensor]] = []
-    handles = []
-
-    def watch(name: str) -> Callable[..., Any]:
-        flow = flows[name]
-
-        def separate(path: Path, x: Tensor) -> Tensor:
-            if is_stream(x, width):
-                flow.outputs.add(path)
-            elif x.requires_grad:
-                x = x.view_as(x)  # what the block itself makes of it does not count
-                others.append((name, x))
-            return x
-
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> Any:
-            del module
-            flow.is_known = True
-            flow.inputs |= {path for path, x in tensors((*args, kwargs)) if is_stream(x, width)}
-            return mapped(result, separate)
-
-        return hook
-
-    for name in flows:
-        module = model.get_submodule(name)
-        handles.append(module.register_forward_hook(watch(name), with_kwargs=True))
+    others: list[tuple[Flow, Tensor]] = []
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            _watch(flow, others, width), with_kwargs=True
+        )
+        for name, flow in flows.items()
+    ]
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     try:
         for parameter in frozen:
@@ -79,6 +63,9 @@ def find_flows(model: PreTrainedModel, blocks: Iterable[str], *, width: int) -> 
         with in_evaluation(model), torch.enable_grad():
             tokens = torch.arange(TOKENS, device=model.device).unsqueeze(0) % 7 + 1
             logits = model(input_ids=tokens, use_cache=False).logits
+            for name, flow in flows.items():
+                if not flow.is_known:
+                    others += [(flow, p) for p in model.get_submodule(name).parameters()]
             found = _used([x for _, x in others], logits)
     except Exception as error:
         raise ValueError(
@@ -91,9 +78,30 @@ def find_flows(model: PreTrainedModel, blocks: Iterable[str], *, width: int) -> 
             parameter.requires_grad_(False)
         for handle in handles:
             handle.remove()
-    for (name, _), is_used in zip(others, found, strict=True):
-        flows[name].leaks |= is_used
+    for (flow, _), is_used in zip(others, found, strict=True):
+        flow.leaks |= is_used and flow.is_known
+        flow.is_read |= is_used and not flow.is_known
     return flows
+
+
+def _watch(flow: Flow, others: list[tuple[Flow, Tensor]], width: int) -> Callable[..., Any]:
+    """A hook that writes down what a block is given and gives, and collects its other results."""
+
+    def separate(path: Path, x: Tensor) -> Tensor:
+        if is_stream(x, width):
+            flow.outputs.add(path)
+        elif x.requires_grad:
+            x = x.view_as(x)  # what the block itself makes of it does not count
+            others.append((flow, x))
+        return x
+
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> Any:
+        del module
+        flow.is_known = True
+        flow.inputs |= {path for path, x in tensors((*args, kwargs)) if is_stream(x, width)}
+        return mapped(result, separate)
+
+    return hook
 
 
 def _used(results: list[Tensor], logits: Tensor) -> list[bool]:

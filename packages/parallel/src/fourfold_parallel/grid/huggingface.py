@@ -43,8 +43,10 @@ from fourfold_parallel.grid.layout import (
     WIDE_BETWEEN,
     Alike,
     Divided,
+    Expanding,
     Experts,
     Head,
+    Latent,
     LowRankInput,
     LowRankOutput,
     Mixing,
@@ -91,7 +93,8 @@ class Parallel:
     stored: dict[str, Stored]
     """How each parameter is kept, by the name that it also has in the published model."""
     whole: dict[str, str]
-    """The blocks that every rank of row and col computes alike, and why."""
+    """The blocks in which every rank of row and col computes alike what takes time, and why: they cost
+    `row * col` times that. Those of which only a router is computed alike are not among them."""
 
     def settle(self, *, when: str) -> None:
         """Drop what was gathered ahead, and check that nothing else is under way.
@@ -268,7 +271,11 @@ def parallelize(
     schedule, reducer = builder.schedule, DataReducer(model.parameters(), mesh)
     parallel = Parallel(
         model=model, mesh=mesh, schedule=schedule, reducer=reducer, stored=builder.stored,
-        whole={name: rule.reason for name, rule in rules_of.items() if isinstance(rule, Whole)},
+        whole={
+            name: rule.reason
+            for name, rule in rules_of.items()
+            if isinstance(rule, Whole) and not rule.divided
+        },
     )  # fmt: skip
     model.register_forward_pre_hook(
         lambda module, _, options: _restart(parallel, module, options), with_kwargs=True
@@ -307,7 +314,7 @@ def _rules_and_flows(
         for name in blocks:
             around = layer_of(model, name)
             if around != name and name.startswith(f"{decoder}."):
-                if not flows[name].is_known:
+                if flows[name].is_read:
                     wider[around] = f"{name} is used without being called"
                 elif flows[name].leaks:
                     wider[around] = f"the residual stream depends on another result of {name}"
@@ -391,7 +398,7 @@ class _Builder:
         own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
         taken = lambda cut: {parameter: take(parameter, cut) for parameter in own}  # noqa: E731
         match rule:
-            case Plain() | Swapped() | Head():
+            case Plain() | Latent() | Expanding() | Swapped() | Head():
                 return self._linear(name, module, rule)
             case LowRankInput(swapped=swapped) | LowRankOutput(swapped=swapped):
                 first = isinstance(rule, LowRankInput)
@@ -435,7 +442,9 @@ class _Builder:
                     **common,
                 )  # fmt: skip
 
-    def _linear(self, name: str, module: nn.Module, rule: Plain | Swapped | Head) -> Linear:
+    def _linear(
+        self, name: str, module: nn.Module, rule: Plain | Latent | Expanding | Swapped | Head
+    ) -> Linear:
         swapped = isinstance(rule, Swapped)
         weight = self._take(name, module, rule, "weight", weight_cut(swapped=swapped))
         bias = None
@@ -448,6 +457,10 @@ class _Builder:
             kind = layers.Interleaved
         elif shares_heads(name, kv_heads, self.mesh.row.size):
             kind = layers.SharedHeads
+        elif isinstance(rule, Latent):
+            kind = layers.Latent
+        elif isinstance(rule, Expanding):
+            kind = layers.Expanding
         elif isinstance(rule, Head) and self.logits == "whole":
             kind = layers.WholeHead
         layer = kind(
@@ -626,7 +639,9 @@ def _refuse_saving(*_: Any, **__: Any) -> None:
 def _count_local_heads(model: PreTrainedModel, rules: Mapping[str, Rule], row: Axis) -> None:
     """Tell attention modules how many heads they hold here."""
     parents = {
-        adapted(name).rpartition(".")[0] for name, rule in rules.items() if isinstance(rule, Plain)
+        adapted(name).rpartition(".")[0]
+        for name, rule in rules.items()
+        if isinstance(rule, Plain | Expanding)
     }
     for parent in parents:
         module: Any = model.get_submodule(parent)

@@ -284,6 +284,37 @@ class SharedHeads(Linear):
         return features.chunk(self.heads, dim=-1)[row.rank * self.heads // row.size]
 
 
+class Latent(Linear):
+    """A plain layer to a latent that every rank needs whole, since it makes its own heads of it.
+
+    What the ranks of row make of the latent are different heads, so their gradients of it are terms of
+    a sum, which is taken here.
+    """
+
+    def forward(self, x: Float[Tensor, "*batch piece"]) -> Float[Tensor, "*batch latent"]:
+        """The whole latent."""
+        return self.mesh.row.whole(
+            super().forward(x), dim=-1, length=self.out_features, used="apart"
+        )
+
+
+class Expanding(Linear):
+    """A plain layer from a latent to heads.
+
+    Its input is whole on every rank: each rank of col multiplies its share of the features, as of a
+    residual stream. The sum of the latent's gradient over row is left to `Latent`.
+    """
+
+    @property
+    def sums_input_gradient(self) -> Axis:
+        """No axis."""
+        return ALONE
+
+    def forward(self, x: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch piece_out"]:
+        """This rank's heads."""
+        return super().forward(self.mesh.col.share(x, dim=-1))
+
+
 class WholeHead(Linear):
     """A head whose logits are gathered over row, for code that expects all of them.
 

@@ -32,6 +32,16 @@ class Plain:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Latent:
+    """A linear layer from the residual stream to a latent of which heads are made: whole on all ranks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expanding:
+    """A linear layer from a latent to heads: outputs over row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Swapped:
     """A linear layer from heads or hidden units back to the residual stream: inputs over row."""
 
@@ -94,6 +104,8 @@ class Whole:
 
     reason: str = "asked for"
     """Why no other rule covers it."""
+    divided: bool = False
+    """Whether its products are divided all the same, but for such small ones as a router's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +131,8 @@ class Experts:
 
 
 Rule = (
-    Plain | Swapped | Head | Vocabulary | Positions | ResidualNorm | PerHead | OfHeads | Mixing
-    | LowRankInput | LowRankOutput | Whole | Alike | Divided | Experts
+    Plain | Latent | Expanding | Swapped | Head | Vocabulary | Positions | ResidualNorm | PerHead
+    | OfHeads | Mixing | LowRankInput | LowRankOutput | Whole | Alike | Divided | Experts
 )  # fmt: skip
 
 PUBLISHED: dict[str, Rule] = {
@@ -138,6 +150,24 @@ WIDENED = frozenset(
     }
 )  # fmt: skip
 """Words whose modules are computed in a whole block, which is right whatever they mean there."""
+
+NAMED: dict[str, Rule] = {
+    "q_proj": Plain(), "k_proj": Plain(), "v_proj": Plain(), "o_proj": Swapped(),
+    "out_proj": Swapped(),
+    "gate_proj": Plain(), "up_proj": Plain(), "down_proj": Swapped(),
+    "fc1": Plain(), "fc2": Swapped(),
+    "q_a_proj": Latent(), "kv_a_proj_with_mqa": Latent(),
+    "q_a_layernorm": PerHead(), "kv_a_layernorm": PerHead(),
+    "q_b_proj": Expanding(), "kv_b_proj": Expanding(),
+}  # fmt: skip
+"""What the model files of transformers mean by a module's name, where a plan leaves it out. It holds
+in blocks (attention, MLP) of which every module has a rule and the right sizes; others are whole."""
+
+MOSTLY = 15 / 16
+"""Of a block's parameters: where at least so many lie in divided products, it counts as divided."""
+TOKENS_MEET = re.compile(r"att|mixer|mamba|conv|rec|rnn|(layers|h|blocks?)\.\d+$", re.IGNORECASE)
+"""Blocks in which, by their name, more than linear layers is computed: heads, states, convolutions."""
+HEAD_NORMS = re.compile(r"\.(q|k|query|key)_(norm|layernorm)$")
 
 UNPUBLISHED: dict[str, dict[str, Rule]] = {
     "gpt2": {
@@ -163,7 +193,9 @@ UNPUBLISHED: dict[str, dict[str, Rule]] = {
 }
 """Rules for model types whose configuration publishes no plan, relative to the base model."""
 
-WIDE_BETWEEN = frozenset({"ctrl"})
+FIXED_HEADS = frozenset({"xglm"})
+"""Model types whose attention reshapes to all heads of the configuration: names are not enough there."""
+WIDE_BETWEEN = frozenset({"ctrl", "xglm"})
 """Model types that compute with the whole width of the residual stream between their blocks, by code
 of their decoder: it is whole where col cuts the stream."""
 
@@ -265,7 +297,7 @@ def rules_for(
         factor = layer != name and not name.endswith(".base_layer")
         rule = _first_match(name, overrides) or _first_match(layer, overrides)
         if rule is None:
-            rule = _planned(layer, plan) or _evident(model, model.get_submodule(layer))
+            rule = _named(layer, _planned(layer, plan)) or _evident(model, layer)
             rule, reason = _checked(model, f"{layer}.base_layer" if factor else name, rule)
             if rule is None:
                 reasons[name] = reason
@@ -274,15 +306,18 @@ def rules_for(
             rule = _low_rank(name, rule)
         rules[name] = rule
     reasons |= dict.fromkeys(_bare_norms(model, rules), "it normalises, without parameters")
-    if reasons and whole == "refuse":
-        name, reason = next(iter(reasons.items()))
-        raise ValueError(
-            f"{name} ({type(model.get_submodule(name)).__name__}): {reason}, so that every rank would "
-            f"compute {block_of(model, name)!r} whole; pass whole='allow', or "
-            f"rules={{'{_pattern(name)}': ...}}"
-        )
-    blocks = {block_of(model, name): reason for name, reason in reversed(reasons.items())}
-    return widened(model, rules, blocks | dict.fromkeys(asked, Whole().reason))
+    blocks = {
+        block_of(model, name): f"{name} ({type(model.get_submodule(name)).__name__}): {reason}"
+        for name, reason in reversed(reasons.items())
+    }
+    rules = widened(model, rules, blocks | dict.fromkeys(asked, Whole().reason))
+    for block, rule in rules.items():
+        if whole == "refuse" and isinstance(rule, Whole) and not rule.divided:
+            raise ValueError(
+                f"{rule.reason}, so that every rank would compute {block!r} whole; pass whole='allow', "
+                f"or rules={{'{_pattern(block)}.*': ...}}"
+            )
+    return rules
 
 
 def widened(
@@ -310,6 +345,13 @@ def widened(
                 result[full_name] = experts
             elif _is_linear(module) and not any(id(p) in shared for p in module.parameters()):
                 result[full_name] = Divided()
+        divided = [name for name in result if _inside(name, block)]
+        if divided and not TOKENS_MEET.search(block) and block != decoder:
+            count = lambda names: sum(  # noqa: E731
+                p.numel() for name in names for p in model.get_submodule(name).parameters()
+            )
+            is_divided = count(divided) >= MOSTLY * count([block])
+            result[block] = Whole(reason=blocks[block], divided=is_divided)
     return result
 
 
@@ -617,8 +659,15 @@ def _planned(name: str, plan: Mapping[str, Rule | str]) -> Rule | str | None:
     return rule
 
 
-def _evident(model: PreTrainedModel, module: nn.Module) -> Rule | None:
-    width = text_config(model).hidden_size
+def _named(name: str, planned: Rule | str | None) -> Rule | str | None:
+    """The plan's rule, and what it means of a latent, which it does not tell from the residual stream."""
+    named = NAMED.get(name.rpartition(".")[2])
+    return named if isinstance(named, Latent | Expanding) and planned is not None else planned
+
+
+def _evident(model: PreTrainedModel, name: str) -> Rule | None:
+    module, config = model.get_submodule(name), text_config(model)
+    width = config.hidden_size
     if module is model.get_input_embeddings():
         return Vocabulary()
     if module is model.get_output_embeddings():
@@ -626,9 +675,23 @@ def _evident(model: PreTrainedModel, module: nn.Module) -> Rule | None:
     if isinstance(module, nn.Embedding) and module.embedding_dim == width:
         return Positions()
     is_norm = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
-    if is_norm and all(p.shape == (width,) for p in module.parameters(recurse=False)):
+    shapes = {tuple(p.shape) for p in module.parameters(recurse=False)}
+    if HEAD_NORMS.search(name) and is_norm:
+        heads = (getattr(config, "num_attention_heads", None) or 1) > 1
+        return PerHead() if heads and shapes == {(_head_width(config),)} else None
+    if is_norm and shapes == {(width,)}:
         return ResidualNorm()
-    return None
+    named = NAMED.get(name.rpartition(".")[2])
+    linear = _is_linear(module) and _layer(model, name) is not None
+    if config.model_type in FIXED_HEADS and "att" in name:
+        return None
+    if isinstance(named, PerHead) and is_norm and len(shapes) == 1:
+        return named
+    return named if linear and not isinstance(named, PerHead) else None
+
+
+def _head_width(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _is_lookup(module: nn.Module) -> bool:

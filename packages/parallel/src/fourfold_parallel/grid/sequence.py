@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fourfold_parallel.grid.collectives import Axis
-from fourfold_parallel.grid.layout import Plain, ResidualNorm, Rule, Swapped, adapted
+from fourfold_parallel.grid.layout import Latent, Plain, ResidualNorm, Rule, Swapped, adapted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ def find_stretch(model: PreTrainedModel, rules: Mapping[str, Rule]) -> Stretch:
         dict.fromkeys(
             adapted(name).rpartition(".")[0]
             for name, rule in rules.items()
-            if isinstance(rule, Plain | Swapped)
+            if isinstance(rule, Plain | Latent | Swapped)
         )
     )
     layers: list[str] = []
