@@ -94,7 +94,7 @@ def recomputes(family: str) -> None:
         close(gradient, expected[name].grad, what=name, tolerance=1e-5)  # parts are in float32
 
 
-def saved_and_loaded(family: str, folder: str) -> None:
+def saved_and_loaded(family: str, folder: str, sizes: Sizes) -> None:
     with in_float64():
         plain = toy(family)
         parallel = parallelize(copy.deepcopy(plain), mesh_of((1, 1, 2, 2)))
@@ -104,7 +104,7 @@ def saved_and_loaded(family: str, folder: str) -> None:
             empty = AutoModelForCausalLM.from_config(
                 plain.config, dtype=torch.float64, experts_implementation="eager"
             )
-        again = parallelize(empty, mesh_of((1, 2, 2, 1)), weights=folder)
+        again = parallelize(empty, mesh_of(sizes), weights=folder)
         for name, parameter in again.model.named_parameters():
             expected = again.stored[name].keep(values[name])
             assert torch.equal(
@@ -121,9 +121,14 @@ def saved_and_loaded(family: str, folder: str) -> None:
             assert torch.equal(value, plain.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_it_is_saved_and_loaded_onto_another_grid_from_meta(family: str, tmp_path: Path) -> None:
-    run_on_ranks(4, saved_and_loaded, family=family, folder=str(tmp_path))
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [("mixtral", (1, 1, 2, 2)), ("gpt_oss", (1, 2, 2, 1)), ("bloom", (1, 2, 1, 2))],
+)
+def test_it_is_saved_and_loaded_onto_another_grid_from_meta(
+    family: str, sizes: Sizes, tmp_path: Path
+) -> None:
+    run_on_ranks(4, saved_and_loaded, family=family, folder=str(tmp_path), sizes=sizes)
 
 
 def generates(family: str) -> None:
@@ -142,13 +147,13 @@ def test_it_generates_the_same_tokens(family: str) -> None:
     run_on_ranks(4, generates, family=family)
 
 
-def adapters_train(family: str) -> None:
+def adapters_train(family: str, targets: list[str]) -> None:
     tokens = tokens_of(2)
     with in_float64():
         models = []
         for _ in range(2):
             torch.manual_seed(0)
-            config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+            config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
             models.append(get_peft_model(toy(family), config).base_model.model.double())
         plain, ours = models
         parallel = parallelize(ours, mesh_of((1, 1, 2, 2)))
@@ -163,8 +168,13 @@ def adapters_train(family: str) -> None:
                 close(gradient, expected[name].grad, what=name, tolerance=TOLERANCE)
 
 
-def test_adapters_beside_experts() -> None:
-    run_on_ranks(4, adapters_train, family="mixtral")
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [("mixtral", ["q_proj", "v_proj"]), ("bloom", ["query_key_value"])],
+    ids=["beside experts", "in a whole block"],
+)
+def test_adapters_train(family: str, targets: list[str]) -> None:
+    run_on_ranks(4, adapters_train, family=family, targets=targets)
 
 
 def refusals() -> list[str]:

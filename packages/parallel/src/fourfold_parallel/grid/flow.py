@@ -61,8 +61,7 @@ def find_flows(model: PreTrainedModel, blocks: Iterable[str], *, width: int) -> 
         for parameter in frozen:
             parameter.requires_grad_(True)
         with in_evaluation(model), torch.enable_grad():
-            tokens = torch.arange(TOKENS, device=model.device).unsqueeze(0) % 7 + 1
-            logits = model(input_ids=tokens, use_cache=False).logits
+            logits = _logits(model)
             for name, flow in flows.items():
                 if not flow.is_known:
                     others += [(flow, p) for p in model.get_submodule(name).parameters()]
@@ -82,6 +81,32 @@ def find_flows(model: PreTrainedModel, blocks: Iterable[str], *, width: int) -> 
         flow.leaks |= is_used and flow.is_known
         flow.is_read |= is_used and not flow.is_known
     return flows
+
+
+def _logits(model: PreTrainedModel) -> Tensor:
+    """Of a few tokens; on the meta device with a mask of ours where the making of one asks for values."""
+    tokens = torch.arange(TOKENS, device=model.device).unsqueeze(0) % 7 + 1
+    if model.device.type != "meta":
+        return model(input_ids=tokens, use_cache=False).logits
+    mask = torch.zeros(1, 1, TOKENS, TOKENS, device="meta", dtype=model.dtype)
+    with _without_experts(model):
+        try:
+            return model(input_ids=tokens, use_cache=False).logits
+        except RuntimeError:
+            return model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+
+
+@contextmanager
+def _without_experts(model: nn.Module) -> Iterator[None]:
+    """Sets of experts give back what they are given: which of them are hit is a question of values."""
+    experts = [module for module in model.modules() if hasattr(module, "is_concatenated")]
+    for module in experts:
+        module.forward = lambda x, *_, **__: x * 1
+    try:
+        yield
+    finally:
+        for module in experts:
+            del module.forward
 
 
 def _watch(flow: Flow, others: list[tuple[Flow, Tensor]], width: int) -> Callable[..., Any]:
