@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 import fourfold_parallel
+from fourfold_parallel.certify import toys
 from fourfold_parallel.certify.toys import in_float64, toy_model
 from fourfold_parallel.grid.gradients import local
 from fourfold_parallel.grid.huggingface import Parallel, parallelize
@@ -258,7 +259,8 @@ OURS = str(Path(fourfold_parallel.__file__).parent)
 
 def failed(error: Exception, *, ours: str = OURS) -> Outcome:
     """A refusal if code under `ours` raised a ValueError on purpose, else a crash."""
-    *_, last = traceback.extract_tb(error.__traceback__)
+    frames = traceback.extract_tb(error.__traceback__)
+    last = next(frame for frame in reversed(frames) if frame.filename != toys.__file__)
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, ValueError | NotImplementedError) and last.filename.startswith(ours):
         return Outcome(result="refused", message=str(error))
