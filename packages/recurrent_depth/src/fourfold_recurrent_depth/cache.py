@@ -382,9 +382,20 @@ class RecurrentCache(Cache):
         """Room for the tokens of a pass, at least doubling, with what is cached copied over.
 
         Values of latent attention are narrower than keys.
+
+        Raises:
+            ValueError: for another number of heads, or other widths, than those that the cache holds.
         """
         _, heads, tokens, _ = keys.shape
         needed = self.length + tokens
+        if self._keys is not None and self._values is not None:
+            held = (self._keys.shape[2], self._keys.shape[-1], self._values.shape[-1])
+            given = (heads, keys.shape[-1], values.shape[-1])
+            if held != given:
+                raise ValueError(
+                    "keys and values of {} heads, {} and {} wide in a RecurrentCache of {} heads, {} and {} "
+                    "wide; use a model whose layers are alike in them".format(*given, *held)
+                )
         if self._keys is not None and needed <= self._keys.shape[-2]:
             return
         known = 0 if self._keys is None else self._keys.shape[-2]
