@@ -1,63 +1,266 @@
-"""Every causal language model of transformers at toy size: right, or refused by name.
+"""Every causal language model of transformers at toy size, in every package: right, or refused by name.
 
     scripts/env python benchmarks/families.py [--only mixtral,deepseek_v3] [--out FILE.jsonl]
 
-Each type is built random and small, in float64, and compared with itself on five grids of four gloo
-ranks: loss, logits, every gradient, one optimizer step. Types that FILE already holds are passed over,
-so that a sweep that was stopped goes on.
+Each type is built small and random, and compared with itself:
+
+parallel  on five grids of four gloo ranks, in float64: loss, logits, every gradient, one optimizer step
+loki      at full budget with dense greedy decoding; a quarter of the budget must run, and read a quarter
+goldfish  the loss without logits with masked cross-entropy on the model's own logits, and its gradients
+retrofit  at one recurrence with the dense model, padded too, and in `generate`; three recurrences must train
+
+Types that FILE already holds are passed over, so that a sweep that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from rich.console import Console
+from torch import Tensor
 from transformers import PretrainedConfig
 
-from fourfold_parallel.certify.compare import EXACT, Outcome, on_grids, worst_of
-from fourfold_parallel.certify.toys import NOT_BUILT, causal_types, default_toy
+from fourfold_goldfish import CompactedNextToken, Goldfish
+from fourfold_loki import Budget, Share, fit, loki
+from fourfold_loki.calibration import calibrate_tokens
+from fourfold_parallel.certify.compare import (
+    EXACT,
+    Outcome,
+    batch_of,
+    failed,
+    largest,
+    on_grids,
+    relative,
+    worst_of,
+)
+from fourfold_parallel.certify.toys import (
+    NOT_BUILT,
+    causal_types,
+    default_toy,
+    in_float64,
+    toy_model,
+)
+from fourfold_parallel.run.data import Batch
+from fourfold_parallel.run.objective import NextToken
 from fourfold_parallel.testing.grids import Sizes
 from fourfold_parallel.testing.ranks import LawBrokenError, close_ranks, run_on_ranks
+from fourfold_recurrent_depth.retrofit import retrofit
 
 RANKS = 4
 GRIDS: dict[str, Sizes] = {
     "row4": (1, 1, 4, 1), "col4": (1, 1, 1, 4), "depth4": (1, 4, 1, 1), "row2col2": (1, 1, 2, 2),
     "row2depth2": (1, 2, 2, 1),
 }  # fmt: skip
+ROUNDED = 1e-3
+"""Of logits in float32, in which bases are fitted; a fault shows at one and above."""
+NEW_TOKENS = 8
+Outcomes = dict[str, Outcome]
 
 
 def has_plan(config: PretrainedConfig) -> bool:
     """Whether the type publishes a tensor-parallel plan."""
-    return bool(config.base_model_tp_plan or config.get_text_config().base_model_tp_plan)
+    return bool(config.base_model_tp_plan)
 
 
-def grids_of(model_type: str, how: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, Outcome]]:
+def on_the_grid(config: PretrainedConfig, how: dict[str, Any]) -> Outcomes:
     """The outcome of each grid; ranks are started anew after a crash, which may leave them apart."""
-    config = default_toy(model_type)
     try:
         by_rank = run_on_ranks(
-            RANKS,
-            on_grids,
-            config=config,
-            grids=[*GRIDS.values()],
-            dtype=torch.float64,
-            limit=EXACT,
+            RANKS, on_grids, config=config, grids=[*GRIDS.values()], dtype=torch.float64,
             how=how,
-        )
+        )  # fmt: skip
     except LawBrokenError as error:
-        return config, {name: Outcome(result="crash", message=str(error)[-400:]) for name in GRIDS}
-    outcomes = {
-        name: worst_of(ranks) for name, ranks in zip(GRIDS, zip(*by_rank, strict=True), strict=True)
-    }
+        return {name: Outcome(result="crash", message=str(error)[-400:]) for name in GRIDS}
+    by_grid = zip(*by_rank, strict=True)
+    outcomes = {name: worst_of(ranks) for name, ranks in zip(GRIDS, by_grid, strict=True)}
     if any(outcome.result == "crash" for outcome in outcomes.values()):
         close_ranks(RANKS)
-    return config, outcomes
+    return outcomes
+
+
+def judged(differences: dict[str, float], limit: float) -> Outcome:
+    """Equal where every difference is within the limit."""
+    is_equal = all(difference <= limit for difference in differences.values())
+    return Outcome(result="equal" if is_equal else "wrong", differences=differences)
+
+
+def greedy(model: Any, tokens: Tensor, mask: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Tokens and logits of greedy decoding."""
+    out = model.generate(
+        tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False,
+        return_dict_in_generate=True, output_logits=True, pad_token_id=0, eos_token_id=None, **options,
+    )  # fmt: skip
+    return out.sequences, torch.stack(out.logits)
+
+
+def decoded(ours: tuple[Tensor, Tensor], full: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """Differences of two greedy decodings."""
+    return {
+        "tokens": float((ours[0] != full[0]).any()),
+        "logits": relative(ours[1], full[1], scale=largest(full[1])),
+    }
+
+
+def with_loki(config: PretrainedConfig) -> Outcome:
+    """Full budget against dense greedy decoding, with the model's cache and a LokiCache; a quarter runs."""
+    model: Any = toy_model(config, dtype=torch.float32).eval()
+    batch = batch_of(rows=4, tokens=24)
+    mask = torch.ones_like(batch.tokens)
+    mask[0, :5] = 0
+    try:
+        full = greedy(model, batch.tokens, mask)
+    except Exception as error:  # noqa: BLE001 - then there is nothing to compare with
+        return Outcome(result="refused", message=f"transformers' own generate: {error}")
+    basis = fit(calibrate_tokens(model, batch_of(rows=8, tokens=48).tokens))
+    everything, quarter = (Budget(amount=Share(of_visible=share)) for share in (1.0, 0.25))
+    with loki(model, basis, everything) as session:
+        differences = decoded(greedy(model, batch.tokens, mask), full)
+        try:
+            held = session.cached()
+        except ValueError:  # models whose caches hold more than keys
+            held = None
+        if held is not None:
+            cached = decoded(greedy(model, batch.tokens, mask, **held), full)
+            differences |= {f"{name} with a LokiCache": value for name, value in cached.items()}
+    with loki(model, basis, quarter) as session:
+        _, logits = greedy(model, batch.tokens, mask)
+        share = session.reads.share
+    differences["after the session"] = decoded(greedy(model, batch.tokens, mask), full)["logits"]
+    found = judged(differences, ROUNDED)
+    if found.result == "equal" and not (torch.isfinite(logits).all() and share < 0.5):
+        return Outcome(
+            result="wrong", differences=differences, message=f"a quarter reads {share:.2f}"
+        )
+    return found
+
+
+def with_goldfish(config: PretrainedConfig) -> Outcome:
+    """The loss without logits, and its gradients, against the model's own logits."""
+    with in_float64():
+        model: Any = toy_model(config)
+        tokens = batch_of(rows=3, tokens=25).tokens
+        batch = Batch(tokens=tokens, document_ids=torch.zeros_like(tokens), addresses=(0, 1, 2))
+        mask = Goldfish(k=2, context=4)
+        found = []
+        for objective in (NextToken(mask=mask), CompactedNextToken(mask=mask, chunk=7)):
+            model.zero_grad()
+            loss = objective.loss(model, batch, objective.targets(batch)).nats_sum
+            loss.backward()
+            gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            found.append((loss.detach(), gradients))
+    (expected, of_all), (ours, gradients) = found
+    if gradients.keys() != of_all.keys():
+        return Outcome(
+            result="wrong", message=f"gradients of {sorted(gradients.keys() ^ of_all.keys())[:3]}"
+        )
+    small = 1e-3 * max(largest(gradient) for gradient in of_all.values())
+    apart = {
+        name: relative(gradients[name], gradient, scale=max(largest(gradient), small))
+        for name, gradient in of_all.items()
+    }
+    loss_apart = relative(ours, expected, scale=largest(expected))
+    return judged({"loss": loss_apart, "gradients": max(apart.values())}, EXACT)
+
+
+def with_recurrence(config: PretrainedConfig) -> Outcome:
+    """All layers, once through: the dense model. Three times through: it trains."""
+    with in_float64():
+        dense: Any = toy_model(config)
+        batch = batch_of(rows=3, tokens=12)
+        mask = torch.ones_like(batch.tokens)
+        mask[0, :4] = 0
+        kept = mask.bool()
+        recurrent = layers_twice(dense)
+        try:
+            full = greedy(dense, batch.tokens, mask)
+        except Exception:  # noqa: BLE001 - some cannot generate; their logits are still compared
+            full = None
+        with torch.no_grad():
+            logits = [
+                (model(batch.tokens, **given).logits)
+                for given in ({}, {"attention_mask": mask})
+                for model in (dense, recurrent)
+            ]
+        differences = {
+            "logits": relative(logits[1], logits[0], scale=largest(logits[0])),
+            "padded logits": relative(logits[3][kept], logits[2][kept], scale=largest(logits[2])),
+        }
+        if full is not None:
+            for name, value in decoded(greedy(recurrent, batch.tokens, mask), full).items():
+                differences[f"generated {name}"] = value
+        out = recurrent(batch.tokens, labels=batch.tokens, num_steps=3)
+        out.loss.backward()
+        greedy(recurrent, batch.tokens, mask, num_steps=3)
+    norm = recurrent.adapter.weight.grad.norm()
+    if not (torch.isfinite(norm) and norm > 0):
+        return Outcome(
+            result="wrong", differences=differences, message="no gradient of the adapter"
+        )
+    return judged(differences, EXACT)
+
+
+def layers_twice(dense: Any) -> Any:
+    """A retrofitted copy that leaves no layer out."""
+    twin = copy.deepcopy(dense)
+    inner = twin.get_decoder()
+    count = len(inner.layers) if hasattr(inner, "layers") else 1
+    return retrofit(twin, min(1, count - 1), max(1, count - 2), 1 if count > 2 else 0)
+
+
+PAPERS: dict[str, tuple[str, Callable[[PretrainedConfig], Outcome]]] = {
+    "loki": ("fourfold_loki", with_loki),
+    "goldfish": ("fourfold_goldfish", with_goldfish),
+    "retrofit": ("fourfold_recurrent_depth", with_recurrence),
+}
+
+
+def of_paper(name: str, config: PretrainedConfig) -> Outcome:
+    """What a paper's package makes of a type."""
+    package, measure = PAPERS[name]
+    try:
+        return measure(config)
+    except Exception as error:  # noqa: BLE001 - whatever a model raises is its outcome
+        return failed(error, ours=str(Path(import_module(package).__file__ or "").parent))
+
+
+def event_of(model_type: str, what: list[str], how: dict[str, Any]) -> dict[str, Any]:
+    """The line of a type in the record."""
+    event: dict[str, Any] = {"family": model_type, "transformers": transformers.__version__}
+    if model_type in NOT_BUILT:
+        return event | {"not_built": NOT_BUILT[model_type]}
+    config = default_toy(model_type)
+    event["plan"] = has_plan(config)
+    if "parallel" in what:
+        event["parallel"] = {name: o.as_dict() for name, o in on_the_grid(config, how).items()}
+    for name in PAPERS:
+        if name in what:
+            # Retrofitting refuses factors that are not one, and few published models have one.
+            toy = default_toy(model_type, telling=name != "retrofit")
+            event[name] = of_paper(name, toy).as_dict()
+    return event
+
+
+def said(event: dict[str, Any]) -> str:
+    """A line for a person, and the messages under it."""
+    if "not_built" in event:
+        return f"{event['family']:26} not built: {event['not_built']}"
+    outcomes = event.get("parallel", {}) | {name: event[name] for name in PAPERS if name in event}
+    words = []
+    for name, outcome in outcomes.items():
+        largest_one = max(outcome.get("differences", {}).values(), default=None)
+        number = "" if largest_one is None else f" {largest_one:.0e}"
+        words.append(f"{name} {outcome['result']}{number}")
+    messages = {f"\n    {o['message']}": None for o in outcomes.values() if "message" in o}
+    return f"{event['family']:26} {'  '.join(words)}{''.join(messages)}"
 
 
 def main() -> None:
@@ -66,6 +269,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--only", default="", help="types, separated by commas")
+    parser.add_argument("--what", default="parallel,loki,goldfish,retrofit", help="packages")
     parser.add_argument(
         "--out", type=Path, help="append to this JSONL, and pass over what it holds"
     )
@@ -73,6 +277,7 @@ def main() -> None:
     parser.add_argument("--whole", choices=["allow", "refuse"], help="handed to parallelize")
     given = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
     how = {"whole": given.whole} if given.whole else {}
     names = [name.strip() for name in given.only.split(",") if name.strip()] or causal_types()
     if unknown := [name for name in names if name not in causal_types()]:
@@ -83,30 +288,15 @@ def main() -> None:
     if given.out and given.out.exists():
         lines = given.out.read_text(encoding="utf-8").splitlines()
         done = {event["family"] for event in map(json.loads, lines)}
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     for name in names:
         if name in done:
             continue
+        if given.plan and (name in NOT_BUILT or not has_plan(default_toy(name))):
+            continue
         started_s = time.perf_counter()
-        event: dict[str, Any] = {"family": name, "transformers": transformers.__version__}
-        if name in NOT_BUILT:
-            event["not_built"] = NOT_BUILT[name]
-            console.print(f"{name:26} not built: {NOT_BUILT[name]}")
-        else:
-            config, outcomes = grids_of(name, how)
-            event["plan"] = has_plan(config)
-            if given.plan and not event["plan"]:
-                continue
-            event["parallel"] = {grid: outcome.as_dict() for grid, outcome in outcomes.items()}
-            elapsed_s = time.perf_counter() - started_s
-            words = "  ".join(
-                f"{grid} {outcome.result}"
-                + (f" {outcome.difference:.0e}" if outcome.result in ("equal", "wrong") else "")
-                for grid, outcome in outcomes.items()
-            )
-            console.print(f"{name:26} {words}   {elapsed_s:.1f} s")
-            for text in {o.message: None for o in outcomes.values() if o.message}:
-                console.print(f"    {text}", markup=False)
+        event = event_of(name, given.what.split(","), how)
+        console.print(f"{said(event)}   {time.perf_counter() - started_s:.1f} s")
         if given.out:
             with given.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")

@@ -18,6 +18,7 @@ from fourfold_loki.cache import LokiLayer
 from fourfold_loki.calibration import calibrate_tokens
 from fourfold_loki.huggingface.sites import sites
 from fourfold_loki.selectors import Exact, Loki
+from fourfold_parallel.certify.toys import default_toy, toy_model
 
 Tokens = Callable[..., torch.Tensor]
 
@@ -122,6 +123,12 @@ EXPERTS: dict[str, Any] = {
         ("FalconH1", MAMBA, 4),  # attention and a state space side by side
         ("Zaya", EXPERTS, 4),  # convolutions before the attention
         ("MiniMax", {"layer_types": ["linear_attention", "full_attention"] * 2, **EXPERTS}, 2),
+        # The layers that attend come first, under the numbers that they would have alone.
+        (
+            "MiniMax",
+            {"layer_types": ["full_attention"] * 2 + ["linear_attention"] * 2, **EXPERTS},
+            2,
+        ),
         (
             "Lfm2Moe",
             {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1, **EXPERTS},
@@ -302,6 +309,16 @@ def test_keys_before_a_like_embedding_are_known(tokens: Tokens) -> None:
     for name in ("Qwen3", "Phi"):
         statistics = calibrate_tokens(other_model(name), tokens(4, 64))
         assert fit(statistics, stage="before rotary").layers == 4
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "longcat_flash", "minicpm3"])
+def test_latent_attention_is_refused_by_its_keys(tokens: Tokens, model_type: str) -> None:
+    """Its keys are put together of two parts, twelve wide, where the configuration states one of four."""
+    model = toy_model(default_toy(model_type), dtype=torch.float32)
+    with pytest.raises(
+        ValueError, match=r"8 key/value heads of width 12, and .* states 8 of width"
+    ):
+        calibrate_tokens(model, tokens(4, 32))
 
 
 def test_configurations_that_do_not_describe_the_keys_are_refused(tokens: Tokens) -> None:

@@ -133,7 +133,7 @@ def test_one_recurrence_of_a_retrofitted_model_is_the_dense_model(
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("Mistral", "sliding_window=4"), ("Qwen2", "sliding_window=4"), ("Gemma2", "softcapping=30"),
+        ("Gemma2", "softcapping=30"),
         ("Granite", "embedding_multiplier=3"), ("Cohere", "logit_scale=0.0625"),
     ],
 )  # fmt: skip
@@ -143,10 +143,6 @@ def test_models_that_are_more_than_layers_are_refused(model: str, message: str) 
         "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
         "intermediate_size": 48, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
     }  # fmt: skip
-    if model in ("Mistral", "Qwen2", "Gemma2"):
-        shape["sliding_window"] = 4
-    if model == "Qwen2":
-        shape |= {"use_sliding_window": True, "max_window_layers": 2}
     if model == "Granite":
         shape["embedding_multiplier"] = 3.0
     built = getattr(transformers, f"{model}ForCausalLM")

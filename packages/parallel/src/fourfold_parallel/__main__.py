@@ -12,6 +12,7 @@ def main() -> None:
             "reproduce": commands.reproduce,
             "report": commands.report,
             "plan": commands.plan,
+            "certify": commands.certify,
             "watch": commands.watch,
             "packages": commands.packages,
             "probe": commands.probe,

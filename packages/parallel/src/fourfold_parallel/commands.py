@@ -145,6 +145,58 @@ def plan(
     terminal.say(f"page: {page}   trace: {trace}")
 
 
+def certify(
+    model: str,
+    /,
+    *,
+    ranks: int = 8,
+    dtype: Literal["both", "float64", "bfloat16"] = "both",
+    out: Path | None = None,
+) -> None:
+    """Show that a model on every grid is the model: a small one of its kind, against itself in one process.
+
+    Loss, logits, every gradient and one optimizer step are compared on every factorisation of the ranks into
+    data, depth, row and col, and parameters are carried from grid to grid through a saved folder. It takes
+    minutes on a CPU. Status 0: some grid is equal, none is wrong or crashes; 1: one is, or all refuse.
+
+    Args:
+        model: A hub id, a folder, or a config.json of transformers; no weights are read. It is shrunk so that
+            every kind of its layers occurs.
+        ranks: Processes on this machine, 16 at most.
+        dtype: float64 shows a missing term, bfloat16 what rounding does; both.
+        out: A folder for certificate.html and certificate.json.
+    """
+    from contextlib import nullcontext
+
+    import transformers
+
+    from fourfold_parallel.certify import terminal
+    from fourfold_parallel.certify.certificate import certify as compare
+    from fourfold_parallel.common.progress import logged
+    from fourfold_parallel.reproduce.terminal import Bars, console, start
+
+    target = console()
+    start(target)
+    transformers.logging.set_verbosity_error()
+    bars = Bars(target, 1)
+    with bars.running() if target.is_terminal else nullcontext():
+        certificate = compare(
+            model,
+            ranks=ranks,
+            dtypes=("float64", "bfloat16") if dtype == "both" else (dtype,),
+            progress=bars.named(model) if target.is_terminal else logged,
+        )
+    terminal.show(certificate)
+    if out is not None:
+        from fourfold_parallel.certify.page import write_page
+
+        certificate.save(out / "certificate.json")
+        write_page(certificate, out / "certificate.html")
+        print(f"page: {out / 'certificate.html'}   {out / 'certificate.json'}")  # noqa: T201 - where it lies
+    if not certificate.holds:
+        sys.exit(1)
+
+
 def watch(record: Path, /, *, once: Switch = False, patience_s: float = 600.0) -> None:
     """Follow a record while its run goes on: loss, tokens a second, time left, memory.
 

@@ -160,7 +160,7 @@ class RecurrentCache(Cache):
                 "torch.no_grad(), or leave use_cache, past_key_values and exit out"
             )
         tokens = key_states.shape[2]
-        self._reserve(key_states)
+        self._reserve(key_states, value_states)
         stop = self.length + tokens
         filled = []
         for slots, states in (
@@ -198,7 +198,7 @@ class RecurrentCache(Cache):
         Raises:
             ValueError: where rows, heads, format or slots are not those that the cache holds.
         """
-        self._reserve(like)
+        self._reserve(like, like)
         keys, values, rows = self._keys, self._values, self._rows
         assert keys is not None
         assert values is not None
@@ -294,8 +294,8 @@ class RecurrentCache(Cache):
         """Bytes of the cached tokens' keys and values (what is allocated ahead is not counted)."""
         if self._keys is None or self._values is None:
             return 0
-        per_place = self._keys[..., 0, :].numel() * self._keys.element_size()
-        return 2 * per_place * self.length
+        stores = (self._keys, self._values)
+        return sum(s[..., 0, :].numel() * s.element_size() for s in stores) * self.length
 
     # transformers' interface.
 
@@ -378,21 +378,40 @@ class RecurrentCache(Cache):
         self._keys, self._values = keys, values
         self._key_slots, self._value_slots = keys.unbind(0), values.unbind(0)
 
-    def _reserve(self, states: Tensor) -> None:
-        """SlotView for the tokens of `states`, at least doubling, with what is cached copied over."""
-        _, heads, tokens, width = states.shape
+    def _reserve(self, keys: Tensor, values: Tensor) -> None:
+        """Room for the tokens of a pass, at least doubling, with what is cached copied over.
+
+        Values of latent attention are narrower than keys.
+
+        Raises:
+            ValueError: for another number of heads, or other widths, than those that the cache holds.
+        """
+        _, heads, tokens, _ = keys.shape
         needed = self.length + tokens
+        if self._keys is not None and self._values is not None:
+            held = (self._keys.shape[2], self._keys.shape[-1], self._values.shape[-1])
+            given = (heads, keys.shape[-1], values.shape[-1])
+            if held != given:
+                raise ValueError(
+                    "keys and values of {} heads, {} and {} wide in a RecurrentCache of {} heads, {} and {} "
+                    "wide; use a model whose layers are alike in them".format(*given, *held)
+                )
         if self._keys is not None and needed <= self._keys.shape[-2]:
             return
         known = 0 if self._keys is None else self._keys.shape[-2]
         room = max(needed, self.capacity if known == 0 else 2 * known)
         slots = self.around + self.steps * self.per_step
-        fresh = states.new_zeros((2, slots, self._asked, heads, room, width))
+        # One allocation of both where they are alike, as they nearly always are.
+        shape = (slots, self._asked, heads, room)
+        if keys.shape[-1] == values.shape[-1]:
+            fresh = [*keys.new_zeros((2, *shape, keys.shape[-1]))]
+        else:
+            fresh = [states.new_zeros((*shape, states.shape[-1])) for states in (keys, values)]
         if self._keys is not None and self._values is not None:
             # A pass that is under way has written its own tokens too.
             known = min(known, needed)
-            fresh[0, ..., :known, :] = self._keys[..., :known, :]
-            fresh[1, ..., :known, :] = self._values[..., :known, :]
+            for new, old in zip(fresh, (self._keys, self._values), strict=True):
+                new[..., :known, :] = old[..., :known, :]
         self._hold(fresh[0], fresh[1])
 
     def _grow(self, *, steps: int) -> None:

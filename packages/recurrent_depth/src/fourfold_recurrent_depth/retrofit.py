@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fourfold_recurrent_depth.cache import CACHE, RecurrentCache, Unpaged
@@ -30,6 +30,8 @@ from fourfold_recurrent_depth.stages import (
     refuse_unknown,
 )
 
+PLAIN = "use a decoder of plain layers, as Llama's or Qwen's"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
@@ -40,17 +42,28 @@ class Cut:
     n_layers_in_coda: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Slot:
     """A cache as one call of one layer sees it, whatever number the layer had in the dense model."""
 
     cache: RecurrentCache
     slot: int
+    is_filled: bool = False
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
-        """Write and read the slot."""
+        """Write and read the slot.
+
+        Raises:
+            ValueError: the layer attends twice.
+        """
+        if self.is_filled:
+            raise ValueError(
+                "a layer keeps the keys of several attentions, and a RecurrentCache has one slot for each "
+                f"layer; {PLAIN}"
+            )
+        self.is_filled = True
         return self.cache.update(key_states, value_states, self.slot)
 
 
@@ -72,7 +85,7 @@ class Retrofitted(Unpaged, PreTrainedModel, GenerationMixin):
         alpha: float,
         beta: float,
     ) -> None:
-        super().__init__(dense.config)
+        super().__init__(dense.config.get_text_config())
         self.loss_type = "ForCausalLM"
         inner: Any = dense.get_decoder()
         layers = list(inner.layers)
@@ -81,12 +94,24 @@ class Retrofitted(Unpaged, PreTrainedModel, GenerationMixin):
         )
         self.embed_tokens = inner.embed_tokens
         self.rotary_emb = inner.rotary_emb
+        first = len(layers) - coda - core
         self.prelude = nn.ModuleList(layers[:prelude])
-        self.core = nn.ModuleList(layers[len(layers) - coda - core : len(layers) - coda])
+        self.core = nn.ModuleList(layers[first : len(layers) - coda])
         self.coda = nn.ModuleList(layers[len(layers) - coda :])
+        kinds = tuple(getattr(self.config, "layer_types", None) or ["full_attention"] * len(layers))
+        self.kinds = (
+            kinds[:prelude],
+            kinds[first : len(layers) - coda],
+            kinds[len(layers) - coda :],
+        )
+        """Types of the layers of prelude, core and coda; a layer's mask and its angles go by its type."""
+        self.masks_for = getattr(
+            type(dense), "create_masks_for_generate", create_masks_for_generate
+        )
+        """The model's own way to make them."""
         self.norm = inner.norm
         self.lm_head: Any = dense.get_output_embeddings()
-        width = dense.config.hidden_size
+        width = self.config.hidden_size
         place = {"dtype": dense.dtype, "device": dense.device}
         self.adapter = nn.Linear(2 * width, width, bias=False, **place)
         self.gradient_checkpointing = False
@@ -145,20 +170,23 @@ class Retrofitted(Unpaged, PreTrainedModel, GenerationMixin):
             position_ids = position_ids + (0 if cache is None else cache.length)
         # Beside a cache transformers does not look for packed texts in the positions.
         filled = cache if cache is not None and cache.length else None
-        mask = create_causal_mask(self.config, e, attention_mask, filled, position_ids)
-        shared: dict[str, Any] = {
-            "attention_mask": mask, "position_ids": position_ids,
-            "position_embeddings": self.rotary_emb(e, position_ids=position_ids),
-            **{name: options[name] for name in FOR_ATTENTION if name in options},
+        masks = self.masks_for(self.config, e, attention_mask, filled, position_ids)
+        shared: dict[str, dict[str, Any]] = {
+            kind: {
+                "attention_mask": masks[kind] if isinstance(masks, dict) else masks,
+                "position_ids": position_ids, "position_embeddings": self._angles(e, position_ids, kind),
+                **{name: options[name] for name in FOR_ATTENTION if name in options},
+            }
+            for kind in {kind for kinds in self.kinds for kind in kinds}
         }  # fmt: skip
         if cache is not None:
             cache.open(*input_ids.shape, steps=steps)
-        e = _through(self.prelude, e, shared, cache, 0)
+        e = _through(self.prelude, self.kinds[0], e, shared, cache, 0)
         s = torch.zeros_like(e)
         for step in range(steps):
             with torch.set_grad_enabled(torch.is_grad_enabled() and step >= without):
                 s = self.recur(s, e, shared, cache, step)
-        x = _through(self.coda, s, shared, cache, len(self.prelude))
+        x = _through(self.coda, self.kinds[2], s, shared, cache, len(self.prelude))
         if cache is not None:
             cache.close(state=s, steps=None)
         logits = self.lm_head(self.norm(x))
@@ -176,14 +204,20 @@ class Retrofitted(Unpaged, PreTrainedModel, GenerationMixin):
         self,
         s: Float[Tensor, "batch token width"],
         e: Float[Tensor, "batch token width"],
-        shared: dict[str, Any],
+        shared: dict[str, dict[str, Any]],
         cache: RecurrentCache | None,
         step: int,
     ) -> Float[Tensor, "batch token width"]:
         """One recurrence; `step` counts from 0."""
         kept = step if cache is None else cache.kept(step)
         slot = len(self.prelude) + len(self.coda) + kept * len(self.core)
-        return _through(self.core, self.adapter(torch.cat([s, e], dim=-1)), shared, cache, slot)
+        x = self.adapter(torch.cat([s, e], dim=-1))
+        return _through(self.core, self.kinds[1], x, shared, cache, slot)
+
+    def _angles(self, e: Tensor, position_ids: Tensor, kind: str) -> Any:
+        """The rotary embedding's, which in some models go by the type of layer."""
+        by_kind = "layer_type" in inspect.signature(self.rotary_emb.forward).parameters
+        return self.rotary_emb(e, position_ids, **({"layer_type": kind} if by_kind else {}))
 
     def _prepare_cache_for_generation(
         self,
@@ -225,10 +259,28 @@ def retrofit(
     between prelude and core are left out.
 
     Raises:
-        ValueError: the parts do not fit, or the model is not built of such layers or does more than they do.
+        ValueError: the parts do not fit, or the model is not built of such layers or does more than they do;
+            a pass over a few tokens tells, except on the meta device.
     """
-    _refuse_more_than_layers(dense.config)
     inner: Any = dense.get_decoder()
+    _refuse_more_than_layers(dense, inner)
+    count = len(inner.layers)
+    if min(prelude, coda) < 0 or core < 1 or prelude + core + coda > count:
+        raise ValueError(
+            f"prelude={prelude}, core={core}, coda={coda} do not fit into {count} layers; use parts that "
+            f"sum to {count} or less, with a core of 1 or more"
+        )
+    if dense.device.type != "meta":
+        _refuse_unlike(dense, inner)
+    return Retrofitted(dense, prelude=prelude, core=core, coda=coda, alpha=alpha, beta=beta)
+
+
+SEEN_WHOLE = ("full_attention", "sliding_attention", "chunked_attention")
+"""Types of layers whose memory is their keys and values alone, whatever part of them a mask hides."""
+
+
+def _refuse_more_than_layers(dense: PreTrainedModel, inner: Any) -> None:
+    """Raise for models that scale embeddings or logits, or have layers of another kind."""
     parts = ("embed_tokens", "layers", "norm", "rotary_emb")
     missing = [name for name in parts if not hasattr(inner, name)]
     if missing:
@@ -236,50 +288,108 @@ def retrofit(
             f"{type(dense).__name__} has no {missing[0]!r} in its decoder; retrofit takes decoders of the "
             "Llama family"
         )
-    count = len(inner.layers)
-    if min(prelude, coda) < 0 or core < 1 or prelude + core + coda > count:
-        raise ValueError(
-            f"prelude={prelude}, core={core}, coda={coda} do not fit into {count} layers; use parts that "
-            f"sum to {count} or less, with a core of 1 or more"
-        )
-    return Retrofitted(dense, prelude=prelude, core=core, coda=coda, alpha=alpha, beta=beta)
-
-
-def _refuse_more_than_layers(config: Any) -> None:
-    """Raise for models that scale embeddings or logits, or hide tokens beyond a window."""
-    beyond = {
-        name: getattr(config, name, None)
-        for name in (
-            "embedding_multiplier",
-            "logits_scaling",
-            "logit_scale",
-            "final_logit_softcapping",
-        )
-    }
-    window = getattr(config, "sliding_window", None)
-    kinds = set(
-        getattr(config, "layer_types", None) or ["full_attention" if window is None else "sliding"]
-    )
+    config: Any = dense.config.get_text_config()
+    names = ("embedding_multiplier", "logits_scaling", "logit_scale", "final_logit_softcapping")
+    beyond = {name: getattr(config, name, None) for name in names}
     beyond = {name: value for name, value in beyond.items() if value not in (None, 1, 1.0)}
-    if kinds != {"full_attention"}:
-        beyond["sliding_window"] = window
     if beyond:
         named = ", ".join(f"{name}={value}" for name, value in beyond.items())
         raise ValueError(
             f"{config.model_type} computes with {named} outside of its layers, which retrofit does not take "
-            "over; use a model of plain layers, as Llama's or Qwen's without windows"
+            f"over; {PLAIN}"
         )
+    others = sorted({*(getattr(config, "layer_types", None) or [])} - {*SEEN_WHOLE})
+    if others:
+        raise ValueError(
+            f"{config.model_type} has layers of type {', '.join(map(repr, others))}, which keep or choose "
+            f"more than the keys and values that a RecurrentCache holds; {PLAIN}"
+        )
+
+
+PROBE_TOKENS = 8
+ROUNDING = 64
+"""Units in the last place of the model's format, of its largest logit."""
+
+
+@torch.no_grad()
+def _refuse_unlike(dense: PreTrainedModel, inner: Any) -> None:
+    """Raise where embedding, layers, norm and head, called as a Llama's, are not the model.
+
+    One recurrence through all layers must be the dense model; a few tokens tell. What the model hands its
+    layers besides, what it does before them, and between the last one and its logits, is named.
+    """
+    name, count = type(dense).__name__, len(inner.layers)
+    vocabulary = inner.embed_tokens.num_embeddings
+    ids = torch.arange(PROBE_TOKENS, device=dense.device)[None] * (vocabulary // PROBE_TOKENS)
+    handed: set[str] = set()
+    states: dict[str, Tensor] = {}
+
+    def into(layer: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
+        names = [*inspect.signature(layer.forward).parameters]
+        given = dict(zip(names, arguments, strict=False)) | keywords
+        handed.update(
+            key for key, value in given.items() if value is not None and not _is_off(value)
+        )
+        if layer is inner.layers[0]:
+            states["first"] = next(iter(given.values()))
+
+    hooks = [layer.register_forward_pre_hook(into, with_kwargs=True) for layer in inner.layers]
+    was_training = dense.training
+    dense.eval()
+    try:
+        with torch.random.fork_rng([dense.device] if dense.device.type == "cuda" else []):
+            expected = dense(input_ids=ids, use_cache=False).logits
+            more = handed - HANDED
+            if more:
+                raise ValueError(
+                    f"{name} hands its layers {', '.join(sorted(more))} besides masks and positions, which "
+                    f"retrofit does not make; {PLAIN}"
+                )
+            [hook.remove() for hook in hooks]
+            through = Retrofitted(dense, prelude=0, core=count, coda=0, alpha=0.0, beta=1.0).eval()
+            ours = through(ids, use_cache=True).logits
+    except (TypeError, AttributeError, RuntimeError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"{name} does not run as embedding, layers, norm and head ({error}); {PLAIN}"
+        ) from error
+    finally:
+        [hook.remove() for hook in hooks]
+        dense.train(was_training)
+    largest = expected.abs().max().item()
+    tolerance = ROUNDING * torch.finfo(expected.dtype).eps * max(largest, 1.0)
+    if ours.shape == expected.shape and (ours - expected).abs().max().item() <= tolerance:
+        return
+    before = inner.embed_tokens(ids)
+    place = (
+        "changes its embeddings before its first layer"
+        if states["first"].shape != before.shape or not torch.equal(states["first"], before)
+        else "computes something else than its layers, one norm and one product after its embeddings"
+    )
+    raise ValueError(
+        f"{name} {place}: its logits are not those of embedding, layers, norm and head; {PLAIN}"
+    )
+
+
+def _is_off(value: object) -> bool:
+    return isinstance(value, int) and not value  # False, or no logits to keep in particular
+
+
+HANDED = {
+    "hidden_states", "attention_mask", "position_ids", "position_embeddings", "use_cache", CACHE,
+}  # fmt: skip
+"""What a layer of the Llama family is handed."""
 
 
 def _through(
     layers: nn.ModuleList,
+    kinds: tuple[str, ...],
     x: Tensor,
-    shared: dict[str, Any],
+    shared: dict[str, dict[str, Any]],
     cache: RecurrentCache | None,
     first: int,
 ) -> Tensor:
     """Layer after layer; their keys and values go into the slots from `first` on."""
-    for slot, layer in enumerate(layers, start=first):
+    for slot, (layer, kind) in enumerate(zip(layers, kinds, strict=True), start=first):
         view = None if cache is None else _Slot(cache, slot)
-        x = layer(x, **{CACHE: view}, **shared)
+        x = layer(x, **{CACHE: view}, **shared[kind])
     return x

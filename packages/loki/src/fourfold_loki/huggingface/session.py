@@ -23,6 +23,7 @@ from fourfold_loki.budget import Budget
 from fourfold_loki.cache import LokiCache, LokiLayer
 from fourfold_loki.huggingface.reads import Reads
 from fourfold_loki.huggingface.sites import (
+    WITHOUT,
     Site,
     cache_name,
     check_mode,
@@ -73,7 +74,8 @@ class Session:
                 "pass that one"
             )
         roles = sites(self.model)
-        beside = any(site.kind.startswith("hybrid") for site in roles)
+        types = getattr(self.model.config.get_text_config(), "layer_types", None) or ()
+        beside = any(kind in WITHOUT or kind.startswith("hybrid") for kind in types)
         if beside or any(number_of(site.module, site.layer) != site.layer for site in roles):
             raise ValueError(
                 f"{type(self.model).__name__} has layers without attention or hybrid ones, whose state a "

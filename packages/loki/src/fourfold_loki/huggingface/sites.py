@@ -49,7 +49,8 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     causal = [
         module
         for module in model.modules()
-        if type(module).__name__.endswith("Attention") and getattr(module, "is_causal", True)
+        if type(module).__name__.endswith(("Attention", "MLA"))
+        and getattr(module, "is_causal", True)
     ]
     numbered = [module for module in causal if isinstance(getattr(module, "layer_idx", None), int)]
     types = getattr(model.config.get_text_config(), "layer_types", None)

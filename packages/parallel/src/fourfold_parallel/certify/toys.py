@@ -129,6 +129,7 @@ EXCEPTIONS: dict[str, Fields] = {
     },
     "dots3_note_text": {"head_dim": HEAD_WIDTH + ROTARY},
     "mamba2": {"head_dim": 2 * WIDTH // HEADS},
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "hash_seed": 0},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
@@ -173,10 +174,10 @@ def toy(
         ) from error
 
 
-def default_toy(model_type: str) -> PretrainedConfig:
-    """The toy of a type as its class makes it, with grouped heads and factors that show."""
+def default_toy(model_type: str, *, telling: bool = True) -> PretrainedConfig:
+    """The toy of a type as its class makes it, with grouped heads and, if `telling`, factors that show."""
     config = CONFIG_MAPPING[model_type](**DEFAULTS.get(model_type, {}))
-    return toy(config, grouped=True, telling=True)
+    return toy(config, grouped=True, telling=telling)
 
 
 QSA: Fields = {
@@ -184,6 +185,7 @@ QSA: Fields = {
     "indexer_compress_ratio": 4,
 }  # fmt: skip
 DEFAULTS: dict[str, Fields] = {
+    "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
     },
@@ -192,6 +194,7 @@ DEFAULTS: dict[str, Fields] = {
     "dots1": {
         "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
     },
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "nemotron": {"num_key_value_heads": 8},
     "qwen4_exp": {"text_config": QSA},
