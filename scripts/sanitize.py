@@ -25,7 +25,7 @@ import tyro
 
 from fourfold_loki.kernels import cpu
 from fourfold_loki.kernels import native as loki
-from fourfold_loki.kernels.page_read import PageRead
+from fourfold_loki.kernels.page_read import PageRead, tiled
 from fourfold_parallel.common.files import cache_folder
 from fourfold_recurrent_depth import (
     RecurrentCache,
@@ -193,7 +193,7 @@ def decode(draw: random.Random, generator: torch.Generator, *, is_compared: bool
     is_ruined = draw.random() < 0.05
     if is_ruined and batch:
         queries[-1, draw.randrange(kv_heads * group)] = draw.choice((math.nan, math.inf, 1e38))
-    leading = keys[..., :width].mT.contiguous()
+    leading = tiled(keys[..., :width])
     read = PageRead(
         length=length, pages=pages, page=page, sinks=sinks, window=window, scaling=head_width**-0.5
     )

@@ -14,7 +14,7 @@ from fourfold_loki.attention import approximate_scores, attend
 from fourfold_loki.budget import Budget, Count
 from fourfold_loki.kernels import cpu, native
 from fourfold_loki.kernels.dispatch import twin
-from fourfold_loki.kernels.page_read import PageRead
+from fourfold_loki.kernels.page_read import TILE, PageRead, tiled
 from fourfold_parallel.common.native import COMPILERS
 
 FLOAT32 = 2e-5
@@ -43,7 +43,7 @@ def scene(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     queries = normal(batch, heads, 1, head_width)
     keys = normal(batch, kv_heads, room, head_width)
     values = normal(batch, kv_heads, room, head_width - 16)
-    return queries, keys, values, keys[..., :width].mT.contiguous()
+    return queries, keys, values, tiled(keys[..., :width])
 
 
 def read_of(shape: tuple[int, ...], *, sinks: int, window: int) -> PageRead:
@@ -155,13 +155,13 @@ def test_the_compiled_twin_reads_within_its_tensors() -> None:
     """It reads the sizes of the keys, so a tensor of another cache would be read beyond its end."""
     queries, keys, values, leading = scene(SHAPES[1])
     assert native.takes(queries, keys, values, leading)
-    half = keys.shape[2] // 2 // native.BLOCK * native.BLOCK
+    half = keys.shape[2] // 2 // TILE * TILE
     for others in (
         (queries[:0], keys, values, leading),
         (queries[:, :-1], keys, values, leading),
         (queries, keys, values[:, :, :half].contiguous(), leading),
         (queries, keys, values[:, :1].contiguous(), leading),
-        (queries, keys, values, leading[..., :half].contiguous()),
+        (queries, keys, values, leading[:, :, : half // TILE].contiguous()),
         (queries, keys, values, leading[:0]),
     ):
         assert not native.takes(*others)

@@ -2,12 +2,15 @@
 
 The shared library is kept in fourfold's cache under a name made of its source, the flags, the compiler and
 the processor, and called through ctypes. Whoever loads one has a way in torch's operations too: without a
-compiler there is no library, which is said once in the log.
+compiler there is no library, which is said once in the log, with the way to get one.
+
+What kernels share lies beside this file: `vectors.h`, which they include as "fourfold/vectors.h".
 """
 
 import ctypes
 import hashlib
 import importlib.resources
+import importlib.util
 import itertools
 import logging
 import os
@@ -15,7 +18,8 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
@@ -27,7 +31,6 @@ from fourfold_parallel.common.files import cache_folder, whole_file
 FLAGS = (
     "-std=c++20",
     "-O3",
-    "-march=native",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-shared",
@@ -35,59 +38,101 @@ FLAGS = (
 )
 """Not `-ffast-math`: a library linked with it switches denormals off for the whole process."""
 COMPILERS = ("c++", "g++", "clang++")
+WHEEL = "ziglang"
+"""The wheel that brings a compiler (Clang, with its own C++ library) where the machine has none."""
+NATIVE = "native"
 
 log = logging.getLogger(__name__)
+
+
+def instruction_set() -> str:
+    """What is compiled for: this processor, or the one of GCC's names that FOURFOLD_INSTRUCTIONS gives.
+
+    A benchmark measures `x86-64-v3` (AVX2) beside the native one; torch is held to the same by
+    ATEN_CPU_CAPABILITY=avx2.
+    """
+    return os.environ.get("FOURFOLD_INSTRUCTIONS") or NATIVE
+
+
+def compiler() -> tuple[str, ...] | None:
+    """The command of the first compiler here: on PATH, else the wheel's; None where there is none."""
+    found = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if found is not None:
+        return (found,)
+    if importlib.util.find_spec(WHEEL) is not None:
+        return (sys.executable, "-m", WHEEL, "c++")
+    return None
 
 
 @cache
 def load(package: str, source: str) -> ctypes.CDLL | None:
     """The compiled source file of a package, or None where nothing here can compile it."""
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        log.info(
-            "none of %s is here; torch's operations stand for %s", ", ".join(COMPILERS), source
-        )
+    command = compiler()
+    if command is None:
+        log.warning(
+            "none of %s is here, so torch's operations stand for %s of %s, which are several times "
+            "slower; the faster form needs a C++ compiler: Debian's g++, or pip install %s",
+            ", ".join(COMPILERS), source, package, WHEEL,
+        )  # fmt: skip
         return None
     try:
-        return ctypes.CDLL(str(build(package, source, Path(compiler))))
+        library = ctypes.CDLL(str(build(package, source, command)))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
-        log.warning("%s cannot compile %s, using torch's operations: %s", compiler, source, said)
+        log.warning(
+            "%s cannot compile %s, using torch's operations: %s", " ".join(command), source, said
+        )
         return None
+    log.info("%s of %s runs compiled for %s", source, package, instruction_set())
+    return library
 
 
-def build(package: str, source: str, compiler: Path) -> Path:
-    """The shared library for this processor, from the cache or compiled now (seconds).
+def build(package: str, source: str, command: Sequence[str]) -> Path:
+    """The shared library for `instruction_set()`, from the cache or compiled now (seconds).
 
     `FOURFOLD_CXXFLAGS` adds flags behind ours; `scripts/sanitize.py` gives it a sanitizer's.
+
+    Args:
+        package: whose source file.
+        source: its name in the package.
+        command: the compiler's, as `compiler` gives it.
 
     Raises:
         OSError: The cache cannot be written.
         subprocess.SubprocessError: where the compiler fails.
     """
     text = whole_source(package, source)
-    version = subprocess.run(  # noqa: S603 - a compiler from PATH
-        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
+    version = subprocess.run(  # noqa: S603 - a compiler from PATH, or of an installed wheel
+        [*command, "--version"], capture_output=True, text=True, check=True, timeout=60
     ).stdout
-    flags = [*FLAGS, *os.environ.get("FOURFOLD_CXXFLAGS", "").split()]
-    named = "\0".join([text, *flags, str(compiler), version, processor()])
+    target = instruction_set()
+    if WHEEL in command:
+        target = target.replace("-", "_")  # Zig's spelling of the same names
+    more = os.environ.get("FOURFOLD_CXXFLAGS", "").split()
+    flags = [*FLAGS, f"-march={target}", *more]
+    # A library for a named instruction set is the same on every processor.
+    made_for = processor() if target == NATIVE else platform.machine()
+    named = "\0".join([text, *flags, *command, version, made_for])
     folder = cache_folder() / "native" / package
     built = folder / f"{hashlib.sha256(named.encode()).hexdigest()}.so"
     if not built.exists():
         with whole_file(built) as partial:
             subprocess.run(  # noqa: S603 - as above
-                [compiler, *flags, "-x", "c++", "-", "-o", partial],
+                [*command, *flags, "-x", "c++", "-", "-o", partial],
                 input=text, capture_output=True, text=True, check=True, timeout=300,
             )  # fmt: skip
     return built
 
 
 def whole_source(package: str, source: str) -> str:
-    """A source file with the package's own headers in the place of the lines that include them."""
+    """A source file with headers in the place of the lines that include them: the package's, and ours."""
     text = importlib.resources.files(package).joinpath(source).read_text("utf-8")
-    return re.sub(
-        r'^#include "(.+)"$', lambda line: whole_source(package, line[1]), text, flags=re.MULTILINE
-    )
+
+    def included(line: re.Match[str]) -> str:
+        shared, _, name = line[1].rpartition("fourfold/")
+        return whole_source(__package__ if name != line[1] and not shared else package, name)
+
+    return re.sub(r'^#include "(.+)"$', included, text, flags=re.MULTILINE)
 
 
 def processor() -> str:
