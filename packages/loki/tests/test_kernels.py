@@ -15,6 +15,7 @@ from fourfold_loki.budget import Budget, Count
 from fourfold_loki.kernels import cpu, native
 from fourfold_loki.kernels.dispatch import twin
 from fourfold_loki.kernels.page_read import TILE, PageRead, tiled
+from fourfold_parallel.common import native as runtime
 from fourfold_parallel.common.native import COMPILERS
 
 FLOAT32 = 2e-5
@@ -95,6 +96,41 @@ def test_a_cpu_twin_is_the_reference(
     torch.testing.assert_close(
         output, reference(shape, sinks=sinks, window=window), atol=FLOAT32, rtol=FLOAT32
     )
+
+
+@needs_compiler
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="x86-64-v3 needs a processor with AVX2",
+)
+@pytest.mark.parametrize("instructions", ["x86-64", "x86-64-v3"])
+def test_narrower_vectors_are_the_reference(
+    instructions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOURFOLD_INSTRUCTIONS", instructions)
+    runtime.load.cache_clear()
+    for shape in SHAPES:
+        output = native.decode(*scene(shape), read_of(shape, sinks=2, window=4))
+        expected = reference(shape, sinks=2, window=4)
+        torch.testing.assert_close(output, expected, atol=FLOAT32, rtol=FLOAT32)
+    runtime.load.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_pages_of_a_head_are_shared_among_threads(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of a softmax put together are the whole, also where threads are more than heads and pages."""
+    monkeypatch.setattr(native, "WORTH_SHARING", 0)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for shape in SHAPES:
+            output = native.decode(*scene(shape), read_of(shape, sinks=0, window=0))
+            torch.testing.assert_close(output, reference(shape), atol=FLOAT32, rtol=FLOAT32)
+    finally:
+        torch.set_num_threads(before)
 
 
 READ = PageRead(length=255, pages=4, page=16, sinks=0, window=0, scaling=0.125)

@@ -1,8 +1,8 @@
 """A cache that holds keys in the basis: rows for reading in full, and the leading coordinates apart.
 
 Room is made ahead and doubled when it is used up, since growing by concatenation reads and writes the whole
-cache at every token. The leading coordinates are kept in tiles (`kernels/page_read.py`), so that ranking reads
-them in one sweep; they cost width / head_width of the keys' bytes on top.
+cache at every token. The leading coordinates are kept in tiles (`kernels/page_read.py`), so that ranking
+reads them in one sweep; they cost width / head_width of the keys' bytes on top.
 """
 
 from collections.abc import Callable, Sequence

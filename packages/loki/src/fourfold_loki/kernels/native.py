@@ -97,7 +97,9 @@ def decode(
         group, head_width, value_width, width, room,
         read.length, read.pages, read.page, read.sinks, read.window, parts,
     )  # fmt: skip
-    inputs = [ctypes.c_void_p(part.data_ptr()) for part in (wide, keys, values, leading, parted, logs)]
+    inputs = [
+        ctypes.c_void_p(part.data_ptr()) for part in (wide, keys, values, leading, parted, logs)
+    ]
     is_bfloat16 = ctypes.c_int32(keys.dtype == torch.bfloat16)
 
     def sweep(first: int, last: int) -> None:

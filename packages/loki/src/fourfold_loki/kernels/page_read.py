@@ -1,9 +1,9 @@
 """One reading of the cache, as every twin takes it, and the choice of pages that twins share.
 
-Twins take the leading coordinates in tiles, [tile, width, TILE]: those of 64 tokens lie together, so that one
-sweep reads memory from end to end. In one matrix [width, room] they would be as many streams as coordinates,
-which lie a power of two apart in most caches: the same places of a processor's cache, each of which drives out
-the others.
+Twins take the leading coordinates in tiles, [tile, width, TILE]: those of 64 tokens lie together, so that
+one sweep reads memory from end to end. In one matrix [width, room] they would be as many streams as
+coordinates, which mostly lie a power of two apart: at the same places of a processor's cache, where each
+drives out the others.
 """
 
 from dataclasses import dataclass

@@ -147,19 +147,68 @@ def processor() -> str:
     )
 
 
-def share(units: int, work: Callable[[int, int], None]) -> None:
+Work = Callable[[int, int], None]
+"""What is done with the units from the first number to the last, which it leaves out."""
+_OPENMP = re.compile(r"/lib(gomp|iomp5|omp)[^/]*$")
+_Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def share(units: int, work: Work) -> None:
     """`work(first, last)` on every part of `range(units)`, one part for each of torch's threads.
 
-    A call of a library releases Python's lock, so the parts run at the same time. None runs any more when
-    this returns or raises: what a part computes with is freed by whoever called.
+    They are torch's own threads where torch has OpenMP's: those wait for their next work by spinning, and
+    others beside them would wait for a core. A call of a library releases Python's lock, so the parts run at
+    the same time. None runs any more when this returns or raises: what a part computes with is freed by
+    whoever called.
     """
-    threads = max(1, min(torch.get_num_threads(), units))
+    threads = torch.get_num_threads()
+    if min(threads, units) <= 1:
+        work(0, units)
+        return
+    team = _openmp()
+    if team is None:
+        _share_among(_threads(threads), min(threads, units), units, work)
+        return
+    errors: list[BaseException] = []
+
+    def body(_: object) -> None:
+        # A team may be smaller than what was asked for, as inside another one.
+        part, parts = team.omp_get_thread_num(), team.omp_get_num_threads()
+        first, last = units * part // parts, units * (part + 1) // parts
+        try:
+            if first < last:
+                work(first, last)
+        except BaseException as error:  # noqa: BLE001 - raised below, by the thread that called
+            errors.append(error)
+
+    team.GOMP_parallel(_Body(body), None, ctypes.c_uint(threads), ctypes.c_uint(0))
+    if errors:
+        raise errors[0]
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP library that torch computes with, or None where there is none, or in a forked process."""
+    is_own = (
+        os.environ.get("FOURFOLD_THREADS") == "own"
+    )  # a sanitizer does not see OpenMP's barriers
+    if is_own or _is_forked or not Path("/proc/self/maps").exists():
+        return None
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text("utf-8").splitlines()}
+    # Of several, torch's lies in its own folder.
+    found = sorted(filter(_OPENMP.search, mapped), key=lambda path: "/torch/" not in path)
+    try:
+        library = ctypes.CDLL(found[0])
+        return library if hasattr(library, "GOMP_parallel") else None
+    except (OSError, IndexError):
+        return None
+
+
+def _share_among(pool: ThreadPoolExecutor, threads: int, units: int, work: Work) -> None:
     bounds = [units * i // threads for i in range(threads + 1)]
     others: list[Future[None]] = []
     try:
-        others.extend(
-            _threads(threads).submit(work, *part) for part in itertools.pairwise(bounds[1:])
-        )
+        others.extend(pool.submit(work, *part) for part in itertools.pairwise(bounds[1:]))
         work(*bounds[:2])
     finally:
         _await(others)
@@ -181,5 +230,13 @@ def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="native")
 
 
-# The threads of a pool stay behind where a process forks; what is handed to it there would wait for ever.
-os.register_at_fork(after_in_child=_threads.cache_clear)
+def _after_fork() -> None:
+    """The threads of a pool stay behind where a process forks; what is handed to them would wait for ever."""
+    global _is_forked  # noqa: PLW0603 - a process is forked or not
+    _is_forked = True
+    _threads.cache_clear()
+    _openmp.cache_clear()
+
+
+_is_forked = False
+os.register_at_fork(after_in_child=_after_fork)
