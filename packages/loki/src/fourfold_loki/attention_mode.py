@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fourfold_loki.budget import Budget
+from fourfold_loki.kernels.choice import Forms
 from fourfold_loki.selectors.base import Candidates, Selector
 
 Observer = Callable[["AttentionCall"], None]
@@ -52,6 +53,8 @@ class Sparse:
     in the published perplexities."""
     dense_layers: tuple[int, ...] = ()
     """Layers that keep full attention; sliding-window layers always do."""
+    forms: Forms | None = None
+    """How to decode, where it was timed: see `WhereItPays`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

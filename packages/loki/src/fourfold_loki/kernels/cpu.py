@@ -67,6 +67,21 @@ def decode(
     return output.view(*queries.shape[:3], value_width)
 
 
+def dense_sdpa(
+    queries: Float[Tensor, "batch heads 1 head_width"],
+    keys: Float[Tensor, "batch kv_heads room head_width"],
+    values: Float[Tensor, "batch kv_heads room value_width"],
+    *,
+    length: int,
+    scaling: float,
+) -> Float[Tensor, "batch heads 1 value_width"]:
+    """`dense` by torch's fused attention."""
+    packed = queries.reshape(*keys.shape[:2], -1, keys.shape[3])
+    filled = keys[:, :, :length], values[:, :, :length]
+    output = F.scaled_dot_product_attention(packed, *filled, scale=scaling)
+    return output.reshape(*queries.shape[:3], values.shape[-1])
+
+
 def dense(
     queries: Float[Tensor, "batch heads 1 head_width"],
     keys: Float[Tensor, "batch kv_heads room head_width"],
@@ -83,3 +98,7 @@ def dense(
     weights = (packed @ filled.mT).softmax(-1, dtype=torch.float32).to(values.dtype)
     output = weights @ values.view(batch * kv_heads, room, values.shape[-1])[:, :length]
     return output.view(*queries.shape[:3], values.shape[-1])
+
+
+DENSE = {"two products": dense, "fused attention": dense_sdpa}
+"""Full attention by the names that records have for it."""
