@@ -20,8 +20,9 @@ import torch.nn.functional as F
 
 from fourfold_loki.attention import approximate_scores, attend
 from fourfold_loki.budget import Budget, Count
+from fourfold_loki.cache import tiled
 from fourfold_loki.kernels import triton as kernels
-from fourfold_loki.kernels.page_read import PageRead, tiled
+from fourfold_loki.kernels.page_read import PageRead
 from fourfold_parallel.common.records import hardware, versions
 
 SHAPES = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128), "Llama-2-7B": (32, 32, 128)}

@@ -24,9 +24,10 @@ import torch
 import tyro
 
 from fourfold_goldfish import Goldfish
+from fourfold_loki.cache import tiled
 from fourfold_loki.kernels import cpu
 from fourfold_loki.kernels import native as loki
-from fourfold_loki.kernels.page_read import PageRead, tiled
+from fourfold_loki.kernels.page_read import PageRead
 from fourfold_parallel.common.files import cache_folder
 from fourfold_recurrent_depth import (
     RecurrentCache,

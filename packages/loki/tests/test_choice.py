@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fourfold_loki import Budget, Loki, Mass, Share, Sparse, Statistics, WhereItPays, fit, loki
+from fourfold_loki.attention_mode import NEVER, Forms
 from fourfold_loki.huggingface import session as sessions
 from fourfold_loki.kernels import choice, cpu
-from fourfold_loki.kernels.choice import NEVER, Forms, Heads, forms_for
+from fourfold_loki.kernels.choice import Heads, forms_for
 
 HEADS = Heads(
     heads=4, kv_heads=2, head_width=16, width=4, page=16, share=0.25,

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fourfold_loki.attention import approximate_scores, attend
 from fourfold_loki.budget import Budget, Count
+from fourfold_loki.cache import TILE, tiled
 from fourfold_loki.kernels import cpu, native
 from fourfold_loki.kernels.dispatch import twin
-from fourfold_loki.kernels.page_read import TILE, PageRead, tiled
+from fourfold_loki.kernels.page_read import PageRead
 from fourfold_parallel.common import native as runtime
 from fourfold_parallel.common.native import COMPILERS
 

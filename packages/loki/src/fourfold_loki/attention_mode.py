@@ -8,8 +8,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fourfold_loki.budget import Budget
-from fourfold_loki.kernels.choice import Forms
 from fourfold_loki.selectors.base import Candidates, Selector
+
+NEVER = 1 << 62
+"""More tokens than any cache holds."""
 
 Observer = Callable[["AttentionCall"], None]
 
@@ -38,6 +40,27 @@ class AttentionCall:
             turned=False,
             past_mass=self.queries.new_zeros(1, self.queries.shape[1], self.keys.shape[2]),
             allowance=visible.sum(-1),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forms:
+    """What was found fastest."""
+
+    dense: str
+    """A name of `cpu.DENSE`."""
+    sparse: str
+    """`compiled`, `torch` or `triton`."""
+    pays_from: int
+    """Tokens in the cache from which the selection is faster; `NEVER` where it is at no length timed."""
+    instructions: str
+    """What the compiled form was built for."""
+
+    def __str__(self) -> str:
+        where = "at no length timed" if self.pays_from == NEVER else f"from {self.pays_from} tokens"
+        return (
+            f"selection by {self.sparse} ({self.instructions} instructions) pays {where}; "
+            f"dense attention by {self.dense}"
         )
 
 

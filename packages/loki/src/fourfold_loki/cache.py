@@ -1,21 +1,34 @@
 """A cache that holds keys in the basis: rows for reading in full, and the leading coordinates apart.
 
 Room is made ahead and doubled when it is used up, since growing by concatenation reads and writes the whole
-cache at every token. The leading coordinates are kept in tiles (`kernels/page_read.py`), so that ranking
-reads them in one sweep; they cost width / head_width of the keys' bytes on top.
+cache at every token. The leading coordinates cost width / head_width of the keys' bytes on top. They are kept
+in tiles, [tile, width, TILE]: those of 64 tokens lie together, so that ranking reads memory from end to end.
+In one matrix [width, room] they would be as many streams as coordinates, which mostly lie a power of two
+apart: at the same places of a processor's cache, where each drives out the others.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from fourfold_loki.attention import Rotation
 from fourfold_loki.basis import Basis
-from fourfold_loki.kernels.page_read import TILE, tiled
+
+TILE = 64
+"""Tokens of a tile; the room of a cache is a multiple of it."""
+
+
+def tiled(
+    coordinates: Float[Tensor, "batch kv_heads room width"],
+) -> Float[Tensor, "batch kv_heads tile width place"]:
+    """Coordinates of the keys as the twins take them; `room` is a multiple of `TILE`."""
+    return rearrange(coordinates, "b h (n t) w -> b h n w t", t=TILE).contiguous()
+
 
 LARGEST_PAGE = TILE
 """Room is a multiple of it, so that pages of 16, 32 and 64 tokens are rows of a flattened view."""

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from fourfold_loki.cache import tiled
 from fourfold_loki.kernels import cpu
 from fourfold_loki.kernels.dispatch import twin
-from fourfold_loki.kernels.page_read import PageRead, tiled
+from fourfold_loki.kernels.page_read import PageRead
 
 Contender = Callable[[], Tensor]
 

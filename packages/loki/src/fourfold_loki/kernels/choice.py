@@ -16,8 +16,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fourfold_loki.attention_mode import NEVER, Forms
+from fourfold_loki.cache import TILE
 from fourfold_loki.kernels import cpu, native
-from fourfold_loki.kernels.page_read import TILE, PageRead
+from fourfold_loki.kernels.page_read import PageRead
 from fourfold_parallel.common.native import instruction_set
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -26,8 +28,7 @@ MARGIN = 0.95
 """A selection pays where it takes at most this share of the dense time, beyond what two timings differ by."""
 LARGEST_BYTES = 1 << 29
 """Of a cache that is made to be timed."""
-NEVER = 1 << 62
-"""More tokens than any cache holds."""
+
 
 Form = Callable[[], Tensor]
 log = logging.getLogger(__name__)
@@ -48,27 +49,6 @@ class Heads:
     dtype: torch.dtype
     device: torch.device
     threads: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Forms:
-    """What was found fastest."""
-
-    dense: str
-    """A name of `cpu.DENSE`."""
-    sparse: str
-    """`compiled`, `torch` or `triton`."""
-    pays_from: int
-    """Tokens in the cache from which the selection is faster; `NEVER` where it is at no length timed."""
-    instructions: str
-    """What the compiled form was built for."""
-
-    def __str__(self) -> str:
-        where = "at no length timed" if self.pays_from == NEVER else f"from {self.pays_from} tokens"
-        return (
-            f"selection by {self.sparse} ({self.instructions} instructions) pays {where}; "
-            f"dense attention by {self.dense}"
-        )
 
 
 def forms_for(heads: Heads, *, clock: Callable[[], float] = time.perf_counter) -> Forms:

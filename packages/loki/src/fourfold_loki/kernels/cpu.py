@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fourfold_loki.kernels.page_read import TILE, PageRead, chosen_pages
+from fourfold_loki.cache import TILE
+from fourfold_loki.kernels.page_read import PageRead, chosen_pages
 
 
 def decode(
@@ -27,7 +28,7 @@ def decode(
         queries: in the basis of the layer.
         keys: in the basis, with room for more than `read.length` tokens; a multiple of `page`.
         values: as cached.
-        leading: the first coordinates of the keys, in tiles; see `page_read`.
+        leading: the first coordinates of the keys, in tiles; see `cache`.
         read: which tokens are held, and how many pages of them to read.
     """
     batch, kv_heads, room, head_width = keys.shape

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fourfold_loki.kernels.page_read import TILE, PageRead
+from fourfold_loki.cache import TILE
+from fourfold_loki.kernels.page_read import PageRead
 from fourfold_parallel.common import native
 
 LANES = 16
@@ -59,7 +60,7 @@ def decode(
         queries: in the basis of the layer.
         keys: in the basis, with room for more than `read.length` tokens; see `takes`.
         values: as cached.
-        leading: the first coordinates of the keys, in tiles; see `page_read`.
+        leading: the first coordinates of the keys, in tiles; see `cache`.
         read: which tokens are held, and how many pages of them to read.
 
     Raises:

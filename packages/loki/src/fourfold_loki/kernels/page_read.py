@@ -1,27 +1,10 @@
-"""One reading of the cache, as every twin takes it, and the choice of pages that twins share.
-
-Twins take the leading coordinates in tiles, [tile, width, TILE]: those of 64 tokens lie together, so that
-one sweep reads memory from end to end. In one matrix [width, room] they would be as many streams as
-coordinates, which mostly lie a power of two apart: at the same places of a processor's cache, where each
-drives out the others.
-"""
+"""One reading of the cache, as every twin takes it, and the choice of pages that twins share."""
 
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-
-TILE = 64
-"""Tokens of a tile; the room of a cache is a multiple of it."""
-
-
-def tiled(
-    coordinates: Float[Tensor, "batch kv_heads room width"],
-) -> Float[Tensor, "batch kv_heads tile width place"]:
-    """Coordinates of the keys as the twins take them; `room` is a multiple of `TILE`."""
-    return rearrange(coordinates, "b h (n t) w -> b h n w t", t=TILE).contiguous()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fourfold_loki.kernels.page_read import TILE, PageRead, chosen_pages
+from fourfold_loki.cache import TILE
+from fourfold_loki.kernels.page_read import PageRead, chosen_pages
 
 SCORED = 128
 """Tokens that one program scores."""
