@@ -1,10 +1,12 @@
 """The fast twins against the reference, at shapes that are no powers of two."""
 
+import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from fourfold_loki.kernels.dispatch import twin
 from fourfold_loki.kernels.page_read import PageRead
 from fourfold_parallel.common import native as runtime
 from fourfold_parallel.common.native import COMPILERS
+from fourfold_parallel.testing import machine_code
 
 FLOAT32 = 2e-5
 BFLOAT16 = 1e-2
@@ -218,6 +221,103 @@ def test_the_dense_twin_is_full_attention(shape: tuple[int, ...]) -> None:
         queries, keys[:, :, : shape[5]], values[:, :, : shape[5]], everything, scaling=0.1
     )
     torch.testing.assert_close(output, expected, atol=FLOAT32, rtol=FLOAT32)
+
+
+ON_ARM = """
+#include <cstdio>
+
+template <typename T>
+std::vector<T> read(int64_t count) {
+    std::vector<T> values(count);
+    if (std::fread(values.data(), sizeof(T), count, stdin) != size_t(count)) std::abort();
+    return values;
+}
+
+int main() {
+    const int64_t stacks = read<int64_t>(1)[0];
+    Sizes s;
+    std::memcpy(&s, read<int64_t>(11).data(), sizeof s);
+    const auto queries = read<float>(stacks * s.group * s.head_width);
+    const auto keys = read<float>(stacks * s.room * s.head_width);
+    const auto values = read<float>(stacks * s.room * s.value_width);
+    const auto leading = read<float>(stacks * s.room * s.width);
+    std::vector<float> parted(stacks * s.parts * s.group * s.value_width), logs(stacks * s.parts * s.group);
+    std::vector<float> output(stacks * s.group * s.value_width);
+    fourfold_loki_decode(queries.data(), keys.data(), values.data(), leading.data(), parted.data(),
+                         logs.data(), &s, 0, stacks * s.parts, 0);
+    fourfold_loki_merge(parted.data(), logs.data(), output.data(), &s, stacks);
+    std::fwrite(output.data(), sizeof(float), output.size(), stdout);
+}
+"""
+
+
+@pytest.mark.skipif(not machine_code.can_emulate(), reason=machine_code.NEED)
+@pytest.mark.parametrize("kind", list(machine_code.ARM))
+def test_arms_vectors_are_the_reference(kind: str, tmp_path: Path) -> None:
+    """The kernel cross-compiled, under an emulator; a head's pages in two parts."""
+    text = runtime.whole_source("fourfold_loki.kernels", "decode.cpp") + ON_ARM
+    built = machine_code.built_for_arm(text, kind, tmp_path)
+    for shape in (SHAPES[1], SHAPES[2], SHAPES[5]):
+        queries, keys, values, leading = scene(shape)
+        read = read_of(shape, sinks=2, window=4)
+        batch, kv_heads, room, head_width = keys.shape
+        stacks = batch * kv_heads
+        sizes = (
+            stacks, queries.shape[1] // kv_heads, head_width, values.shape[-1], leading.shape[3], room,
+            read.length, read.pages, read.page, read.sinks, read.window, 2,
+        )  # fmt: skip
+        given = torch.tensor(sizes).numpy().tobytes()
+        given += b"".join(
+            part.numpy().tobytes() for part in (queries * read.scaling, keys, values, leading)
+        )
+        written = machine_code.run_on_arm(built, given=given)
+        output = torch.frombuffer(bytearray(written), dtype=torch.float32)
+        expected = reference(shape, sinks=2, window=4)
+        torch.testing.assert_close(output.view_as(expected), expected, atol=FLOAT32, rtol=FLOAT32)
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="counts x86's instructions")
+@pytest.mark.parametrize("instructions", ["x86-64-v3", "x86-64-v4"])
+def test_registers_hold_what_is_computed_with(instructions: str) -> None:
+    """Two vector instructions in three touched the stack when 16 lanes were two registers; 4 to 5 % do."""
+    command = runtime.compiler()
+    assert command is not None
+    share = machine_code.stack_share("fourfold_loki.kernels", "decode.cpp", instructions, command)
+    assert share < 0.1
+
+
+VECTORS = {
+    "sm_80": r"fma\.rn\.f32",
+    "sm_90": r"fma\.rn\.f32",
+    "sm_100": r"(fma\.rn|add)\.f32x2",
+    "gfx942": r"v_pk_fma_f32",
+}
+
+
+@pytest.mark.parametrize("target", VECTORS)
+def test_machine_code_for_gpus(target: str) -> None:
+    """No register goes to memory, shared memory fits, caches are read 16 bytes at a time, vectors add."""
+    pytest.importorskip("triton", reason="needs triton, the extra [triton] of this package")
+    from fourfold_loki.kernels import triton
+    from fourfold_parallel.testing import gpu_code
+
+    for heads, kv_heads, width in ((9, 3, 64), (32, 8, 128)):
+        queries = torch.zeros(1, heads, 1, width, dtype=torch.bfloat16)
+        keys, values = torch.zeros(2, 1, kv_heads, 1024, width, dtype=torch.bfloat16)
+        read = replace(READ, length=1024, pages=16)
+        with gpu_code.launches() as caught:
+            triton.decode(queries, keys, values, tiled(keys[..., : width // 4]), read)
+        assert [one.name for one in caught] == ["score_kernel", "gather_kernel", "merge_kernel"]
+        for one in caught:
+            code = gpu_code.compiled(one, target)
+            assert code.spilled_bytes == 0
+            assert 0 < code.registers < 256
+            assert code.shared_bytes <= gpu_code.SHARED_LIMITS[target]
+            wide = r"global_load_dwordx[24]" if target == "gfx942" else r"ld\.global\S*\.v4\.b32"
+            assert code.has(wide)
+            # Two float32 at a time where a processor can.
+            assert code.has(VECTORS[target])
 
 
 def test_triton_through_its_interpreter() -> None:

@@ -12,6 +12,7 @@ works. Everything is computed in float32, whatever the cache holds: the interpre
 on a CPU in tests, has no bfloat16 arithmetic.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -178,8 +179,11 @@ def merge_kernel(
 
 
 def launch(kernel: Any, grid: tuple[int, int]) -> Any:
-    """A kernel on its grid. Typed here, since a kernel's constants are declared as `constexpr`."""
-    return kernel[grid]
+    """A kernel on its grid. Typed here, since a kernel's constants are declared as `constexpr`.
+
+    Products and sums are fused, which Triton 3.10 no longer does unless it is asked.
+    """
+    return partial(kernel[grid], enable_fp_fusion=True)
 
 
 def decode(

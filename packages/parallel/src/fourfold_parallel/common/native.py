@@ -41,6 +41,10 @@ COMPILERS = ("c++", "g++", "clang++")
 WHEEL = "ziglang"
 """The wheel that brings a compiler (Clang, with its own C++ library) where the machine has none."""
 NATIVE = "native"
+PATIENCE_S = 900
+"""The wheel's compiler makes its C++ library first, once: half a minute on two idle cores."""
+SHARED = "fourfold/"
+"""Before the name of a header that lies beside this file."""
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +123,7 @@ def build(package: str, source: str, command: Sequence[str]) -> Path:
         with whole_file(built) as partial:
             subprocess.run(  # noqa: S603 - as above
                 [*command, *flags, "-x", "c++", "-", "-o", partial],
-                input=text, capture_output=True, text=True, check=True, timeout=300,
+                input=text, capture_output=True, text=True, check=True, timeout=PATIENCE_S,
             )  # fmt: skip
     return built
 
@@ -129,8 +133,8 @@ def whole_source(package: str, source: str) -> str:
     text = importlib.resources.files(package).joinpath(source).read_text("utf-8")
 
     def included(line: re.Match[str]) -> str:
-        shared, _, name = line[1].rpartition("fourfold/")
-        return whole_source(__package__ if name != line[1] and not shared else package, name)
+        name = line[1].removeprefix(SHARED)
+        return whole_source(package if name == line[1] else "fourfold_parallel.common", name)
 
     return re.sub(r'^#include "(.+)"$', included, text, flags=re.MULTILINE)
 
