@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from fourfold_loki.attention import approximate_scores, attend
 from fourfold_loki.budget import Budget, Count
+from fourfold_loki.cache import tiled
 from fourfold_loki.kernels import triton as kernels
 from fourfold_loki.kernels.page_read import PageRead
 from fourfold_parallel.common.records import hardware, versions
@@ -64,7 +65,7 @@ def check() -> None:
     for heads, kv_heads, width in SHAPES.values():
         keys, values = torch.randn(2, 2, kv_heads, 1024, width, device="cuda").bfloat16()
         queries = torch.randn(2, heads, 1, width, device="cuda").bfloat16()
-        ours = decode(queries, keys, values, keys[..., : width // 4].mT.contiguous(), length=1000)
+        ours = decode(queries, keys, values, tiled(keys[..., : width // 4]), length=1000)
         everything = torch.ones(2, 1, 1, 1000, dtype=torch.bool, device="cuda")
         keys, values, queries = (part.float() for part in (keys, values, queries))
         keys, values = keys[:, :, :1000], values[:, :, :1000]
@@ -106,7 +107,7 @@ def measure(name: str, batch: int, length: int, bytes_per_s: float) -> dict[str,
         2, batch, kv_heads, length, width, device="cuda", dtype=torch.bfloat16
     )
     queries = torch.randn(batch, heads, 1, width, device="cuda", dtype=torch.bfloat16)
-    leading = keys[..., : width // 4].mT.contiguous()
+    leading = tiled(keys[..., : width // 4])
     dense_bytes = 2 * keys.numel() * 2
     loki_bytes = dense_bytes / SHARE + leading.numel() * 2
     ms = {

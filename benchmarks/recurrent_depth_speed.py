@@ -1,9 +1,12 @@
 """Decoding and training against the published algorithm written plainly, interleaved, in one process.
 
-scripts/env python benchmarks/recurrent_depth_speed.py [decode] [adaptive] [train] [memory]
+scripts/env python benchmarks/recurrent_depth_speed.py [decode] [adaptive] [train] [memory] [published]
 
-Appends JSON lines to recurrent_depth_speed.jsonl beside it. Times are processor seconds of one thread, so
-that other work on the machine disturbs them little; ratios are medians over interleaved repetitions.
+Appends JSON lines to recurrent_depth_speed.jsonl beside it, under the native instruction set and under
+x86-64-v3 with torch held to the same. Times are processor seconds of one thread, so that other work on the
+machine disturbs them little; ratios are medians over interleaved repetitions, and of the fastest ones.
+`published` is Huginn's own code at equal weights, in an environment of its own, since it needs an older
+transformers: FOURFOLD_HUGINN names its checkout, FOURFOLD_HUGINN_PYTHON the interpreter.
 """
 
 from __future__ import annotations
@@ -11,20 +14,23 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import instruction_sets
 import torch
 from recurrent_depth_plain import Plain
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from fourfold_parallel.common.records import commit, hardware, versions
 from fourfold_recurrent_depth import (
     RecurrentCache,
     RecurrentDepthConfig,
@@ -91,22 +97,19 @@ def ours(
 
 def write(kind: str, **values: Any) -> None:
     """Append a line with the machine and the versions."""
-    line = {
-        "benchmark": kind,
-        **values,
-        "commit": commit(),
-        "versions": versions(),
-        "hardware": hardware(),
-    }
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    print(kind, json.dumps(values))
+    facts = instruction_sets.machine(torch.get_num_threads(), os.getloadavg()[0])
+    instruction_sets.write({"benchmark": kind, **values, **facts})
 
 
 def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
     """Median of the paired ratios."""
     pairs = zip(times[slow], times[fast], strict=True)
     return round(statistics.median(a / b for a, b in pairs), 2)
+
+
+def least(times: dict[str, list[float]], slow: str, fast: str) -> float:
+    """Ratio of the fastest repetitions."""
+    return round(min(times[slow]) / min(times[fast]), 2)
 
 
 def shapes() -> dict[str, RecurrentDepthForCausalLM]:
@@ -148,7 +151,7 @@ def decode() -> None:
             }
             write(
                 "decode", shape=name, rows=rows, prompt_tokens=length, new_tokens=new, recurrences=steps,
-                seconds=times, speedup=ratio(times, "plain", "ours"),
+                seconds=times, speedup=ratio(times, "plain", "ours"), speedup_by_least=least(times, "plain", "ours"),
                 speedup_behind_the_prompt=ratio(behind, "plain", "ours"),
                 ours_tokens_per_s=round(rows * (new - 1) / statistics.median(behind["ours"]), 2),
                 same_tokens=bool(torch.equal(given["plain"][0], given["ours"][0])),
@@ -192,6 +195,7 @@ def adaptive() -> None:
             kl_threshold=threshold, latent_threshold=0.03, seconds=times,
             over_plain_batch=ratio(times, "plain batch", "ours kl"),
             over_plain_rows=ratio(times, "plain rows", "ours kl"),
+            kl_every_4_over_plain_batch_by_least=least(times, "plain batch", "ours kl, every 4"),
             kl_over_full_depth=ratio(times, "ours full", "ours kl"),
             latent_over_full_depth=ratio(times, "ours full", "ours latent"),
             kl_every_4_over_full_depth=ratio(times, "ours full", "ours kl, every 4"),
@@ -248,6 +252,7 @@ def training() -> None:
             write(
                 "train", shape=name, rows=rows, tokens=length, without_gradient=n, with_gradient=k,
                 plain_s=times["plain"], ours_s=times["ours"], speedup=ratio(times, "plain", "ours"),
+                speedup_by_least=least(times, "plain", "ours"),
                 plain_loss_nats=given["plain"], ours_loss_nats=given["ours"],
                 loss_difference=abs(given["plain"] - given["ours"]),
             )  # fmt: skip
@@ -284,7 +289,57 @@ def memory() -> None:
     write("memory", saved_bytes_by_steps_without_gradient=saved, caches=rows)
 
 
-WAYS = {"decode": decode, "adaptive": adaptive, "train": training, "memory": memory}
+def published() -> None:
+    """Huginn's own code on our weights, decoding and training, beside ours: ratios, or why there are none."""
+    checkout, interpreter = (
+        os.environ.get(name, "") for name in ("FOURFOLD_HUGINN", "FOURFOLD_HUGINN_PYTHON")
+    )
+    if not checkout or not interpreter:
+        write(
+            "published",
+            skipped="FOURFOLD_HUGINN and FOURFOLD_HUGINN_PYTHON name no checkout of the published code and "
+            "no interpreter that runs it",
+        )
+        return
+    for name, model in shapes().items():
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(model.state_dict(), Path(folder) / "weights.pt")
+            (Path(folder) / "config.json").write_text(json.dumps(model.config.to_dict()))
+            script = Path(__file__).with_name("recurrent_depth_published.py")
+            asked = [interpreter, script, checkout, folder]
+            theirs = json.loads(
+                subprocess.run(
+                    asked, capture_output=True, text=True, check=True
+                ).stdout.splitlines()[-1]
+            )
+        rows, length, new, steps = theirs["rows"], theirs["tokens"], theirs["new"], DEPTHS[0]
+        prompt = torch.tensor(theirs["prompt"])
+        times, _ = interleaved(
+            {"ours": lambda m=model, p=prompt: ours(m, p, new, steps)}, repeats=3
+        )
+        model.train()
+
+        def step(m: RecurrentDepthForCausalLM = model, p: Tensor = prompt) -> None:
+            m.zero_grad()
+            cast(Any, m)(p, labels=p, num_steps=(12, 4), init_scale=0.0).loss.backward()
+
+        trained, _ = interleaved({"ours": step}, repeats=3)
+        write(
+            "published", shape=name, rows=rows, prompt_tokens=length, new_tokens=new, recurrences=steps,
+            theirs=theirs["seconds"], ours={"decode": min(times["ours"]), "train": min(trained["ours"])},
+            decode_over_published=round(theirs["seconds"]["decode"] / min(times["ours"]), 2),
+            train_over_published=round(theirs["seconds"]["train"] / min(trained["ours"]), 2),
+            their_loss_nats=theirs["loss_nats"],
+        )  # fmt: skip
+
+
+WAYS = {
+    "decode": decode,
+    "adaptive": adaptive,
+    "train": training,
+    "memory": memory,
+    "published": published,
+}
 
 
 def main() -> None:
@@ -294,8 +349,13 @@ def main() -> None:
     unknown = sorted(set(asked) - set(WAYS))
     if unknown:
         raise SystemExit(f"{unknown[0]!r} is not known; use {', '.join(WAYS)}")
-    for name in asked:
-        WAYS[name]()
+    if instruction_sets.is_inside():
+        for name in asked:
+            WAYS[name]()
+        return
+    lines = instruction_sets.on_each(os.environ.get("FOURFOLD_ONLY_INSTRUCTIONS", ""))
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
 if __name__ == "__main__":

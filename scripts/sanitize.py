@@ -23,6 +23,8 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from fourfold_goldfish import Goldfish
+from fourfold_loki.cache import tiled
 from fourfold_loki.kernels import cpu
 from fourfold_loki.kernels import native as loki
 from fourfold_loki.kernels.page_read import PageRead
@@ -89,6 +91,7 @@ def main() -> None:
                 "LD_PRELOAD": " ".join(preloaded),
                 "FOURFOLD_CXXFLAGS": FLAGS[chosen.kind],
                 "FOURFOLD_CACHE": folder,
+                "FOURFOLD_THREADS": "own",
             },
             check=False,
         )
@@ -108,7 +111,8 @@ def where(library: str) -> str:
 
 def call_all(chosen: Chosen) -> None:
     """Call each kernel as often as asked; any difference or growth ends the run."""
-    for name, caller, calls_each in (("loki", decode, 1), ("recurrent depth", Passes(), 3)):
+    kernels = (("loki", decode, 1), ("recurrent depth", Passes(), 3), ("goldfish", drop, 1))
+    for name, caller, calls_each in kernels:
         draw = random.Random(f"{chosen.seed} {name}")  # noqa: S311 - shapes, not secrets
         generator = torch.Generator().manual_seed(chosen.seed)
         started_s, warm_bytes, compared = time.perf_counter(), 0, 0
@@ -193,7 +197,7 @@ def decode(draw: random.Random, generator: torch.Generator, *, is_compared: bool
     is_ruined = draw.random() < 0.05
     if is_ruined and batch:
         queries[-1, draw.randrange(kv_heads * group)] = draw.choice((math.nan, math.inf, 1e38))
-    leading = keys[..., :width].mT.contiguous()
+    leading = tiled(keys[..., :width])
     read = PageRead(
         length=length, pages=pages, page=page, sinks=sinks, window=window, scaling=head_width**-0.5
     )
@@ -204,6 +208,28 @@ def decode(draw: random.Random, generator: torch.Generator, *, is_compared: bool
         wide = (queries.float(), keys.float(), values.float(), leading.float())
         expected = cpu.decode(*wide, read)
         compare(output, expected, tolerance, (queries.shape, keys.shape, read))
+    return is_compared
+
+
+def drop(draw: random.Random, generator: torch.Generator, *, is_compared: bool) -> bool:
+    """One mask of goldfish's kernel; gives whether it was compared."""
+    goldfish = Goldfish(
+        k=draw.randint(2, 6),
+        context=draw.choice((1, 2, 13, 50)),
+        window=draw.choice(("exclusive", "inclusive")),
+        boundary=draw.choice(("reset", "prefix", "straddle")),
+        key=draw.choice((0, 5)),
+    )
+    rows, row = draw.randint(0, 5), max(1, goldfish.shortest) + draw.choice((0, 1, 70, 40_000))
+    dtype = draw.choice((torch.int32, torch.int64))
+    tokens = torch.randint(0, 50_000, (rows, row), generator=generator).to(dtype)
+    documents = None
+    if draw.random() < 0.5:
+        documents = torch.randint(0, 2, (rows, row), generator=generator).cumsum(1)
+    dropped = goldfish.drop(tokens, documents)
+    if is_compared:
+        expected = goldfish._by_operations(tokens.long(), documents)  # noqa: SLF001 - the twin
+        compare(dropped, expected, 0.0, (goldfish, tokens.shape))
     return is_compared
 
 

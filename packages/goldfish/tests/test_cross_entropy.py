@@ -226,6 +226,30 @@ def test_the_triton_kernel_agrees_under_its_interpreter() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("vocabulary", [32_000, 128_256])
+def test_machine_code_for_gpus(target: str, vocabulary: int) -> None:
+    """No register goes to memory, shared memory fits, logits are read and written 16 bytes at a time."""
+    pytest.importorskip("triton", reason="the extra [triton] is not installed")
+    from fourfold_goldfish.kernels import losses_and_slopes
+    from fourfold_parallel.testing import gpu_code
+
+    with gpu_code.launches() as caught:
+        losses_and_slopes(torch.zeros(8, vocabulary), torch.zeros(8, dtype=torch.long))
+    [one] = caught
+    assert one.grid == (8,)
+    code = gpu_code.compiled(one, target)
+    assert code.spilled_bytes == 0
+    assert 0 < code.registers < 256
+    assert code.shared_bytes <= gpu_code.SHARED_LIMITS[target]
+    read, written = ("global_load_dwordx4", "global_store_dwordx4") if target == "gfx942" else (
+        r"ld\.global\S*\.v4\.b32", r"st\.global\S*\.v4\.b32"
+    )  # fmt: skip
+    assert code.has(read)
+    assert code.has(written)
+    assert code.has(r"v_exp_f32" if target == "gfx942" else r"ex2\.approx")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from einops import rearrange
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,7 +20,8 @@ def in_step(cache: LokiCache, length: int) -> None:
         assert isinstance(layer, LokiLayer)
         assert layer.keys is not None
         assert layer.get_seq_length() == length
-        assert torch.equal(layer.leading[..., :length], layer.keys[:, :, :length, : layer.width].mT)
+        held = rearrange(layer.leading, "b h n w t -> b h (n t) w")[:, :, :length]
+        assert torch.equal(held, layer.keys[:, :, :length, : layer.width])
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
 """The fast twins against the reference, at shapes that are no powers of two."""
 
+import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +14,13 @@ from torch import Tensor
 
 from fourfold_loki.attention import approximate_scores, attend
 from fourfold_loki.budget import Budget, Count
+from fourfold_loki.cache import TILE, tiled
 from fourfold_loki.kernels import cpu, native
 from fourfold_loki.kernels.dispatch import twin
 from fourfold_loki.kernels.page_read import PageRead
+from fourfold_parallel.common import native as runtime
 from fourfold_parallel.common.native import COMPILERS
+from fourfold_parallel.testing import machine_code
 
 FLOAT32 = 2e-5
 BFLOAT16 = 1e-2
@@ -43,7 +48,7 @@ def scene(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     queries = normal(batch, heads, 1, head_width)
     keys = normal(batch, kv_heads, room, head_width)
     values = normal(batch, kv_heads, room, head_width - 16)
-    return queries, keys, values, keys[..., :width].mT.contiguous()
+    return queries, keys, values, tiled(keys[..., :width])
 
 
 def read_of(shape: tuple[int, ...], *, sinks: int, window: int) -> PageRead:
@@ -95,6 +100,41 @@ def test_a_cpu_twin_is_the_reference(
     torch.testing.assert_close(
         output, reference(shape, sinks=sinks, window=window), atol=FLOAT32, rtol=FLOAT32
     )
+
+
+@needs_compiler
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="x86-64-v3 needs a processor with AVX2",
+)
+@pytest.mark.parametrize("instructions", ["x86-64", "x86-64-v3"])
+def test_narrower_vectors_are_the_reference(
+    instructions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOURFOLD_INSTRUCTIONS", instructions)
+    runtime.load.cache_clear()
+    for shape in SHAPES:
+        output = native.decode(*scene(shape), read_of(shape, sinks=2, window=4))
+        expected = reference(shape, sinks=2, window=4)
+        torch.testing.assert_close(output, expected, atol=FLOAT32, rtol=FLOAT32)
+    runtime.load.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_pages_of_a_head_are_shared_among_threads(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of a softmax put together are the whole, also where threads are more than heads and pages."""
+    monkeypatch.setattr(native, "WORTH_SHARING", 0)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for shape in SHAPES:
+            output = native.decode(*scene(shape), read_of(shape, sinks=0, window=0))
+            torch.testing.assert_close(output, reference(shape), atol=FLOAT32, rtol=FLOAT32)
+    finally:
+        torch.set_num_threads(before)
 
 
 READ = PageRead(length=255, pages=4, page=16, sinks=0, window=0, scaling=0.125)
@@ -155,13 +195,13 @@ def test_the_compiled_twin_reads_within_its_tensors() -> None:
     """It reads the sizes of the keys, so a tensor of another cache would be read beyond its end."""
     queries, keys, values, leading = scene(SHAPES[1])
     assert native.takes(queries, keys, values, leading)
-    half = keys.shape[2] // 2 // native.BLOCK * native.BLOCK
+    half = keys.shape[2] // 2 // TILE * TILE
     for others in (
         (queries[:0], keys, values, leading),
         (queries[:, :-1], keys, values, leading),
         (queries, keys, values[:, :, :half].contiguous(), leading),
         (queries, keys, values[:, :1].contiguous(), leading),
-        (queries, keys, values, leading[..., :half].contiguous()),
+        (queries, keys, values, leading[:, :, : half // TILE].contiguous()),
         (queries, keys, values, leading[:0]),
     ):
         assert not native.takes(*others)
@@ -181,6 +221,103 @@ def test_the_dense_twin_is_full_attention(shape: tuple[int, ...]) -> None:
         queries, keys[:, :, : shape[5]], values[:, :, : shape[5]], everything, scaling=0.1
     )
     torch.testing.assert_close(output, expected, atol=FLOAT32, rtol=FLOAT32)
+
+
+ON_ARM = """
+#include <cstdio>
+
+template <typename T>
+std::vector<T> read(int64_t count) {
+    std::vector<T> values(count);
+    if (std::fread(values.data(), sizeof(T), count, stdin) != size_t(count)) std::abort();
+    return values;
+}
+
+int main() {
+    const int64_t stacks = read<int64_t>(1)[0];
+    Sizes s;
+    std::memcpy(&s, read<int64_t>(11).data(), sizeof s);
+    const auto queries = read<float>(stacks * s.group * s.head_width);
+    const auto keys = read<float>(stacks * s.room * s.head_width);
+    const auto values = read<float>(stacks * s.room * s.value_width);
+    const auto leading = read<float>(stacks * s.room * s.width);
+    std::vector<float> parted(stacks * s.parts * s.group * s.value_width), logs(stacks * s.parts * s.group);
+    std::vector<float> output(stacks * s.group * s.value_width);
+    fourfold_loki_decode(queries.data(), keys.data(), values.data(), leading.data(), parted.data(),
+                         logs.data(), &s, 0, stacks * s.parts, 0);
+    fourfold_loki_merge(parted.data(), logs.data(), output.data(), &s, stacks);
+    std::fwrite(output.data(), sizeof(float), output.size(), stdout);
+}
+"""
+
+
+@pytest.mark.skipif(not machine_code.can_emulate(), reason=machine_code.NEED)
+@pytest.mark.parametrize("kind", list(machine_code.ARM))
+def test_arms_vectors_are_the_reference(kind: str, tmp_path: Path) -> None:
+    """The kernel cross-compiled, under an emulator; a head's pages in two parts."""
+    text = runtime.whole_source("fourfold_loki.kernels", "decode.cpp") + ON_ARM
+    built = machine_code.built_for_arm(text, kind, tmp_path)
+    for shape in (SHAPES[1], SHAPES[2], SHAPES[5]):
+        queries, keys, values, leading = scene(shape)
+        read = read_of(shape, sinks=2, window=4)
+        batch, kv_heads, room, head_width = keys.shape
+        stacks = batch * kv_heads
+        sizes = (
+            stacks, queries.shape[1] // kv_heads, head_width, values.shape[-1], leading.shape[3], room,
+            read.length, read.pages, read.page, read.sinks, read.window, 2,
+        )  # fmt: skip
+        given = torch.tensor(sizes).numpy().tobytes()
+        given += b"".join(
+            part.numpy().tobytes() for part in (queries * read.scaling, keys, values, leading)
+        )
+        written = machine_code.run_on_arm(built, given=given)
+        output = torch.frombuffer(bytearray(written), dtype=torch.float32)
+        expected = reference(shape, sinks=2, window=4)
+        torch.testing.assert_close(output.view_as(expected), expected, atol=FLOAT32, rtol=FLOAT32)
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="counts x86's instructions")
+@pytest.mark.parametrize("instructions", ["x86-64-v3", "x86-64-v4"])
+def test_registers_hold_what_is_computed_with(instructions: str) -> None:
+    """Two vector instructions in three touched the stack when 16 lanes were two registers; 4 to 5 % do."""
+    command = runtime.compiler()
+    assert command is not None
+    share = machine_code.stack_share("fourfold_loki.kernels", "decode.cpp", instructions, command)
+    assert share < 0.1
+
+
+VECTORS = {
+    "sm_80": r"fma\.rn\.f32",
+    "sm_90": r"fma\.rn\.f32",
+    "sm_100": r"(fma\.rn|add)\.f32x2",
+    "gfx942": r"v_pk_fma_f32",
+}
+
+
+@pytest.mark.parametrize("target", VECTORS)
+def test_machine_code_for_gpus(target: str) -> None:
+    """No register goes to memory, shared memory fits, caches are read 16 bytes at a time, vectors add."""
+    pytest.importorskip("triton", reason="needs triton, the extra [triton] of this package")
+    from fourfold_loki.kernels import triton
+    from fourfold_parallel.testing import gpu_code
+
+    for heads, kv_heads, width in ((9, 3, 64), (32, 8, 128)):
+        queries = torch.zeros(1, heads, 1, width, dtype=torch.bfloat16)
+        keys, values = torch.zeros(2, 1, kv_heads, 1024, width, dtype=torch.bfloat16)
+        read = replace(READ, length=1024, pages=16)
+        with gpu_code.launches() as caught:
+            triton.decode(queries, keys, values, tiled(keys[..., : width // 4]), read)
+        assert [one.name for one in caught] == ["score_kernel", "gather_kernel", "merge_kernel"]
+        for one in caught:
+            code = gpu_code.compiled(one, target)
+            assert code.spilled_bytes == 0
+            assert 0 < code.registers < 256
+            assert code.shared_bytes <= gpu_code.SHARED_LIMITS[target]
+            wide = r"global_load_dwordx[24]" if target == "gfx942" else r"ld\.global\S*\.v4\.b32"
+            assert code.has(wide)
+            # Two float32 at a time where a processor can.
+            assert code.has(VECTORS[target])
 
 
 def test_triton_through_its_interpreter() -> None:

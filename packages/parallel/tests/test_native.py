@@ -45,14 +45,15 @@ def test_a_source_is_compiled_once_and_anew_when_it_changes(package: str, tmp_pa
     library = native.load(package, "twice.cpp")
     assert library is not None
     assert library.twice(ctypes.c_int(21)) == 42
-    compiler = Path(next(filter(None, map(shutil.which, native.COMPILERS))))
-    built = native.build(package, "twice.cpp", compiler)
+    command = native.compiler()
+    assert command is not None
+    built = native.build(package, "twice.cpp", command)
     made = built.stat()
-    assert native.build(package, "twice.cpp", compiler).stat().st_mtime_ns == made.st_mtime_ns
+    assert native.build(package, "twice.cpp", command).stat().st_mtime_ns == made.st_mtime_ns
     assert [path for path in built.parent.iterdir() if path != built] == []
     source = tmp_path / "sources" / package / "twice.cpp"
     source.write_text(source.read_text().replace("2 * x", "3 * x"))
-    assert native.build(package, "twice.cpp", compiler) != built
+    assert native.build(package, "twice.cpp", command) != built
 
 
 @needs_compiler
@@ -61,11 +62,12 @@ def test_a_header_is_part_of_the_source(package: str, tmp_path: Path) -> None:
     folder = tmp_path / "sources" / package
     source, header = folder / "thrice.cpp", folder / "factor.h"
     source.write_text('#include "factor.h"\nextern "C" int thrice(int x) { return FACTOR * x; }')
-    compiler = Path(next(filter(None, map(shutil.which, native.COMPILERS))))
+    command = native.compiler()
+    assert command is not None
     built = []
     for factor in (3, 4):
         header.write_text(f"#define FACTOR {factor}\n")
-        built.append(native.build(package, source.name, compiler))
+        built.append(native.build(package, source.name, command))
         assert ctypes.CDLL(str(built[-1])).thrice(ctypes.c_int(7)) == 7 * factor
     assert built[0] != built[1]
 
@@ -149,9 +151,10 @@ os._exit(7)
 
 @needs_compiler
 def test_further_flags_make_another_library(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = Path(next(filter(None, map(shutil.which, native.COMPILERS))))
-    plain = native.build(package, "twice.cpp", compiler)
+    command = native.compiler()
+    assert command is not None
+    plain = native.build(package, "twice.cpp", command)
     monkeypatch.setenv("FOURFOLD_CXXFLAGS", "-O1 -Dtwice=thrice")
-    other = native.build(package, "twice.cpp", compiler)
+    other = native.build(package, "twice.cpp", command)
     assert other != plain
     assert hasattr(ctypes.CDLL(str(other)), "thrice")

@@ -1,6 +1,5 @@
 """Compiled stages give what modules give; what is wrapped, watched or mixed is not compiled."""
 
-import platform
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -156,18 +155,22 @@ def test_a_rows_numbers_are_its_own(tiny: Any, length: int) -> None:
         assert torch.equal(tiny.recur(s, injected, this_pass, 0, 3), together)
 
 
-@pytest.fixture
-def narrow_vectors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Libraries compiled for the first 64-bit processors, in vectors of four."""
-    flags = ["-march=x86-64" if flag == "-march=native" else flag for flag in runtime.FLAGS]
-    monkeypatch.setattr(runtime, "FLAGS", tuple(flags))
+@pytest.fixture(params=["x86-64", "x86-64-v3"])
+def narrow_vectors(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Libraries compiled for the first 64-bit processors, in vectors of four, and for AVX2, of eight."""
+    monkeypatch.setenv("FOURFOLD_INSTRUCTIONS", request.param)
     runtime.load.cache_clear()
     yield
     runtime.load.cache_clear()
 
 
 @needs_compiler
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="-march=x86-64 needs such a processor")
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="x86-64-v3 needs a processor with AVX2",
+)
 @pytest.mark.usefixtures("narrow_vectors")
 def test_narrower_vectors_compute_the_same(tiny: Any, tokens: torch.Tensor) -> None:
     ours = passes(tiny, tokens, padded=True, budget=None)

@@ -60,5 +60,6 @@ def losses_and_slopes(
             logits.stride(0),
             vocabulary,
             block=block,  # pyright: ignore[reportArgumentType] - Triton wraps it
+            enable_fp_fusion=True,  # pyright: ignore[reportCallIssue] - an option of Triton's launch
         )
     return nats

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from fourfold_goldfish import compiled_mask
 from fourfold_goldfish.other_hashes import OF_PLACES, OF_WINDOWS
 
 Hash = Literal["ordered", "reference", "avalanche", "apertus", "apertus2", "static", "random"]
@@ -105,23 +106,52 @@ class Goldfish:
             ids = tokens.astype(np.int64) if tokens.dtype.kind in "iu" else tokens
             return self.drop(torch.from_numpy(ids), documents).numpy()
         self._check(tokens, document_ids)
-        words = tokens.long()
-        dropped = torch.zeros_like(tokens, dtype=torch.bool)
+        if self.hash == "ordered" and compiled_mask.takes(tokens):
+            dropped = self._in_one_pass(tokens, document_ids)
+        else:
+            self._check_signs(tokens)
+            dropped = self._by_operations(tokens.long(), document_ids)
+        if self.exempt:
+            dropped &= ~torch.isin(tokens.long(), torch.tensor(self.exempt, device=tokens.device))
+        return dropped
+
+    def _in_one_pass(
+        self, tokens: Int[Tensor, "batch row"], document_ids: Int[Tensor, "batch row"] | None
+    ) -> Bool[Tensor, "batch row"]:
+        """`_by_operations` of the ordered hash, compiled."""
+        dropped = compiled_mask.drop(
+            tokens,
+            document_ids,
+            context=self.context,
+            sees_target=self.window == "inclusive",
+            is_prefix=self.boundary == "prefix",
+            is_reset=self.boundary == "reset",
+            key_word=_key_word(self.key) if self.key else 0,
+            below=self._limit,
+        )
+        if dropped is None:
+            self._check_signs(tokens)
+            raise AssertionError("the compiled mask saw a negative id that is none")
+        return dropped
+
+    def _by_operations(
+        self, words: Int[Tensor, "batch row"], document_ids: Int[Tensor, "batch row"] | None
+    ) -> Bool[Tensor, "batch row"]:
+        """The mask but for exempt ids, in torch's operations."""
+        dropped = torch.zeros_like(words, dtype=torch.bool)
         if self.hash in OF_PLACES:
             dropped = OF_PLACES[self.hash](words, self.k, self.key)
         elif self.boundary == "prefix":
             # The window of target i is tokens[begins[i]:ends[i]]; an empty one decides nothing.
-            ends = torch.arange(tokens.shape[1], device=tokens.device) + self._sees_target
+            ends = torch.arange(words.shape[1], device=words.device) + self._sees_target
             begins = torch.maximum(_document_begins(words, document_ids), ends - self.context)
             dropped = self.decide(words, begins, ends.expand_as(begins))
         else:
-            decided = tokens.shape[1] - self._first_target
+            decided = words.shape[1] - self._first_target
             hit = self._whole_windows(words)[:, :decided]
             if document_ids is not None and self.boundary == "reset":
                 hit &= document_ids[:, self._first_target :] == document_ids[:, :decided]
             dropped[:, self._first_target :] = hit
-        if self.exempt:
-            dropped &= ~torch.isin(words, torch.tensor(self.exempt, device=tokens.device))
         return dropped
 
     def decide(
@@ -173,7 +203,12 @@ class Goldfish:
             # torch shifts the sign in; the mask makes the shift a logical one.
             shifted = (words >> bits).bitwise_and_((1 << (64 - bits)) - 1)
             words.bitwise_xor_(shifted).mul_(_signed(factor))
-        return words < (1 << 64) // self.k - (1 << 63)
+        return words < self._limit
+
+    @property
+    def _limit(self) -> int:
+        """A mixed word below it leaves its target out: a share 1/k of the int64 range."""
+        return (1 << 64) // self.k - (1 << 63)
 
     def _check(self, tokens: Tensor, document_ids: Tensor | None) -> None:
         if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
@@ -191,6 +226,8 @@ class Goldfish:
                 f"use a context of at most {max(1, tokens.shape[1] - 1 + self._sees_target)}, longer rows, "
                 "or boundary='prefix', which decides by the shorter windows that there are"
             )
+
+    def _check_signs(self, tokens: Tensor) -> None:
         # The published codes hash their ignored targets (-100) and pads (-1) like any id; ours would
         # hide a mistake.
         if self.hash == "ordered" and tokens.numel() and int(tokens.min()) < 0:

@@ -10,6 +10,7 @@ from .budget import Budget as Budget
 from .budget import Count as Count
 from .budget import Mass as Mass
 from .budget import Share as Share
+from .budget import WhereItPays as WhereItPays
 from .cache import LokiCache as LokiCache
 from .calibration import calibrate as calibrate
 from .evaluate.doctor import diagnose as diagnose

@@ -10,6 +10,9 @@ from torch import Tensor
 from fourfold_loki.budget import Budget
 from fourfold_loki.selectors.base import Candidates, Selector
 
+NEVER = 1 << 62
+"""More tokens than any cache holds."""
+
 Observer = Callable[["AttentionCall"], None]
 
 
@@ -40,6 +43,27 @@ class AttentionCall:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forms:
+    """What was found fastest."""
+
+    dense: str
+    """A name of `cpu.DENSE`."""
+    sparse: str
+    """`compiled`, `torch` or `triton`."""
+    pays_from: int
+    """Tokens in the cache from which the selection is faster; `NEVER` where it is at no length timed."""
+    instructions: str
+    """What the compiled form was built for."""
+
+    def __str__(self) -> str:
+        where = "at no length timed" if self.pays_from == NEVER else f"from {self.pays_from} tokens"
+        return (
+            f"selection by {self.sparse} ({self.instructions} instructions) pays {where}; "
+            f"dense attention by {self.dense}"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sparse:
     """Reading the cache by a selection: who ranks, how much is kept, for which queries."""
@@ -52,6 +76,8 @@ class Sparse:
     in the published perplexities."""
     dense_layers: tuple[int, ...] = ()
     """Layers that keep full attention; sliding-window layers always do."""
+    forms: Forms | None = None
+    """How to decode, where it was timed: see `WhereItPays`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

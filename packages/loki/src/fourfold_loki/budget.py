@@ -64,6 +64,14 @@ class Mass:
 Amount = Share | Count | Mass
 
 
+@dataclass(frozen=True, slots=True)
+class WhereItPays:
+    """The number of keys from which a short timing on this machine finds the selection faster than all keys.
+
+    A session takes the timing when it begins (`kernels/choice.py`) and holds the number in its mode's budget.
+    """
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
     """The keys that a query may read in full."""
@@ -80,8 +88,8 @@ class Budget:
     all keys."""
     selection: Literal["shared in groups", "per head"] = "shared in groups"
     """The query heads of a key/value head keep the same keys, or each its own (the paper's way)."""
-    dense_below: int = 0
-    """A query that sees fewer keys than this keeps all of them."""
+    dense_below: int | WhereItPays = 0
+    """A query that sees fewer keys than this keeps all of them: attention is dense then, bit for bit."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.amount, Share | Count | Mass):
@@ -90,7 +98,7 @@ class Budget:
                 f"amount={self.amount!r} may be a share or a number of keys; say which: amount={way_out}"
             )
         for field in ("sinks", "window", "dense_below"):
-            if getattr(self, field) < 0:
+            if getattr(self, field) != WhereItPays() and getattr(self, field) < 0:
                 raise ValueError(f"{field}={getattr(self, field)} is negative; use 0 or more")
         if self.page < 1:
             raise ValueError(f"page={self.page} holds no key; use 1, or 16 to 64 for fast reading")
@@ -142,9 +150,21 @@ class Budget:
         # 4. Back to keys; short queries keep all of theirs.
         if self.page > 1:
             keep = keep.repeat_interleave(self.page, dim=-1)[..., : visible.shape[-1]] & visible
-        if self.dense_below:
-            keep = keep | (visible & (seen < self.dense_below))
+        if below := self._dense_below():
+            keep = keep | (visible & (seen < below))
         return keep
+
+    def is_dense_at(self, seen: int) -> bool:
+        """True where a query that sees `seen` keys keeps all of them as too few."""
+        return seen < self._dense_below()
+
+    def _dense_below(self) -> int:
+        if isinstance(self.dense_below, WhereItPays):
+            raise ValueError(
+                "dense_below=WhereItPays() is known to a session, which times this machine; use the budget "
+                "in `with loki(...)` or `with attending(...)`, or give a number of keys"
+            )
+        return self.dense_below
 
     def allowance(
         self, visible: Bool[Tensor, " batch #heads query token"]

@@ -1,14 +1,17 @@
 """A cache that holds keys in the basis: rows for reading in full, and the leading coordinates apart.
 
 Room is made ahead and doubled when it is used up, since growing by concatenation reads and writes the whole
-cache at every token. The leading coordinates are kept as [kv_heads, width, token], so that ranking reads
-them in one sweep; they cost width / head_width of the keys' bytes on top.
+cache at every token. The leading coordinates cost width / head_width of the keys' bytes on top. They are kept
+in tiles, [tile, width, TILE]: those of 64 tokens lie together, so that ranking reads memory from end to end.
+In one matrix [width, room] they would be as many streams as coordinates, which mostly lie a power of two
+apart: at the same places of a processor's cache, where each drives out the others.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
@@ -16,7 +19,18 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from fourfold_loki.attention import Rotation
 from fourfold_loki.basis import Basis
 
-LARGEST_PAGE = 64
+TILE = 64
+"""Tokens of a tile; the room of a cache is a multiple of it."""
+
+
+def tiled(
+    coordinates: Float[Tensor, "batch kv_heads room width"],
+) -> Float[Tensor, "batch kv_heads tile width place"]:
+    """Coordinates of the keys as the twins take them; `room` is a multiple of `TILE`."""
+    return rearrange(coordinates, "b h (n t) w -> b h n w t", t=TILE).contiguous()
+
+
+LARGEST_PAGE = TILE
 """Room is a multiple of it, so that pages of 16, 32 and 64 tokens are rows of a flattened view."""
 
 
@@ -66,7 +80,7 @@ class LokiLayer(CacheLayerMixin):
 
         self.keys = empty(room, head_width)
         self.values = empty(room, value_width)
-        self.leading = empty(self.width, room)
+        self.leading = empty(room // TILE, self.width, TILE)
 
     def _grow(self, needed: int) -> None:
         old = self.keys, self.values, self.leading
@@ -78,7 +92,7 @@ class LokiLayer(CacheLayerMixin):
         assert self.values is not None
         self.keys[:, :, : self.length] = keys[:, :, : self.length]
         self.values[:, :, : self.length] = values[:, :, : self.length]
-        self.leading[..., : self.length] = leading[..., : self.length]
+        self.leading[:, :, : leading.shape[2]] = leading
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -100,11 +114,30 @@ class LokiLayer(CacheLayerMixin):
         turned = self.rotation.turn_keys(key_states)
         self.keys[:, :, first:last] = turned
         self.values[:, :, first:last] = value_states
-        self.leading[..., first:last] = turned[..., : self.width].mT
+        self._lead(first, turned[..., : self.width])
         self.length = last
         self.gave, self.gave_values = self.keys[:, :, :last], self.values[:, :, :last]
         self.is_new = True
         return self.gave, self.gave_values
+
+    def _lead(self, first: int, coordinates: Float[Tensor, "b h t w"]) -> None:
+        """Put the leading coordinates of the tokens from `first` on into their tiles."""
+        done, count = 0, coordinates.shape[2]
+        if start := -first % TILE:  # the end of a tile that is begun
+            done = min(start, count)
+            self._lead_one(first, coordinates[:, :, :done])
+        tiles = (count - done) // TILE
+        if tiles:
+            at, until = (first + done) // TILE, done + tiles * TILE
+            self.leading[:, :, at : at + tiles] = tiled(coordinates[:, :, done:until])
+            done = until
+        if done < count:
+            self._lead_one(first + done, coordinates[:, :, done:])
+
+    def _lead_one(self, first: int, coordinates: Float[Tensor, "b h t w"]) -> None:
+        """The same for tokens of one tile."""
+        tile, place = divmod(first, TILE)
+        self.leading[:, :, tile, :, place : place + coordinates.shape[2]] = coordinates.mT
 
     def _is_of_another_batch(self, batch: int) -> bool:
         """True where the room left by forgotten tokens is for another number of sequences."""

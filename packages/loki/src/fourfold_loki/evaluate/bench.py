@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from fourfold_loki.cache import tiled
 from fourfold_loki.kernels import cpu
 from fourfold_loki.kernels.dispatch import twin
 from fourfold_loki.kernels.page_read import PageRead
@@ -44,7 +45,7 @@ def contenders(
 
     queries = normal(1, heads, 1, head_width)
     keys, values = normal(1, kv_heads, tokens, head_width), normal(1, kv_heads, tokens, head_width)
-    leading = keys[..., : head_width // divisor].mT.contiguous()
+    leading = tiled(keys[..., : head_width // divisor])
     scaling = head_width**-0.5
     module: Any = SimpleNamespace(num_key_value_groups=heads // kv_heads, is_causal=True)
     packed = queries.view(1, kv_heads, -1, head_width)

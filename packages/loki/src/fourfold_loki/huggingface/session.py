@@ -7,19 +7,21 @@ With an ordinary cache the numbers are those of Loki and nothing is saved. `sess
 `LokiCache`, which keeps keys in the basis, so that ranking reads only the leading coordinates.
 """
 
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fourfold_loki.attention_mode import AttentionMode, Observe, Sparse
 from fourfold_loki.basis import Basis
-from fourfold_loki.budget import Budget
+from fourfold_loki.budget import Budget, Mass, WhereItPays
 from fourfold_loki.cache import LokiCache, LokiLayer
 from fourfold_loki.huggingface.reads import Reads
 from fourfold_loki.huggingface.sites import (
@@ -32,6 +34,7 @@ from fourfold_loki.huggingface.sites import (
     number_of,
     sites,
 )
+from fourfold_loki.kernels.choice import Heads, forms_for
 from fourfold_loki.selectors import Exact, Loki
 
 NAME = "loki"
@@ -169,6 +172,7 @@ def attending(model: PreTrainedModel, mode: AttentionMode) -> Iterator[Session]:
     check_model(model)
     if isinstance(mode, Sparse):
         check_mode(model, mode)
+        mode = timed(model, mode)
     if getattr(model, _SESSIONS, None) is not None:
         raise ValueError(
             "this model is in a session already; leave that `with` before entering another"
@@ -230,6 +234,47 @@ def loki(
     selector = Loki(basis=basis.to(model.device), widths=widths)
     with attending(model, Sparse(selector=selector, budget=budget)) as session:
         yield session
+
+
+def timed(
+    model: PreTrainedModel,
+    mode: Sparse,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Sparse:
+    """The mode with a number in place of `WhereItPays`, and the forms that the number was found with.
+
+    Raises:
+        ValueError: for a selection that no kernel takes, so that there is nothing to time.
+    """
+    budget, selector = mode.budget, mode.selector
+    if not isinstance(budget.dense_below, WhereItPays):
+        return mode
+    config = model.config.get_text_config()
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    in_groups = budget.selection == "shared in groups" or heads == kv_heads
+    if isinstance(budget.amount, Mass) or not isinstance(selector, Loki) or not in_groups:
+        raise ValueError(
+            f"dense_below=WhereItPays() of {type(selector).__name__} with {budget.amount} and "
+            f"selection={budget.selection!r}: only Loki with a Share or a Count, shared in groups, is "
+            "decoded by a kernel that can be timed; give a number of keys"
+        )
+    length = int(config.max_position_embeddings)
+    forms = forms_for(
+        Heads(
+            heads=heads,
+            kv_heads=kv_heads,
+            head_width=selector.basis.head_width,
+            width=max(selector.widths),
+            page=budget.page,
+            share=budget.units(length) * budget.page / length,
+            dtype=model.dtype,
+            device=model.device,
+            threads=torch.get_num_threads(),
+        ),
+        clock=clock,
+    )
+    return replace(mode, budget=replace(budget, dense_below=forms.pays_from), forms=forms)
 
 
 def _enter(session: Session) -> Callable[..., None]:

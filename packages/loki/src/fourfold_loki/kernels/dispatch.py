@@ -1,4 +1,4 @@
-"""The choice of a twin: Triton on a GPU, C++ on a CPU with a compiler, else torch."""
+"""The choice of a twin: what a timing found fastest, else Triton on a GPU, C++ on a CPU, or torch."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,8 @@ from torch import Tensor
 from fourfold_loki.attention_mode import Sparse
 from fourfold_loki.budget import Mass
 from fourfold_loki.cache import LokiLayer
-from fourfold_loki.kernels import cpu, native
+from fourfold_loki.kernels import cpu
+from fourfold_loki.kernels.choice import sparse_forms
 from fourfold_loki.kernels.page_read import PageRead
 from fourfold_loki.selectors import Loki
 
@@ -34,13 +35,8 @@ def can_decode(mode: Sparse, queries: Tensor, layer: LokiLayer) -> bool:
 def twin(
     queries: Tensor, keys: Tensor, values: Tensor, leading: Tensor
 ) -> Callable[..., Float[Tensor, "batch heads 1 value_width"]]:
-    """The fastest `decode` that takes these tensors."""
-    if queries.device.type == "cuda":
-        # Triton is an extra, and its import needs a GPU's driver or the interpreter.
-        from fourfold_loki.kernels import triton
-
-        return triton.decode
-    return native.decode if native.takes(queries, keys, values, leading) else cpu.decode
+    """The `decode` that is mostly fastest of those that take these tensors."""
+    return next(iter(sparse_forms(queries, keys, values, leading).values()))
 
 
 def decode(
@@ -55,8 +51,9 @@ def decode(
     assert layer.keys is not None
     assert layer.values is not None
     pages = budget.units(length)
-    if length < budget.dense_below or pages * budget.page >= length:
-        return cpu.dense(queries, layer.keys, layer.values, length=length, scaling=scaling), length
+    if budget.is_dense_at(length) or pages * budget.page >= length:
+        dense = cpu.dense if mode.forms is None else cpu.DENSE[mode.forms.dense]
+        return dense(queries, layer.keys, layer.values, length=length, scaling=scaling), length
     read = PageRead(
         length=length,
         pages=pages,
@@ -66,4 +63,6 @@ def decode(
         scaling=scaling,
     )
     cached = (queries, layer.keys, layer.values, layer.leading)
-    return twin(*cached)(*cached, read), pages * budget.page
+    decode_by = sparse_forms(*cached)
+    best = None if mode.forms is None else decode_by.get(mode.forms.sparse)
+    return (best or next(iter(decode_by.values())))(*cached, read), pages * budget.page

@@ -6,18 +6,20 @@ Without a compiler, or for what it does not take, `cpu.py` computes the same.
 """
 
 import ctypes
+import math
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fourfold_loki.cache import TILE
 from fourfold_loki.kernels.page_read import PageRead
 from fourfold_parallel.common import native
 
 LANES = 16
 """Head widths are multiples of it."""
-BLOCK = 64
-"""The room of a cache is a multiple of it."""
+WORTH_SHARING = 1 << 20
+"""Bytes read from which a second thread (50 microseconds to wake) pays."""
 
 
 def takes(queries: Tensor, keys: Tensor, values: Tensor, leading: Tensor) -> bool:
@@ -32,11 +34,11 @@ def takes(queries: Tensor, keys: Tensor, values: Tensor, leading: Tensor) -> boo
         and queries.shape == (batch, queries.shape[1], 1, head_width)
         and queries.shape[1] % kv_heads == 0
         and values.shape[:3] == keys.shape[:3]
-        and leading.shape == (batch, kv_heads, leading.shape[2], room)
-        and leading.shape[2] <= head_width
+        and leading.shape == (batch, kv_heads, room // TILE, leading.shape[3], TILE)
+        and leading.shape[3] <= head_width
         and head_width % LANES == 0
         and values.shape[-1] % LANES == 0
-        and room % BLOCK == 0
+        and room % TILE == 0
         and not torch.compiler.is_compiling()
         and library() is not None
     )
@@ -46,18 +48,19 @@ def decode(
     queries: Float[Tensor, "batch heads 1 head_width"],
     keys: Float[Tensor, "batch kv_heads room head_width"],
     values: Float[Tensor, "batch kv_heads room value_width"],
-    leading: Float[Tensor, "batch kv_heads width room"],
+    leading: Float[Tensor, "batch kv_heads tile width place"],
     read: PageRead,
 ) -> Float[Tensor, "batch heads 1 value_width"]:
     """`cpu.decode` in one sweep over the cache; of pages that rank alike it reads the earliest.
 
-    Sequences and key/value heads are shared out among `torch.get_num_threads()` threads.
+    Sequences and key/value heads are shared out among `torch.get_num_threads()` threads; where they do not
+    come out even, so are the pages of each, whose parts are put together by their log-sum-exp.
 
     Args:
         queries: in the basis of the layer.
         keys: in the basis, with room for more than `read.length` tokens; see `takes`.
         values: as cached.
-        leading: the first coordinates of the keys.
+        leading: the first coordinates of the keys, in tiles; see `cache`.
         read: which tokens are held, and how many pages of them to read.
 
     Raises:
@@ -68,8 +71,8 @@ def decode(
             f"queries {tuple(queries.shape)} of {queries.dtype} on {queries.device} with keys "
             f"{tuple(keys.shape)}, values {tuple(values.shape)} and leading coordinates "
             f"{tuple(leading.shape)}: the compiled kernel takes tensors of one cache, contiguous float32 or "
-            f"bfloat16 on a CPU, widths that are multiples of {LANES}, room of {BLOCK}, and needs "
-            f"one of {', '.join(native.COMPILERS)}; use kernels.cpu"
+            f"bfloat16 on a CPU, widths that are multiples of {LANES}, room of {TILE}, and needs "
+            f"one of {', '.join(native.COMPILERS)} or {native.WHEEL}; use kernels.cpu"
         )
     filled = -(-read.length // read.page)
     if not (1 <= read.length <= keys.shape[2] and 1 <= read.pages <= filled):
@@ -78,25 +81,41 @@ def decode(
             f"{keys.shape[2]}; use 1 to {filled} pages, and a length that fits the room"
         )
     compiled = library()
+    assert compiled is not None
     batch, heads, _, head_width = queries.shape
     kv_heads, room = keys.shape[1:3]
     stacks, value_width = batch * kv_heads, values.shape[-1]
+    group = heads // kv_heads
+    width, tokens = leading.shape[3], read.pages * read.page
+    bytes_read = keys.itemsize * (width * read.length + (head_width + value_width) * tokens)
+    threads = torch.get_num_threads() if stacks * bytes_read >= WORTH_SHARING else 1
+    parts = min(threads // math.gcd(stacks, threads), read.pages) if stacks else 1
     wide = (queries.float() * read.scaling).contiguous()
     output = torch.empty(batch, heads, 1, value_width)
-    sizes = (ctypes.c_int64 * 10)(
-        heads // kv_heads, head_width, value_width, leading.shape[2], room,
-        read.length, read.pages, read.page, read.sinks, read.window,
+    parted = output if parts == 1 else torch.empty(stacks, parts, group, value_width)
+    logs = torch.empty(stacks, parts, group)
+    sizes = (ctypes.c_int64 * 11)(
+        group, head_width, value_width, width, room,
+        read.length, read.pages, read.page, read.sinks, read.window, parts,
     )  # fmt: skip
-    parts = [ctypes.c_void_p(part.data_ptr()) for part in (wide, keys, values, leading, output)]
+    inputs = [
+        ctypes.c_void_p(part.data_ptr()) for part in (wide, keys, values, leading, parted, logs)
+    ]
     is_bfloat16 = ctypes.c_int32(keys.dtype == torch.bfloat16)
 
     def sweep(first: int, last: int) -> None:
-        assert compiled is not None
         compiled.fourfold_loki_decode(
-            *parts, sizes, ctypes.c_int64(first), ctypes.c_int64(last), is_bfloat16
+            *inputs, sizes, ctypes.c_int64(first), ctypes.c_int64(last), is_bfloat16
         )
 
-    native.share(stacks, sweep)
+    if threads == 1:
+        sweep(0, stacks)
+    else:
+        native.share(stacks * parts, sweep)
+    if parts > 1:
+        compiled.fourfold_loki_merge(
+            *inputs[4:], ctypes.c_void_p(output.data_ptr()), sizes, ctypes.c_int64(stacks)
+        )
     return output.to(queries.dtype)
 
 

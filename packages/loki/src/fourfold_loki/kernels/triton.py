@@ -12,6 +12,7 @@ works. Everything is computed in float32, whatever the cache holds: the interpre
 on a CPU in tests, has no bfloat16 arithmetic.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fourfold_loki.cache import TILE
 from fourfold_loki.kernels.page_read import PageRead, chosen_pages
 
 SCORED = 128
@@ -31,7 +33,7 @@ PARTS = 8
 @triton.jit
 def score_kernel(
     queries,  # [stack, group, head_width]
-    leading,  # [stack, width, room]
+    leading,  # [stack, tile, width, place]
     best,  # [stack, group, page_count]
     length,
     room,
@@ -43,6 +45,7 @@ def score_kernel(
     group_padded: tl.constexpr,
     width_padded: tl.constexpr,
     scored: tl.constexpr,
+    tile: tl.constexpr,
 ):
     """The largest approximate score inside each page, for each query head of a group."""
     stack = tl.program_id(0).to(tl.int64)
@@ -51,7 +54,10 @@ def score_kernel(
     coordinate = tl.arange(0, width_padded)
     known = token < length
     keys = tl.load(
-        leading + (stack * width + coordinate[:, None]) * room + token[None, :],
+        leading
+        + stack * room * width
+        + ((token // tile)[None, :] * width + coordinate[:, None]) * tile
+        + (token % tile)[None, :],
         mask=(coordinate < width)[:, None] & known[None, :],
         other=0.0,
     ).to(tl.float32)
@@ -173,15 +179,18 @@ def merge_kernel(
 
 
 def launch(kernel: Any, grid: tuple[int, int]) -> Any:
-    """A kernel on its grid. Typed here, since a kernel's constants are declared as `constexpr`."""
-    return kernel[grid]
+    """A kernel on its grid. Typed here, since a kernel's constants are declared as `constexpr`.
+
+    Products and sums are fused, which Triton 3.10 no longer does unless it is asked.
+    """
+    return partial(kernel[grid], enable_fp_fusion=True)
 
 
 def decode(
     queries: Float[Tensor, "batch heads 1 head_width"],
     keys: Float[Tensor, "batch kv_heads room head_width"],
     values: Float[Tensor, "batch kv_heads room value_width"],
-    leading: Float[Tensor, "batch kv_heads width room"],
+    leading: Float[Tensor, "batch kv_heads tile width place"],
     read: PageRead,
 ) -> Float[Tensor, "batch heads 1 value_width"]:
     """As `cpu.decode`; pages are powers of two up to 128.
@@ -192,10 +201,10 @@ def decode(
     if read.page not in (1, 2, 4, 8, 16, 32, 64, 128):
         raise ValueError(f"page={read.page} on a GPU; use a power of two up to {SCORED}")
     batch, kv_heads, room, head_width = keys.shape
-    width, stacks = leading.shape[2], batch * kv_heads
+    width, stacks = leading.shape[3], batch * kv_heads
     packed = (queries * read.scaling).reshape(stacks, -1, head_width).contiguous()
     best = score_pages(
-        packed, leading.view(stacks, width, room), length=read.length, page=read.page
+        packed, leading.view(stacks, -1, width, TILE), length=read.length, page=read.page
     )
     chosen = chosen_pages(best, read)
     output = attend_pages(
@@ -211,14 +220,14 @@ def decode(
 
 def score_pages(
     queries: Float[Tensor, "stack group head_width"],
-    leading: Float[Tensor, "stack width room"],
+    leading: Float[Tensor, "stack tile width place"],
     *,
     length: int,
     page: int,
 ) -> Float[Tensor, "stack group page_count"]:
     """The best approximate score of every page, for every query head."""
     stacks, group, head_width = queries.shape
-    width, room = leading.shape[1:]
+    width, room = leading.shape[2], leading.shape[1] * TILE
     count = -(-length // page)
     best = torch.empty(stacks, group, count, dtype=torch.float32, device=queries.device)
     launch(score_kernel, (stacks, -(-length // SCORED)))(
@@ -235,6 +244,7 @@ def score_pages(
         triton.next_power_of_2(group),
         triton.next_power_of_2(width),
         SCORED,
+        TILE,
     )
     return best
 

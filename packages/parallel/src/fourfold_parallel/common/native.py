@@ -2,12 +2,15 @@
 
 The shared library is kept in fourfold's cache under a name made of its source, the flags, the compiler and
 the processor, and called through ctypes. Whoever loads one has a way in torch's operations too: without a
-compiler there is no library, which is said once in the log.
+compiler there is no library, which is said once in the log, with the way to get one.
+
+What kernels share lies beside this file: `vectors.h`, which they include as "fourfold/vectors.h".
 """
 
 import ctypes
 import hashlib
 import importlib.resources
+import importlib.util
 import itertools
 import logging
 import os
@@ -15,7 +18,8 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
@@ -27,7 +31,6 @@ from fourfold_parallel.common.files import cache_folder, whole_file
 FLAGS = (
     "-std=c++20",
     "-O3",
-    "-march=native",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-shared",
@@ -35,59 +38,105 @@ FLAGS = (
 )
 """Not `-ffast-math`: a library linked with it switches denormals off for the whole process."""
 COMPILERS = ("c++", "g++", "clang++")
+WHEEL = "ziglang"
+"""The wheel that brings a compiler (Clang, with its own C++ library) where the machine has none."""
+NATIVE = "native"
+PATIENCE_S = 900
+"""The wheel's compiler makes its C++ library first, once: half a minute on two idle cores."""
+SHARED = "fourfold/"
+"""Before the name of a header that lies beside this file."""
 
 log = logging.getLogger(__name__)
+
+
+def instruction_set() -> str:
+    """What is compiled for: this processor, or the one of GCC's names that FOURFOLD_INSTRUCTIONS gives.
+
+    A benchmark measures `x86-64-v3` (AVX2) beside the native one; torch is held to the same by
+    ATEN_CPU_CAPABILITY=avx2.
+    """
+    return os.environ.get("FOURFOLD_INSTRUCTIONS") or NATIVE
+
+
+def compiler() -> tuple[str, ...] | None:
+    """The command of the first compiler here: on PATH, else the wheel's; None where there is none."""
+    found = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if found is not None:
+        return (found,)
+    if importlib.util.find_spec(WHEEL) is not None:
+        return (sys.executable, "-m", WHEEL, "c++")
+    return None
 
 
 @cache
 def load(package: str, source: str) -> ctypes.CDLL | None:
     """The compiled source file of a package, or None where nothing here can compile it."""
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        log.info(
-            "none of %s is here; torch's operations stand for %s", ", ".join(COMPILERS), source
-        )
+    command = compiler()
+    if command is None:
+        log.warning(
+            "none of %s is here, so torch's operations stand for %s of %s, which are several times "
+            "slower; the faster form needs a C++ compiler: Debian's g++, or pip install %s",
+            ", ".join(COMPILERS), source, package, WHEEL,
+        )  # fmt: skip
         return None
     try:
-        return ctypes.CDLL(str(build(package, source, Path(compiler))))
+        library = ctypes.CDLL(str(build(package, source, command)))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
-        log.warning("%s cannot compile %s, using torch's operations: %s", compiler, source, said)
+        log.warning(
+            "%s cannot compile %s, using torch's operations: %s", " ".join(command), source, said
+        )
         return None
+    log.info("%s of %s runs compiled for %s", source, package, instruction_set())
+    return library
 
 
-def build(package: str, source: str, compiler: Path) -> Path:
-    """The shared library for this processor, from the cache or compiled now (seconds).
+def build(package: str, source: str, command: Sequence[str]) -> Path:
+    """The shared library for `instruction_set()`, from the cache or compiled now (seconds).
 
     `FOURFOLD_CXXFLAGS` adds flags behind ours; `scripts/sanitize.py` gives it a sanitizer's.
+
+    Args:
+        package: whose source file.
+        source: its name in the package.
+        command: the compiler's, as `compiler` gives it.
 
     Raises:
         OSError: The cache cannot be written.
         subprocess.SubprocessError: where the compiler fails.
     """
     text = whole_source(package, source)
-    version = subprocess.run(  # noqa: S603 - a compiler from PATH
-        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
+    version = subprocess.run(  # noqa: S603 - a compiler from PATH, or of an installed wheel
+        [*command, "--version"], capture_output=True, text=True, check=True, timeout=60
     ).stdout
-    flags = [*FLAGS, *os.environ.get("FOURFOLD_CXXFLAGS", "").split()]
-    named = "\0".join([text, *flags, str(compiler), version, processor()])
+    target = instruction_set()
+    if WHEEL in command:
+        target = target.replace("-", "_")  # Zig's spelling of the same names
+    more = os.environ.get("FOURFOLD_CXXFLAGS", "").split()
+    flags = [*FLAGS, f"-march={target}", *more]
+    # A library for a named instruction set is the same on every processor.
+    made_for = processor() if target == NATIVE else platform.machine()
+    named = "\0".join([text, *flags, *command, version, made_for])
     folder = cache_folder() / "native" / package
     built = folder / f"{hashlib.sha256(named.encode()).hexdigest()}.so"
     if not built.exists():
         with whole_file(built) as partial:
             subprocess.run(  # noqa: S603 - as above
-                [compiler, *flags, "-x", "c++", "-", "-o", partial],
-                input=text, capture_output=True, text=True, check=True, timeout=300,
+                [*command, *flags, "-x", "c++", "-", "-o", partial],
+                input=text, capture_output=True, text=True, check=True, timeout=PATIENCE_S,
             )  # fmt: skip
     return built
 
 
 def whole_source(package: str, source: str) -> str:
-    """A source file with the package's own headers in the place of the lines that include them."""
+    """A source file with headers in the place of the lines that include them: the package's, and ours."""
     text = importlib.resources.files(package).joinpath(source).read_text("utf-8")
-    return re.sub(
-        r'^#include "(.+)"$', lambda line: whole_source(package, line[1]), text, flags=re.MULTILINE
-    )
+
+    def included(line: re.Match[str]) -> str:
+        name = line[1].removeprefix(SHARED)
+        return whole_source(package if name == line[1] else "fourfold_parallel.common", name)
+
+    return re.sub(r'^#include "(.+)"$', included, text, flags=re.MULTILINE)
 
 
 def processor() -> str:
@@ -102,19 +151,68 @@ def processor() -> str:
     )
 
 
-def share(units: int, work: Callable[[int, int], None]) -> None:
+Work = Callable[[int, int], None]
+"""What is done with the units from the first number to the last, which it leaves out."""
+_OPENMP = re.compile(r"/lib(gomp|iomp5|omp)[^/]*$")
+_Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def share(units: int, work: Work) -> None:
     """`work(first, last)` on every part of `range(units)`, one part for each of torch's threads.
 
-    A call of a library releases Python's lock, so the parts run at the same time. None runs any more when
-    this returns or raises: what a part computes with is freed by whoever called.
+    They are torch's own threads where torch has OpenMP's: those wait for their next work by spinning, and
+    others beside them would wait for a core. A call of a library releases Python's lock, so the parts run at
+    the same time. None runs any more when this returns or raises: what a part computes with is freed by
+    whoever called.
     """
-    threads = max(1, min(torch.get_num_threads(), units))
+    threads = torch.get_num_threads()
+    if min(threads, units) <= 1:
+        work(0, units)
+        return
+    team = _openmp()
+    if team is None:
+        _share_among(_threads(threads), min(threads, units), units, work)
+        return
+    errors: list[BaseException] = []
+
+    def body(_: object) -> None:
+        # A team may be smaller than what was asked for, as inside another one.
+        part, parts = team.omp_get_thread_num(), team.omp_get_num_threads()
+        first, last = units * part // parts, units * (part + 1) // parts
+        try:
+            if first < last:
+                work(first, last)
+        except BaseException as error:  # noqa: BLE001 - raised below, by the thread that called
+            errors.append(error)
+
+    team.GOMP_parallel(_Body(body), None, ctypes.c_uint(threads), ctypes.c_uint(0))
+    if errors:
+        raise errors[0]
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP library that torch computes with, or None where there is none, or in a forked process."""
+    is_own = (
+        os.environ.get("FOURFOLD_THREADS") == "own"
+    )  # a sanitizer does not see OpenMP's barriers
+    if is_own or _is_forked or not Path("/proc/self/maps").exists():
+        return None
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text("utf-8").splitlines()}
+    # Of several, torch's lies in its own folder.
+    found = sorted(filter(_OPENMP.search, mapped), key=lambda path: "/torch/" not in path)
+    try:
+        library = ctypes.CDLL(found[0])
+        return library if hasattr(library, "GOMP_parallel") else None
+    except (OSError, IndexError):
+        return None
+
+
+def _share_among(pool: ThreadPoolExecutor, threads: int, units: int, work: Work) -> None:
     bounds = [units * i // threads for i in range(threads + 1)]
     others: list[Future[None]] = []
     try:
-        others.extend(
-            _threads(threads).submit(work, *part) for part in itertools.pairwise(bounds[1:])
-        )
+        others.extend(pool.submit(work, *part) for part in itertools.pairwise(bounds[1:]))
         work(*bounds[:2])
     finally:
         _await(others)
@@ -136,5 +234,13 @@ def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="native")
 
 
-# The threads of a pool stay behind where a process forks; what is handed to it there would wait for ever.
-os.register_at_fork(after_in_child=_threads.cache_clear)
+def _after_fork() -> None:
+    """The threads of a pool stay behind where a process forks; what is handed to them would wait for ever."""
+    global _is_forked  # noqa: PLW0603 - a process is forked or not
+    _is_forked = True
+    _threads.cache_clear()
+    _openmp.cache_clear()
+
+
+_is_forked = False
+os.register_at_fork(after_in_child=_after_fork)

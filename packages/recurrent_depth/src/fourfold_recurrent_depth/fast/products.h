@@ -1,123 +1,11 @@
-// Vectors of this processor's width, and products with rows of them: y = x w^T.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <new>
+// Products with rows: y = x w^T, in blocks that follow from the instruction set.
+#include "fourfold/vectors.h"
+
 #include <type_traits>
-#include <utility>
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int64_t LANES = 16;
-#elif defined(__AVX__)
-constexpr int64_t LANES = 8;
-#else
-constexpr int64_t LANES = 4;
-#endif
 constexpr int64_t AHEAD = 1024;  // weights that are fetched before they are needed, at least
-
-typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
-typedef int32_t Words __attribute__((vector_size(LANES * sizeof(int32_t))));
-
-constexpr std::align_val_t LINE{64};  // vectors that lie across lines of the cache are read at half the speed
-
-struct Free {
-    void operator()(float* memory) const { operator delete[](memory, LINE); }
-};
-using Floats = std::unique_ptr<float[], Free>;
-Floats floats(int64_t count) { return Floats(new (LINE) float[count]); }
-
-inline Lanes load(const float* from) {
-    Lanes value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-}
-
-inline void store(float* to, Lanes value) { std::memcpy(to, &value, sizeof value); }
-
-// Where lane J of a fold comes from: runs of HALF lanes of a, then of b, and what is added lies HALF further.
-template <int64_t HALF>
-constexpr int pick(int64_t lane, int64_t further) {
-    const int64_t within = lane % (2 * HALF);
-    const int64_t from = lane - within + within % HALF + further * HALF;
-    return static_cast<int>(within < HALF ? from : from + LANES);
-}
-
-template <int64_t HALF, size_t... J>
-inline Lanes fold(Lanes a, Lanes b, std::index_sequence<J...>) {
-    return __builtin_shufflevector(a, b, pick<HALF>(J, 0)...) + __builtin_shufflevector(a, b, pick<HALF>(J, 1)...);
-}
-
-// Lane j of the result is the sum of the lanes of parts[j].
-template <int64_t HALF = LANES / 2>
-inline Lanes sums(Lanes* parts) {
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < HALF; ++i)
-        parts[i] = fold<HALF>(parts[i], parts[i + HALF], std::make_index_sequence<LANES>());
-    if constexpr (HALF > 1) return sums<HALF / 2>(parts);
-    return parts[0];
-}
-
-template <int64_t HALF, size_t... J>
-inline void swap_runs(Lanes& a, Lanes& b, std::index_sequence<J...>) {
-    const Lanes first = __builtin_shufflevector(a, b, pick<HALF>(J, 0)...);
-    b = __builtin_shufflevector(a, b, pick<HALF>(J, 1)...);
-    a = first;
-}
-
-// Lane j of row i becomes lane i of row j.
-template <int64_t HALF = LANES / 2>
-inline void transpose(Lanes* square) {
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < LANES; ++i)
-        if (!(i & HALF)) swap_runs<HALF>(square[i], square[i + HALF], std::make_index_sequence<LANES>());
-    if constexpr (HALF > 1) transpose<HALF / 2>(square);
-}
-
-template <int64_t HALF, size_t... J>
-inline Lanes exchange(Lanes value, std::index_sequence<J...>) {
-    return __builtin_shufflevector(value, value, static_cast<int>(J ^ HALF)...);
-}
-
-inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
-inline Lanes added(Lanes a, Lanes b) { return a + b; }
-
-// All lanes of a vector combined, in every lane.
-template <Lanes (*COMBINE)(Lanes, Lanes), int64_t HALF = LANES / 2>
-inline Lanes across(Lanes value) {
-    value = COMBINE(value, exchange<HALF>(value, std::make_index_sequence<LANES>()));
-    if constexpr (HALF > 1) return across<COMBINE, HALF / 2>(value);
-    return value;
-}
-
-// e^x to 2 units in the last place: 2^n e^r with |r| <= ln(2)/2; 0 below -87, and not more than e^88.
-inline Lanes exponential(Lanes x) {
-    const Lanes least = Lanes{} - 87.0f, most = Lanes{} + 88.0f;
-    const Lanes within = x < least ? least : x > most ? most : x;
-    const float round = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number
-    const Lanes shifted = within * 1.44269504f + round;
-    const Lanes n = shifted - round;
-    const Lanes r = (within - n * 0.693359375f) + n * 2.12194440e-4f;
-    Lanes power = r * 1.98756915e-4f + 1.39819995e-3f;
-    power = power * r + 8.33345190e-3f;
-    power = power * r + 4.16657960e-2f;
-    power = power * r + 1.66666650e-1f;
-    power = power * r + 5.00000000e-1f;
-    power = power * r * r + r + 1.0f;
-    Words bits, exponent;
-    std::memcpy(&bits, &power, sizeof bits);
-    std::memcpy(&exponent, &shifted, sizeof exponent);
-    bits += exponent << 23;
-    std::memcpy(&power, &bits, sizeof bits);
-    return x < least ? Lanes{} : power;
-}
-
-inline Lanes silu(Lanes x) { return x / (1.0f + exponential(-x)); }
-
-constexpr int64_t whole(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
 // A matrix in memory, by rows.
 struct Rows {
@@ -148,7 +36,7 @@ inline void tile(Rows x, Rows w, int64_t inner, int64_t outputs, float* y, int64
         }
     }
     float found[LANES];
-    store(found, sums(total));
+    store(found, folded(total));
 #pragma GCC unroll 16
     for (int64_t r = 0; r < R; ++r) std::memcpy(y + r * y_stride, found + r * O, O * sizeof(float));
 }

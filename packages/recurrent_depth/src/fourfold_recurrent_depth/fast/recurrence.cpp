@@ -7,7 +7,6 @@
 // `compiled.py` makes the arguments, and says there what this file does not take.
 #include "products.h"
 
-#include <limits>
 #include <vector>
 
 namespace {
