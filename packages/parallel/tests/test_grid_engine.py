@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from fourfold_parallel.grid.engine import Fourfold, GridSession
 from fourfold_parallel.grid.gradients import gradient_norm, local
 from fourfold_parallel.grid.huggingface import parallelize
+from fourfold_parallel.run.checkpoint import restore, save
 from fourfold_parallel.run.objective import token_nats
 from fourfold_parallel.run.train import seed_dropout
 from fourfold_parallel.testing.grids import Sizes, close, in_float64, mesh_of, piece_of
@@ -193,13 +194,10 @@ def any_grid_to_any_other(grids: list[Sizes], config: Any, folder: Path, **how: 
         with opened(sizes, config, **how) as session:
             for step in range(2):
                 step_of(session, step, 1, 0.1)
-            if session.is_main:
-                here.mkdir()
-            session.wait()
-            session.save(here)
+            save(session, here)
         for other in grids:
             with opened(other, config, **how) as session:
-                session.load(here)
+                restore(session, here / "step-00000000")
                 step_of(session, 2, 1, 0.1)
                 same_parameters(session, serial, what=f"saved on {sizes}, loaded on {other}")
 
