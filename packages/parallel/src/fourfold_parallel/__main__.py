@@ -13,6 +13,8 @@ def main() -> None:
             "report": commands.report,
             "plan": commands.plan,
             "watch": commands.watch,
+            "checkpoint": commands.checkpoint,
+            "storm": commands.storm,
             "packages": commands.packages,
             "probe": commands.probe,
         },

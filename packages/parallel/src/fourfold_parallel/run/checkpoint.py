@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d{8})")
 LATEST = "latest"
-"""A link to the last whole checkpoint."""
+"""A file that names the last whole checkpoint. No link: copies of a folder follow those, or lose them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,7 +275,12 @@ class Saver:
         Raises:
             OSError: It is not; the reason is named.
         """
+        started_s = time.perf_counter()
         self._join()
+        if self._told < len(self._outcomes):  # the step waits for the last one to its end
+            last = self._outcomes[-1]
+            waited_s = time.perf_counter() - started_s
+            self._outcomes[-1] = replace(last, stall_s=last.stall_s + waited_s)
         [failure, *_] = self._ranks.gather(self._outcomes[-1].failure if self._outcomes else "")
         if failure:
             raise OSError(f"the last checkpoint could not be written: {failure}")
@@ -385,10 +390,7 @@ def publish(partial: Path, final: Path, about: Manifest, beside: Mapping[str, by
 
 def point(final: Path) -> None:
     """Move the pointer `latest` of a folder to a checkpoint in it, durably, in one step."""
-    link = final.parent / f".{LATEST}.{uuid.uuid4().hex[:8]}"
-    link.symlink_to(final.name)
-    link.replace(final.parent / LATEST)
-    sync(final.parent)
+    write_text(final.parent / LATEST, f"{final.name}\n")
 
 
 def copy_whole(source: Path, target: Path) -> None:

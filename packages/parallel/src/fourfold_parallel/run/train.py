@@ -130,7 +130,13 @@ def train(
                     "resumed", step=first_step, engine=run.engine, world_size=world_size()
                 )
             staged_s = time.perf_counter() - opened_s
-            records.write("staged", step=first_step, elapsed_s=round(staged_s, 4))
+            records.write(
+                "staged",
+                step=first_step,
+                elapsed_s=round(staged_s, 4),
+                train_rows=len(stream.row_starts),
+                validation_rows=len(held_out.row_starts),
+            )
             described: Any = strict(to_json(run))
             saver = Saver(checkpoints, session, run=described, beside=beside, keep=keep)
             tell = progress if session.is_main else silent

@@ -54,11 +54,12 @@ class Watchdog:
 
     def __init__(self, *, beat_s: float = 1.0) -> None:
         self._patience_s = patience().total_seconds()
-        self._beat_s = min(beat_s, self._patience_s / 8)
+        self._beat_s = min(beat_s, self._patience_s / 60)
         self._ends = threading.Event()
         self._thread: threading.Thread | None = None
         self._store: Any = None
         self._rank = self._ranks = 0
+        self._is_gone = False
 
     def __enter__(self) -> Self:
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -78,7 +79,7 @@ class Watchdog:
         trace: TracebackType | None,
     ) -> None:
         if self._thread is not None:
-            if error is not None:
+            if error is not None and not self._is_gone:
                 with suppress(Exception):
                     words = f"{type(error).__name__}: {error}"[:500]
                     self._store.set(self._key("last", self._rank), words)
@@ -106,6 +107,8 @@ class Watchdog:
     def others(self) -> str:
         """The other ranks' state in a sentence or two; takes three beats."""
         before = self._signs()
+        if self._is_gone:
+            return "the launch's store does not answer: rank 0, or the launcher, has ended"
         time.sleep(3 * self._beat_s)
         after = self._signs()
         told: list[str] = []
@@ -133,10 +136,11 @@ class Watchdog:
         count = 0
         while not self._ends.wait(self._beat_s):
             count += 1
-            with suppress(
-                Exception
-            ):  # the rank that held the store has ended: the collectives say so
+            try:
                 self._beat(count)
+            except RuntimeError:  # whoever held the store has ended: the collectives say so
+                self._is_gone = True
+                return
             if NOW.waiting_for_s() > self._patience_s + GRACE_S:
                 with suppress(Exception):
                     log.critical(
@@ -151,10 +155,12 @@ class Watchdog:
 
     def _signs(self) -> dict[int, dict[str, Any]]:
         signs: dict[int, dict[str, Any]] = {}
-        with suppress(Exception):
+        try:
             for rank in range(self._ranks):
                 if self._store.check([self._key("sign", rank)]):
                     signs[rank] = json.loads(self._store.get(self._key("sign", rank)))
+        except RuntimeError:
+            self._is_gone = True
         return signs
 
     def _last_words(self, rank: int) -> str:

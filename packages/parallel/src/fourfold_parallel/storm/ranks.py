@@ -93,7 +93,7 @@ def _serve(folder: Path, rank: int, ranks: int, port: int, kill: Kill | None) ->
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "FOURFOLD_PATIENCE_S": os.environ.get("FOURFOLD_PATIENCE_S", "60"),
+        "FOURFOLD_PATIENCE_S": os.environ.get("FOURFOLD_PATIENCE_S", "20"),
     }  # fmt: skip
     import torch
 

@@ -20,6 +20,7 @@ from fourfold_parallel.grid.engine import Fourfold
 from fourfold_parallel.run import checkpoint, shards
 from fourfold_parallel.run.corpora import TextFiles
 from fourfold_parallel.run.data import Packed
+from fourfold_parallel.run.engines import DDP, FSDP2
 from fourfold_parallel.run.models import Llama
 from fourfold_parallel.run.objective import KeepAll, NextToken
 from fourfold_parallel.run.optimizer import AdamW, Cosine
@@ -40,7 +41,7 @@ TEXT = "the grid holds four axes and every axis carries one kind of split of the
 
 GRIDS_OF_TWO = (
     Fourfold(data=2), Fourfold(depth=2), Fourfold(row=2), Fourfold(col=2),
-    Fourfold(data=2, shards_optimizer=True),
+    Fourfold(data=2, shards_optimizer=True), DDP(), FSDP2(reshard_after_forward=True),
 )  # fmt: skip
 """What the small run goes through, one life each in turn."""
 
@@ -233,8 +234,10 @@ def _left_behind(folder: Path, toll: Toll) -> tuple[int, int]:
     for one in whole:
         toll.faults += list(shards.faults(one.path))
     pointer = folder / "checkpoints" / checkpoint.LATEST
-    if pointer.is_symlink() and not pointer.exists():
-        toll.faults.append(f"{pointer} points to nothing")
+    if pointer.exists():
+        named = pointer.read_text(encoding="utf-8").strip()
+        if named not in {one.path.name for one in whole}:
+            toll.faults.append(f"{pointer} names {named!r}, which is not there")
     safe = whole[-1].step if whole else 0
     return max(steps[-1], safe), safe
 
