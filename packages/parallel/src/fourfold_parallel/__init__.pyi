@@ -22,6 +22,7 @@ from .run.corpora import PythonSource as PythonSource
 from .run.corpora import TextFiles as TextFiles
 from .run.corpora import Wikipedia as Wikipedia
 from .run.data import Packed as Packed
+from .run.elastic import Planned as Planned
 from .run.engines import DDP as DDP
 from .run.engines import FSDP2 as FSDP2
 from .run.engines import DeepSpeed as DeepSpeed

@@ -13,6 +13,7 @@ def main() -> None:
             "report": commands.report,
             "plan": commands.plan,
             "watch": commands.watch,
+            "mllog": commands.mllog,
             "checkpoint": commands.checkpoint,
             "storm": commands.storm,
             "packages": commands.packages,

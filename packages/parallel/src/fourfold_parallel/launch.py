@@ -6,6 +6,7 @@ translates; they are read here only.
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -112,6 +113,7 @@ def process_group(on: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+@functools.cache
 def patience() -> timedelta:
     """How long a rank waits for others before it gives up: `FOURFOLD_PATIENCE_S`, else ten minutes."""
     return timedelta(seconds=float(os.environ.get("FOURFOLD_PATIENCE_S", "600")))

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Literal, cast
 
 import torch
@@ -32,6 +33,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group  # no public way from a name
 
 from fourfold_parallel.common.activity import NOW
+from fourfold_parallel.launch import patience
 
 _functional = torch.ops._c10d_functional  # noqa: SLF001 - the operators have no public name
 # Torch 2.13 has new names for these two, and warns of those that 2.11 has.
@@ -189,8 +191,14 @@ class Pending:
     def _finish(self, work: dist.Work) -> None:
         NOW.begin_waiting(self)
         try:
-            work.wait()
+            if self._tensor.is_cpu:
+                # gloo's own limit is that of the communicator, half an hour. After one failure the others
+                # under way will not end either.
+                work.wait(timedelta(milliseconds=1) if _failed else patience())
+            else:
+                work.wait()  # orders streams; NCCL keeps its time by itself
         except RuntimeError as error:
+            _failed.append(str(self))
             axis = self._axis
             error.add_note(f"in {self}, as rank {axis.rank} of {axis.size} along {axis.name}")
             raise
@@ -200,6 +208,8 @@ class Pending:
             self._work = self._sent = None
 
 
+_failed: list[str] = []
+"""Collectives that failed in this process: its communicators are of no use any more."""
 _under_way: dict[Pending, None] = {}
 """In the order of their start. Of the process, as its communicators are."""
 

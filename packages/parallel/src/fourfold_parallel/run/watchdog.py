@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fourfold_parallel.common.activity import NOW
-from fourfold_parallel.launch import patience
+from fourfold_parallel.launch import is_launched, patience
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,9 @@ class Watchdog:
             self._ends.set()
             self._thread.join()
             self._thread = None
+            if isinstance(error, RankLostError) and is_launched():
+                # What is under way may keep an interpreter from ending.
+                threading.Thread(target=_end_after_grace, daemon=True).start()
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
@@ -175,18 +178,15 @@ class Watchdog:
         return f"fourfold/{kind}/{rank}"
 
 
+def _end_after_grace() -> None:
+    time.sleep(GRACE_S)
+    os._exit(EXIT_CODE)
+
+
 def _is_of_collective(error: RuntimeError) -> bool:
-    words = (
-        "gloo",
-        "Gloo",
-        "NCCL",
-        "nccl",
-        "Connection closed",
-        "Connection reset",
-        "Timed out",
-        "c10d",
-    )
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    words = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "c10d")
+    said = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in said for word in words)
 
 
 def _first_line(error: BaseException) -> str:
