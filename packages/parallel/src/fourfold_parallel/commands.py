@@ -346,24 +346,22 @@ def storm(
     from rich.console import Console
 
     from fourfold_parallel.common.progress import Logged
-    from fourfold_parallel.common.records import read_record
+    from fourfold_parallel.common.records import RecordWriter, header, read_record
     from fourfold_parallel.reproduce import terminal
     from fourfold_parallel.run.recipe import Run
-    from fourfold_parallel.storm.storm import lives_of, small_run
     from fourfold_parallel.storm.storm import storm as rage
+    from fourfold_parallel.storm.study import Small, Storm
 
     terminal.start(terminal.console())
-    if run == "small":
-        runs = lives_of(small_run(out.with_name(f"{out.name}-corpus")))
-    else:
-        described = read_record(Path(run)).run
-        if not isinstance(described, Run):
-            raise ValueError(f"{run} is no record of one training run; name one, or small")
-        runs = (described,)
-    toll = rage(
-        runs, out, ranks=ranks, kills=kills, seed=seed, pairs_of=pairs, record=record,
-        progress=Logged(),
-    )  # fmt: skip
+    described = Small() if run == "small" else read_record(Path(run)).run
+    if not isinstance(described, Run | Small):
+        raise ValueError(f"{run} is no record of one training run; name one, or small")
+    study = Storm(runs=described, kills=kills, ranks=ranks, pairs_of=pairs, seed=seed)
+    record.unlink(missing_ok=True)
+    with RecordWriter(record) as records:
+        records.write_header(header(study, seed=seed, world_size=ranks, materials=(), overrides=()))
+        toll = rage(study, out, records, Logged())
+        records.write("finished")
     target = Console(highlight=False)
     target.print(
         f"{sum(toll.kills.values())} kills in {toll.lives} lives, {sum(toll.lost)} steps lost, at most "

@@ -8,27 +8,19 @@ import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fourfold_parallel.common.progress import Progress
-from fourfold_parallel.common.records import RecordWriter, header, read_record
+from fourfold_parallel.common.records import RecordWriter, read_record
 from fourfold_parallel.common.values import to_json
-from fourfold_parallel.grid.engine import Fourfold
 from fourfold_parallel.run import checkpoint, shards
-from fourfold_parallel.run.corpora import TextFiles
-from fourfold_parallel.run.data import Packed
-from fourfold_parallel.run.engines import DDP, FSDP2
-from fourfold_parallel.run.models import Llama
-from fourfold_parallel.run.objective import KeepAll, NextToken
-from fourfold_parallel.run.optimizer import AdamW, Cosine
-from fourfold_parallel.run.recipe import Run, Steps
+from fourfold_parallel.run.recipe import Run
 from fourfold_parallel.run.shards import Manifest
-from fourfold_parallel.run.tokenizers import BytePairs
 from fourfold_parallel.storm import pairs
 from fourfold_parallel.storm.ranks import MOMENTS, drawn, launch, wait
+from fourfold_parallel.storm.study import Small, Storm
 from fourfold_parallel.testing.grids import Sizes, factorisations
 from fourfold_parallel.testing.ranks import run_on_ranks
 
@@ -36,42 +28,6 @@ BOUND_S = 30.0
 """After a rank's death the others have so long to end by themselves."""
 EXACT = 1e-12
 """Of a parameter after the step that follows a load, in float64 (research, K1)."""
-
-TEXT = "the grid holds four axes and every axis carries one kind of split of the work"
-
-GRIDS_OF_TWO = (
-    Fourfold(data=2), Fourfold(depth=2), Fourfold(row=2), Fourfold(col=2),
-    Fourfold(data=2, shards_optimizer=True), DDP(), FSDP2(reshard_after_forward=True),
-)  # fmt: skip
-"""What the small run goes through, one life each in turn."""
-
-
-def small_run(folder: Path, *, steps: int = 40, every: int = 4) -> Run:
-    """A little Llama on text made here: what a storm rages over where no other run is named."""
-    words = TEXT.split()
-    paths = []
-    for document in range(10):
-        text = [words[(i * i + 7 * i * document + document) % len(words)] for i in range(400)]
-        path = folder / f"document-{document}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(" ".join(text), encoding="utf-8")
-        paths.append(str(path))
-    return Run(
-        name="storm",
-        model=Llama(
-            width=32, depth=2, heads=4, kv_heads=2, hidden=64, vocabulary=320, context=32, tied=True
-        ),
-        data=Packed(
-            corpus=TextFiles(paths=tuple(paths), licence="made here"),
-            tokenizer=BytePairs(vocabulary=320), held_out=0.1,
-        ),
-        objective=NextToken(mask=KeepAll()),
-        optimizer=AdamW(learning_rate=3e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8),
-        schedule=Cosine(warmup_steps=2, floor=0.1),
-        horizon=Steps(count=steps),
-        batch=8, microbatch=4, sequence=24, max_grad_norm=0.5, precision="fp32",
-        engine=Fourfold(data=2), seed=3, validate_every=10, checkpoint_every=every,
-    )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -97,52 +53,36 @@ class Toll:
     """Everything that should not be, one sentence each."""
 
 
-def storm(
-    runs: Sequence[Run],
-    folder: Path,
-    *,
-    ranks: int,
-    kills: int,
-    seed: int,
-    pairs_of: int,
-    record: Path,
-    progress: Progress,
-) -> Toll:
-    """Rage over runs, one life each in turn, until so many ranks have been killed; every finding is recorded.
+def storm(study: Storm, folder: Path, records: RecordWriter, progress: Progress) -> Toll:
+    """Rage, and record every kill, every life, the planted faults and the pairs of grids.
 
     Args:
-        runs: the same training on one grid or several; each ends as its own run without a storm does.
+        study: what to do.
         folder: for checkpoints; is emptied.
-        ranks: of a launch.
-        kills: ranks to kill in all.
-        seed: decides who dies when.
-        pairs_of: ranks whose grids are tried in all pairs; 0 leaves that out.
-        record: JSONL file, written anew.
+        records: gets the events.
         progress: told after each kill.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    record.unlink(missing_ok=True)
-    toll, generator = Toll(), random.Random(seed)  # noqa: S311 - no secret
-    with RecordWriter(record) as records:
-        records.write_header(
-            header(runs[0], seed=seed, world_size=ranks, materials=(), overrides=())
-        )
-        references = [_reference(run, folder / f"calm-{i}", ranks) for i, run in enumerate(runs)]
-        while sum(toll.kills.values()) < kills:
-            index = toll.lives % len(runs)
-            _live(
-                runs[index], references[index], folder / f"life-{toll.lives}", ranks, kills,
-                generator, records, toll, progress,
-            )  # fmt: skip
-        _plant(references[0], folder, ranks, records, toll)
-        if pairs_of:
-            _try_pairs(factorisations(pairs_of), pairs_of, folder / "pairs", records, toll)
-        records.write(
-            "storm", kills=dict(toll.kills), lives=toll.lives, steps_lost=sum(toll.lost),
-            most_lost=max(toll.lost, default=0), slowest_end_s=round(max(toll.ended_s, default=0.0), 2),
-            faults=toll.faults,
-        )  # fmt: skip
-        records.write("finished")
+    folder.mkdir(parents=True)
+    toll, generator = Toll(), random.Random(study.seed)  # noqa: S311 - no secret
+    match study.runs:
+        case Small():
+            runs = study.runs.runs(folder / "corpus")
+        case Run():
+            runs = (study.runs,)
+    references = [_reference(run, folder / f"calm-{i}", study.ranks) for i, run in enumerate(runs)]
+    while sum(toll.kills.values()) < study.kills:
+        index = toll.lives % len(runs)
+        here = folder / f"life-{toll.lives}"
+        _live(study, runs[index], references[index], here, generator, records, toll, progress)
+    _plant(references[0], folder, study.ranks, records, toll)
+    if study.pairs_of:
+        _try_pairs(factorisations(study.pairs_of), study.pairs_of, folder / "pairs", records, toll)
+    records.write(
+        "storm", kills=dict(toll.kills), lives=toll.lives, steps_lost=sum(toll.lost),
+        most_lost=max(toll.lost, default=0), slowest_end_s=round(max(toll.ended_s, default=0.0), 2),
+        faults=toll.faults,
+    )  # fmt: skip
     return toll
 
 
@@ -171,20 +111,24 @@ def _ending(folder: Path) -> tuple[list[float], Any]:
 
 
 def _live(
-    run: Run, reference: Reference, folder: Path, ranks: int, kills: int,
-    generator: random.Random, records: RecordWriter, toll: Toll, progress: Progress,
+    study: Storm, run: Run, reference: Reference, folder: Path, generator: random.Random,
+    records: RecordWriter, toll: Toll, progress: Progress,
 ) -> None:  # fmt: skip
     """One run from its beginning to its end, through kills."""
     _described(run, folder)
     killed = 0
     while True:
         kill = None
-        if sum(toll.kills.values()) < kills:
+        if sum(toll.kills.values()) < study.kills:
             moment = min(MOMENTS, key=lambda name: (toll.kills[name], generator.random()))
             kill = drawn(
-                generator, moment=moment, ranks=ranks, steps=2 * run.checkpoint_every, collectives=6
+                generator,
+                moment=moment,
+                ranks=study.ranks,
+                steps=2 * run.checkpoint_every,
+                collectives=6,
             )
-        codes, ended_s = wait(launch(folder, ranks=ranks, kill=kill), bound_s=BOUND_S)
+        codes, ended_s = wait(launch(folder, ranks=study.ranks, kill=kill), bound_s=BOUND_S)
         if None in codes:
             toll.faults.append(
                 f"{folder.name}: a rank did not end within {BOUND_S:.0f} s of {kill}"
@@ -204,7 +148,9 @@ def _live(
             step=done, whole_step=whole, steps_lost=done - whole, others_ended_s=round(ended_s, 3),
         )  # fmt: skip
         progress(
-            sum(toll.kills.values()), kills, f"{kill.moment} at step {done}, {done - whole} lost"
+            sum(toll.kills.values()),
+            study.kills,
+            f"{kill.moment} at step {done}, {done - whole} lost",
         )
     losses, tensors = _ending(folder)
     alike = {"losses": losses == reference.losses, "weights": tensors == reference.tensors}
@@ -296,8 +242,3 @@ def _try_pairs(
     )  # fmt: skip
     if not worst <= EXACT or math.isnan(worst):
         toll.faults.append(f"after a load on another grid a parameter differs by {worst:.2g}")
-
-
-def lives_of(run: Run) -> tuple[Run, ...]:
-    """The small run on every kind of grid of two ranks."""
-    return tuple(replace(run, engine=engine) for engine in GRIDS_OF_TWO)
