@@ -5,7 +5,8 @@
 One session (FSDP2, a Llama of 98 million parameters with AdamW's moments, float32) is saved and loaded by
 all in turn, round by round, so that what else the machine does falls on all alike. A row is a ratio of
 medians; the stall is the time after which the next step may begin. Then so many saves in a row: resident
-memory.
+memory. Last, what it costs to note phases and waits: the time of a note, their number in a step of a grid
+(depth=2, four layers of width 256, 1,024 tokens), and the step.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from fourfold_parallel.common.activity import NOW
 from fourfold_parallel.common.records import RecordWriter, header
+from fourfold_parallel.grid.engine import Fourfold
 from fourfold_parallel.launch import Ranks
 from fourfold_parallel.run.checkpoint import Keep, Saver, restore
 from fourfold_parallel.run.engines import FSDP2
 from fourfold_parallel.run.models import Llama
+from fourfold_parallel.run.objective import token_nats
 
 MODEL = Llama(
     width=768, depth=12, heads=12, kv_heads=12, hidden=2048, vocabulary=8192, context=64, tied=False
@@ -134,7 +139,50 @@ def measure(session: Any, arguments: argparse.Namespace) -> None:
         contenders.close()
         if arguments.memory_saves:
             remember(session, ranks, records, nbytes, arguments)
+        note_costs(ranks, records)
     shutil.rmtree(arguments.folder, ignore_errors=True)
+
+
+def note_costs(ranks: Ranks, records: RecordWriter) -> None:
+    """The share of a step that goes into noting its phases and waits."""
+    shape = replace(
+        MODEL, width=256, depth=4, heads=4, kv_heads=4, hidden=768, vocabulary=2048, context=128
+    )
+    model = shape.build(seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    tokens = torch.randint(0, 2048, (4, 128), generator=torch.Generator().manual_seed(ranks.rank))
+    marks, steps_s = [0], []
+    with Fourfold(depth=2).open(
+        model, optimizer, precision="fp32", batch=8, microbatch=4
+    ) as session:
+        for turn in range(8):
+            if turn == 1:
+                NOW.listeners.append(lambda _: marks.__setitem__(0, marks[0] + 1))
+            if turn == 2:
+                NOW.listeners.clear()
+            started_s = time.perf_counter()
+            NOW.enter("forward")
+            with session.microbatch(is_last=True):
+                loss = token_nats(
+                    session.model(input_ids=tokens[:, :-1], use_cache=False).logits,
+                    tokens[:, 1:],
+                    session.model,
+                ).mean()
+                NOW.enter("backward")
+                session.backward(loss)
+            NOW.enter("update")
+            session.update(1.0)
+            steps_s.append(time.perf_counter() - started_s)
+    started_s = time.perf_counter()
+    for _ in range(10_000):
+        NOW.begin_waiting(None)
+        NOW.end_waiting()
+    note_s = (time.perf_counter() - started_s) / 10_000
+    step_s = statistics.median(steps_s[2:])
+    records.write(
+        "notes", notes=marks[0], note_us=round(1e6 * note_s, 3), step_s=round(step_s, 4),
+        share=round(marks[0] * note_s / step_s, 6),
+    )  # fmt: skip
 
 
 class Contenders:

@@ -109,8 +109,12 @@ def process_group(on: torch.device) -> Iterator[None]:
         dist.init_process_group("gloo", timeout=patience())
     try:
         yield
-    finally:
+    except RuntimeError:
+        raise  # where a collective failed, others are under way, and to destroy the group waits for them
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 @functools.cache

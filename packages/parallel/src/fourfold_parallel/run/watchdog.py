@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 GRACE_S = 30.0
 """After the launch's patience has ended a collective, so long for this process to end by itself."""
+LAST_S = 10.0
+"""After a collective has failed, so long for this process to end by itself."""
 EXIT_CODE = 75
 """Of a rank that had to be ended: "try again", as sysexits.h has it."""
 
@@ -102,10 +104,12 @@ class Watchdog:
         except RuntimeError as error:
             if not self._ranks or not _is_of_collective(error):
                 raise
-            raise RankLostError(
+            told = (
                 f"rank {self._rank} gave up at step {NOW.step + 1}, in {NOW.phase}: "
                 f"{_first_line(error)}. {self.others()}"
-            ) from error
+            )
+            log.critical("%s", told)  # now: what is under way may keep this process from ending
+            raise RankLostError(told) from error
 
     def others(self) -> str:
         """The other ranks' state in a sentence or two; takes three beats."""
@@ -179,7 +183,7 @@ class Watchdog:
 
 
 def _end_after_grace() -> None:
-    time.sleep(GRACE_S)
+    time.sleep(LAST_S)
     os._exit(EXIT_CODE)
 
 

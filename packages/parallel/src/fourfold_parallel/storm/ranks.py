@@ -73,27 +73,27 @@ def wait(processes: list[ForkServerProcess], *, bound_s: float) -> tuple[list[in
     Returns:
         Exit codes, None for a rank that had to be ended; and seconds from the first death to the last end.
     """
-    died_s: float | None = None
-    while any(process.is_alive() for process in processes):
-        codes = [process.exitcode for process in processes]
-        if died_s is None and any(codes_ not in (None, 0) for codes_ in codes):
-            died_s = time.perf_counter()
-        if died_s is not None and time.perf_counter() - died_s > bound_s:
-            break
+    ending_s, looked_s = 0.0, time.perf_counter()
+    while ending_s <= bound_s and any(process.is_alive() for process in processes):
         time.sleep(0.005)
+        now_s = time.perf_counter()
+        if any(process.exitcode not in (None, 0) for process in processes):
+            # A machine that stands still for a while, this process with it, is no hang of a rank.
+            ending_s += min(now_s - looked_s, 0.1)
+        looked_s = now_s
     codes = [process.exitcode for process in processes]
     for process in processes:
         if process.is_alive():
             process.kill()
         process.join()
-    return codes, 0.0 if died_s is None else time.perf_counter() - died_s
+    return codes, ending_s
 
 
 def _serve(folder: Path, rank: int, ranks: int, port: int, kill: Kill | None) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "FOURFOLD_PATIENCE_S": os.environ.get("FOURFOLD_PATIENCE_S", "20"),
+        "FOURFOLD_PATIENCE_S": os.environ.get("FOURFOLD_PATIENCE_S", "600"),
     }  # fmt: skip
     import torch
 
