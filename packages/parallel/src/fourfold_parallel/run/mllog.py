@@ -208,6 +208,11 @@ class _Log:
         return "\n".join(self._lines) + "\n"
 
 
+def is_timed(record: Record) -> bool:
+    """Whether a record is of a training, and says where its time went."""
+    return bool(record.of("staged") and record.of("step"))
+
+
 PARTS = ("staging", "data", "compute", "exposed communication", "evaluation", "checkpoint", "rest")
 
 
@@ -219,9 +224,10 @@ def decomposed(record: Record) -> dict[str, float]:
     records, and after a restart the time until the ranks stood again with the steps that were lost.
 
     Raises:
-        ValueError: The record is of something else, or lacks the times.
+        ValueError: The record is of no training, or lacks the times.
     """
-    _run_of(record)
+    if not is_timed(record):
+        raise ValueError(f"{record.path} is not the record of a training with its times")
     staged, steps = record.of("staged"), record.of("step")
     first = staged[0]
     whole_s = (record.events[-1].number("at_ms") - first.number("at_ms")) / 1000 + first.number(

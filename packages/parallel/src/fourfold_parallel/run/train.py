@@ -140,7 +140,7 @@ def train(
             described: Any = strict(to_json(run))
             saver = Saver(checkpoints, session, run=described, beside=beside, keep=keep)
             tell = progress if session.is_main else silent
-            if not _was_reached(record, first_step):
+            if begun is None or not _was_reached(run.horizon, record, first_step):
                 try:
                     _steps(run, session, stream, held_out, first_step, saver, records, tell, stop)
                 except BaseException:
@@ -307,11 +307,11 @@ def _is_reached(horizon: Horizon, validation_loss_nats: float) -> bool:
     return isinstance(horizon, Until) and validation_loss_nats <= horizon.loss_nats
 
 
-def _was_reached(record: Path, step: int) -> bool:
+def _was_reached(horizon: Horizon, record: Path, step: int) -> bool:
     """Whether the run that a record is of has met its quality after that step."""
-    return record.exists() and any(
-        event.number("step") == step for event in read_record(record).of("reached")
-    )
+    if not isinstance(horizon, Until) or not record.exists():
+        return False
+    return any(event.number("step") == step for event in read_record(record).of("reached"))
 
 
 def _tell_saves(records: RecordWriter, saver: Saver) -> None:

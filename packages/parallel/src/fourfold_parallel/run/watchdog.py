@@ -6,11 +6,13 @@ is to blame; ages are counted in signs, so a wall clock that jumps changes nothi
 ends is ended here.
 """
 
+import atexit
 import json
 import logging
 import os
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -89,8 +91,7 @@ class Watchdog:
             self._thread.join()
             self._thread = None
             if isinstance(error, RankLostError) and is_launched():
-                # What is under way may keep an interpreter from ending.
-                threading.Thread(target=_end_after_grace, daemon=True).start()
+                _see_to_the_end()
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
@@ -182,9 +183,20 @@ class Watchdog:
         return f"fourfold/{kind}/{rank}"
 
 
-def _end_after_grace() -> None:
-    time.sleep(LAST_S)
-    os._exit(EXIT_CODE)
+def _see_to_the_end() -> None:
+    """See that this process ends: collectives under way keep an interpreter from it, without a limit."""
+
+    def leave() -> None:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_CODE)
+
+    atexit.register(leave)
+    if threading.current_thread() is threading.main_thread():
+        # Where the way to the end hangs itself. No thread would do: they stand still when it begins.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, LAST_S)
 
 
 def _is_of_collective(error: RuntimeError) -> bool:
