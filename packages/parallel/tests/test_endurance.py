@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from fourfold_parallel.grid.collectives import refuse_under_way
 from fourfold_parallel.grid.engine import Fourfold, GridSession
 from fourfold_parallel.grid.schedule import Overlaps
+from fourfold_parallel.run.checkpoint import restore, save
 from fourfold_parallel.run.objective import token_nats
 from fourfold_parallel.testing.grids import Sizes, factorisations, in_float64, mesh_of
 from fourfold_parallel.testing.ranks import run_on_ranks
@@ -149,8 +150,7 @@ def take_steps(session: GridSession, steps: int, folder: Path) -> Losses:
             with torch.no_grad(), session.microbatch(is_last=True):
                 loss = nats(session.model, share_of(session, -1))
             validated.append(session.sum(loss).item())
-            session.save(folder)
-            session.load(folder)
+            restore(session, save(session, folder))
     refuse_under_way(when="after a run")
     return trained, validated
 
@@ -251,4 +251,4 @@ def test_a_hundred_starts_on_busy_cores_come_up_and_go_down(tmp_path: Path) -> N
         check=False,
     )
     assert started.returncode == 0, started.stdout[-3000:] + started.stderr[-6000:]
-    assert len([*tmp_path.glob("*/model.safetensors")]) == 100
+    assert len([*tmp_path.glob("*/step-*/checkpoint.json")]) == 100

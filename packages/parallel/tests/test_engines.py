@@ -64,9 +64,12 @@ def test_two_ranks_train_the_losses_of_one_process(
         assert AutoTokenizer.from_pretrained(path.parent).decode([40, 41])
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "words", [("ddp@3", "row@4", "fsdp2@5"), ("zero1@3", "zero3@4", "zero2@5")]
+)
 def test_a_run_goes_on_under_other_engines_and_on_other_ranks(
-    tmp_path: Path, small_run: Run
+    tmp_path: Path, small_run: Run, words: tuple[str, ...]
 ) -> None:
     """From one process over three engines on two ranks back to one: the losses of one process."""
     run = replace(small_run, checkpoint_every=1)
@@ -79,7 +82,7 @@ def test_a_run_goes_on_under_other_engines_and_on_other_ranks(
 
     with pytest.raises(KeyboardInterrupt):
         train(run, progress=stop_at_three, **shared)
-    on_two_ranks(replace(run, microbatch=2), tmp_path, ("ddp@3", "row@4", "fsdp2@5"))
+    on_two_ranks(replace(run, microbatch=2), tmp_path, words)
     last = train(run, progress=silent, **shared)
     record = read_record(tmp_path / "shared.jsonl")
     assert [event.number("step") for event in record.of("resumed")] == [2, 3, 4, 5]

@@ -10,10 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fourfold_parallel.grid.engine import Fourfold
+from fourfold_parallel.run.checkpoint import restore, save
 from fourfold_parallel.run.engines import DDP, FSDP2, Engine, Session, Single
 from fourfold_parallel.run.models import Llama
 from fourfold_parallel.testing.ranks import run_on_ranks
 
+STEP_0 = "step-00000000"
 MODEL = Llama(
     width=16, depth=2, heads=4, kv_heads=2, hidden=32, vocabulary=64, context=32, tied=True
 )
@@ -31,24 +33,18 @@ def trained(engine: Engine, folder: Path, *, saves: str) -> dict[str, Tensor]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     with engine.open(model, optimizer, precision="fp32", batch=4, microbatch=4) as session:
         before, after = folder / "before", folder / "after"
-        if session.is_main:
-            for place in (before, after):
-                place.mkdir(parents=True)
-        session.wait()
         if saves != "never":
-            session.save(before)
+            save(session, before)
         if saves == "and read":
             step(session, seed=9)
-            session.wait()
-            session.load(before)
+            restore(session, before / STEP_0)
         for seed in (1, 2):
             step(session, seed=seed)
-        session.save(after)
-        session.wait()
+        save(session, after)
     from fourfold_parallel.run.state import load_weights
 
     plain = MODEL.build(seed=0)
-    load_weights(plain, after)
+    load_weights(plain, after / STEP_0)
     return {name: weight.detach() for name, weight in plain.named_parameters()}
 
 
@@ -87,7 +83,7 @@ def test_a_first_update_of_adamw_moves_by_the_learning_rate(tmp_path: Path) -> N
     begun = model.weight.detach().clone()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
     with Single().open(model, optimizer, precision="fp32", batch=1, microbatch=1) as session:
-        session.save(tmp_path)
+        save(session, tmp_path)
         session.backward(session.model(torch.tensor([[1.0, -2.0, 3.0]])).sum())
         session.update(float("inf"))
     moved = model.weight.detach() - begun

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from fourfold_parallel.grid.engine import Fourfold, GridSession
 from fourfold_parallel.grid.gradients import gradient_norm, local
 from fourfold_parallel.grid.huggingface import parallelize
+from fourfold_parallel.run.checkpoint import restore, save
 from fourfold_parallel.run.objective import token_nats
 from fourfold_parallel.run.train import seed_dropout
 from fourfold_parallel.testing.grids import Sizes, close, in_float64, mesh_of, piece_of
@@ -193,13 +194,10 @@ def any_grid_to_any_other(grids: list[Sizes], config: Any, folder: Path, **how: 
         with opened(sizes, config, **how) as session:
             for step in range(2):
                 step_of(session, step, 1, 0.1)
-            if session.is_main:
-                here.mkdir()
-            session.wait()
-            session.save(here)
+            save(session, here)
         for other in grids:
             with opened(other, config, **how) as session:
-                session.load(here)
+                restore(session, here / "step-00000000")
                 step_of(session, 2, 1, 0.1)
                 same_parameters(session, serial, what=f"saved on {sizes}, loaded on {other}")
 
@@ -293,6 +291,61 @@ def test_loading_holds_little_more_than_the_shard(tmp_path: Path) -> None:
         4, peak_of_loading, config=config, folder=tmp_path, sizes=(1, 2, 2, 1)
     ):
         assert peak <= 1.3 * shard
+
+
+def peaks_of_a_checkpoint(config: Any, folder: Path, sizes: Sizes) -> tuple[float, float]:
+    """Peak memory of a save and of a load onto a model without values, over what this rank holds."""
+
+    @contextmanager
+    def peak() -> Iterator[list[int]]:
+        found, before, ends = [0], anonymous_bytes(), threading.Event()
+
+        def watch() -> None:
+            while not ends.is_set():
+                found[0] = max(found[0], anonymous_bytes() - before)
+                time.sleep(0.002)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        yield found
+        ends.set()
+        watcher.join()
+
+    def session_of(model: Any) -> Any:
+        return engine_of(sizes).open(
+            model, torch.optim.AdamW(model.parameters()), precision="fp32", batch=4, microbatch=4
+        )
+
+    with session_of(AutoModelForCausalLM.from_config(config)) as session:
+        tokens = torch.zeros(4 // session.ranks, 4, dtype=torch.long)
+        with session.microbatch(is_last=True):
+            session.backward(session.model(input_ids=tokens).logits.float().sum())
+        session.update(1.0)
+        shard = sum(
+            part.values.nbytes for _, held in session.state().tensors() for part in held.parts
+        )
+        with peak() as saving:
+            path = save(session, folder)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    with peak() as loading, session_of(empty) as session:
+        restore(session, path)
+    return saving[0] / shard, loading[0] / shard
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_checkpoint_takes_little_more_memory_than_the_shard(tmp_path: Path) -> None:
+    """At most 1.3 times what a rank holds of a 340 MB model with its moments, to save it and to load it."""
+    config = LlamaConfig(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=2048,
+        vocab_size=2000,
+    )  # fmt: skip
+    for saving, loading in run_on_ranks(
+        4, peaks_of_a_checkpoint, config=config, folder=tmp_path, sizes=(1, 2, 2, 1)
+    ):
+        assert saving <= 1.3
+        assert loading <= 1.3
 
 
 def converting_is_refused() -> None:

@@ -15,12 +15,14 @@ from .plan.machine import Machine as Machine
 from .plan.machines import machine_of as machine_of
 from .plan.search import rank as rank
 from .plan.transformer import Transformer as Transformer
+from .run.checkpoint import Keep as Keep
 from .run.corpora import Hub as Hub
 from .run.corpora import PythonManual as PythonManual
 from .run.corpora import PythonSource as PythonSource
 from .run.corpora import TextFiles as TextFiles
 from .run.corpora import Wikipedia as Wikipedia
 from .run.data import Packed as Packed
+from .run.elastic import Planned as Planned
 from .run.engines import DDP as DDP
 from .run.engines import FSDP2 as FSDP2
 from .run.engines import DeepSpeed as DeepSpeed
@@ -38,6 +40,7 @@ from .run.recipe import At as At
 from .run.recipe import Run as Run
 from .run.recipe import Steps as Steps
 from .run.recipe import Tokens as Tokens
+from .run.recipe import Until as Until
 from .run.tokenizers import BytePairs as BytePairs
 from .run.tokenizers import PublishedTokenizer as PublishedTokenizer
 from .run.tokenizers import SmolLM2Tokenizer as SmolLM2Tokenizer

@@ -3,8 +3,11 @@
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import OmitSubcommandPrefixes, Positional, subcommand
 
 from fourfold_parallel.common.sinks import SinkName, named
 from fourfold_parallel.reproduce.cli import Switch
@@ -265,3 +268,157 @@ def probe(
             f"{out}: {len(machine.products)} products, {len(machine.parts)} pieces of a step and "
             f"{len(machine.curves)} kinds of collectives, measured on {launch.world_size()} ranks"
         )
+
+
+def mllog(
+    record: Path, /, *, target_loss_nats: float | None = None, out: Path | None = None
+) -> None:
+    """Time to quality of a training: where it went, and as a log for MLCommons' compliance checker.
+
+    Args:
+        record: The .jsonl file that the run wrote.
+        target_loss_nats: Validation loss that counts as quality reached; the run's own (Until) by default.
+        out: The log; by default beside the record, with the ending .mllog.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from fourfold_parallel.common.files import write_text
+    from fourfold_parallel.common.records import read_record
+    from fourfold_parallel.run import mllog as made
+
+    read = read_record(record)
+    text = made.lines(read, target_loss_nats=target_loss_nats)
+    path = out or record.with_suffix(".mllog")
+    write_text(path, text)
+    table = Table("part", "seconds", "share", box=None)
+    for name, seconds, share in made.shown(read):
+        table.add_row(name, f"{seconds:.2f}", f"{100 * share:.1f} %")
+    target = Console(highlight=False)
+    target.print(table)
+    target.print(
+        f"{path}; python -m mlperf_logging.compliance_checker --config {made.RULES} {path}",
+        soft_wrap=True,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class List:
+    """Step, ranks, engine and size of each checkpoint in a folder, and which is the latest."""
+
+    folder: Positional[Path]
+    """Where a run writes its checkpoints, or one of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verify:
+    """Read every byte and compare it with its checksum; name tensor and file of whatever differs."""
+
+    folder: Positional[Path]
+    """Where a run writes its checkpoints, or one of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """Write plain weights that `from_pretrained` reads, whatever grid and engine wrote the checkpoint."""
+
+    folder: Positional[Path]
+    """A checkpoint, or a folder of them, of which the last is taken."""
+    out: Path
+    """Gets model.safetensors, and configuration and tokenizer beside it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reshard:
+    """Write a checkpoint anew in another number of files. Reading needs no such step: any grid reads any."""
+
+    folder: Positional[Path]
+    """A checkpoint, or a folder of them, of which the last is taken."""
+    out: Path
+    """Gets a checkpoint of the same name."""
+    ranks: int
+    """Each writes its files; 1 leaves whole tensors."""
+
+
+def checkpoint(
+    what: OmitSubcommandPrefixes[
+        Annotated[List, subcommand("list")]
+        | Annotated[Verify, subcommand("verify")]
+        | Annotated[Export, subcommand("export")]
+        | Annotated[Reshard, subcommand("reshard")]
+    ],
+) -> None:
+    """Look at the checkpoints of a run, check them, and turn them into other files."""
+    from rich.console import Console
+
+    from fourfold_parallel.reproduce import checkpoints
+    from fourfold_parallel.run import checkpoint as made
+
+    target = Console(highlight=False)
+    match what:
+        case List(folder=folder):
+            checkpoints.show(folder, target)
+        case Verify(folder=folder):
+            checkpoints.verify(folder, target)
+        case Export(folder=folder, out=out):
+            target.print(str(made.export(checkpoints.newest(folder), out)), soft_wrap=True)
+        case Reshard(folder=folder, out=out, ranks=ranks):
+            if ranks < 1:
+                raise ValueError(f"ranks={ranks}; use 1 or more")
+            path = made.reshard(checkpoints.newest(folder), out, ranks=ranks)
+            target.print(str(path), soft_wrap=True)
+
+
+def storm(
+    run: str,
+    /,
+    *,
+    kills: int = 100,
+    ranks: int = 2,
+    pairs: int = 8,
+    seed: int = 0,
+    out: Path = Path("out/storm"),
+    record: Path = Path("out/storm.jsonl"),
+) -> None:
+    """Kill ranks of a training at random moments, start it again, and compare its end with one without kills.
+
+    Needs `fourfold-parallel[testing]`. Ends with status 2 where a kill costs more than the steps since the
+    last whole checkpoint, an ending differs by a bit, a process or half a file is left, or a planted fault
+    is missed.
+
+    Args:
+        run: small: a little Llama, on five grids of two ranks in turn. Or the .jsonl record of a run.
+        kills: Ranks to kill, as many in each part: data, forward, collective, optimizer, save, rename.
+        ranks: Of each launch; processes of this machine.
+        pairs: Save on each grid of so many ranks and load on each other one; 0 leaves that out.
+        seed: Decides who dies when.
+        out: Folder for checkpoints; it is emptied.
+        record: JSONL file of every kill and what was left behind.
+    """
+    from rich.console import Console
+
+    from fourfold_parallel.common.progress import Logged
+    from fourfold_parallel.common.records import RecordWriter, header, read_record
+    from fourfold_parallel.reproduce import terminal
+    from fourfold_parallel.run.recipe import Run
+    from fourfold_parallel.storm.storm import storm as rage
+    from fourfold_parallel.storm.study import Small, Storm
+
+    terminal.start(terminal.console())
+    described = Small() if run == "small" else read_record(Path(run)).run
+    if not isinstance(described, Run | Small):
+        raise ValueError(f"{run} is no record of one training run; name one, or small")
+    study = Storm(runs=described, kills=kills, ranks=ranks, pairs_of=pairs, seed=seed)
+    record.unlink(missing_ok=True)
+    with RecordWriter(record) as records:
+        records.write_header(header(study, seed=seed, world_size=ranks, materials=(), overrides=()))
+        toll = rage(study, out, records, Logged())
+        records.write("finished")
+    target = Console(highlight=False)
+    target.print(
+        f"{sum(toll.kills.values())} kills in {toll.lives} lives, {sum(toll.lost)} steps lost, at most "
+        f"{max(toll.lost, default=0)} by one; {record}",
+        soft_wrap=True,
+    )
+    if toll.faults:
+        raise ValueError("; ".join(toll.faults))

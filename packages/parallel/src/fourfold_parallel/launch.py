@@ -6,14 +6,18 @@ translates; they are read here only.
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 def adopt_slurm() -> None:
@@ -100,10 +104,59 @@ def process_group(on: torch.device) -> Iterator[None]:
         return
     if on.type == "cuda":
         torch.cuda.set_device(on)
-        dist.init_process_group("nccl", device_id=on)
+        dist.init_process_group("nccl", device_id=on, timeout=patience())
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=patience())
     try:
         yield
-    finally:
+    except RuntimeError:
+        raise  # where a collective failed, others are under way, and to destroy the group waits for them
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+@functools.cache
+def patience() -> timedelta:
+    """How long a rank waits for others before it gives up: `FOURFOLD_PATIENCE_S`, else ten minutes."""
+    return timedelta(seconds=float(os.environ.get("FOURFOLD_PATIENCE_S", "600")))
+
+
+class Ranks:
+    """All ranks of this launch, on a communicator of their own, on the CPU.
+
+    What it does disturbs no collective of the training, and may be called from another thread. Every rank
+    makes it, at the same time; one process alone is a launch of one rank.
+    """
+
+    def __init__(self) -> None:
+        self.size: int = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank: int = dist.get_rank() if dist.is_initialized() else 0
+        self.group: dist.ProcessGroup | None = None
+        if self.size > 1:
+            made: Any = dist.new_group(backend="gloo", timeout=patience())
+            self.group = made
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank gave, in their order, on every rank."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def sum(self, value: Tensor) -> Tensor:
+        """A tensor on the CPU, summed over all ranks."""
+        if self.group is not None:
+            dist.all_reduce(value, group=self.group)
+        return value
+
+    def table(self, row: Sequence[float]) -> Tensor:
+        """Each rank's row of numbers, float64, [ranks, numbers]."""
+        mine = torch.tensor(row, dtype=torch.float64)
+        if self.group is None:
+            return mine[None]
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(rows, mine, group=self.group)
+        return torch.stack(rows)

@@ -21,6 +21,8 @@ from fourfold_parallel.reproduce.claims import claims_of
 from fourfold_parallel.reproduce.experiment import Drawing, Experiment, Stage, Workplace
 from fourfold_parallel.reproduce.launches import Launch
 from fourfold_parallel.reproduce.scale import Scale
+from fourfold_parallel.storm.findings import table
+from fourfold_parallel.storm.study import Storm
 
 LINKS = {"perlmutter": authors.PERLMUTTER, "frontier": authors.FRONTIER}
 MICROBATCHES = (1, 2, 4, 8, 16)
@@ -129,6 +131,16 @@ def compare_rankings(study: Rankings, workplace: Workplace) -> None:
             )  # fmt: skip
 
 
+def rage(study: Storm, workplace: Workplace) -> None:
+    """Kill ranks of trainings, and compare their ends; needs `fourfold-parallel[testing]`."""
+    from fourfold_parallel.storm.storm import storm
+
+    with workplace.recording(study, seed=study.seed) as records:
+        toll = storm(study, workplace.scratch, records, workplace.progress)
+        if toll.faults:
+            raise ValueError("; ".join(toll.faults))
+
+
 def _stage(name: str, run: object, perform: Callable[..., None]) -> Stage:
     return Stage(name=name, run=run, perform=partial(perform, run))
 
@@ -136,12 +148,13 @@ def _stage(name: str, run: object, perform: Callable[..., None]) -> Stage:
 def _stages(scale: Scale) -> Sequence[Stage]:
     if scale == "paper":
         return ()
-    return (
+    stages = (
         _stage("weak-scaling", recipes.weak_scaling(), plan_weak_scaling),
         _stage("strong-scaling", recipes.strong_scaling(), plan_strong_scaling),
         _stage("overlap", recipes.overlap(), plan_overlap),
         _stage("rankings", recipes.rankings(), compare_rankings),
     )
+    return stages if scale == "smoke" else (*stages, _stage("storm", recipes.storm(), rage))
 
 
 def _drawings(scale: Scale) -> Sequence[Drawing]:
@@ -167,4 +180,5 @@ EXPERIMENT = Experiment(
     stages=_stages,
     drawings=_drawings,
     launches=_launches,
+    tables={"storm": table},
 )

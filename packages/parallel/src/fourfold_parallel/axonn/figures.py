@@ -12,6 +12,7 @@ from fourfold_parallel.reproduce.claims import Records
 from fourfold_parallel.reproduce.experiment import Drawing
 from fourfold_parallel.reproduce.figures import BASELINE, IDEAL, METHOD, SHADES
 from fourfold_parallel.reproduce.scale import Scale
+from fourfold_parallel.storm.findings import figure as storm
 
 MACHINES = ("perlmutter", "frontier", "alps")
 
@@ -70,8 +71,7 @@ def rankings(records: Records) -> Figure:
 
 def drawings(scale: Scale) -> Sequence[Drawing]:
     """Every figure that a scale's records allow."""
-    del scale
-    return (
+    planned = (
         Drawing(
             name="figure-6",
             caption="Weak scaling: the paper's rates and the planner's, one fitted constant a machine.",
@@ -88,3 +88,12 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
             draw=rankings,
         ),
     )
+    if scale == "smoke":
+        return planned
+    killed = Drawing(
+        name="storm",
+        caption="A hundred kills of a rank of a little Llama on two gloo ranks: the steps that each cost, by "
+        "what it came in. A checkpoint is written every 4 steps, while training goes on.",
+        draw=storm,
+    )
+    return (*planned, killed)

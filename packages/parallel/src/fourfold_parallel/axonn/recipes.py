@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fourfold_parallel.axonn import paper
 from fourfold_parallel.axonn.paper import Point
+from fourfold_parallel.storm.study import Small, Storm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,3 +91,8 @@ def rankings() -> Rankings:
             ),
         )
     )  # fmt: skip
+
+
+def storm() -> Storm:
+    """A hundred kills over a little Llama on grids of two ranks, and all pairs of grids of eight."""
+    return Storm(runs=Small(), kills=100, pairs_of=8)

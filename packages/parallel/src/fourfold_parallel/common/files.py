@@ -70,6 +70,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy what is in a folder into another that is there; `whole_folder` syncs it."""
+    for path in sorted(source.rglob("*")):
+        place = target / path.relative_to(source)
+        if path.is_dir():
+            place.mkdir(exist_ok=True)
+        else:
+            shutil.copyfile(path, place)
+
+
 def _partial(path: Path) -> Path:
     """A name beside `path` that no other writer has."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -134,6 +135,22 @@ def header(
     }
 
 
+class Clock:
+    """The time of day for events: it counts on from where it began, whatever becomes of the machine's clock.
+
+    Args:
+        after_ms: of the last event before; no later one has an earlier time, though the clock was set back.
+    """
+
+    def __init__(self, *, after_ms: int = 0) -> None:
+        self._began_ms = max(round(time.time() * 1000), after_ms)
+        self._began_s = time.perf_counter()
+
+    def now_ms(self) -> int:
+        """Milliseconds since 1970."""
+        return self._began_ms + round((time.perf_counter() - self._began_s) * 1000)
+
+
 class RecordWriter:
     """Append events to a JSONL file, one line each: a line is there whole or, where the disk is full, not.
 
@@ -144,20 +161,28 @@ class RecordWriter:
         """A writer to a file, and to sinks that get every event that the file gets."""
         self._handle: int | None = None
         self._sinks: list[Sink] = []
+        last_ms = 0
         if path is not None:
             self._sinks = [open_sink(path) for open_sink in sinks]
             path.parent.mkdir(parents=True, exist_ok=True)
             _drop_cut_line(path)
+            if path.exists():
+                times = (values.get("at_ms", 0) for _, values in _lines(path))
+                last_ms = max((int(str(at)) for at in times), default=0)
             self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._clock = Clock(after_ms=last_ms)
 
     def write(self, event: str, **values: object) -> None:
-        """Append one event. Numbers that are not finite are written as strings, since JSON has none.
+        """Append one event, with the time of day (`at_ms`).
+
+        Numbers that are not finite are written as strings, since JSON has none.
 
         Raises:
             OSError: The line does not fit; what was written of it is taken back.
         """
         if self._handle is not None:
-            self._append({"event": event, **{key: _finite(v) for key, v in values.items()}})
+            finite = {key: _finite(value) for key, value in values.items()}
+            self._append({"event": event, **finite, "at_ms": self._clock.now_ms()})
 
     def write_header(self, values: dict[str, Json]) -> None:
         """Append the first line of a run, as `header` gives it."""

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Literal, cast
 
 import torch
@@ -30,6 +31,9 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group  # no public way from a name
+
+from fourfold_parallel.common.activity import NOW
+from fourfold_parallel.launch import patience
 
 _functional = torch.ops._c10d_functional  # noqa: SLF001 - the operators have no public name
 # Torch 2.13 has new names for these two, and warns of those that 2.11 has.
@@ -148,6 +152,8 @@ class Pending:
     _under_way: bool = True
     is_promised: bool = False
     """Whether it is a gradient that autograd was promised, and may never ask for."""
+    _direction: str = ""
+    """"backward" for one that autograd's backward started, else "forward"."""
 
     def wait(self) -> Tensor:
         """The result. On a GPU this orders streams; it does not stop the host."""
@@ -177,16 +183,33 @@ class Pending:
         return torch.full((), torch.nan, dtype=self._dtype, device=self._tensor.device)
 
     def __str__(self) -> str:
-        return f"{self._verb} of {self._layer or 'no layer'} over {self._axis.name}"
+        return (
+            f"{self._verb} of {self._layer or 'no layer'} over {self._axis.name}"
+            f"{f' in {self._direction}' if self._direction else ''}"
+        )
 
     def _finish(self, work: dist.Work) -> None:
+        NOW.begin_waiting(self)
         try:
-            work.wait()
+            if self._tensor.is_cpu:
+                # gloo's own limit is that of the communicator, half an hour. After one failure the others
+                # under way will not end either.
+                work.wait(timedelta(milliseconds=1) if _failed else patience())
+            else:
+                work.wait()  # orders streams; NCCL keeps its time by itself
+        except RuntimeError as error:
+            _failed.append(str(self))
+            axis = self._axis
+            error.add_note(f"in {self}, as rank {axis.rank} of {axis.size} along {axis.name}")
+            raise
         finally:  # one that failed has ended as well
+            NOW.end_waiting()
             del _under_way[self]
             self._work = self._sent = None
 
 
+_failed: list[str] = []
+"""Collectives that failed in this process: its communicators are of no use any more."""
 _under_way: dict[Pending, None] = {}
 """In the order of their start. Of the process, as its communicators are."""
 
@@ -375,9 +398,13 @@ class Axis:
             )
         if work is None and not torch.compiler.is_compiling():
             result = _functional.wait_tensor(result)  # at once: never two of them under way
+        direction = ""
+        if work is not None:  # so not while a graph is made
+            # In backward a graph task is under way; there is no public way to ask.
+            direction = "backward" if torch._C._current_graph_task_id() >= 0 else "forward"  # noqa: SLF001
         pending = Pending(
             _tensor=result, _sent=sent, _work=work, _rows=rows, _dtype=dtype, _axis=self, _verb=verb,
-            _layer=layer, _token=token, _terms=terms,
+            _layer=layer, _token=token, _terms=terms, _direction=direction,
         )  # fmt: skip
         if work is not None:
             _under_way[pending] = None

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fourfold_parallel.common.axes import AxisName
+from fourfold_parallel.common.held import (
+    Held,
+    Saved,
+    State,
+    numbers_of,
+    take_numbers,
+    ties_of,
+    weights_of,
+)
 from fourfold_parallel.grid.gradients import DataReducer, clip_gradients, local
 from fourfold_parallel.grid.huggingface import Parallel, parallelize
 from fourfold_parallel.grid.mesh import Mesh, check_sizes
@@ -61,6 +66,7 @@ class Planned(Protocol):
 class Fourfold:
     """A grid of `data * depth * row * col` ranks (AxoNN); they multiply to the ranks launched."""
 
+    takes_outlines: ClassVar[bool] = True
     data: int = 1
     """Replicas of the model."""
     depth: int = 1
@@ -163,6 +169,7 @@ class GridSession:
         self.ranks: int = mesh.batch_size()
         self.is_main: bool = dist.get_rank() == 0
         self.device: torch.device = device
+        self.sees_waits: bool = True
         before = {id(p): name for name, p in model.named_parameters()}
         begun = {before[id(p)]: state for p, state in optimizer.state.items()}
         self.parallel: Parallel = parallelize(
@@ -172,6 +179,7 @@ class GridSession:
             logits=engine.logits,
             keeps_tiles=engine.keeps_tiles,
             cuts_tokens=engine.cuts_tokens,
+            empty=True,
         )
         self.model: nn.Module = model
         self.optimizer: torch.optim.Optimizer = optimizer
@@ -244,65 +252,44 @@ class GridSession:
         """A tensor summed over all shares of the batch."""
         return self._mesh.sum_over_batch(value)
 
-    def save(self, folder: Path) -> None:
-        """Write the published weights, and the optimizer's state under their names."""
+    def state(self) -> State:
+        """What this rank holds, as views of the memory in use, in the published names and shapes."""
         self.parallel.settle(when="before a save")
-        self._write(folder / "model.safetensors", dict(self.parallel.published()))
-        names = self._names
-        tensors: dict[str, Tensor] = {}
-        numbers: dict[str, float] = {}
-        for parameter, values in self.optimizer.state.items():
-            name = names[id(parameter)]
+        weights = {
+            name: self.parallel.held(name, tensor, local(tensor))
+            if isinstance(tensor, DTensor)
+            else Held.whole(tensor)  # a buffer
+            for name, tensor in weights_of(self.model)
+        }
+        moments: dict[str, Held] = {}
+        for piece, values in self.optimizer.state.items():
+            name = self._names[id(piece)]
+            owner = self._owners[name]
+            assert isinstance(owner, DTensor)
             for key, value in values.items():
                 if isinstance(value, Tensor) and value.ndim:
-                    owner = self._owners[name]
-                    assert isinstance(owner, DTensor)
-                    cut = self._mesh.cut_of(owner)
-                    whole = self._mesh.assemble(value, tuple(owner.shape), cut).full_tensor()
-                    tensors[f"{name}/{key}"] = self.parallel.stored[name].publish(whole)
-                elif isinstance(value, Tensor):
-                    tensors[f"{name}/{key}"] = value
-                else:
-                    numbers[f"{name}/{key}"] = value
-        self._write(folder / "optimizer.safetensors", tensors)
-        if self.is_main:
-            groups = self.optimizer.state_dict()["param_groups"]
-            named = [
-                {**group, "params": [names[id(p)] for p in own["params"]]}
-                for group, own in zip(groups, self.optimizer.param_groups, strict=True)
-            ]
-            (folder / "optimizer.json").write_text(
-                json.dumps({"numbers": numbers, "param_groups": named}), encoding="utf-8"
-            )
-        self.wait()
+                    moments[f"{name}/{key}"] = self.parallel.held(name, owner, value)
+        return State(
+            weights=weights, moments=moments, numbers=numbers_of(self.optimizer, self._names),
+            ties=ties_of(self.model),
+        )  # fmt: skip
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote on any grid, reading this rank's pieces only."""
+    @contextmanager
+    def restoring(self, saved: Saved) -> Iterator[State]:
+        """Room for what was saved on any layout: tensors to fill within; numbers are set after it."""
         self.parallel.settle(when="before a load")
-        self.parallel.load(folder / "model.safetensors")
-        saved = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
-        for group, own in zip(saved["param_groups"], self.optimizer.param_groups, strict=True):
-            own.update({key: value for key, value in group.items() if key != "params"})
         self.optimizer.state.clear()
-        state: dict[str, dict[str, Any]] = {}
-        with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
-            for path in file.keys():  # noqa: SIM118 - not a dict
-                name, _, key = path.rpartition("/")
-                state.setdefault(name, {})[key] = self._moment(file, path, name)
-        for path, number in saved["numbers"].items():
-            name, _, key = path.rpartition("/")
-            state.setdefault(name, {})[key] = number
-        for name, values in state.items():
-            self.optimizer.state[self._pieces[name]] = values
+        for name, key, _, dtype in saved.moments():
+            piece = self._pieces[name]
+            self.optimizer.state[piece][key] = torch.empty_like(
+                piece, dtype=dtype, requires_grad=False
+            )
+        yield self.state()
+        take_numbers(self.optimizer, saved.numbers, self._pieces)
 
     def wait(self) -> None:
         """Return when every rank has called this."""
         dist.barrier()
-
-    def _moment(self, file: Any, path: str, name: str) -> Tensor:
-        """A tensor of the optimizer's state: this rank's piece, unless it is a single number."""
-        view = file.get_slice(path)
-        return self._piece(name, view) if view.get_shape() else file.get_tensor(path)
 
     def _piece(self, name: str, published: Any) -> Tensor:
         """This rank's piece of something that has the shape of a published parameter."""
@@ -312,7 +299,3 @@ class GridSession:
         slices = self._mesh.slices(kept, self._mesh.cut_of(owner))
         piece = self.parallel.stored[name].read(published, slices, kept)
         return piece.to(self.device, copy=True).contiguous()
-
-    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        if self.is_main:
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)

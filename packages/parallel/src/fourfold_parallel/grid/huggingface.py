@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fourfold_parallel.common.files import StrPath
+from fourfold_parallel.common.held import Held
 from fourfold_parallel.grid import layers
 from fourfold_parallel.grid import whole as whole_blocks
 from fourfold_parallel.grid.check import Check, LossForm, loss_form
@@ -131,6 +132,19 @@ class Parallel:
             assert isinstance(whole, DTensor)
             yield name, self.stored[name].publish(whole.full_tensor())
 
+    def held(self, name: str, owner: DTensor, piece: Tensor) -> Held:
+        """What this rank holds of something that is kept as a parameter is, in the published shape.
+
+        Args:
+            name: Of the parameter.
+            owner: Says how it is cut: the parameter, or the optimizer's share of it.
+            piece: This rank's memory.
+        """
+        how, kept = self.stored[name], tuple(owner.shape)
+        shape = tuple(reversed(kept)) if how.transposed else kept
+        slices = self.mesh.slices(kept, self.mesh.cut_of(owner))
+        return Held.of(shape, piece.dtype, how.rectangles(piece, slices, kept))
+
     def save(self, folder: StrPath) -> None:
         """Write what plain `from_pretrained` reads; every rank calls it, the first one writes.
 
@@ -200,6 +214,7 @@ def parallelize(
     weights: StrPath | None = None,
     whole: Literal["allow", "refuse"] = "allow",
     checks: bool = True,
+    empty: bool = False,
 ) -> Parallel:
     """Put a model on the grid; it is changed in place.
 
@@ -218,6 +233,8 @@ def parallelize(
             (`Parallel.whole` names them), or are refused.
         checks: Compare loss, logits and gradients of a few tokens before and after, where `model` has
             values: one forward and backward of the whole model.
+        empty: Of a model on the meta device, give each rank memory for its pieces and no values: a
+            checkpoint fills them.
 
     Raises:
         ValueError: A module cannot be cut, heads do not divide, or a model on the meta device came
@@ -234,7 +251,7 @@ def parallelize(
         for name, rule in rules_of.items()
         if isinstance(rule, ResidualNorm)
     }
-    if weights is None and any(p.is_meta for p in model.parameters()):
+    if weights is None and not empty and any(p.is_meta for p in model.parameters()):
         raise ValueError(
             "the model is on the meta device and has no values; pass weights=PATH, a safetensors "
             "file or a folder of them"
@@ -541,7 +558,11 @@ class _Builder:
         how = stored(module, rule, parameter_name)
         shape = how.keep_shape(published.shape)
         piece = how.read(self.source(full_name), self.mesh.slices(shape, cut), shape)
-        piece = piece.to(self.mesh.torch_mesh.device_type, published.dtype, copy=True)
+        device = self.mesh.torch_mesh.device_type
+        if piece.is_meta:
+            piece = torch.empty_like(piece, dtype=published.dtype, device=device)
+        else:
+            piece = piece.to(device, published.dtype, copy=True)
         parameter = nn.Parameter(
             self.mesh.assemble(piece, shape, cut), requires_grad=published.requires_grad
         )

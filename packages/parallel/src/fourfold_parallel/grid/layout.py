@@ -229,6 +229,34 @@ class Stored:
         """The kept shape."""
         return tuple(reversed(published)) if self.transposed else tuple(published)
 
+    def rectangles(
+        self, piece: Tensor, slices: tuple[slice, ...], shape: tuple[int, ...]
+    ) -> list[tuple[tuple[int, ...], Tensor]]:
+        """The rectangles of the published tensor that a kept piece is made of, as views of it.
+
+        The counterpart of `read` that copies nothing and works in both directions: what is written into a
+        view is in the piece.
+
+        Args:
+            piece: Of the kept tensor.
+            slices: Its place in the kept shape.
+            shape: The kept shape.
+
+        Returns:
+            Offsets in the published tensor, and the view that lies there.
+        """
+        if not slices:
+            return [((), piece)]
+        rows, *others = slices
+        found = []
+        for part in range(self.parts):
+            skipped = (part - rows.start) % self.parts
+            first = part * (shape[0] // self.parts) + (rows.start + skipped) // self.parts
+            offsets = (first, *(other.start for other in others))
+            view = piece[skipped :: self.parts]
+            found.append((offsets[::-1], view.t()) if self.transposed else (offsets, view))
+        return found
+
     def read(self, source: Any, slices: tuple[slice, ...], shape: tuple[int, ...]) -> Tensor:
         """A piece of the kept tensor, reading no more of the published one than it needs.
 

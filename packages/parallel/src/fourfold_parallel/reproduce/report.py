@@ -22,6 +22,7 @@ from fourfold_parallel.reproduce.experiment import (
     installed,
 )
 from fourfold_parallel.reproduce.page import inline, render
+from fourfold_parallel.run.mllog import is_timed, shown
 
 HERE = Path(__file__).resolve().parent
 
@@ -111,6 +112,15 @@ class Results:
             commit=commit[:7],
             date=commit_date(commit),
         )
+
+    @cached_property
+    def timed(self) -> Mapping[str, tuple[tuple[str, float, float], ...]]:
+        """Of each training among the records: what its time was spent on, in seconds and as a share."""
+        return {
+            stage: tuple(shown(record))
+            for stage, record in self.records.items()
+            if is_timed(record)
+        }
 
     @property
     def materials(self) -> tuple[Mapping[str, str], ...]:

@@ -35,6 +35,10 @@ class Watched:
     steps: list[dict[str, Any]] = field(default_factory=list)
     latest: dict[str, Any] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
+    slow: dict[str, Any] = field(default_factory=dict)
+    """The last rank that kept the others waiting."""
+    saved: dict[str, Any] = field(default_factory=dict)
+    """The last save that ended, well or not."""
     lines: int = 0
     is_over: bool = False
     """True once a training has done its last step, or a stage has ended, until it is resumed."""
@@ -48,6 +52,7 @@ class Watched:
         """
         if self.path.stat().st_size < self._read:
             self.header, self.steps, self.latest, self.validation = {}, [], {}, {}
+            self.slow, self.saved = {}, {}
             self.lines = self._read = 0
             self.is_over = False
         with self.path.open("rb") as file:
@@ -86,6 +91,10 @@ class Watched:
                 self.steps.append(event)
             case "validation":
                 self.validation = event
+            case "straggler":
+                self.slow = event
+            case "saved" | "save_failed":
+                self.saved = event
             case "trained" | "finished":
                 self.is_over = True
             case _:  # what a paper measures
@@ -176,6 +185,8 @@ def _title(watched: Watched) -> Text:
             state = "no line yet"
         case "finished":
             state = "finished"
+        case "terminated":
+            state = "ended by SIGTERM; the same command goes on from its checkpoint"
         case _ if watched.is_over:
             state = "trained"
         case _ if watched.silent_s > max(10.0, 5 * watched.step_s):
@@ -200,6 +211,19 @@ def _rows(watched: Watched) -> Iterator[tuple[str, str]]:
         if watched.total and not watched.is_over:
             yield "left", duration((watched.total - last["step"]) * watched.step_s)
         yield "memory", f"{last['peak_bytes'] / 2**30:.2f} GiB at most"
+    if watched.saved:
+        event = watched.saved
+        failed = event["event"] == "save_failed"
+        told = f"failed: {event['reason']}" if failed else f"stalled {event['stall_s']:.2f} s"
+        yield "saved", f"step {event['step']}, {told}"
+    if watched.slow:
+        event = watched.slow
+        yield (
+            "slow",
+            (
+                f"rank {event['rank']}, in {event['phase']}; others waited {event['share']:.0%} of the time"
+            ),
+        )
     if watched.lines:
         yield "lines", f"{watched.lines}, the last of kind {watched.latest['event']!r}"
 

@@ -9,11 +9,11 @@ hold other rows, and how to clip and step. The four-dimensional engine stands be
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,19 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from fourfold_parallel.launch import check_launched, device, world_size
-from fourfold_parallel.run.state import load_full_state, save_full_state, save_weights
+from fourfold_parallel.common.held import (
+    Held,
+    Saved,
+    State,
+    number,
+    parts_of_stretch,
+    single,
+    take_group,
+    ties_of,
+    weights_of,
+)
+from fourfold_parallel.launch import check_launched, device, patience, world_size
+from fourfold_parallel.run.state import restoring, state_of
 
 
 class Session(Protocol):
@@ -45,6 +56,8 @@ class Session(Protocol):
     """The model to call; called with keyword arguments as the plain one is."""
     optimizer: torch.optim.Optimizer
     """Holds the learning rates (`param_groups`); stepped through `update` only."""
+    sees_waits: bool
+    """Whether it notes (`common.activity`) when it waits for other ranks in forward and backward."""
 
     def microbatch(self, *, is_last: bool) -> AbstractContextManager[None]:
         """The scope of one forward and backward; gradients may stay unreduced until the last."""
@@ -69,16 +82,19 @@ class Session(Protocol):
         """A tensor of this rank summed over all shares of the batch; the same on every rank."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write into an existing folder; every rank calls it.
+    def state(self) -> State:
+        """What this rank holds of weights and optimizer, under the plain model's names.
 
-        `model.safetensors`, whole and under the plain model's names, and whatever `load` needs for
-        the optimizer.
+        Views of the memory in use: nothing is copied, and no rank waits for another.
         """
         ...
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote; every rank calls it."""
+    def restoring(self, saved: Saved) -> AbstractContextManager[State]:
+        """Room for what a checkpoint holds, whatever layout wrote it.
+
+        The tensors of the state are filled within the scope; what hangs on them is set at its end. Every
+        rank enters it.
+        """
         ...
 
     def wait(self) -> None:
@@ -88,6 +104,11 @@ class Session(Protocol):
 
 class Engine(Protocol):
     """A way of laying a run over the ranks that exist."""
+
+    @property
+    def takes_outlines(self) -> bool:
+        """Whether a model on the meta device may be opened, for a checkpoint to fill."""
+        ...
 
     def open(
         self,
@@ -125,6 +146,8 @@ def _check_share(engine: str, batch: int, ranks: int) -> None:
 class Single:
     """One process, one device, plain torch."""
 
+    takes_outlines: ClassVar[bool] = False
+
     @contextmanager
     def open(
         self,
@@ -161,6 +184,7 @@ class _PlainSession:
         self.device: torch.device = device
         self.model: nn.Module = model
         self.optimizer: torch.optim.Optimizer = optimizer
+        self.sees_waits: bool = True
         self._precision = precision
 
     @contextmanager
@@ -181,11 +205,11 @@ class _PlainSession:
     def sum(self, value: Tensor) -> Tensor:
         return value
 
-    def save(self, folder: Path) -> None:
-        save_full_state(self.model, self.optimizer, folder, is_main=True)
+    def state(self) -> State:
+        return state_of(self.model, self.optimizer)
 
-    def load(self, folder: Path) -> None:
-        load_full_state(self.model, self.optimizer, folder)
+    def restoring(self, saved: Saved) -> AbstractContextManager[State]:
+        return restoring(self.model, self.optimizer, saved)
 
     def wait(self) -> None:
         return
@@ -194,6 +218,8 @@ class _PlainSession:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DDP:
     """A replica per rank; gradients averaged in buckets while backward runs (torch DDP, accelerate)."""
+
+    takes_outlines: ClassVar[bool] = False
 
     @contextmanager
     def open(
@@ -217,6 +243,7 @@ class DDP:
 class FSDP2:
     """Parameters, gradients and optimizer state sharded over all ranks (torch fully_shard, accelerate)."""
 
+    takes_outlines: ClassVar[bool] = False
     reshard_after_forward: bool
     """Free gathered weights after the forward pass: less memory, one more gather."""
 
@@ -269,6 +296,7 @@ def check_no_stale_lock() -> None:
 class DeepSpeed:
     """DeepSpeed ZeRO through accelerate: 1 shards optimizer state, 2 gradients too, 3 parameters too."""
 
+    takes_outlines: ClassVar[bool] = False
     zero: Literal[1, 2, 3]
 
     @contextmanager
@@ -307,26 +335,32 @@ class DeepSpeed:
                 "steps_per_print": 10**12,
             }
         )
-        # accelerate knows no backend for DeepSpeed without an accelerator card unless it is named.
-        backend = InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")
-        with _accelerator(
-            precision, cpu=False, deepspeed_plugin=plugin, kwargs_handlers=[backend]
-        ) as accelerator:
+        with _accelerator(precision, cpu=False, deepspeed_plugin=plugin) as accelerator:
             yield _DeepSpeedSession(accelerator, model, optimizer)
 
 
 @contextmanager
 def _accelerator(
-    precision: Literal["fp32", "bf16"], *, cpu: bool | None = None, **plugins: Any
+    precision: Literal["fp32", "bf16"],
+    *,
+    cpu: bool | None = None,
+    kwargs_handlers: Sequence[Any] = (),
+    **plugins: Any,
 ) -> Iterator[Accelerator]:
     """An `Accelerator` whose singletons, variables and process group do not outlive the run."""
     was_initialized = dist.is_initialized()
+    # accelerate knows no backend for DeepSpeed without an accelerator card unless it is named.
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
     variables = {name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))}
     AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - accelerate's own way
     try:
         yield Accelerator(
             mixed_precision="bf16" if precision == "bf16" else "no",
             cpu=not torch.cuda.is_available() if cpu is None else cpu,
+            kwargs_handlers=[
+                *kwargs_handlers,
+                InitProcessGroupKwargs(backend=backend, timeout=patience()),
+            ],
             **plugins,
         )
     finally:
@@ -353,6 +387,7 @@ class _AccelerateSession:
         prepared: Any = self._accelerator.prepare(model, optimizer)
         self.model: nn.Module = prepared[0]
         self.optimizer: torch.optim.Optimizer = prepared[1]
+        self.sees_waits: bool = False
 
     @contextmanager
     def microbatch(self, *, is_last: bool) -> Iterator[None]:
@@ -376,11 +411,11 @@ class _AccelerateSession:
         dist.all_reduce(total)
         return total
 
-    def save(self, folder: Path) -> None:
-        save_full_state(*self._bare(), folder, is_main=self.is_main)
+    def state(self) -> State:
+        return state_of(*self._bare())
 
-    def load(self, folder: Path) -> None:
-        load_full_state(*self._bare(), folder)
+    def restoring(self, saved: Saved) -> AbstractContextManager[State]:
+        return restoring(*self._bare(), saved)
 
     def wait(self) -> None:
         self._accelerator.wait_for_everyone()
@@ -391,7 +426,10 @@ class _AccelerateSession:
 
 
 class _DeepSpeedSession(_AccelerateSession):
-    """ZeRO: DeepSpeed's own engine clips, steps and writes its partitioned state."""
+    """ZeRO: DeepSpeed's own engine clips and steps; its weights and moments lie in flat stretches.
+
+    A checkpoint holds the float32 weights that the optimizer steps on, whatever type is computed in.
+    """
 
     @contextmanager
     def microbatch(self, *, is_last: bool) -> Iterator[None]:
@@ -412,13 +450,93 @@ class _DeepSpeedSession(_AccelerateSession):
         # DeepSpeed says -1 where the norm is not finite.
         return math.nan if norm < 0 else norm
 
-    def save(self, folder: Path) -> None:
-        engine: Any = self.model
-        weights = self._accelerator.get_state_dict(engine)
-        if self.is_main:
-            save_weights(weights, folder)
-        engine.save_checkpoint(str(folder), tag="zero")
+    def state(self) -> State:
+        module, zero = self._module_and_zero()
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        weights = {name: Held.whole(tensor) for name, tensor in weights_of(module)}
+        moments: dict[str, Held] = {}
+        singles: dict[str, Any] = {}
+        groups = [{**group, "params": []} for group in zero.optimizer.param_groups]
+        for name, parameter in module.named_parameters():
+            if hasattr(parameter, "ds_tensor"):  # one that is not trained, under stage 3
+                weights[name] = self._stretch(parameter, parameter.ds_tensor)
+        for flat, group, parameters in self._flats(zero):
+            of_flat = zero.optimizer.state.get(flat, {})
+            for parameter in parameters:
+                name = names[id(parameter)]
+                groups[group]["params"].append(name)
+                weights[name] = self._fragment(zero, parameter, flat)
+                for key, value in of_flat.items():
+                    if isinstance(value, Tensor) and value.shape == flat.shape:
+                        moments[f"{name}/{key}"] = self._fragment(zero, parameter, value)
+                    else:
+                        singles[f"{name}/{key}"] = single(value)
+        return State(
+            weights=weights, moments=moments, ties=ties_of(module),
+            numbers={"groups": groups, "singles": singles},
+        )  # fmt: skip
 
-    def load(self, folder: Path) -> None:
+    @contextmanager
+    def restoring(self, saved: Saved) -> Iterator[State]:
+        module, zero = self._module_and_zero()
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        zero.optimizer.state.clear()
+        singles = saved.numbers["singles"]
+        for flat, _, parameters in self._flats(zero):
+            first = names[id(parameters[0])]
+            for name, key, _, dtype in saved.moments():
+                if name == first:
+                    made = torch.zeros_like(flat, dtype=dtype, requires_grad=False)
+                    zero.optimizer.state[flat][key] = made
+            for path, value in singles.items():
+                name, _, key = path.rpartition("/")
+                if name == first:
+                    zero.optimizer.state[flat][key] = number(value, flat.device)
+        yield self.state()
+        for own, group in zip(zero.optimizer.param_groups, saved.numbers["groups"], strict=True):
+            take_group(own, group)
+        if hasattr(zero, "fp16_partitioned_groups_flat"):
+            for index in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(index)  # noqa: SLF001 - no public name
+        else:
+            zero.update_lp_params()
+            if hasattr(zero, "_hp_optimizer_states_linked"):
+                zero._hp_optimizer_states_linked = False  # noqa: SLF001 - made anew at the next step
+
+    def _module_and_zero(self) -> tuple[nn.Module, Any]:
         engine: Any = self.model
-        engine.load_checkpoint(str(folder), tag="zero")
+        return engine.module, engine.optimizer
+
+    def _flats(self, zero: Any) -> Iterator[tuple[Tensor, int, list[Any]]]:
+        """This rank's stretch of each group's weights in float32, the group, and its parameters."""
+        if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
+            for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
+                yield flat, zero.sub_group_to_group_id[index], zero.fp16_groups[index]
+        elif hasattr(zero, "single_partition_of_fp32_groups"):
+            groups = zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)
+            for index, (flat, parameters) in enumerate(groups):
+                yield flat, index, parameters
+        else:  # stage 1 in bfloat16
+            groups = zip(zero.fp32_groups_flat_partition, zero.bf16_groups, strict=True)
+            for index, (flat, parameters) in enumerate(groups):
+                yield flat, index, parameters
+
+    def _fragment(self, zero: Any, parameter: Any, flat: Tensor) -> Held:
+        """What lies of a parameter in a stretch that is laid out like its group's weights."""
+        if hasattr(parameter, "ds_tensor"):
+            _, start, count = zero.grad_position[zero.get_param_id(parameter)]
+            return self._stretch(parameter, flat.detach().narrow(0, start, count))
+        mapping = parameter._hp_mapping  # noqa: SLF001 - DeepSpeed's way
+        if mapping is None:
+            return Held.of(parameter.shape, flat.dtype, [])
+        place = mapping.get_hp_fragment_address()
+        values = flat.detach().narrow(0, place.start, place.numel)
+        parts = parts_of_stretch(parameter.shape, mapping.lp_fragment_address.start, values)
+        return Held.of(parameter.shape, flat.dtype, [*parts])
+
+    def _stretch(self, parameter: Any, values: Tensor) -> Held:
+        """This rank's stretch of a parameter under stage 3; the last may have padding behind it."""
+        start = self.rank * values.numel()
+        mine = values.detach()[: max(0, parameter.ds_numel - start)]
+        parts = parts_of_stretch(parameter.ds_shape, start, mine)
+        return Held.of(parameter.ds_shape, values.dtype, [*parts])

@@ -35,6 +35,19 @@ class Model(Protocol):
         ...
 
 
+def outline(model: Model, *, seed: int) -> PreTrainedModel | None:
+    """A model on the meta device: shapes without values; None where it cannot be made so.
+
+    Published weights are read by transformers, which does so on a device with memory only.
+    """
+    try:
+        with torch.device("meta"):
+            made = model.build(seed=seed)
+    except (RuntimeError, NotImplementedError):
+        return None
+    return made if all(parameter.is_meta for parameter in made.parameters()) else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Llama:
     """A fresh Llama of a given shape (transformers' own implementation)."""

@@ -28,7 +28,17 @@ class Tokens:
     count: int
 
 
-Horizon = Steps | Tokens
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Until:
+    """Train until a validation is as good as asked for: the time that takes is the time to quality."""
+
+    loss_nats: float
+    """Of the validation that ends the run: this or less."""
+    count: int
+    """Optimizer steps at most; schedules are laid over these."""
+
+
+Horizon = Steps | Tokens | Until
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +117,7 @@ class Run:
 def steps_until(horizon: Horizon, *, tokens_per_step: int) -> int:
     """Optimizer steps until a horizon."""
     match horizon:
-        case Steps(count=count):
+        case Steps(count=count) | Until(count=count):
             return count
         case Tokens(count=count):
             return -(-count // tokens_per_step)

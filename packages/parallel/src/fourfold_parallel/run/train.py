@@ -5,7 +5,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,33 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from fourfold_parallel.common.activity import NOW
 from fourfold_parallel.common.files import StrPath, check_writable
 from fourfold_parallel.common.progress import Progress, logged, silent
-from fourfold_parallel.common.records import RecordWriter, description_in, header
+from fourfold_parallel.common.records import (
+    RecordWriter,
+    description_in,
+    header,
+    read_record,
+)
 from fourfold_parallel.common.sinks import OpenSink
-from fourfold_parallel.common.values import digest, to_json
-from fourfold_parallel.launch import world_size
+from fourfold_parallel.common.values import digest, strict, to_json
+from fourfold_parallel.launch import Ranks, is_main_rank, world_size
 from fourfold_parallel.run import checkpoint, export
-from fourfold_parallel.run.checkpoint import Checkpoint
+from fourfold_parallel.run.checkpoint import Checkpoint, Keep, Saver
 from fourfold_parallel.run.data import Batch, TokenStream
 from fourfold_parallel.run.engines import Session
+from fourfold_parallel.run.models import outline
 from fourfold_parallel.run.objective import IGNORE, token_nats
 from fourfold_parallel.run.optimizer import set_learning_rate
-from fourfold_parallel.run.recipe import At, Run, departures
+from fourfold_parallel.run.recipe import At, Horizon, Run, Until, departures
 from fourfold_parallel.run.state import load_weights
+from fourfold_parallel.run.watchdog import Meetings, StopRequest, TerminatedError, Watchdog
 
 log = logging.getLogger(__name__)
+
+KEEP = Keep()
+"""The last two checkpoints, in one place."""
 
 
 def train(
@@ -41,6 +52,7 @@ def train(
     overrides: Sequence[str] = (),
     extends: bool = False,
     sinks: Sequence[OpenSink] = (),
+    keep: Keep = KEEP,
 ) -> Checkpoint:
     """Train a run to its horizon, or from its last whole checkpoint to it.
 
@@ -59,6 +71,7 @@ def train(
         extends: go on from the checkpoint of the same run with a shorter horizon. The steps are those of the
             run that is trained through at once: a schedule that would have had other rates is refused.
         sinks: get every event that the record gets: `(TensorBoard,)`, `(Wandb,)`, `(Trackio,)`.
+        keep: the checkpoints that stay, and whether they are copied to a second place.
 
     Returns:
         The last checkpoint, a folder that `from_pretrained` reads (`export.files` says what it cannot);
@@ -67,101 +80,176 @@ def train(
     Raises:
         ValueError: The run does not fit its data or its ranks, a place cannot be written to, or what lies
             there is of another run.
+        RankLostError: Another rank ended, hangs or does not answer within the launch's patience
+            (`FOURFOLD_PATIENCE_S`, ten minutes); the message says which, and what was waited for.
+        TerminatedError: The scheduler sent SIGTERM; the state after the step then under way is saved.
+        OSError: The last checkpoint could not be written. One before it that could not is logged only.
         FloatingPointError: At the first loss or gradient norm that is not finite, naming step, batch and
             last checkpoint, which is left as it was.
     """
     record, checkpoints = Path(record), Path(checkpoints)
     to_json([study, run])  # what no record could hold is refused before any work
+    NOW.enter("staging")
+    opened_s = time.perf_counter()
     stream = run.data.open(sequence=run.sequence, seed=run.seed)
     held_out = run.data.validation(sequence=run.sequence)
-    plain = run.model.build(seed=run.seed)
+    found = checkpoint.resumable(checkpoints, run=run, extends=extends, also=keep.also)
+    # What a checkpoint is read into needs no values, where the engine gives each rank its pieces only.
+    plain = outline(run.model, seed=run.seed) if found and run.engine.takes_outlines else None
+    if plain is None:
+        plain = run.model.build(seed=run.seed)
     _check_vocabulary(run, plain, stream)
     beside = export.files(plain, stream.file)
-    begun = checkpoint.latest(checkpoints, run=run, extends=extends)
-    if begun is not None:
-        checkpoint.check_layout(begun, run)
+    if found:
         _check_record(record, study or run, extends=extends)
     _check_places(record, checkpoints)
-    with run.engine.open(
-        plain,
-        run.optimizer.build(plain),
-        precision=run.precision,
-        batch=run.batch,
-        microbatch=run.microbatch,
-    ) as session:
-        tell = progress if session.is_main else silent
-        first_step = 0
-        if begun is not None:
-            log.info("resuming from %s", begun.path)
-            session.load(begun.path)
-            first_step = begun.step
+    with (
+        run.engine.open(
+            plain,
+            run.optimizer.build(plain),
+            precision=run.precision,
+            batch=run.batch,
+            microbatch=run.microbatch,
+        ) as session,
+        Watchdog() as watchdog,
+        StopRequest() as stop,
+        watchdog.explaining(),
+    ):
+        begun = None
+        if found:
+            log.info("resuming from %s", found[0].path)
+            begun = checkpoint.restore_last(session, found)
         elif session.is_main:
             record.unlink(missing_ok=True)
         with _writer(run, session, stream, record, study or run, overrides, sinks) as records:
+            first_step = begun.step if begun else 0
             if begun is not None:
                 if checkpoint.planned_steps(begun, run) != run.steps:
                     records.write("extended", step=first_step, run=study or run)
                 records.write(
                     "resumed", step=first_step, engine=run.engine, world_size=world_size()
                 )
-            session.model.train()
-            for step in range(first_step, run.steps):
-                started_s = time.perf_counter()
-                learning_rate = run.optimizer.learning_rate * run.schedule.factor(step, run.steps)
-                set_learning_rate(session.optimizer, learning_rate)
-                seed_dropout(seed=run.seed, step=step, share=session.rank)
-
-                # Targets first: the loss is divided by the number supervised in the whole step, over
-                # all microbatches and ranks, so no grouping of the rows changes any gradient.
-                batch = stream.batch(step, batch=run.batch, rank=session.rank, ranks=session.ranks)
-                microbatches = batch.to(session.device).split(run.microbatch)
-                targets = [run.objective.targets(microbatch) for microbatch in microbatches]
-                kept = torch.stack([(target != IGNORE).sum() for target in targets]).sum().double()
-                supervised = session.sum(kept)
-                divisor = supervised.clamp(min=1)
-
-                sums: dict[str, torch.Tensor] = {"nats_sum": torch.zeros((), dtype=torch.float64)}
-                for index, (microbatch, target) in enumerate(
-                    zip(microbatches, targets, strict=True)
-                ):
-                    with session.microbatch(is_last=index == len(microbatches) - 1):
-                        loss = run.objective.loss(session.model, microbatch, target)
-                        session.backward(loss.nats_sum / divisor.to(loss.nats_sum.dtype))
-                    for name, value in {**loss.telemetry, "nats_sum": loss.nats_sum}.items():
-                        sums[name] = sums.get(name, 0) + value.detach().double().cpu()
-
-                totals = session.sum(torch.stack([*sums.values()]).to(session.device)).tolist()
-                loss_nats = totals[0] / divisor.item()
-                check_finite = partial(_check_finite, step + 1, batch, checkpoints)
-                check_finite(loss_nats=loss_nats)
-                grad_norm = session.update(run.max_grad_norm)
-                check_finite(grad_norm=grad_norm)
-
-                elapsed_s = time.perf_counter() - started_s
-                done = step + 1
-                records.write(
-                    "step",
-                    step=done,
-                    loss_nats=loss_nats,
-                    supervised_targets=int(supervised.item()),
-                    **dict(zip(list(sums)[1:], totals[1:], strict=True)),
-                    learning_rate=learning_rate,
-                    grad_norm=grad_norm,
-                    elapsed_s=round(elapsed_s, 4),
-                    tokens_per_s=round(run.tokens_per_step / elapsed_s, 1),
-                    peak_bytes=_peak_bytes(session.device),
-                )
-                tell(done, run.steps, f"loss {loss_nats:.3f} nats")
-                if is_due(run.validate_every, done, run.steps):
-                    validation = validate(run, held_out, session)
-                    records.write("validation", step=done, **validation)
-                    check_finite(validation_loss_nats=validation["validation_loss_nats"])
-                if is_due(run.checkpoint_every, done, run.steps):
-                    write_checkpoint(checkpoints, session, step=done, run=run, beside=beside)
-            records.write("trained", step=run.steps)
-        last = checkpoint.latest(checkpoints, run=run)
-        assert last is not None
+            staged_s = time.perf_counter() - opened_s
+            records.write(
+                "staged",
+                step=first_step,
+                elapsed_s=round(staged_s, 4),
+                train_rows=len(stream.row_starts),
+                validation_rows=len(held_out.row_starts),
+            )
+            described: Any = strict(to_json(run))
+            saver = Saver(checkpoints, session, run=described, beside=beside, keep=keep)
+            tell = progress if session.is_main else silent
+            if begun is None or not _was_reached(run.horizon, record, first_step):
+                try:
+                    _steps(run, session, stream, held_out, first_step, saver, records, tell, stop)
+                except BaseException:
+                    saver.abandon()
+                    raise
+            last = checkpoint.latest(checkpoints, run=run)
+            assert last is not None
+            if session.is_main:
+                checkpoint.plain(last)
+            records.write("trained", step=last.step)
+            session.wait()
+        NOW.enter("end")
         return last
+
+
+def _steps(
+    run: Run,
+    session: Session,
+    stream: TokenStream,
+    held_out: TokenStream,
+    first_step: int,
+    saver: Saver,
+    records: RecordWriter,
+    tell: Progress,
+    stop: StopRequest,
+) -> None:
+    """The loop: from a step to the horizon, with the last checkpoint whole at its end."""
+    meetings = Meetings(Ranks(), sees_waits=session.sees_waits)
+    session.model.train()
+    for step in range(first_step, run.steps):
+        NOW.step = step
+        NOW.enter("data")
+        started_s, waited_s = time.perf_counter(), NOW.waits_s()
+        learning_rate = run.optimizer.learning_rate * run.schedule.factor(step, run.steps)
+        set_learning_rate(session.optimizer, learning_rate)
+        seed_dropout(seed=run.seed, step=step, share=session.rank)
+
+        # Targets first: the loss is divided by the number supervised in the whole step, over
+        # all microbatches and ranks, so no grouping of the rows changes any gradient.
+        batch = stream.batch(step, batch=run.batch, rank=session.rank, ranks=session.ranks)
+        microbatches = batch.to(session.device).split(run.microbatch)
+        targets = [run.objective.targets(microbatch) for microbatch in microbatches]
+        kept = torch.stack([(target != IGNORE).sum() for target in targets]).sum().double()
+        data_s = time.perf_counter() - started_s
+        with NOW.waiting("the count of targets"):
+            supervised = session.sum(kept)
+        divisor = supervised.clamp(min=1)
+
+        sums: dict[str, torch.Tensor] = {"nats_sum": torch.zeros((), dtype=torch.float64)}
+        for index, (microbatch, target) in enumerate(zip(microbatches, targets, strict=True)):
+            NOW.enter("forward")
+            with session.microbatch(is_last=index == len(microbatches) - 1):
+                loss = run.objective.loss(session.model, microbatch, target)
+                NOW.enter("backward")
+                session.backward(loss.nats_sum / divisor.to(loss.nats_sum.dtype))
+            for name, value in {**loss.telemetry, "nats_sum": loss.nats_sum}.items():
+                sums[name] = sums.get(name, 0) + value.detach().double().cpu()
+
+        NOW.enter("update")
+        with NOW.waiting("the sum of the losses"):
+            summed = session.sum(torch.stack([*sums.values()]).to(session.device))
+        totals = summed.tolist()
+        loss_nats = totals[0] / divisor.item()
+        check_finite = partial(_check_finite, step + 1, batch, saver)
+        check_finite(loss_nats=loss_nats)
+        grad_norm = session.update(run.max_grad_norm)
+        check_finite(grad_norm=grad_norm)
+
+        NOW.enter("record")
+        elapsed_s = time.perf_counter() - started_s
+        done = step + 1
+        records.write(
+            "step",
+            step=done,
+            loss_nats=loss_nats,
+            supervised_targets=int(supervised.item()),
+            **dict(zip(list(sums)[1:], totals[1:], strict=True)),
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            elapsed_s=round(elapsed_s, 4),
+            data_s=round(data_s, 4),
+            waited_s=round(NOW.waits_s() - waited_s, 4),
+            tokens_per_s=round(run.tokens_per_step / elapsed_s, 1),
+            peak_bytes=_peak_bytes(session.device),
+        )
+        tell(done, run.steps, f"loss {loss_nats:.3f} nats")
+        is_over = done == run.steps
+        if is_due(run.validate_every, done, run.steps):
+            validation = validate(run, held_out, session)
+            records.write("validation", step=done, **validation)
+            check_finite(validation_loss_nats=validation["validation_loss_nats"])
+            if _is_reached(run.horizon, validation["validation_loss_nats"]):
+                is_over = True
+                records.write("reached", step=done)
+        NOW.enter("meeting")
+        is_asked = meetings.meet(asked=stop.is_made)
+        _tell_straggler(records, done, meetings)
+        NOW.enter("checkpoint")
+        if is_over or is_asked or is_due(run.checkpoint_every, done, run.steps):
+            saver.save(done)
+        if is_over or is_asked:
+            saver.finish()
+        _tell_saves(records, saver)
+        if is_over:
+            return
+        if is_asked:
+            records.write("terminated", step=done)
+            log.warning("asked to end by SIGTERM; the state after step %d is saved", done)
+            raise TerminatedError
 
 
 def seed_dropout(*, seed: int, step: int, share: int) -> None:
@@ -185,6 +273,8 @@ def is_due(every: int | At, done: int, steps: int) -> bool:
 @torch.no_grad()
 def validate(run: Run, held_out: TokenStream, session: Session) -> dict[str, float]:
     """Unmasked loss on the held-out rows, each once, shared over the ranks like training batches."""
+    NOW.enter("validation")
+    started_s = time.perf_counter()
     rows = len(held_out.row_starts)
     nats_sum = torch.zeros((), dtype=torch.float64, device=session.device)
     session.model.eval()
@@ -200,22 +290,10 @@ def validate(run: Run, held_out: TokenStream, session: Session) -> dict[str, flo
             first += len(nats)
     session.model.train()
     tokens = rows * run.sequence
-    return {"validation_loss_nats": session.sum(nats_sum).item() / tokens, "tokens": tokens}
-
-
-def write_checkpoint(
-    folder: Path, session: Session, *, step: int, run: Run, beside: Mapping[str, bytes]
-) -> None:
-    """Write a whole checkpoint of the session, then remove older ones."""
-    checkpoint.write(
-        folder,
-        step=step,
-        run=run,
-        save=session.save,
-        wait=session.wait,
-        is_main=session.is_main,
-        beside=beside,
-    )
+    with NOW.waiting("the sum of the validation"):
+        total = session.sum(nats_sum).item()
+    elapsed_s = round(time.perf_counter() - started_s, 4)
+    return {"validation_loss_nats": total / tokens, "tokens": tokens, "elapsed_s": elapsed_s}
 
 
 def trained_model(run: Run, last: Checkpoint) -> PreTrainedModel:
@@ -223,6 +301,47 @@ def trained_model(run: Run, last: Checkpoint) -> PreTrainedModel:
     model = run.model.build(seed=run.seed)
     load_weights(model, last.path)
     return model.eval()
+
+
+def _is_reached(horizon: Horizon, validation_loss_nats: float) -> bool:
+    return isinstance(horizon, Until) and validation_loss_nats <= horizon.loss_nats
+
+
+def _was_reached(horizon: Horizon, record: Path, step: int) -> bool:
+    """Whether the run that a record is of has met its quality after that step."""
+    if not isinstance(horizon, Until) or not record.exists():
+        return False
+    return any(event.number("step") == step for event in read_record(record).of("reached"))
+
+
+def _tell_saves(records: RecordWriter, saver: Saver) -> None:
+    """Write what became of the saves that have ended."""
+    for outcome in saver.news():
+        values: dict[str, object] = {
+            "step": outcome.step, "stall_s": round(outcome.stall_s, 4),
+            "elapsed_s": round(outcome.elapsed_s, 4), "rank_bytes": outcome.nbytes,
+        }  # fmt: skip
+        if outcome.failure:
+            records.write("save_failed", **values, reason=outcome.failure)
+        else:
+            records.write("saved", **values)
+
+
+def _tell_straggler(records: RecordWriter, done: int, meetings: Meetings) -> None:
+    """Write and log that a rank keeps the others waiting, once a window."""
+    slow = meetings.news()
+    if slow is None:
+        return
+    records.write(
+        "straggler", step=done, rank=slow.rank, share=round(slow.share, 4), phase=slow.phase,
+        own_s=round(slow.own_s, 4), others_s=round(slow.others_s, 4), steps=slow.steps,
+    )  # fmt: skip
+    if is_main_rank():
+        log.warning(
+            "rank %d is slow: it worked %.2f s in the last %d steps, the others %.2f s (median), mostly in "
+            "%s; they waited for it %.0f %% of the time",
+            slow.rank, slow.own_s, slow.steps, slow.others_s, slow.phase, 100 * slow.share,
+        )  # fmt: skip
 
 
 def _check_record(record: Path, study: object, *, extends: bool) -> None:
@@ -277,10 +396,11 @@ def _check_vocabulary(run: Run, model: PreTrainedModel, stream: TokenStream) -> 
         )
 
 
-def _check_finite(done: int, batch: Batch, checkpoints: Path, **quantities: float) -> None:
+def _check_finite(done: int, batch: Batch, saver: Saver, **quantities: float) -> None:
     for name, value in quantities.items():
         if not math.isfinite(value):
-            whole = checkpoint.checkpoints(checkpoints)
+            saver.abandon()  # one may be on its way
+            whole = checkpoint.checkpoints(saver.folder)
             raise FloatingPointError(
                 f"{name}={value} at step {done}; this rank's rows start at tokens "
                 f"{list(batch.addresses[:8])} of the corpus; the last checkpoint is "

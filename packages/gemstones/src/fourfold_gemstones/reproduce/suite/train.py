@@ -9,7 +9,6 @@ each shape trains.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +18,6 @@ import torch
 
 from fourfold_gemstones.architecture import Architecture
 from fourfold_gemstones.runs import RunTable
-from fourfold_parallel.common.files import sync
 from fourfold_parallel.common.progress import silent
 from fourfold_parallel.common.records import Event, Record, read_record
 from fourfold_parallel.common.workers import each
@@ -105,26 +103,6 @@ def scaled_rate(base: float, width: int, depth: int) -> float:
     return base / (width * math.sqrt(depth))
 
 
-def fork(source: Checkpoint, run: Run, folder: Path) -> None:
-    """Put `source` where `run` looks for its last checkpoint, so that it goes on from there."""
-
-    def copy(partial_folder: Path) -> None:
-        for file in source.path.iterdir():
-            if file.name != "checkpoint.json":
-                shutil.copyfile(file, partial_folder / file.name)
-                sync(partial_folder / file.name)
-
-    checkpoint.write(
-        folder,
-        step=source.step,
-        run=run,
-        save=copy,
-        wait=lambda: None,
-        is_main=True,
-        beside={},
-    )
-
-
 def segments(member: Member) -> tuple[tuple[Run, Run | None], ...]:
     """Constant runs to each fork and to the end, each beside the cooldown that forks from its end."""
     pieces: list[tuple[Run, Run | None]] = []
@@ -189,7 +167,7 @@ def train_member(
 def _train(run: Run, source: Checkpoint | None, folder: Path) -> tuple[Checkpoint, Record]:
     checkpoints = folder / run.name / "checkpoints"
     if source is not None and not checkpoint.checkpoints(checkpoints):
-        fork(source, run, checkpoints)
+        checkpoint.fork(source, run, checkpoints)
     record = folder / run.name / "record.jsonl"
     last = train(run, record=record, checkpoints=checkpoints, progress=silent)
     return last, read_record(record)
