@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fourfold_parallel.certify.toys import default_toy, in_float64, toy_model
+from fourfold_parallel.grid.engine import Fourfold
 from fourfold_parallel.grid.huggingface import Parallel, parallelize
-from fourfold_parallel.grid.layout import Experts, Whole, rules_for
+from fourfold_parallel.grid.layout import Experts, Whole, refuse_quantised, rules_for
+from fourfold_parallel.run.checkpoint import restore, save
 from fourfold_parallel.testing.grids import Sizes, close, mesh_of, piece_of
 from fourfold_parallel.testing.ranks import run_on_ranks
 
@@ -131,6 +133,54 @@ def test_it_is_saved_and_loaded_onto_another_grid_from_meta(
     run_on_ranks(4, saved_and_loaded, family=family, folder=str(tmp_path), sizes=sizes)
 
 
+def session_step(session: Any, tokens: Tensor) -> float:
+    share = tokens.chunk(session.ranks)[session.rank]
+    with session.microbatch(is_last=True):
+        loss = session.model(input_ids=share, labels=share, use_cache=False).loss
+        session.backward(loss)
+    session.update(1e9)  # a norm that clips nothing
+    return float(loss.detach())
+
+
+def goes_on_elsewhere(family: str, folder: str) -> None:
+    tokens = tokens_of(4)
+
+    def opened(sizes: Sizes, model: PreTrainedModel) -> Any:
+        data, depth, row, col = sizes
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
+        engine = Fourfold(data=data, depth=depth, row=row, col=col)
+        return engine.open(model, optimizer, precision="fp32", batch=4, microbatch=4)
+
+    with in_float64():
+        plain = toy(family)
+        optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, eps=1e-3)
+        losses = []
+        for _ in range(3):
+            loss = plain(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        with opened((1, 1, 2, 2), toy(family)) as session:
+            ours = [session_step(session, tokens) for _ in range(2)]
+            path = save(session, folder)
+        for sizes in [(2, 1, 1, 2), (1, 4, 1, 1), (1, 1, 4, 1)]:
+            with opened(sizes, toy(family)) as session:
+                restore(session, path)
+                for found, expected in zip(
+                    [*ours, session_step(session, tokens)], losses, strict=True
+                ):
+                    assert abs(found - expected) < TOLERANCE, (sizes, found, expected)
+                values = dict(plain.named_parameters())
+                for name, whole in session.parallel.published():
+                    close(whole, values[name], what=f"{sizes}: {name}", tolerance=1e-7)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_checkpoint_goes_on_on_other_grids(family: str, tmp_path: Path) -> None:
+    run_on_ranks(4, goes_on_elsewhere, family=family, folder=str(tmp_path))
+
+
 def generates(family: str) -> None:
     prompt = tokens_of(2, 5)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -196,6 +246,14 @@ def test_speed_or_nothing_and_a_balance_of_shares_are_refused() -> None:
         assert "every rank would compute 'model.layers.0.mlp' whole" in whole
         assert "pass whole='allow'" in whole
         assert "output_router_logits=True adds a loss" in balance
+
+
+def test_quantised_weights_are_refused() -> None:
+    model: Any = toy("llama")
+    packed = torch.zeros(64, 64, dtype=torch.int8)
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(ValueError, match=r"up_proj.weight is quantised \(torch.int8\).*dequantize"):
+        refuse_quantised(model)
 
 
 def test_a_rule_of_ones_own_makes_a_block_whole() -> None:

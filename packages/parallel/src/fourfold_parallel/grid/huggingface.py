@@ -67,6 +67,7 @@ from fourfold_parallel.grid.layout import (
     decoder_name,
     layer_of,
     norm_kind,
+    refuse_quantised,
     rules_for,
     shares_heads,
     stored,
@@ -242,6 +243,7 @@ def parallelize(
             model on the grid to be another one.
 
     """
+    refuse_quantised(model)
     form = loss_form(model)
     rules_of, flows = _rules_and_flows(model, mesh, rules or {}, whole)
     check_sizes(model, rules_of, {axis.name: axis.size for axis in mesh.axes})

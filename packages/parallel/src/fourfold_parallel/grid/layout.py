@@ -247,13 +247,15 @@ class Stored:
         """
         if not slices:
             return [((), piece)]
-        rows, *others = slices
-        found = []
+        rows, found = slices[self.dim], []
+        along = piece.movedim(self.dim, 0)
         for part in range(self.parts):
             skipped = (part - rows.start) % self.parts
-            first = part * (shape[0] // self.parts) + (rows.start + skipped) // self.parts
-            offsets = (first, *(other.start for other in others))
-            view = piece[skipped :: self.parts]
+            first = part * (shape[self.dim] // self.parts) + (rows.start + skipped) // self.parts
+            offsets = tuple(
+                first if dim == self.dim else place.start for dim, place in enumerate(slices)
+            )
+            view = along[skipped :: self.parts].movedim(0, self.dim)
             found.append((offsets[::-1], view.t()) if self.transposed else (offsets, view))
         return found
 
@@ -439,6 +441,22 @@ def decoder_name(model: Any) -> str:
 def text_config(model: PreTrainedModel) -> Any:
     """The configuration of the decoder: the model's own, or the part of a composite one."""
     return model.config.get_text_config(decoder=True)
+
+
+def refuse_quantised(model: PreTrainedModel) -> None:
+    """Refuse weights that are not plain numbers, of which a tile could be cut.
+
+    Raises:
+        ValueError: Naming the first such parameter and its kind.
+    """
+    for name, parameter in model.named_parameters():
+        kind = type(parameter.data)
+        if kind is not Tensor or not parameter.is_floating_point():
+            what = kind.__name__ if kind is not Tensor else str(parameter.dtype)
+            raise ValueError(
+                f"{name} is quantised ({what}), and the grid cuts plain weights; use "
+                "model.dequantize() or load without quantization_config"
+            )
 
 
 def check_sizes(
@@ -707,8 +725,8 @@ def _evident(model: PreTrainedModel, name: str) -> Rule | None:
     if HEAD_NORMS.search(name) and is_norm:
         heads = (getattr(config, "num_attention_heads", None) or 1) > 1
         return PerHead() if heads and shapes == {(_head_width(config),)} else None
-    if is_norm and shapes == {(width,)}:
-        return ResidualNorm()
+    if is_norm and shapes == {(width,)} and block_of(model, name) == name:
+        return ResidualNorm()  # and not one of all heads together, within an attention
     named = NAMED.get(name.rpartition(".")[2])
     linear = _is_linear(module) and _layer(model, name) is not None
     if config.model_type in FIXED_HEADS and "att" in name:
