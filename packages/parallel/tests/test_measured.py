@@ -1,12 +1,15 @@
-"""The figures of `docs/grid.md` are those of the committed records."""
+"""The figures of `docs/` and of the README are those of the committed records."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
+README = (ROOT / "packages/parallel/README.md").read_text(encoding="utf-8")
+PLAN = (ROOT / "packages/parallel/docs/plan.md").read_text(encoding="utf-8")
 PAGE = (ROOT / "packages/parallel/docs/grid.md").read_text(encoding="utf-8")
 ROWS = {
     "`data`": "fourfold_data_{ranks}",
@@ -20,6 +23,11 @@ ROWS = {
     "FSDP2 with tensor parallel": "fsdp2_tensor_2",
 }
 """What the record calls a row of the page's table."""
+
+
+def records(name: str) -> list[dict[str, Any]]:
+    lines = (ROOT / "benchmarks" / name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def cells(line: str) -> list[str]:
@@ -54,3 +62,44 @@ def test_the_pages_overlap_is_the_records() -> None:
     text = (ROOT / "benchmarks/grid_overlap.jsonl").read_text(encoding="utf-8")
     ratio = json.loads(text)["ratio_to_none"]["all"]
     assert f"takes {ratio:.2f} of its time without overlaps" in PAGE
+
+
+def test_the_planners_errors_on_published_steps_are_the_records() -> None:
+    whole = {row["of"]: row for row in records("plan_cases.jsonl") if row["group"] == "all"}
+    time, memory = (
+        (row["cases"], f"{100 * row['median_absolute']:.1f} %")
+        for row in (whole["time"], whole["memory"])
+    )
+    assert (
+        f"median error {time[1]} of time ({time[0]}), {memory[1]} of memory ({memory[0]})" in README
+    )
+    assert f"| {time[0]} published steps of others" in PLAN
+    assert f"| median {time[1]} |" in PLAN
+    assert f"{memory[0]} with memory | median {memory[1]} |" in PLAN
+
+
+def test_the_planners_errors_on_this_machine_are_the_records() -> None:
+    rows = {
+        (row["ranks"], row["width"]): row["clocks"]["wall"] for row in records("plan_ranks.jsonl")
+    }
+    settings = [(2, 256), (2, 512), (4, 256), (4, 512)]
+    assert sorted(rows) == settings
+
+    def told(key: str, form: str, scale: float = 1.0) -> str:
+        found = [format(scale * rows[setting][key], form).lstrip("0") for setting in settings]
+        return f"{', '.join(found[:2])}; {', '.join(found[2:])}"
+
+    places, errors = told("best_at", ".0f"), told("median_error", ".0f", 100)
+    ours, theirs = told("spearman", ".2f"), told("authors_spearman", ".2f")
+    said = f"{places}; Spearman {ours} (authors' {theirs}); median error of seconds {errors} %"
+    assert said in README
+
+
+def test_the_planners_memory_is_the_records() -> None:
+    rows = records("plan_memory.jsonl")
+    close = sum(row["holds"] for row in rows)
+    assert f"{len(rows)} grids and forms on 2 and 4 gloo ranks | | {close} within 8 %" in README
+    assert (
+        f"memory, {len(rows)} configurations (`benchmarks/plan_memory.jsonl`) | {close} within 8 %"
+        in PLAN
+    )
