@@ -1,6 +1,7 @@
 """Every causal language model of transformers at toy size, in every package: right, or refused by name.
 
     scripts/env python benchmarks/families.py [--only mixtral,deepseek_v3] [--out FILE.jsonl]
+    scripts/env python benchmarks/families.py --record    # all, into the committed record, and its page
 
 Each type is built small and random, and compared with itself:
 
@@ -9,7 +10,8 @@ loki      at full budget with dense greedy decoding; a quarter of the budget mus
 goldfish  the loss without logits with masked cross-entropy on the model's own logits, and its gradients
 retrofit  at one recurrence with the dense model, padded too, and in `generate`; three recurrences must train
 
-Types that FILE already holds are passed over, so that a sweep that was stopped goes on.
+Types that FILE holds from the installed transformers are passed over, so that a sweep that was stopped
+goes on; others are measured anew.
 """
 
 from __future__ import annotations
@@ -55,6 +57,8 @@ from fourfold_parallel.testing.grids import Sizes
 from fourfold_parallel.testing.ranks import LawBrokenError, close_ranks, run_on_ranks
 from fourfold_recurrent_depth.retrofit import retrofit
 
+RECORD = Path(__file__).with_suffix(".jsonl")
+PAGE = Path(__file__).parents[1] / "packages/parallel/docs/families.md"
 RANKS = 4
 GRIDS: dict[str, Sizes] = {
     "row4": (1, 1, 4, 1), "col4": (1, 1, 1, 4), "depth4": (1, 4, 1, 1), "row2col2": (1, 1, 2, 2),
@@ -263,6 +267,77 @@ def said(event: dict[str, Any]) -> str:
     return f"{event['family']:26} {'  '.join(words)}{''.join(messages)}"
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """A record's events, one a type; the last one of a type stands."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    events = {event["family"]: event for event in map(json.loads, lines)}
+    return [events[name] for name in sorted(events)]
+
+
+WORST = ("equal", "refused", "wrong", "crash")
+
+
+def grid_result(event: dict[str, Any]) -> str:
+    """The worst of a type's grids; of equal ones, whether blocks ran whole."""
+    outcomes = event["parallel"].values()
+    worst = max((outcome["result"] for outcome in outcomes), key=WORST.index)
+    is_whole = any(outcome.get("whole") for outcome in outcomes)
+    return "equal, partly whole" if worst == "equal" and is_whole else worst
+
+
+def page(events: list[dict[str, Any]]) -> str:
+    """What every type gave, as Markdown."""
+    built = [event for event in events if "not_built" not in event]
+    rows = [("parallel, types that publish a plan", [e for e in built if e["plan"]], grid_result)]
+    rows += [("parallel, types without a plan", [e for e in built if not e["plan"]], grid_result)]
+    rows += [(name, built, lambda e, name=name: e[name]["result"]) for name in PAPERS]
+    results = ("equal", "equal, partly whole", "refused", "wrong", "crash")
+    lines = [
+        "# Families of models",
+        "",
+        f"Every causal language model of transformers {built[0]['transformers']} at toy size with random "
+        "weights, compared with itself",
+        "(`benchmarks/families.py --record` makes this page and its record, `benchmarks/families.jsonl`).",
+        "",
+        f"- parallel: {', '.join(GRIDS)}, in float64: loss, logits, every gradient and one",
+        f"  optimizer step within {EXACT:.0e}. *Partly whole*: blocks that no rule of the grid covers are",
+        "  computed alike by every rank of row and col.",
+        "- loki: greedy decoding at full budget, with the model's cache and a LokiCache; a quarter of the "
+        "budget runs.",
+        "- goldfish: the loss without logits, and its gradients, with those of the model's own logits.",
+        "- retrofit: all layers once through with the dense model, padded too, and in `generate`; three",
+        "  times through it trains.",
+        "",
+        "| | " + " | ".join(results) + " |",
+        "|---" * (len(results) + 1) + "|",
+    ]
+    for name, group, result in rows:
+        counts = [sum(result(event) == wanted for event in group) for wanted in results]
+        lines.append(f"| {name} | {' | '.join(str(count or '') for count in counts)} |")
+    lines += [
+        "",
+        "| type | plan | parallel | blocks whole | loki | goldfish | retrofit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for event in built:
+        whole = {
+            name for outcome in event["parallel"].values() for name in outcome.get("whole", ())
+        }
+        papers = " | ".join(event[name]["result"] for name in PAPERS)
+        plan, blocks = "yes" if event["plan"] else "", len(whole) or ""
+        lines.append(f"| {event['family']} | {plan} | {grid_result(event)} | {blocks} | {papers} |")
+    lines += ["", "Not built at toy size:", ""]
+    lines += [f"- {e['family']}: {e['not_built']}" for e in events if "not_built" in e]
+    lines += ["", "## Refusals", "", "By the reason that is given first.", ""]
+    for name in ("parallel", *PAPERS):
+        for event in built:
+            outcomes = event[name].values() if name == "parallel" else [event[name]]
+            texts = [outcome["message"] for outcome in outcomes if outcome["result"] == "refused"]
+            if texts:
+                lines.append(f"- {name}, {event['family']}: {texts[0].splitlines()[0]}")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Sweep, and say each type's outcome as it comes."""
     parser = argparse.ArgumentParser(
@@ -273,6 +348,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="append to this JSONL, and pass over what it holds"
     )
+    parser.add_argument("--record", action="store_true", help="write the committed record and page")
     parser.add_argument("--plan", action="store_true", help="only types that publish a plan")
     parser.add_argument("--whole", choices=["allow", "refuse"], help="handed to parallelize")
     given = parser.parse_args()
@@ -280,14 +356,15 @@ def main() -> None:
     torch.set_num_threads(1)
     how = {"whole": given.whole} if given.whole else {}
     names = [name.strip() for name in given.only.split(",") if name.strip()] or causal_types()
+    if given.record and (given.only or given.plan or given.what.count(",") < 3):
+        parser.error("--record sweeps every type in every package; leave the other choices out")
     if unknown := [name for name in names if name not in causal_types()]:
         parser.error(
             f"{unknown} are no causal language models of transformers {transformers.__version__}"
         )
-    done = set()
-    if given.out and given.out.exists():
-        lines = given.out.read_text(encoding="utf-8").splitlines()
-        done = {event["family"] for event in map(json.loads, lines)}
+    out = RECORD if given.record else given.out
+    version = transformers.__version__
+    done = {e["family"] for e in read(out) if e["transformers"] == version} if out else set[str]()
     console = Console(soft_wrap=True, highlight=False, markup=False)
     for name in names:
         if name in done:
@@ -297,9 +374,13 @@ def main() -> None:
         started_s = time.perf_counter()
         event = event_of(name, given.what.split(","), how)
         console.print(f"{said(event)}   {time.perf_counter() - started_s:.1f} s")
-        if given.out:
-            with given.out.open("a", encoding="utf-8") as file:
+        if out:
+            with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
+    if given.record:
+        events = [event for event in read(RECORD) if event["transformers"] == version]
+        RECORD.write_text("".join(json.dumps(e) + "\n" for e in events), encoding="utf-8")
+        PAGE.write_text(page(events), encoding="utf-8")
 
 
 if __name__ == "__main__":
