@@ -2,8 +2,8 @@
 
     scripts/env python benchmarks/gpu_code.py [OUT.jsonl]
 
-Each kernel is compiled as it is launched (one decoded token of 16k in bfloat16 on three head shapes; a chunk
-of 1,024 rows of logits in float32) for A100, H100, B200 and MI300. A line names registers and shared memory of
+Each kernel is compiled as it is launched: one decoded token of 16k in bfloat16 on three head shapes, a chunk
+of 1,024 rows of logits in float32; for A100, H100, B200 and MI300. A line names registers, shared memory of
 a program, what spills, and the bytes that the launch must move. Nothing of it was run on a GPU.
 """
 

@@ -2,7 +2,7 @@
 
     python gpu_training.py OUT.jsonl
 
-Both run the same transformers model with the same attention, AdamW in float32 and products in bfloat16, eager;
+Both run the same transformers model and attention, AdamW in float32 and products in bfloat16, eager;
 with `--compile` plain torch also compiled. MFU is six FLOPs a parameter and token over the device's peak in
 bfloat16, where it is known here. Memory is torch's own peak against the planner's for the same layout, on a
 grid of one rank. Not run on a GPU so far; `--device cpu --width 64 --layers 2` tries the same lines here.

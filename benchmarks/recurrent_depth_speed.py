@@ -353,7 +353,7 @@ def main() -> None:
         for name in asked:
             WAYS[name]()
         return
-    lines = instruction_sets.on_each(os.environ.get("FOURFOLD_ONLY_INSTRUCTIONS", ""))
+    lines = instruction_sets.on_each()
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
 
