@@ -24,6 +24,8 @@ HELD: dict[str, dict[str, str]] = {
     },
 }
 INSIDE = "FOURFOLD_BENCHMARK_LINES"
+ONLY = "FOURFOLD_ONLY_INSTRUCTIONS"
+"""Names one of the sets, to measure that one alone."""
 
 
 def sets() -> list[str]:
@@ -36,9 +38,10 @@ def is_inside() -> bool:
     return INSIDE in os.environ
 
 
-def on_each(only: str = "") -> list[dict[str, Any]]:
+def on_each() -> list[dict[str, Any]]:
     """Run this very command under each instruction set; gives the lines that the runs wrote."""
     lines: list[dict[str, Any]] = []
+    only = os.environ.get(ONLY)
     for name in [only] if only else sets():
         with tempfile.TemporaryDirectory() as folder:
             written = Path(folder) / "lines.jsonl"

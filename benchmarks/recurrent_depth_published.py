@@ -1,8 +1,9 @@
 """Huginn's published code on given weights: `python recurrent_depth_published.py CHECKOUT FOLDER`.
 
-For an interpreter with the transformers that the published code needs; `recurrent_depth_speed.py` starts it, with
-a checkout of `seal-rg/recurrent-pretraining`, whose `recpre/raven_modeling_minimal.py` is the published model, and
-a folder of weights and configuration. Prints one JSON line: processor seconds of one thread, the fastest of three.
+For an interpreter with the transformers that the published code needs; `recurrent_depth_speed.py` starts it,
+with a checkout of `seal-rg/recurrent-pretraining`, whose `recpre/raven_modeling_minimal.py` is the published
+model, and a folder of weights and configuration. Prints one JSON line: processor seconds of one thread, the
+fastest of three.
 """
 
 import json

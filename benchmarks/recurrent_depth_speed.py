@@ -151,7 +151,8 @@ def decode() -> None:
             }
             write(
                 "decode", shape=name, rows=rows, prompt_tokens=length, new_tokens=new, recurrences=steps,
-                seconds=times, speedup=ratio(times, "plain", "ours"), speedup_by_least=least(times, "plain", "ours"),
+                seconds=times, speedup=ratio(times, "plain", "ours"),
+                speedup_by_least=least(times, "plain", "ours"),
                 speedup_behind_the_prompt=ratio(behind, "plain", "ours"),
                 ours_tokens_per_s=round(rows * (new - 1) / statistics.median(behind["ours"]), 2),
                 same_tokens=bool(torch.equal(given["plain"][0], given["ours"][0])),
@@ -314,9 +315,8 @@ def published() -> None:
             )
         rows, length, new, steps = theirs["rows"], theirs["tokens"], theirs["new"], DEPTHS[0]
         prompt = torch.tensor(theirs["prompt"])
-        times, _ = interleaved(
-            {"ours": lambda m=model, p=prompt: ours(m, p, new, steps)}, repeats=3
-        )
+        decoded = partial(ours, model, prompt, new, steps)
+        times, _ = interleaved({"ours": decoded}, repeats=3)
         model.train()
 
         def step(m: RecurrentDepthForCausalLM = model, p: Tensor = prompt) -> None:
@@ -353,7 +353,7 @@ def main() -> None:
         for name in asked:
             WAYS[name]()
         return
-    lines = instruction_sets.on_each(os.environ.get("FOURFOLD_ONLY_INSTRUCTIONS", ""))
+    lines = instruction_sets.on_each()
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
 

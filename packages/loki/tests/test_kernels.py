@@ -243,9 +243,10 @@ int main() {
     const auto leading = read<float>(stacks * s.room * s.width);
     std::vector<float> parted(stacks * s.parts * s.group * s.value_width), logs(stacks * s.parts * s.group);
     std::vector<float> output(stacks * s.group * s.value_width);
-    fourfold_loki_decode(queries.data(), keys.data(), values.data(), leading.data(), parted.data(),
-                         logs.data(), &s, 0, stacks * s.parts, 0);
-    fourfold_loki_merge(parted.data(), logs.data(), output.data(), &s, stacks);
+    const Call call{queries.data(), keys.data(),   values.data(), leading.data(),
+                    parted.data(),  logs.data(), s,             0};
+    fourfold_loki_decode(&call, 0, stacks * s.parts);
+    fourfold_loki_merge(&call, output.data(), stacks);
     std::fwrite(output.data(), sizeof(float), output.size(), stdout);
 }
 """

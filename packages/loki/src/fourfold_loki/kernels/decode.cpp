@@ -4,6 +4,7 @@
 // each read. `native.py` compiles this file for the processor that it runs on; the arithmetic is that of `cpu.py`,
 // which is also what runs without a compiler. How much is computed at a time follows from LANES and SUMS of
 // `vectors.h`, that is from the instruction set.
+#include "fourfold/team.h"
 #include "fourfold/vectors.h"
 
 #include <functional>
@@ -21,6 +22,14 @@ struct Sizes {
     int64_t group, head_width, value_width, width, room, length, pages, page, sinks, window, parts;
 
     int64_t filled() const { return (length + page - 1) / page; }
+};
+
+struct Call {
+    const float* queries;
+    const void *keys, *values, *leading;
+    float *output, *logs;  // of each unit
+    Sizes sizes;
+    int64_t is_bfloat16;
 };
 
 // Heads of a group as many as fill a fold of lanes evenly.
@@ -290,40 +299,39 @@ void attend(const float* queries, const T* keys, const T* values, const Pages& p
 
 // The units from .. until - 1: parts of the chosen pages of each key/value head, one behind the other.
 template <typename T>
-void decode(const float* queries, const void* keys, const void* values, const void* leading, float* output,
-            float* logs, const Sizes& s, int64_t from, int64_t until) {
+void decode(const Call& call, int64_t from, int64_t until) {
+    const Sizes& s = call.sizes;
     const int64_t stride = whole(s.filled());
     const Floats best = floats(s.group * stride);
     std::vector<int64_t> chosen;
     for (int64_t unit = from, ranked = -1; unit < until; ++unit) {
         const int64_t stack = unit / s.parts, part = unit % s.parts;
-        const float* asked = queries + stack * s.group * s.head_width;
+        const float* asked = call.queries + stack * s.group * s.head_width;
         if (stack != ranked) {
-            rank_heads(asked, static_cast<const T*>(leading) + stack * s.width * s.room, s, stride, best.get());
+            const T* leading = static_cast<const T*>(call.leading) + stack * s.width * s.room;
+            rank_heads(asked, leading, s, stride, best.get());
             chosen = choose(rank(best.get(), s, stride), s.pages);
             ranked = stack;
         }
         const int64_t first = s.pages * part / s.parts, last = s.pages * (part + 1) / s.parts;
-        attend(asked, static_cast<const T*>(keys) + stack * s.room * s.head_width,
-               static_cast<const T*>(values) + stack * s.room * s.value_width,
-               Pages{chosen.data() + first, last - first, s}, output + unit * s.group * s.value_width,
-               logs + unit * s.group);
+        attend(asked, static_cast<const T*>(call.keys) + stack * s.room * s.head_width,
+               static_cast<const T*>(call.values) + stack * s.room * s.value_width,
+               Pages{chosen.data() + first, last - first, s}, call.output + unit * s.group * s.value_width,
+               call.logs + unit * s.group);
     }
 }
 
 }  // namespace
 
-extern "C" void fourfold_loki_decode(const float* queries, const void* keys, const void* values,
-                                     const void* leading, float* output, float* logs, const Sizes* sizes,
-                                     int64_t from, int64_t until, int32_t is_bfloat16) {
-    (is_bfloat16 ? decode<BFloat16> : decode<float>)(queries, keys, values, leading, output, logs, *sizes, from,
-                                                     until);
+extern "C" void fourfold_loki_decode(const void* call, int64_t from, int64_t until) {
+    const Call& given = *static_cast<const Call*>(call);
+    (given.is_bfloat16 ? decode<BFloat16> : decode<float>)(given, from, until);
 }
 
 // output[stack][head]: its parts, each weighted by its share of the softmax.
-extern "C" void fourfold_loki_merge(const float* parted, const float* logs, float* output, const Sizes* sizes,
-                                    int64_t stacks) {
-    const Sizes& s = *sizes;
+extern "C" void fourfold_loki_merge(const Call* call, float* output, int64_t stacks) {
+    const Sizes& s = call->sizes;
+    const float *parted = call->output, *logs = call->logs;
     for (int64_t stack = 0; stack < stacks; ++stack)
         for (int64_t head = 0; head < s.group; ++head, output += s.value_width) {
             const auto unit = [&](int64_t part) { return (stack * s.parts + part) * s.group + head; };

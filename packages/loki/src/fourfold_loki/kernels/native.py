@@ -22,6 +22,19 @@ WORTH_SHARING = 1 << 20
 """Bytes read from which a second thread (50 microseconds to wake) pays."""
 
 
+class _Call(ctypes.Structure):
+    _fields_ = (
+        ("queries", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("leading", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("logs", ctypes.c_void_p),
+        ("sizes", ctypes.c_int64 * 11),
+        ("is_bfloat16", ctypes.c_int64),
+    )
+
+
 def takes(queries: Tensor, keys: Tensor, values: Tensor, leading: Tensor) -> bool:
     """True where `decode` can compute with these and there is something to compile it with."""
     parts = (keys, values, leading)
@@ -94,27 +107,19 @@ def decode(
     output = torch.empty(batch, heads, 1, value_width)
     parted = output if parts == 1 else torch.empty(stacks, parts, group, value_width)
     logs = torch.empty(stacks, parts, group)
-    sizes = (ctypes.c_int64 * 11)(
-        group, head_width, value_width, width, room,
-        read.length, read.pages, read.page, read.sinks, read.window, parts,
+    call = _Call(
+        wide.data_ptr(), keys.data_ptr(), values.data_ptr(), leading.data_ptr(), parted.data_ptr(),
+        logs.data_ptr(),
+        (ctypes.c_int64 * 11)(
+            group, head_width, value_width, width, room,
+            read.length, read.pages, read.page, read.sinks, read.window, parts,
+        ),
+        keys.dtype == torch.bfloat16,
     )  # fmt: skip
-    inputs = [
-        ctypes.c_void_p(part.data_ptr()) for part in (wide, keys, values, leading, parted, logs)
-    ]
-    is_bfloat16 = ctypes.c_int32(keys.dtype == torch.bfloat16)
-
-    def sweep(first: int, last: int) -> None:
-        compiled.fourfold_loki_decode(
-            *inputs, sizes, ctypes.c_int64(first), ctypes.c_int64(last), is_bfloat16
-        )
-
-    if threads == 1:
-        sweep(0, stacks)
-    else:
-        native.share(stacks * parts, sweep)
+    native.share_call(compiled, "fourfold_loki_decode", call, stacks * parts, threads=threads)
     if parts > 1:
         compiled.fourfold_loki_merge(
-            *inputs[4:], ctypes.c_void_p(output.data_ptr()), sizes, ctypes.c_int64(stacks)
+            ctypes.byref(call), ctypes.c_void_p(output.data_ptr()), ctypes.c_int64(stacks)
         )
     return output.to(queries.dtype)
 

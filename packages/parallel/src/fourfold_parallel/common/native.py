@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -188,6 +189,55 @@ def share(units: int, work: Work) -> None:
     team.GOMP_parallel(_Body(body), None, ctypes.c_uint(threads), ctypes.c_uint(0))
     if errors:
         raise errors[0]
+
+
+class _Team(ctypes.Structure):
+    _fields_ = (
+        ("work", ctypes.c_void_p),
+        ("call", ctypes.c_void_p),
+        ("units", ctypes.c_int64),
+        ("thread", ctypes.c_void_p),
+        ("threads", ctypes.c_void_p),
+    )
+
+
+def share_call(
+    library: ctypes.CDLL, function: str, call: ctypes.Structure, units: int, *, threads: int
+) -> None:
+    """`share` for a function of a library that includes "fourfold/team.h", without Python in its threads.
+
+    A thread that calls from Python waits for Python's lock, which costs a tenth of a millisecond.
+
+    Args:
+        library: whose function.
+        function: its name; it takes a pointer, the first unit and the one behind the last.
+        call: what the pointer leads to.
+        units: to share out.
+        threads: one computes here alone; otherwise torch's.
+    """
+    work = getattr(library, function)
+    team = _openmp() if min(threads, units) > 1 else None
+    if team is not None:
+        shared = _Team(
+            _address(work), ctypes.addressof(call), units,
+            _address(team.omp_get_thread_num), _address(team.omp_get_num_threads),
+        )  # fmt: skip
+        team.GOMP_parallel(
+            library.fourfold_part, ctypes.byref(shared), ctypes.c_uint(threads), ctypes.c_uint(0)
+        )
+        return
+
+    def some(first: int, last: int) -> None:
+        work(ctypes.byref(call), ctypes.c_int64(first), ctypes.c_int64(last))
+
+    if threads == 1:
+        some(0, units)
+    else:
+        share(units, some)
+
+
+def _address(function: Any) -> int | None:
+    return ctypes.cast(function, ctypes.c_void_p).value
 
 
 @cache

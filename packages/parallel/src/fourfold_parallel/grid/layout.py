@@ -193,8 +193,9 @@ UNPUBLISHED: dict[str, dict[str, Rule]] = {
 }
 """Rules for model types whose configuration publishes no plan, relative to the base model."""
 
-FIXED_HEADS = frozenset({"xglm"})
-"""Model types whose attention reshapes to all heads of the configuration: names are not enough there."""
+NAMES_MISLEAD = frozenset({"moshi", "mvp", "xglm"})
+"""Model types in which a name of `NAMED` means something else: an attention that reshapes to all heads of
+the configuration, a first layer that holds a gate too."""
 WIDE_BETWEEN = frozenset({"ctrl", "xglm"})
 """Model types that compute with the whole width of the residual stream between their blocks, by code
 of their decoder: it is whole where col cuts the stream."""
@@ -729,7 +730,7 @@ def _evident(model: PreTrainedModel, name: str) -> Rule | None:
         return ResidualNorm()  # and not one of all heads together, within an attention
     named = NAMED.get(name.rpartition(".")[2])
     linear = _is_linear(module) and _layer(model, name) is not None
-    if config.model_type in FIXED_HEADS and "att" in name:
+    if config.model_type in NAMES_MISLEAD:
         return None
     if isinstance(named, PerHead) and is_norm and len(shapes) == 1:
         return named
