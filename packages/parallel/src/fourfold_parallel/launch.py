@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 
 def adopt_slurm() -> None:
@@ -102,11 +103,12 @@ def process_group(on: torch.device) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
+    how: dict[str, Any] = {"timeout": patience(), **_meeting_place()}
     if on.type == "cuda":
         torch.cuda.set_device(on)
-        dist.init_process_group("nccl", device_id=on, timeout=patience())
+        dist.init_process_group("nccl", device_id=on, **how)
     else:
-        dist.init_process_group("gloo", timeout=patience())
+        dist.init_process_group("gloo", **how)
     try:
         yield
     except RuntimeError:
@@ -115,6 +117,20 @@ def process_group(on: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def _meeting_place() -> dict[str, Any]:
+    """The launcher's store, under a name of this attempt; nothing where the launcher has none.
+
+    torchrun keeps one store for all its restarts (torch 2.13). What an earlier attempt has left there would
+    be taken for the present one's: addresses at which nobody answers any more.
+    """
+    environ = os.environ
+    if "TORCHELASTIC_RESTART_COUNT" not in environ:
+        return {}
+    store, rank, size = next(rendezvous("env://", timeout=patience()))
+    attempt = f"{environ['TORCHELASTIC_RESTART_COUNT']} of {size}"
+    return {"store": dist.PrefixStore(attempt, store), "rank": rank, "world_size": size}
 
 
 @functools.cache

@@ -38,7 +38,7 @@ from fourfold_parallel.common.held import (
     ties_of,
     weights_of,
 )
-from fourfold_parallel.launch import check_launched, device, patience, world_size
+from fourfold_parallel.launch import check_launched, device, process_group, world_size
 from fourfold_parallel.run.state import restoring, state_of
 
 
@@ -348,28 +348,23 @@ def _accelerator(
     **plugins: Any,
 ) -> Iterator[Accelerator]:
     """An `Accelerator` whose singletons, variables and process group do not outlive the run."""
-    was_initialized = dist.is_initialized()
-    # accelerate knows no backend for DeepSpeed without an accelerator card unless it is named.
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
     variables = {name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))}
     AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - accelerate's own way
-    try:
-        yield Accelerator(
-            mixed_precision="bf16" if precision == "bf16" else "no",
-            cpu=not torch.cuda.is_available() if cpu is None else cpu,
-            kwargs_handlers=[
-                *kwargs_handlers,
-                InitProcessGroupKwargs(backend=backend, timeout=patience()),
-            ],
-            **plugins,
-        )
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
-        for name in list(os.environ):
-            if name.startswith(("ACCELERATE_", "FSDP_")) and name not in variables:
-                del os.environ[name]
-        if not was_initialized and dist.is_initialized():
-            dist.destroy_process_group()
+    # accelerate knows no backend for DeepSpeed without an accelerator card unless it is named.
+    named = InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")
+    with process_group(device()):
+        try:
+            yield Accelerator(
+                mixed_precision="bf16" if precision == "bf16" else "no",
+                cpu=not torch.cuda.is_available() if cpu is None else cpu,
+                kwargs_handlers=[*kwargs_handlers, named],
+                **plugins,
+            )
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
+            for name in list(os.environ):
+                if name.startswith(("ACCELERATE_", "FSDP_")) and name not in variables:
+                    del os.environ[name]
 
 
 class _AccelerateSession:
