@@ -135,7 +135,7 @@ def _meeting_place() -> dict[str, Any]:
 
 @functools.cache
 def patience() -> timedelta:
-    """How long a rank waits for others before it gives up: `FOURFOLD_PATIENCE_S`, else ten minutes."""
+    """The time for which a rank waits for others: `FOURFOLD_PATIENCE_S`, else ten minutes."""
     return timedelta(seconds=float(os.environ.get("FOURFOLD_PATIENCE_S", "600")))
 
 
@@ -155,7 +155,7 @@ class Ranks:
             self.group = made
 
     def gather(self, value: Any) -> list[Any]:
-        """What each rank gave, in their order, on every rank."""
+        """The value that each rank gave, in their order, on every rank."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.size

@@ -163,14 +163,14 @@ class Stored:
         if not slices:
             return [((), piece)]
         rows, *others = slices
-        found = []
+        rectangles = []
         for part in range(self.parts):
             skipped = (part - rows.start) % self.parts
             first = part * (shape[0] // self.parts) + (rows.start + skipped) // self.parts
             offsets = (first, *(other.start for other in others))
             view = piece[skipped :: self.parts]
-            found.append((offsets[::-1], view.t()) if self.transposed else (offsets, view))
-        return found
+            rectangles.append((offsets[::-1], view.t()) if self.transposed else (offsets, view))
+        return rectangles
 
     def read(self, source: Any, slices: tuple[slice, ...], shape: tuple[int, ...]) -> Tensor:
         """A piece of the kept tensor, reading no more of the published one than it needs.

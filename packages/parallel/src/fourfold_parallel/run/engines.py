@@ -83,7 +83,7 @@ class Session(Protocol):
         ...
 
     def state(self) -> State:
-        """What this rank holds of weights and optimizer, under the plain model's names.
+        """This rank's share of weights and optimizer, under the plain model's names.
 
         Views of the memory in use: nothing is copied, and no rank waits for another.
         """
@@ -517,7 +517,7 @@ class _DeepSpeedSession(_AccelerateSession):
                 yield flat, index, parameters
 
     def _fragment(self, zero: Any, parameter: Any, flat: Tensor) -> Held:
-        """What lies of a parameter in a stretch that is laid out like its group's weights."""
+        """The share of a parameter in a stretch that is laid out like its group's weights."""
         if hasattr(parameter, "ds_tensor"):
             _, start, count = zero.grad_position[zero.get_param_id(parameter)]
             return self._stretch(parameter, flat.detach().narrow(0, start, count))
