@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 benchmarks/checkpoint_speed.py [--rounds 5] [--memory-saves 50] [--out FILE]
 
-One session (FSDP2, a Llama of 98 million parameters with AdamW's moments, float32) is saved and loaded by
+One session (DDP, a Llama of 98 million parameters with AdamW's moments, float32) is saved and loaded by
 all in turn, round by round, so that what else the machine does falls on all alike. A row is a ratio of
 medians; the stall is the time after which the next step may begin. Then so many saves in a row: resident
 memory. Last, what it costs to note phases and waits: the time of a note, their number in a step of a grid
@@ -32,7 +32,7 @@ from fourfold_parallel.common.records import RecordWriter, header
 from fourfold_parallel.grid.engine import Fourfold
 from fourfold_parallel.launch import Ranks
 from fourfold_parallel.run.checkpoint import Keep, Saver, restore
-from fourfold_parallel.run.engines import FSDP2
+from fourfold_parallel.run.engines import DDP
 from fourfold_parallel.run.models import Llama
 from fourfold_parallel.run.objective import token_nats
 
@@ -79,9 +79,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     model = MODEL.build(seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    with FSDP2(reshard_after_forward=True).open(
-        model, optimizer, precision="fp32", batch=2, microbatch=1
-    ) as session:
+    with DDP().open(model, optimizer, precision="fp32", batch=2, microbatch=1) as session:
         tokens = torch.randint(
             0, 8192, (1, 16), generator=torch.Generator().manual_seed(session.rank)
         )
@@ -104,42 +102,12 @@ def measure(session: Any, arguments: argparse.Namespace) -> None:
         records.write_header(
             header(MODEL, seed=0, world_size=ranks.size, materials=(), overrides=())
         )
-        contenders = Contenders(session, arguments.folder)
-        seconds: dict[str, list[float]] = {}
-        for turn in range(arguments.rounds + 1):
-            for name, action in contenders.actions().items():
-                session.wait()
-                elapsed_s = action()
-                slowest = float(ranks.table([elapsed_s]).max())
-                if turn:  # the first is for warming up
-                    seconds.setdefault(name, []).append(slowest)
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
-        for name, values in seconds.items():
-            records.write(
-                "timed",
-                what=name,
-                median_s=round(medians[name], 4),
-                seconds=[round(v, 4) for v in values],
-                shard_bytes=nbytes,
-            )
-        records.write(
-            "ratios",
-            stall_over_blocking=round(medians["ours, stall"] / medians["ours, blocking"], 4),
-            torch_stall_over_ours=round(medians["torch, stall"] / medians["ours, stall"], 3),
-            torch_blocking_over_ours=round(
-                medians["torch, blocking"] / medians["ours, blocking"], 3
-            ),
-            accelerate_blocking_over_ours=round(
-                medians["accelerate, blocking"] / medians["ours, blocking"], 3
-            ),
-            torch_load_over_ours=round(medians["torch, load"] / medians["ours, load"], 3),
-            accelerate_load_over_ours=round(medians["accelerate, load"] / medians["ours, load"], 3),
-            megabytes_per_s=round(ranks.size * nbytes / medians["ours, blocking"] / 1e6, 1),
-        )
-        contenders.close()
+        if arguments.rounds:
+            take_turns(session, ranks, records, nbytes, arguments)
         if arguments.memory_saves:
             remember(session, ranks, records, nbytes, arguments)
         note_costs(ranks, records)
+        records.write("finished")
     shutil.rmtree(arguments.folder, ignore_errors=True)
 
 
@@ -183,6 +151,43 @@ def note_costs(ranks: Ranks, records: RecordWriter) -> None:
         "notes", notes=marks[0], note_us=round(1e6 * note_s, 3), step_s=round(step_s, 4),
         share=round(marks[0] * note_s / step_s, 6),
     )  # fmt: skip
+
+
+def take_turns(
+    session: Any, ranks: Ranks, records: RecordWriter, nbytes: int, arguments: argparse.Namespace
+) -> None:
+    """Every contender once in each round, and the ratios of their medians."""
+    contenders = Contenders(session, arguments.folder)
+    seconds: dict[str, list[float]] = {}
+    for turn in range(arguments.rounds + 1):
+        for name, action in contenders.actions().items():
+            session.wait()
+            elapsed_s = action()
+            slowest = float(ranks.table([elapsed_s]).max())
+            if turn:  # the first is for warming up
+                seconds.setdefault(name, []).append(slowest)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, values in seconds.items():
+        records.write(
+            "timed",
+            what=name,
+            median_s=round(medians[name], 4),
+            seconds=[round(v, 4) for v in values],
+            shard_bytes=nbytes,
+        )
+    records.write(
+        "ratios",
+        stall_over_blocking=round(medians["ours, stall"] / medians["ours, blocking"], 4),
+        torch_stall_over_ours=round(medians["torch, stall"] / medians["ours, stall"], 3),
+        torch_blocking_over_ours=round(medians["torch, blocking"] / medians["ours, blocking"], 3),
+        accelerate_blocking_over_ours=round(
+            medians["accelerate, blocking"] / medians["ours, blocking"], 3
+        ),
+        torch_load_over_ours=round(medians["torch, load"] / medians["ours, load"], 3),
+        accelerate_load_over_ours=round(medians["accelerate, load"] / medians["ours, load"], 3),
+        megabytes_per_s=round(ranks.size * nbytes / medians["ours, blocking"] / 1e6, 1),
+    )
+    contenders.close()
 
 
 class Contenders:

@@ -132,6 +132,7 @@ def test_rectangles_are_what_read_reads(transposed: bool, parts: int, pieces: in
     assert torch.equal(filled, published)
 
 
+@settings(deadline=None)
 @given(
     shape=st.lists(st.integers(1, 5), max_size=3).map(tuple),
     edges=st.lists(st.integers(0, 125), max_size=4),

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 
 def adopt_slurm() -> None:
@@ -102,11 +103,12 @@ def process_group(on: torch.device) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
+    how: dict[str, Any] = {"timeout": patience(), **_meeting_place()}
     if on.type == "cuda":
         torch.cuda.set_device(on)
-        dist.init_process_group("nccl", device_id=on, timeout=patience())
+        dist.init_process_group("nccl", device_id=on, **how)
     else:
-        dist.init_process_group("gloo", timeout=patience())
+        dist.init_process_group("gloo", **how)
     try:
         yield
     except RuntimeError:
@@ -117,9 +119,23 @@ def process_group(on: torch.device) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def _meeting_place() -> dict[str, Any]:
+    """The launcher's store, under a name of this attempt; nothing where the launcher has none.
+
+    torchrun keeps one store for all its restarts (torch 2.13). What an earlier attempt has left there would
+    be taken for the present one's: addresses at which nobody answers any more.
+    """
+    environ = os.environ
+    if "TORCHELASTIC_RESTART_COUNT" not in environ:
+        return {}
+    store, rank, size = next(rendezvous("env://", timeout=patience()))
+    attempt = f"{environ['TORCHELASTIC_RESTART_COUNT']} of {size}"
+    return {"store": dist.PrefixStore(attempt, store), "rank": rank, "world_size": size}
+
+
 @functools.cache
 def patience() -> timedelta:
-    """How long a rank waits for others before it gives up: `FOURFOLD_PATIENCE_S`, else ten minutes."""
+    """The time for which a rank waits for others: `FOURFOLD_PATIENCE_S`, else ten minutes."""
     return timedelta(seconds=float(os.environ.get("FOURFOLD_PATIENCE_S", "600")))
 
 
@@ -139,7 +155,7 @@ class Ranks:
             self.group = made
 
     def gather(self, value: Any) -> list[Any]:
-        """What each rank gave, in their order, on every rank."""
+        """The value that each rank gave, in their order, on every rank."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.size

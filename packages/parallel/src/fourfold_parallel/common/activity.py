@@ -1,4 +1,4 @@
-"""What this rank does at the moment, and where its time went: for messages, records and the clock of a step.
+"""The work of this rank at the moment, and where its time went: for messages, records and clocks.
 
 One `Activity` stands for the process (`NOW`). The loop says which phase begins; what waits for other ranks
 says so while it waits. Both cost a microsecond.

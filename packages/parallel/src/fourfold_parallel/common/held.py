@@ -1,4 +1,4 @@
-"""What one rank holds of tensors that are cut over ranks: rectangles of them, as views of the memory in use.
+"""The share of one rank in tensors that are cut over ranks: rectangles, as views of the memory in use.
 
 The form in which every engine and every grid describes its state to a checkpoint. Names, shapes and places
 are those of the plain model, so that whatever one layout wrote any other reads.
@@ -59,7 +59,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What this rank holds of one tensor: disjoint rectangles, possibly none.
+    """This rank's share of one tensor: disjoint rectangles, possibly none.
 
     torch's distributed checkpoint plans with it as with a `DTensor` (`__create_write_items__`,
     `__create_chunk_list__`).
@@ -134,7 +134,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """What a session saves: this rank's share of the tensors, and what is no tensor."""
+    """A session's state: this rank's share of the tensors, and what is no tensor."""
 
     weights: Mapping[str, Held]
     """By the plain model's names; a tied one once, under its first name."""
@@ -153,7 +153,7 @@ class State:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
-    """What lies in a checkpoint, for a session that makes room for it."""
+    """The content of a checkpoint, for a session that makes room for it."""
 
     shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     """Of weights and moments, by name."""
@@ -194,7 +194,7 @@ def single(value: Any) -> Any:
 
 
 def number(value: Any, device: torch.device | str) -> Any:
-    """What `single` was given."""
+    """The value that `single` was given."""
     if isinstance(value, dict):
         return torch.tensor(value["value"], dtype=getattr(torch, value["dtype"]), device=device)
     return value
@@ -261,7 +261,7 @@ def check_weights(saved: Saved, wanted: Mapping[str, Held], ties: Mapping[str, s
     Raises:
         ValueError: They differ; the first weight that does is named.
     """
-    shapes = {name: one.shape for name, one in wanted.items()}
+    shapes = {name: held.shape for name, held in wanted.items()}
     held = {name: shape for name, (shape, _) in saved.shapes.items() if "/" not in name}
     unknown = sorted(set(held) - set(shapes) - set(ties))
     other = [name for name, shape in held.items() if name in shapes and shapes[name] != shape]

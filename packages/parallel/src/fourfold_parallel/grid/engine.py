@@ -253,7 +253,7 @@ class GridSession:
         return self._mesh.sum_over_batch(value)
 
     def state(self) -> State:
-        """What this rank holds, as views of the memory in use, in the published names and shapes."""
+        """This rank's share, as views of the memory in use, in the published names and shapes."""
         self.parallel.settle(when="before a save")
         weights = {
             name: self.parallel.held(name, tensor, local(tensor))

@@ -134,7 +134,7 @@ class Parallel:
             yield name, self.stored[name].publish(whole.full_tensor())
 
     def held(self, name: str, owner: DTensor, piece: Tensor) -> Held:
-        """What this rank holds of something that is kept as a parameter is, in the published shape.
+        """This rank's share of something that is kept as a parameter is, in the published shape.
 
         Args:
             name: Of the parameter.

@@ -248,7 +248,7 @@ class Stored:
         """
         if not slices:
             return [((), piece)]
-        rows, found = slices[self.dim], []
+        rows, rectangles = slices[self.dim], []
         along = piece.movedim(self.dim, 0)
         for part in range(self.parts):
             skipped = (part - rows.start) % self.parts
@@ -257,8 +257,8 @@ class Stored:
                 first if dim == self.dim else place.start for dim, place in enumerate(slices)
             )
             view = along[skipped :: self.parts].movedim(0, self.dim)
-            found.append((offsets[::-1], view.t()) if self.transposed else (offsets, view))
-        return found
+            rectangles.append((offsets[::-1], view.t()) if self.transposed else (offsets, view))
+        return rectangles
 
     def read(self, source: Any, slices: tuple[slice, ...], shape: tuple[int, ...]) -> Tensor:
         """A piece of the kept tensor, reading no more of the published one than it needs.

@@ -60,8 +60,8 @@ def verify(folder: Path, target: Console) -> None:
     for path in found(folder):
         told = list(_faults(path))
         target.print(f"{path}: {'sound' if not told else f'{len(told)} faults'}", soft_wrap=True)
-        for one in told:
-            target.print(f"  {one}", soft_wrap=True)
+        for fault in told:
+            target.print(f"  {fault}", soft_wrap=True)
         wrong += told
     if wrong:
         raise ValueError(

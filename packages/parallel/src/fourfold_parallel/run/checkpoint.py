@@ -46,7 +46,7 @@ LATEST = "latest"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keep:
-    """Which checkpoints stay, and where."""
+    """The checkpoints that stay, and their places."""
 
     last: int = 2
     """So many of the newest. One more than one, so that there is one to go back to."""
@@ -113,8 +113,8 @@ def latest(
     Raises:
         ValueError: The folder holds another run's checkpoints; the message names the fields.
     """
-    found = resumable(folder, run=run, extends=extends, also=also)
-    return found[0] if found else None
+    candidates = resumable(folder, run=run, extends=extends, also=also)
+    return candidates[0] if candidates else None
 
 
 def resumable(
@@ -126,8 +126,8 @@ def resumable(
         ValueError: As `latest`.
     """
     places = [folder] if also is None else [folder, also]
-    whole = [one for place in places for one in reversed(checkpoints(place))]
-    whole.sort(key=lambda one: -one.step)
+    whole = [each for place in places for each in reversed(checkpoints(place))]
+    whole.sort(key=lambda each: -each.step)
     if not whole:
         return ()
     last = whole[0]
@@ -191,7 +191,7 @@ def _check_horizon(last: Checkpoint, run: Run, *, extends: bool) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of a save."""
+    """The end of a save."""
 
     step: int
     stall_s: float
@@ -294,7 +294,7 @@ class Saver:
             self._thread.join(patience().total_seconds())
 
     def news(self) -> Iterator[Outcome]:
-        """What became of the saves that have ended since the last call."""
+        """The outcomes of the saves that have ended since the last call."""
         while self._told < len(self._outcomes):
             self._told += 1
             yield self._outcomes[self._told - 1]
@@ -323,8 +323,10 @@ class Saver:
             except OSError as error:
                 written = reason(error, partial)
             results = self._ranks.gather(written)
-            wholes = [one for one in results if isinstance(one, Written)]
-            failures = [f"rank {r}: {one}" for r, one in enumerate(results) if isinstance(one, str)]
+            wholes = [each for each in results if isinstance(each, Written)]
+            failures = [
+                f"rank {r}: {each}" for r, each in enumerate(results) if isinstance(each, str)
+            ]
             failure = "; ".join(failures)
             if self._ranks.rank == 0:
                 if failures:
@@ -364,7 +366,7 @@ class Saver:
 
 
 def _forgotten(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """What is held, without the memory: names, shapes and formats."""
+    """Tensors without their memory: names, shapes and formats."""
     return {name: replace(held, parts=()) for name, held in tensors.items()}
 
 
@@ -485,35 +487,35 @@ def restore(session: Session, path: StrPath, *, ranks: Ranks | None = None) -> N
         _alike(ranks, lambda: reader.refuse(wrong))
 
 
-def restore_last(session: Session, found: Sequence[Checkpoint]) -> Checkpoint:
+def restore_last(session: Session, candidates: Sequence[Checkpoint]) -> Checkpoint:
     """Read the first of some checkpoints that is what was written. Every rank calls this.
 
     Those before it are set aside under a name that begins with `corrupt-`, for somebody to look at.
 
     Args:
         session: what to read into.
-        found: newest first (`resumable`), not empty.
+        candidates: newest first (`resumable`), not empty.
 
     Raises:
         CorruptError: None is sound.
     """
     corrupt: list[Checkpoint] = []
-    for one in found:
+    for each in candidates:
         try:
-            restore(session, one.path)
+            restore(session, each.path)
         except CorruptError as error:
             log.error("%s", error)
-            corrupt.append(one)
+            corrupt.append(each)
             last_error = error
             continue
         if session.is_main:
             for other in corrupt:
-                log.warning("going on from %s, which is sound", one.path)
+                log.warning("going on from %s, which is sound", each.path)
                 set_aside(other.path)
-        return one
+        return each
     raise CorruptError(
-        f"{last_error}; none of {len(found)} checkpoints is sound: remove {found[0].path.parent} to "
-        "start over"
+        f"{last_error}; none of {len(candidates)} checkpoints is sound: remove "
+        f"{candidates[0].path.parent} to start over"
     )
 
 

@@ -38,7 +38,7 @@ from fourfold_parallel.common.held import (
     ties_of,
     weights_of,
 )
-from fourfold_parallel.launch import check_launched, device, patience, world_size
+from fourfold_parallel.launch import check_launched, device, process_group, world_size
 from fourfold_parallel.run.state import restoring, state_of
 
 
@@ -83,7 +83,7 @@ class Session(Protocol):
         ...
 
     def state(self) -> State:
-        """What this rank holds of weights and optimizer, under the plain model's names.
+        """This rank's share of weights and optimizer, under the plain model's names.
 
         Views of the memory in use: nothing is copied, and no rank waits for another.
         """
@@ -348,28 +348,23 @@ def _accelerator(
     **plugins: Any,
 ) -> Iterator[Accelerator]:
     """An `Accelerator` whose singletons, variables and process group do not outlive the run."""
-    was_initialized = dist.is_initialized()
-    # accelerate knows no backend for DeepSpeed without an accelerator card unless it is named.
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
     variables = {name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))}
     AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - accelerate's own way
-    try:
-        yield Accelerator(
-            mixed_precision="bf16" if precision == "bf16" else "no",
-            cpu=not torch.cuda.is_available() if cpu is None else cpu,
-            kwargs_handlers=[
-                *kwargs_handlers,
-                InitProcessGroupKwargs(backend=backend, timeout=patience()),
-            ],
-            **plugins,
-        )
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
-        for name in list(os.environ):
-            if name.startswith(("ACCELERATE_", "FSDP_")) and name not in variables:
-                del os.environ[name]
-        if not was_initialized and dist.is_initialized():
-            dist.destroy_process_group()
+    # accelerate knows no backend for DeepSpeed without an accelerator card unless it is named.
+    named = InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")
+    with process_group(device()):
+        try:
+            yield Accelerator(
+                mixed_precision="bf16" if precision == "bf16" else "no",
+                cpu=not torch.cuda.is_available() if cpu is None else cpu,
+                kwargs_handlers=[*kwargs_handlers, named],
+                **plugins,
+            )
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
+            for name in list(os.environ):
+                if name.startswith(("ACCELERATE_", "FSDP_")) and name not in variables:
+                    del os.environ[name]
 
 
 class _AccelerateSession:
@@ -522,7 +517,7 @@ class _DeepSpeedSession(_AccelerateSession):
                 yield flat, index, parameters
 
     def _fragment(self, zero: Any, parameter: Any, flat: Tensor) -> Held:
-        """What lies of a parameter in a stretch that is laid out like its group's weights."""
+        """The share of a parameter in a stretch that is laid out like its group's weights."""
         if hasattr(parameter, "ds_tensor"):
             _, start, count = zero.grad_position[zero.get_param_id(parameter)]
             return self._stretch(parameter, flat.detach().narrow(0, start, count))

@@ -104,7 +104,7 @@ class Manifest:
     """sha256 of the other files, by name."""
 
     def saved(self) -> Saved:
-        """What a session makes room for."""
+        """The content that a session makes room for."""
         shapes = {name: (shape, dtype) for name, (shape, dtype, _) in self.tensors.items()}
         return Saved(shapes=shapes, numbers=self.numbers)
 
@@ -196,14 +196,14 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """What one rank wrote: files with their bytes and header digests, and its part of every checksum."""
+    """The part of one rank: files with their bytes and header digests, and its part of every checksum."""
 
     shards: Mapping[str, tuple[int, str]]
     checksums: Mapping[str, int]
 
 
 def plan(state: State, *, group: dist.ProcessGroup | None) -> SavePlan:
-    """What this rank writes of a state: torch's plan, in which one of those that hold a rectangle writes it.
+    """This rank's part in writing a state: torch's plan, where one holder of a rectangle writes it.
 
     Every rank calls this; the plan holds until the layout of the state changes.
 
@@ -264,7 +264,7 @@ class Image:
             if entries or not label:
                 self._files[f"{kind}{label}.safetensors"] = entries
         self.nbytes = start
-        on_gpu = any(part.values.is_cuda for one in held.values() for part in one.parts)
+        on_gpu = any(part.values.is_cuda for tensor in held.values() for part in tensor.parts)
         self._on_gpu = on_gpu
         self._flat = torch.empty(start, dtype=torch.uint8, pin_memory=on_gpu)
 
@@ -363,9 +363,9 @@ def manifest(
     """The manifest of what all ranks wrote."""
     totals: dict[str, int] = {}
     shards: dict[str, tuple[int, str]] = {}
-    for one in written:
-        shards.update(one.shards)
-        for name, value in one.checksums.items():
+    for part in written:
+        shards.update(part.shards)
+        for name, value in part.checksums.items():
             totals[name] = totals.get(name, 0) + value
     return Manifest(
         step=step, run=run, ranks=len(written), numbers=state.numbers,
@@ -397,11 +397,11 @@ def chunks_in(folder: Path, file: str, about: tuple[int, str]) -> list[Chunk]:
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = stream.read(min(length, about[0]))
-        found = path.stat().st_size
+        actual = path.stat().st_size
     except (OSError, struct.error) as error:
         raise CorruptError(f"{path} cannot be read ({error})") from error
-    if found != about[0]:
-        raise CorruptError(f"{path} has {found} bytes, {about[0]} were written")
+    if actual != about[0]:
+        raise CorruptError(f"{path} has {actual} bytes, {about[0]} were written")
     if hashlib.sha256(header).hexdigest() != about[1]:
         raise CorruptError(
             f"{path} is not the file that was written: its header differs (a file of another save?)"
@@ -473,7 +473,7 @@ class ShardReader(StorageReader):
             )
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ARG002 - torch's signature
-        """What lies where, from the headers of the files.
+        """The places of all tensors, from the headers of the files.
 
         Raises:
             CorruptError: A file is not what was written.
@@ -490,7 +490,7 @@ class ShardReader(StorageReader):
         )
 
     def metadata_of(self, name: str) -> Metadata:
-        """What lies where of one tensor, once the headers have been read."""
+        """The places of one tensor, once the headers have been read."""
         shape, dtype, _ = self.manifest.tensors[name]
         lie = [
             ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
@@ -613,8 +613,8 @@ def blame(reader: ShardReader, folder: Path, names: Iterable[str]) -> Iterator[s
     names = set(names)
     for chunk in reader.chunks:
         if chunk.name in names:
-            found = checksum(values_of(chunk, mapped(folder, chunk.file)), chunk.offsets)
-            if shown(found) != chunk.checksum:
+            actual = checksum(values_of(chunk, mapped(folder, chunk.file)), chunk.offsets)
+            if shown(actual) != chunk.checksum:
                 yield f"{folder / chunk.file}: {chunk.place} is not what was written"
 
 

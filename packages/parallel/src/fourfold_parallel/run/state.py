@@ -25,7 +25,7 @@ from fourfold_parallel.run.shards import ShardReader, held_checksums, read, unli
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    """What this rank holds, as views of the memory in use; nothing is copied and no rank waits."""
+    """This rank's share, as views of the memory in use; nothing is copied and no rank waits."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     moments = {
         f"{names[id(parameter)]}/{key}": Held.whole(value)

@@ -93,14 +93,14 @@ def train(
     opened_s = time.perf_counter()
     stream = run.data.open(sequence=run.sequence, seed=run.seed)
     held_out = run.data.validation(sequence=run.sequence)
-    found = checkpoint.resumable(checkpoints, run=run, extends=extends, also=keep.also)
+    candidates = checkpoint.resumable(checkpoints, run=run, extends=extends, also=keep.also)
     # What a checkpoint is read into needs no values, where the engine gives each rank its pieces only.
-    plain = outline(run.model, seed=run.seed) if found and run.engine.takes_outlines else None
+    plain = outline(run.model, seed=run.seed) if candidates and run.engine.takes_outlines else None
     if plain is None:
         plain = run.model.build(seed=run.seed)
     _check_vocabulary(run, plain, stream)
     beside = export.files(plain, stream.file)
-    if found:
+    if candidates:
         _check_record(record, study or run, extends=extends)
     _check_places(record, checkpoints)
     with (
@@ -116,9 +116,9 @@ def train(
         watchdog.explaining(),
     ):
         begun = None
-        if found:
-            log.info("resuming from %s", found[0].path)
-            begun = checkpoint.restore_last(session, found)
+        if candidates:
+            log.info("resuming from %s", candidates[0].path)
+            begun = checkpoint.restore_last(session, candidates)
         elif session.is_main:
             record.unlink(missing_ok=True)
         with _writer(run, session, stream, record, study or run, overrides, sinks) as records:

@@ -47,17 +47,19 @@ def table(records: Records) -> str:
 
 
 def sentence(record: Record) -> str:
-    """What the storm found, in words."""
+    """The findings of a storm, in words."""
     total, lives = record.last("storm"), record.of("life")
     equal = sum(
         bool(life.values["losses_equal"] and life.values["weights_equal"]) for life in lives
     )
-    found = [str(one.values["fault"]) for one in record.of("planted") if one.values["found"]]
+    planted = [
+        str(fault.values["fault"]) for fault in record.of("planted") if fault.values["found"]
+    ]
     faults: Any = total.values["faults"]
     told = (
         f"{len(record.of('kill'))} kills in {len(lives)} runs; {equal} of {len(lives)} ended with every "
         f"recorded loss and every weight and moment equal, bit for bit, to the run without kills on the same "
-        f"grid. Planted and found: {' and '.join(found) or 'nothing'}. Left behind: "
+        f"grid. Planted and found: {' and '.join(planted) or 'nothing'}. Left behind: "
         f"{'nothing' if not faults else '; '.join(faults)}."
     )
     for pairs in record.of("pairs"):
@@ -70,7 +72,7 @@ def sentence(record: Record) -> str:
 
 
 def figure(records: Records) -> Any:
-    """How many steps a kill cost, by what it came in."""
+    """The steps that kills cost, by what it came in."""
     from matplotlib.figure import Figure
 
     from fourfold_parallel.reproduce.figures import SHADES

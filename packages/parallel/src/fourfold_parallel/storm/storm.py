@@ -42,7 +42,7 @@ class Reference:
 
 @dataclass(slots=True)
 class Toll:
-    """What a storm has found."""
+    """The findings of a storm so far."""
 
     kills: Counter[str] = field(default_factory=Counter)
     lost: list[int] = field(default_factory=list)
@@ -177,12 +177,12 @@ def _left_behind(folder: Path, toll: Toll) -> tuple[int, int]:
     if record.exists() and record.stat().st_size:
         steps += [int(event.number("step")) for event in read_record(record).of("step")]
     whole = checkpoint.checkpoints(folder / "checkpoints")
-    for one in whole:
-        toll.faults += list(shards.faults(one.path))
+    for each in whole:
+        toll.faults += list(shards.faults(each.path))
     pointer = folder / "checkpoints" / checkpoint.LATEST
     if pointer.exists():
         named = pointer.read_text(encoding="utf-8").strip()
-        if named not in {one.path.name for one in whole}:
+        if named not in {each.path.name for each in whole}:
             toll.faults.append(f"{pointer} names {named!r}, which is not there")
     safe = whole[-1].step if whole else 0
     return max(steps[-1], safe), safe

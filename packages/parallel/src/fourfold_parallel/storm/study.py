@@ -1,4 +1,4 @@
-"""What a storm rages over, and how long."""
+"""The runs that a storm rages over, and its length."""
 
 from __future__ import annotations
 
