@@ -110,6 +110,7 @@ def layer_norm_is_torchs(sizes: Sizes, shift: float) -> None:
     parameters = [nn.Parameter(mesh.distribute(one, RESIDUAL)) for one in (gain, bias)]
     norm = LayerNorm(
         *parameters,
+        axis=mesh.col,
         epsilon=1e-5,
         summed=[mesh.depth],
         mesh=mesh,

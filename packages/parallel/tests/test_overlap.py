@@ -56,7 +56,8 @@ class OnGrid(Dense):
         super().__init__()
         gain = mesh.distribute(dense.norm.weight.detach(), RESIDUAL)
         self.norm = RMSNorm(
-            nn.Parameter(gain), epsilon=1e-6, offset=0.0, gains_wide=False, summed=[mesh.depth], mesh=mesh,
+            nn.Parameter(gain), axis=mesh.col, epsilon=1e-6, offset=0.0, gains_wide=False,
+            summed=[mesh.depth], mesh=mesh,
             name=f"{index}.norm", schedule=schedule,
         )  # fmt: skip
         for name, swapped in (("up", False), ("down", True)):

@@ -47,6 +47,7 @@ from fourfold_parallel.grid.layout import (
     Expanding,
     Experts,
     Head,
+    HeadsNorm,
     Latent,
     LowRankInput,
     LowRankOutput,
@@ -251,7 +252,7 @@ def parallelize(
     norms = {
         name: norm_kind(name, model.get_submodule(name))
         for name, rule in rules_of.items()
-        if isinstance(rule, ResidualNorm)
+        if isinstance(rule, ResidualNorm | HeadsNorm)
     }
     if weights is None and not empty and any(p.is_meta for p in model.parameters()):
         raise ValueError(
@@ -446,15 +447,18 @@ class _Builder:
                 common["summed"] = [self.mesh.depth]
                 width = text_config(self.model).hidden_size
                 return layers.Mixing(module, taken(layers.COPIES), width=width, **common)
-            case ResidualNorm():
+            case ResidualNorm() | HeadsNorm():
                 assert norm is not None
-                weight = take("weight", layers.RESIDUAL)
+                of_heads = isinstance(rule, HeadsNorm)
+                cut = layers.HEADS if of_heads else layers.RESIDUAL
+                weight = take("weight", cut)
+                common["axis"] = self.mesh.row if of_heads else self.mesh.col
                 common["summed"] = [self.mesh.depth]
-                if self._cuts_tokens(name):
+                if self._cuts_tokens(name) and not of_heads:
                     common["summed"] = [self.mesh.row, self.mesh.depth]
                 if norm.centred:
                     has_bias = getattr(module, "bias", None) is not None
-                    bias = take("bias", layers.RESIDUAL) if has_bias else None
+                    bias = take("bias", cut) if has_bias else None
                     return layers.LayerNorm(weight, bias, epsilon=norm.epsilon, **common)
                 return layers.RMSNorm(
                     weight, epsilon=norm.epsilon, offset=norm.offset, gains_wide=norm.gains_wide,

@@ -26,6 +26,7 @@ VOCABULARY: Cut = {"row": 0, "col": 1, "depth": 0}
 """Embedding and head: vocabulary over row and depth, width over col, as a plain layer's weight."""
 POSITIONS: Cut = {"col": 1, "depth": 0}
 RESIDUAL: Cut = {"col": 0}
+HEADS: Cut = {"row": 0}
 LOW_RANK_INPUT: dict[bool, Cut] = {False: {"col": 1}, True: {"row": 1}}
 """By whether the layer beside the adapter is swapped."""
 LOW_RANK_OUTPUT: dict[bool, Cut] = {False: {"row": 0}, True: {"col": 0}}
@@ -163,13 +164,14 @@ class Mixing(Copied):
 
 
 class RMSNorm(Layer):
-    """`x / rms(x) * (offset + weight)` over a width that is cut over col.
+    """`x / rms(x) * (offset + weight)` over a width that is cut over an axis.
 
     Only the mean square of each token crosses ranks, once forward and once backward. The runs of
     the paper normalised each part by itself, which is another model.
 
     Args:
-        weight: The gains, cut over col.
+        weight: The gains, cut over the axis.
+        axis: col for the residual stream, row for all heads together.
         offset: 0, or 1 where the gains are stored as their difference from one.
         gains_wide: Whether the gains multiply before the result returns to the input's number
             format (Gemma) rather than after (Llama).
@@ -184,6 +186,7 @@ class RMSNorm(Layer):
         self,
         weight: nn.Parameter,
         *,
+        axis: Axis,
         epsilon: float,
         offset: float,
         gains_wide: bool,
@@ -193,17 +196,17 @@ class RMSNorm(Layer):
         schedule: Schedule,
     ) -> None:
         super().__init__(mesh=mesh, name=name, schedule=schedule)
-        self.width = weight.shape[0]
+        self.width, self.axis = weight.shape[0], axis
         self.epsilon, self.offset, self.gains_wide = epsilon, offset, gains_wide
         self.hold_copied("weight", weight, summed=summed)
 
     def forward(
         self, hidden_states: Float[Tensor, "*batch piece"]
     ) -> Float[Tensor, "*batch piece"]:
-        """The normalised features of this rank's part of col."""
+        """The normalised features of this rank's part."""
         gain = self.use(self.visit(), "weight")
         wide = hidden_states.to(_at_least_float32(hidden_states.dtype))
-        mean_square = _mean_over(self.mesh.col, wide.pow(2), self.width)
+        mean_square = _mean_over(self.axis, wide.pow(2), self.width)
         normal = wide * torch.rsqrt(mean_square + self.epsilon)
         if self.gains_wide:
             return (normal * (self.offset + gain.to(wide.dtype))).type_as(hidden_states)
@@ -212,7 +215,7 @@ class RMSNorm(Layer):
 
 
 class LayerNorm(Layer):
-    """`(x - mean(x)) / std(x) * weight + bias` over a width that is cut over col.
+    """`(x - mean(x)) / std(x) * weight + bias` over a width that is cut over an axis.
 
     Mean and variance of each token cross ranks one after the other: the variance from centred
     features is exact where a difference of squares would cancel.
@@ -223,6 +226,7 @@ class LayerNorm(Layer):
         weight: nn.Parameter,
         bias: nn.Parameter | None,
         *,
+        axis: Axis,
         epsilon: float,
         summed: Sequence[Axis],
         mesh: Mesh,
@@ -230,7 +234,7 @@ class LayerNorm(Layer):
         schedule: Schedule,
     ) -> None:
         super().__init__(mesh=mesh, name=name, schedule=schedule)
-        self.width, self.epsilon = weight.shape[0], epsilon
+        self.width, self.axis, self.epsilon = weight.shape[0], axis, epsilon
         self.hold_copied("weight", weight, summed=summed)
         if bias is None:
             self.bias = None
@@ -240,15 +244,15 @@ class LayerNorm(Layer):
     def forward(
         self, hidden_states: Float[Tensor, "*batch piece"]
     ) -> Float[Tensor, "*batch piece"]:
-        """The normalised features of this rank's part of col."""
+        """The normalised features of this rank's part."""
         visit = self.visit()
         gain = self.use(visit, "weight")
         shift = self.use(visit, "bias") if self.bias is not None else None
-        if self.mesh.col.size == 1:  # the statistics are complete here: torch's own kernel
+        if self.axis.size == 1:  # the statistics are complete here: torch's own kernel
             return F.layer_norm(hidden_states, (self.width,), gain, shift, self.epsilon)
         wide = hidden_states.to(_at_least_float32(hidden_states.dtype))
-        centred = wide - _mean_over(self.mesh.col, wide, self.width)
-        variance = _mean_over(self.mesh.col, centred.pow(2), self.width)
+        centred = wide - _mean_over(self.axis, wide, self.width)
+        variance = _mean_over(self.axis, centred.pow(2), self.width)
         normal = centred * torch.rsqrt(variance + self.epsilon) * gain
         return (normal if shift is None else normal + shift).to(hidden_states.dtype)
 

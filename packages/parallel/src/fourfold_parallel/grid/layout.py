@@ -67,6 +67,11 @@ class ResidualNorm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeadsNorm:
+    """A norm over the features of all heads together, of which a rank has its own: statistics over row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PerHead:
     """A module that treats each head alike, such as a norm over one head's features."""
 
@@ -131,21 +136,22 @@ class Experts:
 
 
 Rule = (
-    Plain | Latent | Expanding | Swapped | Head | Vocabulary | Positions | ResidualNorm | PerHead
-    | OfHeads | Mixing | LowRankInput | LowRankOutput | Whole | Alike | Divided | Experts
+    Plain | Latent | Expanding | Swapped | Head | Vocabulary | Positions | ResidualNorm | HeadsNorm
+    | PerHead | OfHeads | Mixing | LowRankInput | LowRankOutput | Whole | Alike | Divided | Experts
 )  # fmt: skip
 
 PUBLISHED: dict[str, Rule] = {
     "colwise": Plain(),
     "rowwise": Swapped(),
     "replicated_with_grad_allreduce": PerHead(),
+    "local_params": OfHeads(dim=0),
 }
 """Rules for the words of transformers' `base_model_tp_plan`."""
 
 WIDENED = frozenset(
     {
         "all_reduce", "colwise_gather_output", "embedding_colwise", "embedding_rowwise",
-        "local_params", "mla_kv_a_proj", "moe_identity_expert", "moe_tp_experts", "packed_colwise",
+        "mla_kv_a_proj", "moe_identity_expert", "moe_tp_experts", "packed_colwise",
         "packed_rowwise", "replicate", "rowwise_split_input",
     }
 )  # fmt: skip
@@ -167,6 +173,7 @@ MOSTLY = 15 / 16
 """Of a block's parameters: where at least so many lie in divided products, it counts as divided."""
 TOKENS_MEET = re.compile(r"att|mixer|mamba|conv|rec|rnn|(layers|h|blocks?)\.\d+$", re.IGNORECASE)
 """Blocks in which, by their name, more than linear layers is computed: heads, states, convolutions."""
+GATHERING = frozenset({"colwise_gather_output", "rowwise_split_input"})
 HEAD_NORMS = re.compile(r"\.(q|k|query|key)_(norm|layernorm)$")
 
 UNPUBLISHED: dict[str, dict[str, Rule]] = {
@@ -383,6 +390,8 @@ def widened(
             )
             is_divided = count(divided) >= MOSTLY * count([block])
             result[block] = Whole(reason=blocks[block], divided=is_divided)
+        elif not any(p.ndim > 1 for p in model.get_submodule(block).parameters()):
+            result[block] = Whole(reason=blocks[block], divided=True)  # a norm: no product at all
     return result
 
 
@@ -432,6 +441,12 @@ def layer_of(model: PreTrainedModel, block: str) -> str:
 def decoder_name(model: Any) -> str:
     """The module that makes hidden states of tokens; the base model, but of composite models."""
     decoder = model.get_decoder()
+    if decoder is model:  # some models know no base model; it is what holds the embedding of tokens
+        embedding = model.get_input_embeddings()
+        holders = [
+            child for child in model.children() if any(m is embedding for m in child.modules())
+        ]
+        decoder = next((child for child in holders if child is not embedding), model)
     while len(children := [*decoder.children()]) == 1 and not isinstance(
         children[0], nn.ModuleList
     ):
@@ -488,6 +503,12 @@ def check_sizes(
         )
     for name, rule in rules.items():
         module = model.get_submodule(name)
+        if isinstance(rule, HeadsNorm) and kv_heads % row:
+            raise ValueError(
+                f"{name}: it normalises all heads together, and key_value_heads={kv_heads} do not divide "
+                f"over axis 'row' of size {row}; use a row that divides them, or compute the attention "
+                f"whole: rules={{'{_pattern(name).rpartition('.')[0]}': Whole()}}"
+            )
         if isinstance(rule, LowRankOutput) and shares_heads(name, kv_heads, row):
             raise ValueError(
                 f"{name}: key_value_heads={kv_heads} are shared by ranks of axis 'row' of size "
@@ -597,9 +618,11 @@ def _checked(model: PreTrainedModel, name: str, rule: Rule | str | None) -> tupl
             None,
             f"it is planned to give the residual stream, and its outputs are not {width} wide",
         )
+    if isinstance(rule, OfHeads) and not _counts_heads(model, module, rule):
+        return None, "its own parameters do not count heads"
     if isinstance(rule, Head) and not _is_linear(module):
         return None, "it is a head that is more than a linear layer"
-    if isinstance(rule, ResidualNorm):
+    if isinstance(rule, ResidualNorm | HeadsNorm):
         try:
             norm_kind(name, module)
         except ValueError:
@@ -610,6 +633,12 @@ def _checked(model: PreTrainedModel, name: str, rule: Rule | str | None) -> tupl
     if isinstance(rule, Vocabulary) and not _is_lookup(module):
         return None, "it does more than look up rows"
     return rule, ""
+
+
+def _counts_heads(model: PreTrainedModel, module: nn.Module, rule: OfHeads) -> bool:
+    heads = getattr(text_config(model), "num_attention_heads", None)
+    own = [*module.parameters(recurse=False)]
+    return all(p.ndim > rule.dim and p.shape[rule.dim] == heads for p in own)
 
 
 def _bare_norms(model: PreTrainedModel, rules: Mapping[str, Rule]) -> Iterator[str]:
@@ -708,7 +737,12 @@ def _planned(name: str, plan: Mapping[str, Rule | str]) -> Rule | str | None:
 
 def _named(name: str, planned: Rule | str | None) -> Rule | str | None:
     """The plan's rule, and what it means of a latent, which it does not tell from the residual stream."""
-    named = NAMED.get(name.rpartition(".")[2])
+    own = name.rpartition(".")[2]
+    named = NAMED.get(own)
+    if isinstance(planned, str) and planned in GATHERING and own[:2] in ("q_", "k_", "v_", "o_"):
+        return (
+            None  # for a norm of all heads; it need not be gathered where the norm is cut as well
+        )
     return named if isinstance(named, Latent | Expanding) and planned is not None else planned
 
 
@@ -724,8 +758,7 @@ def _evident(model: PreTrainedModel, name: str) -> Rule | None:
     is_norm = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
     shapes = {tuple(p.shape) for p in module.parameters(recurse=False)}
     if HEAD_NORMS.search(name) and is_norm:
-        heads = (getattr(config, "num_attention_heads", None) or 1) > 1
-        return PerHead() if heads and shapes == {(_head_width(config),)} else None
+        return _head_norm(config, shapes)
     if is_norm and shapes == {(width,)} and block_of(model, name) == name:
         return ResidualNorm()  # and not one of all heads together, within an attention
     named = NAMED.get(name.rpartition(".")[2])
@@ -737,8 +770,14 @@ def _evident(model: PreTrainedModel, name: str) -> Rule | None:
     return named if linear and not isinstance(named, PerHead) else None
 
 
-def _head_width(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _head_norm(config: Any, shapes: set[tuple[int, ...]]) -> Rule | None:
+    """A norm of each head, or of all heads of the queries or of the keys together."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if heads > 1 and shapes == {(width,)}:
+        return PerHead()
+    return HeadsNorm() if shapes in ({(heads * width,)}, {(kv_heads * width,)}) else None
 
 
 def _is_lookup(module: nn.Module) -> bool:
