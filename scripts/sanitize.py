@@ -229,7 +229,7 @@ def drop(draw: random.Random, generator: torch.Generator, *, is_compared: bool) 
     dropped = goldfish.drop(tokens, documents)
     if is_compared:
         expected = goldfish._by_operations(tokens.long(), documents)  # noqa: SLF001 - the twin
-        compare(dropped, expected, 0.0, (goldfish, tokens.shape))
+        compare(dropped.double(), expected.double(), 0.0, (goldfish, tokens.shape))
     return is_compared
 
 
