@@ -229,7 +229,7 @@ def drop(draw: random.Random, generator: torch.Generator, *, is_compared: bool) 
     dropped = goldfish.drop(tokens, documents)
     if is_compared:
         expected = goldfish._by_operations(tokens.long(), documents)  # noqa: SLF001 - the twin
-        compare(dropped, expected, 0.0, (goldfish, tokens.shape))
+        compare(dropped.double(), expected.double(), 0.0, (goldfish, tokens.shape))
     return is_compared
 
 
@@ -259,8 +259,8 @@ class Passes:
         budget = draw.choice((None, None, 1, steps))
         ids = torch.randint(0, 64, (batch, tokens), generator=generator)
         padding = draw.choice((0, 0, tokens // 2)) if batch > 1 else 0
-        # An exit's threshold can lie between two roundings.
-        is_compared = is_compared and exits is None
+        # An exit's threshold can lie between two roundings; transformers' attention refuses no rows.
+        is_compared = is_compared and exits is None and batch > 0
         options: dict[str, Any] = {"num_steps": steps}
         turns = draw.choice((0, 1, 3))
         outputs = []

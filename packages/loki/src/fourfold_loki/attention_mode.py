@@ -45,7 +45,7 @@ class AttentionCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forms:
-    """What was found fastest."""
+    """The fastest forms that a timing found."""
 
     dense: str
     """A name of `cpu.DENSE`."""

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heads:
-    """What a timing is for."""
+    """The heads that a timing is for, and what is read of them."""
 
     heads: int
     kv_heads: int

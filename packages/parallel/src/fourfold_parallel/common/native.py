@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 
 def instruction_set() -> str:
-    """What is compiled for: this processor, or the one of GCC's names that FOURFOLD_INSTRUCTIONS gives.
+    """The target of compilation: this processor, or the one of GCC's names in FOURFOLD_INSTRUCTIONS.
 
     A benchmark measures `x86-64-v3` (AVX2) beside the native one; torch is held to the same by
     ATEN_CPU_CAPABILITY=avx2.
@@ -61,9 +61,9 @@ def instruction_set() -> str:
 
 def compiler() -> tuple[str, ...] | None:
     """The command of the first compiler here: on PATH, else the wheel's; None where there is none."""
-    found = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if found is not None:
-        return (found,)
+    on_path = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if on_path is not None:
+        return (on_path,)
     if importlib.util.find_spec(WHEEL) is not None:
         return (sys.executable, "-m", WHEEL, "c++")
     return None
@@ -250,9 +250,9 @@ def _openmp() -> ctypes.CDLL | None:
         return None
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text("utf-8").splitlines()}
     # Of several, torch's lies in its own folder.
-    found = sorted(filter(_OPENMP.search, mapped), key=lambda path: "/torch/" not in path)
+    runtimes = sorted(filter(_OPENMP.search, mapped), key=lambda path: "/torch/" not in path)
     try:
-        library = ctypes.CDLL(found[0])
+        library = ctypes.CDLL(runtimes[0])
         return library if hasattr(library, "GOMP_parallel") else None
     except (OSError, IndexError):
         return None

@@ -53,7 +53,7 @@ class Launch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Code:
-    """What the machine code of a kernel needs for one target."""
+    """Machine code of a kernel for one target, by what it needs."""
 
     target: str
     registers: int
@@ -77,7 +77,9 @@ def launches() -> Iterator[list[Launch]]:
 
     def run(kernel: Any, *positional: Any, grid: Any, warmup: bool, **named: Any) -> None:
         del warmup
-        arguments = dict(zip([one.name for one in kernel.params], positional, strict=False))
+        arguments = dict(
+            zip([parameter.name for parameter in kernel.params], positional, strict=False)
+        )
         caught.append(Launch(kernel=kernel, grid=tuple(grid), arguments={**arguments, **named}))
 
     with mock.patch.object(JITFunction, "run", run):
@@ -102,7 +104,7 @@ def compiled(launch: Launch, target: str) -> Code:
         if is_aligned:
             hints[index,] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=hints)
-    options = set(launch.arguments) - {one.name for one in launch.kernel.params}
+    options = set(launch.arguments) - {parameter.name for parameter in launch.kernel.params}
     made: Any = compile(
         source, target=TARGETS[target], options={name: launch.arguments[name] for name in options}
     )

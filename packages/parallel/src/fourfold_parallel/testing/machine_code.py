@@ -43,7 +43,7 @@ def built_for_arm(program: str, kind: str, folder: Path) -> Path:
 
 
 def run_on_arm(built: Path, *, given: bytes = b"") -> bytes:
-    """What such a program writes, given its standard input, on an emulated processor.
+    """The output of such a program, given its standard input, on an emulated processor.
 
     Raises:
         subprocess.SubprocessError: where it fails.
