@@ -307,6 +307,18 @@ def grid_result(event: dict[str, Any]) -> str:
     return "equal, partly whole" if worst == "equal" and event["whole"] else worst
 
 
+def reason(message: str, family: str) -> str:
+    """A refusal's first line, without the names of one type's classes and without its numbers."""
+    text = re.sub(
+        r"\b\w+(ForCausalLM|LMHeadModel|ForConditionalGeneration|WithLMHead)\b", "it", message
+    )
+    text = re.sub(
+        rf"^{re.escape(family)}\b|\b\w+_text(?= computes| has)", "it", text.splitlines()[0]
+    )
+    text = re.sub(r"\b\w+Attention\b", "its attention", text)
+    return re.sub(r"\d+(\.\d+)?", "N", text) + ":"
+
+
 def page(events: list[dict[str, Any]]) -> str:
     """What every type gave, as Markdown."""
     built = [event for event in events if "not_built" not in event]
@@ -342,22 +354,22 @@ def page(events: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for event in built:
-        whole = {
-            name for outcome in event["parallel"].values() for name in outcome.get("whole", ())
-        }
         papers = " | ".join(event[name]["result"] for name in PAPERS)
         plan = "yes" if event["plan"] else ""
         blocks = ", ".join(f"`{name}`" for name in event["whole"])
         lines.append(f"| {event['family']} | {plan} | {grid_result(event)} | {blocks} | {papers} |")
     lines += ["", "Not built at toy size:", ""]
     lines += [f"- {e['family']}: {e['not_built']}" for e in events if "not_built" in e]
-    lines += ["", "## Refusals", "", "By the reason that is given first.", ""]
+    lines += ["", "## Refusals", ""]
     for name in ("parallel", *PAPERS):
+        reasons: dict[str, list[str]] = {}
         for event in built:
             outcomes = event[name].values() if name == "parallel" else [event[name]]
             texts = [outcome["message"] for outcome in outcomes if outcome["result"] == "refused"]
-            if texts:
-                lines.append(f"- {name}, {event['family']}: {texts[0].splitlines()[0]}")
+            for text in texts[:1]:
+                reasons.setdefault(reason(text, event["family"]), []).append(event["family"])
+        for text, families in sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0])):
+            lines.append(f"- {name}: {text} *{', '.join(families)}*")
     return "\n".join(lines) + "\n"
 
 
