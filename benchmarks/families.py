@@ -59,7 +59,8 @@ from fourfold_parallel.testing.ranks import LawBrokenError, close_ranks, run_on_
 from fourfold_recurrent_depth.retrofit import retrofit
 
 RECORD = Path(__file__).with_suffix(".jsonl")
-PAGE = Path(__file__).parents[1] / "packages/parallel/docs/families.md"
+README = Path(__file__).parents[1] / "packages/parallel/README.md"
+PAGE = README.parent / "docs/families.md"
 RANKS = 4
 GRIDS: dict[str, Sizes] = {
     "row4": (1, 1, 4, 1), "col4": (1, 1, 1, 4), "depth4": (1, 4, 1, 1), "row2col2": (1, 1, 2, 2),
@@ -307,6 +308,18 @@ def grid_result(event: dict[str, Any]) -> str:
     return "equal, partly whole" if worst == "equal" and event["whole"] else worst
 
 
+def reason(message: str, family: str) -> str:
+    """A refusal's first line, without the names of one type's classes and without its numbers."""
+    text = re.sub(
+        r"\b\w+(ForCausalLM|LMHeadModel|ForConditionalGeneration|WithLMHead)\b", "it", message
+    )
+    text = re.sub(
+        rf"^{re.escape(family)}\b|\b\w+_text(?= computes| has)", "it", text.splitlines()[0]
+    )
+    text = re.sub(r"\b\w+Attention\b", "its attention", text)
+    return re.sub(r"\d+(\.\d+)?", "N", text) + ":"
+
+
 def page(events: list[dict[str, Any]]) -> str:
     """What every type gave, as Markdown."""
     built = [event for event in events if "not_built" not in event]
@@ -342,23 +355,50 @@ def page(events: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for event in built:
-        whole = {
-            name for outcome in event["parallel"].values() for name in outcome.get("whole", ())
-        }
         papers = " | ".join(event[name]["result"] for name in PAPERS)
         plan = "yes" if event["plan"] else ""
         blocks = ", ".join(f"`{name}`" for name in event["whole"])
         lines.append(f"| {event['family']} | {plan} | {grid_result(event)} | {blocks} | {papers} |")
     lines += ["", "Not built at toy size:", ""]
     lines += [f"- {e['family']}: {e['not_built']}" for e in events if "not_built" in e]
-    lines += ["", "## Refusals", "", "By the reason that is given first.", ""]
+    lines += ["", "## Refusals", ""]
     for name in ("parallel", *PAPERS):
+        reasons: dict[str, list[str]] = {}
         for event in built:
             outcomes = event[name].values() if name == "parallel" else [event[name]]
             texts = [outcome["message"] for outcome in outcomes if outcome["result"] == "refused"]
-            if texts:
-                lines.append(f"- {name}, {event['family']}: {texts[0].splitlines()[0]}")
+            for text in texts[:1]:
+                reasons.setdefault(reason(text, event["family"]), []).append(event["family"])
+        for text, families in sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0])):
+            lines.append(f"- {name}: {text} *{', '.join(families)}*")
     return "\n".join(lines) + "\n"
+
+
+def row(events: list[dict[str, Any]]) -> str:
+    """The line of the README's table."""
+    built = [event for event in events if "not_built" not in event]
+    parts = []
+    for has, word in ((True, "with a published plan"), (False, "without")):
+        group = [event for event in built if event["plan"] is has]
+        equal = [event for event in group if grid_result(event).startswith("equal")]
+        divided = sum(not event["whole"] for event in equal)
+        parts.append(f"{word} {len(equal)} of {len(group)} ({divided} without a whole block)")
+    return (
+        f"{ROW} of {', '.join(GRIDS)} | | {'; '.join(parts)}; the others are refused by name | toy size, "
+        f"random weights, float64, transformers {built[0]['transformers']} | `benchmarks/families.jsonl` |"
+    )
+
+
+ROW = "| types of causal models whose loss, logits, every gradient and step equal one process' on each"
+"""How the README's line begins."""
+
+
+def write_pages(events: list[dict[str, Any]]) -> None:
+    """The page of the record, and the README's line."""
+    PAGE.write_text(page(events), encoding="utf-8")
+    lines = README.read_text(encoding="utf-8").splitlines()
+    lines = [row(events) if line.startswith(ROW) else line for line in lines]
+    README.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -403,7 +443,7 @@ def main() -> None:
     if given.record:
         events = [event for event in read(RECORD) if event["transformers"] == version]
         RECORD.write_text("".join(json.dumps(e) + "\n" for e in events), encoding="utf-8")
-        PAGE.write_text(page(events), encoding="utf-8")
+        write_pages(events)
 
 
 if __name__ == "__main__":

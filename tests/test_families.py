@@ -35,6 +35,10 @@ def test_the_page_is_the_records(benchmark: Any, record: list[dict[str, Any]]) -
     assert benchmark.PAGE.read_text(encoding="utf-8") == benchmark.page(record)
 
 
+def test_the_readmes_figures_are_the_records(benchmark: Any, record: list[dict[str, Any]]) -> None:
+    assert benchmark.row(record) in benchmark.README.read_text(encoding="utf-8").splitlines()
+
+
 def test_every_type_is_there_once(benchmark: Any, record: list[dict[str, Any]]) -> None:
     """As the transformers of the record has them; each built one with every package and grid."""
     assert len({event["transformers"] for event in record}) == 1

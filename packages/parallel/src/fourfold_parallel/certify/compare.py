@@ -40,7 +40,7 @@ SMALL_GRADIENT = 1e-3
 
 Result = Literal["equal", "refused", "wrong", "crash"]
 WORST: tuple[Result, ...] = ("equal", "refused", "wrong", "crash")
-QUANTITIES = ("loss", "logits", "gradients", "step")
+QUANTITIES: tuple[str, ...] = ("loss", "logits", "gradients", "step")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

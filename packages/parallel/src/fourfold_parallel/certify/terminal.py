@@ -44,10 +44,8 @@ def numbers(outcome: Outcome) -> list[str]:
 
 def messages(certificate: Certificate) -> list[str]:
     """Refusals, faults and where they show, each once."""
-    texts = {
-        text: None
-        for outcome in certificate.outcomes
-        for text in [outcome.message or (outcome.result == "wrong" and f"wrong at {outcome.where}")]
-        if text
-    }
+    texts = dict[str, None]()
+    for outcome in certificate.outcomes:
+        if outcome.message or outcome.result == "wrong":
+            texts[outcome.message or f"wrong at {outcome.where}"] = None
     return [*texts]

@@ -145,7 +145,7 @@ EXCEPTIONS: dict[str, Fields] = {
 
 TELLING: dict[str, Any] = {
     "logits_scaling": 2.0, "logit_scale": 0.25, "lm_head_multiplier": 0.5, "residual_multiplier": 0.5,
-    "embedding_multiplier": 2.0, "key_multiplier": 0.5, "attention_out_multiplier": 0.5, "clip_qkv": 0.5,
+    "embedding_multiplier": 2.0, "key_multiplier": 0.5, "attention_out_multiplier": 0.5,
     "final_logit_softcapping": 3.0, "logits_soft_cap": 3.0, "output_logit_soft_cap": 3.0,
 }  # fmt: skip
 """Factors and caps that are often published as one or absent, at values that show."""
@@ -237,21 +237,22 @@ def _shrunk(fields: Fields, of: type[PretrainedConfig], *, grouped: bool, tellin
         fields = {**fields, "head_dim": fields["head_dim"] or HEAD_WIDTH}
         is_rotary = fields["head_dim"] == fields.get("qk_rope_head_dim")
         small["head_dim"] = ROTARY if is_rotary else HEAD_WIDTH
+    parts: Fields = dict(vars(of).get("sub_configs", {}))
     for name, value in small.items():
-        if isinstance(value, dict) and ("model_type" in value or name in of.sub_configs):
-            inner = CONFIG_MAPPING.get(
-                value.get("model_type"), of.sub_configs.get(name, PretrainedConfig)
-            )
-            inner = PretrainedConfig if inner is AutoConfig else inner
+        if isinstance(value, dict) and ("model_type" in value or name in parts):
+            kind: str = value.get("model_type") or ""
+            inner = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else parts.get(name)
+            if inner is None or inner is AutoConfig:
+                inner = PretrainedConfig
             small[name] = {
                 **_shrunk(value, inner, grouped=grouped, telling=telling),
-                **({"model_type": value["model_type"]} if "model_type" in value else {}),
+                **({"model_type": kind} if kind else {}),
             }
         elif name.endswith(("token_id", "token_index")) and value is not None:
             small[name] = _token(value, name)
         elif name.startswith("rope_parameters") and value is not None:
             small[name] = _rope(value, fields)
-        elif telling and name in TELLING and name != "clip_qkv" and not isinstance(value, list):
+        elif telling and name in TELLING and not isinstance(value, list):
             small[name] = TELLING[name]
         elif name == "head_dim":
             continue
