@@ -242,13 +242,15 @@ class Contenders:
     def _torch_blocking(self) -> float:
         folder = self._fresh("torch")
         started_s = time.perf_counter()
-        dcp.save(self._state(), checkpoint_id=folder)
+        dcp.state_dict_saver.save(self._state(), checkpoint_id=folder)
         return time.perf_counter() - started_s
 
     def _torch_stall(self) -> float:
         folder = self._fresh("torch-async")
         started_s = time.perf_counter()
-        saving: Any = dcp.async_save(self._state(), checkpoint_id=folder, process_group=self._cpu)
+        saving: Any = dcp.state_dict_saver.async_save(
+            self._state(), checkpoint_id=folder, process_group=self._cpu
+        )
         stall_s = time.perf_counter() - started_s
         saving.result()
         return stall_s
@@ -268,7 +270,7 @@ class Contenders:
     def _torch_load(self) -> float:
         started_s = time.perf_counter()
         state = self._state()
-        dcp.load(state, checkpoint_id=self._folder / "torch")
+        dcp.state_dict_loader.load(state, checkpoint_id=self._folder / "torch")
         set_state_dict(
             *self._bare, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )

@@ -29,7 +29,7 @@ def goldfish(device: str, vocabulary: int) -> float:
     found = []
     for backend in ("torch", "triton"):
         leaves = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
-        loss = goldfish_cross_entropy(*leaves, targets, drop, backend=backend)
+        loss = goldfish_cross_entropy(leaves[0], leaves[1], targets, drop, backend=backend)
         found.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
     worst = 0.0
     for theirs, ours in zip(*found, strict=True):

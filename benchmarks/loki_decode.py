@@ -94,8 +94,9 @@ def end_to_end(length: int, *, rounds: int) -> dict[str, Any]:
                 model.generate(ids, past_key_values=cache, **options)
                 times[name].append(1e3 * (time.perf_counter() - started_s) / TOKENS)
                 if name == "static":
-                    for layer in static.layers:
-                        layer.cumulative_length.fill_(length)  # a StaticCache cannot be cropped
+                    layers: Any = static.layers
+                    for layer in layers:  # a StaticCache cannot be cropped
+                        layer.cumulative_length.fill_(length)
                 else:
                     cache.crop(length - cache.get_seq_length())
         predicted = SHARE + 1 / DIVISOR / 2

@@ -11,7 +11,7 @@ import time
 from importlib.metadata import version
 
 import torch
-from kvpress import KnormPress
+from kvpress import KnormPress  # pyright: ignore[reportMissingImports] - of another environment
 from transformers import AutoModelForCausalLM, DynamicCache
 
 TOKENS = 8

@@ -9,6 +9,7 @@ fastest of three.
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ import torch
 ROWS, TOKENS, NEW, STEPS = 8, 64, 6, 16
 
 
-def fastest(call: object) -> float:
+def fastest(call: Callable[[], object]) -> float:
     """Processor seconds."""
     times = []
     for _ in range(3):
@@ -30,8 +31,11 @@ def main() -> None:
     """Load their classes, give them our weights, decode and take one training step."""
     checkout, folder = Path(sys.argv[1]), Path(sys.argv[2])
     sys.path.insert(0, str(checkout))
-    from recpre.raven_config_minimal import RavenConfig
-    from recpre.raven_modeling_minimal import RavenForCausalLM
+    # Of another environment.
+    from recpre.raven_config_minimal import RavenConfig  # pyright: ignore[reportMissingImports]
+    from recpre.raven_modeling_minimal import (  # pyright: ignore[reportMissingImports]
+        RavenForCausalLM,
+    )
 
     torch.set_num_threads(1)
     known = json.loads((folder / "config.json").read_text())

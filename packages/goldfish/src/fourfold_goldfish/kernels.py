@@ -59,7 +59,7 @@ def losses_and_slopes(
             nats,
             logits.stride(0),
             vocabulary,
-            block=block,  # pyright: ignore[reportArgumentType] - Triton wraps it
+            block=block,
             enable_fp_fusion=True,  # pyright: ignore[reportCallIssue] - an option of Triton's launch
         )
     return nats

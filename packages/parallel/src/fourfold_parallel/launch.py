@@ -130,7 +130,11 @@ def _meeting_place() -> dict[str, Any]:
         return {}
     store, rank, size = next(rendezvous("env://", timeout=patience()))
     attempt = f"{environ['TORCHELASTIC_RESTART_COUNT']} of {size}"
-    return {"store": dist.PrefixStore(attempt, store), "rank": rank, "world_size": size}
+    return {
+        "store": dist.distributed_c10d.PrefixStore(attempt, store),
+        "rank": rank,
+        "world_size": size,
+    }
 
 
 @functools.cache

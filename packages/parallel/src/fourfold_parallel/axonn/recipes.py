@@ -94,5 +94,5 @@ def rankings() -> Rankings:
 
 
 def storm() -> Storm:
-    """A hundred kills over a little Llama on grids of two ranks, DDP and FSDP2."""
+    """A hundred kills over a little Llama on grids of two ranks."""
     return Storm(runs=Small(), kills=100)

@@ -77,7 +77,7 @@ class Held:
         if not isinstance(tensor, DTensor):
             return cls.of(tensor.shape, tensor.dtype, [((0,) * tensor.ndim, tensor)])
         piece = tensor.to_local()
-        [chunk] = tensor.__create_chunk_list__()  # pyright: ignore[reportAttributeAccessIssue]
+        [chunk] = tensor.__create_chunk_list__()
         return cls.of(tensor.shape, tensor.dtype, [(tuple(chunk.offsets), piece)])
 
     @classmethod

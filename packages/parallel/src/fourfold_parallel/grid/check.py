@@ -90,9 +90,8 @@ class Check:
         if any(p.is_meta for p in model.parameters()):
             return None
         rows = min(max(mesh.batch_size(), 2), MOST_ROWS)
-        vocabulary = min(
-            model.get_input_embeddings().weight.shape[0], text_config(model).vocab_size
-        )
+        embedding: Any = model.get_input_embeddings()
+        vocabulary = min(embedding.weight.shape[0], text_config(model).vocab_size)
         generator = torch.Generator().manual_seed(0)
         length = -(-TOKENS // mesh.row.size) * mesh.row.size
         tokens = torch.randint(1, vocabulary, (rows, length), generator=generator)
@@ -100,10 +99,17 @@ class Check:
         kept = {name: p.grad for name, p in model.named_parameters()}
         for parameter in model.parameters():
             parameter.grad = None
-        with in_evaluation(model), torch.enable_grad():
-            output = model(input_ids=tokens, labels=tokens, use_cache=False)
-            if any(p.requires_grad for p in model.parameters()):
-                output.loss.backward()
+        try:
+            with in_evaluation(model), torch.enable_grad():
+                output = model(input_ids=tokens, labels=tokens, use_cache=False)
+                if any(p.requires_grad for p in model.parameters()):
+                    output.loss.backward()
+        except Exception as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot be checked: a forward and backward of {rows} rows of "
+                f"{length} tokens fails before anything is laid out: {type(error).__name__}: {error}; "
+                "pass checks=False to lay it out unchecked"
+            ) from error
         gradients: dict[str, Tensor] = {}
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:

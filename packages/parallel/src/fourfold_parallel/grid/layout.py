@@ -200,10 +200,10 @@ UNPUBLISHED: dict[str, dict[str, Rule]] = {
 }
 """Rules for model types whose configuration publishes no plan, relative to the base model."""
 
-NAMES_MISLEAD = frozenset({"moshi", "mvp", "xglm"})
+NAMES_MISLEAD = frozenset({"moshi", "mvp", "trocr", "xglm"})
 """Model types in which a name of `NAMED` means something else: an attention that reshapes to all heads of
 the configuration, a first layer that holds a gate too."""
-WIDE_BETWEEN = frozenset({"ctrl", "xglm"})
+WIDE_BETWEEN = frozenset({"ctrl", "trocr", "xglm", "xlm"})
 """Model types that compute with the whole width of the residual stream between their blocks, by code
 of their decoder: it is whole where col cuts the stream."""
 

@@ -89,7 +89,7 @@ class Whole(Layer):
             for axis in (mesh.col, mesh.row):
                 if axis.name in cut:  # the inner cut is undone first
                     dim = cut.pop(axis.name)
-                    outer = {"row": cut["row"]} if "row" in cut else {}
+                    outer: Cut = {"row": cut["row"]} if "row" in cut else {}
                     stretch = mesh.slices(parameter.shape, outer)[dim]
                     steps.append((axis, dim, stretch.stop - stretch.start))
         self._inner = (inner,)
@@ -111,8 +111,8 @@ class Whole(Layer):
                 "residual stream; leave its inputs out, or use col=1"
             )
         values = self.gathered(self.visit(casts=False)) if self.parameter_names else {}
-        *args, kwargs = mapped((*args, kwargs), self._enter)
-        result = functional_call(self._inner[0], values, tuple(args), kwargs)
+        *given, options = mapped((*args, kwargs), self._enter)
+        result = functional_call(self._inner[0], values, tuple(given), options)
         return mapped(result, self._leave)
 
     def gathered(self, visit: Visit) -> dict[str, Tensor]:
@@ -227,8 +227,8 @@ class Experts(Layer):
                 value = value * 0
             values[name] = value
         axes = [axis for axis in (self.mesh.row, self.mesh.col) if axis.size > 1]
-        *args, kwargs = mapped((*args, kwargs), lambda _, x: _copied(x, axes))
-        y: Tensor = functional_call(self._inner[0], values, tuple(args), kwargs)
+        *given, options = mapped((*args, kwargs), lambda _, x: _copied(x, axes))
+        y: Tensor = functional_call(self._inner[0], values, tuple(given), options)
         for axis in axes:
             y = axis.sum(y)
         return y

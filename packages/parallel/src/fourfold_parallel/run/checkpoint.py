@@ -500,13 +500,14 @@ def restore_last(session: Session, candidates: Sequence[Checkpoint]) -> Checkpoi
         CorruptError: None is sound.
     """
     corrupt: list[Checkpoint] = []
+    said = "there is none"
     for each in candidates:
         try:
             restore(session, each.path)
         except CorruptError as error:
             log.error("%s", error)
             corrupt.append(each)
-            last_error = error
+            said = str(error)
             continue
         if session.is_main:
             for other in corrupt:
@@ -514,7 +515,7 @@ def restore_last(session: Session, candidates: Sequence[Checkpoint]) -> Checkpoi
                 set_aside(other.path)
         return each
     raise CorruptError(
-        f"{last_error}; none of {len(candidates)} checkpoints is sound: remove "
+        f"{said}; none of {len(candidates)} checkpoints is sound: remove "
         f"{candidates[0].path.parent} to start over"
     )
 

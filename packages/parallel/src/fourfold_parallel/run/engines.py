@@ -105,10 +105,8 @@ class Session(Protocol):
 class Engine(Protocol):
     """A way of laying a run over the ranks that exist."""
 
-    @property
-    def takes_outlines(self) -> bool:
-        """Whether a model on the meta device may be opened, for a checkpoint to fill."""
-        ...
+    takes_outlines: ClassVar[bool]
+    """Whether a model on the meta device may be opened, for a checkpoint to fill."""
 
     def open(
         self,
@@ -453,8 +451,9 @@ class _DeepSpeedSession(_AccelerateSession):
         singles: dict[str, Any] = {}
         groups = [{**group, "params": []} for group in zero.optimizer.param_groups]
         for name, parameter in module.named_parameters():
-            if hasattr(parameter, "ds_tensor"):  # one that is not trained, under stage 3
-                weights[name] = self._stretch(parameter, parameter.ds_tensor)
+            frozen: Tensor | None = getattr(parameter, "ds_tensor", None)
+            if frozen is not None:  # one that is not trained, under stage 3
+                weights[name] = self._stretch(parameter, frozen)
         for flat, group, parameters in self._flats(zero):
             of_flat = zero.optimizer.state.get(flat, {})
             for parameter in parameters:

@@ -20,7 +20,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -335,7 +335,7 @@ def write_shard(
     try:
         write_all(handle, struct.pack("<Q", len(header)) + header)
         for stretch in stretches:
-            view = memoryview(stretch.numpy())
+            view = memoryview(cast(Any, stretch.numpy()))
             for start in range(0, len(view), PIECE_BYTES):
                 write_all(handle, view[start : start + PIECE_BYTES])
             written += len(view)

@@ -69,7 +69,8 @@ class Watchdog:
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
             # A connection of its own: the other may be blocked in a wait.
-            self._store = dist.distributed_c10d._get_default_store().clone()  # noqa: SLF001 - no public name
+            store: Any = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - no public name
+            self._store = store.clone()
             self._store.set(self._key("last", self._rank), "")
             self._beat(0)
             self._thread = threading.Thread(target=self._live, daemon=True, name="watchdog")
