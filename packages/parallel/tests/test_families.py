@@ -47,7 +47,12 @@ SAMPLE = {
 
 def outcomes(model_type: str, grids: list[Sizes]) -> list[Any]:
     by_rank = run_on_ranks(
-        4, on_grids, config=default_toy(model_type), grids=grids, dtype=torch.float64, how={"checks": False}
+        4,
+        on_grids,
+        config=default_toy(model_type),
+        grids=grids,
+        dtype=torch.float64,
+        how={"checks": False},
     )
     return [worst_of(found) for found in zip(*by_rank, strict=True)]
 
