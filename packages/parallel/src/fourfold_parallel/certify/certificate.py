@@ -51,7 +51,7 @@ class Certificate:
     @property
     def outcomes(self) -> list[Outcome]:
         """All of them."""
-        grids = [outcome for found in self.grids.values() for outcome in found.values()]
+        grids = [outcome for by_grid in self.grids.values() for outcome in by_grid.values()]
         return [*grids, *self.pairs.values()]
 
     @property
@@ -72,16 +72,16 @@ class Certificate:
 
     def largest(self, dtype: DtypeName) -> dict[str, float]:
         """The largest difference of each quantity over all grids."""
-        found = self.grids[dtype].values()
+        by_grid = self.grids[dtype].values()
         return {
-            name: max((o.differences[name] for o in found if name in o.differences), default=0.0)
+            name: max((o.differences[name] for o in by_grid if name in o.differences), default=0.0)
             for name in QUANTITIES
         }
 
     def own(self) -> Mapping[str, float]:
         """How far one process in bfloat16 is from float64."""
-        found = self.grids.get("bfloat16", {}).values()
-        return next((outcome.own for outcome in found if outcome.own), {})
+        by_grid = self.grids.get("bfloat16", {}).values()
+        return next((outcome.own for outcome in by_grid if outcome.own), {})
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -95,8 +95,8 @@ class Certificate:
             "transformers": transformers.__version__,
             "elapsed_s": round(self.elapsed_s, 1),
             "grids": {
-                dtype: {named(sizes): outcome.as_dict() for sizes, outcome in found.items()}
-                for dtype, found in self.grids.items()
+                dtype: {named(sizes): outcome.as_dict() for sizes, outcome in by_grid.items()}
+                for dtype, by_grid in self.grids.items()
             },
             "pairs": {
                 f"{named(source)} to {named(target)}": outcome.as_dict()
@@ -150,10 +150,10 @@ def certify(
     pairs = [*zip(grids, [*grids[1:], grids[0]], strict=True)] if ranks > 1 else []
     total, done = len(grids) * len(dtypes) + len(pairs), 0
     rows = ranks * -(-ROWS // ranks)
-    found: dict[DtypeName, dict[Sizes, Outcome]] = {dtype: {} for dtype in dtypes}
+    by_grid: dict[DtypeName, dict[Sizes, Outcome]] = {dtype: {} for dtype in dtypes}
     for dtype in dtypes:
         for sizes in grids:
-            [found[dtype][sizes]] = _on_ranks(
+            [by_grid[dtype][sizes]] = _on_ranks(
                 ranks, on_grids, config=small, grids=[sizes], dtype=getattr(torch, dtype),
                 how=UNCHECKED, rows=rows,
             )  # fmt: skip
@@ -173,7 +173,7 @@ def certify(
         model_type=config.model_type,
         ranks=ranks,
         dtypes=tuple(dtypes),
-        grids=found,
+        grids=by_grid,
         pairs=carried,
         toy=json.loads(small.to_json_string()),
         elapsed_s=time.perf_counter() - started_s,
@@ -192,8 +192,8 @@ def _on_ranks(ranks: int, law: Any, **arguments: Any) -> list[Outcome]:
         by_rank = run_on_ranks(ranks, law, **arguments)
     except LawBrokenError as error:
         return [Outcome(result="crash", message=str(error)[-400:])]
-    by_rank = [found if isinstance(found, list) else [found] for found in by_rank]
-    outcomes = [worst_of(found) for found in zip(*by_rank, strict=True)]
+    by_rank = [given if isinstance(given, list) else [given] for given in by_rank]
+    outcomes = [worst_of(of_ranks) for of_ranks in zip(*by_rank, strict=True)]
     if any(outcome.result == "crash" for outcome in outcomes):
         close_ranks(ranks)
     return outcomes

@@ -258,7 +258,7 @@ def subject_of(config: PretrainedConfig, dtype: torch.dtype, rows: int) -> Subje
     return _PREPARED[key]
 
 
-def differences_of(found: Dense, reference: Dense) -> dict[str, float]:
+def differences_of(coarse: Dense, reference: Dense) -> dict[str, float]:
     """How far a coarse run in one process is from the reference."""
 
     def between(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
@@ -268,12 +268,12 @@ def differences_of(found: Dense, reference: Dense) -> dict[str, float]:
         }
         return apart(pairs, exact=False)[0]
 
-    after = between({"": found.loss_after[None]}, {"": reference.loss_after[None]})
+    after = between({"": coarse.loss_after[None]}, {"": reference.loss_after[None]})
     return {
-        "loss": between({"": found.loss[None]}, {"": reference.loss[None]}),
-        "logits": between({"": found.logits}, {"": reference.logits}),
-        "gradients": between(found.gradients, reference.gradients),
-        "step": max(between(found.stepped, reference.stepped), after),
+        "loss": between({"": coarse.loss[None]}, {"": reference.loss[None]}),
+        "logits": between({"": coarse.logits}, {"": reference.logits}),
+        "gradients": between(coarse.gradients, reference.gradients),
+        "step": max(between(coarse.stepped, reference.stepped), after),
     }
 
 
@@ -392,9 +392,9 @@ def worst_of(outcomes: Sequence[Outcome]) -> Outcome:
         for name in QUANTITIES
         if name in names
     }
-    found = {outcome.result for outcome in outcomes}
-    if "refused" in found and found != {"refused"}:
+    results = {outcome.result for outcome in outcomes}
+    if "refused" in results and results != {"refused"}:
         worst = replace(
-            worst, result="crash", message=f"ranks disagree: {sorted(found)}; {worst.message}"
+            worst, result="crash", message=f"ranks disagree: {sorted(results)}; {worst.message}"
         )
     return replace(worst, differences=differences)

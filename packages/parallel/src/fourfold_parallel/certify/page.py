@@ -27,11 +27,11 @@ def write_page(certificate: Certificate, path: Path) -> None:
     with style():
         drawn = {
             dtype: inline(
-                svg(differences(found, certificate.own() if dtype != "float64" else {})),
+                svg(differences(by_grid, certificate.own() if dtype != "float64" else {})),
                 prefix=f"{dtype}-",
             )
-            for dtype, found in certificate.grids.items()
-            if any(outcome.differences for outcome in found.values())
+            for dtype, by_grid in certificate.grids.items()
+            if any(outcome.differences for outcome in by_grid.values())
         }
     blocks = {name: None for outcome in certificate.outcomes for name in outcome.whole}
     page = render(
@@ -50,14 +50,14 @@ def write_page(certificate: Certificate, path: Path) -> None:
     write_text(path, page)
 
 
-def differences(found: Mapping[Sizes, Outcome], own: Mapping[str, float]) -> Figure:
+def differences(by_grid: Mapping[Sizes, Outcome], own: Mapping[str, float]) -> Figure:
     """A dot for each quantity of each grid, on a logarithmic axis, and what it may be at most."""
-    figure = Figure(figsize=(9.6, 1.1 + 0.24 * len(found)))
+    figure = Figure(figsize=(9.6, 1.1 + 0.24 * len(by_grid)))
     axes = figure.subplots()
-    names = [named(sizes) for sizes in found]
+    names = [named(sizes) for sizes in by_grid]
     for index, quantity in enumerate(QUANTITIES):
-        rows = [row for row, o in enumerate(found.values()) if quantity in o.differences]
-        values = [o.differences[quantity] for o in found.values() if quantity in o.differences]
+        rows = [row for row, o in enumerate(by_grid.values()) if quantity in o.differences]
+        values = [o.differences[quantity] for o in by_grid.values() if quantity in o.differences]
         axes.scatter(
             [max(value, ROUNDING) for value in values], [row + 0.12 * (index - 1.5) for row in rows],
             color=COLOURS[quantity], s=22, label=quantity, zorder=3,

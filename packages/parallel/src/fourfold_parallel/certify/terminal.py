@@ -12,12 +12,12 @@ from fourfold_parallel.certify.compare import QUANTITIES, Outcome
 def show(certificate: Certificate) -> None:
     """A row a grid with its differences, then what is said of it."""
     console = Console(highlight=False)
-    for dtype, found in certificate.grids.items():
+    for dtype, by_grid in certificate.grids.items():
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column(dtype, no_wrap=True)
         for name in ("result", *QUANTITIES, "whole"):
             table.add_column(name, justify="left" if name == "result" else "right", no_wrap=True)
-        for sizes, outcome in found.items():
+        for sizes, outcome in by_grid.items():
             table.add_row(named(sizes), outcome.result, *numbers(outcome), str(len(outcome.whole)))
         if dtype == "bfloat16" and certificate.own():
             own = [f"{certificate.own()[name]:.1e}" for name in QUANTITIES]
