@@ -37,7 +37,7 @@ from fourfold_loki import Budget, Share, fit, loki
 from fourfold_loki.calibration import calibrate_tokens
 from fourfold_parallel.certify.compare import (
     EXACT,
-    Outcome,
+    GridOutcome,
     batch_of,
     failed,
     largest,
@@ -69,7 +69,7 @@ GRIDS: dict[str, Sizes] = {
 ROUNDED = 1e-3
 """Of logits in float32, in which bases are fitted; a fault shows at one and above."""
 NEW_TOKENS = 8
-Outcomes = dict[str, Outcome]
+Outcomes = dict[str, GridOutcome]
 
 
 def has_plan(config: PretrainedConfig) -> bool:
@@ -91,7 +91,9 @@ def on_the_grid(config: PretrainedConfig, how: dict[str, Any]) -> Outcomes:
             )
         except LawBrokenError as error:
             if is_last:  # a machine that stands still for minutes is no fault of a model
-                return {name: Outcome(result="crash", message=str(error)[-400:]) for name in GRIDS}
+                return {
+                    name: GridOutcome(result="crash", message=str(error)[-400:]) for name in GRIDS
+                }
         else:
             by_grid = zip(*by_rank, strict=True)
             outcomes = {name: worst_of(ranks) for name, ranks in zip(GRIDS, by_grid, strict=True)}
@@ -101,10 +103,10 @@ def on_the_grid(config: PretrainedConfig, how: dict[str, Any]) -> Outcomes:
     raise AssertionError
 
 
-def judged(differences: dict[str, float], limit: float) -> Outcome:
+def judged(differences: dict[str, float], limit: float) -> GridOutcome:
     """Equal where every difference is within the limit."""
     is_equal = all(difference <= limit for difference in differences.values())
-    return Outcome(result="equal" if is_equal else "wrong", differences=differences)
+    return GridOutcome(result="equal" if is_equal else "wrong", differences=differences)
 
 
 def greedy(model: Any, tokens: Tensor, mask: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -124,7 +126,7 @@ def decoded(ours: tuple[Tensor, Tensor], full: tuple[Tensor, Tensor]) -> dict[st
     }
 
 
-def with_loki(config: PretrainedConfig) -> Outcome:
+def with_loki(config: PretrainedConfig) -> GridOutcome:
     """Full budget against dense greedy decoding, with the model's cache and a LokiCache; a quarter runs."""
     model: Any = toy_model(config, dtype=torch.float32).eval()
     batch = batch_of(rows=4, tokens=24)
@@ -133,7 +135,7 @@ def with_loki(config: PretrainedConfig) -> Outcome:
     try:
         full = greedy(model, batch.tokens, mask)
     except Exception as error:  # noqa: BLE001 - then there is nothing to compare with
-        return Outcome(result="refused", message=f"transformers' own generate: {error}")
+        return GridOutcome(result="refused", message=f"transformers' own generate: {error}")
     basis = fit(calibrate_tokens(model, batch_of(rows=8, tokens=48).tokens))
     everything, quarter = (Budget(amount=Share(of_visible=share)) for share in (1.0, 0.25))
     with loki(model, basis, everything) as session:
@@ -151,13 +153,13 @@ def with_loki(config: PretrainedConfig) -> Outcome:
     differences["after the session"] = decoded(greedy(model, batch.tokens, mask), full)["logits"]
     found = judged(differences, ROUNDED)
     if found.result == "equal" and not (torch.isfinite(logits).all() and share < 0.5):
-        return Outcome(
+        return GridOutcome(
             result="wrong", differences=differences, message=f"a quarter reads {share:.2f}"
         )
     return found
 
 
-def with_goldfish(config: PretrainedConfig) -> Outcome:
+def with_goldfish(config: PretrainedConfig) -> GridOutcome:
     """The loss without logits, and its gradients, against the model's own logits."""
     with in_float64():
         model: Any = toy_model(config)
@@ -173,7 +175,7 @@ def with_goldfish(config: PretrainedConfig) -> Outcome:
             found.append((loss.detach(), gradients))
     (expected, of_all), (ours, gradients) = found
     if gradients.keys() != of_all.keys():
-        return Outcome(
+        return GridOutcome(
             result="wrong", message=f"gradients of {sorted(gradients.keys() ^ of_all.keys())[:3]}"
         )
     small = 1e-3 * max(largest(gradient) for gradient in of_all.values())
@@ -185,7 +187,7 @@ def with_goldfish(config: PretrainedConfig) -> Outcome:
     return judged({"loss": loss_apart, "gradients": max(apart.values())}, EXACT)
 
 
-def with_recurrence(config: PretrainedConfig) -> Outcome:
+def with_recurrence(config: PretrainedConfig) -> GridOutcome:
     """All layers, once through: the dense model. Three times through: it trains."""
     with in_float64():
         dense: Any = toy_model(config)
@@ -216,7 +218,7 @@ def with_recurrence(config: PretrainedConfig) -> Outcome:
         greedy(recurrent, batch.tokens, mask, num_steps=3)
     norm = recurrent.adapter.weight.grad.norm()
     if not (torch.isfinite(norm) and norm > 0):
-        return Outcome(
+        return GridOutcome(
             result="wrong", differences=differences, message="no gradient of the adapter"
         )
     return judged(differences, EXACT)
@@ -230,14 +232,14 @@ def layers_twice(dense: Any) -> Any:
     return retrofit(twin, min(1, count - 1), max(1, count - 2), 1 if count > 2 else 0)
 
 
-PAPERS: dict[str, tuple[str, Callable[[PretrainedConfig], Outcome]]] = {
+PAPERS: dict[str, tuple[str, Callable[[PretrainedConfig], GridOutcome]]] = {
     "loki": ("fourfold_loki", with_loki),
     "goldfish": ("fourfold_goldfish", with_goldfish),
     "retrofit": ("fourfold_recurrent_depth", with_recurrence),
 }
 
 
-def of_paper(name: str, config: PretrainedConfig) -> Outcome:
+def of_paper(name: str, config: PretrainedConfig) -> GridOutcome:
     """What a paper's package makes of a type."""
     package, measure = PAPERS[name]
     try:
@@ -246,7 +248,7 @@ def of_paper(name: str, config: PretrainedConfig) -> Outcome:
         return failed(error, ours=str(Path(import_module(package).__file__ or "").parent))
 
 
-def short(outcome: Outcome) -> dict[str, Any]:
+def short(outcome: GridOutcome) -> dict[str, Any]:
     """For the record: differences to two digits, and where only if something is wrong."""
     values = outcome.as_dict()
     values.pop("whole", None)

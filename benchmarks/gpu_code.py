@@ -22,14 +22,20 @@ from fourfold_loki.cache import tiled
 from fourfold_loki.kernels import triton
 from fourfold_loki.kernels.page_read import PageRead
 from fourfold_parallel.common.records import commit
-from fourfold_parallel.testing.gpu_code import SHARED_LIMITS, TARGETS, Launch, compiled, launches
+from fourfold_parallel.testing.gpu_code import (
+    SHARED_LIMITS,
+    TARGETS,
+    KernelLaunch,
+    compiled,
+    launches,
+)
 
 SHAPES = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128), "Llama-2-7B": (32, 32, 128)}
 LENGTH, PAGE, SHARE, DIVISOR = 16384, 16, 4, 4
 VOCABULARIES = (32_000, 128_256)
 
 
-def bytes_of(launch: Launch) -> int:
+def bytes_of(launch: KernelLaunch) -> int:
     """What a launch reads and writes at least: of a cache the pages chosen, of logits each twice and back."""
     held = {name: t.nbytes for name, t in launch.arguments.items() if isinstance(t, torch.Tensor)}
     match launch.name:

@@ -15,12 +15,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from fourfold_parallel.__main__ import main
 from fourfold_parallel.certify.certificate import Certificate, certify
-from fourfold_parallel.certify.compare import QUANTITIES, Outcome, on_grids, worst_of
+from fourfold_parallel.certify.compare import QUANTITIES, GridOutcome, on_grids, worst_of
 from fourfold_parallel.certify.page import write_page
 from fourfold_parallel.certify.toys import default_toy
 from fourfold_parallel.testing.ranks import run_on_ranks
 
-EQUAL = Outcome(result="equal", differences=dict.fromkeys(QUANTITIES, 1e-15))
+EQUAL = GridOutcome(result="equal", differences=dict.fromkeys(QUANTITIES, 1e-15))
 
 
 def certificate(**changes: Any) -> Certificate:
@@ -28,7 +28,7 @@ def certificate(**changes: Any) -> Certificate:
     grids = {"float64": {(1, 1, 1, 2): EQUAL, (1, 1, 2, 1): EQUAL}}
     base: Any = {
         "model": "m", "model_type": "llama", "ranks": 2, "dtypes": ("float64",), "grids": grids,
-        "pairs": {((1, 1, 1, 2), (1, 1, 2, 1)): Outcome(result="equal")},
+        "pairs": {((1, 1, 1, 2), (1, 1, 2, 1)): GridOutcome(result="equal")},
     }  # fmt: skip
     return Certificate(**{**base, **changes})
 
@@ -68,7 +68,7 @@ def test_a_published_configuration_is_certified(
 def test_a_certificate_holds_where_something_is_equal_and_nothing_is_wrong() -> None:
     assert certificate().holds
     assert certificate().verdict == "holds: 3 equal"
-    refused = Outcome(result="refused", message="heads do not divide")
+    refused = GridOutcome(result="refused", message="heads do not divide")
     wrong = replace(EQUAL, result="wrong")
     one = (1, 1, 1, 2)
     assert certificate(grids={"float64": {one: EQUAL, (1, 1, 2, 1): refused}}).holds
@@ -112,7 +112,7 @@ def test_mistakes_are_answered_in_a_sentence(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def with_a_fault(size: float) -> list[Outcome]:
+def with_a_fault(size: float) -> list[GridOutcome]:
     """Outcomes of a Llama whose hidden units are a little larger on the grid; on every rank."""
     plain = LlamaMLP.forward
 
@@ -136,7 +136,7 @@ def test_a_fault_of_a_millionth_is_found() -> None:
 
 
 def test_ranks_that_disagree_about_a_refusal_are_a_crash() -> None:
-    refused = Outcome(result="refused", message="no")
+    refused = GridOutcome(result="refused", message="no")
     assert worst_of([refused, refused]).result == "refused"
     assert worst_of([EQUAL, refused]).result == "crash"
     further = replace(EQUAL, differences={**EQUAL.differences, "loss": 1e-12})

@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
-from fourfold_parallel.certify.compare import QUANTITIES, ROWS, Outcome, on_grids, worst_of
+from fourfold_parallel.certify.compare import QUANTITIES, ROWS, GridOutcome, on_grids, worst_of
 from fourfold_parallel.certify.reshard import resharded
 from fourfold_parallel.certify.toys import toy
 from fourfold_parallel.common.axes import AXES
@@ -33,15 +33,15 @@ UNCHECKED: dict[str, Any] = {"checks": False}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """What every grid gave."""
+    """The results of every grid."""
 
     model: str
     model_type: str
     ranks: int
     dtypes: tuple[DtypeName, ...]
-    grids: Mapping[DtypeName, Mapping[Sizes, Outcome]]
-    pairs: Mapping[tuple[Sizes, Sizes], Outcome] = field(
-        default_factory=dict[tuple[Sizes, Sizes], Outcome]
+    grids: Mapping[DtypeName, Mapping[Sizes, GridOutcome]]
+    pairs: Mapping[tuple[Sizes, Sizes], GridOutcome] = field(
+        default_factory=dict[tuple[Sizes, Sizes], GridOutcome]
     )
     """Of the grid that saved and the one that loaded."""
     toy: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -49,7 +49,7 @@ class Certificate:
     elapsed_s: float = 0.0
 
     @property
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[GridOutcome]:
         """All of them."""
         grids = [outcome for by_grid in self.grids.values() for outcome in by_grid.values()]
         return [*grids, *self.pairs.values()]
@@ -79,7 +79,7 @@ class Certificate:
         }
 
     def own(self) -> Mapping[str, float]:
-        """How far one process in bfloat16 is from float64."""
+        """The distance of one process in bfloat16 from float64."""
         by_grid = self.grids.get("bfloat16", {}).values()
         return next((outcome.own for outcome in by_grid if outcome.own), {})
 
@@ -150,7 +150,7 @@ def certify(
     pairs = [*zip(grids, [*grids[1:], grids[0]], strict=True)] if ranks > 1 else []
     total, done = len(grids) * len(dtypes) + len(pairs), 0
     rows = ranks * -(-ROWS // ranks)
-    by_grid: dict[DtypeName, dict[Sizes, Outcome]] = {dtype: {} for dtype in dtypes}
+    by_grid: dict[DtypeName, dict[Sizes, GridOutcome]] = {dtype: {} for dtype in dtypes}
     for dtype in dtypes:
         for sizes in grids:
             [by_grid[dtype][sizes]] = _on_ranks(
@@ -186,12 +186,12 @@ def _folders(pairs: Sequence[tuple[Sizes, Sizes]]) -> Iterator[tuple[Sizes, Size
             yield source, target, folder
 
 
-def _on_ranks(ranks: int, law: Any, **arguments: Any) -> list[Outcome]:
+def _on_ranks(ranks: int, law: Any, **arguments: Any) -> list[GridOutcome]:
     """The outcomes over all ranks; they are started anew after a crash, which may leave them apart."""
     try:
         by_rank = run_on_ranks(ranks, law, **arguments)
     except LawBrokenError as error:
-        return [Outcome(result="crash", message=str(error)[-400:])]
+        return [GridOutcome(result="crash", message=str(error)[-400:])]
     by_rank = [given if isinstance(given, list) else [given] for given in by_rank]
     outcomes = [worst_of(of_ranks) for of_ranks in zip(*by_rank, strict=True)]
     if any(outcome.result == "crash" for outcome in outcomes):

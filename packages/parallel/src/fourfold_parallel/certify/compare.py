@@ -44,8 +44,8 @@ QUANTITIES: tuple[str, ...] = ("loss", "logits", "gradients", "step")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What one grid gave, over all ranks."""
+class GridOutcome:
+    """The result of one grid, over all ranks."""
 
     result: Result
     differences: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -74,7 +74,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dense:
-    """What the model gives in one process."""
+    """The model's answers in one process."""
 
     logits: Tensor
     loss: Tensor
@@ -85,25 +85,25 @@ class Dense:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class ToyBatch:
     """Token ids and labels; some labels are ignored, in some rows all."""
 
     tokens: Tensor
     labels: Tensor
 
-    def rows(self, rows: slice) -> Batch:
+    def rows(self, rows: slice) -> ToyBatch:
         """A share of it."""
-        return Batch(tokens=self.tokens[rows], labels=self.labels[rows])
+        return ToyBatch(tokens=self.tokens[rows], labels=self.labels[rows])
 
 
-def batch_of(*, rows: int = ROWS, tokens: int = TOKENS) -> Batch:
+def batch_of(*, rows: int = ROWS, tokens: int = TOKENS) -> ToyBatch:
     """The same on every rank; its first rows have no valid label."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(FIRST_TOKEN, LAST_TOKEN, (rows, tokens), generator=generator)
     is_ignored = torch.rand(rows, tokens, generator=generator) < IGNORED_SHARE
     labels = ids.masked_fill(is_ignored, -100)
     labels[:SILENT_ROWS] = -100
-    return Batch(tokens=ids, labels=labels)
+    return ToyBatch(tokens=ids, labels=labels)
 
 
 def precise(dtype: torch.dtype) -> AbstractContextManager[None]:
@@ -129,7 +129,7 @@ def equal_on_ranks(model: nn.Module) -> None:
             tensor.copy_(place.view(tensor.shape))
 
 
-def forward_and_backward(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+def forward_and_backward(model: PreTrainedModel, batch: ToyBatch) -> tuple[Tensor, Tensor]:
     """Logits and loss; gradients are left in the parameters."""
     out: Any = model(input_ids=batch.tokens, labels=batch.labels, use_cache=False)
     out.loss.backward()
@@ -148,7 +148,7 @@ def stepped(model: nn.Module) -> None:
     torch.optim.AdamW(pieces, lr=RATE, eps=EPSILON, weight_decay=0.1).step()
 
 
-def dense(model: PreTrainedModel, batch: Batch) -> Dense:
+def dense(model: PreTrainedModel, batch: ToyBatch) -> Dense:
     """Everything of a model in one process, in its own format; `model` is left as it was."""
     model = copy.deepcopy(model)
     logits, loss = forward_and_backward(model, batch)
@@ -190,7 +190,7 @@ class Pair:
 
 
 def apart(pairs: Mapping[str, Pair], *, exact: bool) -> tuple[float, str]:
-    """How far pieces are from what they should be, and the one that is farthest.
+    """The distance of pieces from what they should be, and the farthest piece.
 
     Args:
         pairs: By name.
@@ -217,7 +217,7 @@ class Subject:
     """A model, and what it gives in one process."""
 
     model: PreTrainedModel
-    batch: Batch
+    batch: ToyBatch
     reference: Dense
     """In its own format if that is float64, else in float64 with the same values."""
     own: Mapping[str, float]
@@ -225,7 +225,7 @@ class Subject:
     exact: bool
 
     def limits(self) -> dict[str, float]:
-        """What each quantity may differ by."""
+        """The allowed difference of each quantity."""
         if self.exact:
             return dict.fromkeys(QUANTITIES, EXACT)
         return {name: max(COARSE, COARSER * self.own[name]) for name in QUANTITIES}
@@ -259,7 +259,7 @@ def subject_of(config: PretrainedConfig, dtype: torch.dtype, rows: int) -> Subje
 
 
 def differences_of(coarse: Dense, reference: Dense) -> dict[str, float]:
-    """How far a coarse run in one process is from the reference."""
+    """The distance of a coarse run in one process from the reference."""
 
     def between(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
         pairs = {
@@ -329,7 +329,7 @@ def on_grids(
     dtype: torch.dtype,
     how: Mapping[str, Any],
     rows: int = ROWS,
-) -> list[Outcome]:
+) -> list[GridOutcome]:
     """This rank's outcomes of each grid.
 
     Args:
@@ -348,7 +348,7 @@ def on_grids(
     return outcomes
 
 
-def _on_grid(subject: Subject, sizes: Sizes, how: Mapping[str, Any]) -> Outcome:
+def _on_grid(subject: Subject, sizes: Sizes, how: Mapping[str, Any]) -> GridOutcome:
     try:
         parallel = parallelize(copy.deepcopy(subject.model), mesh_of(sizes), **how)
         differences, where = compared(parallel, subject)
@@ -356,7 +356,7 @@ def _on_grid(subject: Subject, sizes: Sizes, how: Mapping[str, Any]) -> Outcome:
         return failed(error)
     limits = subject.limits()
     is_equal = all(difference <= limits[name] for name, difference in differences.items())
-    return Outcome(
+    return GridOutcome(
         result="equal" if is_equal else "wrong",
         differences=differences,
         own=subject.own,
@@ -368,7 +368,7 @@ def _on_grid(subject: Subject, sizes: Sizes, how: Mapping[str, Any]) -> Outcome:
 OURS = str(Path(fourfold_parallel.__file__).parent)
 
 
-def failed(error: Exception, *, ours: str = OURS) -> Outcome:
+def failed(error: Exception, *, ours: str = OURS) -> GridOutcome:
     """A refusal if code under `ours` raised a ValueError on purpose, else a crash.
 
     An ArithmeticError is the grid's own check, which found the model to be another one.
@@ -377,13 +377,13 @@ def failed(error: Exception, *, ours: str = OURS) -> Outcome:
     last = next(frame for frame in reversed(frames) if frame.filename != toys.__file__)
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, ArithmeticError):
-        return Outcome(result="wrong", message=str(error))
+        return GridOutcome(result="wrong", message=str(error))
     if isinstance(error, ValueError | NotImplementedError) and last.filename.startswith(ours):
-        return Outcome(result="refused", message=str(error))
-    return Outcome(result="crash", message=f"{text} ({Path(last.filename).name}:{last.lineno})")
+        return GridOutcome(result="refused", message=str(error))
+    return GridOutcome(result="crash", message=f"{text} ({Path(last.filename).name}:{last.lineno})")
 
 
-def worst_of(outcomes: Sequence[Outcome]) -> Outcome:
+def worst_of(outcomes: Sequence[GridOutcome]) -> GridOutcome:
     """One grid's outcome from those of its ranks."""
     worst = max(outcomes, key=lambda outcome: (WORST.index(outcome.result), outcome.difference))
     names = {name for outcome in outcomes for name in outcome.differences}

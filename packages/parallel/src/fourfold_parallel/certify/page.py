@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from fourfold_parallel.certify.certificate import Certificate, named
-from fourfold_parallel.certify.compare import COARSER, EXACT, QUANTITIES, Outcome
+from fourfold_parallel.certify.compare import COARSER, EXACT, QUANTITIES, GridOutcome
 from fourfold_parallel.certify.terminal import messages, numbers
 from fourfold_parallel.common.files import write_text
 from fourfold_parallel.reproduce.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES, style, svg
@@ -50,7 +50,7 @@ def write_page(certificate: Certificate, path: Path) -> None:
     write_text(path, page)
 
 
-def differences(by_grid: Mapping[Sizes, Outcome], own: Mapping[str, float]) -> Figure:
+def differences(by_grid: Mapping[Sizes, GridOutcome], own: Mapping[str, float]) -> Figure:
     """A dot for each quantity of each grid, on a logarithmic axis, and what it may be at most."""
     figure = Figure(figsize=(9.6, 1.1 + 0.24 * len(by_grid)))
     axes = figure.subplots()

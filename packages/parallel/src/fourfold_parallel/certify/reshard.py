@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from fourfold_parallel.certify.compare import (
-    Outcome,
+    GridOutcome,
     batch_of,
     failed,
     forward_and_backward,
@@ -32,7 +32,7 @@ def resharded(
     how: Mapping[str, Any],
     rows: int,
     folder: str,
-) -> Outcome:
+) -> GridOutcome:
     """Train a step on one grid, save, load on another grid and in one process; on every rank.
 
     Args:
@@ -73,5 +73,5 @@ def resharded(
         return failed(error)
     if differing or not moved:
         message = f"{len(differing)} parameters differ" if differing else "the step moved nothing"
-        return Outcome(result="wrong", where="".join(differing[:1]), message=message)
-    return Outcome(result="equal")
+        return GridOutcome(result="wrong", where="".join(differing[:1]), message=message)
+    return GridOutcome(result="equal")

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fourfold_parallel.certify.certificate import Certificate, named
-from fourfold_parallel.certify.compare import QUANTITIES, Outcome
+from fourfold_parallel.certify.compare import QUANTITIES, GridOutcome
 
 
 def show(certificate: Certificate) -> None:
@@ -34,7 +34,7 @@ def show(certificate: Certificate) -> None:
     console.print(f"{certificate.model}: the certificate {certificate.verdict}", soft_wrap=True)
 
 
-def numbers(outcome: Outcome) -> list[str]:
+def numbers(outcome: GridOutcome) -> list[str]:
     """Of each quantity, as it is written everywhere."""
     return [
         f"{outcome.differences[name]:.1e}" if name in outcome.differences else ""

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class HeldPart:
     """A rectangle of a whole tensor: where it begins, and this rank's memory of it."""
 
     offsets: tuple[int, ...]
@@ -44,7 +44,7 @@ class Box:
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[HeldPart, ...]
     """They fill it."""
 
     def copy_to(self, memory: Tensor) -> None:
@@ -68,7 +68,7 @@ class Held:
     shape: tuple[int, ...]
     """Of the whole tensor."""
     dtype: torch.dtype
-    parts: tuple[Part, ...]
+    parts: tuple[HeldPart, ...]
 
     @classmethod
     def whole(cls, tensor: Tensor) -> Held:
@@ -88,7 +88,7 @@ class Held:
         parts: Sequence[tuple[tuple[int, ...], Tensor]],
     ) -> Held:
         """Rectangles by their offsets; empty ones are left out."""
-        filled = tuple(Part(offsets, values) for offsets, values in parts if values.numel())
+        filled = tuple(HeldPart(offsets, values) for offsets, values in parts if values.numel())
         return cls(tuple(shape), dtype, filled)
 
     def boxes(self) -> tuple[Box, ...]:

@@ -41,7 +41,7 @@ next tokens, or of labels that stand where they are predicted."""
 
 @torch.no_grad()
 def loss_form(model: PreTrainedModel) -> LossForm:
-    """How a model gets its loss; one that computes it itself is asked, by a few tokens.
+    """The way in which a model gets its loss; one that computes it itself is asked, by a few tokens.
 
     Raises:
         ValueError: It computes something else, or has no values to ask it.
@@ -75,7 +75,7 @@ def loss_form(model: PreTrainedModel) -> LossForm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """What the whole model answers to a few tokens."""
+    """The answers of the whole model to a few tokens."""
 
     mesh: Mesh
     tokens: Tensor
@@ -155,16 +155,16 @@ class Check:
                 worst, (self._gradient_error(name, parameter, stored), f"{name}'s gradient")
             )
             parameter.grad = None
-        found = torch.tensor([worst[0]], dtype=torch.float64, device=self.logits.device)
+        largest = torch.tensor([worst[0]], dtype=torch.float64, device=self.logits.device)
         for axis in mesh.axes:
-            found = axis.all_reduce(found, op="max", layer="check").wait()
+            largest = axis.all_reduce(largest, op="max", layer="check").wait()
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
         allowed = max(COARSE_TOLERANCE if d.itemsize < 4 else TOLERANCE for d in dtypes)
-        if not float(found) <= allowed:
-            where = worst[1] if worst[0] >= float(found) else "what another rank names"
+        if not float(largest) <= allowed:
+            where = worst[1] if worst[0] >= float(largest) else "what another rank names"
             raise ValueError(
                 f"{type(model).__name__} on the grid is another model: of {rows} rows of "
-                f"{self.tokens.shape[1]} tokens, {where} differs by {float(found):.2g} of its size "
+                f"{self.tokens.shape[1]} tokens, {where} differs by {float(largest):.2g} of its size "
                 f"(allowed: {allowed:g}); this is a fault of the grid's rules for it: give "
                 "rules={...: Whole()} for the part concerned, use col=1, or report it"
             )

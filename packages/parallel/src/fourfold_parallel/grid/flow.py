@@ -1,4 +1,4 @@
-"""Where the residual stream enters and leaves a block: found by running the model once, whole.
+"""The places where the residual stream enters and leaves a block, found by one run of the whole model.
 
 On the grid the residual stream is cut over col, and a block that every rank computes alike needs it
 whole. Which arguments and results of the block carry it is not said anywhere. In the whole model it
@@ -25,7 +25,7 @@ TOKENS = 5
 
 @dataclass(slots=True, kw_only=True)
 class Flow:
-    """What a block is given and gives of the residual stream."""
+    """The arguments and results of a block that are the residual stream."""
 
     inputs: set[Path] = field(default_factory=set)
     outputs: set[Path] = field(default_factory=set)
@@ -65,7 +65,7 @@ def find_flows(model: PreTrainedModel, blocks: Iterable[str], *, width: int) -> 
             for name, flow in flows.items():
                 if not flow.is_known:
                     others += [(flow, p) for p in model.get_submodule(name).parameters()]
-            found = _used([x for _, x in others], logits)
+            uses = _used([x for _, x in others], logits)
     except Exception as error:
         raise ValueError(
             f"a pass of {TOKENS} tokens through {type(model).__name__} failed on "
@@ -77,7 +77,7 @@ def find_flows(model: PreTrainedModel, blocks: Iterable[str], *, width: int) -> 
             parameter.requires_grad_(False)
         for handle in handles:
             handle.remove()
-    for (flow, _), is_used in zip(others, found, strict=True):
+    for (flow, _), is_used in zip(others, uses, strict=True):
         flow.leaks |= is_used and flow.is_known
         flow.is_read |= is_used and not flow.is_known
     return flows

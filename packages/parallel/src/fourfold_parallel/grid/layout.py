@@ -433,7 +433,7 @@ def _entry(model: nn.Module, parts: list[str], end: int) -> str:
 
 
 def layer_of(model: PreTrainedModel, block: str) -> str:
-    """What a block is widened to: its decoder layer, or from a layer, or elsewhere, the decoder."""
+    """The module that a block is widened to: its decoder layer, or from a layer or elsewhere the decoder."""
     layer = _layer(model, block) if _inside(block, decoder_name(model)) else None
     return layer if layer is not None and layer != block else decoder_name(model)
 
@@ -657,7 +657,7 @@ def _bare_norms(model: PreTrainedModel, rules: Mapping[str, Rule]) -> Iterator[s
 
 
 def _experts(module: nn.Module) -> Experts | None:
-    """How to cut a set of experts, if it is one whose form transformers declares."""
+    """The cut of a set of experts, if it is one whose form transformers declares."""
     declared: Any = module
     own = dict(module.named_parameters(recurse=False))
     if not all(hasattr(module, flag) for flag in ("has_gate", "is_transposed", "is_concatenated")):

@@ -95,7 +95,7 @@ class Whole(Layer):
         self._inner = (inner,)
 
     def __getattr__(self, name: str) -> Any:
-        """What code outside reads of the block, such as the kind of a decoder layer."""
+        """An attribute of the block that code outside reads, such as the kind of a decoder layer."""
         try:
             return super().__getattr__(name)
         except AttributeError:

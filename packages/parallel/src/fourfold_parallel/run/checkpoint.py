@@ -190,7 +190,7 @@ def _check_horizon(last: Checkpoint, run: Run, *, extends: bool) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class SaveOutcome:
     """The end of a save."""
 
     step: int
@@ -239,7 +239,7 @@ class Saver:
                 clear(place)
         self._image: shards.Image | None = None
         self._thread: threading.Thread | None = None
-        self._outcomes: list[Outcome] = []
+        self._outcomes: list[SaveOutcome] = []
         self._told = 0
 
     def save(self, step: int) -> float:
@@ -293,7 +293,7 @@ class Saver:
         if self._thread is not None:
             self._thread.join(patience().total_seconds())
 
-    def news(self) -> Iterator[Outcome]:
+    def news(self) -> Iterator[SaveOutcome]:
         """The outcomes of the saves that have ended since the last call."""
         while self._told < len(self._outcomes):
             self._told += 1
@@ -341,7 +341,7 @@ class Saver:
         if failure:
             log.error("the checkpoint of step %d could not be written: %s", step, failure)
         self._outcomes.append(
-            Outcome(
+            SaveOutcome(
                 step=step, stall_s=stall_s, elapsed_s=time.perf_counter() - started_s,
                 nbytes=image.nbytes, failure=failure,
             )

@@ -40,7 +40,7 @@ from torch.futures import Future
 
 from fourfold_parallel.common.checksum import checksum, shown, signed
 from fourfold_parallel.common.files import StrPath, sha256_of
-from fourfold_parallel.common.held import Box, Held, Part, Saved, State
+from fourfold_parallel.common.held import Box, Held, HeldPart, Saved, State
 
 MANIFEST = "checkpoint.json"
 FORMAT = 2
@@ -774,7 +774,7 @@ def _rewrite_file(
 
 def _gathered(reader: ShardReader, name: str, piece: _Piece) -> Tensor:
     memory = torch.empty(piece.sizes, dtype=piece.dtype)
-    held = Held(piece.whole, piece.dtype, (Part(piece.offsets, memory),))
+    held = Held(piece.whole, piece.dtype, (HeldPart(piece.offsets, memory),))
     planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
     if memory.numel():
         planner.set_up_planner({name: held}, reader.metadata_of(name))

@@ -38,7 +38,7 @@ _TYPES = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Launch:
+class KernelLaunch:
     """One launch of a kernel, caught before it began."""
 
     kernel: Any
@@ -71,22 +71,24 @@ class Code:
 
 
 @contextmanager
-def launches() -> Iterator[list[Launch]]:
+def launches() -> Iterator[list[KernelLaunch]]:
     """Catch the launches of a block, none of which begins: what they would write stays as it is."""
-    caught: list[Launch] = []
+    caught: list[KernelLaunch] = []
 
     def run(kernel: Any, *positional: Any, grid: Any, warmup: bool, **named: Any) -> None:
         del warmup
         arguments = dict(
             zip([parameter.name for parameter in kernel.params], positional, strict=False)
         )
-        caught.append(Launch(kernel=kernel, grid=tuple(grid), arguments={**arguments, **named}))
+        caught.append(
+            KernelLaunch(kernel=kernel, grid=tuple(grid), arguments={**arguments, **named})
+        )
 
     with mock.patch.object(JITFunction, "run", run):
         yield caught
 
 
-def compiled(launch: Launch, target: str) -> Code:
+def compiled(launch: KernelLaunch, target: str) -> Code:
     """The machine code of a launch's kernel for one of `TARGETS`."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
