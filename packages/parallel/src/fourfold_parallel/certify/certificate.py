@@ -33,7 +33,7 @@ UNCHECKED: dict[str, Any] = {"checks": False}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """What every grid gave."""
+    """Outcomes of every grid and every pair."""
 
     model: str
     model_type: str
@@ -56,7 +56,7 @@ class Certificate:
 
     @property
     def holds(self) -> bool:
-        """Whether some grid is right, and none is wrong or crashes."""
+        """True where some grid is right, and none is wrong or crashes."""
         results = {outcome.result for outcome in self.outcomes}
         return "equal" in results and not results & {"wrong", "crash"}
 
@@ -79,7 +79,7 @@ class Certificate:
         }
 
     def own(self) -> Mapping[str, float]:
-        """How far one process in bfloat16 is from float64."""
+        """Distances of one process in bfloat16 from float64."""
         by_grid = self.grids.get("bfloat16", {}).values()
         return next((outcome.own for outcome in by_grid if outcome.own), {})
 

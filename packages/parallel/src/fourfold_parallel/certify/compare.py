@@ -45,7 +45,7 @@ QUANTITIES: tuple[str, ...] = ("loss", "logits", "gradients", "step")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What one grid gave, over all ranks."""
+    """Result of one grid, over all ranks."""
 
     result: Result
     differences: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -74,7 +74,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dense:
-    """What the model gives in one process."""
+    """Values of the model in one process."""
 
     logits: Tensor
     loss: Tensor
@@ -190,7 +190,7 @@ class Pair:
 
 
 def apart(pairs: Mapping[str, Pair], *, exact: bool) -> tuple[float, str]:
-    """How far pieces are from what they should be, and the one that is farthest.
+    """Distance of pieces from what they should be, and the name of the farthest.
 
     Args:
         pairs: By name.
@@ -225,7 +225,7 @@ class Subject:
     exact: bool
 
     def limits(self) -> dict[str, float]:
-        """What each quantity may differ by."""
+        """The largest difference of each quantity that counts as equal."""
         if self.exact:
             return dict.fromkeys(QUANTITIES, EXACT)
         return {name: max(COARSE, COARSER * self.own[name]) for name in QUANTITIES}
@@ -259,7 +259,7 @@ def subject_of(config: PretrainedConfig, dtype: torch.dtype, rows: int) -> Subje
 
 
 def differences_of(coarse: Dense, reference: Dense) -> dict[str, float]:
-    """How far a coarse run in one process is from the reference."""
+    """Distances of a coarse run in one process from the reference."""
 
     def between(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
         pairs = {
