@@ -56,7 +56,7 @@ class Certificate:
 
     @property
     def holds(self) -> bool:
-        """Whether some grid is right, and none is wrong or crashes."""
+        """True where some grid is right, and none is wrong or crashes."""
         results = {outcome.result for outcome in self.outcomes}
         return "equal" in results and not results & {"wrong", "crash"}
 
