@@ -230,20 +230,23 @@ def test_adapters_train(family: str, targets: list[str]) -> None:
 def refusals() -> list[str]:
     said: list[str] = []
     with in_float64():
-        for how in ({"whole": "refuse"}, {}):
-            model = toy("mixtral", output_router_logits=True)
-            try:
-                parallel = parallelize(model, mesh_of((1, 2, 1, 1)), checks=False, **how)
-                tokens = tokens_of(2)
-                parallel.model(input_ids=tokens, labels=tokens)
-            except ValueError as error:
-                said.append(str(error))
+        try:
+            parallelize(toy("phi3"), mesh_of((1, 2, 1, 1)), checks=False, whole="refuse")
+        except ValueError as error:
+            said.append(str(error))
+        model = toy("mixtral", output_router_logits=True)  # experts are divided, so not refused
+        parallel = parallelize(model, mesh_of((1, 2, 1, 1)), checks=False, whole="refuse")
+        tokens = tokens_of(2)
+        try:
+            parallel.model(input_ids=tokens, labels=tokens)
+        except ValueError as error:
+            said.append(str(error))
     return said
 
 
 def test_speed_or_nothing_and_a_balance_of_shares_are_refused() -> None:
     for whole, balance in run_on_ranks(2, refusals):
-        assert "every rank would compute 'model.layers.0.mlp' whole" in whole
+        assert "so that every rank would compute 'model.layers." in whole
         assert "pass whole='allow'" in whole
         assert "output_router_logits=True adds a loss" in balance
 

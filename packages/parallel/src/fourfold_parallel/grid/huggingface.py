@@ -304,7 +304,7 @@ def parallelize(
     _tell_accelerate(model, reducer)
     if check is not None:
         check.compare(parallel.model, parallel.stored)
-        parallel.settle(when="after the check")
+        schedule.drop()
     return parallel
 
 

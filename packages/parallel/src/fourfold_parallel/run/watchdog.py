@@ -316,6 +316,8 @@ class Meetings:
 
     def meet(self, *, asked: bool) -> bool:
         """After a step: whether some rank was asked to end; it may be told a few steps late."""
+        if self._ranks.size == 1:  # nobody to meet, and nobody slower than others
+            return asked
         self._done += 1
         if self._done < self._next:
             return False
