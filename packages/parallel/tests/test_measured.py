@@ -14,6 +14,7 @@ PAGE = (ROOT / "packages/parallel/docs/grid.md").read_text(encoding="utf-8")
 ROWS = {
     "`data`": "fourfold_data_{ranks}",
     "`depth`": "fourfold_depth_{ranks}",
+    "`depth`, keeping tiles": "fourfold_depth_{ranks}_keeping_tiles",
     "`row`": "fourfold_row_{ranks}",
     "`col`": "fourfold_col_{ranks}",
     "`data=2, depth=2`": "fourfold_data_2_depth_2",
