@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from fourfold_parallel.certify.toys import default_toy, in_float64, toy_model
 from fourfold_parallel.grid.engine import Fourfold
 from fourfold_parallel.grid.huggingface import Parallel, parallelize
-from fourfold_parallel.grid.layout import Experts, Whole, refuse_quantised, rules_for
+from fourfold_parallel.grid.layout import Experts, Whole, check_sizes, refuse_quantised, rules_for
 from fourfold_parallel.run.checkpoint import restore, save
 from fourfold_parallel.testing.grids import Sizes, close, mesh_of, piece_of
 from fourfold_parallel.testing.ranks import run_on_ranks
@@ -249,6 +249,15 @@ def test_speed_or_nothing_and_a_balance_of_shares_are_refused() -> None:
         assert "so that every rank would compute 'model.layers." in whole
         assert "pass whole='allow'" in whole
         assert "output_router_logits=True adds a loss" in balance
+
+
+def test_hidden_units_that_do_not_divide_are_refused() -> None:
+    model = toy("mixtral")
+    rules = rules_for(model, {})
+    units = model.config.intermediate_size
+    check_sizes(model, rules, {"row": 2, "col": 2})
+    with pytest.raises(ValueError, match=rf"experts: hidden_units={units} .* row \* col = 7 ranks"):
+        check_sizes(model, rules, {"row": 1, "col": 7})
 
 
 def test_quantised_weights_are_refused() -> None:

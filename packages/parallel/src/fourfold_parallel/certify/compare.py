@@ -24,6 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 import fourfold_parallel
 from fourfold_parallel.certify import toys
 from fourfold_parallel.certify.toys import in_float64, toy_model
+from fourfold_parallel.grid.check import AnotherModelError
 from fourfold_parallel.grid.gradients import local
 from fourfold_parallel.grid.huggingface import Parallel, parallelize
 from fourfold_parallel.testing.grids import Sizes, mesh_of, piece_of
@@ -371,14 +372,14 @@ OURS = str(Path(fourfold_parallel.__file__).parent)
 def failed(error: Exception, *, ours: str = OURS) -> GridOutcome:
     """A refusal if code under `ours` raised a ValueError on purpose, else a crash.
 
-    An ArithmeticError is the grid's own check, which found the model to be another one.
+    An AnotherModelError is the grid's own check, which found the model to be another one.
     """
     frames = traceback.extract_tb(error.__traceback__)
     last = next(frame for frame in reversed(frames) if frame.filename != toys.__file__)
     text = f"{type(error).__name__}: {error}"
-    if isinstance(error, ArithmeticError):
+    if isinstance(error, AnotherModelError):
         return GridOutcome(result="wrong", message=str(error))
-    if isinstance(error, ValueError | NotImplementedError) and last.filename.startswith(ours):
+    if isinstance(error, ValueError) and last.filename.startswith(ours):
         return GridOutcome(result="refused", message=str(error))
     return GridOutcome(result="crash", message=f"{text} ({Path(last.filename).name}:{last.lineno})")
 

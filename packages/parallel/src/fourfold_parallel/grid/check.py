@@ -34,6 +34,10 @@ SMALL = 1e-3
 """Of the model's largest gradient: a parameter's below that is rounding and no more."""
 
 
+class AnotherModelError(ValueError):
+    """The model on the grid answers something else than the whole model did."""
+
+
 LossForm = Literal["function", "shifted", "aligned"]
 """How a model gets its loss: by its `loss_function`; or by itself, as the mean cross-entropy of the
 next tokens, or of labels that stand where they are predicted."""
@@ -64,8 +68,8 @@ def loss_form(model: PreTrainedModel) -> LossForm:
     shifted = F.cross_entropy(wide[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     aligned = F.cross_entropy(wide.flatten(0, 1), labels.flatten())
     candidates: dict[LossForm, Tensor] = {"shifted": shifted, "aligned": aligned}
+    allowed = COARSE_TOLERANCE / 5 if output.loss.itemsize < wide.itemsize else 1e-4
     for form, nats in candidates.items():
-        allowed = COARSE_TOLERANCE / 5 if output.loss.itemsize < wide.itemsize else 1e-4
         if torch.isclose(nats, output.loss.float(), rtol=allowed):
             return form
     raise ValueError(
@@ -126,7 +130,8 @@ class Check:
         """Refuse a model on the grid that answers something else; its gradients are empty afterwards.
 
         Raises:
-            ValueError: Naming the largest difference and where it is.
+            AnotherModelError: Naming the largest difference and where it is.
+            ValueError: It fails on the grid.
         """
         mesh, share = self.mesh, self.mesh.batch_rank()
         rows = len(self.tokens)
@@ -163,7 +168,7 @@ class Check:
         allowed = max(COARSE_TOLERANCE if d.itemsize < 4 else TOLERANCE for d in dtypes)
         if not float(largest) <= allowed:
             where = worst[1] if worst[0] >= float(largest) else "what another rank names"
-            raise ValueError(
+            raise AnotherModelError(
                 f"{type(model).__name__} on the grid is another model: of {rows} rows of "
                 f"{self.tokens.shape[1]} tokens, {where} differs by {float(largest):.2g} of its size "
                 f"(allowed: {allowed:g}); this is a fault of the grid's rules for it: give "

@@ -503,6 +503,16 @@ def check_sizes(
         )
     for name, rule in rules.items():
         module = model.get_submodule(name)
+        if isinstance(rule, Experts):
+            units, shares = (
+                module.down_proj.shape[rule.cuts["down_proj"]],
+                row * sizes.get("col", 1),
+            )
+            if units % shares:
+                raise ValueError(
+                    f"{name}: hidden_units={units} of each expert do not divide over the row * col = "
+                    f"{shares} ranks that share them; use sizes whose product divides {units}"
+                )
         if isinstance(rule, HeadsNorm) and kv_heads % row:
             raise ValueError(
                 f"{name}: it normalises all heads together, and key_value_heads={kv_heads} do not divide "

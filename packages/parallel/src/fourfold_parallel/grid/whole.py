@@ -34,12 +34,10 @@ from fourfold_parallel.grid.schedule import Layer, Schedule, Visit
 
 TILED: Cut = {"row": 0, "col": 0, "depth": 0}
 """Of a parameter that is gathered whole, and of a linear layer whose outputs are divided."""
-HIDDEN_BIAS: Cut = {"row": 1, "col": 1, "depth": 0}
-"""Of a bias of the experts' hidden units, `[experts, units]`."""
 
 
 def experts_cut(dim: int) -> Cut:
-    """Of a weight of all experts, `[experts, ., .]`, whose hidden units lie along `dim`."""
+    """Of a weight or a bias of all experts, `[experts, ...]`, whose hidden units lie along `dim`."""
     return {"row": dim, "col": dim, "depth": 0}
 
 
