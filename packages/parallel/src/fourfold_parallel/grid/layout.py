@@ -504,10 +504,8 @@ def check_sizes(
     for name, rule in rules.items():
         module = model.get_submodule(name)
         if isinstance(rule, Experts):
-            units, shares = (
-                module.down_proj.shape[rule.cuts["down_proj"]],
-                row * sizes.get("col", 1),
-            )
+            weight = module.get_parameter("down_proj")
+            units, shares = weight.shape[rule.cuts["down_proj"]], row * sizes.get("col", 1)
             if units % shares:
                 raise ValueError(
                     f"{name}: hidden_units={units} of each expert do not divide over the row * col = "
