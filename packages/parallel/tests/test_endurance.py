@@ -34,7 +34,7 @@ from fourfold_parallel.testing.ranks import run_on_ranks
 DRIFT = 1e-9
 """Nats. Float64 sums in another order differ by about 1e-15 of a loss; three hundred steps of AdamW
 carry such differences on and multiply them. A gradient that is wrong once shows at 1e-4 and more."""
-STEPS, EVERY, ROWS, VOCABULARY = 300, 10, 4, 61
+EVERY, ROWS, VOCABULARY = 10, 4, 61
 LLAMA = LlamaConfig(
     hidden_size=16, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
     intermediate_size=20, vocab_size=VOCABULARY, max_position_embeddings=16, use_cache=False,
@@ -85,13 +85,13 @@ def nats(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 @lru_cache
-def losses_of_one_process() -> Losses:
+def losses_of_one_process(steps: int) -> Losses:
     """The serial twin."""
     model = in_float64(build())
     optimizer = optimizer_for(model)
     trained: list[float] = []
     validated: list[float] = []
-    for step in range(STEPS):
+    for step in range(steps):
         loss = nats(model, batch_of(step))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -155,9 +155,9 @@ def take_steps(session: GridSession, steps: int, folder: Path) -> Losses:
     return trained, validated
 
 
-def losses_on_the_grid(sizes: Sizes, folder: Path, **how: Any) -> Losses:
+def losses_on_the_grid(sizes: Sizes, steps: int, folder: Path, **how: Any) -> Losses:
     with unchecked_shapes(), opened(sizes, **how) as session:
-        return take_steps(session, STEPS, folder)
+        return take_steps(session, steps, folder)
 
 
 GRIDS: dict[str, tuple[Sizes, bool]] = {
@@ -174,14 +174,15 @@ GRIDS: dict[str, tuple[Sizes, bool]] = {
 
 @pytest.mark.usefixtures("busy_cores")
 @pytest.mark.parametrize("name", list(GRIDS))
-def test_three_hundred_steps_on_busy_cores_have_the_losses_of_one_process(
-    name: str, tmp_path: Path
+@pytest.mark.parametrize("steps", [80, pytest.param(300, marks=pytest.mark.slow)])
+def test_a_long_run_on_busy_cores_has_the_losses_of_one_process(
+    name: str, steps: int, tmp_path: Path
 ) -> None:
     sizes, shards_optimizer = GRIDS[name]
-    trained, validated = losses_of_one_process()
-    assert trained[-1] < 0.5 * trained[0]
+    trained, validated = losses_of_one_process(steps)
+    assert trained[-1] < 0.75 * trained[0]
     for ours in run_on_ranks(
-        math.prod(sizes), losses_on_the_grid, sizes=sizes, folder=tmp_path,
+        math.prod(sizes), losses_on_the_grid, sizes=sizes, steps=steps, folder=tmp_path,
         shards_optimizer=shards_optimizer,
     ):  # fmt: skip
         assert ours[0] == pytest.approx(trained, abs=DRIFT)
@@ -205,8 +206,8 @@ def results_are_whole(sizes: Sizes, rounds: int) -> None:
 
 @pytest.mark.usefixtures("busy_cores")
 def test_many_collectives_under_way_at_once_leave_memory_whole() -> None:
-    """Sixteen at a time, of 16 KiB, a thousand times."""
-    run_on_ranks(2, results_are_whole, sizes=(1, 2, 1, 1), rounds=1000)
+    """Sixteen at a time, of 16 KiB, three hundred times."""
+    run_on_ranks(2, results_are_whole, sizes=(1, 2, 1, 1), rounds=300)
 
 
 LEFT_BEHIND = 8 * 2**20

@@ -172,6 +172,7 @@ def a_frozen_weight_changes() -> None:
             weight.mul_(3.0)
         with pytest.raises(RuntimeError, match=r"up_proj\.weight was changed"):
             loss.backward()
+        parallel.abandon()
 
 
 def test_a_frozen_weight_changed_between_forward_and_backward_is_refused() -> None:

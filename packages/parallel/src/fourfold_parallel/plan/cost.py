@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fourfold_parallel.common.attention import FUSED
 from fourfold_parallel.plan.job import Job, Layout
 from fourfold_parallel.plan.machine import Machine, PartName, Precision
+from fourfold_parallel.plan.transformer import Block, Experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,17 +105,32 @@ class Work:
         computed = self.traffic(self._residual, RESIDUAL_PASSES)
         return self._part("residual", self._residual_shape, computed, 1.0, False)
 
-    def activation(self, *, backward: bool = False) -> float:
+    def experts(self, experts: Experts) -> float:
+        """The products of this rank's share of all chosen experts; its two backward products take as long.
+
+        Each expert has as many tokens; beside the products, the gathered words are put into order.
+        """
+        row, col = self.layout.row, self.layout.col
+        sent = self.tokens * experts.chosen
+        used = min(experts.number, sent)
+        units, precision = experts.units(row, col), self.job.precision
+        one = product_seconds(self.machine, precision, -(-sent // used), units, experts.width)
+        hidden = self.traffic(sent * units, self.passes.activation)
+        ordered = self.traffic(experts.tile_elements(row, col), 2)
+        return used * experts.matrices * one + hidden + ordered
+
+    def activation(self, block: Block, *, backward: bool = False) -> float:
         """Of the MLP's hidden units."""
-        hidden = self.job.model.mlp_inputs / self.layout.row
+        hidden = block.hidden / (1 if block.whole else self.layout.row)
         computed = self.traffic(self.tokens * hidden, self.passes.activation)
         shape = (self.tokens, math.ceil(hidden))
         return self._part("activation", shape, computed, BACKWARD_PASSES, backward)
 
-    def attention(self, *, backward: bool = False) -> float:
-        """Rotary positions, scores, softmax and mixing of this rank's heads."""
+    def attention(self, *, whole: bool = False, backward: bool = False) -> float:
+        """Rotary positions, scores, softmax and mixing of this rank's heads, or of all."""
         model, job = self.job.model, self.job
-        heads = -(-model.heads // self.layout.row)
+        row = 1 if whole else self.layout.row
+        heads = -(-model.heads // row)
         rate = self.machine.rate(job.precision)
         operations = 2.0 * self.tokens * job.sequence * heads * model.head_width
         if job.attention in FUSED:
@@ -122,7 +138,7 @@ class Work:
         else:  # both halves of the scores, held and passed over
             inner = 2 * operations / (rate.flops_per_s * rate.share)
             inner += self.traffic(self.tokens * job.sequence * heads, EAGER_SCORE_PASSES)
-        kv_heads = max(1, model.kv_heads // self.layout.row)
+        kv_heads = max(1, model.kv_heads // row)
         turned = self.tokens * (heads + kv_heads) * model.head_width
         rotary = 0 if model.positions else self.traffic(turned, self.passes.rotary)
         shape = (self.tokens, job.sequence, heads, kv_heads, model.head_width)

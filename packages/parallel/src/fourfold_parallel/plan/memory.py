@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fourfold_parallel.common.attention import FUSED
 from fourfold_parallel.plan.job import Job, Layout
 from fourfold_parallel.plan.machine import Machine
+from fourfold_parallel.plan.transformer import Block, DecoderLayer, Experts
 
 FLOAT = 4
 GRADIENTS_OF_A_LAYER = 0.5
@@ -100,23 +101,25 @@ def fits(memory: Memory, machine: Machine) -> bool:
 def _pieces(job: Job, layout: Layout) -> float:
     """Parameters of a rank. Norms and biases are not cut over depth."""
     model = job.model
+    whole = layout.row * layout.col * layout.depth
     tables = (model.positions / layout.row + (0 if model.tied else model.vocabulary)) * model.width
-    matrices = (model.matrix_parameters + tables) / (layout.row * layout.col * layout.depth)
-    norms = (model.layers * model.norms + 1) * model.width / layout.col
-    biases = sum(
-        linear.outputs / (layout.col if linear.swapped else layout.row)
-        for linear in model.linears
-        if linear.bias
-    )
-    return matrices + norms + model.layers * biases
+    small = sum(number * layer.small for layer, number in model.stack)
+    if model.beside == "one norm":
+        return (model.matrix_parameters + tables) / whole + (small + model.others) / layout.col
+    return (model.matrix_parameters + tables + model.others) / whole + small / layout.col
 
 
 def _tiles(job: Job, layout: Layout, matrices: float) -> float:
     """Two neighbours' tiles where depth gathers them again; else all that are gathered or converted."""
-    model = job.model
     if layout.depth > 1 and not layout.keeps_tiles:
-        sizes = sorted(linear.parameters for linear in (*model.linears, model.head))
-        return sum(sizes[-2:]) / (layout.row * layout.col) * job.element
+        row, col = layout.row, layout.col
+        sizes = sorted(part.tile_elements(row, col) for part in job.model.parts)
+        kept = [
+            (sum(p.tile_elements(row, col) for p in layer.parts if p.lies_whole), number)
+            for layer, number in job.model.stack
+        ]
+        held = max(k for k, _ in kept) if layout.recomputes else sum(k * n for k, n in kept)
+        return (sum(sizes[-2:]) + held) * job.element
     if layout.depth > 1 or job.element < job.storage.weight:
         return matrices * job.element
     return 0.0
@@ -125,36 +128,51 @@ def _tiles(job: Job, layout: Layout, matrices: float) -> float:
 def _spread(job: Job, layout: Layout) -> float:
     if layout.depth == 1:
         return 0.0
-    largest = max(linear.parameters for linear in (*job.model.linears, job.model.head))
-    return 4 * largest / (layout.row * layout.col) * job.element
+    largest = max(part.tile_elements(layout.row, layout.col) for part in job.model.parts)
+    return 4 * largest * job.element
 
 
 def _activations(job: Job, layout: Layout, tokens: int) -> tuple[float, float]:
-    """Kept for backward by all layers, with recomputation by their borders alone; and by one layer."""
+    """Kept for backward by all layers, with recomputation by their borders alone; and by the largest."""
     model = job.model
     between = tokens / (layout.row if layout.cuts_tokens else 1)
     width = model.width / layout.col
     stream = FLOAT if job.storage.weight == FLOAT else job.element
-    layer = _layer(job, layout, tokens, between, width, stream)
+    held = [
+        (_layer(job, layout, layer, tokens, between * width * stream), number)
+        for layer, number in model.stack
+    ]
+    largest = max(size for size, _ in held)
     if layout.recomputes:
-        return (model.layers + 2) * between * width * stream, layer
-    return model.layers * layer + 2 * between * width * stream, layer
+        return (model.layers + 2) * between * width * stream, largest
+    return sum(size * n for size, n in held) + 2 * between * width * stream, largest
 
 
-def _layer(
-    job: Job, layout: Layout, tokens: int, between: float, width: float, stream: int
-) -> float:
+def _layer(job: Job, layout: Layout, layer: DecoderLayer, tokens: int, stream: float) -> float:
+    # The residual stream before each norm, and the normalised one before its gains.
+    held = layer.norms * stream * (1 if job.fused or job.model.positions else 2)
+    return held + sum(_block(job, layout, block, tokens) for block in layer.blocks)
+
+
+def _block(job: Job, layout: Layout, block: Block, tokens: int) -> float:
+    """The block's input, and what its attention, hidden units or experts keep."""
     model, element = job.model, job.element
-    # The residual stream before each norm, the normalised one before its gains, and each block's input.
-    held = model.norms * between * width * stream * (1 if job.fused or model.positions else 2)
-    blocks = sum(linear.swapped for linear in model.linears)
-    held += blocks * (between if layout.cuts_tokens and job.fused else tokens) * width * element
-    heads = model.heads / layout.row * model.head_width
-    keys = max(1, model.kv_heads / layout.row) * model.head_width
-    held += tokens * (2 * heads + 2 * keys) * element
-    if job.attention not in FUSED:
-        held += tokens * job.sequence * model.heads / layout.row * (FLOAT + element)
-    hidden = model.mlp_inputs / layout.row
-    gated = sum(not m.swapped for m in model.linears[-3:]) == 2
-    held += tokens * hidden * element * ((3 if job.fused else 4) if gated else 2)
+    row = 1 if block.whole else layout.row
+    between = tokens / (layout.row if layout.cuts_tokens and job.fused and not block.whole else 1)
+    held = between * model.width / (1 if block.whole else layout.col) * element
+    if block.attends:
+        heads = model.heads / row * model.head_width
+        keys = max(1, model.kv_heads / row) * model.head_width
+        held += tokens * (2 * heads + 2 * keys) * element
+        held += tokens * sum(p.outputs for p in block.linears if p.form == "latent") * element
+        if job.attention not in FUSED:
+            held += tokens * job.sequence * model.heads / row * (FLOAT + element)
+    elif block.linears:
+        kept = (3 if job.fused else 4) if block.gated else 2
+        held += tokens * block.hidden / row * element * kept
+    for part in block.parts:
+        if isinstance(part, Experts):
+            kept = (3 if job.fused else 4) if part.matrices == 3 else 2
+            units = kept * part.units(layout.row, layout.col)
+            held += tokens * part.chosen * (units + 2 * part.width) * element
     return held

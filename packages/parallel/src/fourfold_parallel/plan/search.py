@@ -14,6 +14,7 @@ from fourfold_parallel.plan.job import Job, Layout, divisors, grids
 from fourfold_parallel.plan.machine import GIB, Machine
 from fourfold_parallel.plan.memory import Memory, fits, memory_of
 from fourfold_parallel.plan.simulate import Step, scout, simulate
+from fourfold_parallel.plan.transformer import Experts
 
 MOST_MICROBATCH = 64
 """Sequences that a rank takes at once, at most."""
@@ -175,9 +176,15 @@ def refusal(job: Job, layout: Layout) -> str:
     model, row = job.model, layout.row
     if job.batch % layout.shares:
         return f"batch {job.batch} does not divide over data * depth = {layout.shares}"
-    if model.heads % row:
+    if model.splits_heads and model.heads % row:
         return f"{model.heads} heads do not divide over row {row}"
-    if model.kv_heads % row and row % model.kv_heads:
+    for part in model.parts:
+        if isinstance(part, Experts) and part.hidden % (row * layout.col):
+            shares = row * layout.col
+            return (
+                f"{part.hidden} hidden units of an expert do not divide over row * col = {shares}"
+            )
+    if model.splits_heads and model.kv_heads % row and row % model.kv_heads:
         return f"{model.kv_heads} key and value heads neither divide over row {row} nor are shared evenly"
     if layout.col > model.width:
         return f"width {model.width} has fewer features than col {layout.col}"

@@ -11,18 +11,53 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 from fourfold_parallel.common.axes import AXES, AxisName
 from fourfold_parallel.plan.cost import COLLECTIVE_NODES, LINEAR_NODES, NORM_NODES, Work
 from fourfold_parallel.plan.job import Job, Layout
 from fourfold_parallel.plan.machine import Collective, Machine
-from fourfold_parallel.plan.transformer import Linear
+from fourfold_parallel.plan.transformer import Block, DecoderLayer, Experts, Linear, Part
 
 TINY_BYTES = 8
 BUCKET_BYTES = 25 * 2**20
 """Of the grid's sums over data."""
 SIMULATED_LAYERS = 4
-"""Further decoder layers take what the last of these took."""
+"""Of a kind where all are alike, else two; further decoder layers take what the last of these took."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visit:
+    """A pass through a linear layer or a set of experts, and its place in its block."""
+
+    part: Part
+    block: Block
+    norms: int = 0
+    """Of the residual stream, before it."""
+    starts: bool = False
+    """It is the first of its block."""
+    ends: bool = False
+    """It is the last of its block."""
+    follows_work: bool = False
+    """Attention or the activation is computed before it."""
+
+
+@cache
+def visits_of(layer: DecoderLayer) -> tuple[Visit, ...]:
+    """The way through a decoder layer; its norms are spread over its blocks."""
+    visits: list[Visit] = []
+    blocks = [block for block in layer.blocks if block.parts]
+    for number, block in enumerate(blocks, 1):
+        norms = layer.norms * number // len(blocks) - layer.norms * (number - 1) // len(blocks)
+        last = len(block.parts) - 1
+        visits += [
+            Visit(
+                part=part, block=block, norms=0 if index else norms, starts=index == 0,
+                ends=index == last, follows_work=part is block.last,
+            )
+            for index, part in enumerate(block.parts)
+        ]  # fmt: skip
+    return tuple(visits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,31 +198,35 @@ class Rank:
         self.job, self.layout = job, layout
         self.clock = Clock(machine=machine, layout=layout, records=records)
         self.work = Work(job, layout, machine)
-        self._tiles: dict[Linear, tuple[int, int]] = {}
+        self._head = Visit(part=job.model.head, block=Block(parts=(), attends=False))
+        self._sizes: dict[int, tuple[int, float, int]] = {}
         self._gathers: dict[int, float] = {}
-        self._late: tuple[float, Linear] | None = None
+        self._late: tuple[float, Part] | None = None
         self.sums_end: float = 0.0
         """When the last sum over data ends. Nothing but the update waits for it."""
         self._bucket = 0.0
+        self._phases: list[str] = []
+        """Of the visits after the loss: each is a forward, made again, or a backward."""
 
-    def microbatch(self, layers: int, *, is_last: bool) -> None:
-        """Forward and backward of so many decoder layers, the embedding and the head."""
+    def microbatch(self, layers: Sequence[DecoderLayer], *, is_last: bool) -> None:
+        """Forward and backward of these decoder layers, the embedding and the head."""
         job, model = self.job, self.job.model
-        body = [linear for _ in range(layers) for linear in model.linears]
-        order = [*body, model.head]
+        visits = [visits_of(layer) for layer in layers]
+        order = [visit for of_layer in visits for visit in of_layer] + [self._head]
         self._embed()
-        for index in range(len(body)):
+        for index in range(len(order) - 1):
             self._forward(order, index)
         self.clock.compute("norm", self.work.norm(), self.work.passes.norm_kernels)
         self.clock.nodes(NORM_NODES)
         self._statistics(2)
-        self._product_forward(order, len(body))
+        self._product_forward(order, len(order) - 1)
         self.clock.compute("loss", self.work.loss(), 12)
         self._column(self.work.tokens * 4 * 2, "row", "loss")
         if self.clock.machine.is_probed:
             self._small()
-        backward = self._backward_order(order, layers)
-        order = [linear for linear, _ in backward]
+        backward = self._backward_order(visits)
+        self._phases = [phase for _, phase in backward]
+        order = [visit for visit, _ in backward]
         for position in range(len(backward)):
             self._backward(backward, order, position, is_last=is_last)
         self._finish_late(is_last=is_last)
@@ -216,62 +255,100 @@ class Rank:
             "row", clock.start("row", "all_reduce", elements * self.job.element, "embedding")
         )
 
-    def _forward(self, order: Sequence[Linear], index: int) -> None:
-        """A linear layer with what comes before it in its block."""
-        linear, clock, work = order[index], self.clock, self.work
-        starts_block = not linear.swapped and (index == 0 or order[index - 1].swapped)
-        if starts_block:
+    def _forward(self, order: Sequence[Visit], index: int) -> None:
+        """A part with what comes before it in its block."""
+        visit, clock, work = order[index], self.clock, self.work
+        for _ in range(visit.norms):
             clock.compute("norm", work.norm(), work.passes.norm_kernels)
             clock.nodes(NORM_NODES)
             self._statistics(1)
-            self._gather_tokens("into block")
-        if linear.swapped:
-            self._between(linear)
+        if visit.starts:
+            if visit.block.whole:
+                self._gather_stream("into block")
+            else:
+                self._gather_tokens("into block")
+        if visit.follows_work:
+            self._between(visit.block)
         self._product_forward(order, index)
-        if linear.swapped:
+        if visit.ends:
             clock.compute("residual", work.residual())
 
-    def _between(self, linear: Linear, *, backward: bool = False) -> None:
-        """Attention or activation: the work before a block's swapped layer."""
-        model, work = self.job.model, self.work
-        if linear is model.linears[-1]:
-            self.clock.compute("activation", work.activation(backward=backward), 2)
+    def _between(self, block: Block, *, backward: bool = False) -> None:
+        """Attention or activation: the work before a block's last linear layer."""
+        work = self.work
+        if not block.attends:
+            self.clock.compute("activation", work.activation(block, backward=backward), 2)
         else:
             self.clock.compute(
-                "attention", work.attention(backward=backward), 3 + work.passes.rotary_kernels
+                "attention",
+                work.attention(whole=block.whole, backward=backward),
+                3 + work.passes.rotary_kernels,
             )
 
-    def _tile(self, linear: Linear) -> tuple[int, int]:
-        """This rank's rows and columns of a weight."""
-        tile = self._tiles.get(linear)
-        if tile is None:
+    def _known(self, part: Part) -> tuple[int, float, int]:
+        """Elements of a part that this rank gathers over depth, seconds of a product, and its kernels."""
+        known = self._sizes.get(id(part))
+        if known is None:
             row, col = self.layout.row, self.layout.col
-            rows, columns = (col, row) if linear.swapped else (row, col)
-            tile = self._tiles[linear] = -(-linear.outputs // rows), -(-linear.inputs // columns)
-        return tile
+            if isinstance(part, Experts):
+                seconds, kernels = self.work.experts(part), part.matrices
+            else:
+                seconds, kernels = self.work.product(*part.tile(row, col)), 1
+            known = self._sizes[id(part)] = part.tile_elements(row, col), seconds, kernels
+        return known
 
-    def _start_gather(self, order: Sequence[Linear], index: int) -> None:
+    def _start_gather(self, order: Sequence[Visit], index: int) -> None:
         if index < len(order) and index not in self._gathers:
-            rows, columns = self._tile(order[index])
-            payload = rows * columns * self.job.element
+            part = order[index].part
+            if part.lies_whole and self._phases[index : index + 1] == ["backward"]:
+                self._gathers[index] = 0.0
+                return
             self._gathers[index] = self.clock.start(
-                "depth", "all_gather", payload, order[index].name
+                "depth", "all_gather", self._known(part)[0] * self.job.element, part.name
             )
 
-    def _product_forward(self, order: Sequence[Linear], index: int) -> None:
-        linear, clock = order[index], self.clock
+    def _product_forward(self, order: Sequence[Visit], index: int) -> None:
+        part, clock = order[index].part, self.clock
         self._start_gather(order, index)
         self._start_gather(order, index + 1)
         clock.wait("depth", self._gathers.pop(index))
-        rows, columns = self._tile(linear)
+        if isinstance(part, Linear) and part.form == "alike":
+            self._gather_whole(self._known(part)[0], part.parameters, part.name)
         clock.nodes(LINEAR_NODES)
-        clock.compute(linear.name, self.work.product(rows, columns))
-        contracted: AxisName = "row" if linear.swapped else "col"
+        clock.compute(part.name, *self._known(part)[1:])
+        tokens, element = self.work.tokens, self.job.element
+        if isinstance(part, Experts):
+            for axis in ("row", "col"):
+                self._column(tokens * part.width * element, axis, part.name)
+            return
+        if part.form == "divided":
+            rows = -(-part.outputs // self.layout.row)
+            self._gather_whole(tokens * rows, tokens * part.outputs, part.name)
+        if part.form in {"divided", "alike"}:
+            return
+        rows, _ = part.tile(self.layout.row, self.layout.col)
+        contracted: AxisName = "row" if part.swapped else "col"
         kind: Collective = "all_reduce"
-        if linear.swapped and self.layout.cuts_tokens:
+        if part.swapped and self.layout.cuts_tokens:
             kind = "reduce_scatter"
-        payload = self.work.tokens * rows * self.job.element
-        clock.wait(contracted, clock.start(contracted, kind, payload, linear.name))
+        clock.wait(contracted, clock.start(contracted, kind, tokens * rows * element, part.name))
+        if part.form == "latent":
+            payload = tokens * part.outputs * element
+            clock.wait("row", clock.start("row", "all_gather", payload, part.name))
+
+    def _gather_whole(self, over_col: float, over_row: float, name: str) -> None:
+        """Pieces of elements that are gathered over col, then over row."""
+        for axis, elements in (("col", over_col), ("row", over_row)):
+            payload = elements * self.job.element
+            self.clock.wait(axis, self.clock.start(axis, "all_gather", payload, name))
+
+    def _gather_stream(self, name: str) -> None:
+        """The whole residual stream, into a whole block, or its gradient, out of it."""
+        payload = self.work.tokens * self.job.model.width * self.job.element
+        shared = self.layout.row if self.layout.cuts_tokens else 1
+        self.clock.wait("col", self.clock.start("col", "all_gather", payload / shared, name))
+        if self.layout.cuts_tokens:
+            self.clock.wait("row", self.clock.start("row", "all_gather", payload, name))
 
     def _gather_tokens(self, name: str) -> None:
         if self.layout.cuts_tokens:
@@ -297,77 +374,95 @@ class Rank:
 
     # backward -----------------------------------------------------------------------------------
 
-    def _backward_order(self, order: Sequence[Linear], layers: int) -> list[tuple[Linear, str]]:
+    def _backward_order(self, layers: Sequence[Sequence[Visit]]) -> list[tuple[Visit, str]]:
         """Every visit after forward: backward ones, and with recomputation forward ones before them."""
-        per_layer = list(self.job.model.linears)
-        visits: list[tuple[Linear, str]] = [(order[-1], "backward")]
-        for _ in range(layers):
+        visits: list[tuple[Visit, str]] = [(self._head, "backward")]
+        for layer in reversed(layers):
             if self.layout.recomputes:
-                visits += [(linear, "forward") for linear in per_layer]
-            visits += [(linear, "backward") for linear in reversed(per_layer)]
+                visits += [(visit, "forward") for visit in layer]
+            visits += [(visit, "backward") for visit in reversed(layer)]
         return visits
 
     def _backward(
-        self, visits: list[tuple[Linear, str]], order: list[Linear], position: int, *, is_last: bool
+        self, visits: list[tuple[Visit, str]], order: list[Visit], position: int, *, is_last: bool
     ) -> None:
-        linear, phase = visits[position]
+        visit, phase = visits[position]
         if phase == "forward":
             self._forward(order, position)
             return
-        clock, work = self.clock, self.work
-        if linear.swapped:
+        clock, work, part = self.clock, self.work, visit.part
+        if visit.ends:
             clock.compute("residual", work.residual())
-            self._gather_tokens("backward")
+            if visit.block.whole:
+                self._gather_stream("backward")
+            else:
+                self._gather_tokens("backward")
         if not self.layout.keeps_tiles:
             self._start_gather(order, position)
             self._start_gather(order, position + 1)
             clock.wait("depth", self._gathers.pop(position))
-        rows, columns = self._tile(linear)
-        clock.compute(f"d{linear.name} input", work.product(rows, columns))
-        produced: AxisName = "col" if linear.swapped else "row"
-        payload = work.tokens * columns * self.job.element
-        sums_here = linear.swapped or not self.layout.cuts_tokens
-        ends = clock.start(produced, "all_reduce", payload, linear.name) if sums_here else 0.0
-        clock.compute(f"d{linear.name} weight", work.product(rows, columns))
+        size, seconds, kernels = self._known(part)
+        clock.compute(f"d{part.name} input", seconds, kernels)
+        ends = self._sum_input_gradient(part)
+        clock.compute(f"d{part.name} weight", seconds, kernels)
         self._finish_late(is_last=is_last)
-        spread = clock.start(
-            "depth", "reduce_scatter", rows * columns * self.job.element, linear.name
-        )
-        self._late = (spread, linear)
-        clock.wait(produced, ends)
-        if linear.swapped:
-            self._between(linear, backward=True)
-        elif (
-            position + 1 == len(visits)
-            or visits[position + 1][0].swapped
-            or (visits[position + 1][1] == "forward")
-        ):
-            self._leave_block()
+        spread = clock.start("depth", "reduce_scatter", size * self.job.element, part.name)
+        self._late = (spread, part)
+        for axis, end in ends:
+            clock.wait(axis, end)
+        if visit.follows_work:
+            self._between(visit.block, backward=True)
+        if visit.starts:
+            self._leave_block(visit)
 
-    def _leave_block(self) -> None:
-        """Backward of what a block begins with: the gather of tokens, and its norm."""
-        if self.layout.cuts_tokens:
+    def _sum_input_gradient(self, part: Part) -> list[tuple[AxisName, float]]:
+        """Start what makes the gradient of a part's input whole; gives when each ends."""
+        tokens, element, clock = self.work.tokens, self.job.element, self.clock
+        if isinstance(part, Experts) or part.form == "divided":
+            width = part.width if isinstance(part, Experts) else part.inputs
+            over: tuple[AxisName, ...] = ("row", "col")
+            for axis in over:  # at once: nothing of the block's backward is overlapped
+                self._column(tokens * width * element, axis, part.name)
+            return []
+        if part.form == "alike":
+            return []
+        _, columns = part.tile(self.layout.row, self.layout.col)
+        payload = tokens * columns * element
+        if part.form == "expanding":  # the latent's sum over row is its own layer's
+            whole = tokens * part.inputs * element
+            return [("col", clock.start("col", "all_gather", whole, part.name))]
+        ends: list[tuple[AxisName, float]] = []
+        if part.form == "latent":
+            latent = tokens * part.outputs * element
+            clock.wait("row", clock.start("row", "reduce_scatter", latent, part.name))
+        produced: AxisName = "col" if part.swapped else "row"
+        if part.swapped or not self.layout.cuts_tokens:
+            ends.append((produced, clock.start(produced, "all_reduce", payload, part.name)))
+        return ends
+
+    def _leave_block(self, visit: Visit) -> None:
+        """Backward of what a block begins with: the gather of tokens, and its norms."""
+        if self.layout.cuts_tokens and not visit.block.whole:
             payload = self.work.tokens * self.job.model.width / self.layout.col * self.job.element
             ends = self.clock.start("row", "reduce_scatter", payload, "out of block")
             self.clock.wait("row", ends)
         passes = self.work.norm(backward=True)
-        self.clock.compute("norm", passes, 2 * self.work.passes.norm_kernels)
-        self._statistics(1)
+        for _ in range(visit.norms):
+            self.clock.compute("norm", passes, 2 * self.work.passes.norm_kernels)
+            self._statistics(1)
         if self.clock.machine.is_probed:  # the gradients of a block's plain layers meet
-            plain = sum(not linear.swapped for linear in self.job.model.linears)
-            blocks = sum(linear.swapped for linear in self.job.model.linears)
-            self.clock.compute("residual", (plain / blocks - 1) * self.work.residual())
+            plain = sum(part.form == "plain" for part in visit.block.linears)
+            self.clock.compute("residual", max(0, plain - 1) * self.work.residual())
 
     def _finish_late(self, *, is_last: bool) -> None:
         """Wait for the layer's gradient of before, and send it over data."""
         if self._late is None:
             return
-        ends, linear = self._late
+        ends, part = self._late
         self._late = None
         self.clock.wait("depth", ends)
         if is_last:
-            rows, columns = self._tile(linear)
-            self._reduce(rows * columns / self.layout.depth, linear.name)
+            self._reduce(self._known(part)[0] / self.layout.depth, part.name)
 
     def _reduce(self, elements: float, name: str) -> None:
         payload = elements * self.job.storage.wire
@@ -410,9 +505,14 @@ def simulate(job: Job, layout: Layout, machine: Machine, *, records: bool = Fals
 
 
 def scout(job: Job, layout: Layout, machine: Machine) -> float:
-    """A rough, cheap guess of a step's seconds: one decoder layer, for every layer and microbatch."""
-    short, long = (_walk(job, layout, machine, n, is_last=False, records=False) for n in (1, 2))
-    return (long.seconds - short.seconds) * job.model.layers * layout.microbatches(job.batch)
+    """A rough, cheap guess of a step's seconds: one decoder layer of each kind stands for all."""
+    microbatches, seconds = layout.microbatches(job.batch), 0.0
+    for layer, number in job.model.stack:
+        short, long = (
+            _walk(job, layout, machine, [layer] * n, is_last=False, records=False) for n in (1, 2)
+        )
+        seconds += (long.seconds - short.seconds) * number * microbatches
+    return seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -449,21 +549,32 @@ class _Walk:
 def _microbatch(
     job: Job, layout: Layout, machine: Machine, *, is_last: bool, records: bool
 ) -> _Walk:
-    """A few layers are walked; each of the others takes what the last of these took."""
-    simulated = min(job.model.layers, SIMULATED_LAYERS)
-    walked = _walk(job, layout, machine, simulated, is_last=is_last, records=records)
-    more = job.model.layers - simulated
-    if not more:
-        return walked
-    fewer = _walk(job, layout, machine, simulated - 1, is_last=is_last, records=False)
-    whole = walked + (walked + fewer * -1) * more
-    # The sums over data queue on their own: they end later by what each layer adds to their queue.
-    ends = walked.sums_end + (walked.sums_end - fewer.sums_end) * more
-    return replace(whole, sums_end=ends)
+    """A few layers are walked; each of the others takes what the last of its kind took."""
+    most = SIMULATED_LAYERS if len(job.model.stack) == 1 else 2
+    walked_layers = [layer for layer, n in job.model.stack for _ in range(min(n, most))]
+    walked = _walk(job, layout, machine, walked_layers, is_last=is_last, records=records)
+    whole = walked
+    for layer, number in job.model.stack:
+        more = number - min(number, most)
+        if not more:
+            continue
+        fewer_layers = [*walked_layers]
+        fewer_layers.remove(layer)
+        fewer = _walk(job, layout, machine, fewer_layers, is_last=is_last, records=False)
+        # The sums over data queue on their own: they end later by what each layer adds to their queue.
+        ends = whole.sums_end + (walked.sums_end - fewer.sums_end) * more
+        whole = replace(whole + (walked + fewer * -1) * more, sums_end=ends)
+    return whole
 
 
 def _walk(
-    job: Job, layout: Layout, machine: Machine, layers: int, *, is_last: bool, records: bool
+    job: Job,
+    layout: Layout,
+    machine: Machine,
+    layers: Sequence[DecoderLayer],
+    *,
+    is_last: bool,
+    records: bool,
 ) -> _Walk:
     rank = Rank(job, layout, machine, records=records)
     rank.microbatch(layers, is_last=is_last)

@@ -29,7 +29,7 @@ def show(ranking: Ranking, *, top: int, why_not: Sequence[Layout]) -> None:
         f"{ranking.job.model.name} on {ranking.ranks} {ranking.machine.name} devices: {best.layout}\n"
         f"{best.seconds:.4g} s a step, {best.tokens_per_s:,.0f} tokens a second\n"
     )
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for name in COLUMNS:
         table.add_column(
             name, justify="left" if name in ("form", "mostly") else "right", no_wrap=True
@@ -39,6 +39,8 @@ def show(ranking: Ranking, *, top: int, why_not: Sequence[Layout]) -> None:
     Console(highlight=False).print(table)
     for sentence in ranking.sensitivities():
         say(sentence)
+    if unmodelled := ranking.job.model.unmodelled:
+        say(f"Not in these times: what {', '.join(unmodelled)} does beside its matrices.")
     for layout in why_not:
         say(f"Why not {ranking.why_not(layout)}.")
     say(
@@ -61,7 +63,7 @@ def _cells(plan: Plan, best: Plan) -> tuple[str, ...]:
         f"{plan.hfu:.1%}",
         f"{plan.memory.peak / GIB:.1f}",
         " ".join(f"{step.exposed_s[axis] / plan.seconds:.0%}" for axis in AXES),
-        step.bound,
+        step.bound.removesuffix(" exposed"),
     )
 
 

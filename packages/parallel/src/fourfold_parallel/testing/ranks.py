@@ -28,6 +28,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fourfold_parallel.grid.collectives import refuse_under_way
+
 COLLECTIVE_TIMEOUT_S = 60
 """A collective that takes longer was not called by every rank."""
 LAW_TIMEOUT_S = 240
@@ -147,6 +149,7 @@ def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
             source, module, name, arguments = pipe.recv()
             try:
                 result = (True, getattr(_module(source, module), name)(**arguments))
+                refuse_under_way(when=f"after {name}")  # the next law would be blamed
             except Exception:  # noqa: BLE001 - whatever a law raises is its result
                 result = (False, traceback.format_exc())
             pipe.send(result)
