@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig, PretrainedConfig
 
 from fourfold_parallel.plan.job import GRID_ON_CPU, Job, Layout
 from fourfold_parallel.plan.memory import memory_of
@@ -32,50 +32,48 @@ STEPS = 3
 LIMIT, UNDER = 0.08, 0.03
 
 
-def config(width: int, layers: int) -> LlamaConfig:
-    """A small Llama."""
-    return LlamaConfig(
-        hidden_size=width, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4,
-        intermediate_size=3 * width, vocab_size=2048, max_position_embeddings=512, use_cache=False,
-    )  # fmt: skip
+def config(kind: str, width: int, layers: int) -> PretrainedConfig:
+    """A small Llama, or a Mixtral with eight experts of which a token meets two."""
+    sizes: dict[str, Any] = {
+        "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "vocab_size": 2048, "max_position_embeddings": 512, "use_cache": False,
+    }  # fmt: skip
+    if kind == "mixtral":
+        return MixtralConfig(intermediate_size=width, num_local_experts=8, **sizes)
+    return LlamaConfig(intermediate_size=3 * width, **sizes)
 
 
-def cases() -> list[tuple[int, int, Job, Layout]]:
-    """Width, layers, job and layout of every configuration; two ranks each, or four."""
-    configurations: list[tuple[int, int, Job, Layout]] = []
-    for width, layers, batch, sequence, grids in (
-        (
-            512,
-            4,
-            8,
-            128,
-            (Layout(data=2), Layout(depth=2), Layout(row=2), Layout(col=2), Layout(data=2, row=2)),
-        ),
-        (
-            256,
-            8,
-            8,
-            256,
-            (Layout(data=2), Layout(depth=2), Layout(row=2), Layout(col=2), Layout(depth=2, row=2)),
-        ),
+Case = tuple[str, int, int, Job, Layout]
+"""Kind, width, layers, job and layout; two ranks each, or four."""
+
+
+def cases() -> list[Case]:
+    """Every configuration."""
+    configurations: list[Case] = []
+    both, kept = (False, True), (False,)
+    axes = (Layout(data=2), Layout(depth=2), Layout(row=2), Layout(col=2))
+    for kind, width, layers, batch, sequence, grids, forms in (
+        ("llama", 512, 4, 8, 128, (*axes, Layout(data=2, row=2)), both),
+        ("llama", 256, 8, 8, 256, (*axes, Layout(depth=2, row=2)), both),
+        ("mixtral", 256, 4, 8, 256, axes, kept),
     ):
-        model = Transformer.of(config(width, layers))
+        model = Transformer.of(config(kind, width, layers))
         job = Job(
             model=model, batch=batch, sequence=sequence, precision="fp32", storage=GRID_ON_CPU
         )
         for grid in grids:
             share = batch // grid.shares
-            for recomputes in (False, True):
+            for recomputes in forms:
                 layout = replace(grid, recomputes=recomputes, microbatch=share)
-                configurations.append((width, layers, job, layout))
+                configurations.append((kind, width, layers, job, layout))
     return configurations
 
 
-def peak(width: int, layers: int, job: Job, layout: Layout) -> int:
+def peak(kind: str, width: int, layers: int, job: Job, layout: Layout) -> int:
     """Bytes that torch holds at once, at most; runs on every rank."""
     torch.manual_seed(0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        run = LayoutRun(config(width, layers), job, layout)
+        run = LayoutRun(config(kind, width, layers), job, layout)
         for _ in range(STEPS):
             run.step()
     with tempfile.TemporaryDirectory() as folder:
@@ -85,13 +83,15 @@ def peak(width: int, layers: int, job: Job, layout: Layout) -> int:
     return max(e["args"]["Total Allocated"] for e in events if e["name"] == "[memory]")
 
 
-def measure(width: int, layers: int, job: Job, layout: Layout) -> dict[str, Any]:
+def measure(kind: str, width: int, layers: int, job: Job, layout: Layout) -> dict[str, Any]:
     """One configuration, predicted and measured."""
-    measured = run_on_ranks(layout.ranks, peak, width=width, layers=layers, job=job, layout=layout)
+    measured = run_on_ranks(
+        layout.ranks, peak, kind=kind, width=width, layers=layers, job=job, layout=layout
+    )
     memory = memory_of(job, layout)
     error = memory.peak / max(measured) - 1
     return {
-        "event": "plan_memory", "width": width, "layers": layers, "batch": job.batch,
+        "event": "plan_memory", "model": kind, "width": width, "layers": layers, "batch": job.batch,
         "sequence": job.sequence, "attention": job.attention, "layout": asdict(layout),
         "measured_bytes": max(measured), "predicted_bytes": round(memory.peak),
         "parts": {name: round(size) for name, size in memory.parts().items()}, "error": round(error, 4),
@@ -117,11 +117,11 @@ def main() -> None:
         print(json.dumps(measure(*configurations[asked.index])))
         return
     rows = []
-    for index, (width, _, _, layout) in enumerate(configurations):
+    for index, (kind, width, _, _, layout) in enumerate(configurations):
         row = in_processes_of_its_own(index)
         rows.append(row)
         print(
-            f"{layout}  width {width}: {row['predicted_bytes'] / 2**20:.0f} MiB predicted, "
+            f"{layout}  {kind}, width {width}: {row['predicted_bytes'] / 2**20:.0f} MiB predicted, "
             f"{row['measured_bytes'] / 2**20:.0f} measured, {row['error']:+.1%}",
             flush=True,
         )

@@ -3,12 +3,24 @@
 import json
 from pathlib import Path
 
+from transformers import LlamaConfig, MixtralConfig
+
 from fourfold_parallel.plan.job import GRID_ON_CPU, Job, Layout
 from fourfold_parallel.plan.memory import memory_of
 from fourfold_parallel.plan.transformer import Transformer
 
 RECORD = Path(__file__).resolve().parent.parent / "benchmarks" / "plan_memory.jsonl"
 ROWS = [json.loads(line) for line in RECORD.read_text(encoding="utf-8").splitlines()]
+
+SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 2048}
+KINDS = {
+    "llama": lambda width, layers: LlamaConfig(
+        hidden_size=width, num_hidden_layers=layers, intermediate_size=3 * width, **SIZES
+    ),
+    "mixtral": lambda width, layers: MixtralConfig(
+        hidden_size=width, num_hidden_layers=layers, intermediate_size=width, **SIZES
+    ),
+}
 
 
 def test_the_committed_predictions_keep_the_rule() -> None:
@@ -23,11 +35,7 @@ def test_the_committed_predictions_keep_the_rule() -> None:
 def test_the_planner_still_predicts_what_the_record_says() -> None:
     """The prediction of each row, from its sizes."""
     for row in ROWS:
-        width = row["width"]
-        model = Transformer.llama(
-            name="llama", layers=row["layers"], width=width, hidden=3 * width, heads=8, kv_heads=4,
-            vocabulary=2048,
-        )  # fmt: skip
+        model = Transformer.of(KINDS[row["model"]](row["width"], row["layers"]))
         job = Job(
             model=model, batch=row["batch"], sequence=row["sequence"], precision="fp32", storage=GRID_ON_CPU
         )  # fmt: skip

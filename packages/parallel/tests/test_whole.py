@@ -10,12 +10,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fourfold_parallel.certify.toys import default_toy, in_float64, toy_model
 from fourfold_parallel.grid.engine import Fourfold
 from fourfold_parallel.grid.huggingface import Parallel, parallelize
 from fourfold_parallel.grid.layout import Experts, Whole, check_sizes, refuse_quantised, rules_for
+from fourfold_parallel.grid.schedule import Around
 from fourfold_parallel.run.checkpoint import restore, save
 from fourfold_parallel.testing.grids import Sizes, close, mesh_of, piece_of
 from fourfold_parallel.testing.ranks import run_on_ranks
@@ -70,6 +72,21 @@ def trains_as_alone(family: str, grids: list[Sizes], steps: int = 3, **how: Any)
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "qwen3_next", "bloom", "gpt_oss"])
 def test_three_steps_are_those_of_the_plain_model(family: str) -> None:
     run_on_ranks(4, trains_as_alone, family=family, grids=GRIDS)
+
+
+def keeps_no_published_tensor() -> None:
+    for family in ("mixtral", "gpt2", "deepseek_v3"):
+        parallel = parallelize(toy(family), mesh_of((1, 2, 1, 1)), checks=False)
+        layers = [m for m in parallel.model.modules() if isinstance(m, Around)]
+        assert layers
+        for layer in layers:
+            for name, parameter in layer._inner[0].named_parameters():
+                assert isinstance(parameter, DTensor), (family, layer.name, name)
+
+
+def test_what_is_cut_is_not_kept_whole_as_well() -> None:
+    """A set of experts or a table of positions, in the module that the layer calls."""
+    run_on_ranks(2, keeps_no_published_tensor)
 
 
 def test_a_whole_block_in_the_sequence_form() -> None:

@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fourfold_parallel.grid.collectives import ALONE, Axis
 from fourfold_parallel.grid.linear import Linear
 from fourfold_parallel.grid.mesh import Cut, Mesh
-from fourfold_parallel.grid.schedule import Layer, Schedule
+from fourfold_parallel.grid.schedule import Around, Layer, Schedule
 
 VOCABULARY: Cut = {"row": 0, "col": 1, "depth": 0}
 """Embedding and head: vocabulary over row and depth, width over col, as a plain layer's weight."""
@@ -77,7 +76,7 @@ class Embedding(Layer):
         return embedding * torch.tensor(self.scale).to(embedding)
 
 
-class Table(Layer):
+class Table(Around):
     """A learned table of positions: its width cut over col, its rows gathered over depth.
 
     Args:
@@ -91,17 +90,15 @@ class Table(Layer):
     def __init__(
         self, inner: nn.Module, weight: nn.Parameter, *, mesh: Mesh, name: str, schedule: Schedule
     ) -> None:
-        super().__init__(mesh=mesh, name=name, schedule=schedule)
+        super().__init__(inner, mesh=mesh, name=name, schedule=schedule)
         self.hold_tiled("weight", weight)
-        self._inner = (inner,)
 
     def forward(self, *args: Any, **kwargs: Any) -> Float[Tensor, "*batch piece"]:
         """The inner module's result, for this rank's features."""
-        tile = self.use(self.visit(), "weight")
-        return functional_call(self._inner[0], {"weight": tile}, args, kwargs)
+        return self.call({"weight": self.use(self.visit(), "weight")}, args, kwargs)
 
 
-class Copied(Layer):
+class Copied(Around):
     """Any module whose own parameters need nothing but the sum of their gradients.
 
     Such as a norm over one head's features, which every rank holds whole, or an attention module
@@ -126,18 +123,15 @@ class Copied(Layer):
         name: str,
         schedule: Schedule,
     ) -> None:
-        super().__init__(mesh=mesh, name=name, schedule=schedule)
-        self._inner = (inner,)
+        super().__init__(inner, mesh=mesh, name=name, schedule=schedule)
         for parameter_name, parameter in parameters.items():
             self.hold_copied(parameter_name, parameter, summed=summed)
-        for child_name, child in inner.named_children():
-            self.add_module(child_name, child)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The inner module's result."""
         visit = self.visit()
         values = {name: self.use(visit, name) for name in self.parameter_names}
-        return functional_call(self._inner[0], values, args, kwargs)
+        return self.call(values, args, kwargs)
 
 
 class Mixing(Copied):

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 
 from fourfold_parallel.grid.collectives import Axis, Context, Pending, under_way
 from fourfold_parallel.grid.mesh import Mesh
@@ -372,6 +373,33 @@ class Layer(nn.Module):
         """
         for name, before, now in zip(self.parameter_names, since, self.state(), strict=False):
             _refuse_change(f"{self.name}.{name}", before, now)
+
+
+class Around(Layer):
+    """A layer that calls a published module with values of its own in the place of its parameters.
+
+    Args:
+        inner: The module. Its modules become modules of this layer; its own parameters are given up for
+            those that the layer holds, so that no published tensor stays in memory.
+        mesh: The grid.
+        name: What messages and traces call it.
+        schedule: Shared by all layers of a model.
+    """
+
+    def __init__(self, inner: nn.Module, *, mesh: Mesh, name: str, schedule: Schedule) -> None:
+        super().__init__(mesh=mesh, name=name, schedule=schedule)
+        for child_name, child in inner.named_children():
+            self.add_module(child_name, child)
+        self._inner = (inner,)  # in a tuple: it is no module of this one
+
+    def _register(self, name: str, parameter: nn.Parameter) -> None:
+        super()._register(name, parameter)
+        if "." not in name:
+            self._inner[0].register_parameter(name, parameter)
+
+    def call(self, values: dict[str, Tensor], args: Any, kwargs: dict[str, Any] | None) -> Any:
+        """The module's result, of these values of its parameters."""
+        return functional_call(self._inner[0], values, args, kwargs)
 
 
 def _state(parameter: DTensor) -> tuple[int, int, int]:

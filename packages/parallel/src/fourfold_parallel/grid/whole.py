@@ -25,12 +25,11 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.func import functional_call
 
 from fourfold_parallel.grid.collectives import Axis
 from fourfold_parallel.grid.flow import Flow, mapped
 from fourfold_parallel.grid.mesh import Cut, Mesh
-from fourfold_parallel.grid.schedule import Layer, Schedule, Visit
+from fourfold_parallel.grid.schedule import Around, Layer, Schedule, Visit
 
 TILED: Cut = {"row": 0, "col": 0, "depth": 0}
 """Of a parameter that is gathered whole, and of a linear layer whose outputs are divided."""
@@ -41,7 +40,7 @@ def experts_cut(dim: int) -> Cut:
     return {"row": dim, "col": dim, "depth": 0}
 
 
-class Whole(Layer):
+class Whole(Around):
     """A block that every rank of row and col computes alike.
 
     Args:
@@ -68,10 +67,8 @@ class Whole(Layer):
         name: str,
         schedule: Schedule,
     ) -> None:
-        super().__init__(mesh=mesh, name=name, schedule=schedule)
+        super().__init__(inner, mesh=mesh, name=name, schedule=schedule)
         self.flow, self.width, self.cuts_tokens = flow, width, cuts_tokens
-        for child_name, child in inner.named_children():
-            self.add_module(child_name, child)
         self.gathers: dict[str, list[tuple[Axis, int, int]]] = {}
         """Of each parameter: the axes over which its tile is gathered, their dims, and the lengths."""
         for parameter_name, parameter in parameters.items():
@@ -81,8 +78,6 @@ class Whole(Layer):
                 self.hold_tiled(parameter_name, parameter)
             else:
                 self.hold_copied(parameter_name, parameter, summed=[mesh.depth])
-            if "." not in parameter_name:  # so that one tied within the block is still seen to be
-                inner.register_parameter(parameter_name, parameter)
             steps = self.gathers[parameter_name] = []
             for axis in (mesh.col, mesh.row):
                 if axis.name in cut:  # the inner cut is undone first
@@ -90,14 +85,14 @@ class Whole(Layer):
                     outer: Cut = {"row": cut["row"]} if "row" in cut else {}
                     stretch = mesh.slices(parameter.shape, outer)[dim]
                     steps.append((axis, dim, stretch.stop - stretch.start))
-        self._inner = (inner,)
+        self._is_made = True
 
     def __getattr__(self, name: str) -> Any:
         """An attribute of the block that code outside reads, such as the kind of a decoder layer."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "_inner" not in self.__dict__:
+            if "_is_made" not in self.__dict__:  # so that nothing is taken for there already
                 raise
             return getattr(self._inner[0], name)
 
@@ -110,8 +105,7 @@ class Whole(Layer):
             )
         values = self.gathered(self.visit(casts=False)) if self.parameter_names else {}
         *given, options = mapped((*args, kwargs), self._enter)
-        result = functional_call(self._inner[0], values, tuple(given), options)
-        return mapped(result, self._leave)
+        return mapped(self.call(values, tuple(given), options), self._leave)
 
     def gathered(self, visit: Visit) -> dict[str, Tensor]:
         """The whole parameters; each rank keeps the gradient of its own piece."""
@@ -176,7 +170,7 @@ class Divided(Layer):
         return row.whole(y, dim=-1, length=self.out_features, used="alike")
 
 
-class Experts(Layer):
+class Experts(Around):
     """The experts of a whole block: each rank computes its share of every expert's hidden units.
 
     Args:
@@ -200,11 +194,8 @@ class Experts(Layer):
         name: str,
         schedule: Schedule,
     ) -> None:
-        super().__init__(mesh=mesh, name=name, schedule=schedule)
-        self._inner = (inner,)
+        super().__init__(inner, mesh=mesh, name=name, schedule=schedule)
         self.packed, self.once = packed, once
-        for child_name, child in inner.named_children():
-            self.add_module(child_name, child)
         for parameter_name, parameter in parameters.items():
             if parameter_name in once:
                 self.hold_copied(parameter_name, parameter, summed=[mesh.row, mesh.col, mesh.depth])
@@ -226,7 +217,7 @@ class Experts(Layer):
             values[name] = value
         axes = [axis for axis in (self.mesh.row, self.mesh.col) if axis.size > 1]
         *given, options = mapped((*args, kwargs), lambda _, x: _copied(x, axes))
-        y: Tensor = functional_call(self._inner[0], values, tuple(given), options)
+        y: Tensor = self.call(values, tuple(given), options)
         for axis in axes:
             y = axis.sum(y)
         return y

@@ -110,19 +110,28 @@ def _pieces(job: Job, layout: Layout) -> float:
 
 
 def _tiles(job: Job, layout: Layout, matrices: float) -> float:
-    """Two neighbours' tiles where depth gathers them again; else all that are gathered or converted."""
+    """Two neighbours' tiles where depth gathers them again; else all that are gathered or converted.
+
+    What lies in whole blocks is kept as it was computed with: gathered, and experts' words in order.
+    """
+    row, col = layout.row, layout.col
+    converts = job.element < job.storage.weight
+    kept = []
+    for layer, number in job.model.stack:
+        held = 0.0
+        for part in layer.parts:
+            if part.lies_whole and layout.depth > 1 and not layout.keeps_tiles:
+                held += part.tile_elements(row, col)
+            elif isinstance(part, Experts) and part.matrices == 3 and not converts:  # gate and up
+                held += part.tile_elements(row, col) * 2 / 3
+        kept.append((held, number))
+    held = max(k for k, _ in kept) if layout.recomputes else sum(k * n for k, n in kept)
     if layout.depth > 1 and not layout.keeps_tiles:
-        row, col = layout.row, layout.col
         sizes = sorted(part.tile_elements(row, col) for part in job.model.parts)
-        kept = [
-            (sum(p.tile_elements(row, col) for p in layer.parts if p.lies_whole), number)
-            for layer, number in job.model.stack
-        ]
-        held = max(k for k, _ in kept) if layout.recomputes else sum(k * n for k, n in kept)
         return (sum(sizes[-2:]) + held) * job.element
-    if layout.depth > 1 or job.element < job.storage.weight:
-        return matrices * job.element
-    return 0.0
+    if layout.depth > 1 or converts:
+        return (matrices + held) * job.element
+    return held * job.element
 
 
 def _spread(job: Job, layout: Layout) -> float:
