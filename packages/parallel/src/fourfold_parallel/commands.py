@@ -253,7 +253,7 @@ def probe(
             on all cores by themselves.
     """
     from fourfold_parallel import launch
-    from fourfold_parallel.plan.probe import probe_launched
+    from fourfold_parallel.planning.probing import probe_launched
 
     if not launch.is_launched():
         launch.relaunch(sys.argv[1:], ranks=ranks)

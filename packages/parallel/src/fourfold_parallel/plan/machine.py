@@ -115,6 +115,8 @@ class Machine:
     """The host is the device (a CPU): the time of a call adds to that of the operation."""
     steals: float = 0.0
     """The part of a collective's time that computation under way loses to it. 1 hides nothing."""
+    together: float = 1.0
+    """What computing in a real step takes, over its parts measured one by one (caches, shared cores)."""
     memory_slack: float = 0.06
     products: tuple[Product, ...] = ()
     """Measured; others are computed from the rates."""
