@@ -21,7 +21,7 @@ from scipy.optimize import minimize
 from scipy.special import huber
 
 from fourfold_gemstones.parametric import ParametricLaw
-from fourfold_gemstones.reproduce.paper.data import chinchilla_points, published_frame
+from fourfold_gemstones.published import chinchilla_points, published_frame
 from fourfold_gemstones.uncertainty import bootstrap, slope
 
 NODES = list(

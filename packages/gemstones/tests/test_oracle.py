@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from scipy.special import logsumexp
 from fourfold_gemstones import minimise
 from fourfold_gemstones.laws import WIDTH_DEPTH
 from fourfold_gemstones.parametric import ParametricLaw
-from fourfold_gemstones.reproduce.paper.data import chinchilla_points, published_frame
+from fourfold_gemstones.published import chinchilla_points, published_frame
 from fourfold_gemstones.runs import RunTable
 
 
@@ -100,16 +99,16 @@ GLOBAL = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("frame", "variables", "delta"), GLOBAL)
 def test_differential_evolution_finds_the_same_minimum(
-    published: Path, frame: str, variables: tuple, delta: float
+    frame: str, variables: tuple, delta: float
 ) -> None:
     """A search without derivatives, seeds or homotopy ends at our objective, on nine data sets."""
-    fit = ParametricLaw(variables=variables, delta=delta).fit(published_frame(published, frame))
+    fit = ParametricLaw(variables=variables, delta=delta).fit(published_frame(frame))
     assert evolved(fit.law.problem(fit.table)) == pytest.approx(fit.objective, rel=1e-7)
 
 
 @pytest.mark.slow
-def test_differential_evolution_on_chinchilla(published: Path) -> None:
-    fit = ParametricLaw(delta=1e-3).fit(chinchilla_points(published))
+def test_differential_evolution_on_chinchilla() -> None:
+    fit = ParametricLaw(delta=1e-3).fit(chinchilla_points())
     assert evolved(fit.law.problem(fit.table)) == pytest.approx(fit.objective, rel=1e-7)
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 
 from fourfold_gemstones.architecture import Architecture
+from fourfold_gemstones.published import digest
 from fourfold_gemstones.reproduce.paper.analyses import PARTS, SLOW
 from fourfold_gemstones.reproduce.paper.settings import Revisit
 from fourfold_gemstones.reproduce.suite.analyses import SuiteLaws
@@ -52,13 +53,13 @@ TWINNED = (*SEEDED, (64, 2), (32, 2), (16, 2))
 """Shapes that cooldowns fork from, and that have a twin at half the rate."""
 
 
-def revisit(data_sha256: str, scale: Literal["smoke", "laptop"]) -> Revisit:
+def revisit(scale: Literal["smoke", "laptop"]) -> Revisit:
     """The published measurements revisited; smoke leaves slow parts out, searches and resamples little."""
     match scale:
         case "smoke":
             quick = tuple(name for name in PARTS if name not in SLOW)
             return Revisit(
-                data_sha256=data_sha256,
+                data_sha256=digest(),
                 parts=quick,
                 starts=8,
                 draws=24,
@@ -68,7 +69,7 @@ def revisit(data_sha256: str, scale: Literal["smoke", "laptop"]) -> Revisit:
             )
         case "laptop":
             return Revisit(
-                data_sha256=data_sha256,
+                data_sha256=digest(),
                 parts=tuple(PARTS),
                 starts=24,
                 draws=300,
