@@ -10,8 +10,9 @@ from fourfold_gemstones.reproduce.claims import CLAIMS
 from fourfold_gemstones.reproduce.measures import headline
 from fourfold_gemstones.reproduce.paper.analyses import analyse
 from fourfold_gemstones.reproduce.paper.settings import Revisit
-from fourfold_gemstones.reproduce.stages import LAWS, PUBLISHED, SUITE
+from fourfold_gemstones.reproduce.stages import FRESH, LAWS, PUBLISHED, SUITE
 from fourfold_gemstones.reproduce.suite.analyses import analyse_suite
+from fourfold_gemstones.reproduce.suite.cooling import train_cooling
 from fourfold_gemstones.reproduce.suite.train import train_suite
 from fourfold_parallel.common.records import Material
 from fourfold_parallel.common.workers import cores, each
@@ -56,6 +57,14 @@ def _stages(scale: Scale) -> Sequence[Stage]:
         Stage(name=SUITE, run=mine, perform=partial(train_suite, mine, processes=processes)),
     ]
     if scale == "laptop":
+        cooled = recipes.cooling()
+        stages.append(
+            Stage(
+                name=FRESH,
+                run=cooled,
+                perform=partial(train_cooling, cooled, processes=processes),
+            )
+        )
         fitted = recipes.suite_laws()
         work = partial(analyse_suite, fitted)
         stages.append(Stage(name=LAWS, run=fitted, perform=work, reads=(SUITE,)))
