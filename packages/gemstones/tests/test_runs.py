@@ -58,11 +58,11 @@ def test_missing_columns_are_named() -> None:
 
 def test_a_missing_column_shows_the_columns_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
-    path.write_text("run,Width,n_layers,tokens,eval_loss\na,256,8,1e9,3\n")
-    with pytest.raises(ValueError, match="columns are run, Width, n_layers, tokens, eval_loss"):
+    path.write_text("run,Width,blocks,tokens,quality\na,256,8,1e9,3\n")
+    with pytest.raises(ValueError, match="columns are run, Width, blocks, tokens, quality"):
         RunTable.read(path)
-    path.write_text("run,Width,n_layers,tokens,loss\na,256,8,1e9,3\n")
-    with pytest.raises(ValueError, match="no column 'depth', its columns are run, Width, n_layers"):
+    path.write_text("run,Width,blocks,tokens,loss\na,256,8,1e9,3\n")
+    with pytest.raises(ValueError, match="no column 'depth', its columns are run, Width, blocks"):
         RunTable.read(path).column("depth")
 
 
@@ -257,11 +257,12 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         RunTable.read(tmp_path / "absent.csv")
 
 
-def test_a_row_with_a_hole_is_named(tmp_path: Path) -> None:
+def test_a_row_without_a_loss_is_left_out_and_named(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     path.write_text("run,tokens,loss_nats\na,1e9,3\na,2e9,\n")
-    with pytest.raises(ValueError, match="'loss_nats' has no value in row 1 of runs"):
-        RunTable.read(path)
+    with pytest.warns(RunsWarning, match=r"1 of 2 rows left out, which have no loss.*\(row 1\)"):
+        table = RunTable.read(path)
+    assert table.column("tokens").tolist() == [1e9]
 
 
 def test_compute_of_large_runs_does_not_overflow() -> None:
