@@ -74,10 +74,10 @@ def test_numbers_as_people_write_them(
 
 def test_a_comma_that_may_be_either_is_refused_with_its_row(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match="'tokens' is '150,000' in row 0 of runs.csv: the comma may"
+        ValueError, match=r"'tokens' is '150,000' in row 0 of runs.csv: the comma may"
     ):
         read(tmp_path, "run;tokens;loss\na;150,000;3.5\n")
-    with pytest.raises(ValueError, match="is '1,5' in row 1 of runs.csv, which is no number"):
+    with pytest.raises(ValueError, match=r"is '1,5' in row 1 of runs.csv, which is no number"):
         read(tmp_path, 'run,tokens,loss\na,"1,500,000",3.5\na,"1,5",3.4\n')
     with pytest.raises(ValueError, match="below 1000: steps, or millions"):
         read(tmp_path, "run,tokens,loss\na,1.5,3.5\n")

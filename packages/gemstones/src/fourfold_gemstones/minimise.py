@@ -43,6 +43,8 @@ CONFIRMATIONS = 3
 """Descents that must agree on the best objective before no further seeds are tried."""
 MOST_DOUBLINGS = 2
 """Doublings of the number of starts, at most, for the sake of `CONFIRMATIONS`."""
+BATCH = 64
+"""Draws of a bootstrap that descend together: as many as whose terms stay in a core's cache."""
 SEED_EXPONENTS = {1: 48, 2: 24, 3: 12, 4: 8}
 """Grid nodes per exponent, by number of terms: between 48 and 4096 nodes in all."""
 
@@ -538,20 +540,15 @@ def follow(
     lower, upper = problem.bounds()
     theta = np.clip(theta, lower, upper)
     descent = problem.descent(weights, log_loss)
-    for delta in thresholds(problem.delta)[:-1]:
-        theta, _ = descend(
-            descent, theta, delta, lower=lower, upper=upper, steps=25, tolerance=1e-5, patience=6
+    limits = {"lower": lower, "upper": upper}
+    with np.errstate(over="ignore"):  # a wild trial step is infinitely bad, and rejected
+        for delta in thresholds(problem.delta)[:-1]:
+            theta, _ = descend(
+                descent, theta, delta, **limits, steps=25, tolerance=1e-5, patience=6
+            )
+        return descend(
+            descent, theta, problem.delta, **limits, steps=200, tolerance=1e-13, patience=PATIENCE
         )
-    return descend(
-        descent,
-        theta,
-        problem.delta,
-        lower=lower,
-        upper=upper,
-        steps=200,
-        tolerance=1e-13,
-        patience=PATIENCE,
-    )
 
 
 def settle(
@@ -646,7 +643,7 @@ def refit(
     weights: Float[np.ndarray, "draw row"],
     *,
     log_losses: Float[np.ndarray, "draw row"] | None = None,
-    batch: int = 128,
+    batch: int = BATCH,
 ) -> Parameters:
     """Best parameters under each row of weights, and of losses where they are given, from the full fit.
 

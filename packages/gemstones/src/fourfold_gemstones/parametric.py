@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,23 +14,12 @@ from fourfold_gemstones import minimise
 from fourfold_gemstones.architecture import Embeddings
 from fourfold_gemstones.laws import (
     CHINCHILLA,
-    SHAPE_ONLY,
-    WIDTH_DEPTH,
     PowerLaw,
     Settings,
     Variable,
 )
 from fourfold_gemstones.runs import RunTable
 
-LAWS: Mapping[str, tuple[Variable, ...]] = MappingProxyType(
-    {
-        "parameters": CHINCHILLA,
-        "compute": ("effective_parameters", "tokens"),
-        "width-depth": WIDTH_DEPTH,
-        "shape": SHAPE_ONLY,
-    }
-)
-"""Variables by the name that the command line gives a law of them."""
 LEAST_EXPLAINED = 0.3
 """Share of the absolute deviations of log loss below which a law does not describe its table: an R² of about
 a half, where no row is an outlier."""

@@ -567,8 +567,8 @@ def _settle(sheet: _Sheet, duplicates: Duplicates) -> None:
             raise ValueError(
                 f"rows {rows} of {sheet.source} are of one run ({run}) at one token count ({tokens:g}), "
                 f"with losses {', '.join(f'{value:g}' for value in values[:ROWS_NAMED])}: the overlap of a "
-                "stitched log, or evaluations of several texts. Keep the rows of one, or choose: --duplicates last, or "
-                "mean"
+                "stitched log, or evaluations of several texts. Keep the rows of one, or choose: "
+                "--duplicates last, or mean"
             )
         if duplicates == "mean":
             losses[positions[-1]] = float(np.mean(values))
