@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fourfold_gemstones import forecast
 from fourfold_gemstones.__main__ import main
+from fourfold_gemstones.questions import forecast
 from fourfold_gemstones.reproduce.measures import above_optimum
 from fourfold_parallel.common.records import read_record
 

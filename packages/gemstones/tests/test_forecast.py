@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fourfold_gemstones import forecast
 from fourfold_gemstones.laws import PowerLaw
 from fourfold_gemstones.parametric import ParametricLaw
+from fourfold_gemstones.questions import forecast
+from fourfold_gemstones.questions.simulate import noisy
 from fourfold_gemstones.runs import RunTable
-from fourfold_gemstones.simulate import noisy
 from fourfold_parallel.common.records import read_record
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -12,8 +12,8 @@ import pytest
 from fourfold_gemstones import registry
 from fourfold_gemstones.architecture import GEMSTONES
 from fourfold_gemstones.envelope import Bins, EnvelopeLaw, IsoFlopLaw
+from fourfold_gemstones.questions.simulate import sample
 from fourfold_gemstones.runs import RunTable
-from fourfold_gemstones.simulate import sample
 from fourfold_gemstones.uncertainty import Fit, Law, bootstrap
 
 SAME = 1e-6

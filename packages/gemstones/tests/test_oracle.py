@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -40,11 +41,17 @@ def test_the_objective_is_the_papers(suite: RunTable, delta: float) -> None:
     assert ours == pytest.approx(slow_objective(problem, theta), rel=1e-12)
 
 
-def test_derivatives_are_those_of_finite_differences(suite: RunTable) -> None:
+@pytest.mark.parametrize("residuals", ["log", "nats"])
+@pytest.mark.parametrize("overestimate", [1.0, 9.0])
+def test_derivatives_are_those_of_finite_differences(
+    suite: RunTable, residuals: Literal["log", "nats"], overestimate: float
+) -> None:
     """Gradient and Hessian at a point away from the kinks, by central differences."""
-    problem = ParametricLaw(variables=WIDTH_DEPTH, delta=1.0).problem(suite)
+    problem = ParametricLaw(
+        variables=WIDTH_DEPTH, delta=1.0, residuals=residuals, overestimate=overestimate
+    ).problem(suite)
     weights = np.random.default_rng(1).uniform(0.5, 2, (1, len(suite)))
-    descent = minimise.Descent(problem.log_inputs - problem.centre, problem.log_loss, weights)
+    descent = problem.descent(weights)
     theta = np.asarray([[-1.5, -1.2, -1.0, -1.4, 0.3, 0.4, 0.35, 0.5, 0.5]])
     gradient, hessian, _ = descent.derivatives(theta, 1.0)
     for p, step in enumerate(1e-5 * np.eye(9)):

@@ -14,13 +14,13 @@ import pytest
 
 from fourfold_gemstones import commands, page
 from fourfold_gemstones.__main__ import main
-from fourfold_gemstones.allocation import Compute, Free, Lattice, Planner
 from fourfold_gemstones.architecture import GEMSTONES
 from fourfold_gemstones.laws import CHINCHILLA, WIDTH_DEPTH, Variable
 from fourfold_gemstones.page import Analysis, NoShape, Prescription
 from fourfold_gemstones.parametric import ParametricLaw
+from fourfold_gemstones.questions.allocation import Compute, Free, Lattice, Planner
+from fourfold_gemstones.questions.simulate import SAMPLE, sample
 from fourfold_gemstones.runs import RunTable
-from fourfold_gemstones.simulate import SAMPLE, sample
 
 
 def analysed(table: RunTable, variables: tuple[Variable, ...]) -> Analysis:

@@ -25,8 +25,9 @@ from fourfold_gemstones.published import (
     task_losses,
     text_losses,
 )
-from fourfold_gemstones.runs import RunsWarning, RunTable
-from fourfold_gemstones.simulate import EPOCH, HALF, design_null
+from fourfold_gemstones.questions.simulate import EPOCH, HALF, design_null
+from fourfold_gemstones.reading import read_table
+from fourfold_gemstones.runs import RunsWarning
 from fourfold_gemstones.uncertainty import bootstrap, slope
 
 TARGETS: dict[str, Target] = {
@@ -95,7 +96,7 @@ def test_the_frames_are_the_repositorys_own(published: Path) -> None:
     for path in files:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RunsWarning)
-            theirs = RunTable.read(path)
+            theirs = read_table(path)
         ours = published_frame(path.stem.removeprefix(prefix))
         columns = [key for key in keys if theirs.has(key)]
         rows = [

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from fourfold_gemstones import registry
-from fourfold_gemstones.comparison import Split, mean_error
-from fourfold_gemstones.contest import contest, power, turned
-from fourfold_gemstones.identify import identify, said
 from fourfold_gemstones.laws import PowerLaw
 from fourfold_gemstones.parametric import ParametricLaw
+from fourfold_gemstones.questions.comparison import Split, mean_error
+from fourfold_gemstones.questions.identification import identify, said
+from fourfold_gemstones.questions.rivals import contest, power, turned
+from fourfold_gemstones.questions.simulate import noise_free, noisy
+from fourfold_gemstones.questions.speedup import APART, SHARED, both, speed_up
 from fourfold_gemstones.runs import RunTable
-from fourfold_gemstones.simulate import noise_free, noisy
-from fourfold_gemstones.speedup import APART, SHARED, both, speed_up
 
 LAW = ParametricLaw(delta=1e-3)
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from fourfold_gemstones import reading
-from fourfold_gemstones.runs import RunsWarning, RunTable
+from fourfold_gemstones.reading import read_table
+from fourfold_gemstones.runs import RunsWarning
 
 
 def read(folder: Path, text: str, name: str = "runs.csv", **options: object) -> reading.Reading:
@@ -94,7 +95,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path) -> None:
     assert "which repeat a token count of their run: 1 say the same" in said
     assert "put in the order of their tokens" in said
     with pytest.warns(RunsWarning, match="left out"):
-        RunTable.read(tmp_path / "runs.csv")
+        read_table(tmp_path / "runs.csv")
 
 
 def test_losses_that_disagree_are_refused_or_settled_as_chosen(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from fourfold_gemstones import registry
 from fourfold_gemstones.architecture import GEMSTONES
 from fourfold_gemstones.form import UNITS, FormEstimate, FormLaw
 from fourfold_gemstones.parametric import ParametricLaw
+from fourfold_gemstones.questions.simulate import SAMPLE
 from fourfold_gemstones.runs import RunTable
-from fourfold_gemstones.simulate import SAMPLE
 
 SAME = 1e-6
 """Two routes to one optimum differ by the rounding of their inputs."""

@@ -8,10 +8,10 @@ import pytest
 from fourfold_gemstones.envelope import EnvelopeLaw
 from fourfold_gemstones.laws import PowerLaw
 from fourfold_gemstones.parametric import LawWarning, ParametricLaw
-from fourfold_gemstones.profiles import profile
 from fourfold_gemstones.published import published_frame
+from fourfold_gemstones.questions.profiles import profile
+from fourfold_gemstones.questions.simulate import coverage, design_null, noise_free
 from fourfold_gemstones.runs import RunTable
-from fourfold_gemstones.simulate import coverage, design_null, noise_free
 from fourfold_gemstones.uncertainty import (
     bootstrap,
     difference,

@@ -104,10 +104,10 @@ def fit(
     import numpy as np
 
     from fourfold_gemstones import registry
-    from fourfold_gemstones.allocation import Lattice
     from fourfold_gemstones.architecture import Architecture, Embeddings
     from fourfold_gemstones.page import analyse, ready, said, write
     from fourfold_gemstones.parametric import ParametricLaw
+    from fourfold_gemstones.questions.allocation import Lattice
 
     ready(report)
     estimator = registry.law(
@@ -157,13 +157,13 @@ def identify(
     """
     import numpy as np
 
-    from fourfold_gemstones import identify as asked
     from fourfold_gemstones import registry
+    from fourfold_gemstones.questions import identification
 
-    identification = asked.identify(
+    told = identification.identify(
         registry.law(law), _read((table,), read), draws=draws, generator=np.random.default_rng(seed)
     )
-    for text in asked.said(identification):
+    for text in identification.said(told):
         _say(text)
 
 
@@ -192,8 +192,8 @@ def contest(
     import numpy as np
 
     from fourfold_gemstones import registry
-    from fourfold_gemstones.contest import contest as test
-    from fourfold_gemstones.contest import power
+    from fourfold_gemstones.questions.rivals import contest as test
+    from fourfold_gemstones.questions.rivals import power
 
     runs, generator = _read((table,), read), np.random.default_rng(seed)
     laws = registry.law(first), registry.law(rival)
@@ -227,7 +227,7 @@ def speedup(
     """
     import numpy as np
 
-    from fourfold_gemstones.speedup import speed_up
+    from fourfold_gemstones.questions.speedup import speed_up
 
     ratio = speed_up(
         _read((first,), read),
@@ -261,7 +261,8 @@ def leave_future_out(
     """
     import numpy as np
 
-    from fourfold_gemstones import forecast, registry
+    from fourfold_gemstones import registry
+    from fourfold_gemstones.questions import forecast
 
     outcomes = []
     runs = _read((table,), read)
@@ -333,8 +334,8 @@ def forecast(
     ],
 ) -> None:
     """Register forecasts before runs, score them after, and see how often their intervals hold."""
-    from fourfold_gemstones import forecast as made
     from fourfold_gemstones import registry
+    from fourfold_gemstones.questions import forecast as made
 
     match what:
         case Register() as asked:
@@ -384,7 +385,7 @@ def sample(path: Path = Path("runs.csv"), /) -> None:
     Args:
         path: CSV file to write.
     """
-    from fourfold_gemstones.simulate import sample as table
+    from fourfold_gemstones.questions.simulate import sample as table
 
     table().write(path)
     print(path)  # noqa: T201 - where it lies is the answer

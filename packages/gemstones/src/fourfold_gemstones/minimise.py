@@ -13,7 +13,7 @@ The solver of `parametric.py`. The objective has many near-flat valleys, so thre
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import numpy as np
@@ -90,6 +90,8 @@ class Problem:
     delta: float
     overestimate: float = 1.0
     """Factor on rows whose loss lies below the law; above 1 the law becomes a frontier."""
+    nats: bool = False
+    """Residuals are differences of losses, L - Lhat in nats, and not of their logarithms."""
 
     @property
     def centre(self) -> Float[np.ndarray, " term"]:
@@ -121,6 +123,7 @@ class Problem:
             self.log_loss if log_loss is None else log_loss,
             weights,
             overestimate=self.overestimate,
+            nats=self.nats,
         )
 
     def bounds(self) -> Bounds:
@@ -201,7 +204,11 @@ def objective(
 ) -> Float[np.ndarray, " start"]:
     """The objective at each row of `parameters` (inputs not centred); weights broadcast."""
     descent = Descent(
-        problem.log_inputs, problem.log_loss, weights, overestimate=problem.overestimate
+        problem.log_inputs,
+        problem.log_loss,
+        weights,
+        overestimate=problem.overestimate,
+        nats=problem.nats,
     )
     return descent.value(parameters, problem.delta)
 
@@ -243,6 +250,11 @@ class Descent:
     """Of every start the same, or its own."""
     weights: Float[np.ndarray, "draw row"]
     overestimate: float = 1.0
+    nats: bool = False
+
+    def left(self, total: Float[np.ndarray, "start row"]) -> Float[np.ndarray, "start row"]:
+        """Residuals of predictions in nats."""
+        return np.exp(self.log_loss) - total if self.nats else self.log_loss - np.log(total)
 
     def sided(self, residual: Float[np.ndarray, "start row"]) -> Float[np.ndarray, "start row"]:
         """The weights, with the factor of rows that the law overestimates."""
@@ -266,7 +278,7 @@ class Descent:
 
     def value(self, theta: Parameters, delta: float) -> Float[np.ndarray, " start"]:
         """The objective of every start."""
-        residual = self.log_loss - np.log(self.terms(theta).sum(axis=1))
+        residual = self.left(self.terms(theta).sum(axis=1))
         return (self.sided(residual) * huber(residual, delta)).sum(axis=1)
 
     def jacobian(
@@ -276,7 +288,7 @@ class Descent:
         Float[np.ndarray, "start all_terms row"],
         Float[np.ndarray, "start parameter row"],
     ]:
-        """Residuals, share of each term in the prediction, derivative of log prediction."""
+        """Predictions in nats, share of each term in the prediction, derivative of log prediction."""
         m = self.log_inputs.shape[1]
         share = self.terms(theta)
         total = share.sum(axis=1)
@@ -285,7 +297,7 @@ class Descent:
         slope[:, :m] = share[:, :m]
         np.multiply(share[:, :m], -self.log_inputs.T[None], out=slope[:, m : 2 * m])
         slope[:, 2 * m] = share[:, m]
-        return self.log_loss - np.log(total), share, slope
+        return total, share, slope
 
     def derivatives(self, theta: Parameters, delta: float) -> Derivatives:
         """Gradient, exact Hessian, and a positive scale per parameter (majorising diagonal).
@@ -297,15 +309,21 @@ class Descent:
 
         The prediction is a sum of exponentials, each with a share of it. So d²f is the sum of
         share * a aᵀ over the terms, less s sᵀ, where a is the derivative of a term's logarithm:
-        1 for its coefficient, -x for its exponent.
+        1 for its coefficient, -x for its exponent. Of residuals in nats, the prediction itself takes the
+        place of its logarithm, and the last term falls away.
         """
         m = self.log_inputs.shape[1]
-        residual, share, slope = self.jacobian(theta)
+        total, share, slope = self.jacobian(theta)
+        residual = self.left(total)
         weights = self.sided(residual)
         pull = weights * np.clip(residual, -delta, delta)
-        gradient = -np.einsum("bpn,bn->bp", slope, pull)
         curvature = weights * (np.abs(residual) <= delta)
-        hessian = (slope * (curvature + pull)[:, None]) @ slope.transpose(0, 2, 1)
+        if self.nats:  # the derivative of a prediction is it times that of its logarithm
+            pull *= total
+            curvature *= total * total
+        gradient = -np.einsum("bpn,bn->bp", slope, pull)
+        bend = curvature if self.nats else curvature + pull
+        hessian = (slope * bend[:, None]) @ slope.transpose(0, 2, 1)
         pulled = share * pull[:, None]
         x = self.log_inputs
         zeroth = pulled.sum(axis=2)
@@ -321,6 +339,8 @@ class Descent:
         # Huber's function lies under a parabola of this curvature, so that the scale does not
         # vanish where all residuals are beyond delta and the Hessian's first sum is zero.
         majorised = weights * np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-300))
+        if self.nats:
+            majorised *= total * total
         scale = np.einsum("bpn,bpn,bn->bp", slope, slope, majorised)
         return gradient, hessian, scale + 1e-12 * scale.max(axis=1, keepdims=True) + 1e-300
 
@@ -328,7 +348,7 @@ class Descent:
         """The same problem for some of the starts."""
         weights = self.weights if len(self.weights) == 1 else self.weights[keep]
         losses = self.log_loss if self.log_loss.ndim == 1 else self.log_loss[keep]
-        return Descent(self.log_inputs, losses, weights, overestimate=self.overestimate)
+        return replace(self, log_loss=losses, weights=weights)
 
 
 def descend(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -46,6 +46,8 @@ class ParametricLaw(Settings):
     overestimate: float = 1.0
     """Factor on the rows that the law overestimates. Runs that were tuned badly lie above the frontier and
     none lies below it: with (1 - q) / q the law is nearly the quantile q of log loss."""
+    residuals: Literal["log", "nats"] = "log"
+    """Differences of log losses, as the paper and Hoffmann et al. have them, or of losses."""
 
     def __post_init__(self) -> None:
         if not self.variables or len(set(self.variables)) != len(self.variables):
@@ -118,6 +120,7 @@ class ParametricLaw(Settings):
             log_loss=np.log(table.column("loss_nats")),
             delta=self.delta,
             overestimate=self.overestimate,
+            nats=self.residuals == "nats",
         )
 
     def fit(self, table: RunTable) -> ParametricFit:
@@ -186,7 +189,7 @@ class ParametricFit:
     table: RunTable
     estimate: PowerLaw
     objective: float
-    """Sum over rows of Huber's function of the log residual."""
+    """Sum over rows of Huber's function of the residual."""
     certificate: minimise.Certificate
 
     def predict(self, table: RunTable) -> Float[np.ndarray, " row"]:

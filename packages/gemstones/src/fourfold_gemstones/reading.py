@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ from fourfold_gemstones.runs import (
     NUMERIC,
     ROWS_NAMED,
     UNKNOWN,
+    RunsWarning,
     RunTable,
     StrPath,
     UnknownArchitecture,
@@ -172,6 +174,27 @@ def read(
     )
     said = [note for sheet in (*sheets, merged) for note in sheet.notes]
     return Reading(table=table, notes=tuple(dict.fromkeys(said)))
+
+
+def read_table(
+    path: StrPath,
+    *,
+    columns: Mapping[str, str] = MappingProxyType({}),
+    architecture: Architecture | UnknownArchitecture = UNKNOWN,
+) -> RunTable:
+    """The table of `read`, from a file or a folder.
+
+    Raises:
+        ValueError: As `read` does.
+
+    Warns:
+        RunsWarning: No column names the runs, or rows were left out.
+    """
+    done = read(path, columns=columns, architecture=architecture)
+    for note in done.notes:
+        if "left out" in note:
+            warnings.warn(note, RunsWarning, stacklevel=2)
+    return done.table
 
 
 def _files(path: Path) -> list[Path]:

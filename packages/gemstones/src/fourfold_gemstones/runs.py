@@ -330,30 +330,6 @@ class RunTable:
         warn_without_run(columns, "a frame")
         return cls.from_columns(columns, architecture=architecture, source="a frame")
 
-    @classmethod
-    def read(
-        cls,
-        path: StrPath,
-        *,
-        columns: Mapping[str, str] = MappingProxyType({}),
-        architecture: Architecture | UnknownArchitecture = UNKNOWN,
-    ) -> RunTable:
-        """A file or folder of `.csv`, `.tsv`, `.jsonl` or `.parquet`: the table of `reading.read`.
-
-        Raises:
-            ValueError: The file is absent, of another kind, or its rows are refused.
-
-        Warns:
-            RunsWarning: It has no column `run`, or rows were left out.
-        """
-        from fourfold_gemstones import reading
-
-        read = reading.read(path, columns=columns, architecture=architecture)
-        for note in read.notes:
-            if "left out" in note:
-                warnings.warn(note, RunsWarning, stacklevel=2)
-        return read.table
-
     def column(self, name: str) -> Float[np.ndarray, " row"]:
         """A column by name.
 

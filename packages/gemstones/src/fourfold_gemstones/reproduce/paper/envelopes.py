@@ -9,10 +9,10 @@ import numpy as np
 from fourfold_gemstones.envelope import Bins, EnvelopeLaw, Hull
 from fourfold_gemstones.parametric import ParametricLaw
 from fourfold_gemstones.published import published_frame
+from fourfold_gemstones.questions.simulate import EPOCH, HALF, noise_free
 from fourfold_gemstones.reproduce.measures import between
 from fourfold_gemstones.reproduce.paper.settings import Events, Revisit
 from fourfold_gemstones.reproduce.stages import BOTH, paper_claim, published
-from fourfold_gemstones.simulate import EPOCH, HALF, noise_free
 from fourfold_gemstones.uncertainty import bootstrap, leave_one_out, slope
 from fourfold_parallel.reproduce.claims import Finding, Records, decide
 

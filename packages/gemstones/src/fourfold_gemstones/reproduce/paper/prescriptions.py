@@ -6,12 +6,12 @@ import math
 
 import numpy as np
 
-from fourfold_gemstones.allocation import Compute, Free, Planner
 from fourfold_gemstones.architecture import GEMSTONES
 from fourfold_gemstones.envelope import overspent
 from fourfold_gemstones.laws import WIDTH_DEPTH
 from fourfold_gemstones.parametric import ParametricLaw
 from fourfold_gemstones.published import published_fits, published_frame
+from fourfold_gemstones.questions.allocation import Compute, Free, Planner
 from fourfold_gemstones.reproduce.measures import between, largest
 from fourfold_gemstones.reproduce.paper.settings import Events, Revisit, spearman
 from fourfold_gemstones.reproduce.stages import BOTH, paper_claim, published

@@ -7,10 +7,10 @@ import math
 import numpy as np
 
 from fourfold_gemstones.architecture import Embeddings
-from fourfold_gemstones.comparison import GEMSTONE_SPLITS, mean_error
 from fourfold_gemstones.laws import SHAPE_ONLY, WIDTH_DEPTH
 from fourfold_gemstones.parametric import ParametricLaw
 from fourfold_gemstones.published import preflight, published_frame
+from fourfold_gemstones.questions.comparison import GEMSTONE_SPLITS, mean_error
 from fourfold_gemstones.reproduce.paper.settings import Events, Revisit, spearman
 from fourfold_gemstones.reproduce.stages import BOTH, paper_claim, published
 from fourfold_parallel.reproduce.claims import Finding, Records

@@ -8,12 +8,12 @@ import warnings
 from fourfold_gemstones.architecture import Embeddings
 from fourfold_gemstones.envelope import EnvelopeLaw
 from fourfold_gemstones.parametric import LawWarning, ParametricLaw
-from fourfold_gemstones.profiles import profile
 from fourfold_gemstones.published import published_fits, published_frame
+from fourfold_gemstones.questions.profiles import profile
+from fourfold_gemstones.questions.simulate import coverage
 from fourfold_gemstones.reproduce.measures import between, excludes_zero
 from fourfold_gemstones.reproduce.paper.settings import Events, Revisit
 from fourfold_gemstones.reproduce.stages import BOTH, paper_claim, published
-from fourfold_gemstones.simulate import coverage
 from fourfold_gemstones.uncertainty import (
     bootstrap,
     difference,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from fourfold_gemstones.forecast import Forecast, entries, now, register, score, written
 from fourfold_gemstones.laws import CHINCHILLA, WIDTH_DEPTH, Variable
 from fourfold_gemstones.parametric import LawWarning, ParametricLaw
+from fourfold_gemstones.questions.forecast import Forecast, entries, now, register, score, written
 from fourfold_gemstones.reproduce.suite.cooling import Cooling
 from fourfold_gemstones.reproduce.suite.train import suite_table
 from fourfold_parallel.common.records import Record

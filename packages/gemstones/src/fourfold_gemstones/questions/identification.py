@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from fourfold_gemstones.forecast import planned
+from fourfold_gemstones.questions.forecast import planned
 from fourfold_gemstones.runs import RunTable
 from fourfold_gemstones.uncertainty import FEW_GROUPS, Bootstrap, Interval, bootstrap
 

@@ -184,7 +184,7 @@ def power(
     Raises:
         ValueError: `run_sd` is not positive, or a law refuses the table.
     """
-    from fourfold_gemstones.forecast import planned
+    from fourfold_gemstones.questions.forecast import planned
 
     if not run_sd > 0:
         raise ValueError(f"run_sd={run_sd} must be positive; the spread of log loss between seeds")
