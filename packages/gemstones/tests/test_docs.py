@@ -11,6 +11,7 @@ import pytest
 from fourfold_gemstones.__main__ import main
 from fourfold_gemstones.questions import forecast
 from fourfold_gemstones.reproduce.measures import above_optimum
+from fourfold_parallel.__main__ import main as fourfold_main
 from fourfold_parallel.common.records import read_record
 
 PACKAGE = Path(__file__).parents[1]
@@ -77,3 +78,14 @@ def test_the_forecasts_are_as_the_page_says() -> None:
     long = [(told, score) for told, score in history.scored if told.name.startswith("48x3-seed203")]
     assert [round(told.loss_nats, 2) for told, _ in long] == [2.75, 2.77]
     assert {round(score.measured_nats, 2) for _, score in long} == {2.49}
+
+
+def test_the_door_of_all_packages_leads_to_this_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`fourfold gemstones laws` is `fourfold-gemstones laws`."""
+    monkeypatch.setattr("sys.argv", ["fourfold", "gemstones", "laws"])
+    fourfold_main()
+    said = capsys.readouterr().err
+    assert "skaling: L = E + R" in said
+    assert "parameters: L = E + A N^-alpha + B T^-beta" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -67,6 +68,20 @@ def _say(text: str, *, style: str = "") -> None:
     from fourfold_parallel.reproduce.terminal import console
 
     console().print(text, style=style, markup=False, soft_wrap=True)
+
+
+def _variables(texts: Iterable[str]) -> dict[str, float]:
+    """Numbers by name, of texts such as tokens=2e10."""
+    inputs = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        try:
+            inputs[name] = float(number)
+        except ValueError:
+            raise ValueError(
+                f"{text!r} gives {name} no number; write name=number: tokens=2e10"
+            ) from None
+    return inputs
 
 
 def fit(
@@ -176,6 +191,7 @@ def contest(
     draws: int = 199,
     seed: int = 0,
     run_sd: float = 0.003,
+    plan: tuple[str, ...] = (),
     read: Reading = Table(),
 ) -> None:
     """Test a law against a rival that can do more, and say with which power these runs could refuse it.
@@ -187,6 +203,7 @@ def contest(
         draws: Tables made by each law.
         seed: Of their errors.
         run_sd: Spread of log loss between seeds, for the power.
+        plan: Runs yet to be done, for the power: parameters=1e9,tokens=2e10 parameters=2e9,tokens=4e10.
         read: How to read the table.
     """
     import numpy as np
@@ -198,11 +215,18 @@ def contest(
     runs, generator = _read((table,), read), np.random.default_rng(seed)
     laws = registry.law(first), registry.law(rival)
     _say(str(test(*laws, runs, draws=draws, generator=generator)))
-    able = power(*laws, runs, {}, run_sd=run_sd, draws=draws, generator=generator)
-    _say(
-        f"were {rival} true as fitted, these {able.runs} runs would refuse {first} with power "
-        f"{able.power:.2f}"
-    )
+    plans: list[dict[str, dict[str, float]]] = [{}]
+    if plan:
+        plans.append(
+            {f"plan {row}": _variables(text.split(",")) for row, text in enumerate(plan, start=1)}
+        )
+    for more in plans:
+        able = power(*laws, runs, more, run_sd=run_sd, draws=draws, generator=generator)
+        added = f", {len(more)} of them yet to be done at {able.cost:.2g} FLOPs," if more else ""
+        _say(
+            f"were {rival} true as fitted, {able.runs} runs{added} would refuse {first} with power "
+            f"{able.power:.2f}"
+        )
 
 
 def speedup(
@@ -339,10 +363,7 @@ def forecast(
 
     match what:
         case Register() as asked:
-            inputs = {}
-            for text in asked.inputs:
-                name, _, number = text.partition("=")
-                inputs[name] = float(number)
+            inputs = _variables(asked.inputs)
             fit = registry.law(asked.law).fit(_read((asked.table,), asked.read))
             (told,) = made.written(
                 fit,
