@@ -10,7 +10,7 @@ import pytest
 from fourfold_gemstones import registry
 from fourfold_gemstones.laws import PowerLaw
 from fourfold_gemstones.parametric import ParametricLaw
-from fourfold_gemstones.questions.comparison import Split, mean_error
+from fourfold_gemstones.questions.comparison import Split, quantile_errors
 from fourfold_gemstones.questions.identification import identify, said
 from fourfold_gemstones.questions.rivals import contest, power, turned
 from fourfold_gemstones.questions.simulate import noise_free, noisy
@@ -226,11 +226,10 @@ def test_a_frontier_is_not_lifted_by_runs_that_were_tuned_badly(
         fit=lambda runs: runs.column("parameters") <= limit,
         judge=lambda runs: runs.column("parameters") > limit,
     )
-    errors = {
-        factor: mean_error(dataclasses.replace(LAW, overestimate=factor), table, split)
-        for factor in (1.0, 9.0)
-    }
-    assert errors[9.0] < errors[1.0]
+    errors = quantile_errors(LAW, table, split)
+    assert errors[0.1] < errors[0.5]
+    with pytest.raises(ValueError, match=r"quantile=0.9 must be above 0 and at most .5"):
+        quantile_errors(LAW, table, split, (0.9,))
     with pytest.raises(ValueError, match=r"overestimate=0.5 must be at least 1"):
         dataclasses.replace(LAW, overestimate=0.5)
 

@@ -63,6 +63,10 @@ Logs = Mapping[Variable, Tensor]
 """Log of each variable over its reference, a value a row."""
 Shapes = Mapping[str, Tensor]
 """Shape parameters by name, each [start, 1]."""
+Amplitudes = Mapping[str, Tensor]
+"""Log amplitudes of the terms by name, each [start, 1], for laws whose shapes depend on them."""
+Terms = tuple[Tensor, ...]
+"""Log of each term over its amplitude, [start, row]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +91,8 @@ class Form:
     terms: tuple[str, ...]
     """Names of the terms but the floor, each of which has an amplitude."""
     shapes: tuple[Shape, ...]
-    log_terms: Callable[[Shapes, Logs, Mapping[str, Tensor]], tuple[Tensor, ...]]
-    """Log of each term over its amplitude, [start, row]; the amplitudes' logs stand in the third argument."""
+    log_terms: Callable[[Shapes, Logs, Amplitudes], Terms]
+    """The terms, in the order of their names."""
     floored: bool = True
     """Whether a loss remains that no variable removes."""
     example: Mapping[str, float]

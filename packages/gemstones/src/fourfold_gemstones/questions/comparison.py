@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -104,6 +104,30 @@ def mean_error(law: ParametricLaw | FormLaw, table: RunTable, split: Split) -> f
         warnings.simplefilter("ignore", LawWarning)
         fit = law.fit(left)
     return float(np.abs(np.log(right.column("loss_nats") / fit.predict(right))).mean())
+
+
+def quantile_errors(
+    law: ParametricLaw | FormLaw,
+    table: RunTable,
+    split: Split,
+    quantiles: Sequence[float] = (0.5, 0.25, 0.1),
+) -> Mapping[float, float]:
+    """Held-out error of the law as a quantile of the rows, for each of some: a middle, or a frontier.
+
+    Where runs were tuned badly, they lie above what their size and tokens can reach, and none lies below. The
+    error on runs that were tuned well says which quantile is theirs. A penalty on what is overestimated is
+    the same choice under another name: (1 - q) / q.
+
+    Raises:
+        ValueError: A quantile is not in (0, .5], or the split keeps no rows.
+    """
+    for quantile in quantiles:
+        if not 0 < quantile <= 0.5:
+            raise ValueError(f"quantile={quantile} must be above 0 and at most .5, the middle")
+    return {
+        quantile: mean_error(replace(law, overestimate=(1 - quantile) / quantile), table, split)
+        for quantile in quantiles
+    }
 
 
 def corrected_aic(fit: ParametricFit | FormFit) -> float:

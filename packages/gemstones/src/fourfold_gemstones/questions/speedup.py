@@ -8,14 +8,21 @@ a choice, `shared`, because a floor of its own can hide a speed-up and the rever
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
-from torch import Tensor
 
-from fourfold_gemstones.form import Form, FormEstimate, FormLaw, Logs, Shape, Shapes
+from fourfold_gemstones.form import (
+    Amplitudes,
+    Form,
+    FormEstimate,
+    FormLaw,
+    Logs,
+    Shape,
+    Shapes,
+    Terms,
+)
 from fourfold_gemstones.runs import RunTable
 from fourfold_gemstones.uncertainty import Interval, bootstrap
 
@@ -34,7 +41,7 @@ _BASE = (
 )
 
 
-def _shared(s: Shapes, x: Logs, c: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+def _shared(s: Shapes, x: Logs, c: Amplitudes) -> Terms:
     del c
     return (
         -s["alpha"] * x["parameters"],
@@ -42,7 +49,7 @@ def _shared(s: Shapes, x: Logs, c: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     )
 
 
-def _apart(s: Shapes, x: Logs, c: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+def _apart(s: Shapes, x: Logs, c: Amplitudes) -> Terms:
     # The floor of A is a term that B has none of, and the other way round; the common floor is what is least.
     size, data = _shared(s, x, c)
     return size, data, s["floor_ratio"] * x["loops"]
