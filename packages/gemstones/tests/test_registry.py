@@ -91,11 +91,22 @@ def fitted(name: str) -> Any:
 
 def few(name: str) -> ParametricLaw | FormLaw:
     """The law with fewer descents, which are enough here."""
-    return dataclasses.replace(registry.law(name), starts=8)
+    return dataclasses.replace(registry.law(name), starts=6)
 
 
 @pytest.fixture(params=registry.names())
 def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(law, marks=pytest.mark.slow) if law == "farseer" else law
+        for law in registry.names()
+    ]
+)
+def quick(request: pytest.FixtureRequest) -> str:
+    """Names of laws; Farseer's nine parameters take their minute once."""
     return request.param
 
 
@@ -136,8 +147,8 @@ def test_the_gradient_is_that_of_finite_differences(name: str) -> None:
         assert hessian[0, p] == pytest.approx(bend[0], rel=1e-4, abs=1e-5)
 
 
-def test_noise_free_losses_are_found_again(name: str) -> None:
-    fit = fitted(name)
+def test_noise_free_losses_are_found_again(quick: str) -> None:
+    fit = fitted(quick)
     assert np.log(fit.predict(fit.table)) == pytest.approx(
         np.log(fit.table.column("loss_nats")), abs=EXACT
     )
@@ -145,7 +156,7 @@ def test_noise_free_losses_are_found_again(name: str) -> None:
     assert fit.score(fit.table) > 1 - 1e-9
 
 
-def test_units_do_not_matter(name: str) -> None:
+def test_units_do_not_matter(quick: str) -> None:
     """Sizes in thousands, tokens in millions, rates and batches in other units: the same predictions."""
     other = design(
         **dict.fromkeys(("parameters", "once_parameters", "looped_parameters"), 1e-1),
@@ -153,27 +164,27 @@ def test_units_do_not_matter(name: str) -> None:
         learning_rate=10.0,
         batch_tokens=0.1,
     )
-    if name in ("compute", "width-depth", "shape"):
+    if quick in ("compute", "width-depth", "shape"):
         pytest.skip("counts FLOPs or blocks, whose unit is given")
-    losses = truth(name, design())
-    assert truth(name, other) == pytest.approx(losses, rel=1e-9) or not isinstance(
-        registry.law(name), FormLaw
+    losses = truth(quick, design())
+    assert truth(quick, other) == pytest.approx(losses, rel=1e-9) or not isinstance(
+        registry.law(quick), FormLaw
     )
-    again = few(name).fit(other.with_losses(losses))
-    assert again.predict(other) == pytest.approx(fitted(name).predict(design()), rel=SAME)
+    again = few(quick).fit(other.with_losses(losses))
+    assert again.predict(other) == pytest.approx(fitted(quick).predict(design()), rel=SAME)
 
 
-def test_a_run_of_no_weight_is_left_out(name: str) -> None:
-    fit = fitted(name)
+def test_a_run_of_no_weight_is_left_out(quick: str) -> None:
+    fit = fitted(quick)
     generator = np.random.default_rng(2)
     noise = np.repeat(generator.normal(0, 0.002, RUNS), 2)
     table = fit.table.with_losses(fit.table.column("loss_nats") * np.exp(noise))
     keep = table.run != "run 03"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        whole = few(name).fit(table)
+        whole = few(quick).fit(table)
     weights = np.stack([np.ones(len(table)), keep.astype(float)])
-    same, without = few(name).refits(whole, table, weights)
+    same, without = few(quick).refits(whole, table, weights)
     objective = {True: whole.objective}
     for estimate, rows in ((same, np.ones(len(table), dtype=bool)), (without, keep)):
         part = table.where(rows)
@@ -185,12 +196,12 @@ def test_a_run_of_no_weight_is_left_out(name: str) -> None:
     assert objective[False] < objective[True]
 
 
-def test_other_losses_are_fitted_as_a_table_of_them_would_be(name: str) -> None:
+def test_other_losses_are_fitted_as_a_table_of_them_would_be(quick: str) -> None:
     """Losses of half the reducible part, in one batch with the losses themselves."""
-    fit = fitted(name)
+    fit = fitted(quick)
     log_losses = np.log(fit.table.column("loss_nats"))
     both = np.stack([log_losses, log_losses + np.log(1.05)])
-    same, more = few(name).refits(fit, fit.table, np.ones_like(both), both)
+    same, more = few(quick).refits(fit, fit.table, np.ones_like(both), both)
     told = [
         dataclasses.replace(fit, estimate=estimate).predict(fit.table) for estimate in (same, more)
     ]
