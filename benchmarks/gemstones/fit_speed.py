@@ -32,6 +32,7 @@ from scipy.special import huber
 from fourfold_gemstones.parametric import ParametricLaw
 from fourfold_gemstones.published import chinchilla_points, published_frame
 from fourfold_gemstones.uncertainty import bootstrap, slope
+from fourfold_parallel.common.records import commit, hardware, versions
 
 NODES = list(
     itertools.product(
@@ -168,6 +169,7 @@ def main() -> None:
     options.add_argument("--draws", type=int, default=10_000, help="refits")
     options.add_argument("--vpnls", type=Path, help="a python that has vpnls")
     chosen = options.parse_args()
+    say("machine", commit=commit(), versions=dict(versions()), hardware=hardware())
     beside_the_grid(chosen.starts)
     if chosen.vpnls is not None:
         beside_vpnls(chosen.vpnls)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -89,3 +90,18 @@ def test_the_door_of_all_packages_leads_to_this_one(
     said = capsys.readouterr().err
     assert "skaling: L = E + R" in said
     assert "parameters: L = E + A N^-alpha + B T^-beta" in said
+
+
+def test_the_speed_is_as_the_page_says() -> None:
+    lines = (PACKAGE.parents[1] / "benchmarks/gemstones/fit_speed.jsonl").read_text().splitlines()
+    machine, grid, peer, refined, refits = [json.loads(line) for line in lines]
+    assert len(machine["commit"]) == 40
+    text = " ".join((PACKAGE / "README.md").read_text(encoding="utf-8").split())
+    assert grid["grid_starts_run"] == grid["grid_starts"] == 4500
+    assert f"{grid['ratio']} times as fast as the field's 4,500 starts" in text
+    assert f"{100 * (grid['grid_objective'] / grid['objective'] - 1):.3f} % higher" in text
+    assert f"{peer['ratio']:.1f} times as fast as vpnls' grid and {refined['ratio']:.1f}" in text
+    above = [line["vpnls_above_percent"] for line in (peer, refined)]
+    assert "end {:.2f} and {:.2f} % higher".format(*above) in text
+    assert f"in {refits['cpu_s']:.1f} s of one core" in text
+    assert refits["what"] == "10,000 refits of 240 points"

@@ -91,7 +91,7 @@ def fitted(name: str) -> Any:
 
 def few(name: str) -> ParametricLaw | FormLaw:
     """The law with fewer descents, which are enough here."""
-    return dataclasses.replace(registry.law(name), starts=6)
+    return dataclasses.replace(registry.law(name), starts=8)
 
 
 @pytest.fixture(params=registry.names())
