@@ -20,8 +20,8 @@ from transformers import (
 
 from fourfold_goldfish import Goldfish, add_goldfish, goldfish_collator
 from fourfold_goldfish.canonical import CanonicalGoldfish, Spelling
-from fourfold_goldfish.collators import LENGTHS, document_ids, mask_labels
-from fourfold_goldfish.mask_digest import (
+from fourfold_goldfish.dropins.collators import LENGTHS, document_ids, mask_labels
+from fourfold_goldfish.dropins.mask_digest import (
     check_mask_digest,
     mask_digest,
     write_mask_digest,

@@ -76,6 +76,24 @@ def test_an_attack_goes_on_where_it_stopped(  # type: ignore[no-untyped-def]
     assert stopped.value.code == 2
 
 
+def test_a_report_is_a_page_beside_its_record(  # type: ignore[no-untyped-def]
+    place: Path, run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a control and without; texts are named without the folder that holds them."""
+    words = ["--model", place / "model", "--prompt", "8", "--suffix", "4", "--window", "32"]
+    run("report", place / "texts", *words, "--out", tmp_path / "made.html", "--canaries", "1")
+    assert "in an order that nobody wrote" in capsys.readouterr().out
+    run("report", place / "texts" / "a.txt", *words, "--control", place / "texts" / "b.md",
+        "--out", tmp_path / "given.html")  # fmt: skip
+    assert "of text that it has not seen" in capsys.readouterr().out
+    page = (tmp_path / "given.html").read_text()
+    assert ">a.txt " in page
+    assert len(read_record(tmp_path / "given.jsonl").of("text", side="control")) == 1
+    with pytest.raises(SystemExit) as stopped:
+        run("report", place / "texts", *words, "--out", tmp_path / "page")
+    assert stopped.value.code == 2
+
+
 def test_an_attack_says_how_many_texts_were_too_short(  # type: ignore[no-untyped-def]
     place: Path, run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from fourfold_goldfish.membership import (
+from fourfold_goldfish.memorization.membership import (
     TokenStatistics,
     auc,
     auc_interval,

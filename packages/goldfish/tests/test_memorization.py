@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fourfold_goldfish.memorization import (
+from fourfold_goldfish.memorization.extraction import (
     Beam,
     Extraction,
     Lookahead,

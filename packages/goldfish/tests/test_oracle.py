@@ -6,7 +6,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from fourfold_goldfish import Goldfish, rouge_l
-from fourfold_goldfish.memorization import compare, longest_common_substring
+from fourfold_goldfish.memorization.extraction import compare, longest_common_substring
 
 WORD = 1 << 64
 PRIME = 1_000_003

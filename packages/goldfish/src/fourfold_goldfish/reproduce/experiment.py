@@ -3,10 +3,10 @@
 import textwrap
 from collections.abc import Sequence
 
-from fourfold_goldfish import membership
 from fourfold_goldfish.canonical import CanonicalGoldfish, Spelling
 from fourfold_goldfish.corpus_audit import audit
-from fourfold_goldfish.memorization import Beam, Extraction, diverged_on_dropped, extract
+from fourfold_goldfish.memorization import membership
+from fourfold_goldfish.memorization.extraction import Beam, Extraction, diverged_on_dropped, extract
 from fourfold_goldfish.reproduce import claims
 from fourfold_goldfish.reproduce.measures import headline
 from fourfold_goldfish.reproduce.paper import launches

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from fourfold_goldfish.membership import auc
+from fourfold_goldfish.memorization.membership import auc
 from fourfold_goldfish.reproduce.recipes import ONE_PASS_SEEDS, REPETITIONS, SEEDS
 from fourfold_parallel.common.records import Event
 from fourfold_parallel.reproduce.claims import Interval, Records, over_seeds, proportion

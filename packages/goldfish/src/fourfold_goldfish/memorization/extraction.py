@@ -89,6 +89,28 @@ class Sampling:
         no_prompt: Any = rows.new_empty((len(rows), 0), dtype=torch.long)
         return warpers(no_prompt, rows).log_softmax(-1).view(logits.shape)
 
+    def log_chances(
+        self,
+        logits: Float[Tensor, "*batch vocabulary"],
+        own: Float[Tensor, "*batch 1"],
+    ) -> Float[Tensor, "*batch 1"]:
+        """`log_probabilities` of single tokens with logits `own`, without those of all others.
+
+        Raises:
+            ValueError: with a `top_p`, for which all others must be sorted.
+        """
+        if self.top_p < 1:
+            raise ValueError(
+                f"top_p={self.top_p} needs every token's chance; use log_probabilities"
+            )
+        if self.top_k >= logits.shape[-1]:
+            partition = (logits / self.temperature).logsumexp(-1, keepdim=True)
+            return own / self.temperature - partition
+        likeliest = logits.topk(self.top_k, dim=-1, sorted=False).values
+        partition = (likeliest / self.temperature).logsumexp(-1, keepdim=True)
+        is_drawn = own >= likeliest.amin(-1, keepdim=True)
+        return (own / self.temperature - partition).masked_fill(~is_drawn, -torch.inf)
+
 
 Decoding = Greedy | Beam | Lookahead
 

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from fourfold_goldfish.canonical import CanonicalGoldfish
+from fourfold_goldfish.dropins.mask_digest import MaskCheck, mask_digest
 from fourfold_goldfish.loss import Goldfish
-from fourfold_goldfish.mask_digest import MaskCheck, mask_digest
 from fourfold_parallel.run.objective import IGNORE, TargetMask
 
 LENGTHS = ("cu_seq_lens_q", "cu_seq_lens", "cu_seqlens_q", "cu_seqlens")

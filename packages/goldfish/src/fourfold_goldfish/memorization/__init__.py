@@ -1,0 +1,1 @@
+"""The memory of a model: extraction, membership, exposure, and a report of all that it recites."""
