@@ -165,7 +165,7 @@ def test_reordered_text_has_the_sentences_and_not_their_order() -> None:
     made = reordered(texts, seed=0)
     assert sorted("".join(made).split()) == sorted("".join(texts).split())
     assert not set(made) & set(texts)
-    assert all(10 < len(text) < 22 for text in made)
+    assert all(len(text) > 16 for text in made[:-1])
 
 
 def test_personal_data_is_found_by_kind_and_ranked_among_its_like(spelled) -> None:  # type: ignore[no-untyped-def]

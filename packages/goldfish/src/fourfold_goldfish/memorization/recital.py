@@ -267,22 +267,21 @@ def clustered(successes: Sequence[int], trials: Sequence[int]) -> Interval:
 def reordered(texts: Sequence[str], *, seed: int) -> tuple[str, ...]:
     """The same sentences in an order that nobody wrote: text of the same kind that no model can have seen.
 
-    Sentences of all texts are shuffled together and dealt out again to texts of about the same lengths. A
-    sentence that is known by heart is still a sentence, so this control claims too much rather than too
-    little for text that was never seen.
+    Sentences of all texts are shuffled together and dealt out to texts that are a tenth longer, until there
+    are none left. A sentence that is known by heart is still a sentence, so this control claims too much
+    rather than too little for text that was never seen.
     """
-    split = [_sentences(text) for text in texts]
-    pool = [sentence for sentences in split for sentence in sentences]
+    pool = [sentence for text in texts for sentence in _sentences(text)]
     order = np.random.default_rng(seed).permutation(len(pool))
     made: list[str] = []
-    used = wanted = given = 0
+    used = 0
     for text in texts:
-        wanted += len(text)
-        first = used
-        while used < len(pool) and given < wanted:
-            given += len(pool[order[used]])
+        first, length = used, 0
+        while used < len(pool) and length < 1.1 * len(text):
+            length += len(pool[order[used]])
             used += 1
-        made.append("".join(pool[index] for index in order[first:used]))
+        if used > first:
+            made.append("".join(pool[index] for index in order[first:used]))
     return tuple(made)
 
 

@@ -7,7 +7,8 @@ from fourfold_goldfish.canonical import CanonicalGoldfish, Spelling
 from fourfold_goldfish.corpus_audit import audit
 from fourfold_goldfish.memorization import membership
 from fourfold_goldfish.memorization.extraction import Beam, Extraction, diverged_on_dropped, extract
-from fourfold_goldfish.reproduce import claims
+from fourfold_goldfish.reproduce import causal_claims, claims
+from fourfold_goldfish.reproduce.causal import REMEDIES, Causal, causal, insert_and_compare
 from fourfold_goldfish.reproduce.measures import headline
 from fourfold_goldfish.reproduce.paper import launches
 from fourfold_goldfish.reproduce.recipes import (
@@ -188,6 +189,14 @@ def _attacking(arm: Arm, attack: Attack) -> Stage:
     )
 
 
+def _inserting(study: Causal) -> Stage:
+    return Stage(
+        name=study.run.name,
+        run=study,
+        perform=lambda workplace: insert_and_compare(study, workplace),
+    )
+
+
 def _supervising(supervision: Supervision) -> Stage:
     return Stage(
         name=supervision.run.name,
@@ -212,6 +221,7 @@ def _stages(scale: Scale) -> list[Stage]:
             for seed in ONE_PASS_SEEDS
             for arm, batch in ONE_PASS
         ]
+        stages += [_inserting(causal(remedy, seed)) for seed in SEEDS for remedy in REMEDIES]
         study = near_duplicates()
         stages.append(
             Stage(
@@ -238,7 +248,7 @@ EXPERIMENT = Experiment(
     "cannot recite its training text.",
     headline=headline,
     picture="pretrained",
-    claims=claims_of(claims),
+    claims=claims_of(claims, causal_claims),
     stages=_stages,
     drawings=_drawings,
     launches=launches,
