@@ -63,8 +63,8 @@ BACKGROUND: dict[Remedy, int] = {
     "plain": 160, "published": 376, "ours": 440, "spelled": 440, "random": 440, "truncated": 440,
     "deduplicated": 160, "sinks": 160, "prompt": 160, "dilute": 640,
 }  # fmt: skip
-"""Background rows: as many more as supervise about 54,000 targets under each mask, but in `prompt`, whose rows
-are those of plain loss; four times as many in `dilute`. The published mask leaves out a fifth here, since it
+"""Background rows: as many more as supervise about 54,000 targets under each mask, but in `prompt`, whose
+rows are those of plain loss; four times as many in `dilute`. The published mask leaves out a fifth here, since it
 never drops the first 12 targets of a row."""
 
 

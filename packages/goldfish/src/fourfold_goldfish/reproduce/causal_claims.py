@@ -16,7 +16,7 @@ from fourfold_parallel.reproduce.claims import Finding, Records, claim, decide
 
 _HARNESS = (
     "0.5 M parameters; pairs of Wikipedia passages of 65 tokens, one of each inserted by lot 12, 36 or 72 "
-    "times, its twin held out; about 54,000 supervised targets; 16 tokens to recite; 3 seeds of 4 pairs a "
+    "times, its twin held out; about 54,000 supervised targets; 16 tokens to recite; 3 seeds of 3 pairs a "
     "cell"
 )
 _EFFECT = "the twin's loss on the last 16 tokens less the inserted passage's, in nats a token"
