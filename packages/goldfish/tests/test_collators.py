@@ -339,6 +339,61 @@ def test_trls_trainer_trains_on_completions_with_gaps(tmp_path: Path) -> None:
     assert sft.state.global_step == 2
 
 
+MODES: dict[str, dict[str, object]] = {
+    "padding free": {"padding_free": True, "max_length": None},
+    "packed, best fit": {"packing": True, "packing_strategy": "bfd", "max_length": 64},
+    "packed, wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 64},
+}
+"""Ways in which TRL lays documents side by side."""
+
+
+@pytest.mark.filterwarnings(
+    "ignore"
+)  # without flash attention documents see one another, which TRL says
+@pytest.mark.parametrize("mode", MODES)
+def test_trls_packed_rows_have_each_document_s_own_gaps(tmp_path: Path, mode: str) -> None:
+    """As where each document is a row, however they are laid; wrapped rows know them by an end id."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    draws = [[*draw["input_ids"][:-1], 1] for draw in examples(30, 12, 25, 18, 9, 40, 22, 14)]
+    options = SFTConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False,
+        dataloader_pin_memory=False, **MODES[mode],  # type: ignore[arg-type]
+    )  # fmt: skip
+    sft = SFTTrainer(
+        model=TINY.build(seed=0),
+        args=options,
+        train_dataset=Dataset.from_list([{"input_ids": draw} for draw in draws]),
+        processing_class=word_tokenizer(),
+    )
+    separators = (1,) if mode == "packed, wrapped" else ()
+    mask = Goldfish(k=2, context=4, boundary="prefix")
+    gaps = {tuple(draw): mask.drop(torch.tensor([draw]))[0].tolist() for draw in draws}
+    add_goldfish(sft, mask, separators=separators)
+    whole = 0
+    for batch in sft.get_train_dataloader():
+        for tokens, labels in zip(
+            batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True
+        ):
+            for first in range(len(tokens)):
+                for draw, gap in gaps.items():
+                    if tuple(tokens[first : first + len(draw)]) == draw:
+                        left_out = [label == -100 for label in labels[first : first + len(draw)]]
+                        assert left_out[1:] == gap[1:]
+                        whole += 1
+    assert whole >= 6  # wrapping may cut a document in two
+
+
+@pytest.mark.parametrize("name", ["DPOTrainer", "GRPOTrainer"])
+def test_a_trainer_that_compares_completions_is_refused(tmp_path: Path, name: str) -> None:
+    """By TRL's name, also where it was subclassed."""
+    comparing = type("Mine", (type(name, (type(trainer(tmp_path, steps=1)),), {}),), {})
+    ours = comparing.__new__(comparing)
+    with pytest.raises(ValueError, match=f"{name} compares whole completions"):
+        add_goldfish(ours, GOLDFISH)
+
+
 def test_a_trainer_takes_the_mask_that_near_duplicates_share(tmp_path: Path) -> None:
     """And its checkpoints tell it from a hash of ids."""
     tokenizer = word_tokenizer()

@@ -5,7 +5,12 @@ from .corpus_audit import audit as audit
 from .cross_entropy import goldfish_cross_entropy as goldfish_cross_entropy
 from .dropins.collators import add_goldfish as add_goldfish
 from .dropins.collators import goldfish_collator as goldfish_collator
+from .dropins.indexed import MaskedSamples as MaskedSamples
+from .dropins.indexed import write_indexed as write_indexed
+from .dropins.indexed import write_mask as write_mask
 from .inputs import Texts as Texts
+from .insertions import Cell as Cell
+from .insertions import Insertions as Insertions
 from .loss import Goldfish as Goldfish
 from .memorization.extraction import Beam as Beam
 from .memorization.extraction import Extraction as Extraction

@@ -1,4 +1,4 @@
-"""`fourfold-goldfish`, or `python -m fourfold_goldfish`: report, audit, extract, train, figure, reproduce."""
+"""`fourfold-goldfish`, or `python -m fourfold_goldfish`: what a model recites, and training without it."""
 
 from fourfold_goldfish import commands
 from fourfold_parallel.reproduce import cli
@@ -11,6 +11,7 @@ def main() -> None:
         {
             "report": commands.report,
             "audit": commands.audit,
+            "mask": commands.mask,
             "extract": commands.extract,
             "train": commands.train,
             "figure": commands.figure,

@@ -1,4 +1,4 @@
-"""The commands of this package besides `reproduce`: report, audit, extract, train, figure."""
+"""The commands of this package besides `reproduce`: report, audit, mask, extract, train, figure."""
 
 import os
 import sys
@@ -123,6 +123,40 @@ def audit(
     with bars.running():
         audited = corpus_audit.audit(documents, loaded, mask, progress=bars.named("audit"))
     sys.stdout.write(corpus_audit.table(audited) + "\n")
+
+
+def mask(
+    prefix: Path,
+    /,
+    *,
+    k: int = 4,
+    context: int = 13,
+    boundary: Literal["reset", "prefix"] = "reset",
+    hash: Literal["ordered", "reference", "apertus", "apertus2"] = "ordered",  # noqa: A002
+    window: Literal["exclusive", "inclusive"] = "exclusive",
+    out: Path | None = None,
+) -> None:
+    """Write the mask of an indexed data set of Megatron-LM or NeMo as a data set of the same shape.
+
+    Args:
+        prefix: The data set's .idx and .bin files, without ending.
+        k: One target in k is left out.
+        context: Tokens hashed per decision.
+        boundary: First targets of a document: kept, or decided by shorter windows.
+        hash: Ours, or one that others published or deployed.
+        window: Hash the tokens before the target, or those that end with it.
+        out: The mask's files, without ending; prefix_goldfish where it is not given.
+    """
+    from fourfold_goldfish.dropins.indexed import write_mask
+    from fourfold_goldfish.loss import Goldfish
+    from fourfold_parallel.reproduce.terminal import Bars, console, start
+
+    goldfish = Goldfish(k=k, context=context, boundary=boundary, hash=hash, window=window)
+    start(console())
+    bars = Bars(console(), 1)
+    with bars.running():
+        target = write_mask(prefix, goldfish, to=out, progress=bars.named("mask"))
+    sys.stdout.write(f"{target}.idx and {target}.bin: 1 where a target is left out\n")
 
 
 def extract(

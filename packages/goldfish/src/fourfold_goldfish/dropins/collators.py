@@ -145,6 +145,17 @@ def _places(name: str, lengths: Any, tokens: Tensor) -> Int[Tensor, " document"]
     return ends[ends < tokens.numel()]
 
 
+COMPARING = (
+    "DPOTrainer",
+    "KTOTrainer",
+    "GRPOTrainer",
+    "RLOOTrainer",
+    "RewardTrainer",
+    "DistillationTrainer",
+)
+"""TRL's trainers whose loss is of whole completions: a target left out would change what is compared."""
+
+
 def add_goldfish(
     trainer: Trainer, goldfish: Goldfish | CanonicalGoldfish, *, separators: tuple[int, ...] = ()
 ) -> None:
@@ -159,8 +170,14 @@ def add_goldfish(
         separators: ids that end a document, for rows packed without `position_ids` or `seq_idx`.
 
     Raises:
-        ValueError: where the trainer has been given a mask before.
+        ValueError: where the trainer has been given a mask before, or its loss is no cross-entropy of labels.
     """
+    refused = [kind.__name__ for kind in type(trainer).__mro__ if kind.__name__ in COMPARING]
+    if refused:
+        raise ValueError(
+            f"{refused[0]} compares whole completions and has no target to leave out; mask the supervised "
+            "fine-tuning before it (SFTTrainer)"
+        )
     if not isinstance(trainer.get_train_dataloader, MethodType):
         raise ValueError(
             "this trainer's training batches are masked already; call add_goldfish once"

@@ -64,8 +64,8 @@ BACKGROUND: dict[Remedy, int] = {
     "deduplicated": 160, "sinks": 160, "prompt": 160, "dilute": 640,
 }  # fmt: skip
 """Background rows: as many more as supervise about 54,000 targets under each mask, but in `prompt`, whose
-rows are those of plain loss; four times as many in `dilute`. The published mask leaves out a fifth here, since it
-never drops the first 12 targets of a row."""
+rows are those of plain loss; four times as many in `dilute`. The published mask leaves out a fifth here,
+since it never drops the first 12 targets of a row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

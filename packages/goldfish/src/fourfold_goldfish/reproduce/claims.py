@@ -359,7 +359,8 @@ def larger_need_fewer(records: Records) -> Finding:
     return _finding(
         decide(reproduced=not grows and values[-1] < values[0], contradicted=grows),
         "; ".join(
-            f"width {size[1:]}: {'more than 64' if math.isinf(count) else count}"
+            f"width {size[1:]}: {_passes(count)} [{_passes(passes_needed(records, size, 'high'))}, "
+            f"{_passes(passes_needed(records, size, 'low'))}]"
             for size, count in needed.items()
         ),
         extractions(records, f"buckets-{SIZES[-1]}-plain", "trained", REPETITIONS[-1])[0],
@@ -367,6 +368,10 @@ def larger_need_fewer(records: Records) -> Finding:
         contradicted="a larger model needs more passes than a smaller one",
         inconclusive="all sizes need equally many",
     )
+
+
+def _passes(count: float) -> str:
+    return "more than 64" if math.isinf(count) else str(int(count))
 
 
 @claim(

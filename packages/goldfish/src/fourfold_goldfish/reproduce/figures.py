@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fourfold_goldfish.reproduce.causal import DOSES, Remedy, effect, utility
 from fourfold_goldfish.reproduce.measures import (
     passage_scores,
     recital_law,
@@ -13,7 +14,7 @@ from fourfold_goldfish.reproduce.measures import (
     validation_loss,
 )
 from fourfold_goldfish.reproduce.recipes import ONE_PASS_SEEDS, REPETITIONS, SEEDS, SIZES, Arm
-from fourfold_parallel.reproduce.claims import Records
+from fourfold_parallel.reproduce.claims import Interval, Records
 from fourfold_parallel.reproduce.experiment import Drawing
 from fourfold_parallel.reproduce.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES
 from fourfold_parallel.reproduce.scale import Scale
@@ -61,9 +62,22 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
             Drawing(
                 name="recall-by-passes",
                 caption="Share of passages recited verbatim by the number of passes over them, for five "
-                "sizes of model with plain loss and the largest with goldfish loss (k=2); laptop scale, "
-                "3 seeds pooled.",
+                "sizes of model with plain loss and the largest with goldfish loss (k=2), with 95 % "
+                "intervals; laptop scale, 3 seeds pooled.",
                 draw=recall_by_passes,
+            ),
+            Drawing(
+                name="doses",
+                caption="The effect of inserting a passage 12, 36 or 72 times: the loss on its last 16 "
+                "tokens that it saves against a twin held out, by remedy; 95 % intervals over pairs; "
+                "laptop scale, 3 seeds.",
+                draw=doses,
+            ),
+            Drawing(
+                name="remedies",
+                caption="Risk beside utility: the effect of 72 copies against validation loss, at equal "
+                "supervised targets; 95 % intervals over pairs and over seeds; laptop scale, 3 seeds.",
+                draw=remedies,
             ),
             Drawing(
                 name="supervision",
@@ -291,12 +305,71 @@ def recall_by_passes(records: Records) -> Figure:
     shades = [*SHADES[2 : 2 + len(SIZES)], METHOD]
     for (label, name, line), color in zip(series, shades, strict=True):
         shares = [
-            recited(records, name, "trained" if count else "control", count).value
+            recited(records, name, "trained" if count else "control", count)
             for count in REPETITIONS
         ]
-        axes.plot(REPETITIONS, shares, line, marker="o", markersize=3.5, color=color, label=label)
+        values = [share.value for share in shares]
+        axes.plot(REPETITIONS, values, line, marker="o", markersize=3.5, color=color, label=label)
+        low, high = ([getattr(share, end) for share in shares] for end in ("low", "high"))
+        axes.fill_between(REPETITIONS, low, high, color=color, alpha=0.12, linewidth=0)
     axes.legend()
     return figure
+
+
+SHOWN: dict[Remedy, tuple[str, str]] = {
+    "plain": ("plain loss", BASELINE),
+    "ours": ("goldfish, our hash", METHOD),
+    "published": ("goldfish, published hash", SHADES[1]),
+    "spelled": ("goldfish, letters", SHADES[4]),
+    "random": ("random gaps", CONTROL),
+    "truncated": ("loss truncation", SHADES[3]),
+    "sinks": ("memorisation sinks", SHADES[6]),
+    "deduplicated": ("de-duplication", IDEAL),
+}
+"""Remedies at equal supervised targets: label and colour."""
+
+
+def doses(records: Records) -> Figure:
+    """Dose-response curves."""
+    figure, axes = _axes(
+        "What copies leave behind, by remedy",
+        "copies of the passage",
+        "nats a token less than its twin",
+    )
+    for index, (remedy, (label, color)) in enumerate(SHOWN.items()):
+        shares = [effect(records, remedy, cell) for cell in DOSES]
+        across = np.asarray([int(cell.split()[0]) for cell in DOSES]) + 0.5 * (index - 3.5)
+        axes.errorbar(across, *_bars(shares), color=color, marker="o", markersize=3.5, label=label)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    axes.legend(fontsize=7.5, ncols=2)
+    return figure
+
+
+def remedies(records: Records) -> Figure:
+    """Effect of the largest dose against validation loss."""
+    figure, axes = _axes(
+        "Risk and utility of each remedy",
+        "validation loss (nats per token)",
+        "effect of 72 copies (nats a token)",
+    )
+    for remedy, (label, color) in SHOWN.items():
+        across, up = utility(records, remedy), effect(records, remedy, DOSES[-1])
+        axes.errorbar(
+            [across.value],
+            *_bars([up]),
+            xerr=[[across.value - across.low], [across.high - across.value]],
+            fmt="o",
+            color=color,
+            label=label,
+        )
+    axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def _bars(shares: Sequence[Interval]) -> tuple[list[float], list[list[float]]]:
+    """Values, and how far their intervals reach down and up."""
+    reach = [[s.value - s.low for s in shares], [s.high - s.value for s in shares]]
+    return [share.value for share in shares], reach
 
 
 def supervision(records: Records) -> Figure:

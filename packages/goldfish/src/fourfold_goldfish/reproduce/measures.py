@@ -1,6 +1,7 @@
 """Measures on the records: functions that rules and figures share."""
 
 import math
+from typing import Literal
 
 import numpy as np
 
@@ -83,10 +84,16 @@ def validation_loss(records: Records, series: str) -> list[float]:
     ]
 
 
-def passes_needed(records: Records, size: str) -> float:
-    """Fewest repetitions at which half of a bucket is recited, pooled over seeds; inf if none."""
+def passes_needed(
+    records: Records, size: str, bound: Literal["value", "low", "high"] = "value"
+) -> float:
+    """Fewest repetitions at which half of a bucket is recited, pooled over seeds; inf if none.
+
+    By the share itself, or by an end of its 95 % interval: the upper one needs fewest.
+    """
     for repetitions in sorted(REPETITIONS):
         bucket = "trained" if repetitions else "control"
-        if recited(records, f"buckets-{size}-plain", bucket, repetitions).value >= 0.5:
+        share = recited(records, f"buckets-{size}-plain", bucket, repetitions)
+        if getattr(share, bound) >= 0.5:
             return repetitions
     return math.inf
