@@ -8,7 +8,13 @@ from fourfold_goldfish.corpus_audit import audit
 from fourfold_goldfish.memorization import membership
 from fourfold_goldfish.memorization.extraction import Beam, Extraction, diverged_on_dropped, extract
 from fourfold_goldfish.reproduce import causal_claims, claims
-from fourfold_goldfish.reproduce.causal import REMEDIES, Causal, causal, insert_and_compare
+from fourfold_goldfish.reproduce.causal import (
+    CAUSAL_SEEDS,
+    REMEDIES,
+    Causal,
+    causal,
+    insert_and_compare,
+)
 from fourfold_goldfish.reproduce.measures import headline
 from fourfold_goldfish.reproduce.paper import launches
 from fourfold_goldfish.reproduce.recipes import (
@@ -221,7 +227,7 @@ def _stages(scale: Scale) -> list[Stage]:
             for seed in ONE_PASS_SEEDS
             for arm, batch in ONE_PASS
         ]
-        stages += [_inserting(causal(remedy, seed)) for seed in SEEDS for remedy in REMEDIES]
+        stages += [_inserting(causal(remedy, seed)) for seed in CAUSAL_SEEDS for remedy in REMEDIES]
         study = near_duplicates()
         stages.append(
             Stage(
