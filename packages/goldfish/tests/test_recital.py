@@ -30,7 +30,7 @@ from fourfold_goldfish.memorization.recital import (
     read,
     reordered,
 )
-from fourfold_goldfish.memorization.report import pieces_of, recital_report
+from fourfold_goldfish.memorization.report import Inquiry, Report, pieces_of, recital_report
 from fourfold_parallel.common.records import Material, read_record
 from fourfold_parallel.run.corpora import Documents
 from fourfold_parallel.run.models import Llama
@@ -237,6 +237,7 @@ def test_a_report_goes_on_where_it_was_and_shows_every_text(spelled, tmp_path: P
     made = recital_report(model, tokenizer, texts, **asked)
     assert made.too_short == 1
     assert made.name == "toy"
+    assert made.verdict == "recites nothing"
     lines = (tmp_path / "r.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "r.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
 
@@ -273,3 +274,31 @@ def test_what_cannot_be_asked_is_refused(model) -> None:  # type: ignore[no-unty
         Attacker(window=60)
     with pytest.raises(ValueError, match="fewer than prompt"):
         [*read(model, {"a": [1, 2, 3]}, SMALL)]
+
+
+def told(texts: list[Reading], control: list[Reading]) -> Report:
+    """A report of made-up readings, in stretches of five tokens."""
+    inquiry = Inquiry(model="m", attacker=SMALL, control="given", canaries=0, seed=0)
+    sides = {"texts": tuple(texts), "control": tuple(control)}
+    return Report(
+        inquiry=inquiry, parameters=1, texts={}, pieces={}, readings=sides, exposed={}, too_short=0
+    )
+
+
+def test_the_verdict_is_recital_only_beyond_the_control() -> None:
+    """Nine of twelve texts against none of twelve; one of twelve; as many on either side; none."""
+    known = reading([-0.01] * 10, [True] * 10)
+    unknown = reading([-np.inf] * 10, [False] * 10)
+    for recited, unseen, verdict in (
+        (9, 0, "recites"),
+        (1, 0, "not told apart"),
+        (9, 9, "not told apart"),
+        (0, 0, "recites nothing"),
+    ):
+        report = told(
+            [known] * recited + [unknown] * (12 - recited),
+            [known] * unseen + [unknown] * (12 - unseen),
+        )
+        assert report.verdict == verdict
+        assert f"for {2 * recited} of 24 stretches" in report.sentence
+        assert f"somewhere in {recited} of 12 texts" in report.sentence

@@ -110,12 +110,17 @@ class Report:
         marks = [reading.covered(self.suffix, share=share) for reading in self.readings[side]]
         return clustered([int(mark.sum()) for mark in marks], [len(mark) for mark in marks])
 
-    def recited(self, side: Side) -> int:
-        """Texts with a stretch that is recited at the first try, more likely than not."""
+    def recited(self, side: Side) -> Interval:
+        """Texts with a stretch that is recited at the first try, more likely than not, wherever it begins."""
         even = math.log(EVEN)
-        return sum(
-            bool((reading.stretches(self.suffix) >= even).any()) for reading in self.readings[side]
-        )
+        flags = [
+            int(
+                (reading.stretches(self.suffix) >= even).any()
+                or reading.longest()[1] >= self.suffix
+            )
+            for reading in self.readings[side]
+        ]
+        return clustered(flags, [1] * len(flags))
 
     @cached_property
     def longest(self) -> tuple[tuple[Reading, int, int], ...]:
@@ -129,14 +134,15 @@ class Report:
         return len(mine), mean_bits(mine)
 
     @cached_property
-    def verdict(self) -> Literal["recites", "no more than of unseen text", "recites nothing"]:
-        """A word for all of it: by the first try and, where that shows nothing, by a million."""
-        for samples in (TRIES[0], TRIES[-1]):
-            texts, control = (self.share(side, samples) for side in SIDES)
-            if texts.value > 0 and texts.low > control.high:
-                return "recites"
-        most = max(self.share("texts", TRIES[-1]).value, self.longest[0][2] >= self.suffix)
-        return "no more than of unseen text" if most else "recites nothing"
+    def verdict(self) -> Literal["recites", "not told apart", "recites nothing"]:
+        """A word for all of it: whether texts or stretches are recited beyond the control's interval."""
+        measures = [
+            [self.recited(side) for side in SIDES],
+            *([self.share(side, samples) for side in SIDES] for samples in (TRIES[0], TRIES[-1])),
+        ]
+        if any(texts.low > control.high for texts, control in measures):
+            return "recites"
+        return "not told apart" if any(texts.value for texts, _ in measures) else "recites nothing"
 
     @cached_property
     def sentence(self) -> str:
@@ -154,10 +160,11 @@ class Report:
             if tokens
             else ""
         )
+        held = self.recited("texts")
         return (
             f"Given the text before it, {self.name} writes the next {self.suffix} tokens word for word at "
             f"the first try, more likely than not, for {round(texts.value * count)} of {count} stretches "
-            f"({percent(texts)}) in {self.recited('texts')} of {len(self.readings['texts'])} texts; "
+            f"({percent(texts)}), and somewhere in {round(held.value * held.seeds)} of {held.seeds} texts; "
             f"{unseen}, for {round(control.value * others)} of {others} ({percent(control)}).{longest}"
         )
 

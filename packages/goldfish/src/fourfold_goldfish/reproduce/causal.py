@@ -47,7 +47,7 @@ REMEDIES: tuple[Remedy, ...] = (
 )  # fmt: skip
 
 CAUSAL_SEEDS = (3, 4, 5)
-"""Fresh ones: on seeds 0 to 2, with three pairs a cell, five of ten rules were left open by wide intervals."""
+"""Fresh ones: on seeds 0 to 2, with three pairs a cell, wide intervals left five of ten rules open."""
 CELLS = (
     Cell(copies=12),
     Cell(copies=36),
