@@ -67,6 +67,13 @@ def test_loss_and_gradients_equal_manual_masking(chunk: int, reduction: str, tai
         torch.testing.assert_close(mine, other)
 
 
+def test_a_backend_that_is_none_is_refused() -> None:
+    """By name, instead of torch's in its place."""
+    hidden, head, targets, drop = problem()
+    with pytest.raises(ValueError, match="backend='liger' is none of"):
+        goldfish_cross_entropy(hidden, head, targets, drop, backend="liger")  # type: ignore[arg-type]
+
+
 def test_what_is_left_out_has_no_gradient_at_all() -> None:
     """Exactly zero, not nearly."""
     hidden, head, targets, drop = problem()

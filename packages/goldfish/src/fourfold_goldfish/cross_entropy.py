@@ -134,6 +134,11 @@ def _kept(
             f"{tuple(drop.shape)} do not match hidden states [batch, token] = {shape}; "
             "give one id and one bool per hidden state"
         )
+    if not isinstance(backend, Split) and backend not in ("torch", "triton"):
+        raise ValueError(
+            f"backend={backend!r} is none of 'torch', 'triton' and Split(axis, vocabulary); Liger's fused "
+            "loss is none of them: it computes the logits of what is left out; give it labels of -100"
+        )
     if chunk < 1:
         raise ValueError(f"chunk={chunk} holds no row; use 1 or more")
     keep = (~drop & (targets != IGNORE)).flatten().nonzero().squeeze(1)
