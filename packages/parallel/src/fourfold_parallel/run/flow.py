@@ -130,9 +130,10 @@ def is_cast_weight(tensor: Tensor) -> bool:
     for _ in range(4):
         if node is None:
             return False
-        if node.name().endswith("AccumulateGrad"):
+        kind = type(node).__name__  # `node.name` may be a context's own attribute
+        if kind == "AccumulateGrad":
             return True
-        if node.name() not in CASTS:
+        if kind not in CASTS or not node.next_functions:
             return False
         node = node.next_functions[0][0]
     return False
@@ -388,7 +389,7 @@ class Flow:
         """The backward of a block comes next: those after it are over, and reads may begin."""
         if index >= now.progress:
             return
-        for done in range(now.progress - 1, index, -1):
+        for done in range(min(now.progress, now.entered - 1), index, -1):
             self._settle(now, done)
         now.progress = index
         self._await(now, now.rules.backward_after[index])

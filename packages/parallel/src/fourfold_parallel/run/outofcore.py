@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -321,6 +322,7 @@ def _peak_of(run: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells of each beginning and end on stderr
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         run()
     results: Any = profile.kineto_results
