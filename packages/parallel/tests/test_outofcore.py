@@ -72,7 +72,9 @@ def backward_of(session: Session, step: int, microbatches: int = 1) -> list[Tens
     return losses
 
 
-def told(engine: Engine, config: Any, precision: str, microbatches: int, steps: int) -> list[Tensor]:
+def told(
+    engine: Engine, config: Any, precision: str, microbatches: int, steps: int
+) -> list[Tensor]:
     """Every loss, the gradients of the first two steps, and the weights after all steps."""
     values: list[Tensor] = []
     with opened(engine, config, precision=precision) as session:
@@ -142,6 +144,7 @@ def test_two_ranks_compute_what_the_inner_engine_does(name: str) -> None:
 
 # The budget
 
+
 def reads_and_writes(session: Any) -> list[tuple[str, int]]:
     session.planner.flow.events = events = []
     return events
@@ -190,6 +193,7 @@ def test_a_budget_that_nothing_keeps_is_refused_with_the_smallest_that_would() -
 
 
 # Traps
+
 
 def swapped_layers(session: Any) -> list[Any]:
     return [*session.planner.flow.now.blocks.values()]
@@ -264,7 +268,9 @@ def test_a_graph_that_is_kept_is_read_twice() -> None:
 
     plain = twice(Single())
     for letters in MIXTURES:
-        assert same(plain, twice(OutOfCore(inner=Single(), budget=Decisions(letters=letters)))), letters
+        assert same(plain, twice(OutOfCore(inner=Single(), budget=Decisions(letters=letters)))), (
+            letters
+        )
 
 
 def test_an_exception_between_forward_and_backward_leaves_the_store_empty() -> None:
@@ -325,6 +331,7 @@ def test_an_inner_engine_that_recomputes_is_refused() -> None:
 
 # Stores
 
+
 def test_a_flipped_bit_is_named_and_no_gradient_is_computed_from_it(tmp_path: Path) -> None:
     engine = OutOfCore(
         inner=Single(), budget=Decisions(letters="SSSS"), store=Disk(folder=str(tmp_path))
@@ -333,7 +340,9 @@ def test_a_flipped_bit_is_named_and_no_gradient_is_computed_from_it(tmp_path: Pa
         flow = session.planner.flow
         rows = torch.randint(0, VOCABULARY, (ROWS, LENGTH))
         with (
-            pytest.raises(StoreError, match=r"block 1 could not be read back: .*fourfold-.* holds other bytes"),
+            pytest.raises(
+                StoreError, match=r"block 1 could not be read back: .*fourfold-.* holds other bytes"
+            ),
             session.microbatch(is_last=True),
         ):
             loss = session.model(input_ids=rows, labels=rows).loss
@@ -356,7 +365,9 @@ def test_a_file_cut_short_and_a_full_disk_are_named(monkeypatch: pytest.MonkeyPa
     with opened(engine) as session:
         flow = session.planner.flow
         with (
-            pytest.raises(StoreError, match=r"block 1 could not be read back: .* bytes at [\d,]+: it was cut"),
+            pytest.raises(
+                StoreError, match=r"block 1 could not be read back: .* bytes at [\d,]+: it was cut"
+            ),
             session.microbatch(is_last=True),
         ):
             loss = session.model(input_ids=rows, labels=rows).loss
@@ -396,7 +407,9 @@ def test_a_folder_that_takes_no_file_is_refused() -> None:
         pass
 
 
-@pytest.mark.parametrize("store", [Host(), Disk(checks=False), Throttled(store=Host(), bytes_per_s=1e8)])
+@pytest.mark.parametrize(
+    "store", [Host(), Disk(checks=False), Throttled(store=Host(), bytes_per_s=1e8)]
+)
 def test_every_store_gives_back_what_it_took(store: Any) -> None:
     shelf = store.open(torch.device("cpu"))
     random = torch.Generator().manual_seed(0)
@@ -416,17 +429,25 @@ def test_every_store_gives_back_what_it_took(store: Any) -> None:
 
 # The loop
 
+
 def test_a_recipe_trains_unchanged_and_its_record_says_what_was_planned_and_waited_for(
     tmp_path: Path, small_run: Run
 ) -> None:
     """Losses, norms and weights of the recipe, resumed under another engine on the way."""
-    plain = train(small_run, record=tmp_path / "p.jsonl", checkpoints=tmp_path / "p", progress=silent)
+    plain = train(
+        small_run, record=tmp_path / "p.jsonl", checkpoints=tmp_path / "p", progress=silent
+    )
     store = Throttled(store=Disk(), bytes_per_s=1e7)
     engine = OutOfCore(inner=Single(), budget=Decisions(letters="RS"), store=store)
     run = replace(small_run, engine=engine, microbatch=4)
     assert from_json(to_json(run)) == run
     place = {"record": tmp_path / "o.jsonl", "checkpoints": tmp_path / "o", "progress": silent}
-    small = train(replace(small_run, microbatch=4), record=tmp_path / "m.jsonl", checkpoints=tmp_path / "m", progress=silent)
+    small = train(
+        replace(small_run, microbatch=4),
+        record=tmp_path / "m.jsonl",
+        checkpoints=tmp_path / "m",
+        progress=silent,
+    )
     last = train(run, **place)
     for name in ("model.safetensors",):
         assert (last.path / name).read_bytes() == (small.path / name).read_bytes()

@@ -39,15 +39,21 @@ class Choice:
         return self.timeline.seconds / self.bound_s - 1
 
 
-def choose(stack: Stack, channel: Channel, budget: float) -> Choice:
+def choose(stack: Stack, channel: Channel, budget: float, *, letters: str = "KSR") -> Choice:
     """The fastest decisions that keep a budget.
+
+    Args:
+        stack: the blocks.
+        channel: to and from the store.
+        budget: bytes of activations and temporaries.
+        letters: the decisions that may be taken, for comparisons; the bound is of all.
 
     Raises:
         BudgetError: None does; names the smallest budget that would.
     """
     check_budget(stack, budget)
-    if len(stack.blocks) <= EXACT_BLOCKS:
-        decisions = _exact(stack, channel, budget)
+    if len(letters) < len("KSR") or len(stack.blocks) <= EXACT_BLOCKS:
+        decisions = _exact(stack, channel, budget, letters)
         told = timeline(stack, channel, decisions, budget, draws=True)
         return Choice(decisions=decisions, budget=budget, timeline=told, bound_s=told.seconds)
     decisions = _searched(stack, channel, budget)
@@ -79,20 +85,23 @@ def seconds_of(stack: Stack, channel: Channel, decisions: str, budget: float) ->
         return math.inf
 
 
-def _exact(stack: Stack, channel: Channel, budget: float) -> str:
-    count = len(stack.blocks)
+def _exact(stack: Stack, channel: Channel, budget: float, letters: str) -> str:
     bounded = sorted(
-        (bound_of(stack, channel, "".join(letters)), "".join(letters))
-        for letters in itertools.product("KSR", repeat=count)
-        if _may_fit(stack, letters, budget)
+        (bound_of(stack, channel, "".join(row)), "".join(row))
+        for row in itertools.product(letters, repeat=len(stack.blocks))
+        if _may_fit(stack, row, budget)
     )
-    best, best_s = "S" * count, seconds_of(stack, channel, "S" * count, budget)
+    best, best_s = "", math.inf
     for least_s, decisions in bounded:
         if least_s >= best_s:
             break
         seconds = seconds_of(stack, channel, decisions, budget)
         if seconds < best_s:
             best, best_s = decisions, seconds
+    if not best:
+        raise BudgetError(
+            f"budget={budget:,.0f} bytes: no choice of {' and '.join(letters)} keeps it"
+        )
     return best
 
 
@@ -247,7 +256,9 @@ def pooch(stack: Stack, channel: Channel, budget: float) -> str:
                 if former == "S"
             ]
             now_s = seconds_of(stack, channel, decisions, budget)
-            best = min(others, key=lambda other: seconds_of(stack, channel, other, budget), default="")
+            best = min(
+                others, key=lambda other: seconds_of(stack, channel, other, budget), default=""
+            )
             if not best or seconds_of(stack, channel, best, budget) >= now_s:
                 break
             decisions = best

@@ -318,9 +318,7 @@ class Flow:
         if not any(cell is not None for cell in cells):
             return  # its backward is over, or will never be
         self._hold(now, block.index, sum(block.sizes), "reading")
-        pieces = [
-            torch.empty(size, dtype=torch.uint8, device=self.device) for size in block.sizes
-        ]
+        pieces = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in block.sizes]
         try:
             self.ways.shelf.read(block.kept, pieces)
         except OSError as error:

@@ -85,6 +85,7 @@ class OutOfCore:
                     yield _OutOfCoreSession(session, planner)
             finally:
                 ways.close()
+                NOW.take()  # of steps that no record was written of
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -148,7 +149,9 @@ class _Planner:
         for layer in self.layers:
             del layer.forward  # the class's own shows again
 
-    def _run(self, layer: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run(
+        self, layer: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         if self._profile is not None:
             return self._profile.run(layer, original, args, kwargs)
         if not self.is_open or not torch.is_grad_enabled() or self.flow.now is None:
@@ -188,9 +191,7 @@ class _Planner:
         if isinstance(self._budget, Decisions):
             decisions, budget = self._budget.letters, self._budget.budget
             told = timeline(stack, channel, decisions, budget, draws=True)
-            choice = Choice(
-                decisions=decisions, budget=budget, timeline=told, bound_s=told.seconds
-            )
+            choice = Choice(decisions=decisions, budget=budget, timeline=told, bound_s=told.seconds)
         else:
             choice = choose(stack, channel, self._budget)
         self.choices.append(choice)
@@ -285,7 +286,9 @@ def measured(
             if pack is None:
                 output = hidden_of((original(*own_args, **own_kwargs),), {})
             else:
-                with torch.autograd.graph.saved_tensors_hooks(lambda t: pack(t, taken), lambda t: t):
+                with torch.autograd.graph.saved_tensors_hooks(
+                    lambda t: pack(t, taken), lambda t: t
+                ):
                     output = hidden_of((original(*own_args, **own_kwargs),), {})
             forward_s = _now_s(device) - started_s
             weights = torch.ones_like(output)

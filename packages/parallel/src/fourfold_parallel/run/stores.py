@@ -146,7 +146,9 @@ class _HostShelf:
                 target.numpy()[:] = piece.numpy()
             return
         stream = self._lanes.get(lane) or self._lanes.setdefault(lane, torch.cuda.Stream())
-        stream.wait_stream(torch.cuda.current_stream())  # memory that was freed may be in use there still
+        stream.wait_stream(
+            torch.cuda.current_stream()
+        )  # memory that was freed may be in use there still
         with torch.cuda.stream(stream):
             for target, piece in zip(to, source, strict=True):
                 target.copy_(piece, non_blocking=True)
@@ -171,7 +173,9 @@ class _DiskShelf:
         self._end = 0
         self._free: defaultdict[int, list[int]] = defaultdict(list)
         try:
-            self._file, path = tempfile.mkstemp(prefix="fourfold-", suffix=".activations", dir=folder)
+            self._file, path = tempfile.mkstemp(
+                prefix="fourfold-", suffix=".activations", dir=folder
+            )
         except OSError as error:
             raise StoreError(
                 f"folder={str(folder)!r} takes no file ({error.strerror}); name another"
@@ -232,7 +236,9 @@ class _DiskShelf:
             return free.pop()
         at = self._end
         length = -(-size // ALIGNMENT) * ALIGNMENT
-        os.posix_fallocate(self._file, at, max(length, ALIGNMENT))  # a full disk is met before a write
+        os.posix_fallocate(
+            self._file, at, max(length, ALIGNMENT)
+        )  # a full disk is met before a write
         self._end += length
         return at
 
@@ -313,7 +319,8 @@ def probe(ways: Ways, nbytes: int, device: torch.device) -> Channel:
             for way, seconds in (("out", written_s - started_s), ("in", read_s - written_s)):
                 timed[way, size] = min(seconds, timed.get((way, size), seconds))
     (out_rate, out_latency), (in_rate, in_latency) = (
-        _line(sizes[1], timed[way, sizes[1]], sizes[0], timed[way, sizes[0]]) for way in ("out", "in")
+        _line(sizes[1], timed[way, sizes[1]], sizes[0], timed[way, sizes[0]])
+        for way in ("out", "in")
     )
     return Channel(
         out_bytes_per_s=out_rate, in_bytes_per_s=in_rate,
