@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +86,15 @@ def told(
             session.update(1.0)
         values += [local(p.detach()).clone() for p in session.model.parameters()]
     return values
+
+
+def microbatch_of(session: Session, between: Callable[[], None] = lambda: None) -> None:
+    """Forward, something between, and backward."""
+    rows = torch.randint(0, VOCABULARY, (ROWS, LENGTH))
+    with session.microbatch(is_last=True):
+        loss = session.model(input_ids=rows, labels=rows).loss
+        between()
+        session.backward(loss)
 
 
 def same(these: list[Tensor], those: list[Tensor]) -> bool:
@@ -221,7 +230,7 @@ def test_a_swapped_blocks_memory_is_freed_and_nothing_holds_it() -> None:
 
 
 def test_an_address_that_is_used_again_is_another_storage() -> None:
-    """Storages saved in a layer that frees and allocates as it goes: by address they would be taken for one."""
+    """A layer frees and allocates as it goes: by address some storages would be taken for one."""
     engine = OutOfCore(inner=Single(), budget=Decisions(letters="SSSS"))
     with opened(engine) as session, session.microbatch(is_last=True):
         rows = torch.randint(0, VOCABULARY, (ROWS, LENGTH))
@@ -229,7 +238,8 @@ def test_an_address_that_is_used_again_is_another_storage() -> None:
         counts = [len(block.members) for block in swapped_layers(session)]
         session.backward(loss)
     assert len(set(counts)) == 1
-    # A Llama layer: input, two norms, q, k, v, attention's, gate, up, their product; many saved twice, as views.
+    # A Llama layer: input, two norms, q, k, v, attention's, gate, up, their product; many saved twice, as
+    # views.
     assert 15 <= counts[0] <= 25
 
 
@@ -246,12 +256,8 @@ def test_a_tensor_changed_in_place_is_refused() -> None:
             return y
 
         mlp.forward = spoiling
-        with (
-            pytest.raises(RuntimeError, match=r"block 2, was changed in place"),
-            session.microbatch(is_last=True),
-        ):
-            rows = torch.randint(0, VOCABULARY, (ROWS, LENGTH))
-            session.backward(session.model(input_ids=rows, labels=rows).loss)
+        with pytest.raises(RuntimeError, match=r"block 2, was changed in place"):
+            microbatch_of(session)
 
 
 def test_a_graph_that_is_kept_is_read_twice() -> None:
@@ -275,15 +281,17 @@ def test_a_graph_that_is_kept_is_read_twice() -> None:
 
 def test_an_exception_between_forward_and_backward_leaves_the_store_empty() -> None:
     engine = OutOfCore(inner=Single(), budget=Decisions(letters="SSSS"), store=Disk())
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
     with opened(engine) as session:
         backward_of(session, 0)
         shelf = session.planner.flow.ways.shelf
         end = shelf._end
         for _ in range(3):
-            with pytest.raises(KeyboardInterrupt), session.microbatch(is_last=True):
-                rows = torch.randint(0, VOCABULARY, (ROWS, LENGTH))
-                session.model(input_ids=rows, labels=rows)
-                raise KeyboardInterrupt
+            with pytest.raises(KeyboardInterrupt):
+                microbatch_of(session, interrupt)
         assert shelf._end == end  # its places are used again
         session.optimizer.zero_grad()
         assert torch.equal(backward_of(session, 0)[0], told(Single(), LLAMA, "fp32", 1, 1)[0])
@@ -308,13 +316,10 @@ def test_other_shapes_are_planned_anew_and_evaluation_is_left_alone() -> None:
 def test_two_forwards_before_a_backward_are_refused() -> None:
     engine = OutOfCore(inner=Single(), budget=10**9)
     rows = torch.randint(0, VOCABULARY, (2, LENGTH))
-    with (
-        pytest.raises(RuntimeError, match="call the model once in a microbatch"),
-        opened(engine) as session,
-        session.microbatch(is_last=True),
-    ):
+    with opened(engine) as session, session.microbatch(is_last=True):
         session.model(input_ids=rows)
-        session.model(input_ids=rows)
+        with pytest.raises(RuntimeError, match="call the model once in a microbatch"):
+            session.model(input_ids=rows)
 
 
 def test_an_inner_engine_that_recomputes_is_refused() -> None:
@@ -338,20 +343,16 @@ def test_a_flipped_bit_is_named_and_no_gradient_is_computed_from_it(tmp_path: Pa
     )
     with opened(engine) as session:
         flow = session.planner.flow
-        rows = torch.randint(0, VOCABULARY, (ROWS, LENGTH))
-        with (
-            pytest.raises(
-                StoreError, match=r"block 1 could not be read back: .*fourfold-.* holds other bytes"
-            ),
-            session.microbatch(is_last=True),
-        ):
-            loss = session.model(input_ids=rows, labels=rows).loss
+
+        def flip() -> None:
             flow.now.blocks[1].out.result()
-            kept = flow.now.blocks[1].kept
-            file = flow.ways.shelf._file
-            [byte] = os.pread(file, 1, kept.at[3])
-            os.pwrite(file, bytes([byte ^ 16]), kept.at[3])
-            session.backward(loss)
+            at, file = flow.now.blocks[1].kept.at[3], flow.ways.shelf._file
+            [byte] = os.pread(file, 1, at)
+            os.pwrite(file, bytes([byte ^ 16]), at)
+
+        said = r"block 1 could not be read back: .*fourfold-.* holds other bytes"
+        with pytest.raises(StoreError, match=said):
+            microbatch_of(session, flip)
         layers = session.model.get_submodule("model.layers")
         assert all(p.grad is None for layer in [*layers][:2] for p in layer.parameters())
         session.optimizer.zero_grad()
@@ -361,19 +362,16 @@ def test_a_flipped_bit_is_named_and_no_gradient_is_computed_from_it(tmp_path: Pa
 
 def test_a_file_cut_short_and_a_full_disk_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = OutOfCore(inner=Single(), budget=Decisions(letters="SSKK"), store=Disk())
-    rows = torch.randint(0, VOCABULARY, (ROWS, LENGTH))
     with opened(engine) as session:
         flow = session.planner.flow
-        with (
-            pytest.raises(
-                StoreError, match=r"block 1 could not be read back: .* bytes at [\d,]+: it was cut"
-            ),
-            session.microbatch(is_last=True),
-        ):
-            loss = session.model(input_ids=rows, labels=rows).loss
+
+        def cut() -> None:
             flow.now.blocks[1].out.result()
             os.ftruncate(flow.ways.shelf._file, 100)
-            session.backward(loss)
+
+        said = r"block 1 could not be read back: .* bytes at [\d,]+: it was cut"
+        with pytest.raises(StoreError, match=said):
+            microbatch_of(session, cut)
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

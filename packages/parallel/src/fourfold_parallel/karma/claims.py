@@ -1,7 +1,7 @@
 """The claims of KARMA's paper, each above the rule that judges it; rules were fixed before the runs.
 
-Wahib, Zhang, Nguyen, Drozd, Domke, Zhang, Takano, Matsuoka: Scaling Distributed Deep Learning Workloads beyond
-the Memory Capacity with KARMA. SC 2020 (arXiv 2008.11421). Its code was not published.
+Wahib, Zhang, Nguyen, Drozd, Domke, Zhang, Takano, Matsuoka: Scaling Distributed Deep Learning Workloads
+beyond the Memory Capacity with KARMA. SC 2020 (arXiv 2008.11421). Its code was not published.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from fourfold_parallel.reproduce.claims import (
 )
 
 _THROTTLED = (
-    "Llamas of width 192 in one process on a CPU; the slower memory is a file, slowed so that everything, both "
+    "Llamas of width 192 in one process on a CPU; the slower memory is a file, slowed so that everything, "
+    "both "
     "ways, takes a set part of the computation's time; seconds of a microbatch, forward and backward"
 )
 
@@ -32,8 +33,10 @@ _THROTTLED = (
     conditions=_THROTTLED
     + "; 4, 8 and 12 layers, the store 0.6, 1.2 and 2.4 of the computation, memory for 40 %; "
     "swapping alone and recomputing alone may keep blocks too, and are the best such choice",
-    rule="geometric mean, over the nine cases, of the faster single strategy's seconds over ours, with a 95 % "
-    "interval over 7 interleaved rounds: reproduced if its low end is above 1.05, contradicted if its high end is "
+    rule="geometric mean, over the nine cases, of the faster single strategy's seconds over ours, with a "
+    "95 % "
+    "interval over 7 interleaved rounds: reproduced if its low end is above 1.05, contradicted if its high "
+    "end is "
     "below 1.02",
     scales=("laptop",),
     needs="minutes of an idle machine",
@@ -45,7 +48,8 @@ def hybrid(records: Records) -> Finding:
         decide(reproduced=interval.low > 1.05, contradicted=interval.high < 1.02),
         f"{interval} times as fast",
         records["hybrid"].of("case")[0],
-        f"the geometric mean over rounds is {interval.value:.3f}, from {interval.low:.3f} to {interval.high:.3f}",
+        f"the geometric mean over rounds is {interval.value:.3f}, from {interval.low:.3f} to "
+        f"{interval.high:.3f}",
     )
 
 
@@ -56,7 +60,8 @@ def hybrid(records: Records) -> Finding:
     paper="the occupancy is projected from block times, sizes and the slowest of three throughputs",
     conditions=_THROTTLED
     + "; 12 plans of one model of 8 layers under budgets that no other study uses, interleaved",
-    rule="reproduced if Spearman's coefficient between predicted and measured seconds is at least 0.9 and the median "
+    rule="reproduced if Spearman's coefficient between predicted and measured seconds is at least 0.9 and "
+    "the median "
     "error at most 10 %; contradicted if neither is so",
     scales=("laptop",),
     needs="minutes of an idle machine",
@@ -78,11 +83,14 @@ def predicts(records: Records) -> Finding:
 @claim(
     "K3",
     section="III",
-    says="The capacity-based strategy (keep the last blocks, swap the others, recompute against stalls) is near the best",
+    says="The capacity-based strategy (keep the last blocks, swap the others, recompute against stalls) is "
+    "near the best",
     paper="the strategy that its planner follows; no bound is given",
-    conditions="200 drawn stacks of 5 to 7 blocks, half of them of equal blocks, simulated; the best choice by "
+    conditions="200 drawn stacks of 5 to 7 blocks, half of them of equal blocks, simulated; the best "
+    "choice by "
     "exact search; the strategy as recalled, without the paper's search for a blocking",
-    rule="share of stacks on which the strategy is within 1 % of the best, with Wilson's 95 % interval: reproduced if "
+    rule="share of stacks on which the strategy is within 1 % of the best, with Wilson's 95 % interval: "
+    "reproduced if "
     "its low end is above 0.9, contradicted if its high end is below",
     scales=("smoke", "laptop"),
     needs="nothing",
@@ -114,10 +122,14 @@ K4 = beyond_us(
     section="abstract",
     says="Data parallelism out of core beats model parallelism with as much memory",
     paper='"can outperform" hybrid model parallelism on Megatron-LM and Turing-NLG',
-    conditions="Llamas of 6 layers and three widths on 2 gloo ranks of one machine, two cores; DDP with what memory "
-    "the grid takes, peaks matched within 5 %; the store takes 0.6 of the computation; microbatches, without updates",
-    rule="reproduced if OutOfCore(DDP) is faster than Fourfold(row=2) and Fourfold(depth=2) at every width (medians of "
-    "interleaved rounds), contradicted if slower than both at every width; a pair whose peaks differ by more than 5 % "
+    conditions="Llamas of 6 layers and three widths on 2 gloo ranks of one machine, two cores; DDP with "
+    "what memory "
+    "the grid takes, peaks matched within 5 %; the store takes 0.6 of the computation; microbatches, "
+    "without updates",
+    rule="reproduced if OutOfCore(DDP) is faster than Fourfold(row=2) and Fourfold(depth=2) at every width "
+    "(medians of "
+    "interleaved rounds), contradicted if slower than both at every width; a pair whose peaks differ by "
+    "more than 5 % "
     "is not counted",
     scales=("laptop",),
     needs="minutes of an idle machine",
@@ -144,7 +156,8 @@ K6 = beyond_us(
     section="V",
     says="Out-of-core data parallelism scales to thousands of GPUs and to a model of 17 B parameters",
     paper="1.52x on average; up to 2,048 V100; Turing-NLG 17 B",
-    rule="reproduced if data parallelism out of core is at least 1.2 times as fast as the best of our grids that fit, on "
+    rule="reproduced if data parallelism out of core is at least 1.2 times as fast as the best of our "
+    "grids that fit, on "
     "64 GPUs or more",
     needs="64 GPUs or more",
 )

@@ -113,7 +113,7 @@ class Road:
 
 
 def road(config: LlamaConfig, tokens: int, busy: float) -> Road:
-    """Measure a model's blocks, and slow a store so that all of them take `busy` of the computation, both ways."""
+    """A model's blocks, measured, and a store so slow that all of them take `busy` of the computation."""
     with trained(OutOfCore(inner=Single(), budget=EVERYTHING), config, tokens) as ready:
         session: Any = ready.session
         [(stack, *_)] = session.planner.plans.values()
@@ -181,7 +181,7 @@ def _status(key: str) -> int:
 
 
 def peak_bytes(model: Trained) -> int:
-    """Weights, AdamW's two moments, and the most that a microbatch adds: gradients, activations, temporaries."""
+    """Weights, AdamW's two moments, and the most that a microbatch adds."""
     weights = sum(local(p.detach()).nbytes for p in model.session.model.parameters())
     model.session.optimizer.zero_grad()
 

@@ -78,4 +78,4 @@ def predictions() -> Predictions:
 
 def equal_memory() -> EqualMemory:
     """Three widths."""
-    return EqualMemory(widths=(128, 192, 256), layers=6, tokens=1024, busy=0.6, rounds=5)
+    return EqualMemory(widths=(128, 192, 256), layers=6, tokens=512, busy=0.6, rounds=5)

@@ -1,8 +1,9 @@
-"""The choice of what is kept, swapped and recomputed: the fastest that a budget allows, and how far from the best.
+"""The choice of what is kept, swapped and recomputed: the fastest that a budget allows, and how far from
+the best.
 
-To nine blocks the choice is exact: decisions are simulated in the order of a lower bound of their time, until the
-bound passes the best time. Beyond, patterns of equal blocks (a kept suffix, recomputation spread over the rest)
-begin a search by exchange, and the gap to a bound that holds for every choice is stated.
+To nine blocks the choice is exact: decisions are simulated in the order of a lower bound of their time,
+until the bound passes the best time. Beyond, patterns of equal blocks (a kept suffix, recomputation spread
+over the rest) begin a search by exchange, and the gap to a bound that holds for every choice is stated.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def check_budget(stack: Stack, budget: float) -> None:
     if budget < least:
         needs = [block.need_bytes for block in stack.blocks]
         raise BudgetError(
-            f"budget={budget:,.0f} bytes is too small: block {needs.index(least)} alone needs {least:,} to run; "
+            f"budget={budget:,.0f} bytes is too small: block {needs.index(least)} alone needs {least:,} to "
+            "run; "
             f"use {least:,} or more, or a smaller microbatch ({stack.largest_budget:,} keep everything)"
         )
 
@@ -118,8 +120,8 @@ def _may_fit(stack: Stack, letters: Iterable[str], budget: float) -> bool:
 def bound_of(stack: Stack, channel: Channel, decisions: str) -> float:
     """No timeline of these decisions is shorter, whatever the budget.
 
-    Computation with its recomputation; and the ways out and in, one after the other, between the first swapped
-    block's forward and its backward.
+    Computation with its recomputation; and the ways out and in, one after the other, between the first
+    swapped block's forward and its backward.
     """
     blocks = stack.blocks
     recomputed = sum(
@@ -143,8 +145,9 @@ def bound_of(stack: Stack, channel: Channel, decisions: str) -> float:
 def bound(stack: Stack, channel: Channel, budget: float) -> float:
     """No choice within the budget is faster: whole blocks are relaxed to shares of them.
 
-    Before the last block's forward, bytes beyond the budget have left: swapped, within what both ways carry, or
-    to be recomputed, the cheapest bytes first. The shortest time in which the two together are enough.
+    Before the last block's forward, bytes beyond the budget have left: swapped, within what both ways
+    carry, or to be recomputed, the cheapest bytes first. The shortest time in which the two together are
+    enough.
     """
     *before, last = stack.blocks
     excess = sum(b.saved_bytes for b in before) + last.need_bytes - budget
@@ -181,7 +184,7 @@ def bound(stack: Stack, channel: Channel, budget: float) -> float:
 
 
 def _patterns(count: int) -> Iterator[str]:
-    """A kept suffix; before it so many recomputed blocks, first, last or evenly spread, and the rest swapped."""
+    """A kept suffix; before it some recomputed blocks, first, last or evenly spread, the rest swapped."""
     for kept in range(count + 1):
         rest = count - kept
         for again in range(rest + 1):
@@ -226,7 +229,8 @@ def _neighbours(decisions: str) -> Iterator[str]:
 
 
 def greedy(stack: Stack, channel: Channel, budget: float) -> str:
-    """KARMA's strategy: keep as many last blocks as fit, swap the others, recompute where that shortens a stall.
+    """KARMA's strategy: keep as many last blocks as fit, swap the others, recompute where that shortens a
+    stall.
 
     Wahib et al. 2020 as recalled; without the search for a blocking.
     """
@@ -246,7 +250,7 @@ def greedy(stack: Stack, channel: Channel, budget: float) -> str:
 
 
 def pooch(stack: Stack, channel: Channel, budget: float) -> str:
-    """PooCH's rule (Ito et al. 2019) as recalled: all swapped; keep where that gains most; then recompute likewise."""
+    """PooCH's rule (Ito et al. 2019) as recalled: from all swapped, keep what gains most; then recompute so."""
     decisions = "S" * len(stack.blocks)
     for letter in "KR":
         while True:

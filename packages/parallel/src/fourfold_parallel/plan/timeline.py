@@ -1,14 +1,16 @@
-"""A microbatch under a budget of memory, told without tensors: compute, the ways out and in, what is resident.
+"""A microbatch under a budget of memory, told without tensors: compute, the ways out and in, what is
+resident.
 
 Each block is kept (K), swapped to a store (S) or recomputed (R). The decisions and the budget settle the
-*order* (`Rules`): which writes a forward waits for, and how early a block may be read back. So the peak does not
-depend on any speed, and what runs the plan keeps the budget by keeping the order. The speeds then settle when
-everything happens (`timeline`).
+*order* (`Rules`): which writes a forward waits for, and how early a block may be read back. So the peak
+does not depend on any speed, and what runs the plan keeps the budget by keeping the order. The speeds then
+settle when everything happens (`timeline`).
 
-Forward, in order: a block needs room for what it saves and its temporaries. K keeps what it saved, R its input
-alone, S all until it is written: writes are made one after another, each from the end of its block's forward.
-Backward, in reverse: reads are made one after another, each as early as the room allows until its block's turn.
-The last block that is swapped is read first and written last, so no read begins before the last write has ended.
+Forward, in order: a block needs room for what it saves and its temporaries. K keeps what it saved, R its
+input alone, S all until it is written: writes are made one after another, each from the end of its block's
+forward. Backward, in reverse: reads are made one after another, each as early as the room allows until its
+block's turn. The last block that is swapped is read first and written last, so no read begins before the
+last write has ended.
 """
 
 from __future__ import annotations

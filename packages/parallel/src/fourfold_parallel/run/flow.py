@@ -1,14 +1,15 @@
 """One microbatch out of core: each block kept, swapped or recomputed in the order that the plan's rules fix.
 
-Torch saves for backward through hooks. A swapped block's hooks take every saved tensor as a view of a storage;
-each storage is counted once, whatever its views, and leaves when the block's forward has ended. A handle that the
-graph holds stands in its place until backward asks. What is no activation stays as it is: weights, buffers, what
-the block was given beside its input.
+Torch saves for backward through hooks. A swapped block's hooks take every saved tensor as a view of a
+storage; each storage is counted once, whatever its views, and leaves when the block's forward has ended. A
+handle that the graph holds stands in its place until backward asks. What is no activation stays as it is:
+weights, buffers, what the block was given beside its input.
 
-Four things are easy to get wrong, and each has a test. A storage is known by its object, which is held until the
-block's forward ends: an address may be used again within a layer. Neither handles nor hooks hold a tensor: the
-graph keeps them. A block waits for room *before* its forward, so that writes under way never add up. And a saved
-tensor that was changed in place is refused when backward asks for it, as torch refuses it.
+Four things are easy to get wrong, and each has a test. A storage is known by its object, which is held
+until the block's forward ends: an address may be used again within a layer. Neither handles nor hooks hold
+a tensor: the graph keeps them. A block waits for room *before* its forward, so that writes under way never
+add up. And a saved tensor that was changed in place is refused when backward asks for it, as torch refuses
+it.
 """
 
 from __future__ import annotations
@@ -218,7 +219,8 @@ class Flow:
         index = now.entered
         if index == len(now.decisions):
             raise RuntimeError(
-                f"the model calls more decoder layers than the {index} that were planned for; a model whose depth "
+                f"the model calls more decoder layers than the {index} that were planned for; a model "
+                "whose depth "
                 "changes from call to call cannot be planned: use the inner engine alone"
             )
         now.entered += 1
@@ -347,7 +349,8 @@ class Flow:
             now.toll.waited_s += time.perf_counter() - started_s
         if held.is_changed:
             raise RuntimeError(
-                f"a tensor that backward needs, {held.dtype} {list(held.size)} of block {block.index}, was changed "
+                f"a tensor that backward needs, {held.dtype} {list(held.size)} of block {block.index}, was "
+                "changed "
                 "in place after it had been saved; use an operation that makes a new one"
             )
         return held.tensor()
@@ -419,7 +422,8 @@ class Flow:
         """Note what a block holds from now on.
 
         Raises:
-            RuntimeError: All together hold more than the budget: a block saved more than when it was measured.
+            RuntimeError: All together hold more than the budget: a block saved more than when it was
+            measured.
         """
         with self._lock:
             now.held[index] = nbytes
@@ -430,7 +434,8 @@ class Flow:
         if total > now.budget:
             raise RuntimeError(
                 f"blocks hold {total:,} bytes with block {index} ({nbytes:,}; measured before "
-                f"{now.stack.blocks[index].saved_bytes:,}), and the budget is {now.budget:,.0f}: what a block saves "
+                f"{now.stack.blocks[index].saved_bytes:,}), and the budget is {now.budget:,.0f}: what a "
+                "block saves "
                 "changes from call to call; use a larger budget"
             )
 
@@ -457,12 +462,13 @@ def _pack(block: Swapped, taken: Taken, tensor: Tensor) -> Tensor | Handle:
         cell = block.cells[key] = Cell(tensor.untyped_storage())
     handle = Handle(block, cell, tensor)
     # Detached, it shares the version, and does not hold the graph that holds the handle.
-    block.watched.append((tensor.detach(), tensor._version, handle))  # noqa: SLF001 - no public version counter
-    return handle
+    block.watched.append((tensor.detach(), tensor._version, handle))  # noqa: SLF001 - no public version
+    counter return handle
 
 
 def _bytes_of(cell: Cell) -> Tensor:
     """The memory of a cell, as bytes."""
     storage = cell.storage
     assert storage is not None
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # pyright: ignore[reportArgumentType]
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # pyright:
+    ignore[reportArgumentType]

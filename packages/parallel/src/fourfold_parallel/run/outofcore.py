@@ -1,8 +1,9 @@
-"""Training what does not fit: an engine around an engine, which keeps, swaps or recomputes each decoder layer.
+"""Training what does not fit: an engine around an engine, which keeps, swaps or recomputes each decoder
+layer.
 
-The numbers are those of the inner engine to the bit, whatever is decided. The first forward of each shape of input
-measures the blocks one by one, and the store; `plan.outofcore` then chooses, the same on every rank; `run.flow`
-carries it out.
+The numbers are those of the inner engine to the bit, whatever is decided. The first forward of each shape
+of input measures the blocks one by one, and the store; `plan.outofcore` then chooses, the same on every
+rank; `run.flow` carries it out.
 """
 
 from __future__ import annotations
@@ -106,12 +107,14 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     seek(model)
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no decoder layers (transformers' GradientCheckpointingLayer) to keep, swap "
+            f"{type(model).__name__} has no decoder layers (transformers' GradientCheckpointingLayer) to "
+            "keep, swap "
             "or recompute; use the inner engine alone"
         )
     if any(layer.gradient_checkpointing for layer in layers):
         raise ValueError(
-            "the inner engine recomputes its layers already (recomputes, gradient_checkpointing_enable); leave "
+            "the inner engine recomputes its layers already (recomputes, gradient_checkpointing_enable); "
+            "leave "
             "that to OutOfCore, whose budget decides it"
         )
     return layers

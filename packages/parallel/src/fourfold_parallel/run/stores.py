@@ -1,8 +1,8 @@
 """Stores: slower memories that hold activations between forward and backward.
 
-A store is a frozen value of a recipe; `open` gives its `Shelf`, which moves bytes and nothing else. `Ways` are the two
-lanes to a shelf, a thread each, first come, first served: a write and a read may be under way at once. Whatever
-fails is raised where the bytes are waited for, and names the block and the place.
+A store is a frozen value of a recipe; `open` gives its `Shelf`, which moves bytes and nothing else. `Ways`
+are the two lanes to a shelf, a thread each, first come, first served: a write and a read may be under way
+at once. Whatever fails is raised where the bytes are waited for, and names the block and the place.
 """
 
 from __future__ import annotations
@@ -214,7 +214,8 @@ class _DiskShelf:
                 done += got
             if self._checks and zlib.crc32(view) != checksum:
                 raise StoreError(
-                    f"{self.path} holds other bytes than were written at {at:,} ({size:,} bytes): the disk or "
+                    f"{self.path} holds other bytes than were written at {at:,} ({size:,} bytes): the disk "
+                    "or "
                     "the memory is faulty"
                 )
             if self._on_gpu:
@@ -304,7 +305,7 @@ PROBED_ROUNDS = 2
 
 
 def probe(ways: Ways, nbytes: int, device: torch.device) -> Channel:
-    """The speeds of a store, both ways one after the other, from transfers of so many bytes and of a quarter."""
+    """The speeds of a store, one way after the other, from transfers of so many bytes and of a quarter."""
     timed: dict[tuple[str, int], float] = {}
     sizes = (max(4, nbytes), max(1, nbytes // 4))
     for size in sizes:
@@ -329,7 +330,7 @@ def probe(ways: Ways, nbytes: int, device: torch.device) -> Channel:
 
 
 def _line(small: int, small_s: float, large: int, large_s: float) -> tuple[float, float]:
-    """(bytes per second, latency) of the line through two points; through the larger alone if it is steeper."""
+    """(bytes per second, latency) of the line through two points, or through the larger alone."""
     slope = (large_s - small_s) / (large - small)
     if slope <= 0 or small_s - small * slope < 0:
         return large / max(large_s, 1e-9), 0.0
