@@ -1,5 +1,4 @@
-"""The choice of what is kept, swapped and recomputed: the fastest that a budget allows, and how far from
-the best.
+"""The choice of what is kept, swapped and recomputed: the fastest within a budget, or how far from it.
 
 To nine blocks the choice is exact: decisions are simulated in the order of a lower bound of their time,
 until the bound passes the best time. Beyond, patterns of equal blocks (a kept suffix, recomputation spread
@@ -229,8 +228,7 @@ def _neighbours(decisions: str) -> Iterator[str]:
 
 
 def greedy(stack: Stack, channel: Channel, budget: float) -> str:
-    """KARMA's strategy: keep as many last blocks as fit, swap the others, recompute where that shortens a
-    stall.
+    """KARMA's strategy: keep the last blocks that fit, swap the others, recompute against stalls.
 
     Wahib et al. 2020 as recalled; without the search for a blocking.
     """
@@ -250,7 +248,7 @@ def greedy(stack: Stack, channel: Channel, budget: float) -> str:
 
 
 def pooch(stack: Stack, channel: Channel, budget: float) -> str:
-    """PooCH's rule (Ito et al. 2019) as recalled: from all swapped, keep what gains most; then recompute so."""
+    """PooCH's rule (Ito et al. 2019) as recalled: of all swapped, keep what gains most; then recompute."""
     decisions = "S" * len(stack.blocks)
     for letter in "KR":
         while True:

@@ -1,5 +1,4 @@
-"""A microbatch under a budget of memory, told without tensors: compute, the ways out and in, what is
-resident.
+"""A microbatch under a budget, told without tensors: compute, the ways out and in, what is resident.
 
 Each block is kept (K), swapped to a store (S) or recomputed (R). The decisions and the budget settle the
 *order* (`Rules`): which writes a forward waits for, and how early a block may be read back. So the peak

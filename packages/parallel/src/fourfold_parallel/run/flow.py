@@ -335,23 +335,21 @@ class Flow:
         if isinstance(held, Tensor):
             return held
         block, now = held.block, self.now
-        if held.cell.storage is None or block.inward is not None:
-            if now is None or block.index not in now.blocks:
-                raise RuntimeError(
-                    f"block {block.index} is asked for after its microbatch has ended; call backward within "
-                    "`session.microbatch`"
-                )
-            if block.inward is None:
-                self._turn(now, block.index)
+        if now is not None and now.blocks.get(block.index) is block:
+            self._turn(now, block.index)
             assert block.inward is not None
             started_s = time.perf_counter()
             block.inward.result()
             now.toll.waited_s += time.perf_counter() - started_s
+        elif held.cell.storage is None:
+            raise RuntimeError(
+                f"block {block.index} is asked for after its microbatch has ended; call backward within "
+                "`session.microbatch`"
+            )
         if held.is_changed:
             raise RuntimeError(
                 f"a tensor that backward needs, {held.dtype} {list(held.size)} of block {block.index}, was "
-                "changed "
-                "in place after it had been saved; use an operation that makes a new one"
+                "changed in place after it had been saved; use an operation that makes a new one"
             )
         return held.tensor()
 
@@ -395,7 +393,9 @@ class Flow:
         now.progress = index
         self._await(now, now.rules.backward_after[index])
         while now.reads and index <= now.rules.read_at[now.reads[-1]]:
-            block = now.blocks[now.reads.pop()]
+            block = now.blocks.get(now.reads.pop())
+            if block is None:
+                continue  # the model ended before it
             block.inward = self.ways.inward(lambda block=block: self._read(now, block))
 
     def _left(self, now: Pass, index: int) -> None:
@@ -462,13 +462,14 @@ def _pack(block: Swapped, taken: Taken, tensor: Tensor) -> Tensor | Handle:
         cell = block.cells[key] = Cell(tensor.untyped_storage())
     handle = Handle(block, cell, tensor)
     # Detached, it shares the version, and does not hold the graph that holds the handle.
-    block.watched.append((tensor.detach(), tensor._version, handle))  # noqa: SLF001 - no public version
-    counter return handle
+    version = tensor._version  # noqa: SLF001 - no public version counter
+    block.watched.append((tensor.detach(), version, handle))
+    return handle
 
 
 def _bytes_of(cell: Cell) -> Tensor:
     """The memory of a cell, as bytes."""
     storage = cell.storage
     assert storage is not None
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # pyright:
-    ignore[reportArgumentType]
+    empty: Any = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    return empty.set_(storage)

@@ -1,5 +1,4 @@
-"""Training what does not fit: an engine around an engine, which keeps, swaps or recomputes each decoder
-layer.
+"""Training what does not fit: an engine around an engine, to keep, swap or recompute each layer.
 
 The numbers are those of the inner engine to the bit, whatever is decided. The first forward of each shape
 of input measures the blocks one by one, and the store; `plan.outofcore` then chooses, the same on every
