@@ -162,8 +162,9 @@ def _stages(scale: Scale) -> Sequence[Stage]:
 
 def _drawings(scale: Scale) -> Sequence[Drawing]:
     from fourfold_parallel.axonn import figures  # needs matplotlib, and nothing else does
+    from fourfold_parallel.karma import figures as karma_figures
 
-    return figures.drawings(scale)
+    return (*figures.drawings(scale), *karma_figures.drawings(scale))
 
 
 def _launches() -> Sequence[Launch]:

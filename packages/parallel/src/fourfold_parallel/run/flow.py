@@ -413,9 +413,9 @@ class Flow:
         """Wait for so many writes, the first ones."""
         started_s = time.perf_counter()
         for index in now.rules.swapped[:writes]:
-            out = now.blocks[index].out
-            if out is not None:
-                out.result()
+            block = now.blocks.get(index)
+            if block is not None and block.out is not None:
+                block.out.result()
         now.toll.waited_s += time.perf_counter() - started_s
 
     def _hold(self, now: Pass, index: int, nbytes: int, what: str) -> None:
