@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -10,7 +11,15 @@ from functools import partial
 import torch
 
 from fourfold_parallel.karma import recipes
-from fourfold_parallel.karma.measure import drawn, equal_memory, fixed, in_turn, llama, road
+from fourfold_parallel.karma.measure import (
+    LARGE_PIECES,
+    drawn,
+    equal_memory,
+    fixed,
+    in_turn,
+    llama,
+    road,
+)
 from fourfold_parallel.karma.recipes import EqualMemory, Hybrid, Predictions, Stacks
 from fourfold_parallel.plan.blocks import Stack
 from fourfold_parallel.plan.machine import Channel
@@ -107,6 +116,7 @@ def time_predictions(study: Predictions, workplace: Workplace) -> None:
 
 def time_equal_memory(study: EqualMemory, workplace: Workplace) -> None:
     """Data parallelism out of core beside a grid of two ranks; events "pair"."""
+    os.environ.update(LARGE_PIECES)  # for the server of the ranks, which starts with the first law
     pairs = [(grid, width) for width in study.widths for grid in ("row", "depth")]
     with workplace.recording(study, seed=0) as records:
         for index, (grid, width) in enumerate(pairs):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -155,18 +155,26 @@ def drawn(generator: random.Random, blocks: int) -> tuple[Stack, Channel, float]
     return stack, channel, stack.smallest_budget + room * generator.uniform(0.0, 0.9)
 
 
-M_MMAP_THRESHOLD = -3
-LARGE = 65536
-"""Larger pieces of memory are the system's own: freed, they leave the resident set."""
+LARGE_PIECES = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""Environment in which larger pieces of memory are the system's own from the start of a process: freed, they
+leave the resident set. Without it glibc keeps them, and hides what training frees."""
 
 
 def resident_growth(run: Callable[[], None]) -> int:
-    """The most by which a call enlarges this process' resident set (Linux with glibc)."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, LARGE)
-    run()  # with the threshold in force
+    """The most by which a call enlarges this process' resident set, on Linux.
+
+    Raises:
+        ValueError: The process was started without `LARGE_PIECES`.
+    """
+    missing = [
+        f"{name}={value}" for name, value in LARGE_PIECES.items() if os.environ.get(name) != value
+    ]
+    if missing:
+        raise ValueError(
+            f"start this process with {' '.join(missing)}, or its resident set tells nothing"
+        )
+    run()
     gc.collect()
-    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = _status("VmRSS")
     run()
