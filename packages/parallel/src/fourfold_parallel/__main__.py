@@ -23,6 +23,7 @@ def main() -> None:
             "plan": commands.plan,
             "certify": commands.certify,
             "watch": commands.watch,
+            "schedule": commands.schedule,
             "mllog": commands.mllog,
             "checkpoint": commands.checkpoint,
             "storm": commands.storm,

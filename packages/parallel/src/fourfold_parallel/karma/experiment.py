@@ -76,7 +76,7 @@ def time_hybrid(study: Hybrid, workplace: Workplace) -> None:
             times = in_turn(engines, config, models.tokens, models.rounds)
             records.write(
                 "case", layers=layers, busy=busy, budget_bytes=round(budget), plain_s=way.stack.compute_s,
-                stack=way.stack, channel=way.channel, decisions=plans, **{f"{name}_s": seconds for name,
+                stack=way.stack, channel=way.channel, decisions=plans["ours"], plans=plans, **{f"{name}_s": seconds for name,
                 seconds in times.items()}, predicted_s={
                     name: seconds_of(way.stack, way.channel, letters, budget)
                     for name, letters in plans.items()

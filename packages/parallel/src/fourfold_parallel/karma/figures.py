@@ -7,69 +7,17 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from fourfold_parallel.common.values import from_json
-from fourfold_parallel.plan.blocks import Stack
-from fourfold_parallel.plan.machine import Channel
-from fourfold_parallel.plan.outofcore import Choice, choose
-from fourfold_parallel.plan.simulate import Span
+from fourfold_parallel.planning.outofcore import schedule
 from fourfold_parallel.reproduce.claims import Records
 from fourfold_parallel.reproduce.experiment import Drawing
-from fourfold_parallel.reproduce.figures import BASELINE, CONTROL, METHOD, SHADES
+from fourfold_parallel.reproduce.figures import BASELINE, CONTROL, METHOD
 from fourfold_parallel.reproduce.scale import Scale
-
-LANES = ("compute", "out", "in")
-COLOURS = {"F": BASELINE, "B": SHADES[2], "R": METHOD, "h": CONTROL}
-
-
-def schedule(choice: Choice) -> Figure:
-    """A microbatch: a lane for the computation and one for each way, and below what is resident."""
-    figure = Figure(figsize=(9.6, 3.8))
-    lanes, memory = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    for index, lane in enumerate(LANES):
-        for span in choice.timeline.spans:
-            if span.lane == lane:
-                width = span.stop_s - span.start_s
-                lanes.broken_barh(
-                    [(span.start_s, width)], (index - 0.38, 0.76), color=_colour(span),
-                    edgecolor="white", linewidth=0.5,
-                )  # fmt: skip
-                if width > choice.timeline.seconds / 60:
-                    lanes.text(
-                        span.start_s + width / 2,
-                        index,
-                        span.name,
-                        ha="center",
-                        va="center",
-                        fontsize=7,
-                    )
-    lanes.set_yticks(range(len(LANES)), LANES)
-    lanes.invert_yaxis()
-    lanes.set_title(
-        f"{choice.decisions}: computing {choice.timeline.occupancy:.0%} of the time", fontsize=9.5
-    )
-    times, held = zip(*choice.timeline.resident, strict=True)
-    memory.step([0.0, *times], [0.0, *(value / 1e6 for value in held)], where="post", color=METHOD)
-    memory.axhline(choice.budget / 1e6, color="#1f2328", linestyle="--")
-    memory.set(xlabel="seconds", ylabel="MB resident")
-    return figure
-
-
-def _colour(span: Span) -> str:
-    return COLOURS[span.name[0]] if span.lane == "compute" else SHADES[4]
 
 
 def chosen(records: Records) -> Figure:
-    """The plan of the deepest model at the middle speed, drawn from its measured blocks."""
-    case = max(
-        records["hybrid"].of("case"),
-        key=lambda c: (c.number("layers"), -abs(c.number("busy") - 1.2)),
-    )
-    values = case.values["stack"]
-    assert isinstance(values, dict)
-    stack, channel = from_json(values), from_json(case.values["channel"])
-    assert isinstance(stack, Stack)
-    assert isinstance(channel, Channel)
-    return schedule(choose(stack, channel, case.number("budget_bytes")))
+    """The plan of the deepest model at the middle speed."""
+    cases = records["hybrid"].of("case", busy=1.2)
+    return schedule(max(cases, key=lambda case: case.number("layers")))
 
 
 def strategies(records: Records) -> Figure:
