@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
+from fourfold_parallel.commands import schedule
 from fourfold_parallel.common.progress import silent
 from fourfold_parallel.common.records import read_record
 from fourfold_parallel.common.values import from_json, to_json
 from fourfold_parallel.grid.engine import Fourfold
 from fourfold_parallel.grid.gradients import local
 from fourfold_parallel.plan.timeline import BudgetError
+from fourfold_parallel.planning.outofcore import told as told_again
 from fourfold_parallel.run.engines import DDP, FSDP2, Engine, Session, Single
 from fourfold_parallel.run.outofcore import Decisions, OutOfCore
-from fourfold_parallel.run.recipe import Run
+from fourfold_parallel.run.recipe import Run, Steps
 from fourfold_parallel.run.stores import Disk, Host, StoreError, Throttled
 from fourfold_parallel.run.train import train
 from fourfold_parallel.testing.ranks import run_on_ranks
@@ -459,3 +461,19 @@ def test_a_recipe_trains_unchanged_and_its_record_says_what_was_planned_and_wait
         assert step.number("store_waited_s") > 0
         assert step.number("held_bytes") > 0
     assert "held_bytes" not in read_record(tmp_path / "p.jsonl").of("step")[0].values
+
+
+def test_a_record_is_drawn_as_it_was_planned(tmp_path: Path, small_run: Run) -> None:
+    """`fourfold schedule`: the drawn timeline is the predicted one."""
+    engine = OutOfCore(inner=Single(), budget=Decisions(letters="SR"))
+    run = replace(small_run, engine=engine, horizon=Steps(count=1))
+    record = tmp_path / "r.jsonl"
+    train(run, record=record, checkpoints=tmp_path / "c", progress=silent)
+    [plan] = read_record(record).of("plan")
+    assert told_again(plan).seconds == pytest.approx(plan.number("predicted_s"))
+    schedule(record)
+    assert (tmp_path / "r.svg").read_text().count("</svg>") == 1
+    plain, kept = replace(small_run, horizon=Steps(count=1)), tmp_path / "plain"
+    train(plain, record=kept / "r.jsonl", checkpoints=kept, progress=silent)
+    with pytest.raises(ValueError, match="holds no plan"):
+        schedule(kept / "r.jsonl")

@@ -6,26 +6,34 @@ import os
 import random
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import torch
 
 from fourfold_parallel.karma import recipes
 from fourfold_parallel.karma.measure import (
+    EVERYTHING,
     LARGE_PIECES,
+    Measured,
+    Trained,
+    alternated,
     drawn,
     equal_memory,
     fixed,
     in_turn,
     llama,
     road,
+    trained,
 )
 from fourfold_parallel.karma.recipes import EqualMemory, Hybrid, Predictions, Stacks
-from fourfold_parallel.plan.blocks import Stack
+from fourfold_parallel.plan.blocks import Stack, middle
 from fourfold_parallel.plan.machine import Channel
 from fourfold_parallel.plan.outofcore import choose, greedy, pooch, seconds_of
 from fourfold_parallel.reproduce.experiment import Stage, Workplace
 from fourfold_parallel.reproduce.scale import Scale
+from fourfold_parallel.run.engines import Single
+from fourfold_parallel.run.outofcore import OutOfCore
 from fourfold_parallel.testing.ranks import close_ranks, run_on_ranks
 
 
@@ -74,43 +82,51 @@ def time_hybrid(study: Hybrid, workplace: Workplace) -> None:
             }
             engines = {name: fixed(way, letters, budget) for name, letters in plans.items()}
             times = in_turn(engines, config, models.tokens, models.rounds)
+            seconds = {f"{name}_s": row for name, row in times.items()}
+            predicted = {
+                name: seconds_of(way.stack, way.channel, letters, budget)
+                for name, letters in plans.items()
+            }
             records.write(
-                "case", layers=layers, busy=busy, budget_bytes=round(budget), plain_s=way.stack.compute_s,
-                stack=way.stack, channel=way.channel, decisions=plans["ours"], plans=plans, **{f"{name}_s": seconds for name,
-                seconds in times.items()}, predicted_s={
-                    name: seconds_of(way.stack, way.channel, letters, budget)
-                    for name, letters in plans.items()
-                },
+                "case", layers=layers, busy=busy, budget_bytes=round(budget), stack=way.stack,
+                channel=way.channel, plain_s=way.stack.compute_s, decisions=plans["ours"], plans=plans,
+                predicted_s=predicted, **seconds,
             )  # fmt: skip
 
 
 def time_predictions(study: Predictions, workplace: Workplace) -> None:
-    """Two plans for each budget: ours, and the best swapping; events "plan"."""
+    """Two plans for each budget: ours, and the best swapping; events "plan".
+
+    The blocks are measured in each round too, by themselves: what they come to is the prediction.
+    """
     torch.set_num_threads(1)
     models = study.models
     [layers] = models.layers
     config = llama(layers, models.width)
     with workplace.recording(study, seed=0) as records:
         way = road(config, models.tokens, study.busy)
-        plans: dict[str, tuple[str, float, float]] = {}
+        plans: dict[str, tuple[str, float]] = {}
         for share in study.budgets:
             budget = share * way.stack.largest_budget
             ours = choose(way.stack, way.channel, budget).decisions
             other = only(way.stack, way.channel, budget, "S")
             if other == ours:
                 other = greedy(way.stack, way.channel, budget)
-            for name, letters in (("ours", ours), ("other", other)):
-                predicted_s = seconds_of(way.stack, way.channel, letters, budget)
-                plans[f"{name} {share}"] = (letters, budget, predicted_s)
+            plans |= {f"ours {share}": (ours, budget), f"other {share}": (other, budget)}
         workplace.progress(1, 3, f"{len(plans)} plans in turn")
-        engines = {
-            name: fixed(way, letters, budget) for name, (letters, budget, _) in plans.items()
-        }
-        times = in_turn(engines, config, models.tokens, models.rounds)
-        for name, (letters, budget, predicted_s) in plans.items():
+        with ExitStack() as scope:
+            whole = trained(OutOfCore(inner=Single(), budget=EVERYTHING), config, models.tokens)
+            blocks = Measured(scope.enter_context(whole))
+            ready: dict[str, Trained | Measured] = {"blocks": blocks}
+            for name, plan in plans.items():
+                ready[name] = scope.enter_context(trained(fixed(way, *plan), config, models.tokens))
+            times = alternated(ready, models.rounds)
+        stack = middle(blocks.stacks[1:])
+        for name, (letters, budget) in plans.items():
             records.write(
-                "plan", name=name, decisions=letters, budget_bytes=round(budget),
-                predicted_s=predicted_s, measured_s=times[name], plain_s=way.stack.compute_s,
+                "plan", name=name, decisions=letters, budget_bytes=round(budget), stack=stack,
+                channel=way.channel, measured_s=times[name], plain_s=stack.compute_s,
+                predicted_s=seconds_of(stack, way.channel, letters, budget),
             )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from fourfold_parallel.grid.engine import Fourfold
 from fourfold_parallel.grid.gradients import local
 from fourfold_parallel.karma.measures import MATCHED
 from fourfold_parallel.launch import Ranks
-from fourfold_parallel.plan.blocks import Block, Stack
+from fourfold_parallel.plan.blocks import Block, Stack, middle
 from fourfold_parallel.plan.machine import Channel
 from fourfold_parallel.run.engines import DDP, Engine, Session, Single
 from fourfold_parallel.run.outofcore import Decisions, OutOfCore
@@ -84,14 +84,14 @@ def in_turn(
 ) -> dict[str, list[float]]:
     """Seconds of a microbatch under each engine, so many rounds, all engines in each."""
     with ExitStack() as scope:
-        ready = {
+        ready: dict[str, Trained | Measured] = {
             name: scope.enter_context(trained(engine, config, tokens))
             for name, engine in engines.items()
         }
         return alternated(ready, rounds)
 
 
-def alternated(models: Mapping[str, Trained], rounds: int) -> dict[str, list[float]]:
+def alternated(models: Mapping[str, Trained | Measured], rounds: int) -> dict[str, list[float]]:
     """Seconds of a microbatch of each model; a first round is not counted."""
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(rounds + 1):
@@ -103,6 +103,24 @@ def alternated(models: Mapping[str, Trained], rounds: int) -> dict[str, list[flo
     return times
 
 
+class Measured:
+    """A model whose blocks are measured anew whenever its turn comes."""
+
+    def __init__(self, model: Trained) -> None:
+        self.model = model
+        self.session: Session = model.session
+        self.stacks: list[Stack] = []
+
+    def seconds(self) -> float:
+        """Measures; gives seconds of a microbatch in which everything is kept, blocks taken one by one."""
+        session: Any = self.session
+        session.planner.plans.clear()
+        self.model.microbatch()
+        [(stack, *_)] = session.planner.plans.values()
+        self.stacks.append(stack)
+        return stack.compute_s
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Road:
     """A model's blocks, and a store that is slowed to be so busy."""
@@ -112,11 +130,16 @@ class Road:
     store: Throttled
 
 
+PROFILES = 3
+
+
 def road(config: LlamaConfig, tokens: int, busy: float) -> Road:
     """A model's blocks, measured, and a store so slow that all of them take `busy` of the computation."""
     with trained(OutOfCore(inner=Single(), budget=EVERYTHING), config, tokens) as ready:
-        session: Any = ready.session
-        [(stack, *_)] = session.planner.plans.values()
+        measured = Measured(ready)
+        for _ in range(PROFILES):
+            measured.seconds()
+    stack = middle(measured.stacks)
     rate = 2 * stack.saved_bytes / (busy * stack.compute_s)
     channel = Channel(out_bytes_per_s=rate, in_bytes_per_s=rate)
     return Road(stack=stack, channel=channel, store=Throttled(store=Disk(), bytes_per_s=rate))

@@ -16,7 +16,7 @@ class Stacks:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class Models:
     """A Llama whose microbatches are timed."""
 
     layers: tuple[int, ...]
@@ -31,7 +31,7 @@ class Measured:
 class Hybrid:
     """Ours beside the best swapping alone and the best recomputing alone."""
 
-    models: Measured
+    models: Models
     busy: tuple[float, ...]
     """Seconds that the store would take for everything, both ways, over those of the computation."""
     budget: float
@@ -42,7 +42,7 @@ class Hybrid:
 class Predictions:
     """Predicted and measured microbatches of one model."""
 
-    models: Measured
+    models: Models
     busy: float
     budgets: tuple[float, ...]
 
@@ -66,13 +66,13 @@ def stacks() -> Stacks:
 
 def hybrid() -> Hybrid:
     """Three depths, three speeds of the store, memory for two fifths."""
-    models = Measured(layers=(4, 8, 12), width=192, tokens=512, rounds=7)
+    models = Models(layers=(4, 8, 12), width=192, tokens=512, rounds=7)
     return Hybrid(models=models, busy=(0.6, 1.2, 2.4), budget=0.4)
 
 
 def predictions() -> Predictions:
     """Budgets that no other study uses."""
-    models = Measured(layers=(8,), width=192, tokens=512, rounds=5)
+    models = Models(layers=(8,), width=192, tokens=512, rounds=7)
     return Predictions(models=models, busy=1.0, budgets=(0.25, 0.33, 0.47, 0.55, 0.68, 0.85))
 
 

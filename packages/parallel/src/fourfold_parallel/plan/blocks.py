@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,20 @@ class Stack:
     def largest_budget(self) -> int:
         """Bytes beyond which more change nothing: everything is kept."""
         return self.saved_bytes + max(block.spare_bytes for block in self.blocks)
+
+
+def middle(stacks: Sequence[Stack]) -> Stack:
+    """The same blocks measured several times: of each time the median."""
+    first = stacks[0]
+    blocks = tuple(
+        replace(
+            same[0],
+            forward_s=statistics.median(b.forward_s for b in same),
+            backward_s=statistics.median(b.backward_s for b in same),
+        )
+        for same in zip(*(stack.blocks for stack in stacks), strict=True)
+    )
+    return replace(first, blocks=blocks, between_s=statistics.median(s.between_s for s in stacks))
 
 
 def slowest(stacks: Sequence[Stack]) -> Stack:

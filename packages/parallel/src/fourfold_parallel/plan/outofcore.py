@@ -10,10 +10,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fourfold_parallel.plan.blocks import Stack
-from fourfold_parallel.plan.machine import Channel
+from fourfold_parallel.plan.blocks import Block, Stack
+from fourfold_parallel.plan.job import Job, Layout
+from fourfold_parallel.plan.machine import Channel, Machine
+from fourfold_parallel.plan.memory import GRADIENTS_OF_A_LAYER, memory_of
+from fourfold_parallel.plan.simulate import simulate
 from fourfold_parallel.plan.timeline import BudgetError, Timeline, timeline
 
 EXACT_BLOCKS = 9
@@ -37,6 +40,33 @@ class Choice:
     def gap(self) -> float:
         """The most by which the best choice may be faster than this one, of this one's bound."""
         return self.timeline.seconds / self.bound_s - 1
+
+
+def stack_of(job: Job, layout: Layout, machine: Machine) -> Stack:
+    """The blocks of a rank of a layout on a machine, without running anything.
+
+    Times are those that `simulate` finds for one decoder layer more, memory is `memory_of`'s; temporaries
+    are the gradients of half a layer's activations. `choose(stack_of(...), machine.host, budget)` plans a
+    GPU from here.
+    """
+    shares = layout.shares * layout.microbatch
+    few, more = (
+        replace(job, batch=shares, model=replace(job.model, layers=layers)) for layers in (2, 3)
+    )
+    plain, again = (replace(layout, recomputes=recomputes) for recomputes in (False, True))
+    layer_s, redone_s = (
+        simulate(more, form, machine).seconds - simulate(few, form, machine).seconds
+        for form in (plain, again)
+    )
+    forward_s = redone_s - layer_s
+    memory = memory_of(job, plain)
+    inputs = memory_of(more, again).activations - memory_of(few, again).activations
+    block = Block(
+        forward_s=forward_s, backward_s=layer_s - forward_s, saved_bytes=round(memory.layer),
+        input_bytes=round(inputs), spare_bytes=round(GRADIENTS_OF_A_LAYER * memory.layer),
+    )  # fmt: skip
+    around_s = simulate(few, plain, machine).seconds - 2 * layer_s
+    return Stack(blocks=(block,) * job.model.layers, between_s=max(0.0, around_s))
 
 
 def choose(stack: Stack, channel: Channel, budget: float, *, letters: str = "KSR") -> Choice:
