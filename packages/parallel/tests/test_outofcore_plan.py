@@ -233,7 +233,7 @@ def test_decisions_of_another_number_or_letter_are_refused() -> None:
 
 
 def test_a_model_that_is_not_here_is_planned_on_a_machine_that_is_not_here() -> None:
-    """A 3B-class Llama of long sequences on an H200: half of its activations cost little over its own link."""
+    """A 3B-class Llama of long sequences on an H200: half of its activations cost little over the link."""
     model = Transformer.of(
         LlamaConfig(
             hidden_size=3072, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
