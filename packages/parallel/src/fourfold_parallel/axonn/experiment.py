@@ -12,6 +12,7 @@ from fourfold_parallel.axonn.paper import counted_flops, gpt
 from fourfold_parallel.axonn.recipes import Overlap, Rankings, StrongScaling, WeakScaling
 from fourfold_parallel.karma import claims as karma_claims
 from fourfold_parallel.karma import experiment as karma
+from fourfold_parallel.karma.measures import table as outofcore_table
 from fourfold_parallel.plan import authors
 from fourfold_parallel.plan.job import Job, Layout, grids
 from fourfold_parallel.plan.machine import Machine
@@ -184,5 +185,5 @@ EXPERIMENT = Experiment(
     stages=_stages,
     drawings=_drawings,
     launches=_launches,
-    tables={"storm": table},
+    tables={"storm": table, "outofcore": outofcore_table},
 )
