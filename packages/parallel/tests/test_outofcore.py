@@ -153,6 +153,47 @@ def test_two_ranks_compute_what_the_inner_engine_does(name: str) -> None:
         run_on_ranks(2, law_of_the_plain_run, precision=precision, **law)
 
 
+def frozen(letters: str, layers: int) -> list[Tensor]:
+    """Losses and gradients where the embedding and the first layers are not trained."""
+    engine = OutOfCore(inner=Single(), budget=Decisions(letters=letters)) if letters else Single()
+    with opened(engine, GPT2) as session:
+        trunk: Any = session.model.get_submodule("transformer")
+        for part in (trunk.wte, trunk.wpe, *trunk.h[:layers]):
+            part.requires_grad_(False)
+        losses = backward_of(session, 0)
+        return losses + [p.grad for p in session.model.parameters() if p.grad is not None]
+
+
+def test_layers_that_are_not_trained_are_left_as_they_are() -> None:
+    """Nothing is saved in them, and nothing asks for them in backward."""
+    for layers in (0, 2):
+        plain = frozen("", layers)
+        for letters in MIXTURES:
+            assert same(plain, frozen(letters, layers)), (letters, layers)
+
+
+def law_of_one_choice(share: float) -> str:
+    """Ranks whose measurements differ decide alike, and within the budget of each."""
+    with opened(OutOfCore(inner=DDP(), budget=10**9)) as session:
+        backward_of(session, 0)
+        [(stack, *_)] = session.planner.plans.values()
+    budget = int(stack.smallest_budget + share * (stack.largest_budget - stack.smallest_budget))
+    store = Throttled(store=Disk(), bytes_per_s=1e8)
+    with opened(OutOfCore(inner=DDP(), budget=budget, store=store)) as session:
+        backward_of(session, 0)
+        events = reads_and_writes(session)
+        session.optimizer.zero_grad()
+        backward_of(session, 0)
+        assert max(total for _, total in events) <= budget
+        [choice] = session.planner.choices
+        return f"{choice.decisions} {choice.timeline.seconds}"
+
+
+def test_ranks_choose_alike() -> None:
+    mine, other = run_on_ranks(2, law_of_one_choice, share=0.4)
+    assert mine == other
+
+
 # The budget
 
 

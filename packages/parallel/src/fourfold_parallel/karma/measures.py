@@ -77,9 +77,9 @@ def table(records: Records) -> str:
     spearman, error = prediction(records)
     head = ["layers", "store", "keep or swap", "keep or recompute", "any", "chosen"]
     told = (
-        "Seconds of a microbatch over plain training's, with memory for 40 %. `store`: the time in which the "
-        "store would move everything, both ways, over the computation's. Llamas of width 192, one thread of a "
-        f"shared machine. Of 12 other plans, predicted against measured: Spearman {spearman:.2f}, median "
-        f"error {error:.1%}."
+        "Seconds of a microbatch over plain training's, with memory for 40 %. `store`: the time in which "
+        "the store would move everything, both ways, over the computation's. Llamas of width 192, one "
+        "thread of a shared machine. Of 12 other plans, predicted against measured: Spearman "
+        f"{spearman:.2f}, median error {error:.1%}."
     )
     return markdown(head, rows) + "\n" + told + "\n"
