@@ -51,7 +51,7 @@ def steps(
         tokens = torch.randint(
             0, settings.vocab_size, (rows, sequence), generator=torch.Generator().manual_seed(0)
         ).to(session.device)
-        times, losses, peak = [], [], 0
+        times, losses, peak, before = [], [], 0, 0
         for step in range(STEPS + 1):
             if session.device.type == "cuda":
                 torch.cuda.synchronize()

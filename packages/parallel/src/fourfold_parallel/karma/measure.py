@@ -247,6 +247,8 @@ def equal_memory(
         rate = 2 * stack.saved_bytes / (busy * stack.compute_s)
         store = Throttled(store=Disk(), bytes_per_s=Ranks().gather(rate)[0])
         budget = stack.largest_budget - max(0, plain - target)
+        times: dict[str, list[float]] = {}
+        decisions, peak = "", 0
         for last in (False, False, True):
             budget = min(max(budget, stack.smallest_budget), stack.largest_budget)
             engine = OutOfCore(inner=DDP(), budget=Ranks().gather(budget)[0], store=store)

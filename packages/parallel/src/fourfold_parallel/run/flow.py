@@ -60,8 +60,8 @@ class Handle:
         """The tensor again; its cell is filled."""
         storage = self.cell.storage
         assert storage is not None
-        empty = torch.empty(0, dtype=self.dtype, device=storage.device)
-        return empty.set_(storage, self.offset, self.size, self.stride)  # pyright: ignore[reportArgumentType]
+        empty: Any = torch.empty(0, dtype=self.dtype, device=storage.device)
+        return empty.set_(storage, self.offset, self.size, self.stride)
 
 
 class Swapped:

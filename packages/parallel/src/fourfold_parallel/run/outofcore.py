@@ -330,11 +330,10 @@ def _peak_of(run: Callable[[], object], device: torch.device) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells of each beginning and end on stderr
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         run()
-    results: Any = profile.kineto_results
+    told: Any = profile
+    changes = [e for e in told.kineto_results.events() if e.name() == "[memory]"]
     total = most = 0
-    for event in sorted(
-        (e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
-    ):
+    for event in sorted(changes, key=lambda e: e.start_ns()):
         total += event.nbytes()
         most = max(most, total)
     return most
