@@ -11,6 +11,8 @@
 #     goldfish   80   head and loss against Liger's fused linear cross-entropy
 #     recurrent  60   generation against the published algorithm
 #     training  150   a 1B-class step of the grid against plain torch, MFU, and the planner's memory
+#     outofcore 480   a 3B-class Llama on long sequences under budgets of memory; by name only, since it takes all
+#                     of the 8 minutes
 #
 # PYTHON is an interpreter with a CUDA build of torch, triton, transformers, and the packages' small
 # dependencies (jaxtyping, einops, accelerate, safetensors, tokenizers, tyro, rich; liger-kernel for goldfish);
@@ -53,6 +55,9 @@ part goldfish 80 benchmarks/goldfish/loss_speed.py --device cuda --dtype bfloat1
     --vocabulary 128256 --width 2048 --out "$records/goldfish.part"
 part recurrent 60 benchmarks/gpu_recurrent.py "$records/recurrent.part"
 part training 150 benchmarks/gpu_training.py "$records/training.part" --compile
+case " $asked " in
+*" outofcore "*) part outofcore 480 benchmarks/gpu_outofcore.py "$records/outofcore.part" ;;
+esac
 if [ -n "$failed" ]; then
     echo "failed:$failed" >&2
     exit 1

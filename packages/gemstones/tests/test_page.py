@@ -6,7 +6,6 @@ import html
 import os
 import subprocess
 import sys
-import typing
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +14,13 @@ import pytest
 
 from fourfold_gemstones import commands, page
 from fourfold_gemstones.__main__ import main
-from fourfold_gemstones.allocation import Compute, Free, Lattice, Planner
 from fourfold_gemstones.architecture import GEMSTONES
 from fourfold_gemstones.laws import CHINCHILLA, WIDTH_DEPTH, Variable
 from fourfold_gemstones.page import Analysis, NoShape, Prescription
-from fourfold_gemstones.parametric import LAWS, ParametricLaw
+from fourfold_gemstones.parametric import ParametricLaw
+from fourfold_gemstones.questions.allocation import Compute, Free, Lattice, Planner
+from fourfold_gemstones.questions.simulate import SAMPLE, sample
 from fourfold_gemstones.runs import RunTable
-from fourfold_gemstones.simulate import SAMPLE, sample
 
 
 def analysed(table: RunTable, variables: tuple[Variable, ...]) -> Analysis:
@@ -156,9 +155,11 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path
     page.ready(os.fspath(tmp_path / "out.html"))
 
 
-def test_the_command_line_offers_every_parametric_law() -> None:
-    offered = typing.get_type_hints(commands.fit)["law"]
-    assert set(typing.get_args(offered)) == set(LAWS)
+def test_a_law_that_prescribes_nothing_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    table = tmp_path / "runs.csv"
+    sample().write(table)
+    with pytest.raises(ValueError, match="--law skaling prescribes no size; ask `identify`"):
+        commands.fit(table, budget=1e21, law="skaling", report=tmp_path / "page.html")
 
 
 def test_only_the_page_needs_matplotlib(tmp_path: Path) -> None:

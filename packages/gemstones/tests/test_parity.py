@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import warnings
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from fourfold_gemstones import minimise
 from fourfold_gemstones.envelope import EnvelopeLaw, Target
 from fourfold_gemstones.laws import SHAPE_ONLY
 from fourfold_gemstones.parametric import LawWarning, ParametricLaw
-from fourfold_gemstones.reproduce.paper.data import (
-    TASKS,
+from fourfold_gemstones.published import (
+    FOLDER,
+    TEXTS,
     PublishedFit,
     benchmark_accuracy,
     chinchilla_points,
@@ -24,8 +25,9 @@ from fourfold_gemstones.reproduce.paper.data import (
     task_losses,
     text_losses,
 )
-from fourfold_gemstones.runs import RunTable
-from fourfold_gemstones.simulate import EPOCH, HALF, design_null
+from fourfold_gemstones.questions.simulate import EPOCH, HALF, design_null
+from fourfold_gemstones.reading import read_table
+from fourfold_gemstones.runs import RunsWarning
 from fourfold_gemstones.uncertainty import bootstrap, slope
 
 TARGETS: dict[str, Target] = {
@@ -37,12 +39,12 @@ PRINTED = 1e-4
 """Relative: the published objectives are printed with ten decimals, some with six digits."""
 
 
-def test_the_24_lines_of_approach_1(published: Path) -> None:
-    lines = published_lines(published)
+def test_the_24_lines_of_approach_1() -> None:
+    lines = published_lines()
     assert len(lines) == 24
     for line in lines:
         law = EnvelopeLaw(target=TARGETS[line.target], embeddings=line.embeddings)
-        ours = law.fit(published_frame(published, line.frame)).estimate
+        ours = law.fit(published_frame(line.frame)).estimate
         assert ours.slope == pytest.approx(line.slope, abs=1e-9), line.name
         assert ours.intercept == pytest.approx(line.intercept, abs=1e-9), line.name
 
@@ -52,13 +54,13 @@ def published_objective(fit: PublishedFit, problem: minimise.Problem) -> float:
     return float(minimise.objective(problem, fit.estimate.vector()[None], ones)[0])
 
 
-def test_the_42_objectives_of_approach_3(published: Path) -> None:
+def test_the_42_objectives_of_approach_3() -> None:
     """Theirs are what they printed, and ours are nowhere above theirs."""
-    fits = published_fits(published)
+    fits = published_fits()
     assert len(fits) == 42
     above = {}
     for fit in fits:
-        table = published_frame(published, fit.frame)
+        table = published_frame(fit.frame)
         theirs = published_objective(fit, fit.law.problem(table))
         assert theirs == pytest.approx(fit.objective, rel=PRINTED), fit.name
         with warnings.catch_warnings():
@@ -73,26 +75,49 @@ def test_the_42_objectives_of_approach_3(published: Path) -> None:
     assert above[worst] == pytest.approx(0.2844, abs=1e-4)
 
 
-def test_readers_find_a_checkpoint_under_every_name(published: Path, tmp_path: Path) -> None:
-    """Parquet and CSV of accuracies, and single answers and their means, give the same numbers."""
-    pandas = pytest.importorskip("pandas", reason="pandas writes the Parquet file")
-    accuracy = benchmark_accuracy(published)
-    assert len(accuracy) == 770
+def test_the_tables_are_those_whose_checksums_the_readme_names() -> None:
+    """Every table by its SHA-256, so that no row changes unnoticed; all of them under a megabyte."""
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    tables = sorted(FOLDER.glob("*.csv"))
+    assert len(tables) == 7
+    for path in tables:
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert f"`{path.name}`" in readme, path.name
+        assert sha256 in readme, f"{path.name}: {sha256}"
+    assert sum(path.stat().st_size for path in tables) < 1_000_000
+
+
+def test_the_frames_are_the_repositorys_own(published: Path) -> None:
+    """Each of the 15 frames of a clone, row for row and digit for digit."""
+    prefix = "wandb_df_for_fitting_"
+    files = sorted((published / "wandb_dfs").glob(f"{prefix}*.jsonl"))
+    assert len(files) == 15
+    keys = ("width", "depth", "parameters", "tokens", "loss_nats")
+    for path in files:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RunsWarning)
+            theirs = read_table(path)
+        ours = published_frame(path.stem.removeprefix(prefix))
+        columns = [key for key in keys if theirs.has(key)]
+        rows = [
+            sorted(zip(*(table.column(key).tolist() for key in columns), strict=True))
+            for table in (theirs, ours)
+        ]
+        assert rows[0] == rows[1], path.name
+
+
+def test_every_checkpoint_was_evaluated() -> None:
+    """770 evaluations of nine benchmarks, four tasks and two other texts."""
+    accuracy = benchmark_accuracy()
+    assert len(accuracy) == len(task_losses()) == 770
     assert accuracy[1024, 28, 2385] == pytest.approx(0.3759, abs=1e-4)
-    (tmp_path / "benchmarks").mkdir()
-    frame = pandas.read_csv(published / "light_eval_df.csv", index_col=0)
-    frame.to_parquet(tmp_path / "benchmarks" / "light_eval_df.parquet")
-    assert benchmark_accuracy(tmp_path) == pytest.approx(accuracy)
-    for task, answers in zip(TASKS, ([1.0, 3.0], [4.0], [5.0], [6.0]), strict=True):
-        path = tmp_path / f"benchmarks/bhagia_task_losses/Gemstone-256x23/main/losses_{task}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"question": answers}))
-    assert task_losses(tmp_path) == {(256, 23, 83_475): pytest.approx(4.25)}
-    assert len(task_losses(published)) == 770
-    row = {"width": 256, "depth": 23, "step": 2385, "final_loss": 3.5}
-    (tmp_path / "benchmarks/fineweb_edu_losses_combined.jsonl").write_text(json.dumps(row))
-    assert text_losses(tmp_path, "fineweb_edu") == {(256, 23, 2385): 3.5}
-    assert text_losses(tmp_path, "fineweb_dclm") == {}
+    for text in TEXTS:
+        assert text_losses(text).keys() == accuracy.keys()
+    assert text_losses("fineweb_edu")[768, 3, 83_475] == 3.362790967
+    with pytest.raises(ValueError, match="scored on"):
+        text_losses("books")
+    with pytest.raises(ValueError, match="there are cool_begin"):
+        published_frame("cold")
 
 
 @pytest.mark.parametrize(
@@ -108,15 +133,15 @@ def test_readers_find_a_checkpoint_under_every_name(published: Path, tmp_path: P
         ("hot", 1e-3, 0.7088),
     ],
 )
-def test_slopes_at_the_optimum(published: Path, frame: str, delta: float, expected: float) -> None:
+def test_slopes_at_the_optimum(frame: str, delta: float, expected: float) -> None:
     """As an independent solver found them."""
-    fit = ParametricLaw(delta=delta).fit(published_frame(published, frame))
+    fit = ParametricLaw(delta=delta).fit(published_frame(frame))
     assert fit.estimate.slope == pytest.approx(expected, abs=1e-4)
 
 
-def test_epochs_refit_of_chinchilla(published: Path) -> None:
+def test_epochs_refit_of_chinchilla() -> None:
     """240 points: objective and parameters at a threshold of 1e-3."""
-    fit = ParametricLaw(delta=1e-3).fit(chinchilla_points(published))
+    fit = ParametricLaw(delta=1e-3).fit(chinchilla_points())
     assert len(fit.table) == 240
     assert fit.objective == pytest.approx(0.0010182740, abs=1e-9)
     parameters = [*np.exp(fit.estimate.log_coefficients), np.exp(fit.estimate.log_floor)]
@@ -124,50 +149,45 @@ def test_epochs_refit_of_chinchilla(published: Path) -> None:
     assert parameters == pytest.approx([477.83, 2143.4, 1.81722, 0.34731, 0.36717], rel=2e-5)
 
 
-def test_epochs_headline_is_least_absolute_deviations(published: Path) -> None:
+def test_epochs_headline_is_least_absolute_deviations() -> None:
     """Their fitted Huber scale is exp(-12), so that nearly every residual is beyond it."""
-    fit = ParametricLaw(delta=4.7e-9).fit(chinchilla_points(published))
+    fit = ParametricLaw(delta=4.7e-9).fit(chinchilla_points())
     parameters = [*np.exp(fit.estimate.log_coefficients), np.exp(fit.estimate.log_floor)]
     parameters += fit.estimate.exponents
     assert parameters == pytest.approx([482.01, 2085.43, 1.81686, 0.34781, 0.36585], rel=2e-5)
 
 
-def test_epochs_standard_errors(published: Path) -> None:
+def test_epochs_standard_errors() -> None:
     """4,000 draws of theirs: alpha .0154, beta .0206, a .020; 800 of ours, within a tenth."""
-    fit = ParametricLaw(delta=1e-3).fit(chinchilla_points(published))
+    fit = ParametricLaw(delta=1e-3).fit(chinchilla_points())
     draws = bootstrap(fit, draws=800, generator=np.random.default_rng(0), groups="row")
     assert draws.standard_error(slope) == pytest.approx(0.0195, rel=0.1)
     assert draws.standard_error(lambda law: law.exponents[0]) == pytest.approx(0.0151, rel=0.1)
     assert draws.standard_error(lambda law: law.exponents[1]) == pytest.approx(0.0204, rel=0.1)
 
 
-def test_a_hull_beyond_120_billion_tokens_knows_nothing_of_the_law(published: Path) -> None:
+def test_a_hull_beyond_120_billion_tokens_knows_nothing_of_the_law() -> None:
     """Three laws of slopes .5, .51 and .70 give one and the same hull slope."""
-    table = published_frame(published, "hot_120b+_only_477")
-    ours = ParametricLaw().fit(published_frame(published, "hot_100b+")).estimate
+    table = published_frame("hot_120b+_only_477")
+    ours = ParametricLaw().fit(published_frame("hot_100b+")).estimate
     null = design_null(table, EnvelopeLaw(resource="flops_6nt"), (HALF, EPOCH, ours))
     assert [bias.estimated_slope for bias in null] == pytest.approx([0.765] * 3, abs=0.005)
 
 
-def test_the_published_suite_cost_what_the_paper_says(published: Path) -> None:
-    table = published_frame(published, "hot_100b+")
+def test_the_published_suite_cost_what_the_paper_says() -> None:
+    table = published_frame("hot_100b+")
     _, index = table.groups("run")
     last = [np.flatnonzero(index == run)[-1] for run in range(22)]
     assert table.flops()[last].sum() == pytest.approx(2.6618e22, rel=1e-4)
     assert table.column("gpu_hours")[last].sum() == pytest.approx(163_347, rel=1e-4)
 
 
-def test_the_law_of_the_losses_on_dclm_has_no_floor(published: Path) -> None:
+def test_the_law_of_the_losses_on_dclm_has_no_floor() -> None:
     """Twenty-four starts find what three hundred do: the floor vanishes, and nothing is isolated."""
-    path = published / "fineweb_dclm_losses_combined.jsonl"
-    if not path.is_file():
-        pytest.skip(
-            f"{path.name} of the paper's repository (benchmarks/) is not beside the other data"
-        )
-    rows = [json.loads(line) for line in path.read_text().split("\n") if line]
-    rows.sort(key=lambda row: (row["run_name"], row["tokens"]))
-    table = RunTable.from_columns({name: [row[name] for row in rows] for name in rows[0]})
-    assert not table.has("num_nodes")
+    losses = text_losses("fineweb_dclm")
+    suite = published_frame("hot_100b+")
+    at = zip(*(suite.column(name).astype(int) for name in ("width", "depth", "step")), strict=True)
+    table = suite.with_losses(np.asarray([losses[key] for key in at]))
     with pytest.warns(LawWarning, match="at its bound: floor"):
         fit = ParametricLaw(variables=SHAPE_ONLY, delta=1e-3).fit(table)
     assert fit.objective == pytest.approx(0.003257841363, rel=1e-9)

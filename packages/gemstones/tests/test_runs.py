@@ -11,6 +11,7 @@ import pytest
 
 from fourfold_gemstones.architecture import GEMSTONES, Embeddings
 from fourfold_gemstones.parametric import ParametricLaw
+from fourfold_gemstones.reading import read_table
 from fourfold_gemstones.runs import RunsWarning, RunTable
 
 
@@ -58,12 +59,12 @@ def test_missing_columns_are_named() -> None:
 
 def test_a_missing_column_shows_the_columns_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
-    path.write_text("run,Width,n_layers,tokens,eval_loss\na,256,8,1e9,3\n")
-    with pytest.raises(ValueError, match="columns are run, Width, n_layers, tokens, eval_loss"):
-        RunTable.read(path)
-    path.write_text("run,Width,n_layers,tokens,loss\na,256,8,1e9,3\n")
-    with pytest.raises(ValueError, match="no column 'depth', its columns are run, Width, n_layers"):
-        RunTable.read(path).column("depth")
+    path.write_text("run,Width,blocks,tokens,quality\na,256,8,1e9,3\n")
+    with pytest.raises(ValueError, match="columns are run, Width, blocks, tokens, quality"):
+        read_table(path)
+    path.write_text("run,Width,blocks,tokens,loss\na,256,8,1e9,3\n")
+    with pytest.raises(ValueError, match="no column 'depth', its columns are run, Width, blocks"):
+        read_table(path).column("depth")
 
 
 def test_a_name_may_hold_what_separates_lines_elsewhere(tmp_path: Path) -> None:
@@ -77,29 +78,29 @@ def test_a_name_may_hold_what_separates_lines_elsewhere(tmp_path: Path) -> None:
             f'run,width,depth,tokens,loss\n{name},256,8,1e9,3\n"c\nd",256,8,1e9,3\n',
             encoding="utf-8",
         )
-        assert RunTable.read(tmp_path / "runs.csv").run.tolist() == [name, "c\nd"]
+        assert read_table(tmp_path / "runs.csv").run.tolist() == [name, "c\nd"]
         if separator != "\f":  # JSON escapes control characters
-            assert RunTable.read(tmp_path / "runs.jsonl").run.tolist() == [name, "c"]
+            assert read_table(tmp_path / "runs.jsonl").run.tolist() == [name, "c"]
 
 
 def test_capitals_do_not_matter_and_two_names_for_one_thing_do(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     path.write_text("Run,Width,Depth,TOKENS,Loss\na,256,8,1e9,3\n")
-    table = RunTable.read(str(path))
+    table = read_table(str(path))
     assert sorted(table.columns) == ["depth", "loss_nats", "tokens", "width"]
     assert table.run.tolist() == ["a"]
     path.write_text("run,loss,tokens,loss_nats\na,3,1e9,3\n")
     with pytest.raises(
         ValueError, match=r"\['loss', 'loss_nats'\] of runs.csv all mean 'loss_nats'"
     ):
-        RunTable.read(path)
+        read_table(path)
 
 
 def test_a_table_without_runs_says_so(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     path.write_text("parameters,tokens,loss\n1e8,1e9,3\n1e8,2e9,2.9\n")
     with pytest.warns(RunsWarning, match=r"runs.csv has no column 'run': each row counts as a run"):
-        table = RunTable.read(path)
+        table = read_table(path)
     assert table.run.tolist() == ["row 0", "row 1"]
 
 
@@ -136,7 +137,7 @@ def test_a_column_that_nobody_filled_in_is_none(tmp_path: Path) -> None:
     row = {"run_name": "a", "tokens": 1e9, "final_loss": 3.0, "num_nodes": None}
     rows = [row, {**row, "tokens": 2e9, "final_loss": 2.9}]
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    table = RunTable.read(path)
+    table = read_table(path)
     assert sorted(table.columns) == ["loss_nats", "tokens"]
     with pytest.raises(ValueError, match="no column 'num_nodes', its columns are run_name, tokens"):
         table.column("num_nodes")
@@ -158,7 +159,7 @@ def test_a_table_is_read_as_people_have_it(
     ]
     text = end.join(delimiter.join(line) for line in lines)
     path.write_bytes(text.encode(encoding))
-    table = RunTable.read(path)
+    table = read_table(path)
     assert table.run.tolist() == ["a", "b"]
     assert table.column("loss_nats").tolist() == [3.0, 2.9]
     assert table.header == ("Run", "tokens", "loss", "note")
@@ -168,7 +169,7 @@ def test_a_header_that_is_not_known_shows_what_was_seen(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     path.write_text("Modell; Token; Verlust\na; 1e9; 3\n")
     with pytest.warns(RunsWarning), pytest.raises(ValueError, match="are Modell, Token, Verlust"):
-        RunTable.read(path)
+        read_table(path)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def test_a_file_of_two_meanings_is_refused(
 ) -> None:
     (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=message):
-        RunTable.read(tmp_path / name)
+        read_table(tmp_path / name)
 
 
 def test_a_frame_with_a_name_twice_is_refused() -> None:
@@ -217,7 +218,7 @@ def test_a_frame_with_a_name_twice_is_refused() -> None:
 
 def test_what_is_written_is_read_again(tmp_path: Path, suite: RunTable) -> None:
     suite.write(str(tmp_path / "runs.csv"))
-    again = RunTable.read(tmp_path / "runs.csv")
+    again = read_table(tmp_path / "runs.csv")
     assert again.run.tolist() == suite.run.tolist()
     for name, values in suite.columns.items():
         assert again.column(name) == pytest.approx(values, rel=1e-11)
@@ -227,7 +228,7 @@ def test_an_empty_table_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "empty.jsonl"
     path.write_text("")
     with pytest.raises(ValueError, match="has no rows"):
-        RunTable.read(path)
+        read_table(path)
 
 
 def test_every_format_reads_the_same(tmp_path: Path) -> None:
@@ -241,7 +242,7 @@ def test_every_format_reads_the_same(tmp_path: Path) -> None:
         writer.writerows(zip(*columns().values(), strict=True))
     rows = [dict(zip(columns(), row, strict=True)) for row in zip(*columns().values(), strict=True)]
     (tmp_path / "runs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    tables = [RunTable.read(tmp_path / f"runs.{kind}") for kind in ("csv", "jsonl", "parquet")]
+    tables = [read_table(tmp_path / f"runs.{kind}") for kind in ("csv", "jsonl", "parquet")]
     for table in [*tables, RunTable.from_frame(frame)]:
         assert table.run.tolist() == ["a", "a", "b", "b"]
         assert {name: values.tolist() for name, values in table.columns.items()} == {
@@ -252,16 +253,17 @@ def test_every_format_reads_the_same(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "runs.xlsx").write_text("")
     with pytest.raises(ValueError, match=r"'\.xlsx'"):
-        RunTable.read(tmp_path / "runs.xlsx")
+        read_table(tmp_path / "runs.xlsx")
     with pytest.raises(ValueError, match="no file"):
-        RunTable.read(tmp_path / "absent.csv")
+        read_table(tmp_path / "absent.csv")
 
 
-def test_a_row_with_a_hole_is_named(tmp_path: Path) -> None:
+def test_a_row_without_a_loss_is_left_out_and_named(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     path.write_text("run,tokens,loss_nats\na,1e9,3\na,2e9,\n")
-    with pytest.raises(ValueError, match="'loss_nats' has no value in row 1 of runs"):
-        RunTable.read(path)
+    with pytest.warns(RunsWarning, match=r"1 of 2 rows left out, which have no loss.*\(row 1\)"):
+        table = read_table(path)
+    assert table.column("tokens").tolist() == [1e9]
 
 
 def test_compute_of_large_runs_does_not_overflow() -> None:

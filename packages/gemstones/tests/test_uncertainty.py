@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from fourfold_gemstones.envelope import EnvelopeLaw
 from fourfold_gemstones.laws import PowerLaw
 from fourfold_gemstones.parametric import LawWarning, ParametricLaw
-from fourfold_gemstones.profiles import profile
-from fourfold_gemstones.reproduce.paper.data import published_frame
+from fourfold_gemstones.published import published_frame
+from fourfold_gemstones.questions.profiles import profile
+from fourfold_gemstones.questions.simulate import coverage, design_null, noise_free
 from fourfold_gemstones.runs import RunTable
-from fourfold_gemstones.simulate import coverage, design_null, noise_free
 from fourfold_gemstones.uncertainty import (
     bootstrap,
     difference,
@@ -121,9 +119,9 @@ def test_noise_free_losses_are_the_laws(suite: RunTable, truth: PowerLaw) -> Non
 
 
 @pytest.mark.slow
-def test_intervals_over_runs_cover_and_over_rows_do_not(published: Path) -> None:
+def test_intervals_over_runs_cover_and_over_rows_do_not() -> None:
     """Forty simulated suites with errors that persist along a run (AR .95), nominal 95 %."""
-    table = published_frame(published, "hot_100b+")
+    table = published_frame("hot_100b+")
     truth = ParametricLaw().fit(table).estimate
     runs, rows = coverage(
         table,

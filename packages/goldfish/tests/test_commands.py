@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from fourfold_goldfish import Goldfish, write_indexed
 from fourfold_goldfish import __main__ as program
+from fourfold_goldfish.dropins.indexed import IndexedTokens
 from fourfold_parallel.common.records import Material, read_record
 from fourfold_parallel.run.corpora import Documents
 from fourfold_parallel.run.models import Llama
@@ -44,6 +47,29 @@ def run(monkeypatch: pytest.MonkeyPatch) -> object:
         program.main()
 
     return call
+
+
+def test_fourfold_hands_a_package_s_name_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fourfold_parallel import __main__ as everything
+
+    monkeypatch.setattr(sys, "argv", ["fourfold", "goldfish", "--version"])
+    everything.main()
+    assert capsys.readouterr().out.startswith("fourfold-goldfish ")
+
+
+def test_a_mask_is_written_beside_its_data(  # type: ignore[no-untyped-def]
+    run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the command's own mask."""
+    tokens = np.random.default_rng(0).integers(0, 999, 200).astype(np.uint16)
+    write_indexed(tmp_path / "corpus", [tokens])
+    run("mask", tmp_path / "corpus", "--k", "2", "--context", "3")
+    [mask] = IndexedTokens.open(tmp_path / "corpus_goldfish").documents()
+    expected = Goldfish(k=2, context=3).drop(tokens[None].astype(np.int64))[0]
+    np.testing.assert_array_equal(mask, expected)
+    assert "corpus_goldfish.idx" in capsys.readouterr().out
 
 
 def test_an_audit_prints_its_table(place: Path, run, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]

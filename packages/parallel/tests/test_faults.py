@@ -104,7 +104,7 @@ def test_a_rank_that_hangs_elsewhere_is_told_from_one_that_is_stopped(
 
 
 def test_sigterm_saves_and_ends_in_time(tmp_path: Path, small_run: Run) -> None:
-    """One rank is asked to end; both save the same step, and a later launch ends as if nothing had been."""
+    """One rank is asked to end; both save the same step, and one process goes on as if nothing had been."""
     run = replace(on_a_grid(small_run), checkpoint_every=100, horizon=Steps(count=8))
     ended = launched(run, tmp_path, "term")
     assert ended.returncode
@@ -114,16 +114,15 @@ def test_sigterm_saves_and_ends_in_time(tmp_path: Path, small_run: Run) -> None:
     record = read_record(tmp_path / "r.jsonl")
     assert record.last("terminated").number("step") == whole.step
     assert "asked to end by SIGTERM" in ended.stderr
-    again = launched(run, tmp_path, "nothing")
-    assert again.returncode == 0, again.stderr[-3000:]
+    alone = replace(run, engine=Single())
+    train(alone, record=tmp_path / "r.jsonl", checkpoints=tmp_path / "c", progress=silent)
     straight = tmp_path / "straight"
-    straight.mkdir()
-    assert launched(run, straight, "nothing").returncode == 0
+    train(alone, record=straight / "r.jsonl", checkpoints=straight / "c", progress=silent)
     losses = [
         [event.number("loss_nats") for event in read_record(place / "r.jsonl").of("step")]
         for place in (tmp_path, straight)
     ]
-    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-5)  # sums over two ranks in another order
 
 
 def test_torchrun_starts_again_by_itself_and_loses_two_steps_at_most(
@@ -192,6 +191,7 @@ def test_a_launch_that_loses_a_node_goes_on_with_the_rest(tmp_path: Path, small_
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_named_with_its_share(tmp_path: Path, small_run: Run) -> None:
     """50 ms more in the data of each step."""
     run = replace(

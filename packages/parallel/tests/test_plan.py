@@ -39,7 +39,7 @@ from fourfold_parallel.plan.machines import MACHINES, machine_of
 from fourfold_parallel.plan.memory import fits, memory_of
 from fourfold_parallel.plan.search import grid_of, plan_of, rank
 from fourfold_parallel.plan.simulate import simulate
-from fourfold_parallel.plan.transformer import Experts, Transformer
+from fourfold_parallel.plan.transformer import Mixture, Transformer
 from fourfold_parallel.testing.grids import Sizes, factorisations, mesh_of
 from fourfold_parallel.testing.ranks import run_on_ranks
 
@@ -144,7 +144,7 @@ def test_a_mixture_of_experts_is_known_by_what_a_token_meets(kind: str) -> None:
         n * p.parameters
         for layer, n in planned.stack
         for p in layer.parts
-        if isinstance(p, Experts)
+        if isinstance(p, Mixture)
     )
     assert held == sum(experts.values())
     assert planned.matrix_parameters - planned.active_parameters == held * 3 // 4  # two of eight

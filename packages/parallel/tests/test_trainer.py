@@ -83,7 +83,7 @@ def test_what_a_grid_cannot_do_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("sizes", ["2,1,2,1", "1,2,1,2"])
+@pytest.mark.parametrize("sizes", [pytest.param("2,1,2,1", marks=pytest.mark.slow), "1,2,1,2"])
 def test_stock_loops_train_on_a_grid_as_they_do_alone(
     tmp_path: Path, sizes: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

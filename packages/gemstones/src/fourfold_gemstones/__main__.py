@@ -10,6 +10,12 @@ def main() -> None:
         "gemstones",
         {
             "fit": commands.fit,
+            "identify": commands.identify,
+            "contest": commands.contest,
+            "speedup": commands.speedup,
+            "forecast": commands.forecast,
+            "leave-future-out": commands.leave_future_out,
+            "laws": commands.laws,
             "sample": commands.sample,
             "reproduce": cli.reproduces("gemstones"),
         },

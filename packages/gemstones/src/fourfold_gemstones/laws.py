@@ -34,9 +34,22 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-Variable = Literal["parameters", "effective_parameters", "width", "depth", "tokens"]
-"""Variables that a term of a law may be a power of. Effective parameters are FLOPs per token over six: a
-count that gives attention, which has FLOPs and no weights, its share."""
+Variable = Literal[
+    "parameters",
+    "effective_parameters",
+    "once_parameters",
+    "looped_parameters",
+    "loops",
+    "width",
+    "depth",
+    "tokens",
+    "unique_tokens",
+    "learning_rate",
+    "batch_tokens",
+]
+"""Variables that a law may read. Effective parameters are FLOPs per token over six: a count that gives
+attention, which has FLOPs and no weights, its share. Of a model that loops over some of its blocks, those
+weights and the others are counted apart. Unique tokens are those of the text before any is repeated."""
 CHINCHILLA: tuple[Variable, ...] = ("parameters", "tokens")
 """Equation 1."""
 WIDTH_DEPTH: tuple[Variable, ...] = ("width", "depth", "parameters", "tokens")

@@ -13,7 +13,7 @@ The solver of `parametric.py`. The objective has many near-flat valleys, so thre
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import numpy as np
@@ -43,6 +43,8 @@ CONFIRMATIONS = 3
 """Descents that must agree on the best objective before no further seeds are tried."""
 MOST_DOUBLINGS = 2
 """Doublings of the number of starts, at most, for the sake of `CONFIRMATIONS`."""
+BATCH = 64
+"""Draws of a bootstrap that descend together: as many as whose terms stay in a core's cache."""
 SEED_EXPONENTS = {1: 48, 2: 24, 3: 12, 4: 8}
 """Grid nodes per exponent, by number of terms: between 48 and 4096 nodes in all."""
 
@@ -86,15 +88,107 @@ class Problem:
     log_inputs: Float[np.ndarray, "row term"]
     log_loss: Float[np.ndarray, " row"]
     delta: float
+    overestimate: float = 1.0
+    """Factor on rows whose loss lies below the law; above 1 the law becomes a frontier."""
+    nats: bool = False
+    """Residuals are differences of losses, L - Lhat in nats, and not of their logarithms."""
 
     @property
     def centre(self) -> Float[np.ndarray, " term"]:
         """Mean of each input; descents run on centred inputs."""
         return self.log_inputs.mean(axis=0)
 
+    def centred(self, theta: Parameters) -> Parameters:
+        """The same laws on centred inputs, within the bounds."""
+        m = self.log_inputs.shape[1]
+        moved = np.array(theta)
+        moved[:, :m] -= moved[:, m : 2 * m] * self.centre
+        return np.clip(moved, *self.bounds())
+
+    def uncentred(self, theta: Parameters) -> Parameters:
+        """The inverse of `centred`."""
+        m = self.log_inputs.shape[1]
+        moved = np.array(theta)
+        moved[:, :m] += moved[:, m : 2 * m] * self.centre
+        return moved
+
+    def descent(
+        self,
+        weights: Float[np.ndarray, "draw row"],
+        log_loss: Float[np.ndarray, "*draw row"] | None = None,
+    ) -> Descent:
+        """The objective on centred inputs, of other losses where they are given."""
+        return Descent(
+            self.log_inputs - self.centre,
+            self.log_loss if log_loss is None else log_loss,
+            weights,
+            overestimate=self.overestimate,
+            nats=self.nats,
+        )
+
+    def bounds(self) -> Bounds:
+        """Exponents in [0, MAX_EXPONENT]; coefficients and floor may vanish but not below that."""
+        return bounds(self.log_loss, self.log_inputs.shape[1])
+
+    def seeds(self, starts: int) -> Parameters:
+        """Starts on centred inputs, by variable projection."""
+        return seeds(self, np.ones(len(self.log_loss)), starts)
+
+    @property
+    def vanishing(self) -> tuple[int, ...]:
+        """Positions of the logarithms of terms and floor."""
+        m = self.log_inputs.shape[1]
+        return (*range(m), 2 * m)
+
+
+class Smooth(Protocol):
+    """A problem that `minimise` solves: a law's objective over a table, and where to begin."""
+
+    @property
+    def log_loss(self) -> Float[np.ndarray, " row"]:
+        """Log of the measured losses."""
+        ...
+
+    @property
+    def delta(self) -> float:
+        """Huber threshold of log loss."""
+        ...
+
+    @property
+    def vanishing(self) -> tuple[int, ...]:
+        """Positions of the parameters that are logarithms of terms, and may vanish."""
+        ...
+
+    def centred(self, theta: Parameters, /) -> Parameters:
+        """Parameters as the descents have them."""
+        ...
+
+    def uncentred(self, theta: Parameters, /) -> Parameters:
+        """Parameters as the law has them."""
+        ...
+
+    def descent(
+        self,
+        weights: Float[np.ndarray, "draw row"],
+        log_loss: Float[np.ndarray, "*draw row"] | None = None,
+        /,
+    ) -> Downhill:
+        """The objective in the descents' parameters, of other losses where they are given."""
+        ...
+
+    def bounds(self) -> Bounds:
+        """Of the descents' parameters."""
+        ...
+
+    def seeds(self, starts: int, /) -> Parameters:
+        """Starts, in the descents' parameters."""
+        ...
+
 
 Parameters = Float[np.ndarray, "start parameter"]
 """Rows (c_1..c_m, e_1..e_m, E)."""
+Bounds = tuple[Float[np.ndarray, " parameter"], Float[np.ndarray, " parameter"]]
+"""Lower and upper."""
 
 
 def huber(
@@ -109,7 +203,13 @@ def objective(
     problem: Problem, parameters: Parameters, weights: Float[np.ndarray, "draw row"]
 ) -> Float[np.ndarray, " start"]:
     """The objective at each row of `parameters` (inputs not centred); weights broadcast."""
-    descent = Descent(problem.log_inputs, problem.log_loss, weights)
+    descent = Descent(
+        problem.log_inputs,
+        problem.log_loss,
+        weights,
+        overestimate=problem.overestimate,
+        nats=problem.nats,
+    )
     return descent.value(parameters, problem.delta)
 
 
@@ -132,6 +232,10 @@ class Downhill(Protocol):
         """Gradient, Hessian and scale of every start."""
         ...
 
+    def slopes(self, theta: Parameters, /) -> Float[np.ndarray, "start parameter row"]:
+        """Derivative of the log prediction of every row."""
+        ...
+
     def select(self, keep: Bool[np.ndarray, " start"], /) -> Self:
         """The same objective for some of the starts."""
         ...
@@ -142,13 +246,30 @@ class Descent:
     """The log-Huber objective of many starts at once, on whatever inputs it is given."""
 
     log_inputs: Float[np.ndarray, "row term"]
-    log_loss: Float[np.ndarray, " row"]
+    log_loss: Float[np.ndarray, "*draw row"]
+    """Of every start the same, or its own."""
     weights: Float[np.ndarray, "draw row"]
+    overestimate: float = 1.0
+    nats: bool = False
+
+    def left(self, total: Float[np.ndarray, "start row"]) -> Float[np.ndarray, "start row"]:
+        """Residuals of predictions in nats."""
+        return np.exp(self.log_loss) - total if self.nats else self.log_loss - np.log(total)
+
+    def sided(self, residual: Float[np.ndarray, "start row"]) -> Float[np.ndarray, "start row"]:
+        """The weights, with the factor of rows that the law overestimates."""
+        if self.overestimate == 1.0:
+            return self.weights
+        return self.weights * np.where(residual < 0, self.overestimate, 1.0)
+
+    def slopes(self, theta: Parameters) -> Float[np.ndarray, "start parameter row"]:
+        """Derivative of the log prediction of every row."""
+        return self.jacobian(theta)[2]
 
     def terms(self, theta: Parameters) -> Float[np.ndarray, "start all_terms row"]:
         """Exp of every term, the floor last."""
         m = self.log_inputs.shape[1]
-        exponent = np.empty((len(theta), m + 1, len(self.log_loss)))
+        exponent = np.empty((len(theta), m + 1, len(self.log_inputs)))
         np.multiply(-theta[:, m : 2 * m, None], self.log_inputs.T[None], out=exponent[:, :m])
         exponent[:, :m] += theta[:, :m, None]
         exponent[:, m] = theta[:, 2 * m, None]
@@ -157,8 +278,8 @@ class Descent:
 
     def value(self, theta: Parameters, delta: float) -> Float[np.ndarray, " start"]:
         """The objective of every start."""
-        residual = self.log_loss - np.log(self.terms(theta).sum(axis=1))
-        return (self.weights * huber(residual, delta)).sum(axis=1)
+        residual = self.left(self.terms(theta).sum(axis=1))
+        return (self.sided(residual) * huber(residual, delta)).sum(axis=1)
 
     def jacobian(
         self, theta: Parameters
@@ -167,16 +288,16 @@ class Descent:
         Float[np.ndarray, "start all_terms row"],
         Float[np.ndarray, "start parameter row"],
     ]:
-        """Residuals, share of each term in the prediction, derivative of log prediction."""
+        """Predictions in nats, share of each term in the prediction, derivative of log prediction."""
         m = self.log_inputs.shape[1]
         share = self.terms(theta)
         total = share.sum(axis=1)
         share /= total[:, None]
-        slope = np.empty((len(theta), 2 * m + 1, len(self.log_loss)))
+        slope = np.empty((len(theta), 2 * m + 1, len(self.log_inputs)))
         slope[:, :m] = share[:, :m]
         np.multiply(share[:, :m], -self.log_inputs.T[None], out=slope[:, m : 2 * m])
         slope[:, 2 * m] = share[:, m]
-        return self.log_loss - np.log(total), share, slope
+        return total, share, slope
 
     def derivatives(self, theta: Parameters, delta: float) -> Derivatives:
         """Gradient, exact Hessian, and a positive scale per parameter (majorising diagonal).
@@ -188,14 +309,21 @@ class Descent:
 
         The prediction is a sum of exponentials, each with a share of it. So d²f is the sum of
         share * a aᵀ over the terms, less s sᵀ, where a is the derivative of a term's logarithm:
-        1 for its coefficient, -x for its exponent.
+        1 for its coefficient, -x for its exponent. Of residuals in nats, the prediction itself takes the
+        place of its logarithm, and the last term falls away.
         """
         m = self.log_inputs.shape[1]
-        residual, share, slope = self.jacobian(theta)
-        pull = self.weights * np.clip(residual, -delta, delta)
+        total, share, slope = self.jacobian(theta)
+        residual = self.left(total)
+        weights = self.sided(residual)
+        pull = weights * np.clip(residual, -delta, delta)
+        curvature = weights * (np.abs(residual) <= delta)
+        if self.nats:  # the derivative of a prediction is it times that of its logarithm
+            pull *= total
+            curvature *= total * total
         gradient = -np.einsum("bpn,bn->bp", slope, pull)
-        curvature = self.weights * (np.abs(residual) <= delta)
-        hessian = (slope * (curvature + pull)[:, None]) @ slope.transpose(0, 2, 1)
+        bend = curvature if self.nats else curvature + pull
+        hessian = (slope * bend[:, None]) @ slope.transpose(0, 2, 1)
         pulled = share * pull[:, None]
         x = self.log_inputs
         zeroth = pulled.sum(axis=2)
@@ -210,14 +338,17 @@ class Descent:
         hessian[:, 2 * m, 2 * m] -= zeroth[:, m]
         # Huber's function lies under a parabola of this curvature, so that the scale does not
         # vanish where all residuals are beyond delta and the Hessian's first sum is zero.
-        majorised = self.weights * np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-300))
+        majorised = weights * np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-300))
+        if self.nats:
+            majorised *= total * total
         scale = np.einsum("bpn,bpn,bn->bp", slope, slope, majorised)
         return gradient, hessian, scale + 1e-12 * scale.max(axis=1, keepdims=True) + 1e-300
 
     def select(self, keep: Bool[np.ndarray, " start"]) -> Descent:
         """The same problem for some of the starts."""
         weights = self.weights if len(self.weights) == 1 else self.weights[keep]
-        return Descent(self.log_inputs, self.log_loss, weights)
+        losses = self.log_loss if self.log_loss.ndim == 1 else self.log_loss[keep]
+        return replace(self, log_loss=losses, weights=weights)
 
 
 def descend(
@@ -361,7 +492,7 @@ def seeds(problem: Problem, weights: Float[np.ndarray, " row"], starts: int) -> 
     picked = np.c_[index + nodes * np.arange(m), np.full(len(index), m * nodes)]
     system = gram[picked[:, :, None], picked[:, None, :]]
     # 3. |A c - 1|² = c' G c - 2 c' t, but for a constant.
-    amplitude = _nonnegative(system, target[picked])
+    amplitude = nonnegative(system, target[picked])
     quadratic = np.einsum("gi,gij,gj->g", amplitude, system, amplitude)
     quadratic -= 2 * np.einsum("gi,gi->g", amplitude, target[picked])
     shortlist = np.argsort(quadratic)[: max(40, 12 * starts)]
@@ -388,7 +519,7 @@ def seeds(problem: Problem, weights: Float[np.ndarray, " row"], starts: int) -> 
     ]
 
 
-def _nonnegative(
+def nonnegative(
     system: Float[np.ndarray, "node term term"], target: Float[np.ndarray, "node term"]
 ) -> Float[np.ndarray, "node term"]:
     """Solve many small least-squares problems under non-negativity: exact where nothing binds.
@@ -420,49 +551,34 @@ def thresholds(delta: float) -> tuple[float, ...]:
 
 
 def follow(
-    problem: Problem, theta: Parameters, weights: Float[np.ndarray, "draw row"]
+    problem: Smooth,
+    theta: Parameters,
+    weights: Float[np.ndarray, "draw row"],
+    log_loss: Float[np.ndarray, "*draw row"] | None = None,
 ) -> tuple[Parameters, Float[np.ndarray, " start"]]:
-    """Follow starts (inputs not centred) from the widest threshold to the target."""
-    m = problem.log_inputs.shape[1]
-    centre = problem.centre
-    lower, upper = bounds(problem.log_loss, m)
-    theta = theta.copy()
-    theta[:, :m] -= theta[:, m : 2 * m] * centre
+    """Follow centred starts from the widest threshold to the target."""
+    lower, upper = problem.bounds()
     theta = np.clip(theta, lower, upper)
-    descent = Descent(problem.log_inputs - centre, problem.log_loss, weights)
-    for delta in thresholds(problem.delta)[:-1]:
-        theta, _ = descend(
-            descent, theta, delta, lower=lower, upper=upper, steps=25, tolerance=1e-5, patience=6
+    descent = problem.descent(weights, log_loss)
+    limits = {"lower": lower, "upper": upper}
+    with np.errstate(over="ignore"):  # a wild trial step is infinitely bad, and rejected
+        for delta in thresholds(problem.delta)[:-1]:
+            theta, _ = descend(
+                descent, theta, delta, **limits, steps=25, tolerance=1e-5, patience=6
+            )
+        return descend(
+            descent, theta, problem.delta, **limits, steps=200, tolerance=1e-13, patience=PATIENCE
         )
-    theta, value = descend(
-        descent,
-        theta,
-        problem.delta,
-        lower=lower,
-        upper=upper,
-        steps=200,
-        tolerance=1e-13,
-        patience=PATIENCE,
-    )
-    theta[:, :m] += theta[:, m : 2 * m] * centre
-    return theta, value
 
 
 def settle(
-    problem: Problem, parameters: Float[np.ndarray, " parameter"]
+    problem: Smooth, theta: Float[np.ndarray, " parameter"]
 ) -> tuple[Float[np.ndarray, " parameter"], float]:
-    """One descent (inputs not centred) taken on at the target threshold until it rests."""
-    m = problem.log_inputs.shape[1]
-    centre = problem.centre
-    lower, upper = bounds(problem.log_loss, m)
-    theta = parameters[None].copy()
-    theta[:, :m] -= theta[:, m : 2 * m] * centre
-    descent = Descent(
-        problem.log_inputs - centre, problem.log_loss, np.ones((1, len(problem.log_loss)))
-    )
-    theta, value = descend(
-        descent,
-        np.clip(theta, lower, upper),
+    """One centred descent taken on at the target threshold until it rests."""
+    lower, upper = problem.bounds()
+    settled, value = descend(
+        problem.descent(np.ones((1, len(problem.log_loss)))),
+        theta[None],
         problem.delta,
         lower=lower,
         upper=upper,
@@ -470,8 +586,7 @@ def settle(
         tolerance=1e-13,
         patience=SETTLING,
     )
-    theta[:, :m] += theta[:, m : 2 * m] * centre
-    return theta[0], float(value[0])
+    return settled[0], float(value[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -483,16 +598,17 @@ class Optimum:
     certificate: Certificate
 
 
-def minimise(problem: Problem, *, starts: int, names: tuple[str, ...]) -> Optimum:
-    """Follow `starts` seeds to the end, more where few of them agree; settle and certify the best."""
-    m = problem.log_inputs.shape[1]
+def minimise(problem: Smooth, *, starts: int, names: tuple[str, ...]) -> Optimum:
+    """Follow `starts` seeds to the end, more where few of them agree; settle and certify the best.
+
+    `names` are the parameters' own, for the certificate.
+    """
     ones = np.ones((1, len(problem.log_loss)))
     tried = 0
-    theta, value = np.empty((0, 2 * m + 1)), np.empty(0)
+    theta, value = np.empty((0, len(names))), np.empty(0)
     for doubling in range(MOST_DOUBLINGS + 1):
-        fresh = seeds(problem, ones[0], starts * 2**doubling)[tried:]
+        fresh = problem.seeds(starts * 2**doubling)[tried:]
         tried += len(fresh)
-        fresh[:, :m] += fresh[:, m : 2 * m] * problem.centre
         fresh, reached = follow(problem, fresh, ones)
         theta, value = np.concatenate([theta, fresh]), np.concatenate([value, reached])
         if (value <= value.min() * (1 + AGREEMENT)).sum() >= min(CONFIRMATIONS, starts):
@@ -500,20 +616,19 @@ def minimise(problem: Problem, *, starts: int, names: tuple[str, ...]) -> Optimu
     best = int(np.argmin(value))
     theta[best], value[best] = settle(problem, theta[best])
     return Optimum(
-        parameters=theta[best],
+        parameters=problem.uncentred(theta[best][None])[0],
         objective=float(value[best]),
         certificate=certify(problem, theta[best], value, names),
     )
 
 
 def certify(
-    problem: Problem,
-    parameters: Float[np.ndarray, " parameter"],
+    problem: Smooth,
+    centred: Float[np.ndarray, " parameter"],
     values: Float[np.ndarray, " start"],
     names: tuple[str, ...],
 ) -> Certificate:
     """The certificate that the final objectives of all starts and the derivatives at the best give."""
-    m = problem.log_inputs.shape[1]
     best = float(values.min())
     excess = np.sort(values) / max(best, 1e-300) - 1
     if best < NOISE_FREE:
@@ -522,23 +637,14 @@ def certify(
     for gap in excess:
         if gap > basins[-1] + AGREEMENT and np.isfinite(gap):
             basins.append(float(gap))
-    lower, _ = bounds(problem.log_loss, m)
-    centred = parameters.copy()
-    centred[:m] -= centred[m : 2 * m] * problem.centre
-    labels = [
-        *(f"coefficient of {name}" for name in names),
-        *(f"exponent of {name}" for name in names),
-    ]
-    labels.append("floor")
-    bound = centred <= lower + 1e-9
-    bound[[*range(m), 2 * m]] |= centred[[*range(m), 2 * m]] <= lower[0] + 0.5 * VANISHED
-    descent = Descent(
-        problem.log_inputs - problem.centre, problem.log_loss, np.ones((1, len(problem.log_loss)))
-    )
+    lower, upper = problem.bounds()
+    bound = (centred <= lower + 1e-9) | (centred >= upper - 1e-9)
+    logs = list(problem.vanishing)
+    bound[logs] |= centred[logs] <= lower[logs] + 0.5 * VANISHED
+    descent = problem.descent(np.ones((1, len(problem.log_loss))))
     gradient, _, _ = descent.derivatives(centred[None], problem.delta)
-    steepest = float(np.abs(gradient[0][~bound]).max())
-    _, _, slope = descent.jacobian(centred[None])
-    free = slope[0][~bound]
+    steepest = float(np.abs(gradient[0][~bound]).max(initial=0.0))
+    free = descent.slopes(centred[None])[0][~bound]
     lengths = np.linalg.norm(free, axis=1)
     columns = free[lengths > 0] / lengths[lengths > 0, None]
     return Certificate(
@@ -547,25 +653,28 @@ def certify(
         basins=tuple(basins),
         relative_gradient=0.0 if best < NOISE_FREE else steepest / best,
         condition=float(np.linalg.cond(columns)),
-        at_bound=tuple(label for label, at in zip(labels, bound, strict=True) if at),
+        at_bound=tuple(label for label, at in zip(names, bound, strict=True) if at),
     )
 
 
 def refit(
-    problem: Problem,
+    problem: Smooth,
     parameters: Float[np.ndarray, " parameter"],
     weights: Float[np.ndarray, "draw row"],
     *,
-    batch: int = 128,
+    log_losses: Float[np.ndarray, "draw row"] | None = None,
+    batch: int = BATCH,
 ) -> Parameters:
-    """Best parameters under each row of weights, following the full fit and its neighbours.
+    """Best parameters under each row of weights, and of losses where they are given, from the full fit.
 
     Each draw starts from the optimum of all rows, at the widest threshold of the homotopy, where
     the problem has nearly lost its other basins.
     """
+    start = problem.centred(parameters[None])
     batches = []
     for first in range(0, len(weights), batch):
         some = weights[first : first + batch]
-        theta, _ = follow(problem, np.repeat(parameters[None], len(some), axis=0), some)
+        losses = None if log_losses is None else log_losses[first : first + batch]
+        theta, _ = follow(problem, np.repeat(start, len(some), axis=0), some, losses)
         batches.append(theta)
-    return np.concatenate(batches)
+    return problem.uncentred(np.concatenate(batches))

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fourfold_gemstones.allocation import (
+from fourfold_gemstones.architecture import Architecture
+from fourfold_gemstones.laws import PowerLaw
+from fourfold_gemstones.parametric import LawWarning, ParametricFit, ParametricLaw
+from fourfold_gemstones.questions.allocation import (
     Allocation,
     Aspect,
     Band,
@@ -24,10 +27,8 @@ from fourfold_gemstones.allocation import (
     allocate,
     doubts_of_shape,
 )
-from fourfold_gemstones.architecture import Architecture
-from fourfold_gemstones.laws import PowerLaw
-from fourfold_gemstones.next_run import Suggestion, suggest_next
-from fourfold_gemstones.parametric import LawWarning, ParametricFit, ParametricLaw
+from fourfold_gemstones.questions.next_run import Suggestion, suggest_next
+from fourfold_gemstones.reading import read_table
 from fourfold_gemstones.runs import RunsWarning, RunTable, StrPath
 from fourfold_gemstones.uncertainty import Bootstrap, Interval, bootstrap, slope
 from fourfold_parallel.common.files import write_text
@@ -110,7 +111,7 @@ def analyse(
         warnings.simplefilter("always", LawWarning)
         warnings.simplefilter("always", RunsWarning)
         if not isinstance(table, RunTable):
-            table = RunTable.read(table, architecture=architecture)
+            table = read_table(table, architecture=architecture)
         cost: Cost = Compute() if table.has("width") else SixNT()
         fit = law.fit(table)
         resampled = bootstrap(fit, draws=draws, generator=generator)

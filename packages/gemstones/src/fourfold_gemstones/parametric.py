@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -14,23 +14,12 @@ from fourfold_gemstones import minimise
 from fourfold_gemstones.architecture import Embeddings
 from fourfold_gemstones.laws import (
     CHINCHILLA,
-    SHAPE_ONLY,
-    WIDTH_DEPTH,
     PowerLaw,
     Settings,
     Variable,
 )
 from fourfold_gemstones.runs import RunTable
 
-LAWS: Mapping[str, tuple[Variable, ...]] = MappingProxyType(
-    {
-        "parameters": CHINCHILLA,
-        "compute": ("effective_parameters", "tokens"),
-        "width-depth": WIDTH_DEPTH,
-        "shape": SHAPE_ONLY,
-    }
-)
-"""Variables by the name that the command line gives a law of them."""
 LEAST_EXPLAINED = 0.3
 """Share of the absolute deviations of log loss below which a law does not describe its table: an R² of about
 a half, where no row is an outlier."""
@@ -54,6 +43,11 @@ class ParametricLaw(Settings):
     embeddings: Embeddings = Embeddings.BOTH
     starts: int = 24
     """Descents to follow from the best and most distinct seeds."""
+    overestimate: float = 1.0
+    """Factor on the rows that the law overestimates. Runs that were tuned badly lie above the frontier and
+    none lies below it: with (1 - q) / q the law is nearly the quantile q of log loss."""
+    residuals: Literal["log", "nats"] = "log"
+    """Differences of log losses, as the paper and Hoffmann et al. have them, or of losses."""
 
     def __post_init__(self) -> None:
         if not self.variables or len(set(self.variables)) != len(self.variables):
@@ -65,21 +59,22 @@ class ParametricLaw(Settings):
             raise ValueError(
                 f"delta={self.delta} is outside [1e-12, 10]; the paper uses 1e-4 and 1e-3"
             )
+        if not self.overestimate >= 1:
+            raise ValueError(
+                f"overestimate={self.overestimate} must be at least 1, where the law runs through the "
+                "middle; 9 makes it the quantile .1"
+            )
         if self.starts < 1:
             raise ValueError(f"starts={self.starts} must be at least 1; 24 is the default")
 
     def inputs(self, table: RunTable) -> dict[Variable, Float[np.ndarray, " row"]]:
         """The variables of each row, under this law's convention of counting embeddings."""
-        return {variable: self._input(table, variable) for variable in self.variables}
+        return {name: variable_of(table, name, self.embeddings) for name in self.variables}
 
-    def _input(self, table: RunTable, variable: Variable) -> Float[np.ndarray, " row"]:
-        match variable:
-            case "parameters":
-                return table.parameters(self.embeddings)
-            case "effective_parameters":
-                return table.flops() / table.column("tokens") / 6
-            case "width" | "depth" | "tokens":
-                return table.column(variable)
+    @property
+    def unknowns(self) -> int:
+        """Parameters that are fitted."""
+        return 2 * len(self.variables) + 1
 
     def problem(self, table: RunTable) -> minimise.Problem:
         """The minimisation that fitting this law to `table` is.
@@ -90,7 +85,7 @@ class ParametricLaw(Settings):
         """
         inputs = self.inputs(table)
         x = np.log(np.stack([inputs[variable] for variable in self.variables], axis=1))
-        unknowns = 2 * len(self.variables) + 1
+        unknowns = self.unknowns
         if len(table) < unknowns:
             raise ValueError(
                 f"{table.source} has {len(table)} rows, and a law in {self.variables} has {unknowns} "
@@ -121,7 +116,11 @@ class ParametricLaw(Settings):
                 "exponents cannot be told apart; add shapes, or leave one out"
             )
         return minimise.Problem(
-            log_inputs=x, log_loss=np.log(table.column("loss_nats")), delta=self.delta
+            log_inputs=x,
+            log_loss=np.log(table.column("loss_nats")),
+            delta=self.delta,
+            overestimate=self.overestimate,
+            nats=self.residuals == "nats",
         )
 
     def fit(self, table: RunTable) -> ParametricFit:
@@ -131,7 +130,9 @@ class ParametricLaw(Settings):
             LawWarning: The law explains less than `LEAST_EXPLAINED`, the descent does not rest, measured
                 losses lie below the fitted floor, or a parameter is at its bound.
         """
-        optimum = minimise.minimise(self.problem(table), starts=self.starts, names=self.variables)
+        optimum = minimise.minimise(
+            self.problem(table), starts=self.starts, names=labels(self.variables)
+        )
         estimate = PowerLaw.from_vector(self.variables, optimum.parameters)
         fit = ParametricFit(
             law=self,
@@ -140,16 +141,44 @@ class ParametricLaw(Settings):
             objective=optimum.objective,
             certificate=optimum.certificate,
         )
-        for weakness in _weaknesses(fit):
+        for weakness in weaknesses(fit):
             warnings.warn(weakness, LawWarning, stacklevel=2)
         return fit
 
     def refits(
-        self, fit: ParametricFit, table: RunTable, weights: Float[np.ndarray, "draw row"]
+        self,
+        fit: ParametricFit,
+        table: RunTable,
+        weights: Float[np.ndarray, "draw row"],
+        log_losses: Float[np.ndarray, "draw row"] | None = None,
     ) -> tuple[PowerLaw, ...]:
-        """The law refitted once per row of weights, from the basins of `fit`."""
-        vectors = minimise.refit(self.problem(table), fit.estimate.vector(), weights)
+        """The law refitted once per row of weights, and of losses, from the basins of `fit`."""
+        vectors = minimise.refit(
+            self.problem(table), fit.estimate.vector(), weights, log_losses=log_losses
+        )
         return tuple(PowerLaw.from_vector(self.variables, vector) for vector in vectors)
+
+
+def variable_of(
+    table: RunTable, variable: Variable, embeddings: Embeddings
+) -> Float[np.ndarray, " row"]:
+    """A variable of each row, under a convention of counting embeddings."""
+    match variable:
+        case "parameters":
+            return table.parameters(embeddings)
+        case "effective_parameters":
+            return table.flops() / table.column("tokens") / 6
+        case other:
+            return table.column(other)
+
+
+def labels(variables: tuple[Variable, ...]) -> tuple[str, ...]:
+    """Names of a power law's parameters, in the order of its vector."""
+    return (
+        *(f"coefficient of {name}" for name in variables),
+        *(f"exponent of {name}" for name in variables),
+        "floor",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -160,7 +189,7 @@ class ParametricFit:
     table: RunTable
     estimate: PowerLaw
     objective: float
-    """Sum over rows of Huber's function of the log residual."""
+    """Sum over rows of Huber's function of the residual."""
     certificate: minimise.Certificate
 
     def predict(self, table: RunTable) -> Float[np.ndarray, " row"]:
@@ -174,7 +203,7 @@ class ParametricFit:
         return 1 - float(np.square(residual).sum() / np.square(log_loss - log_loss.mean()).sum())
 
 
-def _weaknesses(fit: ParametricFit) -> Iterator[str]:
+def weaknesses(fit: Any) -> Iterator[str]:
     """Sentences on a fit that can be used, the gravest first; none for a good one."""
     source, loss = fit.table.source, fit.table.column("loss_nats")
     log_loss = np.log(loss)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
-import hashlib
-import io
-import json
 import os
+import re
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,19 +25,66 @@ Resource = Literal["flops", "flops_6nt", "gpu_hours", "seconds"]
 Grouping = Literal["run", "shape", "row"]
 """Units of a bootstrap: a training run, all runs of a shape, or single rows."""
 
-ALIASES: Mapping[str, str] = MappingProxyType(
+NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "run_name": "run",
-        "params_active_precise": "parameters",
-        "params": "parameters",
-        "Model Size": "parameters",
-        "final_loss": "loss_nats",
-        "loss": "loss_nats",
-        "FLOPs": "flops",
-        "Training FLOP": "flops",
+        "run": ("run", "run name", "run id", "name", "experiment", "model", "model name", "id"),
+        "loss_nats": (
+            "loss nats",
+            "eval loss",
+            "val loss",
+            "valid loss",
+            "validation loss",
+            "validation loss nats",
+            "final loss",
+            "loss",
+            "smooth loss",
+            "train loss",
+            "training loss",
+        ),
+        "tokens": (
+            "tokens",
+            "n tokens",
+            "num tokens",
+            "total tokens",
+            "train tokens",
+            "training tokens",
+            "tokens seen",
+            "tokens trained",
+            "consumed tokens",
+            "num input tokens seen",
+            "d",
+        ),
+        "parameters": (
+            "parameters",
+            "params",
+            "n params",
+            "num params",
+            "n parameters",
+            "num parameters",
+            "total params",
+            "total parameters",
+            "params active precise",
+            "model size",
+            "n",
+        ),
+        "step": ("step", "global step", "trainer global step", "steps", "iteration"),
+        "width": ("width", "d model", "hidden size", "n embd", "embed dim", "model dim", "w"),
+        "depth": ("depth", "n layers", "num layers", "n layer", "num hidden layers", "layers"),
+        "learning_rate": ("learning rate", "lr", "max lr", "peak lr"),
+        "batch_tokens": ("batch tokens", "tokens per step", "global batch size tokens"),
+        "unique_tokens": ("unique tokens", "dataset tokens"),
+        "loops": ("loops", "recurrence", "recurrences", "r"),
+        "once_parameters": ("once parameters", "n once"),
+        "looped_parameters": ("looped parameters", "n rec", "n looped"),
+        "flops": ("flops", "training flop", "training flops", "total flops", "c"),
+        "gpu_hours": ("gpu hours",),
+        "seconds": ("seconds", "runtime", "relative time process"),
+        "num_nodes": ("num nodes",),
+        "seconds_per_step": ("seconds per step",),
+        "seed": ("seed",),
     }
 )
-"""Names of columns in the published frames and in Epoch AI's file, and ours; capitals do not matter."""
+"""Names of columns, ours first and better ones before others; capitals and marks do not matter."""
 NUMERIC = (
     "width",
     "depth",
@@ -55,17 +98,19 @@ NUMERIC = (
     "num_nodes",
     "seconds_per_step",
     "learning_rate",
+    "batch_tokens",
+    "unique_tokens",
+    "loops",
+    "once_parameters",
+    "looped_parameters",
     "seed",
 )
 """Columns that are read as numbers; others are ignored, except `run`."""
-_BY_LOWER_CASE = MappingProxyType(
-    {name.lower(): name for name in (*NUMERIC, "run")}
-    | {alias.lower(): name for alias, name in ALIASES.items()}
+_BY_PLAIN_NAME = MappingProxyType(
+    {alias: name for name, aliases in NAMES.items() for alias in aliases}
 )
 REQUIRED = ("tokens", "loss_nats")
 """Columns that every use of a table reads; any other is checked when it is read."""
-DELIMITERS = (",", ";", "\t", "|")
-"""Between the fields of a .csv file, as spreadsheets of several countries write it."""
 MAY_BE_ZERO = frozenset({"seed", "step"})
 """Columns in which zero is a value like any other."""
 LARGEST_LOSS_NATS = 25.0
@@ -99,6 +144,9 @@ class UnknownArchitecture:
     """The runs' architecture was not told: FLOPs and embedding tables cannot be counted."""
 
 
+UNKNOWN = UnknownArchitecture()
+
+
 def _rows(mask: Bool[np.ndarray, " row"]) -> str:
     """The numbers of the offending rows, from zero, shortened."""
     rows = np.flatnonzero(mask)
@@ -125,7 +173,7 @@ class RunTable:
     weights, both embedding tables), `flops`, `gpu_hours`, `seconds` (cumulative) where known."""
     faults: Mapping[str, str] = field(default_factory=dict)
     """Why a column that the file has cannot be read, by name; it is not in `columns`."""
-    architecture: Architecture | UnknownArchitecture = UnknownArchitecture()
+    architecture: Architecture | UnknownArchitecture = UNKNOWN
     """The way to count FLOPs and embedding tables from width and depth."""
     source: str = "memory"
     """File name of the rows."""
@@ -211,8 +259,9 @@ class RunTable:
         cls,
         columns: Mapping[str, Sequence[Any] | Shaped[np.ndarray, " row"]],
         *,
-        architecture: Architecture | UnknownArchitecture = UnknownArchitecture(),
+        architecture: Architecture | UnknownArchitecture = UNKNOWN,
         source: str = "memory",
+        header: tuple[str, ...] = (),
         digest: str = "none",
     ) -> RunTable:
         """Columns by our names or the published ones, in any case; without `run`, each row is a run.
@@ -254,7 +303,7 @@ class RunTable:
             faults=MappingProxyType(faults),
             architecture=architecture,
             source=source,
-            header=tuple(str(name) for name in columns),
+            header=header or tuple(str(name) for name in columns),
             digest=digest,
         )
 
@@ -263,7 +312,7 @@ class RunTable:
         cls,
         frame: Frame,
         *,
-        architecture: Architecture | UnknownArchitecture = UnknownArchitecture(),
+        architecture: Architecture | UnknownArchitecture = UNKNOWN,
     ) -> RunTable:
         """A pandas or polars frame, without importing either.
 
@@ -271,53 +320,15 @@ class RunTable:
             RunsWarning: It has no column `run`.
         """
         names = [str(name) for name in frame.columns]
-        _refuse_twice(names, "a frame")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"a frame has more than one column {twice}, and its columns are {', '.join(names)}; drop or "
+                "rename all but one"
+            )
         columns = {str(name): list(frame[name]) for name in frame.columns}
-        _warn_without_run(columns, "a frame")
+        warn_without_run(columns, "a frame")
         return cls.from_columns(columns, architecture=architecture, source="a frame")
-
-    @classmethod
-    def read(
-        cls,
-        path: StrPath,
-        *,
-        architecture: Architecture | UnknownArchitecture = UnknownArchitecture(),
-    ) -> RunTable:
-        """A `.csv` or `.tsv`, `.jsonl` (one object per row) or `.parquet` file.
-
-        Fields of a .csv may be separated by commas, semicolons, tabs or bars, with blanks after them; text is
-        UTF-8, or UTF-16 with the mark that spreadsheets write.
-
-        Raises:
-            ValueError: The file is absent, of another kind, or its rows are refused.
-
-        Warns:
-            RunsWarning: It has no column `run`.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"no file {path}; give the path of a .csv, .jsonl or .parquet table")
-        data = path.read_bytes()
-        match path.suffix:
-            case ".csv" | ".tsv":
-                columns = _separated(_text(data, path), path)
-            case ".jsonl" | ".ndjson":
-                columns = _objects(_text(data, path), path)
-            case ".parquet":
-                columns = read_parquet(path)
-            case other:
-                raise ValueError(
-                    f"{path.name} ends in {other!r}, and .csv, .jsonl and .parquet can be read; "
-                    "convert it to one of these"
-                )
-        columns = columns or {name: [] for name in ("run", *REQUIRED)}
-        _warn_without_run(columns, path.name)
-        return cls.from_columns(
-            columns,
-            architecture=architecture,
-            source=path.name,
-            digest=hashlib.sha256(data).hexdigest(),
-        )
 
     def column(self, name: str) -> Float[np.ndarray, " row"]:
         """A column by name.
@@ -387,6 +398,19 @@ class RunTable:
         columns = {name: values[keep] for name, values in self.columns.items()}
         return replace(self, run=self.run[keep], columns=MappingProxyType(columns))
 
+    def beside(self, other: RunTable) -> RunTable:
+        """The rows of both, with the columns that both have."""
+        names = [name for name in self.columns if name in other.columns]
+        columns = {
+            name: np.concatenate([self.columns[name], other.columns[name]]) for name in names
+        }
+        return replace(
+            self,
+            run=np.concatenate([self.run, other.run]),
+            columns=MappingProxyType(columns),
+            source=f"{self.source} and {other.source}",
+        )
+
     def repeated(self, counts: Int[np.ndarray, " row"]) -> RunTable:
         """Each row as often as its count; a further copy belongs to a run of its own."""
         copies = [np.flatnonzero(counts > copy) for copy in range(int(counts.max()))]
@@ -426,12 +450,20 @@ class RunTable:
         return tuple(str(name) for name in names), index
 
 
+def plain_name(name: str) -> str:
+    """A column's name without capitals, marks and what stands in brackets."""
+    bare = re.sub(r"\([^)]*\)|\[[^]]*\]", " ", name)
+    bare = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", bare)
+    return " ".join(re.sub(r"[^0-9a-z]+", " ", bare.lower()).split())
+
+
 def _known(name: str) -> str:
     """Our name of a column, or the name itself where we read none such."""
-    return _BY_LOWER_CASE.get(name.strip().lower(), name)
+    return _BY_PLAIN_NAME.get(plain_name(name), name)
 
 
-def _warn_without_run(columns: Mapping[str, Any], source: str) -> None:
+def warn_without_run(columns: Mapping[str, Any], source: str) -> None:
+    """Warn of a table in which each row counts as a run of its own."""
     if not any(_known(name) == "run" for name in columns):
         warnings.warn(
             f"{source} has no column 'run': each row counts as a run of its own, and intervals over runs "
@@ -439,13 +471,6 @@ def _warn_without_run(columns: Mapping[str, Any], source: str) -> None:
             RunsWarning,
             stacklevel=3,
         )
-
-
-def read_parquet(path: Path) -> dict[str, list[Any]]:
-    """Columns of a Parquet file by name; needs the extra `fourfold-gemstones[parquet]`."""
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(path).to_pydict()
 
 
 def _is_hole(value: Any) -> bool:
@@ -478,76 +503,3 @@ def _refuse_holes(name: str, values: Any, source: str) -> None:
         raise ValueError(
             f"column {name!r} has no value in {_rows(holes)} of {source}; fill it or drop these rows"
         )
-
-
-def _refuse_twice(names: Sequence[str], source: str) -> None:
-    twice = [name for name, count in Counter(names).items() if count > 1 and name.strip()]
-    if twice:
-        raise ValueError(
-            f"{source} has more than one column {twice}, and its columns are {', '.join(names)}; drop or "
-            "rename all but one"
-        )
-
-
-def _text(data: bytes, path: Path) -> str:
-    """The text of a file: UTF-16 where it begins with that mark, else UTF-8."""
-    encoding = (
-        "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-    )
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path.name} is not {encoding} text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from error
-
-
-def _separated(text: str, path: Path) -> dict[str, list[Any]]:
-    """Columns of separated fields; the separator is that under which most of the header is known."""
-    first = next((line for line in text.splitlines() if line.strip()), "")
-
-    def rows(delimiter: str, some: str) -> list[list[str]]:
-        parsed = csv.reader(
-            io.StringIO(some, newline=""), delimiter=delimiter, skipinitialspace=True
-        )
-        return [row for row in parsed if any(field.strip() for field in row)]
-
-    def known(delimiter: str) -> tuple[int, int]:
-        names = [name for row in rows(delimiter, first) for name in row]
-        return sum(_known(name) in (*NUMERIC, "run") for name in names), len(names)
-
-    header, *fields = rows(max(DELIMITERS, key=known), text) or [[]]
-    names = [name.strip() for name in header]
-    _refuse_twice(names, path.name)
-    for number, row in enumerate(fields):
-        if len(row) != len(names):
-            raise ValueError(
-                f"row {number} of {path.name} has {len(row)} fields, and its header has {len(names)} "
-                f"({', '.join(names)}); mend the row"
-            )
-    return {name: [row[at] for row in fields] for at, name in enumerate(names) if name}
-
-
-def _objects(text: str, path: Path) -> dict[str, list[Any]]:
-    """Columns of JSON lines, by every name that occurs; None where a row lacks one."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        _refuse_twice([name for name, _ in pairs], path.name)
-        return dict(pairs)
-
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line, object_pairs_hook=unique)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"line {number} of {path.name} is not JSON ({error.msg}); mend or remove it"
-                ) from error
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"line {number} of {path.name} is {line[:40]!r}; give one object per row"
-                )
-            rows.append(row)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}

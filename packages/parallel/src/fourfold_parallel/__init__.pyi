@@ -36,11 +36,16 @@ from .run.optimizer import AdamW as AdamW
 from .run.optimizer import Constant as Constant
 from .run.optimizer import Cooldown as Cooldown
 from .run.optimizer import Cosine as Cosine
+from .run.outofcore import Decisions as Decisions
+from .run.outofcore import OutOfCore as OutOfCore
 from .run.recipe import At as At
 from .run.recipe import Run as Run
 from .run.recipe import Steps as Steps
 from .run.recipe import Tokens as Tokens
 from .run.recipe import Until as Until
+from .run.stores import Disk as Disk
+from .run.stores import Host as Host
+from .run.stores import Throttled as Throttled
 from .run.tokenizers import BytePairs as BytePairs
 from .run.tokenizers import PublishedTokenizer as PublishedTokenizer
 from .run.tokenizers import SmolLM2Tokenizer as SmolLM2Tokenizer

@@ -1,18 +1,19 @@
 """`fourfold`, or `python -m fourfold_parallel`: everything that is installed, at once."""
 
 import importlib
+import importlib.metadata
 import sys
 
 from fourfold_parallel import commands
 from fourfold_parallel.reproduce import cli
-from fourfold_parallel.reproduce.experiment import installed
 
 
 def main() -> None:
-    """Perform the command that the arguments name, or hand it to the package: `fourfold goldfish report`."""
-    if len(sys.argv) > 1 and sys.argv[1] in installed() and sys.argv[1] != "parallel":
-        package = importlib.import_module(f"fourfold_{sys.argv.pop(1)}.__main__")
-        package.main()
+    """Perform the command that the arguments name, or a package's own: `fourfold gemstones fit`."""
+    package = sys.argv[1] if len(sys.argv) > 1 else ""
+    if package in importlib.metadata.entry_points(group="fourfold.experiments").names:
+        sys.argv = [f"{sys.argv[0]} {package}", *sys.argv[2:]]
+        importlib.import_module(f"fourfold_{package}.__main__").main()
         return
     cli.main(
         "parallel",
@@ -22,6 +23,7 @@ def main() -> None:
             "plan": commands.plan,
             "certify": commands.certify,
             "watch": commands.watch,
+            "schedule": commands.schedule,
             "mllog": commands.mllog,
             "checkpoint": commands.checkpoint,
             "storm": commands.storm,

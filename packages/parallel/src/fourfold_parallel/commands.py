@@ -215,6 +215,27 @@ def watch(record: Path, /, *, once: Switch = False, patience_s: float = 600.0) -
     follow(record, Console(highlight=False), once=once, patience_s=patience_s)
 
 
+def schedule(record: Path, /, *, out: Path | None = None) -> None:
+    """Draw what a training out of core planned: computation, both ways of the store, what is resident.
+
+    Args:
+        record: The .jsonl file that the run wrote, under the engine OutOfCore.
+        out: The figure; by default beside the record, with the ending .svg.
+    """
+    from fourfold_parallel.common.records import read_record
+    from fourfold_parallel.planning import outofcore
+    from fourfold_parallel.reproduce import figures
+
+    plans = read_record(record).of("plan")
+    if not plans:
+        raise ValueError(f"{record} holds no plan: the run was not under the engine OutOfCore")
+    path = out or record.with_suffix(".svg")
+    with figures.style():
+        figures.save(outofcore.schedule(plans[-1]), path)
+    told = plans[-1].values
+    print(f"{path}: {told['decisions']}, {told['predicted_s']:.3f} s")  # noqa: T201 - where it lies
+
+
 def packages() -> None:
     """List the installed papers, with the command that says what each can do."""
     from importlib.metadata import metadata
@@ -253,7 +274,7 @@ def probe(
             on all cores by themselves.
     """
     from fourfold_parallel import launch
-    from fourfold_parallel.plan.probe import probe_launched
+    from fourfold_parallel.planning.probing import probe_launched
 
     if not launch.is_launched():
         launch.relaunch(sys.argv[1:], ranks=ranks)

@@ -11,6 +11,7 @@ from fourfold_gemstones.reproduce.paper import (
     slopes,
 )
 from fourfold_gemstones.reproduce.suite import claims as suite
+from fourfold_gemstones.reproduce.suite import cooling
 from fourfold_parallel.reproduce.claims import Claim, claims_of
 
 
@@ -22,7 +23,7 @@ def _number(claim: Claim) -> tuple[int, int, str]:
 
 CLAIMS: tuple[Claim, ...] = tuple(
     sorted(
-        claims_of(optimum, slopes, envelopes, prescriptions, schedules, downstream, suite),
+        claims_of(optimum, slopes, envelopes, prescriptions, schedules, downstream, suite, cooling),
         key=_number,
     )
 )

@@ -4,41 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from fourfold_gemstones.reproduce import recipes, tables
 from fourfold_gemstones.reproduce.claims import CLAIMS
 from fourfold_gemstones.reproduce.measures import headline
-from fourfold_gemstones.reproduce.paper.analyses import analyse, digest_of
+from fourfold_gemstones.reproduce.paper.analyses import analyse
 from fourfold_gemstones.reproduce.paper.settings import Revisit
-from fourfold_gemstones.reproduce.stages import LAWS, PUBLISHED, SUITE
+from fourfold_gemstones.reproduce.stages import FRESH, LAWS, PUBLISHED, SUITE
 from fourfold_gemstones.reproduce.suite.analyses import analyse_suite
+from fourfold_gemstones.reproduce.suite.cooling import train_cooling
 from fourfold_gemstones.reproduce.suite.train import train_suite
 from fourfold_parallel.common.records import Material
 from fourfold_parallel.common.workers import cores, each
 from fourfold_parallel.reproduce.experiment import Drawing, Experiment, Stage, Workplace
 from fourfold_parallel.reproduce.scale import Scale
 
-COPIES = (Path("gemstone-scaling-laws"), Path("../shared/data/gemstones"))
-"""Where a copy of the paper's repository is looked for, from the folder one works in."""
 
-
-def published_copy() -> tuple[Path, ...]:
-    """The first copy of the measurements that is there, if any."""
-    return tuple(folder for folder in COPIES if (folder / "wandb_dfs").is_dir())[:1]
-
-
-def analyse_published(run: Revisit, folder: Path, workplace: Workplace, *, processes: int) -> None:
+def analyse_published(run: Revisit, workplace: Workplace, *, processes: int) -> None:
     """Write the record of every part of `revisit`."""
     material = Material(
         name="Gemstones measurements and published parameters",
         kind="measurements",
         licence="MIT",
         sha256=run.data_sha256,
-        source="a copy of github.com/mcleish7/gemstone-scaling-laws",
+        source="github.com/mcleish7/gemstone-scaling-laws, tables of which come with the package",
     )
     with workplace.recording(run, seed=run.seed, materials=(material,)) as records:
-        parts = each(partial(analyse, run, folder), run.parts, processes=processes)
+        parts = each(partial(analyse, run), run.parts, processes=processes)
         for done, (name, events) in enumerate(zip(run.parts, parts, strict=True), start=1):
             for kind, fields in events:
                 records.write(kind, **fields)
@@ -46,7 +38,7 @@ def analyse_published(run: Revisit, folder: Path, workplace: Workplace, *, proce
 
 
 def _stages(scale: Scale) -> Sequence[Stage]:
-    """The published measurements where there is a copy of them, then our own suite and its laws."""
+    """The published measurements, then our own suite and its laws."""
     match scale:
         case "smoke":
             processes = 1
@@ -54,21 +46,25 @@ def _stages(scale: Scale) -> Sequence[Stage]:
             processes = cores()
         case "paper":
             return ()
-    stages = []
-    for folder in published_copy():
-        run = recipes.revisit(digest_of(folder), scale)
+    theirs = recipes.revisit(scale)
+    mine = recipes.suite(scale)
+    stages = [
+        Stage(
+            name=PUBLISHED,
+            run=theirs,
+            perform=partial(analyse_published, theirs, processes=processes),
+        ),
+        Stage(name=SUITE, run=mine, perform=partial(train_suite, mine, processes=processes)),
+    ]
+    if scale == "laptop":
+        cooled = recipes.cooling()
         stages.append(
             Stage(
-                name=PUBLISHED,
-                run=run,
-                perform=partial(analyse_published, run, folder, processes=processes),
+                name=FRESH,
+                run=cooled,
+                perform=partial(train_cooling, cooled, processes=processes),
             )
         )
-    mine = recipes.suite(scale)
-    stages.append(
-        Stage(name=SUITE, run=mine, perform=partial(train_suite, mine, processes=processes))
-    )
-    if scale == "laptop":
         fitted = recipes.suite_laws()
         work = partial(analyse_suite, fitted)
         stages.append(Stage(name=LAWS, run=fitted, perform=work, reads=(SUITE,)))

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fourfold_gemstones.envelope import Hull, frontier
-from fourfold_gemstones.reproduce.paper.data import NAMES
+from fourfold_gemstones.published import NAMES
 from fourfold_gemstones.reproduce.stages import LAWS, PUBLISHED, SUITE
 from fourfold_gemstones.reproduce.suite.train import suite_table
 from fourfold_gemstones.runs import Resource

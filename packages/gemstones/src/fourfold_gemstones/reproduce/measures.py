@@ -6,21 +6,10 @@ from collections.abc import Sequence
 
 from fourfold_gemstones.reproduce.stages import PUBLISHED
 from fourfold_parallel.common.records import Event, Record
-from fourfold_parallel.reproduce.claims import NotTestedError, Records
+from fourfold_parallel.reproduce.claims import Records
 
 OPTIMUM = 0.03
 """Per cent above the global optimum from which a published fit counts as not at its optimum."""
-
-
-def material(record: Record, kind: str, files: str) -> Event:
-    """The last event of a kind that is written only where some files are there.
-
-    Raises:
-        NotTestedError: There is none.
-    """
-    if not record.of(kind):
-        raise NotTestedError(files)
-    return record.last(kind)
 
 
 def largest(events: Sequence[Event], key: str) -> Event:

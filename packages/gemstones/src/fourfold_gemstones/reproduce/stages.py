@@ -12,6 +12,8 @@ PUBLISHED = "published"
 """The stage that analyses the published measurements."""
 SUITE = "suite"
 """The stage that trains our own suite."""
+FRESH = "fresh"
+"""The stage that trains runs of seeds that no other record has, after the rules that judge them."""
 LAWS = "laws"
 """The stage that fits laws to our own suite."""
 BOTH: tuple[Scale, ...] = ("smoke", "laptop")
@@ -29,17 +31,22 @@ suite_claim = partial(
     needs="the laptop scale",
 )
 """`claim` for a rule about our own suite."""
+fresh_claim = partial(
+    claim,
+    conditions="bytes of Python source, shapes of 16 thousand to 1.1 million parameters, fresh seeds",
+    scales=LAPTOP,
+    needs="the laptop scale",
+)
+"""`claim` for a rule about runs of fresh seeds."""
 
 
 def published(records: Records) -> Record:
     """The analysis of the published measurements.
 
     Raises:
-        NotTestedError: There was no copy of them.
+        NotTestedError: It was not done.
     """
-    return _record(
-        records, PUBLISHED, "a copy of the paper's repository at ./gemstone-scaling-laws"
-    )
+    return _record(records, PUBLISHED, "the stage that analyses the published measurements")
 
 
 def own_suite(records: Records) -> Record:
@@ -49,6 +56,15 @@ def own_suite(records: Records) -> Record:
         NotTestedError: It was not trained.
     """
     return _record(records, SUITE, "the stage that trains our own suite")
+
+
+def fresh(records: Records) -> Record:
+    """The runs of fresh seeds.
+
+    Raises:
+        NotTestedError: They were not trained.
+    """
+    return _record(records, FRESH, "the stage that trains runs of fresh seeds")
 
 
 def own_laws(records: Records) -> Record:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from fourfold_gemstones.published import NAMES
 from fourfold_gemstones.reproduce.measures import OPTIMUM, above_optimum, between
-from fourfold_gemstones.reproduce.paper.data import NAMES
 from fourfold_gemstones.reproduce.stages import published
 from fourfold_parallel.reproduce.claims import Records
 from fourfold_parallel.reproduce.tables import markdown

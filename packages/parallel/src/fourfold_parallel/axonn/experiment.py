@@ -10,6 +10,9 @@ from fourfold_parallel.axonn import claims, recipes
 from fourfold_parallel.axonn.measures import headline
 from fourfold_parallel.axonn.paper import counted_flops, gpt
 from fourfold_parallel.axonn.recipes import Overlap, Rankings, StrongScaling, WeakScaling
+from fourfold_parallel.karma import claims as karma_claims
+from fourfold_parallel.karma import experiment as karma
+from fourfold_parallel.karma.measures import table as outofcore_table
 from fourfold_parallel.plan import authors
 from fourfold_parallel.plan.job import Job, Layout, grids
 from fourfold_parallel.plan.machine import Machine
@@ -149,6 +152,7 @@ def _stages(scale: Scale) -> Sequence[Stage]:
     if scale == "paper":
         return ()
     stages = (
+        *karma.stages(scale),
         _stage("weak-scaling", recipes.weak_scaling(), plan_weak_scaling),
         _stage("strong-scaling", recipes.strong_scaling(), plan_strong_scaling),
         _stage("overlap", recipes.overlap(), plan_overlap),
@@ -159,8 +163,9 @@ def _stages(scale: Scale) -> Sequence[Stage]:
 
 def _drawings(scale: Scale) -> Sequence[Drawing]:
     from fourfold_parallel.axonn import figures  # needs matplotlib, and nothing else does
+    from fourfold_parallel.karma import figures as karma_figures
 
-    return figures.drawings(scale)
+    return (*figures.drawings(scale), *karma_figures.drawings(scale))
 
 
 def _launches() -> Sequence[Launch]:
@@ -176,9 +181,9 @@ EXPERIMENT = Experiment(
     "communication, and let a model of the machine choose the grid.",
     headline=headline,
     picture="figure-6",
-    claims=claims_of(claims),
+    claims=claims_of(claims, karma_claims),
     stages=_stages,
     drawings=_drawings,
     launches=_launches,
-    tables={"storm": table},
+    tables={"storm": table, "outofcore": outofcore_table},
 )

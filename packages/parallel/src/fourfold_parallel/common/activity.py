@@ -31,6 +31,10 @@ class Activity:
         """Seconds by phase, without those spent in waiting for other ranks."""
         self.waited_s: defaultdict[str, float] = defaultdict(float)
         """Seconds of waiting for other ranks, by phase."""
+        self.counts: dict[str, float] = {}
+        """Further numbers of the step, for its record: an engine adds them."""
+        self.news: list[tuple[str, dict[str, object]]] = []
+        """Events that the record has not yet, with their values."""
         self._since = time.perf_counter()
         self._waits_since = 0.0
         self._depth = 0
@@ -75,6 +79,12 @@ class Activity:
         """Tell listeners of something that is no phase of the loop, such as a stage of a save."""
         for listener in tuple(self.listeners):
             listener(what)
+
+    def take(self) -> tuple[dict[str, float], list[tuple[str, dict[str, object]]]]:
+        """Counts and news since the last call."""
+        taken = self.counts, self.news
+        self.counts, self.news = {}, []
+        return taken
 
     def seconds(self) -> tuple[dict[str, float], dict[str, float]]:
         """Seconds by phase so far, the present one's included: own, and spent in waiting."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fourfold_parallel.common.attention import FUSED
 from fourfold_parallel.plan.job import Job, Layout
 from fourfold_parallel.plan.machine import Machine, PartName, Precision
-from fourfold_parallel.plan.transformer import Block, Experts
+from fourfold_parallel.plan.transformer import Block, Mixture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,7 @@ class Work:
         computed = self.traffic(self._residual, RESIDUAL_PASSES)
         return self._part("residual", self._residual_shape, computed, 1.0, False)
 
-    def experts(self, experts: Experts) -> float:
+    def experts(self, experts: Mixture) -> float:
         """The products of this rank's share of all chosen experts; its two backward products take as long.
 
         Each expert has as many tokens; beside the products, the gathered words are put into order.
@@ -114,10 +114,10 @@ class Work:
         sent = self.tokens * experts.chosen
         used = min(experts.number, sent)
         units, precision = experts.units(row, col), self.job.precision
-        one = product_seconds(self.machine, precision, -(-sent // used), units, experts.width)
+        product = product_seconds(self.machine, precision, -(-sent // used), units, experts.width)
         hidden = self.traffic(sent * units, self.passes.activation)
         ordered = self.traffic(experts.tile_elements(row, col), 2)
-        return used * experts.matrices * one + hidden + ordered
+        return used * experts.matrices * product + hidden + ordered
 
     def activation(self, block: Block, *, backward: bool = False) -> float:
         """Of the MLP's hidden units."""

@@ -88,6 +88,25 @@ class Curve:
         return early + (late - early) * (payload - before) / (after - before)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Channel:
+    """The road between a device and a slower memory; both directions may be in use at once."""
+
+    out_bytes_per_s: float
+    in_bytes_per_s: float
+    out_latency_s: float = 0.0
+    """Of a transfer, however small."""
+    in_latency_s: float = 0.0
+
+    def out_s(self, nbytes: float) -> float:
+        """Seconds of a transfer away from the device."""
+        return self.out_latency_s + nbytes / self.out_bytes_per_s
+
+    def in_s(self, nbytes: float) -> float:
+        """Seconds of a transfer back to it."""
+        return self.in_latency_s + nbytes / self.in_bytes_per_s
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """Nodes of equal devices. Rates are those of one device, in one direction."""
@@ -115,6 +134,8 @@ class Machine:
     """The host is the device (a CPU): the time of a call adds to that of the operation."""
     steals: float = 0.0
     """The part of a collective's time that computation under way loses to it. 1 hides nothing."""
+    together: float = 1.0
+    """What computing in a real step takes, over its parts measured one by one (caches, shared cores)."""
     memory_slack: float = 0.06
     products: tuple[Product, ...] = ()
     """Measured; others are computed from the rates."""
@@ -128,6 +149,8 @@ class Machine:
     """Measured; others are computed from the memory's rate."""
     curves: tuple[Curve, ...] = ()
     """Measured; others are computed from the rings."""
+    host: Channel | None = None
+    """Between a device and its host's memory; None where it is not known."""
 
     def rate(self, precision: Precision) -> Rate:
         """The products' rate in a number format.

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fourfold_parallel.common.files import StrPath
-from fourfold_parallel.plan.machine import GIB, Machine, Rate, Ring
+from fourfold_parallel.plan.machine import GIB, Channel, Machine, Rate, Ring
 
 SHEET = "stas00/ml-engineering, compute/accelerator and network (vendor sheets, measured products)"
 AUTHORS = "axonn-ai/Megatron-AxoNN, branch gordon-bell-perlmutter, examples/comm_model.py"
@@ -38,6 +38,12 @@ def _table(rows: dict[tuple[int, int], float], *, latency_s: float) -> tuple[Rin
         Ring(stride=stride, size=size, bytes_per_s=rate * GIB, latency_s=latency_s)
         for (stride, size), rate in rows.items()
     )
+
+
+def _pcie(bytes_per_s: float) -> Channel:
+    """Pinned copies reach about 0.85 of a link's nominal rate."""
+    rate = 0.85 * bytes_per_s
+    return Channel(out_bytes_per_s=rate, in_bytes_per_s=rate, out_latency_s=1e-5, in_latency_s=1e-5)
 
 
 A100 = (
@@ -77,6 +83,7 @@ PERLMUTTER = Machine(
     node_bytes_per_s=59.52e9,
     network_latency_s=9e-6 * 4,
     kernel_s=GPU_KERNEL_S,
+    host=_pcie(32e9),
 )
 FRONTIER = Machine(
     name="frontier",
@@ -115,6 +122,7 @@ DGX_A100 = Machine(
     node_bytes_per_s=0.85 * 8 * 25e9,
     network_latency_s=1.5e-5,
     kernel_s=GPU_KERNEL_S,
+    host=_pcie(32e9),
 )
 DGX_H100 = Machine(
     name="dgx-h100",
@@ -127,6 +135,7 @@ DGX_H100 = Machine(
     node_bytes_per_s=0.85 * 8 * 50e9,
     network_latency_s=1.5e-5,
     kernel_s=GPU_KERNEL_S,
+    host=_pcie(64e9),
 )
 DGX_H200 = Machine(
     name="dgx-h200",
@@ -139,6 +148,7 @@ DGX_H200 = Machine(
     node_bytes_per_s=0.85 * 8 * 50e9,
     network_latency_s=1.5e-5,
     kernel_s=GPU_KERNEL_S,
+    host=_pcie(64e9),
 )
 DGX_B200 = Machine(
     name="dgx-b200",
@@ -151,6 +161,7 @@ DGX_B200 = Machine(
     node_bytes_per_s=0.85 * 8 * 50e9,
     network_latency_s=1.5e-5,
     kernel_s=GPU_KERNEL_S,
+    host=_pcie(64e9),
 )
 P5_H100 = Machine(
     name="p5-h100",

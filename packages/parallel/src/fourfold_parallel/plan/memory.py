@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from fourfold_parallel.common.attention import FUSED
 from fourfold_parallel.plan.job import Job, Layout
 from fourfold_parallel.plan.machine import Machine
-from fourfold_parallel.plan.transformer import Block, DecoderLayer, Experts
+from fourfold_parallel.plan.transformer import Block, DecoderLayer, Mixture
 
 FLOAT = 4
-GRADIENTS_OF_A_LAYER = 0.5
-"""Of what a decoder layer keeps: the gradients of its activations that are there at once in its backward."""
+GRADIENTS_OF_A_LAYER = 0.4
+"""Of what a decoder layer keeps: the gradients of its activations that are there at once in its backward.
+Fitted to `benchmarks/plan_memory.jsonl`."""
+SPREAD = 4
+"""Tiles under way over depth in backward: the gradients of two layers, sent and received."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +125,7 @@ def _tiles(job: Job, layout: Layout, matrices: float) -> float:
         for part in layer.parts:
             if part.lies_whole and layout.depth > 1 and not layout.keeps_tiles:
                 held += part.tile_elements(row, col)
-            elif isinstance(part, Experts) and part.matrices == 3 and not converts:  # gate and up
+            elif isinstance(part, Mixture) and part.matrices == 3 and not converts:  # gate and up
                 held += part.tile_elements(row, col) * 2 / 3
         kept.append((held, number))
     held = max(k for k, _ in kept) if layout.recomputes else sum(k * n for k, n in kept)
@@ -138,7 +141,7 @@ def _spread(job: Job, layout: Layout) -> float:
     if layout.depth == 1:
         return 0.0
     largest = max(part.tile_elements(layout.row, layout.col) for part in job.model.parts)
-    return 4 * largest * job.element
+    return SPREAD * largest * job.element
 
 
 def _activations(job: Job, layout: Layout, tokens: int) -> tuple[float, float]:
@@ -168,7 +171,9 @@ def _block(job: Job, layout: Layout, block: Block, tokens: int) -> float:
     model, element = job.model, job.element
     row = 1 if block.whole else layout.row
     between = tokens / (layout.row if layout.cuts_tokens and job.fused and not block.whole else 1)
-    held = between * model.width / (1 if block.whole else layout.col) * element
+    held = between * model.width / layout.col * element
+    if block.whole and layout.col > 1:  # and the whole residual stream
+        held += between * model.width * element
     if block.attends:
         heads = model.heads / row * model.head_width
         keys = max(1, model.kv_heads / row) * model.head_width
@@ -180,7 +185,7 @@ def _block(job: Job, layout: Layout, block: Block, tokens: int) -> float:
         kept = (3 if job.fused else 4) if block.gated else 2
         held += tokens * block.hidden / row * element * kept
     for part in block.parts:
-        if isinstance(part, Experts):
+        if isinstance(part, Mixture):
             kept = (3 if job.fused else 4) if part.matrices == 3 else 2
             units = kept * part.units(layout.row, layout.col)
             held += tokens * part.chosen * (units + 2 * part.width) * element

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -27,7 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.optimize import isotonic_regression
 from torch import Tensor
-from transformers import AutoConfig, LlamaConfig
+from transformers import LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
@@ -35,7 +34,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from fourfold_parallel.common.attention import FUSED
-from fourfold_parallel.launch import device, local_world_size, process_group
+from fourfold_parallel.launch import local_world_size
 from fourfold_parallel.plan.job import Job, Layout, divisors, grids
 from fourfold_parallel.plan.machine import (
     Collective,
@@ -49,7 +48,6 @@ from fourfold_parallel.plan.machine import (
     Ring,
 )
 from fourfold_parallel.plan.simulate import simulate
-from fourfold_parallel.plan.transformer import Transformer
 
 # Torch 2.13 has new names for these two, and warns of those that 2.11 has.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -238,43 +236,6 @@ def probe(job: Job, *, name: str, device: torch.device) -> dict[ClockName, Machi
         if groups:
             _time_theft(watch, make, asked, groups[1, ranks])
     return {clock: _machine(watch, asked, job, name, device, clock) for clock in CLOCKS}
-
-
-def probe_launched(
-    model: Path | int,
-    *,
-    name: str,
-    batch: int,
-    sequence: int,
-    precision: Precision,
-    clock: ClockName,
-) -> Machine:
-    """This machine, as the ranks of this launch see it.
-
-    Args:
-        model: A folder or file with a configuration of transformers, or the width of a four-layer Llama.
-        name: Of the machine.
-        batch: Sequences of a step, over all ranks.
-        sequence: Tokens of a sequence.
-        precision: Of the products.
-        clock: The clock to believe.
-
-    Raises:
-        ValueError: The planner does not know the model, or no grid of these ranks fits it.
-    """
-    on = device()
-    if on.type != "cpu" and clock == "processor":
-        raise ValueError(f"clock='processor' is of ranks on a CPU, not on {on.type}; use 'wall'")
-    config = (
-        llama_config(width=model, sequence=sequence)
-        if isinstance(model, int)
-        else AutoConfig.from_pretrained(model)
-    )
-    job = Job(
-        model=Transformer.of(config), batch=batch, sequence=sequence, precision=precision
-    )  # fmt: skip
-    with process_group(on):
-        return probe(job, name=name, device=on)[clock]
 
 
 def llama_config(*, width: int, sequence: int) -> LlamaConfig:

@@ -14,7 +14,7 @@ from fourfold_parallel.plan.job import Job, Layout, divisors, grids
 from fourfold_parallel.plan.machine import GIB, Machine
 from fourfold_parallel.plan.memory import Memory, fits, memory_of
 from fourfold_parallel.plan.simulate import Step, scout, simulate
-from fourfold_parallel.plan.transformer import Experts
+from fourfold_parallel.plan.transformer import Mixture
 
 MOST_MICROBATCH = 64
 """Sequences that a rank takes at once, at most."""
@@ -179,7 +179,7 @@ def refusal(job: Job, layout: Layout) -> str:
     if model.splits_heads and model.heads % row:
         return f"{model.heads} heads do not divide over row {row}"
     for part in model.parts:
-        if isinstance(part, Experts) and part.hidden % (row * layout.col):
+        if isinstance(part, Mixture) and part.hidden % (row * layout.col):
             shares = row * layout.col
             return (
                 f"{part.hidden} hidden units of an expert do not divide over row * col = {shares}"

@@ -17,7 +17,7 @@ from fourfold_parallel.common.axes import AXES, AxisName
 from fourfold_parallel.plan.cost import COLLECTIVE_NODES, LINEAR_NODES, NORM_NODES, Work
 from fourfold_parallel.plan.job import Job, Layout
 from fourfold_parallel.plan.machine import Collective, Machine
-from fourfold_parallel.plan.transformer import Block, DecoderLayer, Experts, Linear, Part
+from fourfold_parallel.plan.transformer import Block, DecoderLayer, Linear, Mixture, Part
 
 TINY_BYTES = 8
 BUCKET_BYTES = 25 * 2**20
@@ -27,7 +27,7 @@ SIMULATED_LAYERS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Visit:
+class Turn:
     """A pass through a linear layer or a set of experts, and its place in its block."""
 
     part: Part
@@ -43,15 +43,15 @@ class Visit:
 
 
 @cache
-def visits_of(layer: DecoderLayer) -> tuple[Visit, ...]:
+def turns_of(layer: DecoderLayer) -> tuple[Turn, ...]:
     """The way through a decoder layer; its norms are spread over its blocks."""
-    visits: list[Visit] = []
+    visits: list[Turn] = []
     blocks = [block for block in layer.blocks if block.parts]
     for number, block in enumerate(blocks, 1):
         norms = layer.norms * number // len(blocks) - layer.norms * (number - 1) // len(blocks)
         last = len(block.parts) - 1
         visits += [
-            Visit(
+            Turn(
                 part=part, block=block, norms=0 if index else norms, starts=index == 0,
                 ends=index == last, follows_work=part is block.last,
             )
@@ -141,7 +141,7 @@ class Clock:
         if self.machine.host_computes:
             # What was measured on the host was measured with its calls.
             start = self.device
-            seconds += 0.0 if self.machine.is_probed else calls
+            seconds = self.machine.together * (seconds + (0.0 if self.machine.is_probed else calls))
         else:
             self.host += calls
             # The first kernel starts when it was launched, the last cannot end before it was.
@@ -157,6 +157,7 @@ class Clock:
         seconds = number * self.machine.node_s
         self.host += seconds
         if self.machine.host_computes:
+            seconds *= self.machine.together
             self.device += seconds
             self.computed += seconds
 
@@ -198,7 +199,7 @@ class Rank:
         self.job, self.layout = job, layout
         self.clock = Clock(machine=machine, layout=layout, records=records)
         self.work = Work(job, layout, machine)
-        self._head = Visit(part=job.model.head, block=Block(parts=(), attends=False))
+        self._head = Turn(part=job.model.head, block=Block(parts=(), attends=False))
         self._sizes: dict[int, tuple[int, float, int]] = {}
         self._gathers: dict[int, float] = {}
         self._late: tuple[float, Part] | None = None
@@ -211,7 +212,7 @@ class Rank:
     def microbatch(self, layers: Sequence[DecoderLayer], *, is_last: bool) -> None:
         """Forward and backward of these decoder layers, the embedding and the head."""
         job, model = self.job, self.job.model
-        visits = [visits_of(layer) for layer in layers]
+        visits = [turns_of(layer) for layer in layers]
         order = [visit for of_layer in visits for visit in of_layer] + [self._head]
         self._embed()
         for index in range(len(order) - 1):
@@ -255,7 +256,7 @@ class Rank:
             "row", clock.start("row", "all_reduce", elements * self.job.element, "embedding")
         )
 
-    def _forward(self, order: Sequence[Visit], index: int) -> None:
+    def _forward(self, order: Sequence[Turn], index: int) -> None:
         """A part with what comes before it in its block."""
         visit, clock, work = order[index], self.clock, self.work
         for _ in range(visit.norms):
@@ -290,14 +291,14 @@ class Rank:
         known = self._sizes.get(id(part))
         if known is None:
             row, col = self.layout.row, self.layout.col
-            if isinstance(part, Experts):
+            if isinstance(part, Mixture):
                 seconds, kernels = self.work.experts(part), part.matrices
             else:
                 seconds, kernels = self.work.product(*part.tile(row, col)), 1
             known = self._sizes[id(part)] = part.tile_elements(row, col), seconds, kernels
         return known
 
-    def _start_gather(self, order: Sequence[Visit], index: int) -> None:
+    def _start_gather(self, order: Sequence[Turn], index: int) -> None:
         if index < len(order) and index not in self._gathers:
             part = order[index].part
             if part.lies_whole and self._phases[index : index + 1] == ["backward"]:
@@ -307,7 +308,7 @@ class Rank:
                 "depth", "all_gather", self._known(part)[0] * self.job.element, part.name
             )
 
-    def _product_forward(self, order: Sequence[Visit], index: int) -> None:
+    def _product_forward(self, order: Sequence[Turn], index: int) -> None:
         part, clock = order[index].part, self.clock
         self._start_gather(order, index)
         self._start_gather(order, index + 1)
@@ -317,8 +318,9 @@ class Rank:
         clock.nodes(LINEAR_NODES)
         clock.compute(part.name, *self._known(part)[1:])
         tokens, element = self.work.tokens, self.job.element
-        if isinstance(part, Experts):
-            for axis in ("row", "col"):
+        if isinstance(part, Mixture):
+            over: tuple[AxisName, ...] = ("row", "col")
+            for axis in over:
                 self._column(tokens * part.width * element, axis, part.name)
             return
         if part.form == "divided":
@@ -338,7 +340,8 @@ class Rank:
 
     def _gather_whole(self, over_col: float, over_row: float, name: str) -> None:
         """Pieces of elements that are gathered over col, then over row."""
-        for axis, elements in (("col", over_col), ("row", over_row)):
+        gathers: tuple[tuple[AxisName, float], ...] = (("col", over_col), ("row", over_row))
+        for axis, elements in gathers:
             payload = elements * self.job.element
             self.clock.wait(axis, self.clock.start(axis, "all_gather", payload, name))
 
@@ -374,9 +377,9 @@ class Rank:
 
     # backward -----------------------------------------------------------------------------------
 
-    def _backward_order(self, layers: Sequence[Sequence[Visit]]) -> list[tuple[Visit, str]]:
+    def _backward_order(self, layers: Sequence[Sequence[Turn]]) -> list[tuple[Turn, str]]:
         """Every visit after forward: backward ones, and with recomputation forward ones before them."""
-        visits: list[tuple[Visit, str]] = [(self._head, "backward")]
+        visits: list[tuple[Turn, str]] = [(self._head, "backward")]
         for layer in reversed(layers):
             if self.layout.recomputes:
                 visits += [(visit, "forward") for visit in layer]
@@ -384,7 +387,7 @@ class Rank:
         return visits
 
     def _backward(
-        self, visits: list[tuple[Visit, str]], order: list[Visit], position: int, *, is_last: bool
+        self, visits: list[tuple[Turn, str]], order: list[Turn], position: int, *, is_last: bool
     ) -> None:
         visit, phase = visits[position]
         if phase == "forward":
@@ -418,8 +421,8 @@ class Rank:
     def _sum_input_gradient(self, part: Part) -> list[tuple[AxisName, float]]:
         """Start what makes the gradient of a part's input whole; gives when each ends."""
         tokens, element, clock = self.work.tokens, self.job.element, self.clock
-        if isinstance(part, Experts) or part.form == "divided":
-            width = part.width if isinstance(part, Experts) else part.inputs
+        if isinstance(part, Mixture) or part.form == "divided":
+            width = part.width if isinstance(part, Mixture) else part.inputs
             over: tuple[AxisName, ...] = ("row", "col")
             for axis in over:  # at once: nothing of the block's backward is overlapped
                 self._column(tokens * width * element, axis, part.name)
@@ -440,7 +443,7 @@ class Rank:
             ends.append((produced, clock.start(produced, "all_reduce", payload, part.name)))
         return ends
 
-    def _leave_block(self, visit: Visit) -> None:
+    def _leave_block(self, visit: Turn) -> None:
         """Backward of what a block begins with: the gather of tokens, and its norms."""
         if self.layout.cuts_tokens and not visit.block.whole:
             payload = self.work.tokens * self.job.model.width / self.layout.col * self.job.element
@@ -520,6 +523,8 @@ class _Walk:
     """A rank's way through some layers and microbatches; walks add up."""
 
     seconds: float
+    host_s: float
+    """Until the host has launched everything."""
     sums_end: float
     compute_s: float
     exposed_s: dict[AxisName, float]
@@ -529,6 +534,7 @@ class _Walk:
     def __add__(self, other: _Walk) -> _Walk:
         return _Walk(
             seconds=self.seconds + other.seconds,
+            host_s=self.host_s + other.host_s,
             sums_end=self.sums_end + other.seconds,
             compute_s=self.compute_s + other.compute_s,
             exposed_s={n: self.exposed_s[n] + other.exposed_s[n] for n in AXES},
@@ -539,6 +545,7 @@ class _Walk:
     def __mul__(self, times: float) -> _Walk:
         return _Walk(
             seconds=self.seconds * times,
+            host_s=self.host_s * times,
             sums_end=self.sums_end * times,
             compute_s=self.compute_s * times,
             exposed_s={n: seconds * times for n, seconds in self.exposed_s.items()},
@@ -564,7 +571,12 @@ def _microbatch(
         # The sums over data queue on their own: they end later by what each layer adds to their queue.
         ends = whole.sums_end + (walked.sums_end - fewer.sums_end) * more
         whole = replace(whole + (walked + fewer * -1) * more, sums_end=ends)
-    return whole
+    # A host that needs longer for a layer than the device falls behind after some layers.
+    behind = max(0.0, whole.host_s - whole.seconds)
+    return replace(
+        whole, seconds=whole.seconds + behind, compute_s=whole.compute_s + behind,
+        sums_end=whole.sums_end + behind,
+    )  # fmt: skip
 
 
 def _walk(
@@ -580,7 +592,8 @@ def _walk(
     rank.microbatch(layers, is_last=is_last)
     clock = rank.clock
     return _Walk(
-        seconds=max(clock.device, clock.host), sums_end=rank.sums_end, compute_s=clock.computed,
+        seconds=max(clock.device, clock.host), host_s=clock.host, sums_end=rank.sums_end,
+        compute_s=clock.computed,
         exposed_s=clock.exposed, moved_bytes=clock.moved, spans=tuple(clock.spans),
     )  # fmt: skip
 

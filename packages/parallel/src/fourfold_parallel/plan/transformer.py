@@ -63,7 +63,8 @@ class Linear:
                 return self.outputs, self.inputs
             case "swapped":
                 return -(-self.outputs // col), -(-self.inputs // row)
-        return -(-self.outputs // row), -(-self.inputs // col)
+            case "plain" | "latent" | "expanding":
+                return -(-self.outputs // row), -(-self.inputs // col)
 
     def tile_elements(self, row: int, col: int) -> int:
         """Elements that a rank gathers over depth."""
@@ -73,7 +74,7 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Experts:
+class Mixture:
     """A set of experts, of which each token is sent through a few. Hidden units are cut over row and col."""
 
     name: str
@@ -111,7 +112,7 @@ class Experts:
         return self.number * self.matrices * self.units(row, col) * self.width
 
 
-Part = Linear | Experts
+Part = Linear | Mixture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -477,13 +478,13 @@ class _Reading:
             name=name.rpartition(".")[2], outputs=rows, inputs=columns, form=form, bias=bias
         )
 
-    def _experts(self, name: str, module: nn.Module, rule: grid.Experts) -> Experts:
+    def _experts(self, name: str, module: nn.Module, rule: grid.Experts) -> Mixture:
         weights = {own: getattr(module, own).shape for own in rule.cuts if "bias" not in own}
         shape, dim = weights["down_proj"], rule.cuts["down_proj"]
         number, hidden, width = shape[0], shape[dim], shape[3 - dim]
         elements = sum(math.prod(shape) for shape in weights.values())
         chosen = _first_of(self.config, *CHOSEN) or 1
-        return Experts(
+        return Mixture(
             name=name.rpartition(".")[2], number=number, chosen=min(chosen, number), width=width,
             hidden=hidden, matrices=elements // (number * hidden * width),
         )  # fmt: skip

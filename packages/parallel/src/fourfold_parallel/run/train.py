@@ -212,6 +212,9 @@ def _steps(
         NOW.enter("record")
         elapsed_s = time.perf_counter() - started_s
         done = step + 1
+        counts, news = NOW.take()
+        for event, values in news:
+            records.write(event, step=done, **values)
         records.write(
             "step",
             step=done,
@@ -225,6 +228,7 @@ def _steps(
             waited_s=round(NOW.waits_s() - waited_s, 4),
             tokens_per_s=round(run.tokens_per_step / elapsed_s, 1),
             peak_bytes=_peak_bytes(session.device),
+            **counts,
         )
         tell(done, run.steps, f"loss {loss_nats:.3f} nats")
         is_over = done == run.steps

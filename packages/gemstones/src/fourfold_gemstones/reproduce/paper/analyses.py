@@ -1,11 +1,8 @@
-"""Every analysis of the published measurements by name, and the files that they read."""
+"""Every analysis of the published measurements by name."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from functools import lru_cache
-from pathlib import Path
 from types import MappingProxyType
 
 from fourfold_gemstones.reproduce.paper.downstream import benchmarks, other_texts
@@ -32,7 +29,7 @@ from fourfold_gemstones.reproduce.paper.slopes import (
     slopes,
 )
 
-PARTS: MappingProxyType[str, Callable[[Revisit, Path], Events]] = MappingProxyType(
+PARTS: MappingProxyType[str, Callable[[Revisit], Events]] = MappingProxyType(
     {
         "coverage": simulated_coverage,
         "prescriptions": prescriptions,
@@ -70,29 +67,7 @@ SLOW = frozenset(
 )
 """Parts that take more than a few seconds."""
 
-READ = (
-    "wandb_dfs/wandb_df_for_fitting_*.jsonl",
-    "**/parameters*/approach_*.json",
-    "**/epoch_chinchilla_svg_extracted_data.csv",
-    "**/preflight_mup_olmo_variant.csv",
-    "**/light_eval_df.*",
-    "**/task_losses_mean.csv",
-    "**/*_losses_combined.jsonl",
-    "benchmarks/bhagia_task_losses/*/*/losses_*.json",
-)
-"""Every file that the analysis may read, as patterns under a copy of the paper's repository."""
 
-
-@lru_cache(maxsize=2)
-def digest_of(folder: Path) -> str:
-    """SHA-256 over the names and bytes of the files that are read."""
-    digest = hashlib.sha256()
-    for path in sorted({path for pattern in READ for path in folder.glob(pattern)}):
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def analyse(run: Revisit, folder: Path, name: str) -> tuple[tuple[str, Fields], ...]:
+def analyse(run: Revisit, name: str) -> tuple[tuple[str, Fields], ...]:
     """The events of one part, by name; for a worker process."""
-    return tuple(PARTS[name](run, folder))
+    return tuple(PARTS[name](run))

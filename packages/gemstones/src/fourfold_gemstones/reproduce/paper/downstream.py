@@ -5,15 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 from scipy.optimize import curve_fit
 
 from fourfold_gemstones.envelope import Line
-from fourfold_gemstones.reproduce.measures import material
-from fourfold_gemstones.reproduce.paper.data import (
+from fourfold_gemstones.published import (
     TEXTS,
     Checkpoint,
     benchmark_accuracy,
@@ -77,62 +75,58 @@ def bhagia(
     return rise / (1 + np.exp(-k * (loss - middle))) + chance
 
 
-def benchmarks(run: Revisit, folder: Path) -> Events:
+def benchmarks(run: Revisit) -> Events:
     """Mean error against validation loss, what shape adds to it, and mean accuracy against task loss."""
     del run
-    accuracy = benchmark_accuracy(folder)
-    losses = _losses(folder)
+    accuracy = benchmark_accuracy()
+    losses = _losses()
     both = sorted(losses.keys() & accuracy.keys())
-    if both:
-        loss = np.asarray([losses[at] for at in both])
-        error = 1 - np.asarray([accuracy[at] for at in both])
-        curve = fit_curve(gadre, loss, error, (0.7, 10.0, 1.5))
-        rho, p = spearman(curve.residual, np.asarray([at[0] / at[1] for at in both]))
-        ceiling, k, gamma = curve.parameters
-        yield (
-            "benchmarks",
-            {
-                "checkpoints": len(both),
-                "ceiling": ceiling,
-                "k": k,
-                "gamma": gamma,
-                "rmse": curve.rmse,
-                "r_squared": curve.r_squared,
-                "shape_spearman": rho,
-                "shape_p": p,
-            },
-        )
-    tasks = task_losses(folder)
+    loss = np.asarray([losses[at] for at in both])
+    error = 1 - np.asarray([accuracy[at] for at in both])
+    curve = fit_curve(gadre, loss, error, (0.7, 10.0, 1.5))
+    rho, p = spearman(curve.residual, np.asarray([at[0] / at[1] for at in both]))
+    ceiling, k, gamma = curve.parameters
+    yield (
+        "benchmarks",
+        {
+            "checkpoints": len(both),
+            "ceiling": ceiling,
+            "k": k,
+            "gamma": gamma,
+            "rmse": curve.rmse,
+            "r_squared": curve.r_squared,
+            "shape_spearman": rho,
+            "shape_p": p,
+        },
+    )
+    tasks = task_losses()
     both = sorted(tasks.keys() & accuracy.keys())
-    if both:
-        loss = np.asarray([tasks[at] for at in both])
-        score = np.asarray([accuracy[at] for at in both])
-        start = (float(np.ptp(score)), 1.0, float(np.median(loss)), float(score.min()))
-        curve = fit_curve(bhagia, loss, score, start)
-        rise, k, middle, chance = curve.parameters
-        yield (
-            "task_losses",
-            {
-                "checkpoints": len(both),
-                "rise": rise,
-                "k": k,
-                "middle": middle,
-                "chance": chance,
-                "rmse": curve.rmse,
-                "r_squared": curve.r_squared,
-            },
-        )
+    loss = np.asarray([tasks[at] for at in both])
+    score = np.asarray([accuracy[at] for at in both])
+    start = (float(np.ptp(score)), 1.0, float(np.median(loss)), float(score.min()))
+    curve = fit_curve(bhagia, loss, score, start)
+    rise, k, middle, chance = curve.parameters
+    yield (
+        "task_losses",
+        {
+            "checkpoints": len(both),
+            "rise": rise,
+            "k": k,
+            "middle": middle,
+            "chance": chance,
+            "rmse": curve.rmse,
+            "r_squared": curve.r_squared,
+        },
+    )
 
 
-def other_texts(run: Revisit, folder: Path) -> Events:
+def other_texts(run: Revisit) -> Events:
     """Losses of the same checkpoints on other texts beside the suite's own."""
     del run
-    ours = _losses(folder)
+    ours = _losses()
     for text in TEXTS:
-        theirs = text_losses(folder, text)
+        theirs = text_losses(text)
         both = sorted(ours.keys() & theirs.keys())
-        if not both:
-            continue
         last = [at for at in both if at[2] == max(step for _, _, step in both)]
         x, y = (np.asarray([losses[at] for at in both]) for losses in (ours, theirs))
         ends = spearman(np.asarray([ours[a] for a in last]), np.asarray([theirs[a] for a in last]))
@@ -149,9 +143,9 @@ def other_texts(run: Revisit, folder: Path) -> Events:
         )
 
 
-def _losses(folder: Path) -> dict[Checkpoint, float]:
+def _losses() -> dict[Checkpoint, float]:
     """Validation loss of every checkpoint on the suite's own text."""
-    table = published_frame(folder, "hot_100b+")
+    table = published_frame("hot_100b+")
     keys = np.stack([table.column(name) for name in ("width", "depth", "step")], axis=1)
     return {
         (int(w), int(d), round(step)): float(loss)
@@ -170,7 +164,7 @@ def _losses(folder: Path) -> dict[Checkpoint, float]:
 def benchmarks_follow_loss(records: Records) -> Finding:
     """Mean benchmark error against loss, and shape given loss."""
     record = published(records)
-    event = material(record, "benchmarks", "benchmarks/light_eval_df.parquet of the repository")
+    event = record.last("benchmarks")
     tight = event.number("r_squared") > TIGHT
     shape = event.number("shape_p") < 0.01
     return Finding(
@@ -196,8 +190,8 @@ def benchmarks_follow_loss(records: Records) -> Finding:
 def accuracy_is_noisier(records: Records) -> Finding:
     """The two forms' R²."""
     record = published(records)
-    event = material(record, "task_losses", "benchmarks/bhagia_task_losses of the repository")
-    error = material(record, "benchmarks", "benchmarks/light_eval_df.parquet of the repository")
+    event = record.last("task_losses")
+    error = record.last("benchmarks")
     noisier = event.number("r_squared") < error.number("r_squared")
     return Finding(
         decide(reproduced=noisier, contradicted=not noisier),
@@ -219,7 +213,7 @@ def accuracy_is_noisier(records: Records) -> Finding:
 def texts_agree(records: Records) -> Finding:
     """Rank correlations of losses between texts."""
     record = published(records)
-    least = material(record, "other_text", "benchmarks/*_losses_combined.jsonl of the repository")
+    least = record.last("other_text")
     for event in record.of("other_text"):
         if event.number("spearman") < least.number("spearman"):
             least = event

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 
 from fourfold_gemstones.envelope import Bins, EnvelopeLaw, Hull
 from fourfold_gemstones.parametric import ParametricLaw
+from fourfold_gemstones.published import published_frame
+from fourfold_gemstones.questions.simulate import EPOCH, HALF, noise_free
 from fourfold_gemstones.reproduce.measures import between
-from fourfold_gemstones.reproduce.paper.data import published_frame
 from fourfold_gemstones.reproduce.paper.settings import Events, Revisit
 from fourfold_gemstones.reproduce.stages import BOTH, paper_claim, published
-from fourfold_gemstones.simulate import EPOCH, HALF, noise_free
 from fourfold_gemstones.uncertainty import bootstrap, leave_one_out, slope
 from fourfold_parallel.reproduce.claims import Finding, Records, decide
 
@@ -21,10 +20,10 @@ TOKEN_FLOORS = (0.0, 5e9, 1e10, 2e10, 5e10, 1.2e11)
 """Least tokens of the rows an envelope sees: the selection that moves approach 1 most."""
 
 
-def envelopes(run: Revisit, folder: Path) -> Events:
+def envelopes(run: Revisit) -> Events:
     """Hull slopes against the token floor, and what they are on noise-free laws of known slope."""
-    whole = published_frame(folder, "hot_100b+_477")
-    ours = run.fitted(ParametricLaw(), published_frame(folder, "hot_100b+")).estimate
+    whole = published_frame("hot_100b+_477")
+    ours = run.fitted(ParametricLaw(), published_frame("hot_100b+")).estimate
     truths = (HALF, EPOCH, ours)
     selections = {
         **{f"T >= {floor / 1e9:g}B": (floor, math.inf) for floor in TOKEN_FLOORS},
@@ -56,7 +55,7 @@ def envelopes(run: Revisit, folder: Path) -> Events:
                 },
             )
     ratio = EnvelopeLaw(target="tokens_per_parameter")
-    table = published_frame(folder, "hot_477")
+    table = published_frame("hot_477")
     fit = ratio.fit(table)
     draws = bootstrap(fit, draws=run.draws, generator=run.generator())
     interval = draws.interval(slope)
@@ -75,10 +74,10 @@ def envelopes(run: Revisit, folder: Path) -> Events:
     )
 
 
-def left_out(run: Revisit, folder: Path) -> Events:
+def left_out(run: Revisit) -> Events:
     """Slopes without each model in turn: the law's, the hull's, and the binned envelope's."""
-    table = published_frame(folder, "hot_477")
-    ours = run.fitted(ParametricLaw(), published_frame(folder, "hot_100b+")).estimate
+    table = published_frame("hot_477")
+    ours = run.fitted(ParametricLaw(), published_frame("hot_100b+")).estimate
     for name, law in (
         ("hull", EnvelopeLaw(method=Hull())),
         ("750 bins", EnvelopeLaw(method=Bins(count=750))),
@@ -97,7 +96,7 @@ def left_out(run: Revisit, folder: Path) -> Events:
                 "bias_on_fitted_law": clean - ours.slope,
             },
         )
-    fit = run.fitted(ParametricLaw(), published_frame(folder, "hot_100b+"))
+    fit = run.fitted(ParametricLaw(), published_frame("hot_100b+"))
     without = leave_one_out(fit, slope)
     low, high = (
         min(without, key=lambda name: without[name]),

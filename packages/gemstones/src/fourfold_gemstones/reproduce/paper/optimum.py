@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
@@ -13,13 +12,13 @@ from scipy.optimize import minimize
 from fourfold_gemstones import minimise
 from fourfold_gemstones.envelope import EnvelopeLaw, Target
 from fourfold_gemstones.parametric import ParametricLaw
-from fourfold_gemstones.reproduce.measures import OPTIMUM, above_optimum, largest
-from fourfold_gemstones.reproduce.paper.data import (
+from fourfold_gemstones.published import (
     chinchilla_points,
     published_fits,
     published_frame,
     published_lines,
 )
+from fourfold_gemstones.reproduce.measures import OPTIMUM, above_optimum, largest
 from fourfold_gemstones.reproduce.paper.settings import Events, Revisit
 from fourfold_gemstones.reproduce.stages import BOTH, LAPTOP, paper_claim, published
 from fourfold_gemstones.uncertainty import bootstrap, slope
@@ -29,10 +28,10 @@ THRESHOLD_SPREAD = 0.02
 """Spread of the slope over Huber thresholds that would count as unstable."""
 
 
-def refits(run: Revisit, folder: Path) -> Events:
+def refits(run: Revisit) -> Events:
     """All 42 published parametric fits beside the global optimum of the same objective."""
-    for theirs in published_fits(folder):
-        table = published_frame(folder, theirs.frame)
+    for theirs in published_fits():
+        table = published_frame(theirs.frame)
         fit = run.fitted(theirs.law, table)
         problem = theirs.law.problem(table)
         ones = np.ones((1, len(table)))
@@ -71,15 +70,15 @@ def _nearest_node(log_coefficients: Sequence[float]) -> float:
     return float(min(np.abs(nodes - value).min() for value in log_coefficients))
 
 
-def restarts(run: Revisit, folder: Path) -> Events:
+def restarts(run: Revisit) -> Events:
     """The end of the reference's descent from each published fit, as it is and with the objective scaled.
 
     The same call of L-BFGS-B, with finite differences and default stopping rules, on f and on f over its
     value at the start: only the scale of f differs, and with it what the absolute rules mean.
     """
     del run
-    for theirs in published_fits(folder):
-        problem = theirs.law.problem(published_frame(folder, theirs.frame))
+    for theirs in published_fits():
+        problem = theirs.law.problem(published_frame(theirs.frame))
         descent = minimise.Descent(problem.log_inputs, problem.log_loss, np.ones((1, 1)))
         start = theirs.estimate.vector()
 
@@ -102,7 +101,7 @@ def restarts(run: Revisit, folder: Path) -> Events:
         )
 
 
-def lines(run: Revisit, folder: Path) -> Events:
+def lines(run: Revisit) -> Events:
     """All 24 published envelope lines beside ours."""
     del run
     targets: dict[str, Target] = {
@@ -110,9 +109,9 @@ def lines(run: Revisit, folder: Path) -> Events:
         "tokens": "tokens",
         "tokens_per_param": "tokens_per_parameter",
     }
-    for theirs in published_lines(folder):
+    for theirs in published_lines():
         law = EnvelopeLaw(target=targets[theirs.target], embeddings=theirs.embeddings)
-        ours = law.fit(published_frame(folder, theirs.frame)).estimate
+        ours = law.fit(published_frame(theirs.frame)).estimate
         yield (
             "line",
             {
@@ -126,9 +125,9 @@ def lines(run: Revisit, folder: Path) -> Events:
         )
 
 
-def chinchilla(run: Revisit, folder: Path) -> Events:
+def chinchilla(run: Revisit) -> Events:
     """Besiroglu et al.'s refit of Chinchilla: its objective at 1e-3, and its L1 limit."""
-    table = chinchilla_points(folder)
+    table = chinchilla_points()
     for delta in (1e-3, 4.7e-9):
         fit = run.fitted(ParametricLaw(delta=delta), table)
         draws = bootstrap(fit, draws=run.draws, generator=run.generator(), groups="row")
@@ -152,10 +151,10 @@ def chinchilla(run: Revisit, folder: Path) -> Events:
         )
 
 
-def thresholds(run: Revisit, folder: Path) -> Events:
+def thresholds(run: Revisit) -> Events:
     """The slope at the global optimum for Huber thresholds from 1e-2 to 1e-6."""
     for frame in ("hot_100b+", "hot", "lr_ablation_hot", "cool_end"):
-        table = published_frame(folder, frame)
+        table = published_frame(frame)
         for delta in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
             fit = run.fitted(ParametricLaw(delta=delta), table)
             yield (

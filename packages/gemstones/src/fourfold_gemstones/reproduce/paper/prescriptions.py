@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 
-from fourfold_gemstones.allocation import Compute, Free, Planner
 from fourfold_gemstones.architecture import GEMSTONES
 from fourfold_gemstones.envelope import overspent
 from fourfold_gemstones.laws import WIDTH_DEPTH
 from fourfold_gemstones.parametric import ParametricLaw
+from fourfold_gemstones.published import published_fits, published_frame
+from fourfold_gemstones.questions.allocation import Compute, Free, Planner
 from fourfold_gemstones.reproduce.measures import between, largest
-from fourfold_gemstones.reproduce.paper.data import published_fits, published_frame
 from fourfold_gemstones.reproduce.paper.settings import Events, Revisit, spearman
 from fourfold_gemstones.reproduce.stages import BOTH, paper_claim, published
 from fourfold_gemstones.runs import Resource
@@ -29,16 +28,16 @@ SIGNIFICANT = 0.05
 """Of a rank correlation."""
 
 
-def prescriptions(run: Revisit, folder: Path) -> Events:
+def prescriptions(run: Revisit) -> Events:
     """Compute-optimal shapes of the width-depth law, with bands, on hot and on cooled checkpoints."""
     planner = Planner(architecture=GEMSTONES, cost=Compute(), shapes=Free())
     by_frame = {
         fit.frame: fit.estimate
-        for fit in published_fits(folder)
+        for fit in published_fits()
         if fit.name.startswith("delta-4") and len(fit.law.variables) == 4
     }
     for frame in ("hot_100b+", "cool_end"):
-        fit = run.fitted(ParametricLaw(variables=WIDTH_DEPTH), published_frame(folder, frame))
+        fit = run.fitted(ParametricLaw(variables=WIDTH_DEPTH), published_frame(frame))
         draws = bootstrap(fit, draws=run.shaped_draws, generator=run.generator())
         drawn = [[planner.allocate(law, budget) for budget in BUDGETS] for law in draws.estimates]
         for number, budget in enumerate(BUDGETS):
@@ -82,11 +81,11 @@ def prescriptions(run: Revisit, folder: Path) -> Events:
             )
 
 
-def overtraining(run: Revisit, folder: Path) -> Events:
+def overtraining(run: Revisit) -> Events:
     """Cost of training longer or shorter than optimal at the same FLOPs."""
     planner = Planner(architecture=GEMSTONES, cost=Compute(), shapes=Free())
     for frame in ("hot_100b+", "cool_end"):
-        fit = run.fitted(ParametricLaw(variables=WIDTH_DEPTH), published_frame(folder, frame))
+        fit = run.fitted(ParametricLaw(variables=WIDTH_DEPTH), published_frame(frame))
         for budget in (1e20, 1e21, 1e22):
             best = planner.allocate(fit.estimate, budget)
             for factor, plan in zip(
@@ -103,10 +102,10 @@ def overtraining(run: Revisit, folder: Path) -> Events:
                 )
 
 
-def overspending(run: Revisit, folder: Path) -> Events:
+def overspending(run: Revisit) -> Events:
     """FLOPs and device-hours at 300 B tokens over what the hull needs for the same loss."""
     del run
-    table = published_frame(folder, "hot_100b+_477")
+    table = published_frame("hot_100b+_477")
     tokens = table.column("tokens")
     late = table.where((tokens > 2.99e11) & (tokens < 3.01e11))
     last = late.where(np.r_[late.run[1:] != late.run[:-1], True])

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 
 from fourfold_gemstones.architecture import Embeddings
-from fourfold_gemstones.comparison import GEMSTONE_SPLITS, mean_error
 from fourfold_gemstones.laws import SHAPE_ONLY, WIDTH_DEPTH
 from fourfold_gemstones.parametric import ParametricLaw
-from fourfold_gemstones.reproduce.paper.data import preflight, published_frame
+from fourfold_gemstones.published import preflight, published_frame
+from fourfold_gemstones.questions.comparison import GEMSTONE_SPLITS, mean_error
 from fourfold_gemstones.reproduce.paper.settings import Events, Revisit, spearman
 from fourfold_gemstones.reproduce.stages import BOTH, paper_claim, published
 from fourfold_parallel.reproduce.claims import Finding, Records
 
 
-def held_out(run: Revisit, folder: Path) -> Events:
+def held_out(run: Revisit) -> Events:
     """Mean error of five laws where runs were held out, and in sample."""
-    table = published_frame(folder, "hot_100b+")
+    table = published_frame("hot_100b+")
     laws = {
         "N, T": ParametricLaw(delta=1e-3),
         "N without embeddings, T": ParametricLaw(delta=1e-3, embeddings=Embeddings.NONE),
@@ -39,10 +38,10 @@ def held_out(run: Revisit, folder: Path) -> Events:
             yield "held_out", {"law": name, "split": split.name, "error_percent": 100 * error}
 
 
-def cooldown(run: Revisit, folder: Path) -> Events:
+def cooldown(run: Revisit) -> Events:
     """Gain of cooling down, against size and tokens."""
     del run
-    begin, end = published_frame(folder, "cool_begin"), published_frame(folder, "cool_end")
+    begin, end = published_frame("cool_begin"), published_frame("cool_end")
     gain = np.log(begin.column("loss_nats")) - np.log(end.column("loss_nats"))
     nats = begin.column("loss_nats") - end.column("loss_nats")
     last = begin.column("tokens") > 9.9e10
@@ -61,11 +60,11 @@ def cooldown(run: Revisit, folder: Path) -> Events:
     )
 
 
-def learning_rates(run: Revisit, folder: Path) -> Events:
+def learning_rates(run: Revisit) -> Events:
     """Best rate of each preflight shape, as it is and times width times the root of depth."""
     del run
     best: dict[tuple[int, int], tuple[float, float]] = {}
-    for width, depth, rate, loss in preflight(folder):
+    for width, depth, rate, loss in preflight():
         if loss < best.get((width, depth), (math.inf, 0.0))[0]:
             best[width, depth] = (loss, rate)
     rates = np.asarray([rate for _, rate in best.values()])

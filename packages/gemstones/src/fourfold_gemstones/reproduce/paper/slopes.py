@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from pathlib import Path
 
 from fourfold_gemstones.architecture import Embeddings
 from fourfold_gemstones.envelope import EnvelopeLaw
 from fourfold_gemstones.parametric import LawWarning, ParametricLaw
-from fourfold_gemstones.profiles import profile
+from fourfold_gemstones.published import published_fits, published_frame
+from fourfold_gemstones.questions.profiles import profile
+from fourfold_gemstones.questions.simulate import coverage
 from fourfold_gemstones.reproduce.measures import between, excludes_zero
-from fourfold_gemstones.reproduce.paper.data import published_fits, published_frame
 from fourfold_gemstones.reproduce.paper.settings import Events, Revisit
 from fourfold_gemstones.reproduce.stages import BOTH, paper_claim, published
-from fourfold_gemstones.simulate import coverage
 from fourfold_gemstones.uncertainty import (
     bootstrap,
     difference,
@@ -57,17 +56,17 @@ COVERAGE_SEED = 2026
 """Of the simulated suites; those of seed 0 were seen when the rule was first written."""
 
 
-def slopes(run: Revisit, folder: Path) -> Events:
+def slopes(run: Revisit) -> Events:
     """Slope of every selection with intervals over models and over rows."""
     theirs = {
         fit.frame: fit.estimate.slope
-        for fit in published_fits(folder)
+        for fit in published_fits()
         if fit.name.startswith("delta-4")
         and len(fit.law.variables) == 2
         and fit.law.embeddings is Embeddings.BOTH
     }
     for frame in SELECTIONS:
-        table = published_frame(folder, frame)
+        table = published_frame(frame)
         fit = run.fitted(ParametricLaw(), table)
         intervals: dict[str, float] = {}
         with warnings.catch_warnings():
@@ -91,10 +90,10 @@ def slopes(run: Revisit, folder: Path) -> Events:
         )
 
 
-def profiles(run: Revisit, folder: Path) -> Events:
+def profiles(run: Revisit) -> Events:
     """The same slopes with intervals from profiles of the objective, scaled to the clusters' error."""
     for frame in SELECTIONS:
-        fit = run.fitted(ParametricLaw(), published_frame(folder, frame))
+        fit = run.fitted(ParametricLaw(), published_frame(frame))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", LawWarning)
             draws = bootstrap(fit, draws=run.draws, generator=run.generator())
@@ -102,10 +101,10 @@ def profiles(run: Revisit, folder: Path) -> Events:
         yield "profile", {"frame": frame, "low": interval.low, "high": interval.high}
 
 
-def paired(run: Revisit, folder: Path) -> Events:
+def paired(run: Revisit) -> Events:
     """Differences in slope between selections, over shared shapes and shared draws."""
     frames = sorted({frame for pair in DIFFERENCES for frame in pair})
-    tables = shared_groups([published_frame(folder, frame) for frame in frames])
+    tables = shared_groups([published_frame(frame) for frame in frames])
     fits = [run.fitted(ParametricLaw(), table) for table in tables]
     draws = paired_bootstrap(fits, draws=run.draws, generator=run.generator())
     number = {frame: index for index, frame in enumerate(frames)}
@@ -129,10 +128,10 @@ def paired(run: Revisit, folder: Path) -> Events:
         )
 
 
-def embeddings(run: Revisit, folder: Path) -> Events:
+def embeddings(run: Revisit) -> Events:
     """Slopes under the three conventions of counting embeddings, both approaches, paired."""
-    table = published_frame(folder, "hot_100b+")
-    whole = published_frame(folder, "hot_100b+_477")
+    table = published_frame("hot_100b+")
+    whole = published_frame("hot_100b+_477")
     laws = [ParametricLaw(embeddings=kind) for kind in Embeddings]
     fits = [run.fitted(law, table) for law in laws]
     with warnings.catch_warnings():
@@ -155,13 +154,13 @@ def embeddings(run: Revisit, folder: Path) -> Events:
         )
 
 
-def simulated_coverage(run: Revisit, folder: Path) -> Events:
+def simulated_coverage(run: Revisit) -> Events:
     """Coverage of nominal 95 % intervals of the slope, on suites of the published design.
 
     All 770 rows; log losses err by 1 % along a run, with a correlation of .95 between neighbours 10 B tokens
     apart, which is what makes rows of a run anything but independent.
     """
-    table = published_frame(folder, "hot_100b+")
+    table = published_frame("hot_100b+")
     of_groups = coverage(
         table,
         ParametricLaw(delta=1e-3, starts=4),

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from fourfold_gemstones.allocation import Compute, Free, Planner
 from fourfold_gemstones.architecture import Embeddings
 from fourfold_gemstones.envelope import EnvelopeLaw
 from fourfold_gemstones.laws import WIDTH_DEPTH, PowerLaw, Variable
 from fourfold_gemstones.parametric import LawWarning, ParametricFit, ParametricLaw
+from fourfold_gemstones.questions.allocation import Compute, Free, Planner
+from fourfold_gemstones.questions.simulate import balanced, noisy
 from fourfold_gemstones.reproduce.stages import SUITE
 from fourfold_gemstones.reproduce.suite.train import Suite, suite_table
 from fourfold_gemstones.runs import RunTable
-from fourfold_gemstones.simulate import balanced, noisy
 from fourfold_gemstones.uncertainty import (
     bootstrap,
     paired_bootstrap,

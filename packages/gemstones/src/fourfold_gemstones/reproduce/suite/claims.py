@@ -17,22 +17,13 @@ from fourfold_gemstones.reproduce.paper.slopes import (
 from fourfold_gemstones.reproduce.stages import own_laws, own_suite, suite_claim
 from fourfold_gemstones.reproduce.suite.analyses import Spread, pooled, seed_spread
 from fourfold_gemstones.reproduce.suite.train import (
-    Shape,
     Suite,
     shape_of,
-    speed_rounds,
     suite_table,
 )
 from fourfold_parallel.common.records import Record
 from fourfold_parallel.reproduce.claims import Finding, Records, decide
 
-PAIRS: tuple[tuple[Shape, Shape], ...] = (
-    ((64, 1), (32, 4)),
-    ((128, 1), (64, 4)),
-    ((128, 2), (64, 8)),
-    ((256, 1), (64, 16)),
-)
-"""A wide and a deep shape of one size, within a fifth."""
 SIGNIFICANT = 0.05
 STABLE_RANKS = 0.95
 """Rank correlation above which two texts rank models alike."""
@@ -90,61 +81,6 @@ def cooling_gains(records: Records) -> Finding:
         record.of("point")[-1],
         f"{above} of {len(every)} cooldowns gain more than twice the spread of "
         f"{spread.sd:.4f} nats between seeds ({spread.freedom} degrees of freedom)",
-    )
-
-
-@suite_claim(
-    "S2",
-    section="5",
-    says="What cooling down gains changes with the tokens, so that it shifts the law",
-    paper="slope .499 to .597 (approach 1)",
-    rule="over the six shapes, the mean change of the gain from the first fork to the last: reproduced if it "
-    "exceeds twice its standard error by the spread between seeds; else contradicted",
-)
-def cooling_shifts(records: Records) -> Finding:
-    """Change of the gain along the run, first seeds."""
-    record = own_suite(records)
-    by_run = gains(record)
-    spread = gain_spread(by_run)
-    suite = record.run
-    assert isinstance(suite, Suite)
-    first = [values for run, values in by_run.items() if run.endswith(f"-seed{suite.seed}")]
-    change = float(np.mean([values[-1] - values[0] for values in first]))
-    error = spread.sd * math.sqrt(2 / len(first))
-    shifts = abs(change) > 2 * error
-    return Finding(
-        decide(reproduced=shifts, contradicted=not shifts),
-        f"gain changes by {change:+.4f} +- {2 * error:.4f} nats from the first fork to the last",
-        record.of("point")[-1],
-        f"mean of {len(first)} shapes, at a fifth and at the end of each run",
-    )
-
-
-@suite_claim(
-    "S3",
-    section="4.1",
-    says="Of two shapes of one size the wider trains faster",
-    paper="a figure: GPU-hours fall with width",
-    rule="reproduced if in each of four pairs every round of the wider, each with another seed, trains more "
-    "tokens per CPU-second than every round of the deeper; contradicted if in some pair none does",
-)
-def wide_is_faster(records: Records) -> Finding:
-    """Ranges over rounds, pair by pair."""
-    record = own_suite(records)
-    rounds = speed_rounds(record)
-    faster = [min(rounds[wide]) > max(rounds[deep]) for wide, deep in PAIRS]
-    slower = [max(rounds[wide]) < min(rounds[deep]) for wide, deep in PAIRS]
-    ratios = ", ".join(
-        f"{wide[0]}x{wide[1]} over {deep[0]}x{deep[1]} "
-        f"{np.median(rounds[wide]) / np.median(rounds[deep]):.2f}"
-        for wide, deep in PAIRS
-    )
-    return Finding(
-        decide(reproduced=all(faster), contradicted=any(slower)),
-        ratios,
-        record.of("speed")[-1],
-        f"ranges over {len(rounds[PAIRS[0][0]])} rounds, one CPU thread, are apart in "
-        f"{sum(faster)} of {len(PAIRS)} pairs",
     )
 
 

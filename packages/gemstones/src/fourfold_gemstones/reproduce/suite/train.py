@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -197,22 +198,23 @@ def score(run: Run, last: Checkpoint, text: TokenSource) -> float:
     return float(token_nats(logits, rows[:, 1:], model).double().mean())
 
 
-def speeds(suite: Suite) -> list[Fields]:
+def speeds(shapes: Sequence[Llama], first: Run, *, rounds: int, seed: int) -> list[Fields]:
     """Tokens of training per second of one thread, every shape once in each round.
+
+    `first` gives batch, sequence and optimizer.
 
     Seconds are the process's own, so that what else the machine does counts little, and rounds go
     through all shapes in turn, so that what it does count falls on all alike.
     """
     torch.set_num_threads(1)
-    first = suite.members[0].run
     tokens = torch.randint(
-        suite.architecture.vocabulary,
+        shapes[0].vocabulary,
         (first.batch, first.sequence + 1),
-        generator=torch.Generator().manual_seed(suite.seed),
+        generator=torch.Generator().manual_seed(seed),
     )
     measured: list[Fields] = []
-    for number in range(suite.rounds):
-        for shape in suite.shapes:
+    for number in range(rounds):
+        for shape in shapes:
             model = shape.build(seed=number)
             optimizer = first.optimizer.build(model)
 
@@ -233,6 +235,16 @@ def speeds(suite: Suite) -> list[Fields]:
     return measured
 
 
+def each_member(
+    members: Sequence[Member], second: TokenSource, workplace: Workplace, *, processes: int
+) -> Iterator[tuple[tuple[str, Fields], ...]]:
+    """The events of every member in order, as many trained at a time as there are `processes`."""
+    work = partial(train_member, folder=workplace.scratch, second=second)
+    for done, events in enumerate(each(work, members, processes=processes), start=1):
+        workplace.progress(done, len(members), members[done - 1].run.name)
+        yield events
+
+
 def train_suite(suite: Suite, workplace: Workplace, *, processes: int) -> None:
     """Train every member, as many at a time as there are `processes`, and write one record of all."""
     first = suite.members[0].run
@@ -240,13 +252,10 @@ def train_suite(suite: Suite, workplace: Workplace, *, processes: int) -> None:
     texts = [source.open(sequence=first.sequence, seed=0) for source in (first.data, suite.second)]
     materials = tuple(dict.fromkeys(item for text in texts for item in text.file.materials))
     with workplace.recording(suite, seed=suite.seed, materials=materials) as records:
-        work = partial(train_member, folder=workplace.scratch, second=suite.second)
-        members = each(work, suite.members, processes=processes)
-        for done, events in enumerate(members, start=1):
+        for events in each_member(suite.members, suite.second, workplace, processes=processes):
             for kind, fields in events:
                 records.write(kind, **fields)
-            workplace.progress(done, len(suite.members), suite.members[done - 1].run.name)
-        for fields in speeds(suite):
+        for fields in speeds(suite.shapes, first, rounds=suite.rounds, seed=suite.seed):
             records.write("speed", **fields)
 
 

@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from fourfold_gemstones.envelope import Bins, EnvelopeLaw, IsoFlopLaw
+from fourfold_gemstones.form import FormFit, FormLaw
 from fourfold_gemstones.laws import CHINCHILLA
-from fourfold_gemstones.parametric import LAWS, LawWarning, ParametricFit, ParametricLaw
+from fourfold_gemstones.parametric import LawWarning, ParametricFit, ParametricLaw
 from fourfold_gemstones.runs import RunTable
 from fourfold_gemstones.uncertainty import (
     Interval,
-    Law,
     paired_bootstrap,
     percentile_interval,
     slope,
 )
 
-FORMS: Mapping[str, Law] = MappingProxyType(
-    {
-        **{name: ParametricLaw(variables=LAWS[name], delta=1e-3) for name in LAWS},
-        "hull": EnvelopeLaw(),
-        "bins": EnvelopeLaw(method=Bins(count=20), target="tokens"),
-        "parabolas": IsoFlopLaw(budgets=(1e19, 2e19, 4e19, 8e19)),
-    }
-)
-"""Every form of law by name; `tests/test_forms.py` runs each through what any form must satisfy."""
 SLOPED = (CHINCHILLA, ("effective_parameters", "tokens"))
 """Variables of laws whose optimum has a closed form."""
 Rows = Callable[[RunTable], Bool[np.ndarray, " row"]]
@@ -108,7 +97,7 @@ GEMSTONE_SPLITS = (
 """Jumps in size, in tokens, in both, in depth and in width, on the published suite."""
 
 
-def mean_error(law: ParametricLaw, table: RunTable, split: Split) -> float:
+def mean_error(law: ParametricLaw | FormLaw, table: RunTable, split: Split) -> float:
     """Mean absolute log error on the judged rows of the law fitted to the others."""
     left, right = split.apply(table)
     with warnings.catch_warnings():
@@ -117,14 +106,38 @@ def mean_error(law: ParametricLaw, table: RunTable, split: Split) -> float:
     return float(np.abs(np.log(right.column("loss_nats") / fit.predict(right))).mean())
 
 
-def corrected_aic(fit: ParametricFit) -> float:
+def quantile_errors(
+    law: ParametricLaw | FormLaw,
+    table: RunTable,
+    split: Split,
+    quantiles: Sequence[float] = (0.5, 0.25, 0.1),
+) -> Mapping[float, float]:
+    """Held-out error of the law as a quantile of the rows, for each of some: a middle, or a frontier.
+
+    Where runs were tuned badly, they lie above what their size and tokens can reach, and none lies below. The
+    error on runs that were tuned well says which quantile is theirs. A penalty on what is overestimated is
+    the same choice under another name: (1 - q) / q.
+
+    Raises:
+        ValueError: A quantile is not in (0, .5], or the split keeps no rows.
+    """
+    for quantile in quantiles:
+        if not 0 < quantile <= 0.5:
+            raise ValueError(f"quantile={quantile} must be above 0 and at most .5, the middle")
+    return {
+        quantile: mean_error(replace(law, overestimate=(1 - quantile) / quantile), table, split)
+        for quantile in quantiles
+    }
+
+
+def corrected_aic(fit: ParametricFit | FormFit) -> float:
     """AICc under Laplace errors of log loss, whose scale is profiled out.
 
     Rows of a run are not independent, so that differences are too large by about the number of
     rows per run: order laws by it, and judge them by held-out error.
     """
     residual = np.log(fit.table.column("loss_nats") / fit.predict(fit.table))
-    rows, parameters = len(residual), 2 * len(fit.law.variables) + 2
+    rows, parameters = len(residual), fit.law.unknowns + 1
     if rows <= parameters + 1:
         raise ValueError(
             f"{fit.table.source} has {rows} rows, and AICc of a law with {parameters} parameters needs "
@@ -156,8 +169,8 @@ class NoSlope:
 
 
 def compare(
-    first: ParametricLaw,
-    second: ParametricLaw,
+    first: ParametricLaw | FormLaw,
+    second: ParametricLaw | FormLaw,
     table: RunTable,
     splits: Sequence[Split],
     *,
@@ -168,7 +181,9 @@ def compare(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LawWarning)
         fits = first.fit(table), second.fit(table)
-        sloped = all(law.variables in SLOPED for law in (first, second))
+        sloped = all(
+            isinstance(law, ParametricLaw) and law.variables in SLOPED for law in (first, second)
+        )
         apart: Interval | NoSlope = NoSlope()
         if sloped:
             both = paired_bootstrap(fits, draws=draws, generator=generator, groups="run")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fourfold_gemstones.allocation import Lattice, Planner
 from fourfold_gemstones.laws import PowerLaw
 from fourfold_gemstones.parametric import ParametricFit
+from fourfold_gemstones.questions.allocation import Lattice, Planner
 from fourfold_gemstones.uncertainty import Bootstrap
 
 

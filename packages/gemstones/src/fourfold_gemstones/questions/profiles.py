@@ -16,7 +16,6 @@ from fourfold_gemstones.minimise import (
     Descent,
     Parameters,
     Problem,
-    bounds,
     descend,
     thresholds,
 )
@@ -59,6 +58,10 @@ class Spring:
             scale[start] += self.stiffness * slope**2
         return gradient, hessian, scale
 
+    def slopes(self, theta: Parameters) -> Float[np.ndarray, "start parameter row"]:
+        """Those of the objective: a spring has no rows."""
+        return self.free.slopes(theta)
+
     def select(self, keep: Bool[np.ndarray, " start"]) -> Spring:
         """The same springs for some of the starts."""
         return Spring(self.free.select(keep), self.functional, self.targets[keep], self.stiffness)
@@ -77,19 +80,13 @@ def pinned(
     A spring gives way, so that the value is read where its descent ended. The targets are approached
     one after another, away from `parameters`, each from the solution of its neighbour.
     """
-    m = problem.log_inputs.shape[1]
-    centre = problem.centre
-    lower, upper = bounds(problem.log_loss, m)
+    lower, upper = problem.bounds()
 
     def uncentred(theta: Float[np.ndarray, " parameter"]) -> Float[np.ndarray, " parameter"]:
-        moved = theta.copy()
-        moved[:m] += moved[m : 2 * m] * centre
-        return moved
+        return problem.uncentred(theta[None])[0]
 
-    ones = np.ones((1, len(problem.log_loss)))
-    start = parameters.copy()
-    start[:m] -= start[m : 2 * m] * centre
-    free = Descent(problem.log_inputs - centre, problem.log_loss, ones)
+    start = problem.centred(parameters[None])[0]
+    free = problem.descent(np.ones((1, len(problem.log_loss))))
     origin = functional(parameters)
     reached, least = np.empty(len(targets)), np.empty(len(targets))
     for side in (targets >= origin, targets < origin):

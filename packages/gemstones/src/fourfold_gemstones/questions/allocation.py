@@ -172,6 +172,11 @@ class Planner:
                     inputs[variable] = depth
                 case "tokens":
                     inputs[variable] = tokens
+                case other:
+                    raise ValueError(
+                        f"a law in {other} cannot be planned by width, depth and tokens alone; plan by one "
+                        "in parameters, width and depth"
+                    )
         return law.loss(inputs)
 
     def allocate(self, law: PowerLaw, budget: float) -> Allocation:

@@ -1,0 +1,1 @@
+"""The reproduction of KARMA's paper: measured timelines, and its claims."""
