@@ -13,7 +13,8 @@ from fourfold_goldfish.reproduce.causal import (
     recited_share,
     utility,
 )
-from fourfold_parallel.reproduce.claims import Finding, Records, claim, decide
+from fourfold_parallel.common.records import Event
+from fourfold_parallel.reproduce.claims import Finding, Interval, Records, Verdict, claim, decide
 
 _HARNESS = (
     "0.5 M parameters; pairs of Wikipedia passages of 65 tokens, one of each inserted by lot 12, 36 or 72 "
@@ -23,6 +24,18 @@ _HARNESS = (
 _EFFECT = "the twin's loss on the last 16 tokens less the inserted passage's, in nats a token"
 _LAPTOP = "the laptop scale, which inserts passages by lot"
 MOST = "72 spread"
+
+
+def _above(gap: Interval, ours: str, event: Event, difference: str) -> Finding:
+    """Reproduced where the interval of a difference lies above 0, contradicted where it lies below."""
+    verdict = decide(reproduced=gap.low > 0, contradicted=gap.high < 0)
+    place = {"reproduced": "lies above 0", "contradicted": "lies below 0"}.get(verdict, "holds 0")
+    return Finding(verdict, ours, event, f"the interval of {difference} {place}")
+
+
+def _judged(verdict: Verdict, ours: str, event: Event, **because: str) -> Finding:
+    """A finding whose reason is the sentence of its verdict."""
+    return Finding(verdict, ours, event, because[verdict])
 
 
 @claim(
@@ -39,11 +52,13 @@ MOST = "72 spread"
 def dose_response(records: Records) -> Finding:
     """Effects of three doses under plain loss."""
     few, some, most = (effect(records, "plain", cell.name) for cell in CELLS[:3])
-    return Finding(
+    return _judged(
         decide(reproduced=most.low > few.high, contradicted=most.high < few.low),
         f"{few} nats a token at 12 copies, {some} at 36, {most} at 72",
         pairs(records, "plain", MOST)[0],
-        "the rule on the intervals at 12 and 72 copies",
+        reproduced="the interval at 72 copies lies above that at 12",
+        contradicted="the interval at 72 copies lies below that at 12",
+        inconclusive="the intervals at 12 and 72 copies overlap",
     )
 
 
@@ -62,11 +77,11 @@ def late_is_held(records: Records) -> Finding:
     """Time of the copies."""
     late, early = (effects(records, "plain", cell.name) for cell in (CELLS[4], CELLS[3]))
     gap = contrast(late, early)
-    return Finding(
-        decide(reproduced=gap.low > 0, contradicted=gap.high < 0),
+    return _above(
+        gap,
         f"{gap} nats a token more for late copies",
         pairs(records, "plain", CELLS[4].name)[0],
-        "the rule on the difference of late and early",
+        "late less early",
     )
 
 
@@ -84,12 +99,12 @@ def late_is_held(records: Records) -> Finding:
 def dilution_protects(records: Records) -> Finding:
     """The same pairs in a longer run."""
     gap = more(records, "plain", "dilute", MOST)
-    return Finding(
-        decide(reproduced=gap.low > 0, contradicted=gap.high < 0),
+    return _above(
+        gap,
         f"{gap} nats a token more without dilution; recited {recited_share(records, 'plain', MOST)} and, "
         f"diluted, {recited_share(records, 'dilute', MOST)}",
         pairs(records, "dilute", MOST)[0],
-        "the rule on the difference of both runs",
+        "the plain run less the diluted one",
     )
 
 
@@ -112,11 +127,13 @@ def goldfish_ends_recital(records: Records) -> Finding:
     twins = recited_share(records, "ours", MOST, "twin")
     is_inside = shares["ours"].value <= twins.high
     others = all(shares[arm].low > twins.high for arm in ("random", "truncated"))
-    return Finding(
+    return _judged(
         decide(reproduced=is_inside and others, contradicted=not is_inside),
         "; ".join(f"{arm} {share}" for arm, share in shares.items()) + f"; twins {twins}",
         pairs(records, "ours", MOST)[0],
-        "the rule on the shares recited at 72 copies",
+        reproduced="goldfish lies inside the twins' interval, random gaps and truncation above it",
+        contradicted="goldfish lies above the twins' interval",
+        inconclusive="random gaps or truncation are not above the twins' interval",
     )
 
 
@@ -136,12 +153,12 @@ def letters_hold(records: Records) -> Finding:
     cell = CELLS[5].name
     gap = more(records, "published", "spelled", cell)
     both = [effect(records, arm, cell) for arm in ("plain", "published", "spelled")]
-    return Finding(
-        decide(reproduced=gap.low > 0, contradicted=gap.high < 0),
+    return _above(
+        gap,
         f"{gap} nats a token more with the published hash (plain {both[0]}, published {both[1]}, letters "
         f"{both[2]})",
         pairs(records, "spelled", cell)[0],
-        "the rule on the difference of both masks",
+        "the published hash less that of letters",
     )
 
 
@@ -162,11 +179,13 @@ def sinks_take_it(records: Records) -> Finding:
     gap = more(records, "plain", "sinks", MOST)
     price = utility(records, "sinks").value - utility(records, "plain").value
     helps = gap.low > 0
-    return Finding(
+    return _judged(
         decide(reproduced=helps and price <= 0.05, contradicted=not helps),
         f"{gap} nats a token less with sinks, validation {price:+.3f} nats",
         pairs(records, "sinks", MOST)[0],
-        "the rule on the effect and the price",
+        reproduced="the interval lies above 0, and validation is at most 0.05 nats worse",
+        contradicted="the interval does not lie above 0",
+        inconclusive="sinks help, at a price in validation",
     )
 
 
@@ -184,11 +203,11 @@ def sinks_take_it(records: Records) -> Finding:
 def one_copy_holds_less(records: Records) -> Finding:
     """The remedy that needs to know its copies."""
     gap = more(records, "ours", "deduplicated", MOST)
-    return Finding(
-        decide(reproduced=gap.low > 0, contradicted=gap.high < 0),
+    return _above(
+        gap,
         f"{gap} nats a token more with goldfish",
         pairs(records, "deduplicated", MOST)[0],
-        "the rule on the difference of both",
+        "goldfish less de-duplication",
     )
 
 
@@ -201,11 +220,13 @@ _LEAKS = (
 
 def _leak(records: Records, remedy: Remedy) -> Finding:
     gap = effect(records, remedy, MOST, "never_nats")
-    return Finding(
+    return _judged(
         decide(reproduced=gap.low > 0, contradicted=gap.low <= 0 and gap.high < 0.1),
         f"{gap} nats a token",
         pairs(records, remedy, MOST)[0],
-        "the rule on the loss of what was only ever input",
+        reproduced="the interval lies above 0",
+        contradicted="the interval reaches 0 or less, and stays below 0.1 nats a token",
+        inconclusive="the interval reaches from 0 or less to 0.1 nats a token or more",
     )
 
 
@@ -258,9 +279,11 @@ def nothing_nearly(records: Records) -> Finding:
     plain = nearly(records, "plain", "inserted", "lower")
     twins = nearly(records, "ours", "twin", "upper")
     event = next(iter(records[f"causal-ours-seed{CAUSAL_SEEDS[0]}"].of("near", side="inserted")))
-    return Finding(
+    return _judged(
         decide(reproduced=upper.high < 0.1, contradicted=lower.low > 0.1),
         f"between {lower} and {upper} with goldfish; at least {plain} with plain loss; twins at most {twins}",
         event,
-        "the rule on both bounds",
+        reproduced="the upper bound's interval lies below 0.1",
+        contradicted="the lower bound's interval lies above 0.1",
+        inconclusive="the bounds lie on either side of 0.1, or their intervals reach it",
     )
