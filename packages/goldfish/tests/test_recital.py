@@ -1,6 +1,7 @@
 """The recital report: odds from one pass are those of drawing and decoding; what was read is kept."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -302,3 +303,25 @@ def test_the_verdict_is_recital_only_beyond_the_control() -> None:
         assert report.verdict == verdict
         assert f"for {2 * recited} of 24 stretches" in report.sentence
         assert f"somewhere in {recited} of 12 texts" in report.sentence
+
+
+def test_of_a_book_the_warm_parts_are_shown_and_the_rest_is_counted() -> None:
+    """Every token is either shown or in a gap whose size is said; a cold book is shown from its beginning."""
+    book = reading([-9.0] * 4996, [False] * 4996)
+    book.log_chance[2000:2010] = 0.0
+    pieces = {"a": tuple(f"{place} " for place in range(5000))}
+    report = told([book], [book])
+    spans = shown(book, replace(report, pieces=pieces)).spans
+    kept = "".join(span.characters for span in spans if span.level != -2).split()
+    gaps = [
+        int(span.characters.strip(" []").split()[0].replace(",", ""))
+        for span in spans
+        if span.level == -2
+    ]
+    assert len(kept) + sum(gaps) == 5000
+    assert len(gaps) == 2
+    assert {"2004", "2013", "1950", "2060"} <= set(kept)
+    cold = reading([-9.0] * 4996, [False] * 4996)
+    spans = shown(cold, replace(report, pieces=pieces)).spans
+    assert "".join(span.characters for span in spans).split()[:3] == ["0", "1", "2"]
+    assert spans[-1].characters == " [2,000 tokens] "
