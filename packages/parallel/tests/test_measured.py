@@ -107,28 +107,9 @@ def test_the_planners_memory_is_the_records() -> None:
     )
 
 
-def rows_of_peers(line: dict[str, Any]) -> list[str]:
-    """The page's rows of one speed of the store: seconds over plain training's."""
-    over, busy = line["over_plain"], line["busy"]
-    shares = [name.removeprefix("ours ") for name in over if name.startswith("ours ")]
-    others = f"{over['checkpoint everywhere']:.2f} | {over['save_on_cpu, copying']:.2f}"
-    return [
-        f"| {busy} | {float(share):.0%} | {over[f'ours {share}']:.2f} | {over[f'greedy {share}']:.2f} | "
-        f"{over[f'PooCH {share}']:.2f} | {others} |"
-        for share in shares
-    ]
-
-
 def test_the_page_on_training_out_of_core_says_what_was_recorded() -> None:
-    lines = records("outofcore.jsonl")
-    for line in lines:
-        if line["event"] == "speed":
-            for row in rows_of_peers(line):
-                assert row in OUT_OF_CORE, row
-    [overlap] = [line for line in lines if line["event"] == "overlap"]
-    assert f"a step takes {overlap['over_plain']:.2f} of plain" in OUT_OF_CORE
-    ratios = [line["over_budget"] for line in lines if line["event"] == "memory"]
+    ratios = [
+        line["over_budget"] for line in records("outofcore.jsonl") if line["event"] == "memory"
+    ]
     assert len(ratios) == 10
     assert f"from {min(ratios):.2f} to {max(ratios):.2f} of the budget" in OUT_OF_CORE
-    [larger] = [line for line in lines if line["event"] == "larger"]
-    assert larger["gradients_equal"]

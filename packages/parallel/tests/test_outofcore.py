@@ -27,7 +27,7 @@ from fourfold_parallel.grid.engine import Fourfold
 from fourfold_parallel.grid.gradients import local
 from fourfold_parallel.plan.timeline import BudgetError
 from fourfold_parallel.planning.outofcore import told as told_again
-from fourfold_parallel.run.engines import DDP, FSDP2, Engine, Session, Single
+from fourfold_parallel.run.engines import DDP, Engine, Session, Single
 from fourfold_parallel.run.outofcore import Decisions, OutOfCore
 from fourfold_parallel.run.recipe import Run, Steps
 from fourfold_parallel.run.stores import Disk, Host, StoreError, Throttled
@@ -123,7 +123,6 @@ def test_twenty_steps_of_adamw_are_the_plain_runs(precision: str) -> None:
 
 ON_TWO_RANKS: dict[str, Engine] = {
     "ddp": DDP(),
-    "fsdp2": FSDP2(reshard_after_forward=True),
     "row": Fourfold(row=2),
     "depth": Fourfold(depth=2),
     "depth, kept": Fourfold(depth=2, keeps_tiles=True),

@@ -11,7 +11,7 @@ import pytest
 from transformers import LlamaConfig
 
 from fourfold_parallel.karma.measure import drawn
-from fourfold_parallel.plan.blocks import Block, Stack, slowest
+from fourfold_parallel.plan.blocks import BlockCost, Stack, slowest
 from fourfold_parallel.plan.job import Job, Layout
 from fourfold_parallel.plan.machine import Channel
 from fourfold_parallel.plan.machines import machine_of
@@ -209,7 +209,7 @@ def test_the_smallest_budget_does_and_one_byte_less_is_refused() -> None:
 
 
 def test_swapping_is_free_while_the_store_is_fast_and_recomputing_wins_when_it_is_slow() -> None:
-    block = Block(forward_s=1, backward_s=2, saved_bytes=100, input_bytes=5)
+    block = BlockCost(forward_s=1, backward_s=2, saved_bytes=100, input_bytes=5)
     stack = Stack(blocks=(block,) * 6)
     fast, slow = (Channel(out_bytes_per_s=rate, in_bytes_per_s=rate) for rate in (1e4, 1.0))
     assert choose(stack, fast, 300).timeline.seconds == pytest.approx(stack.compute_s, rel=0.02)
@@ -218,7 +218,7 @@ def test_swapping_is_free_while_the_store_is_fast_and_recomputing_wins_when_it_i
 
 
 def test_ranks_agree_on_the_slowest_of_each() -> None:
-    block = Block(forward_s=1, backward_s=2, saved_bytes=100, input_bytes=5)
+    block = BlockCost(forward_s=1, backward_s=2, saved_bytes=100, input_bytes=5)
     mine, other = Stack(blocks=(block,) * 2), Stack(blocks=(replace(block, saved_bytes=120), block))
     assert [b.saved_bytes for b in slowest([mine, other]).blocks] == [120, 100]
     with pytest.raises(ValueError, match=r"ranks have \[1, 2\] blocks"):
@@ -226,7 +226,7 @@ def test_ranks_agree_on_the_slowest_of_each() -> None:
 
 
 def test_decisions_of_another_number_or_letter_are_refused() -> None:
-    block = Block(forward_s=1, backward_s=2, saved_bytes=100, input_bytes=5)
+    block = BlockCost(forward_s=1, backward_s=2, saved_bytes=100, input_bytes=5)
     for decisions in ("K", "KX"):
         with pytest.raises(ValueError, match="use 2 letters of K"):
             Rules(Stack(blocks=(block,) * 2), decisions, 1e9)

@@ -151,7 +151,7 @@ def _stage(name: str, run: object, perform: Callable[..., None]) -> Stage:
 
 
 def stages(scale: Scale) -> Sequence[Stage]:
-    """What a scale measures; the smoke scale simulates only."""
+    """The measurements of a scale; the smoke scale simulates only."""
     if scale == "paper":
         return ()
     simulated = (_stage("stacks", recipes.stacks(), simulate_stacks),)

@@ -20,7 +20,7 @@ from fourfold_parallel.grid.engine import Fourfold
 from fourfold_parallel.grid.gradients import local
 from fourfold_parallel.karma.measures import MATCHED
 from fourfold_parallel.launch import Ranks
-from fourfold_parallel.plan.blocks import Block, Stack, middle
+from fourfold_parallel.plan.blocks import BlockCost, Stack, middle
 from fourfold_parallel.plan.machine import Channel
 from fourfold_parallel.run.engines import DDP, Engine, Session, Single
 from fourfold_parallel.run.outofcore import Decisions, OutOfCore
@@ -158,7 +158,7 @@ def drawn(generator: random.Random, blocks: int) -> tuple[Stack, Channel, float]
     for _ in range(blocks):
         forward_s, saved = generator.uniform(0.5, 2.0), generator.randint(50, 200)
         row.append(
-            Block(
+            BlockCost(
                 forward_s=forward_s, backward_s=forward_s * generator.uniform(1.7, 2.3),
                 saved_bytes=saved, input_bytes=saved // generator.randint(5, 20),
                 spare_bytes=generator.randint(0, saved // 5),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
+class BlockCost:
     """A decoder layer in one microbatch on one rank."""
 
     forward_s: float
@@ -31,7 +31,7 @@ class Block:
 class Stack:
     """The blocks of a microbatch in the order of their forward, and the work around them."""
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockCost, ...]
     before_s: float = 0.0
     """The embedding's forward."""
     between_s: float = 0.0
@@ -85,7 +85,7 @@ def slowest(stacks: Sequence[Stack]) -> Stack:
     if len(counts) > 1:
         raise ValueError(f"ranks have {counts} blocks; every rank must run the same layers")
     blocks = tuple(
-        Block(
+        BlockCost(
             forward_s=max(b.forward_s for b in same), backward_s=max(b.backward_s for b in same),
             saved_bytes=max(b.saved_bytes for b in same), input_bytes=max(b.input_bytes for b in same),
             spare_bytes=max(b.spare_bytes for b in same),

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from fourfold_parallel.plan.blocks import Block, Stack
+from fourfold_parallel.plan.blocks import BlockCost, Stack
 from fourfold_parallel.plan.job import Job, Layout
 from fourfold_parallel.plan.machine import Channel, Machine
 from fourfold_parallel.plan.memory import GRADIENTS_OF_A_LAYER, memory_of
@@ -49,24 +49,28 @@ def stack_of(job: Job, layout: Layout, machine: Machine) -> Stack:
     are the gradients of half a layer's activations. `choose(stack_of(...), machine.host, budget)` plans a
     GPU from here.
     """
-    shares = layout.shares * layout.microbatch
-    few, more = (
-        replace(job, batch=shares, model=replace(job.model, layers=layers)) for layers in (2, 3)
-    )
+    rows = layout.shares * layout.microbatch
     plain, again = (replace(layout, recomputes=recomputes) for recomputes in (False, True))
-    layer_s, redone_s = (
-        simulate(more, form, machine).seconds - simulate(few, form, machine).seconds
-        for form in (plain, again)
-    )
-    forward_s = redone_s - layer_s
-    memory = memory_of(job, plain)
-    inputs = memory_of(more, again).activations - memory_of(few, again).activations
-    block = Block(
-        forward_s=forward_s, backward_s=layer_s - forward_s, saved_bytes=round(memory.layer),
-        input_bytes=round(inputs), spare_bytes=round(GRADIENTS_OF_A_LAYER * memory.layer),
-    )  # fmt: skip
-    around_s = simulate(few, plain, machine).seconds - 2 * layer_s
-    return Stack(blocks=(block,) * job.model.layers, between_s=max(0.0, around_s))
+    blocks: list[BlockCost] = []
+    around_s = 0.0
+    for layer, number in job.model.stack:
+        few, more = (
+            replace(job, batch=rows, model=replace(job.model, stack=((layer, layers),)))
+            for layers in (2, 3)
+        )
+        layer_s, redone_s = (
+            simulate(more, form, machine).seconds - simulate(few, form, machine).seconds
+            for form in (plain, again)
+        )
+        saved = memory_of(more, plain).activations - memory_of(few, plain).activations
+        inputs = memory_of(more, again).activations - memory_of(few, again).activations
+        block = BlockCost(
+            forward_s=redone_s - layer_s, backward_s=2 * layer_s - redone_s, saved_bytes=round(saved),
+            input_bytes=round(inputs), spare_bytes=round(GRADIENTS_OF_A_LAYER * saved),
+        )  # fmt: skip
+        blocks += [block] * number
+        around_s = simulate(few, plain, machine).seconds - 2 * layer_s
+    return Stack(blocks=tuple(blocks), between_s=max(0.0, around_s))
 
 
 def choose(stack: Stack, channel: Channel, budget: float, *, letters: str = "KSR") -> Choice:

@@ -95,7 +95,7 @@ def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 class Taken:
-    """What is no activation of a block: not to be counted, not to be swapped."""
+    """Tensors that are no activations of a block: not to be counted, not to be swapped."""
 
     def __init__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = hidden_of(args, kwargs)
@@ -440,7 +440,7 @@ class Flow:
             )
 
     def _event(self) -> Any:
-        """What has been launched up to now; None where nothing is launched ahead."""
+        """The end of all that has been launched; None where nothing is launched ahead."""
         if self.device.type != "cuda":
             return None
         event = torch.cuda.Event()

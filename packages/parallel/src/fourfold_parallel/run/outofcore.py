@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fourfold_parallel.common.activity import NOW
 from fourfold_parallel.common.held import Saved, State
 from fourfold_parallel.launch import Ranks
-from fourfold_parallel.plan.blocks import Block, Stack, slowest
+from fourfold_parallel.plan.blocks import BlockCost, Stack, slowest
 from fourfold_parallel.plan.machine import Channel
 from fourfold_parallel.plan.outofcore import Choice, check_budget, choose
 from fourfold_parallel.plan.timeline import Rules, timeline
@@ -232,8 +232,8 @@ class _Profile:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._known: dict[tuple[Any, ...], Block] = {}
-        self.blocks: list[Block] = []
+        self._known: dict[tuple[Any, ...], BlockCost] = {}
+        self.blocks: list[BlockCost] = []
         self.spent_s = 0.0
         """In blocks, the forward itself included."""
 
@@ -272,7 +272,7 @@ def measured(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     device: torch.device,
-) -> Block:
+) -> BlockCost:
     """The block of a layer, run forward and backward by itself. No gradient is accumulated."""
     hidden = hidden_of(args, kwargs)
     trained = [p for p in layer.parameters() if p.requires_grad]
@@ -312,7 +312,7 @@ def measured(
     peak = _peak_of(once, device)
     gradients = sum(p.numel() * p.element_size() for p in trained)
     times = [once() for _ in range(ROUNDS)]
-    return Block(
+    return BlockCost(
         forward_s=statistics.median(forward_s for forward_s, _ in times),
         backward_s=statistics.median(backward_s for _, backward_s in times),
         saved_bytes=saved, input_bytes=min(entry, saved),
