@@ -10,8 +10,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LINES = (ROOT / "benchmarks" / "plan_ranks.jsonl").read_text(encoding="utf-8").splitlines()
 RECORDS: list[dict[str, Any]] = [json.loads(line) for line in LINES]
-FALLS_SHORT = {(2, 256): {"median_error"}, (4, 512): {"spearman"}}
-"""By ranks and width, the rules that the prediction breaks."""
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +26,13 @@ def benchmark() -> Any:
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda r: f"{r['ranks']}-ranks-width-{r['width']}")
 def test_predictions_keep_the_rules(record: dict[str, Any], benchmark: Any) -> None:
-    """By the clock that is judged on such a machine; what falls short is named, and nothing else does."""
+    """By the clock that is judged on such a machine, and by the wall's too."""
     assert record["rules"] == benchmark.RULES
     is_quiet = record["load_1min_before"] <= benchmark.QUIET
     assert record["judged_clock"] == ("wall" if is_quiet else "processor")
-    verdict = record["clocks"][record["judged_clock"]]
-    broken = {name for name in benchmark.RULES if not benchmark.keeps_rule(verdict, name)}
-    assert broken == FALLS_SHORT.get((record["ranks"], record["width"]), set())
+    for clock in {record["judged_clock"], "wall"}:
+        verdict = record["clocks"][clock]
+        assert [name for name in benchmark.RULES if not benchmark.keeps_rule(verdict, name)] == []
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda r: f"{r['ranks']}-ranks-width-{r['width']}")
