@@ -75,7 +75,7 @@ def grid(law: ParametricLaw, log_inputs: np.ndarray, log_loss: np.ndarray, start
 
 def median_s(call: Callable[[], Any]) -> tuple[float, Any]:
     """Median CPU seconds of a call, and what it last gave."""
-    call()
+    given = call()
     times = []
     for _ in range(REPEATS):
         began_s = time.process_time()
