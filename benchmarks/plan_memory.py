@@ -88,7 +88,8 @@ def peak(kind: str, width: int, layers: int, job: Job, layout: Layout) -> int:
 def largest(events: list[dict[str, Any]]) -> int:
     """Bytes held at once while stepping, from the profiler's single allocations.
 
-    Its own sum drifts upward: what a thread of gloo frees, it does not see. An address that is given out
+    Its own sum drifts upward: what a thread of gloo frees, it does not see
+    (`findings/profiler_frees_of_other_threads.sh`). An address that is given out
     again was free.
     """
     started_us = next(e["ts"] for e in events if e["name"] == STEPPING)
