@@ -30,7 +30,7 @@ from fourfold_parallel.common.records import commit, hardware, versions
 from fourfold_parallel.karma.measure import (
     EVERYTHING,
     LARGE_PIECES,
-    Road,
+    StoreRoad,
     alternated,
     fixed,
     in_turn,
@@ -161,7 +161,7 @@ def _ours(stack: Any, channel: Any, budget: float) -> str:
     return choose(stack, channel, budget).decisions
 
 
-def _peers(medians: dict[str, float], share: float, way: Road) -> list[float]:
+def _peers(medians: dict[str, float], share: float, way: StoreRoad) -> list[float]:
     """Seconds of the peers that a budget allows: checkpointing needs all inputs and a block."""
     names = [f"greedy {share}", f"PooCH {share}", "save_on_cpu, copying"]
     inputs = sum(block.input_bytes for block in way.stack.blocks)

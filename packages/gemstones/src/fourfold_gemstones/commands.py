@@ -331,7 +331,7 @@ class Register:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
+class Measured:
     """Add the loss that a run reached to its forecast."""
 
     name: Positional[str]
@@ -353,7 +353,7 @@ class History:
 def forecast(
     what: OmitSubcommandPrefixes[
         Annotated[Register, subcommand("register")]
-        | Annotated[Score, subcommand("score")]
+        | Annotated[Measured, subcommand("score")]
         | Annotated[History, subcommand("history")]
     ],
 ) -> None:
@@ -379,7 +379,7 @@ def forecast(
                 f"{told.name}: {told.loss_nats:.4f} nats ({100 * told.level:g} %: {told.low:.4f} to "
                 f"{told.high:.4f}), by {told.law} on {told.runs} runs; registered in {asked.ledger}"
             )
-        case Score(name=name, loss_nats=loss, ledger=ledger):
+        case Measured(name=name, loss_nats=loss, ledger=ledger):
             told = made.score(ledger, name, loss, when=made.now())
             held = told.low <= loss <= told.high
             _say(

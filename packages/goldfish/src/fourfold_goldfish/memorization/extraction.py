@@ -284,7 +284,7 @@ def sample(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
+class TableCell:
     """Mean recall of one prompt length at one place in the passages."""
 
     offset: int
@@ -303,7 +303,7 @@ def grid(
     suffix: int,
     batch: int,
     progress: Progress = silent,
-) -> Iterator[Cell]:
+) -> Iterator[TableCell]:
     """Recall over prompt lengths and offsets: recital fades for prompts from inside a passage.
 
     Raises:
@@ -319,7 +319,7 @@ def grid(
         for prompt in prompts:
             rows = passages[:, offset : offset + prompt + suffix]
             extractions = extract(model, rows, suffix=suffix, batch=batch, progress=progress)
-            yield Cell(
+            yield TableCell(
                 offset=offset,
                 prompt=prompt,
                 exact=sum(extraction.exact for extraction in extractions) / len(extractions),

@@ -122,7 +122,7 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Road:
+class StoreRoad:
     """A model's blocks, and a store that is slowed to be so busy."""
 
     stack: Stack
@@ -133,7 +133,7 @@ class Road:
 PROFILES = 3
 
 
-def road(config: LlamaConfig, tokens: int, busy: float) -> Road:
+def road(config: LlamaConfig, tokens: int, busy: float) -> StoreRoad:
     """A model's blocks, measured, and a store so slow that all of them take `busy` of the computation."""
     with trained(OutOfCore(inner=Single(), budget=EVERYTHING), config, tokens) as ready:
         measured = Measured(ready)
@@ -142,10 +142,10 @@ def road(config: LlamaConfig, tokens: int, busy: float) -> Road:
     stack = middle(measured.stacks)
     rate = 2 * stack.saved_bytes / (busy * stack.compute_s)
     channel = Channel(out_bytes_per_s=rate, in_bytes_per_s=rate)
-    return Road(stack=stack, channel=channel, store=Throttled(store=Disk(), bytes_per_s=rate))
+    return StoreRoad(stack=stack, channel=channel, store=Throttled(store=Disk(), bytes_per_s=rate))
 
 
-def fixed(road: Road, decisions: str, budget: float) -> OutOfCore:
+def fixed(road: StoreRoad, decisions: str, budget: float) -> OutOfCore:
     """Decisions made elsewhere, on a road."""
     return OutOfCore(
         inner=Single(), budget=Decisions(letters=decisions, budget=budget), store=road.store

@@ -141,7 +141,7 @@ def is_cast_weight(tensor: Tensor) -> bool:
 
 
 @dataclass(slots=True)
-class Toll:
+class StepToll:
     """Costs of a microbatch beside plain training."""
 
     waited_s: float = 0.0
@@ -169,7 +169,7 @@ class Pass:
     entered: int = 0
     progress: int = 0
     """The block whose backward runs; as many as there are while forward does."""
-    toll: Toll = field(default_factory=Toll)
+    toll: StepToll = field(default_factory=StepToll)
 
 
 class Flow:
@@ -242,7 +242,7 @@ class Flow:
                 last.register_hook(lambda _: self._turn(now, index))
         return output
 
-    def end(self, *, has_failed: bool) -> Toll:
+    def end(self, *, has_failed: bool) -> StepToll:
         """The microbatch is over: nothing is under way after this, and the store is empty.
 
         Raises:
@@ -250,7 +250,7 @@ class Flow:
         """
         now, self.now = self.now, None
         if now is None:
-            return Toll()
+            return StepToll()
         failure: BaseException | None = None
         for block in now.blocks.values():
             for transfer in (block.out, block.inward):

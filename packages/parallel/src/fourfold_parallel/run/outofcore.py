@@ -31,7 +31,7 @@ from fourfold_parallel.plan.machine import Channel
 from fourfold_parallel.plan.outofcore import Choice, check_budget, choose
 from fourfold_parallel.plan.timeline import Rules, timeline
 from fourfold_parallel.run.engines import Engine, Session
-from fourfold_parallel.run.flow import Flow, Taken, Toll, hidden_of, key_of
+from fourfold_parallel.run.flow import Flow, StepToll, Taken, hidden_of, key_of
 from fourfold_parallel.run.stores import Disk, Host, Throttled, Ways, probe
 
 log = logging.getLogger(__name__)
@@ -389,7 +389,7 @@ class _OutOfCoreSession:
         self.inner.wait()
 
 
-def _tell(toll: Toll) -> None:
+def _tell(toll: StepToll) -> None:
     """Add a microbatch's costs to the step's record."""
     counts = NOW.counts
     for name, amount in (
