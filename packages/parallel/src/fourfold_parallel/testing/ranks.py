@@ -2,7 +2,7 @@
 
 A law is a function that every rank calls with the same arguments and that raises where the law
 does not hold. The processes of a world size are started once and kept, with one process group,
-for all the laws that follow; each runs on one thread.
+for the laws that follow; each runs on one thread.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ from fourfold_parallel.grid.collectives import refuse_under_way
 COLLECTIVE_TIMEOUT_S = 60
 """A collective that takes longer was not called by every rank."""
 LAW_TIMEOUT_S = 240
+
+LAWS_A_LIFE = 30
+"""Laws after which ranks start anew: each mesh leaves communicators, whose threads cost time."""
 
 _PRELOADED = ["fourfold_parallel.testing.preload"]
 """What the server imports once, so that a rank starts in the time of a fork."""
@@ -68,11 +71,15 @@ class _Workplace:
         self._ranks = ranks
         self._processes: list[ForkServerProcess] = []
         self._pipes: list[Connection] = []
+        self._laws = 0
         atexit.register(self.close)
 
     def run(self, law: Callable[..., Any], arguments: dict[str, Any]) -> list[Any]:
+        if self._laws >= LAWS_A_LIFE:
+            self.close()
         if not self._processes:
             self._open()
+        self._laws += 1
         source = inspect.getsourcefile(law)
         assert source is not None
         for pipe in self._pipes:
@@ -109,7 +116,7 @@ class _Workplace:
         for process in self._processes:
             process.kill()
             process.join()
-        self._processes, self._pipes = [], []
+        self._processes, self._pipes, self._laws = [], [], 0
 
     def _open(self) -> None:
         context = multiprocessing.get_context("forkserver")
