@@ -132,7 +132,9 @@ def foretell(
 
 
 def planned(runs: Mapping[str, Mapping[str, float]], like: RunTable) -> RunTable:
-    """Runs that are not done yet, a row each; their losses are placeholders that no law reads.
+    """Runs that are not done yet, a row each.
+
+    A table must have losses, so theirs are the median of `like`; no law reads them.
 
     Raises:
         ValueError: A variable is not positive, or a run lacks one that another has.
@@ -143,12 +145,12 @@ def planned(runs: Mapping[str, Mapping[str, float]], like: RunTable) -> RunTable
             raise ValueError(
                 f"the planned run {name} has {sorted(inputs)}, others have {sorted(keys)}"
             )
-    placeholder = float(np.median(like.column("loss_nats")))
+    unread = float(np.median(like.column("loss_nats")))
     return RunTable.from_columns(
         {
             "run": list(runs),
             **{key: [inputs[key] for inputs in runs.values()] for key in keys},
-            "loss_nats": [placeholder] * len(runs),
+            "loss_nats": [unread] * len(runs),
         },
         architecture=like.architecture,
         source="the planned runs",
