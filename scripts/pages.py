@@ -33,10 +33,13 @@ DOCUMENTS = (
     "packages/*/*.md",
     "packages/*/docs/*.md",
     "packages/*/results/*.md",
+    "packages/*/src/**/*.md",
 )
 """The Markdown of the checkout that becomes pages."""
 LANGUAGES = {".py": "python", ".hpp": "cpp", ".cpp": "cpp"}
 """Sources that documents link to become pages too."""
+ORPHAN = "---\norphan: true\n---\n\n"
+"""What opens a page that links lead to and no list names."""
 LINK = re.compile(r"\]\(([^)#:\s]+)")
 PUBLIC = re.compile(r"^from \.(\S+) import \w+ as (\w+)$", re.MULTILINE)
 """A line of a package's `__init__.pyi`."""
@@ -77,7 +80,9 @@ def stage(folder: Path) -> None:
         text = document.read_text(encoding="utf-8")
         for target in LINK.findall(text):
             take(folder, (document.parent / target).resolve())
-        write(folder / document.relative_to(ROOT), LINK.sub(partial(led, document), text))
+        place = document.relative_to(ROOT)
+        text = LINK.sub(partial(led, document), text)
+        write(folder / place, ORPHAN + text if "src" in place.parts else text)
     packages = sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml"))
     for package in packages:
         place = folder / package.relative_to(ROOT)
@@ -118,9 +123,7 @@ def take(folder: Path, target: Path) -> None:
     if target.suffix in LANGUAGES:
         name = re.sub(r"^.*/src/", "", target.as_posix())
         shown = f"```{{literalinclude}} {target.name}\n:language: {LANGUAGES[target.suffix]}\n:linenos:\n```"
-        write(
-            place.with_name(f"{place.name}.md"), f"---\norphan: true\n---\n\n# {name}\n\n{shown}\n"
-        )
+        write(place.with_name(f"{place.name}.md"), f"{ORPHAN}# {name}\n\n{shown}\n")
 
 
 def led(document: Path, link: re.Match[str]) -> str:
