@@ -21,12 +21,13 @@ from fourfold_parallel.karma.measure import (
     drawn,
     equal_memory,
     fixed,
+    host_updates,
     in_turn,
     llama,
     road,
     trained,
 )
-from fourfold_parallel.karma.recipes import EqualMemory, Hybrid, Predictions, Stacks
+from fourfold_parallel.karma.recipes import EqualMemory, HostUpdates, Hybrid, Predictions, Stacks
 from fourfold_parallel.plan.blocks import Stack, middle
 from fourfold_parallel.plan.machine import Channel
 from fourfold_parallel.plan.outofcore import choose, greedy, pooch, seconds_of
@@ -146,6 +147,18 @@ def time_equal_memory(study: EqualMemory, workplace: Workplace) -> None:
         close_ranks(2)
 
 
+def time_host_updates(study: HostUpdates, workplace: Workplace) -> None:
+    """Steps of two ranks, their stages in a pipeline and in sequence; event "steps" of the slower rank."""
+    with workplace.recording(study, seed=0) as records:
+        workplace.progress(0, 1, "2 ranks")
+        told = run_on_ranks(
+            2, host_updates, layers=study.layers, width=study.width, tokens=study.tokens, busy=study.busy,
+            latency_s=study.latency_s, rounds=study.rounds,
+        )  # fmt: skip
+        records.write("steps", **max(told, key=lambda mine: statistics.median(mine["pipelined_s"])))
+        close_ranks(2)
+
+
 def _stage(name: str, run: object, perform: Callable[..., None]) -> Stage:
     return Stage(name=name, run=run, perform=partial(perform, run))
 
@@ -161,5 +174,6 @@ def stages(scale: Scale) -> Sequence[Stage]:
         *simulated,
         _stage("hybrid", recipes.hybrid(), time_hybrid),
         _stage("predictions", recipes.predictions(), time_predictions),
+        _stage("host-updates", recipes.host_updates(), time_host_updates),
         _stage("equal-memory", recipes.equal_memory(), time_equal_memory),
     )

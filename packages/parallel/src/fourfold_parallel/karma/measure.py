@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from fourfold_parallel.launch import Ranks
 from fourfold_parallel.plan.blocks import BlockCost, Stack, middle
 from fourfold_parallel.plan.machine import Channel
 from fourfold_parallel.run.engines import DDP, Engine, Session, Single
+from fourfold_parallel.run.hosted import HostUpdate
 from fourfold_parallel.run.outofcore import Decisions, OutOfCore
-from fourfold_parallel.run.stores import Disk, Throttled
+from fourfold_parallel.run.stores import Disk, Host, Throttled
 
 ROW = 128
 VOCABULARY = 256
@@ -91,7 +93,9 @@ def in_turn(
         return alternated(ready, rounds)
 
 
-def alternated(models: Mapping[str, Trained | Measured], rounds: int) -> dict[str, list[float]]:
+def alternated(
+    models: Mapping[str, Trained | Measured | Stepped], rounds: int
+) -> dict[str, list[float]]:
     """Seconds of a microbatch of each model; a first round is not counted."""
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(rounds + 1):
@@ -263,4 +267,58 @@ def equal_memory(
     return {
         "ours_s": times["ours"], "grid_s": times["grid"], "ours_peak_bytes": peak,
         "grid_peak_bytes": target, "plain_peak_bytes": plain, "decisions": decisions,
+    }  # fmt: skip
+
+
+class Stepped:
+    """A model of which whole steps are timed."""
+
+    def __init__(self, model: Trained) -> None:
+        self.model = model
+        self.session: Session = model.session
+
+    def seconds(self) -> float:
+        """Of a microbatch and its update."""
+        started_s = time.perf_counter()
+        self.model.microbatch()
+        self.session.update(1.0)
+        return time.perf_counter() - started_s
+
+
+def host_updates(
+    *, layers: int, width: int, tokens: int, busy: float, latency_s: float, rounds: int
+) -> dict[str, Any]:
+    """A law of two ranks: steps with updates on the host, stages in a pipeline and in sequence, in turn.
+
+    Args:
+        layers: of the model.
+        width: of the model.
+        tokens: of a rank's microbatch.
+        busy: see `HostUpdates`.
+        latency_s: see `HostUpdates`.
+        rounds: timed.
+    """
+    config = llama(layers, width)
+    ranks = Ranks()
+    with trained(HostUpdate(), config, 2 * tokens) as model:
+        model.session.update(1.0)
+        plain_s = statistics.median(Stepped(model).seconds() for _ in range(PROFILES))
+        weights = sum(p.nbytes for p in model.session.model.parameters())
+    rate = min(ranks.gather(weights / (busy * plain_s)))
+    way = Throttled(store=Host(), bytes_per_s=rate)
+    pipelined = HostUpdate(store=way, exchange_latency_s=latency_s, exchange_bytes=1)
+    in_sequence = replace(pipelined, pipelined=False)
+    engines = {
+        "pipelined": pipelined,
+        "in_sequence": in_sequence,
+        "in_one": replace(in_sequence, exchange_bytes=EVERYTHING),
+    }
+    with ExitStack() as scope:
+        ready: dict[str, Stepped] = {}
+        for name, engine in engines.items():
+            ready[name] = Stepped(scope.enter_context(trained(engine, config, 2 * tokens)))
+            ready[name].session.update(1.0)
+        times = alternated(ready, rounds)
+    return {f"{name}_s": row for name, row in times.items()} | {
+        "bytes_per_s": rate, "plain_s": plain_s,
     }  # fmt: skip

@@ -44,6 +44,15 @@ def prediction(records: Records) -> tuple[float, float]:
     return float(coefficient), statistics.median(errors)
 
 
+def pipeline_ratios(records: Records) -> list[float]:
+    """By round: a pipelined step over the sequence's, with one exchange or many, whichever is faster."""
+    event = records["host-updates"].only("steps")
+    best = min(
+        (event.numbers(f"{name}_s") for name in ("in_sequence", "in_one")), key=statistics.median
+    )
+    return [mine / other for mine, other in zip(event.numbers("pipelined_s"), best, strict=True)]
+
+
 def greedy_share(records: Records) -> Interval:
     """The share of stacks on which the greedy strategy is within 1 % of the best."""
     event = records["stacks"].only("stacks")

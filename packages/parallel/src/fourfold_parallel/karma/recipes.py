@@ -59,6 +59,22 @@ class EqualMemory:
     rounds: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostUpdates:
+    """Steps on 2 ranks whose update is on the host: its stages in a pipeline, and one after the other."""
+
+    layers: int
+    width: int
+    tokens: int
+    """Of a rank's microbatch, in rows of 128."""
+    busy: float
+    """Time in which all gradients leave the device, and that in which all weights come back, each over a
+    plain step's."""
+    latency_s: float
+    """Of each exchange, at least."""
+    rounds: int
+
+
 def stacks() -> Stacks:
     """Two hundred stacks of 5 to 7 blocks; the pilot's are not among them."""
     return Stacks(count=200, least_blocks=5, most_blocks=7, seed=20)
@@ -79,3 +95,8 @@ def predictions() -> Predictions:
 def equal_memory() -> EqualMemory:
     """Three widths."""
     return EqualMemory(widths=(128, 192, 256), layers=6, tokens=512, busy=0.6, rounds=5)
+
+
+def host_updates() -> HostUpdates:
+    """Layers that are alike, 20 ms an exchange, and a way that is busy for a third of a step both ways."""
+    return HostUpdates(layers=8, width=192, tokens=512, busy=0.3, latency_s=0.02, rounds=7)

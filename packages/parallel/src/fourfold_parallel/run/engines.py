@@ -132,7 +132,12 @@ class Engine(Protocol):
         ...
 
 
-def _check_share(engine: str, batch: int, ranks: int) -> None:
+def check_share(engine: str, batch: int, ranks: int) -> None:
+    """Refuse a batch that does not divide over the ranks.
+
+    Raises:
+        ValueError: It does not; batch, ranks and the way out are named.
+    """
     if batch % ranks:
         raise ValueError(
             f"batch={batch} does not divide over {ranks} ranks of engine {engine}; "
@@ -231,7 +236,7 @@ class DDP:
     ) -> Iterator[Session]:
         """A session over all launched ranks; gloo on CPUs, NCCL on GPUs."""
         check_launched("DDP")
-        _check_share("DDP", batch, world_size())
+        check_share("DDP", batch, world_size())
         buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
         with _accelerator(precision, kwargs_handlers=[buckets]) as accelerator:
             yield _AccelerateSession(accelerator, model, optimizer)
@@ -257,7 +262,7 @@ class FSDP2:
     ) -> Iterator[Session]:
         """A session over all launched ranks; each decoder layer is one unit."""
         check_launched("FSDP2")
-        _check_share("FSDP2", batch, world_size())
+        check_share("FSDP2", batch, world_size())
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             reshard_after_forward=self.reshard_after_forward,
@@ -315,7 +320,7 @@ class DeepSpeed:
         check_launched("DeepSpeed")
         check_no_stale_lock()
         ranks = world_size()
-        _check_share("DeepSpeed", batch, ranks)
+        check_share("DeepSpeed", batch, ranks)
         share = batch // ranks
         plugin = DeepSpeedPlugin(
             hf_ds_config={
@@ -376,6 +381,11 @@ class _AccelerateSession:
         self.rank: int = self._accelerator.process_index
         self.ranks: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process
+        if (there := dist.get_world_size()) != self.ranks:
+            raise ValueError(
+                f"accelerate sees {self.ranks} process, and would train it alone, where the process group has "
+                f"{there}: it reads RANK, LOCAL_RANK and WORLD_SIZE, which a launcher such as torchrun sets"
+            )
         self.device: torch.device = self._accelerator.device
         prepared: Any = self._accelerator.prepare(model, optimizer)
         self.model: nn.Module = prepared[0]

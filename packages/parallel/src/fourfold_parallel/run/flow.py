@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fourfold_parallel.plan.blocks import Stack
 from fourfold_parallel.plan.timeline import Rules
@@ -33,6 +34,13 @@ from fourfold_parallel.run.stores import StoreError, Ways
 
 CASTS = {"ToCopyBackward0", "TBackward0", "TransposeBackward0", "ViewBackward0", "_PieceBackward"}
 """Nodes that make nothing of a weight but the weight in another form."""
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The outermost layers that transformers would checkpoint, in the order of the model; maybe none."""
+    if isinstance(model, GradientCheckpointingLayer):
+        return [model]
+    return [layer for child in model.children() for layer in decoder_layers(child)]
 
 
 class Cell:

@@ -21,7 +21,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fourfold_parallel.common.activity import NOW
 from fourfold_parallel.common.held import Saved, State
@@ -31,7 +30,7 @@ from fourfold_parallel.plan.machine import Channel
 from fourfold_parallel.plan.outofcore import Choice, check_budget, choose
 from fourfold_parallel.plan.timeline import Rules, timeline
 from fourfold_parallel.run.engines import Engine, Session
-from fourfold_parallel.run.flow import Flow, StepToll, Taken, hidden_of, key_of
+from fourfold_parallel.run.flow import Flow, StepToll, Taken, decoder_layers, hidden_of, key_of
 from fourfold_parallel.run.stores import Disk, Host, Throttled, Ways, probe
 
 log = logging.getLogger(__name__)
@@ -94,16 +93,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     Raises:
         ValueError: There are none, or they are checkpointed already.
     """
-    layers: list[nn.Module] = []
-
-    def seek(module: nn.Module) -> None:
-        if isinstance(module, GradientCheckpointingLayer):
-            layers.append(module)
-            return
-        for child in module.children():
-            seek(child)
-
-    seek(model)
+    layers = decoder_layers(model)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no decoder layers (transformers' GradientCheckpointingLayer) to "

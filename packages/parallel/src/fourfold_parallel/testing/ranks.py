@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import multiprocessing
+import os
 import socket
 import sys
 import traceback
@@ -144,6 +145,12 @@ def _workplace(ranks: int) -> _Workplace:
 def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
     """The life of a rank: join the group, then run laws until the other end closes."""
     torch.set_num_threads(1)
+    # What a launcher leaves: accelerate asks the environment, not the process group, whether there are ranks.
+    number, size = str(rank), str(ranks)
+    os.environ.update(
+        RANK=number, LOCAL_RANK=number, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size,
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
     dist.init_process_group(
         "gloo",
         init_method=f"tcp://127.0.0.1:{port}",
