@@ -174,6 +174,6 @@ def stages(scale: Scale) -> Sequence[Stage]:
         *simulated,
         _stage("hybrid", recipes.hybrid(), time_hybrid),
         _stage("predictions", recipes.predictions(), time_predictions),
-        _stage("host-updates", recipes.host_updates(), time_host_updates),
         _stage("equal-memory", recipes.equal_memory(), time_equal_memory),
+        _stage("host-updates", recipes.host_updates(), time_host_updates),
     )
