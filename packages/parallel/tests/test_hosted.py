@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -97,6 +98,19 @@ def law_of_data_parallelism() -> None:
 def test_two_ranks_take_the_steps_of_ddp() -> None:
     """Pipelined or not: two shares have one sum."""
     run_on_ranks(2, law_of_data_parallelism)
+
+
+def law_of_ranks_that_accelerate_does_not_see() -> None:
+    hidden = {name: os.environ.pop(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    try:
+        with pytest.raises(ValueError, match="would train it alone"), opened(DDP()):
+            pass
+    finally:
+        os.environ.update(hidden)
+
+
+def test_a_process_group_without_a_launch_does_not_train_replicas_apart() -> None:
+    run_on_ranks(2, law_of_ranks_that_accelerate_does_not_see)
 
 
 def test_a_forward_that_does_not_wait_for_its_weights_is_seen(

@@ -27,6 +27,7 @@ from .run.engines import DDP as DDP
 from .run.engines import FSDP2 as FSDP2
 from .run.engines import DeepSpeed as DeepSpeed
 from .run.engines import Single as Single
+from .run.hosted import HostUpdate as HostUpdate
 from .run.models import Llama as Llama
 from .run.models import Published as Published
 from .run.models import SmolLM2 as SmolLM2
