@@ -149,7 +149,7 @@ def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
     number, size = str(rank), str(ranks)
     os.environ.update(
         RANK=number, LOCAL_RANK=number, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size,
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
     )  # fmt: skip
     dist.init_process_group(
         "gloo",
