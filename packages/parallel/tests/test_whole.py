@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fourfold_parallel.certify.toys import default_toy, in_float64, toy_model
+from fourfold_parallel.grid.collectives import Trace
 from fourfold_parallel.grid.engine import Fourfold
+from fourfold_parallel.grid.gradients import local
 from fourfold_parallel.grid.huggingface import Parallel, parallelize
 from fourfold_parallel.grid.layout import Experts, Whole, check_sizes, refuse_quantised, rules_for
 from fourfold_parallel.grid.schedule import Around
@@ -78,6 +81,93 @@ def test_three_steps_are_those_of_the_plain_model(family: str) -> None:
     run_on_ranks(4, trains_as_alone, family=family, grids=GRIDS)
 
 
+EXCHANGED: list[Sizes] = [(1, 4, 1, 1), (1, 2, 2, 1), (2, 2, 1, 1), (1, 2, 1, 2)]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_tokens_that_go_to_their_experts_train_them_alike(family: str) -> None:
+    """Expert parallelism over depth, beside cuts of hidden units over row and col and replicas."""
+    run_on_ranks(4, trains_as_alone, family=family, grids=EXCHANGED, experts="exchanged")
+
+
+def routes_to_one_expert() -> None:
+    """All tokens of all ranks choose one expert, of one rank; the others see no token."""
+    tokens = tokens_of(4)
+    with in_float64():
+        plain = toy("mixtral")
+        for module in plain.modules():
+            router: Any = module
+            if type(module).__name__ == "MixtralTopKRouter":
+                router.top_k = 1
+                router.weight.data.zero_()
+        parallel = parallelize(
+            copy.deepcopy(plain), mesh_of((1, 4, 1, 1)), experts="exchanged", checks=False
+        )
+        mine = mine_of(parallel, tokens)
+        plain(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        parallel.model(input_ids=mine, labels=mine, use_cache=False).loss.backward()
+        parallel.settle(when="after a backward")
+        for name, parameter in plain.named_parameters():
+            ours = parallel.model.get_parameter(name)
+            assert parameter.grad is not None
+            assert ours.grad is not None, name
+            if "experts" in name:
+                assert parameter.grad.flatten(1).any(1).sum() == 1, name
+            kept = parallel.stored[name].keep(parameter.grad)
+            close(
+                local(ours.grad),
+                piece_of(kept, ours, parallel.mesh),
+                what=name,
+                tolerance=TOLERANCE,
+            )
+
+
+def test_ranks_whose_experts_nobody_chose_take_part() -> None:
+    """Their gradients are nought, not missing, and every exchange of backward meets its partners."""
+    run_on_ranks(4, routes_to_one_expert)
+
+
+def recomputes_exchanged() -> None:
+    recomputes("mixtral", sizes=(1, 2, 2, 1), experts="exchanged")
+
+
+def test_exchanged_experts_are_recomputed() -> None:
+    run_on_ranks(4, recomputes_exchanged)
+
+
+def goes_on_exchanged(folder: str) -> None:
+    goes_on_elsewhere("mixtral", folder, experts="exchanged")
+
+
+def test_exchanged_experts_are_stored_as_gathered_ones(tmp_path: Path) -> None:
+    """A checkpoint of a grid that gathers goes on on grids that exchange."""
+    run_on_ranks(4, goes_on_exchanged, folder=str(tmp_path))
+
+
+def verbs_of_experts(experts: Literal["gathered", "exchanged"]) -> Counter[str]:
+    trace = Trace()
+    mesh = mesh_of((1, 2, 1, 1)).observed(trace)
+    parallel = parallelize(toy("mixtral"), mesh, experts=experts, checks=False)
+    tokens = mine_of(parallel, tokens_of(2))
+    for _ in range(2):  # the second with gathers ahead
+        trace.events.clear()
+        parallel.model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        parallel.settle(when="after a step")
+    return Counter(
+        event.what
+        for event in trace.events
+        if event.moment == "start" and event.layer.endswith("experts")
+    )
+
+
+def test_tokens_move_to_exchanged_experts_and_no_weight_does() -> None:
+    """Two layers: counts, rows, factors and choices go, results come; backward, rows, factors and results."""
+    for gathered in run_on_ranks(2, verbs_of_experts, experts="gathered"):
+        assert {*gathered} == {"all_gather", "reduce_scatter"}
+    for exchanged in run_on_ranks(2, verbs_of_experts, experts="exchanged"):
+        assert exchanged == {"all_to_all": 2 * (5 + 3)}
+
+
 def keeps_no_published_tensor() -> None:
     for family in ("mixtral", "gpt2", "deepseek_v3"):
         parallel = parallelize(toy(family), mesh_of((1, 2, 1, 1)), checks=False)
@@ -101,14 +191,15 @@ def test_a_whole_block_is_recomputed() -> None:
     run_on_ranks(4, recomputes, family="mixtral")
 
 
-def recomputes(family: str) -> None:
+def recomputes(family: str, sizes: Sizes = (1, 1, 2, 2), **how: Any) -> None:
     tokens = tokens_of(2)
     plain = toy(family)
-    parallel = parallelize(copy.deepcopy(plain), mesh_of((1, 1, 2, 2)))
+    parallel = parallelize(copy.deepcopy(plain), mesh_of(sizes), **how)
     parallel.model.gradient_checkpointing_enable({"use_reentrant": False})
     parallel.model.train()
     plain(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-    parallel.model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    mine = mine_of(parallel, tokens)
+    parallel.model(input_ids=mine, labels=mine, use_cache=False).loss.backward()
     parallel.settle(when="after backward")
     expected = dict(plain.named_parameters())
     for name, parameter in parallel.model.named_parameters():
@@ -163,13 +254,16 @@ def session_step(session: Any, tokens: Tensor) -> float:
     return float(loss.detach())
 
 
-def goes_on_elsewhere(family: str, folder: str) -> None:
+def goes_on_elsewhere(
+    family: str, folder: str, experts: Literal["gathered", "exchanged"] = "gathered"
+) -> None:
+    """Two steps on a grid, saved, and the third on other grids, where experts are gathered or exchanged."""
     tokens = tokens_of(4)
 
     def opened(sizes: Sizes, model: PreTrainedModel) -> Any:
         data, depth, row, col = sizes
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
-        engine = Fourfold(data=data, depth=depth, row=row, col=col)
+        engine = Fourfold(data=data, depth=depth, row=row, col=col, experts=experts)
         return engine.open(model, optimizer, precision="fp32", batch=4, microbatch=4)
 
     with in_float64():

@@ -158,7 +158,13 @@ def _stages(scale: Scale) -> Sequence[Stage]:
         _stage("overlap", recipes.overlap(), plan_overlap),
         _stage("rankings", recipes.rankings(), compare_rankings),
     )
-    return stages if scale == "smoke" else (*stages, _stage("storm", recipes.storm(), rage))
+    if scale == "smoke":
+        return stages
+    return (
+        *stages,
+        _stage("storm", recipes.storm(), rage),
+        _stage("grid-pairs", recipes.grid_pairs(), rage),
+    )
 
 
 def _drawings(scale: Scale) -> Sequence[Drawing]:

@@ -96,3 +96,8 @@ def rankings() -> Rankings:
 def storm() -> Storm:
     """A hundred kills over a little Llama on grids of two ranks."""
     return Storm(runs=Small(), kills=100)
+
+
+def grid_pairs() -> Storm:
+    """No kill: a checkpoint of each grid of eight ranks, loaded on each."""
+    return Storm(runs=Small(), kills=0, pairs_of=8)

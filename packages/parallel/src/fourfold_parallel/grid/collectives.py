@@ -20,7 +20,7 @@ the next starts, and under selective checkpointing, where they are waited for at
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -45,7 +45,7 @@ _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 Context = Any
 """An autograd context, on which a function keeps what its backward needs."""
-Verb = Literal["all_reduce", "all_gather", "reduce_scatter"]
+Verb = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,6 +331,44 @@ class Axis:
             sent, result, work, whole.dtype, stop - start, payload, "reduce_scatter", layer, terms
         )
 
+    def all_to_all(
+        self,
+        rows: Shaped[Tensor, "rows ..."],
+        sends: Sequence[int],
+        receives: Sequence[int],
+        *,
+        layer: str = "",
+    ) -> Pending:
+        """Start handing out rows: the first `sends[0]` to rank 0, ...; `receives[r]` come from rank r."""
+        if self.size == 1:
+            return self._nothing(rows, "all_to_all")
+        sent, group = self._on_wire(rows).contiguous(), self.sum_group
+        if _needs_operators():
+            result = _functional.all_to_all_single(sent, list(receives), list(sends), group)
+            work = None
+        else:
+            result = sent.new_empty(sum(receives), *sent.shape[1:])
+            work = dist.all_to_all_single(
+                result, sent, list(receives), list(sends), _group(group), async_op=True
+            )
+        payload = max(sent.nbytes, result.nbytes)
+        return self._started(
+            sent, result, work, rows.dtype, sum(receives), payload, "all_to_all", layer
+        )
+
+    def exchange(
+        self,
+        rows: Shaped[Tensor, "rows ..."],
+        sends: Sequence[int],
+        receives: Sequence[int],
+        *,
+        layer: str = "",
+    ) -> Shaped[Tensor, "received ..."]:
+        """Rows handed out to the ranks of the axis, forward; backward, their gradients come back."""
+        if self.size == 1:
+            return rows
+        return _Exchange.apply(rows, self, tuple(sends), tuple(receives), layer)
+
     def sum(self, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """The sum over the axis, forward; backward, the gradient as it is.
 
@@ -369,7 +407,8 @@ class Axis:
         return _Share.apply(whole, self, dim) if self.size > 1 else whole
 
     def _on_wire(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.wire.dtype) if isinstance(self.wire, Cast) else tensor
+        casts = isinstance(self.wire, Cast) and tensor.is_floating_point()
+        return tensor.to(self.wire.dtype) if casts else tensor
 
     def _nothing(self, tensor: Tensor, verb: Verb) -> Pending:
         return Pending(
@@ -476,6 +515,25 @@ class _Whole(torch.autograd.Function):
         else:
             piece = ctx.axis.reduce_scatter(rows).wait()
         return piece.movedim(0, ctx.dim).contiguous(), None, None, None, None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Context,
+        rows: Tensor,
+        axis: Axis,
+        sends: tuple[int, ...],
+        receives: tuple[int, ...],
+        layer: str,
+    ) -> Tensor:
+        ctx.axis, ctx.sends, ctx.receives, ctx.layer = axis, sends, receives, layer
+        return axis.all_to_all(rows, sends, receives, layer=layer).wait()
+
+    @staticmethod
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        pending = ctx.axis.all_to_all(gradient, ctx.receives, ctx.sends, layer=ctx.layer)
+        return pending.wait(), None, None, None, None
 
 
 class _Split(torch.autograd.Function):

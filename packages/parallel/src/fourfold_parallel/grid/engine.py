@@ -86,6 +86,9 @@ class Fourfold:
     keeps_tiles: bool = False
     """Keep gathered tiles from forward to backward: two thirds of the traffic over depth, for the memory of
     all tiles."""
+    experts: Literal["gathered", "exchanged"] = "gathered"
+    """`exchanged` leaves experts where they are stored and sends tokens to them over depth (expert
+    parallelism); the planner does not price it."""
     logits: Literal["split", "whole"] = "split"
     """`split` leaves each rank its part of the vocabulary, which `token_nats` and the model's own loss
     understand; `whole` gathers them, for an objective that reads logits itself."""
@@ -179,6 +182,7 @@ class GridSession:
             logits=engine.logits,
             keeps_tiles=engine.keeps_tiles,
             cuts_tokens=engine.cuts_tokens,
+            experts=engine.experts,
             empty=True,
         )
         self.model: nn.Module = model

@@ -215,6 +215,7 @@ def parallelize(
     products: Products | None = None,
     weights: StrPath | None = None,
     whole: Literal["allow", "refuse"] = "allow",
+    experts: Literal["gathered", "exchanged"] = "gathered",
     checks: bool = True,
     empty: bool = False,
 ) -> Parallel:
@@ -233,6 +234,8 @@ def parallelize(
         weights: A safetensors file or a folder of them, from which to read instead of `model`.
         whole: Whether blocks that no rule covers may be computed alike on every rank of row and col
             (`Parallel.whole` names them), or are refused.
+        experts: Over depth, gather experts where tokens are, as every weight, or leave each where it is
+            stored and exchange tokens (expert parallelism).
         checks: Compare loss, logits and gradients of a few tokens before and after, where `model` has
             values: one forward and backward of the whole model.
         empty: Of a model on the meta device, give each rank memory for its pieces and no values: a
@@ -266,6 +269,7 @@ def parallelize(
         products=products or Products(),
         keeps_tiles=keeps_tiles,
         logits=logits,
+        experts=experts,
         stretch=stretch,
         flows=flows,
         made={},
@@ -403,6 +407,7 @@ class _Builder:
     products: Products
     keeps_tiles: bool
     logits: Literal["whole", "split"]
+    experts: Literal["gathered", "exchanged"]
     stretch: Stretch | None
     """Where tokens are cut over row, if they are."""
     flows: dict[str, Flow]
@@ -526,7 +531,10 @@ class _Builder:
             for own, _ in module.named_parameters(recurse=False)
         }  # fmt: skip
         packed = {own: rule.cuts[own] for own in rule.packed}
-        return whole_blocks.Experts(
+        kind = whole_blocks.Experts
+        if self.experts == "exchanged" and self.mesh.depth.size > 1:
+            kind = whole_blocks.ExchangedExperts
+        return kind(
             module, parameters, packed=packed, once=rule.once, mesh=self.mesh, name=name,
             schedule=self.schedule,
         )  # fmt: skip

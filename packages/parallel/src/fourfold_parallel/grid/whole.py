@@ -9,13 +9,15 @@ a module says how:
 - a linear layer (`Divided`): each rank computes its share of the output features, then they are
   gathered;
 - a set of experts (`Experts`): each rank computes its share of every expert's hidden units, and the
-  results, each one term of a sum, are added.
+  results, each one term of a sum, are added. Over depth either the experts are gathered, as every weight
+  is, or each rank keeps its own and the tokens go to them (`ExchangedExperts`, expert parallelism).
 
 What remains alike is what lies between: the attention of all heads, convolutions, states, routers.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +33,8 @@ from fourfold_parallel.grid.flow import Flow, mapped
 from fourfold_parallel.grid.mesh import Cut, Mesh
 from fourfold_parallel.grid.schedule import Around, Layer, Schedule, Visit
 
+TOKENS_CHOICES_WEIGHTS = 3
+"""Tensors that a set of experts is called with, the first by the name of `hidden_states`."""
 TILED: Cut = {"row": 0, "col": 0, "depth": 0}
 """Of a parameter that is gathered whole, and of a linear layer whose outputs are divided."""
 
@@ -200,27 +204,105 @@ class Experts(Around):
             if parameter_name in once:
                 self.hold_copied(parameter_name, parameter, summed=[mesh.row, mesh.col, mesh.depth])
             else:
-                self.hold_tiled(parameter_name, parameter)
+                self._take(parameter_name, parameter)
+
+    def _take(self, name: str, parameter: nn.Parameter) -> None:
+        self.hold_tiled(name, parameter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The weighted sum of the chosen experts' outputs for each token."""
         visit = self.visit(casts=False)
-        values: dict[str, Tensor] = {}
-        for name in self.parameter_names:
-            value = self.use(visit, name)
-            if name in self.packed:  # stored as `(unit part)`, computed with as `(part unit)`
-                value = value.movedim(self.packed[name], -1)
-                value = rearrange(value, "... (unit part) -> ... (part unit)", part=2)
-                value = value.movedim(-1, self.packed[name]).contiguous()
-            if name in self.once and (self.mesh.row.rank or self.mesh.col.rank):
-                value = value * 0
-            values[name] = value
-        axes = [axis for axis in (self.mesh.row, self.mesh.col) if axis.size > 1]
-        *given, options = mapped((*args, kwargs), lambda _, x: _copied(x, axes))
-        y: Tensor = self.call(values, tuple(given), options)
-        for axis in axes:
+        values = {name: self._ready(name, self.use(visit, name)) for name in self.parameter_names}
+        *given, options = mapped((*args, kwargs), lambda _, x: _copied(x, self.axes))
+        return self.summed(self.call(values, tuple(given), options))
+
+    @property
+    def axes(self) -> list[Axis]:
+        """Those over which hidden units are cut."""
+        return [axis for axis in (self.mesh.row, self.mesh.col) if axis.size > 1]
+
+    def summed(self, y: Tensor) -> Tensor:
+        """The sum of all ranks' terms."""
+        for axis in self.axes:
             y = axis.sum(y)
         return y
+
+    def _ready(self, name: str, value: Tensor) -> Tensor:
+        """A parameter as the module computes with it."""
+        if name in self.packed:  # stored as `(unit part)`, computed with as `(part unit)`
+            value = value.movedim(self.packed[name], -1)
+            value = rearrange(value, "... (unit part) -> ... (part unit)", part=2)
+            value = value.movedim(-1, self.packed[name]).contiguous()
+        if name in self.once and (self.mesh.row.rank or self.mesh.col.rank):
+            value = value * 0
+        return value
+
+
+class ExchangedExperts(Experts):
+    """Experts that stay where they are stored: each rank of depth computes its own, for all ranks' tokens.
+
+    A token goes to the ranks of the experts that its router chose, and their results come back: twice
+    `tokens * choices * width` words a rank move over depth and as many backward, instead of all experts'
+    weights forward and backward and their gradients. Nothing is dropped, so ranks whose experts are chosen
+    more often compute more.
+
+    Raises:
+        ValueError: The module is not called with hidden states, choices and their weights alone.
+    """
+
+    def __init__(
+        self,
+        inner: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        mesh: Mesh,
+        name: str,
+        **how: Any,
+    ) -> None:
+        self.takes: list[str] = [*inspect.signature(inner.forward).parameters]
+        if len(self.takes) != TOKENS_CHOICES_WEIGHTS or self.takes[0] != "hidden_states":
+            raise ValueError(
+                f"{name}: {type(inner).__name__} is called with {', '.join(self.takes)}, so tokens cannot go "
+                'to its experts; use experts="gathered"'
+            )
+        super().__init__(inner, parameters, mesh=mesh, name=name, **how)
+        first = next(iter(parameters.values()))
+        self.experts = first.shape[0]
+        self.own = slice(*mesh.depth.bounds(self.experts))
+        module: Any = inner
+        module.num_experts = self.own.stop - self.own.start
+
+    def _take(self, name: str, parameter: nn.Parameter) -> None:
+        # All tokens of an expert come to it: its gradient is whole, and needs no sum over depth.
+        self.hold_copied(name, parameter, summed=[])
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Float[Tensor, "token width"]:
+        """The weighted sum of the chosen experts' outputs for each token."""
+        given = dict(zip(self.takes, args, strict=False)) | kwargs
+        hidden, chosen, weights = (_copied(given[name], self.axes) for name in self.takes)
+        visit, depth = self.visit(casts=False), self.mesh.depth
+        values = {name: self._ready(name, self.use(visit, name)) for name in self.parameter_names}
+        for name in self.once:
+            values[name] = values[name][self.own]
+
+        # A row for each choice of each token, in the order of the experts, so of the ranks that hold them.
+        step = -(-self.experts // depth.size)
+        expert, order = chosen.reshape(-1).sort(stable=True)
+        token = order // chosen.shape[-1]
+        sends = torch.bincount(expert // step, minlength=depth.size)
+        each, layer = [1] * depth.size, self.name
+        out, back = sends.tolist(), depth.exchange(sends, each, each, layer=layer).tolist()
+        rows = depth.exchange(hidden[token], out, back, layer=layer)
+        factor = depth.exchange(weights.reshape(-1, 1)[order], out, back, layer=layer)
+        local = depth.exchange(expert % step, out, back, layer=layer)[:, None]
+
+        if len(rows):
+            y: Tensor = self.call(values, (rows, local, factor), None)
+        else:
+            # Nobody's choice: a gradient of nought for each expert, and the backward exchanges all the same.
+            y = rows * factor + sum(value.sum() * 0 for value in values.values())
+        y = depth.exchange(self.summed(y), back, out, layer=layer)
+        return torch.zeros_like(hidden).index_add(0, token, y.to(hidden.dtype))
 
 
 def _copied(x: Tensor, axes: list[Axis]) -> Tensor:

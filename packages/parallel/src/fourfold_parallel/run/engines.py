@@ -383,8 +383,8 @@ class _AccelerateSession:
         self.is_main: bool = self._accelerator.is_main_process
         if (there := dist.get_world_size()) != self.ranks:
             raise ValueError(
-                f"accelerate sees {self.ranks} process, and would train it alone, where the process group has "
-                f"{there}: it reads RANK, LOCAL_RANK and WORLD_SIZE, which a launcher such as torchrun sets"
+                f"accelerate sees {self.ranks} process, and would train it alone, where the process group "
+                f"has {there}: it reads RANK, LOCAL_RANK and WORLD_SIZE, which launchers such as torchrun set"
             )
         self.device: torch.device = self._accelerator.device
         prepared: Any = self._accelerator.prepare(model, optimizer)

@@ -42,6 +42,7 @@ def table(records: Records) -> str:
         )
         + "\n"
         + sentence(record)
+        + pairs_sentence(records["grid-pairs"])
         + "\n"
     )
 
@@ -62,13 +63,17 @@ def sentence(record: Record) -> str:
         f"grid. Planted and found: {' and '.join(planted) or 'nothing'}. Left behind: "
         f"{'nothing' if not faults else '; '.join(faults)}."
     )
-    for pairs in record.of("pairs"):
-        told += (
-            f" All {int(pairs.number('pairs'))} pairs of grids of {int(pairs.number('ranks'))} ranks: the "
-            f"parameters after the step that follows a load differ from one process by "
-            f"{pairs.number('worst_difference'):.1e} at most, in float64."
-        )
-    return told
+    return told + pairs_sentence(record)
+
+
+def pairs_sentence(record: Record) -> str:
+    """What loading every grid's checkpoint on every grid gave; empty where that was left out."""
+    return "".join(
+        f" All {int(pairs.number('pairs'))} pairs of grids of {int(pairs.number('ranks'))} ranks: the "
+        f"parameters after the step that follows a load differ from one process by "
+        f"{pairs.number('worst_difference'):.1e} at most, in float64."
+        for pairs in record.of("pairs")
+    )
 
 
 def figure(records: Records) -> Any:
