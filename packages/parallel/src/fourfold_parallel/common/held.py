@@ -7,7 +7,7 @@ are those of the plain model, so that whatever one layout wrote any other reads.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -236,6 +236,31 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, value in model.state_dict(keep_vars=True).items():
         if name not in parameters and isinstance(value, Tensor):
             yield name, value
+
+
+def make_room(
+    optimizer: torch.optim.Optimizer,
+    moments: Iterable[tuple[Tensor, str, tuple[int, ...], torch.dtype]],
+) -> None:
+    """Give an optimizer a tensor for each moment, and take all other state from it.
+
+    A tensor that it has already is filled again where it fits, so that a load takes no second room.
+
+    Args:
+        optimizer: over the parameters of the moments.
+        moments: parameter, key, shape and type of each.
+    """
+    before = {parameter: dict(values) for parameter, values in optimizer.state.items()}
+    optimizer.state.clear()
+    for parameter, key, shape, dtype in moments:
+        made = before.get(parameter, {}).pop(key, None)
+        if isinstance(made, Tensor) and (tuple(made.shape), made.dtype) == (shape, dtype):
+            pass
+        elif tuple(parameter.shape) == shape or isinstance(parameter, DTensor):
+            made = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        else:
+            made = torch.empty(shape, dtype=dtype, device=parameter.device)
+        optimizer.state[parameter][key] = made
 
 
 def ties_of(model: nn.Module) -> dict[str, str]:

@@ -407,8 +407,9 @@ class Axis:
         return _Share.apply(whole, self, dim) if self.size > 1 else whole
 
     def _on_wire(self, tensor: Tensor) -> Tensor:
-        casts = isinstance(self.wire, Cast) and tensor.is_floating_point()
-        return tensor.to(self.wire.dtype) if casts else tensor
+        if isinstance(self.wire, Cast) and tensor.is_floating_point():
+            return tensor.to(self.wire.dtype)
+        return tensor
 
     def _nothing(self, tensor: Tensor, verb: Verb) -> Pending:
         return Pending(

@@ -19,6 +19,7 @@ from fourfold_parallel.common.held import (
     Held,
     Saved,
     State,
+    make_room,
     numbers_of,
     take_numbers,
     ties_of,
@@ -282,12 +283,14 @@ class GridSession:
     def restoring(self, saved: Saved) -> Iterator[State]:
         """Room for what was saved on any layout: tensors to fill within; numbers are set after it."""
         self.parallel.settle(when="before a load")
-        self.optimizer.state.clear()
-        for name, key, _, dtype in saved.moments():
-            piece = self._pieces[name]
-            self.optimizer.state[piece][key] = torch.empty_like(
-                piece, dtype=dtype, requires_grad=False
-            )
+        pieces = self._pieces
+        make_room(
+            self.optimizer,
+            (
+                (pieces[n], key, tuple(pieces[n].shape), dtype)
+                for n, key, _, dtype in saved.moments()
+            ),
+        )
         yield self.state()
         take_numbers(self.optimizer, saved.numbers, self._pieces)
 

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fourfold_parallel.common.files import StrPath
 from fourfold_parallel.common.held import (
@@ -16,6 +15,7 @@ from fourfold_parallel.common.held import (
     Saved,
     State,
     check_weights,
+    make_room,
     numbers_of,
     take_numbers,
     ties_of,
@@ -45,14 +45,10 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
 def restoring(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Saved) -> Iterator[State]:
     """Room for what was saved: the tensors to fill within; after it the optimizer's numbers are set."""
     parameters = dict(model.named_parameters())
-    optimizer.state.clear()
-    for name, key, shape, dtype in saved.moments():
-        parameter = parameters[name]
-        if tuple(parameter.shape) == shape or isinstance(parameter, DTensor):
-            made = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-        else:
-            made = torch.empty(shape, dtype=dtype, device=parameter.device)
-        optimizer.state[parameter][key] = made
+    make_room(
+        optimizer,
+        ((parameters[name], key, shape, dtype) for name, key, shape, dtype in saved.moments()),
+    )
     yield state_of(model, optimizer)
     take_numbers(optimizer, saved.numbers, parameters)
 
