@@ -152,16 +152,20 @@ def test_a_launch_that_loses_a_node_goes_on_with_the_rest(tmp_path: Path, small_
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program = Path(__file__).parent / "faults_on_ranks.py"
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1",
-        "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}",
-        "--rdzv-id", "fewer", "--rdzv-conf", "last_call_timeout=5,join_timeout=120",
-        str(program), str(tmp_path), "nothing", "0", "0",
-    ]  # fmt: skip
+
+    def command(*, is_host: bool) -> list[str]:
+        # Whoever holds torchrun's store must live: with it dies the meeting place.
+        conf = f"last_call_timeout=5,join_timeout=120,is_host={is_host}"
+        return [
+            sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1",
+            "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}",
+            "--rdzv-id", "fewer", "--rdzv-conf", conf, str(program), str(tmp_path), "nothing", "0", "0",
+        ]  # fmt: skip
+
     environ = {**os.environ, "FOURFOLD_PATIENCE_S": "20"}
     first, second = (
         subprocess.Popen(
-            command, env=environ, start_new_session=True, stdout=subprocess.DEVNULL,
+            command(is_host=not agent), env=environ, start_new_session=True, stdout=subprocess.DEVNULL,
             stderr=(tmp_path / f"agent-{agent}.log").open("w"),
         )
         for agent in range(2)
@@ -171,7 +175,10 @@ def test_a_launch_that_loses_a_node_goes_on_with_the_rest(tmp_path: Path, small_
         waited_until_s = time.monotonic() + 120
         while not [*(tmp_path / "c").glob("step-*")] and time.monotonic() < waited_until_s:
             time.sleep(0.2)
-        os.killpg(second.pid, signal.SIGKILL)
+        # Its rank has a session of its own, and would train to the end without it.
+        children = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
+        for pid in (second.pid, *map(int, children)):
+            os.kill(pid, signal.SIGKILL)
         assert first.wait(300) == 0, (tmp_path / "agent-0.log").read_text()[-5000:]
     finally:
         for agent in (first, second):

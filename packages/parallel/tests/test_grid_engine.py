@@ -258,6 +258,12 @@ def anonymous_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
+def peak_of_a_second_load(config: Any, folder: Path, sizes: Sizes) -> tuple[int, int]:
+    """The first takes what a process takes once: threads, communicators, caches."""
+    peak_of_loading(config, folder, sizes)
+    return peak_of_loading(config, folder, sizes)
+
+
 def peak_of_loading(config: Any, folder: Path, sizes: Sizes) -> tuple[int, int]:
     mesh = mesh_of(sizes)
     with torch.device("meta"):
@@ -286,9 +292,8 @@ def test_loading_holds_little_more_than_the_shard(tmp_path: Path) -> None:
         vocab_size=2000,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    run_on_ranks(4, peak_of_loading, config=config, folder=tmp_path, sizes=(1, 2, 2, 1))
     for peak, shard in run_on_ranks(
-        4, peak_of_loading, config=config, folder=tmp_path, sizes=(1, 2, 2, 1)
+        4, peak_of_a_second_load, config=config, folder=tmp_path, sizes=(1, 2, 2, 1)
     ):
         assert peak <= 1.3 * shard
 

@@ -28,7 +28,8 @@ class Planned:
     """Fourfold on the planner's best grid for the ranks of this launch.
 
     Under `torchrun --nnodes=1:8 --max-restarts=9` a run that loses a node goes on with those that are left:
-    its checkpoint is read on another grid, and the order of its data does not depend on the grid.
+    its checkpoint is read on another grid, and the order of its data does not depend on the grid. The node
+    that holds torchrun's store is the one that may not be lost (`--rdzv-conf is_host=true` says which).
     """
 
     takes_outlines: ClassVar[bool] = True
