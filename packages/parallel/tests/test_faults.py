@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,13 +164,15 @@ def test_a_launch_that_loses_a_node_goes_on_with_the_rest(tmp_path: Path, small_
         ]  # fmt: skip
 
     environ = {**os.environ, "FOURFOLD_PATIENCE_S": "20"}
-    first, second = (
-        subprocess.Popen(
-            command(is_host=not agent), env=environ, start_new_session=True, stdout=subprocess.DEVNULL,
-            stderr=(tmp_path / f"agent-{agent}.log").open("w"),
-        )
-        for agent in range(2)
-    )  # fmt: skip
+    with ExitStack() as logs:
+        first, second = (
+            subprocess.Popen(
+                command(is_host=not agent), env=environ, start_new_session=True,
+                stdout=subprocess.DEVNULL,
+                stderr=logs.enter_context((tmp_path / f"agent-{agent}.log").open("w")),
+            )
+            for agent in range(2)
+        )  # fmt: skip
     record = tmp_path / "r.jsonl"
     try:
         waited_until_s = time.monotonic() + 120

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Iterator
@@ -260,6 +261,8 @@ def anonymous_bytes() -> int:
 
 def peak_of_a_second_load(config: Any, folder: Path, sizes: Sizes) -> tuple[int, int]:
     """The first takes what a process takes once: threads, communicators, caches."""
+    large_pieces = -3, 65536  # M_MMAP_THRESHOLD: what is freed leaves the process
+    assert ctypes.CDLL(None).mallopt(*large_pieces)
     peak_of_loading(config, folder, sizes)
     return peak_of_loading(config, folder, sizes)
 
