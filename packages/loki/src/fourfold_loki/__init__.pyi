@@ -8,6 +8,7 @@ from .basis import fit as fit
 from .basis import read_published as read_published
 from .budget import Budget as Budget
 from .budget import Count as Count
+from .budget import Error as Error
 from .budget import Mass as Mass
 from .budget import Share as Share
 from .budget import WhereItPays as WhereItPays

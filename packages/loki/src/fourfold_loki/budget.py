@@ -61,7 +61,27 @@ class Mass:
             raise ValueError(f"floor={self.floor} may leave a query without keys; use 1 or more")
 
 
-Amount = Share | Count | Mass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Error:
+    """As many keys as it takes for a bound on the error of a layer's output to hold, all where it takes all.
+
+    The bound is never exceeded (`certificate.py`); it needs a selector that bounds scores: `Loki`, `Quest`
+    and `Exact` do.
+    """
+
+    of_output: float
+    """Norm of the error of a layer's heads, side by side before the output projection, over the norm of
+    what attention to all keys gives. At 0 all keys are read."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.of_output < 1:
+            raise ValueError(
+                f"of_output={self.of_output} is no error to ask for; use 0 (reads everything) or more, "
+                "and less than 1, such as 0.01"
+            )
+
+
+Amount = Share | Count | Mass | Error
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +112,7 @@ class Budget:
     """A query that sees fewer keys than this keeps all of them: attention is dense then, bit for bit."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.amount, Share | Count | Mass):
+        if not isinstance(self.amount, Share | Count | Mass | Error):
             way_out = "Count(keys=...)" if isinstance(self.amount, int) else "Share(of_visible=...)"
             raise ValueError(
                 f"amount={self.amount!r} may be a share or a number of keys; say which: amount={way_out}"
@@ -131,31 +151,40 @@ class Budget:
         layer: int,
     ) -> Bool[Tensor, "batch ranked query token"]:
         """The keys that each query reads, one row a query head or a key/value head."""
-        # 1. Sinks and window, counted in visible keys, so that padding takes none of the budget.
-        position = visible.cumsum(-1)
-        seen = position[..., -1:]
-        forced = visible & ((position <= self.sinks) | (position > seen - self.window))
+        # 1. Sinks and window.
+        seen, forced = visible.sum(-1), self.forced(visible)
         # 2. Pages stand for their best key; from here on a unit is a key or a page.
         allowed = visible
         if self.page > 1:
-            scores = self._paged(scores + shut(visible, scores.dtype))
-            allowed, forced = self._paged(visible), self._paged(forced)
+            scores = self.paged(scores + shut(visible, scores.dtype))
+            allowed, forced = self.paged(visible), self.paged(forced)
         if self.selection == "shared in groups" and scores.shape[1] != kv_heads:
             scores = shared_in_groups(scores, allowed, kv_heads=kv_heads)
         # 3. Rank: what is forced comes before everything else, and counts.
-        counts = self._counts(scores, allowed, seen[..., 0], layer)
+        counts = self._counts(scores, allowed, seen, layer)
         if self.sinks or self.window:
             scores = scores.masked_fill(forced, torch.inf)
         keep = most_relevant(scores, allowed, counts)
         # 4. Back to keys; short queries keep all of theirs.
         if self.page > 1:
             keep = keep.repeat_interleave(self.page, dim=-1)[..., : visible.shape[-1]] & visible
-        if below := self._dense_below():
-            keep = keep | (visible & (seen < below))
+        if self._dense_below():
+            keep = keep | (visible & self.is_dense(seen)[..., None])
         return keep
+
+    def forced(
+        self, visible: Bool[Tensor, " batch #heads query token"]
+    ) -> Bool[Tensor, " batch #heads query token"]:
+        """Sinks and window, counted in visible keys, so that padding takes none of the budget."""
+        position = visible.cumsum(-1)
+        return visible & ((position <= self.sinks) | (position > position[..., -1:] - self.window))
 
     def is_dense_at(self, seen: int) -> bool:
         """True where a query that sees `seen` keys keeps all of them as too few."""
+        return seen < self._dense_below()
+
+    def is_dense(self, seen: Int[Tensor, "*queries"]) -> Bool[Tensor, "*queries"]:
+        """`is_dense_at` of every query."""
         return seen < self._dense_below()
 
     def _dense_below(self) -> int:
@@ -185,7 +214,7 @@ class Budget:
                 allowed = max(1, int(seen * share))
             case Count(keys=keys):
                 allowed = keys
-            case Mass():
+            case Mass() | Error():
                 raise ValueError(f"{self.amount} is not known before ranking; use Share or Count")
             case _:
                 assert_never(self.amount)
@@ -198,7 +227,7 @@ class Budget:
                 return (seen.double() * share).long().clamp(min=1)
             case Count(keys=keys):
                 return torch.full_like(seen, keys)
-            case Mass():
+            case Mass() | Error():
                 return seen
             case _:
                 assert_never(self.amount)
@@ -225,6 +254,11 @@ class Budget:
                 ordered = weights.sort(-1, descending=True).values
                 short = (ordered.cumsum(-1) < claimed[layer]).sum(-1)
                 return (short + 1).clamp(min=-(-floor // self.page))
+            case Error():
+                raise ValueError(
+                    f"{self.amount} is kept by reading until a bound holds (certificate.read_until), and a "
+                    "ranking alone bounds nothing; use Share, Count or Mass here"
+                )
             case _:
                 assert_never(self.amount)
 
@@ -232,7 +266,7 @@ class Budget:
         """Pages that a run of tokens touches at most, wherever it begins."""
         return (tokens + 2 * self.page - 2) // self.page if tokens else 0
 
-    def _paged(self, keys: Tensor) -> Tensor:
+    def paged(self, keys: Tensor) -> Tensor:
         """The largest value of every page; a last page may be shorter."""
         lowest = False if keys.dtype == torch.bool else -torch.inf
         padded = F.pad(keys, (0, -keys.shape[-1] % self.page), value=lowest)

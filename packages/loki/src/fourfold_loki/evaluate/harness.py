@@ -64,7 +64,7 @@ class LokiLM(HFLM):
         selector = Loki(basis=fitted, widths=(width,) * fitted.layers)
         budget = Budget(amount=Share(of_visible=float(share)), page=int(page), sinks=int(sinks))
         self._mode = Sparse(selector=selector, budget=budget, reach="every query")
-        self.reads = Reads.of(model.config.get_text_config(), selector)
+        self.reads = Reads.of(model.config.get_text_config(), selector, budget.amount)
         """Of all requests so far."""
 
     def _model_call(

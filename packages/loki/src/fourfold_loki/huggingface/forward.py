@@ -17,6 +17,8 @@ from transformers.masking_utils import sdpa_mask
 
 from fourfold_loki.attention import attend, scores_of
 from fourfold_loki.attention_mode import AttentionCall, Observe, Sparse
+from fourfold_loki.budget import Error
+from fourfold_loki.certificate import read_until, scene_of
 from fourfold_loki.huggingface.session import NAME, SITE, Session
 from fourfold_loki.kernels.dispatch import can_decode, decode
 from fourfold_loki.selectors import Candidates, Loki
@@ -123,15 +125,37 @@ def _selected(
             past_mass=mass,
             allowance=mode.budget.allowance(visible[:, :, first : first + rows]),
         )
-        scores, mass = mode.selector.follow(among)
-        keep = mode.budget.keep(scores, among.visible, kv_heads=key.shape[1], layer=layer)
+        queries, keys = mode.selector.compared(among)
+        if isinstance(mode.budget.amount, Error):
+            keep, output = _certified(session, mode, mode.budget.amount, among, value)
+        else:
+            scores, mass = mode.selector.follow(among)
+            keep = mode.budget.keep(scores, among.visible, kv_heads=key.shape[1], layer=layer)
+            output = attend(queries, keys, value, keep, scaling=scaling)
         if not torch.compiler.is_compiling():
             session.reads.add_masks(keep, among.visible, kv_heads=key.shape[1])
-        queries, keys = mode.selector.compared(among)
-        outputs.append(attend(queries, keys, value, keep, scaling=scaling))
+        outputs.append(output)
     if mode.selector.keeps_count:
         session.mass[layer] = mass
     return torch.cat(outputs, dim=2)
+
+
+def _certified(
+    session: Session,
+    mode: Sparse,
+    error: Error,
+    among: Candidates,
+    values: Float[Tensor, "batch kv_heads token value_width"],
+) -> tuple[Bool[Tensor, "batch heads query token"], Float[Tensor, "batch heads query value_width"]]:
+    """Read until the bound on the error holds; what that reads, and the output."""
+    queries, keys = mode.selector.compared(among)
+    bounds = mode.selector.bounds(among)
+    scene = scene_of(queries, keys, values, bounds, among.visible, scaling=among.scaling)
+    read, certificate = read_until(error, scene, mode.budget)
+    session.reads.certified(certificate)
+    if bool((read == scene.visible).all()):
+        return read, attend(queries, keys, values, among.visible, scaling=among.scaling)
+    return read, certificate.output.to(values.dtype)
 
 
 def _refuse_unsupported(module: nn.Module, arguments: dict[str, Any]) -> None:

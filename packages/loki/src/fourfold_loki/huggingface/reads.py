@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from fourfold_loki.budget import Amount, Error
+from fourfold_loki.certificate import Certificate
 from fourfold_loki.huggingface.sites import head_width
 from fourfold_loki.selectors import Selector
 
@@ -28,13 +30,23 @@ class Reads:
     queries: int = 0
     """Layer calls times queries."""
 
+    error: float = 0.0
+    """Largest bound on the relative error of a layer's output, where a budget bounds it."""
+    unread: float = 0.0
+    """Largest bound on the attention weight that a head did not read, likewise."""
+
     @classmethod
-    def of(cls, config: Any, selector: Selector) -> "Reads":
-        """For a model's (text) configuration and who ranks."""
+    def of(cls, config: Any, selector: Selector, amount: Amount) -> "Reads":
+        """For a model's (text) configuration, who ranks, and how much is kept."""
         heads = config.num_attention_heads
         width = head_width(config)
         group = heads // config.num_key_value_heads
-        return cls(ranking=selector.cost(head_width=width, group=group))
+        if isinstance(amount, Error):
+            # Certificates take the norms of values too.
+            cost = selector.bounds_cost(head_width=width, group=group) + 1 / width
+        else:
+            cost = selector.cost(head_width=width, group=group)
+        return cls(ranking=cost)
 
     def add_masks(
         self,
@@ -58,6 +70,11 @@ class Reads:
         self.seen += seen
         self.queries += rows
 
+    def certified(self, certificate: Certificate) -> None:
+        """Note what one call of one layer could not have missed."""
+        self.error = max(self.error, float(certificate.relative().amax()))
+        self.unread = max(self.unread, float(certificate.unread.amax()))
+
     @property
     def share(self) -> float:
         """Share of the visible keys that was read in full."""
@@ -78,13 +95,18 @@ class Reads:
             kept=self.kept + other.kept,
             seen=self.seen + other.seen,
             queries=self.queries + other.queries,
+            error=max(self.error, other.error),
+            unread=max(self.unread, other.unread),
         )
 
     def __str__(self) -> str:
         """As printed after `generate`."""
         if not self.queries:
             return "counted nothing: no query came alone to a layer that selects, or the model was compiled"
+        bounded = (
+            f"; errors of outputs are at most {self.error:.2g}, relative" if self.error else ""
+        )
         return (
             f"read {self.share:.1%} of the keys in full, and {self.read_share:.1%} of the elements that "
-            f"dense attention reads, over {self.queries} queries and layers"
+            f"dense attention reads, over {self.queries} queries and layers{bounded}"
         )

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from fourfold_loki.attention_mode import AttentionMode, Observe, Sparse
 from fourfold_loki.basis import Basis
-from fourfold_loki.budget import Budget, Mass, WhereItPays
+from fourfold_loki.budget import Budget, Error, Mass, WhereItPays
 from fourfold_loki.cache import LokiCache, LokiLayer
 from fourfold_loki.huggingface.reads import Reads
 from fourfold_loki.huggingface.sites import (
@@ -35,7 +35,7 @@ from fourfold_loki.huggingface.sites import (
     sites,
 )
 from fourfold_loki.kernels.choice import Heads, forms_for
-from fourfold_loki.selectors import Exact, Loki
+from fourfold_loki.selectors import Loki
 
 NAME = "loki"
 
@@ -178,10 +178,12 @@ def attending(model: PreTrainedModel, mode: AttentionMode) -> Iterator[Session]:
             "this model is in a session already; leave that `with` before entering another"
         )
     config = model.config.get_text_config()
-    watched = mode.selector if isinstance(mode, Sparse) else Exact()
-    session = Session(
-        model=model, mode=mode, reads=Reads.of(config, watched), iterates=is_iterated(model)
+    reads = (
+        Reads.of(config, mode.selector, mode.budget.amount)
+        if isinstance(mode, Sparse)
+        else Reads(ranking=0.0)
     )
+    session = Session(model=model, mode=mode, reads=reads, iterates=is_iterated(model))
     # transformers' own switch. Its method for it would set the other parts of a model too (vision).
     before = config._attn_implementation  # noqa: SLF001
     roles = sites(model)
@@ -253,7 +255,7 @@ def timed(
     config = model.config.get_text_config()
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     in_groups = budget.selection == "shared in groups" or heads == kv_heads
-    if isinstance(budget.amount, Mass) or not isinstance(selector, Loki) or not in_groups:
+    if isinstance(budget.amount, Mass | Error) or not isinstance(selector, Loki) or not in_groups:
         raise ValueError(
             f"dense_below=WhereItPays() of {type(selector).__name__} with {budget.amount} and "
             f"selection={budget.selection!r}: only Loki with a Share or a Count, shared in groups, is "

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fourfold_loki.attention import scores_of
+from fourfold_loki.certificate import ScoreBounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,6 +51,22 @@ class Selector(ABC):
         """Share of a full read of all keys that ranking them reads, a key/value head."""
         del head_width, group
         return 0.0
+
+    def bounds(self, among: Candidates) -> ScoreBounds:
+        """Bounds on every exact score of `compared`, by what is read of all keys; in float64.
+
+        Raises:
+            ValueError: where the method knows none.
+        """
+        del among
+        raise ValueError(
+            f"{type(self).__name__} bounds no score that it has not read, so an Error cannot be kept; use "
+            "Loki, Quest or Exact, or a Share, Count or Mass of the keys"
+        )
+
+    def bounds_cost(self, *, head_width: int, group: int) -> float:
+        """`cost` of `bounds`: with the norms of the rest, where it needs them."""
+        return self.cost(head_width=head_width, group=group)
 
     def follow(
         self, among: Candidates

@@ -3,7 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from fourfold_loki.selectors.base import Candidates
+from fourfold_loki.certificate import ScoreBounds
+from fourfold_loki.selectors.base import Candidates, Selector
 from fourfold_loki.selectors.loki import Loki
 
 
@@ -27,3 +28,7 @@ class PcaAttention(Loki):
     def cost(self, *, head_width: int, group: int) -> float:
         """Of every key, the coordinates beyond the leading ones are not read at all."""
         return super().cost(head_width=head_width, group=group) - 1
+
+    def bounds(self, among: Candidates) -> ScoreBounds:
+        """None: what it weighs values by are no scores of whole keys."""
+        return Selector.bounds(self, among)

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fourfold_loki.attention import scores_of
+from fourfold_loki.certificate import ScoreBounds, rounding_of
 from fourfold_loki.selectors.base import Candidates, Selector
 
 
@@ -26,16 +27,28 @@ class Quest(Selector):
         A page's bounds include keys that a query of a block may not see yet, as where pages are filled
         before a block is scored.
         """
-        tokens = among.keys.shape[2]
-        ahead = -tokens % self.page
-        keys = F.pad(among.keys, (0, 0, 0, ahead), value=float("nan"))
-        pages = keys.unflatten(2, (-1, self.page))
+        return self._largest(among.queries, among.keys, among.scaling)
+
+    def _largest(self, queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+        tokens = keys.shape[2]
+        padded = F.pad(keys, (0, 0, 0, -tokens % self.page), value=float("nan"))
+        pages = padded.unflatten(2, (-1, self.page))
         smallest = pages.nan_to_num(nan=float("inf")).amin(3)
         largest = pages.nan_to_num(nan=float("-inf")).amax(3)
-        bound = scores_of(among.queries.clamp(min=0), largest, scaling=among.scaling) + scores_of(
-            among.queries.clamp(max=0), smallest, scaling=among.scaling
+        bound = scores_of(queries.clamp(min=0), largest, scaling=scaling) + scores_of(
+            queries.clamp(max=0), smallest, scaling=scaling
         )
         return bound.repeat_interleave(self.page, dim=-1)[..., :tokens]
+
+    def bounds(self, among: Candidates) -> ScoreBounds:
+        """The largest and the smallest score that a page's extremes allow."""
+        queries, keys = among.queries.double(), among.keys.double()
+        above = self._largest(queries, keys, among.scaling)
+        below = -self._largest(-queries, keys, among.scaling)
+        rounding = rounding_of(queries, keys, scaling=among.scaling)
+        return ScoreBounds(
+            centre=(above + below) / 2, radius=(above - below) / 2 + rounding[..., None]
+        )
 
     def cost(self, *, head_width: int, group: int) -> float:
         """Two vectors a page."""
