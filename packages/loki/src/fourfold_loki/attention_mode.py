@@ -23,6 +23,7 @@ class AttentionCall:
     layer: int
     queries: Float[Tensor, "batch heads query head_width"]
     keys: Float[Tensor, "batch kv_heads token head_width"]
+    values: Float[Tensor, "batch kv_heads token value_width"]
     visible: Bool[Tensor, " batch #heads query token"]
     scaling: float
     positions: tuple[Tensor, Tensor] | None

@@ -31,6 +31,8 @@ from fourfold_loki.budget import Budget, Error
 
 ROUNDING = 2.0**-32
 """Of a sum of up to a million terms in float64, in any order, relative to the sum of their sizes."""
+FIRST = 16
+"""Keys that a head reads in the first round."""
 GROWTH = 1.25
 """Keys that a head has read after a round, over those before."""
 
@@ -78,6 +80,13 @@ class Scene:
         """A number a key, for each of the heads that read it."""
         return keys.repeat_interleave(self.scores.shape[1] // keys.shape[1], dim=1)[:, :, None]
 
+    def weighed(
+        self, weights: Float[Tensor, "batch heads query token"]
+    ) -> Float[Tensor, "batch heads query value_width"]:
+        """Sums of the values."""
+        packed = rearrange(weights, "b (h g) q t -> b h (g q) t", h=self.values.shape[1])
+        return rearrange(packed @ self.values, "b h (g q) v -> b (h g) q v", q=self.scores.shape[2])
+
     def certify(self, read: Bool[Tensor, "batch heads query token"]) -> Certificate:
         """Attention over the keys that are read, and the bounds of the two lines above."""
         left = self.visible & ~read
@@ -89,11 +98,7 @@ class Scene:
         shift = shift.clamp(min=torch.finfo(shift.dtype).min)
         weights, most, least = ((part - shift).exp() for part in (seen, upper, lower))
         weight, above, below = (part.sum(-1) for part in (weights, most, least))
-        kv_heads = self.values.shape[1]
-        packed = rearrange(weights, "b (h g) q t -> b h (g q) t", h=kv_heads)
-        summed = rearrange(
-            packed @ self.values, "b h (g q) v -> b (h g) q v", q=self.scores.shape[2]
-        )
+        summed = self.weighed(weights)
         tiny = torch.finfo(weight.dtype).tiny
         output = summed / weight.clamp(min=tiny)[..., None]
         lengths = self.grouped(self.lengths)
@@ -150,7 +155,7 @@ def read_until(
         promise, forced, units = (budget.paged(each) for each in (promise, forced, units))
     order = promise.masked_fill(forced, torch.inf).argsort(-1, descending=True)
     rank = order.argsort(-1)
-    held, counts = units.sum(-1), forced.sum(-1).clamp(min=1)
+    held, counts = units.sum(-1), forced.sum(-1).clamp(min=-(-FIRST // budget.page))
     takes_all = budget.is_dense(visible.sum(-1)) | (error.of_output == 0)
     counts = torch.where(takes_all, held, counts)
     while True:

@@ -63,6 +63,7 @@ def loki_forward(
                 layer=layer,
                 queries=query,
                 keys=key[:, :, : visible.shape[-1]],
+                values=value[:, :, : visible.shape[-1]],
                 visible=visible,
                 scaling=scale,
                 positions=site.positions,

@@ -14,6 +14,7 @@ from fourfold_loki.attention_mode import Sparse
 from fourfold_loki.basis import Basis, Kind, fit
 from fourfold_loki.calibration import calibrate_tokens
 from fourfold_loki.evaluate.bench import contenders, timed
+from fourfold_loki.evaluate.certify import certify
 from fourfold_loki.evaluate.doctor import diagnose
 from fourfold_loki.evaluate.passkey import hide, retrieve
 from fourfold_loki.evaluate.perplexity import score
@@ -26,8 +27,10 @@ from fourfold_loki.reproduce.recipes import (
     Arm,
     ByApproximateScores,
     ByBasis,
+    ByCodes,
     ByLabelChannels,
     Calibration,
+    Certificates,
     Decoding,
     Diagnoses,
     Passkeys,
@@ -81,6 +84,9 @@ def modes_of(
             case ByBasis(kind=kind, stage=stage, calibration=fitted, width=width):
                 basis = fitted_basis(kind, stage, fitted)
                 return Loki(basis=basis, widths=(width,) * basis.layers)
+            case ByCodes(basis=ranked, bits=bits):
+                basis = fitted_basis(ranked.kind, ranked.stage, ranked.calibration)
+                return Loki(basis=basis, widths=(ranked.width,) * basis.layers, bits=bits)
             case ByLabelChannels(channels=channels, calibration=fitted):
                 return DoubleSparsity.from_statistics(
                     statistics_of(fitted, model, progress), channels=channels
@@ -312,6 +318,43 @@ def _time_contexts(run: Decoding, workplace: Workplace) -> None:
             )
 
 
+def measure_certificates(run: Certificates, workplace: Workplace) -> None:
+    """Events "certified": one a window and arm, with a number a layer."""
+    model = built(run.model)
+    modes = modes_of(run.arms, model, workplace.progress)
+    materials = _materials(run.model, run.corpus)
+    with workplace.recording(run, seed=0, materials=materials) as records:
+        for sample in run.samples:
+            windows = windows_of(
+                run.corpus,
+                skip_tokens=run.skip_tokens,
+                count=sample.windows,
+                context=sample.context,
+            )
+            for place, window in enumerate(windows):
+                certified = certify(
+                    model,
+                    window[None],
+                    modes,
+                    queries=sample.queries,
+                    progress=workplace.progress,
+                )
+                for arm, each in certified.items():
+                    records.write(
+                        "certified",
+                        context=sample.context,
+                        window=place,
+                        queries=sample.queries,
+                        arm=arm,
+                        read_share=round(each.read_share, 5),
+                        kept_share=[round(value, 5) for value in each.kept_share],
+                        bound=[float(f"{value:.6g}") for value in each.bound],
+                        error=[float(f"{value:.6g}") for value in each.error],
+                        unread_bound=[float(f"{value:.6g}") for value in each.unread_bound],
+                        unread=[float(f"{value:.6g}") for value in each.unread],
+                    )
+
+
 def _windows(run: Perplexity | Diagnoses, count: int) -> Int[Tensor, "window context"]:
     return windows_of(run.corpus, skip_tokens=run.skip_tokens, count=count, context=run.context)
 
@@ -340,13 +383,14 @@ def _stages(scale: Scale) -> Sequence[Stage]:
                 recipes.diagnoses,
                 recipes.passkeys,
                 recipes.decoding,
+                recipes.certificates,
             ]
         case "paper":
             return ()
     return tuple(_stage(maker(scale)) for maker in makers)
 
 
-def _stage(run: Ranks | Perplexity | Diagnoses | Passkeys | Decoding) -> Stage:
+def _stage(run: Ranks | Perplexity | Diagnoses | Passkeys | Decoding | Certificates) -> Stage:
     match run:
         case Ranks():
             perform = partial(measure_ranks, run)
@@ -358,6 +402,8 @@ def _stage(run: Ranks | Perplexity | Diagnoses | Passkeys | Decoding) -> Stage:
             perform = partial(measure_passkeys, run)
         case Decoding():
             perform = partial(measure_decoding, run)
+        case Certificates():
+            perform = partial(measure_certificates, run)
         case _:
             assert_never(run)
     return Stage(name=run.name, run=run, perform=perform)

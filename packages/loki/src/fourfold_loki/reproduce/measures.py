@@ -5,6 +5,7 @@ windows and Student's 95 % interval.
 """
 
 import math
+from collections.abc import Sequence
 
 from fourfold_parallel.common.records import Event, Record
 from fourfold_parallel.reproduce.claims import Interval, Records, over_seeds
@@ -81,6 +82,23 @@ def diagnosed(record: Record, arm: str, key: str) -> list[float]:
 def retrieved(record: Record, arm: str) -> list[bool]:
     """True where an arm finds the passkey, window by window."""
     return [bool(event.values["is_found"]) for event in record.of("passkey", arm=arm)]
+
+
+def certified(record: Record, arm: str, context: int) -> tuple[Event, ...]:
+    """Windows of a length under an arm of `certificates`."""
+    return tuple(record.of("certified", arm=arm, context=context))
+
+
+def certified_share(events: Sequence[Event]) -> Interval:
+    """Elements read over those of dense attention: mean over windows, interval over layers."""
+    by_layer = zip(*(_read_by_layer(event) for event in events), strict=True)
+    return over_seeds([math.fsum(layer) / len(layer) for layer in by_layer])
+
+
+def _read_by_layer(event: Event) -> list[float]:
+    kept = event.numbers("kept_share")
+    index = event.number("read_share") - math.fsum(kept) / len(kept)
+    return [share + index for share in kept]
 
 
 def headline(records: Records) -> str:

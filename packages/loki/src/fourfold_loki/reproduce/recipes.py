@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, assert_never
 
 from fourfold_loki.basis import Kind
-from fourfold_loki.budget import Budget, Count, Share
+from fourfold_loki.budget import Budget, Count, Error, Share
 from fourfold_loki.moments import RotaryStage
 from fourfold_loki.selectors import H2O, Exact, Quest, Random, SparQ, Streaming
 from fourfold_parallel.reproduce.scale import Scale
@@ -35,6 +35,15 @@ class ByBasis:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ByCodes:
+    """Loki with an index that bounds scores: codes of the coordinates that do not rank, and a norm."""
+
+    basis: ByBasis
+    bits: int
+    """Of a coordinate; at 0 the norm alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ByLabelChannels:
     """Double Sparsity, with channels chosen on a calibration."""
 
@@ -52,6 +61,7 @@ class ByApproximateScores:
 
 Ranking = (
     ByBasis
+    | ByCodes
     | ByApproximateScores
     | ByLabelChannels
     | Exact
@@ -133,6 +143,27 @@ class Passkeys:
     context: int
     depths: tuple[float, ...]
     keys: tuple[int, ...]
+    arms: tuple[Arm, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """Windows of one length, and how many of their last queries are looked at."""
+
+    context: int
+    windows: int
+    queries: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificates:
+    """What has to be read for a bound on the error of a layer's output."""
+
+    name: str
+    model: SmolLM2
+    corpus: Corpus
+    skip_tokens: int
+    samples: tuple[Sample, ...]
     arms: tuple[Arm, ...]
 
 
@@ -407,4 +438,52 @@ def decoding(scale: Scale) -> Decoding:
         page=16,
         divisor=4,
         seconds=2.0,
+    )
+
+
+ERRORS = (1e-3, 1e-2, 1e-1)
+CERTIFICATE_SKIP = 280_000
+"""Tokens before the windows of `certificates`: behind all those of `long_context`."""
+
+
+def certificates(scale: Scale) -> Certificates:
+    """Three errors, asked of four indices and of one who knows every score.
+
+    The model was trained on 8,192 positions; at 16,384 it is beyond them.
+    """
+    fitted = replace(calibration(scale), context=2048)
+
+    def loki(width: int, bits: int) -> ByCodes:
+        ranked = ByBasis(kind="balanced", stage="after rotary", calibration=fitted, width=width)
+        return ByCodes(basis=ranked, bits=bits)
+
+    rankings: dict[str, Ranking] = {
+        "exact": Exact(),
+        "loki-norm": loki(WIDTH, 0),
+        "loki-codes": loki(WIDTH, 4),
+        "loki-bytes": loki(8, 8),
+        "quest": Quest(page=16),
+    }
+    smoke = (Sample(context=512, windows=1, queries=4),)
+    laptop = (
+        Sample(context=512, windows=8, queries=8),
+        Sample(context=2048, windows=4, queries=8),
+        Sample(context=8192, windows=2, queries=4),
+        Sample(context=16384, windows=1, queries=4),
+    )
+    return Certificates(
+        name="certificates",
+        model=SmolLM2(),
+        corpus=Wikipedia(),
+        skip_tokens=CERTIFICATE_SKIP,
+        samples=smoke if scale == "smoke" else laptop,
+        arms=tuple(
+            Arm(
+                name=f"{name}:{error:g}",
+                ranking=ranking,
+                budget=Budget(amount=Error(of_output=error)),
+            )
+            for error in ERRORS
+            for name, ranking in rankings.items()
+        ),
     )

@@ -7,6 +7,7 @@ from fourfold_loki.reproduce.measures import (
     added_by_window,
     added_percent,
     arms_of,
+    certified,
     diagnosed,
     mean_share,
     tokens_scored,
@@ -62,6 +63,44 @@ def bases(records: Records) -> str:
     )
 
 
+def certificates(records: Records) -> str:
+    """By length and error: what each index has to read, and how far its bound is from the truth."""
+    record = records["certificates"]
+    names = ("exact", "loki-bytes", "loki-codes", "loki-norm", "quest")
+    rows: list[list[str]] = []
+    for context in sorted({int(event.number("context")) for event in record.of("certified")}):
+        for error in (0.1, 0.01, 0.001):
+            cells = [f"{context:,}", f"{error:g}"]
+            for name in names:
+                events = certified(record, f"{name}:{error:g}", context)
+                kept = _mean([_mean(event.numbers("kept_share")) for event in events])
+                read = _mean([event.number("read_share") for event in events])
+                cells.append(f"{read:.2f} ({kept:.2f})")
+            pairs = [
+                (bound, true)
+                for event in certified(record, f"loki-codes:{error:g}", context)
+                for bound, true in zip(event.numbers("bound"), event.numbers("error"), strict=True)
+                if true > 0
+            ]
+            ratio = (
+                math.exp(_mean([math.log(bound / true) for bound, true in pairs])) if pairs else 1
+            )
+            rows.append([*cells, f"{ratio:.1f}"])
+    return markdown(
+        (
+            "tokens",
+            "error",
+            "all scores known",
+            "8 coordinates, 8-bit codes",
+            "16 coordinates, 4-bit codes",
+            "16 coordinates, norm",
+            "Quest, pages of 16",
+            "bound over error",
+        ),
+        rows,
+    )
+
+
 def _costs(record: Record, arm: str) -> list[str]:
     added = added_by_window(record, arm)
     return [
@@ -82,4 +121,4 @@ def _standard_error(values: Sequence[float]) -> float:
     return math.sqrt(spread / len(values))
 
 
-TABLES = {"selectors": selectors, "bases": bases}
+TABLES = {"selectors": selectors, "bases": bases, "certificates": certificates}
