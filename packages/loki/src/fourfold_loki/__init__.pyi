@@ -20,6 +20,7 @@ from .evaluate.perplexity import score as score
 from .evaluate.tune import allocate as allocate
 from .evaluate.tune import autotune as autotune
 from .evaluate.tune import calibrated_mass as calibrated_mass
+from .huggingface.lossless import Lossless as Lossless
 from .huggingface.session import Session as Session
 from .huggingface.session import attending as attending
 from .huggingface.session import loki as loki

@@ -25,6 +25,8 @@ from fourfold_loki.selectors import Candidates, Loki
 
 UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
 """Arguments of other attention functions that would be ignored here, so they are refused."""
+FEW = 64
+"""Queries of a block, at most, whose mask may be written out."""
 BLOCK = 1 << 20
 """Scores that are ranked at a time: 4 MB of float32."""
 
@@ -89,6 +91,11 @@ def loki_forward(
                     session, mode, layer, query, key, value, visible,
                     scaling=scale, is_turned=turned is not None,
                 )  # fmt: skip
+            return output.transpose(1, 2).contiguous(), None
+        if turned is not None and query.shape[2] <= FEW < key.shape[2]:
+            # A block behind a long cache: packed, since torch would copy keys for every head of a group.
+            visible = visible_keys(site.module, query, key, attention_mask)
+            output = attend(query, key, value, visible, scaling=scale)
             return output.transpose(1, 2).contiguous(), None
         if mode.selector.keeps_count:
             _count_block(session, mode, layer, site.module, query, key, attention_mask, scale)

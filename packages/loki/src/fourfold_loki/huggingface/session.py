@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from fourfold_loki.attention_mode import AttentionMode, Observe, Sparse
 from fourfold_loki.basis import Basis
-from fourfold_loki.budget import Budget, Error, Mass, WhereItPays
+from fourfold_loki.budget import Budget, Error, Mass, Share, WhereItPays
 from fourfold_loki.cache import LokiCache, LokiLayer
 from fourfold_loki.huggingface.reads import Reads
 from fourfold_loki.huggingface.sites import (
@@ -97,6 +97,17 @@ class Session:
     def cached(self, *, capacity: int = 0) -> dict[str, LokiCache]:
         """`cache` as `generate` takes it, under the name that the installed transformers has for it."""
         return {cache_name(self.model): self.cache(capacity=capacity)}
+
+    @contextmanager
+    def reading_everything(self) -> Iterator[None]:
+        """Single queries read all keys too in this block, as longer blocks do."""
+        mode = self.mode
+        assert isinstance(mode, Sparse)
+        self.mode = replace(mode, budget=Budget(amount=Share(of_visible=1.0)))
+        try:
+            yield
+        finally:
+            self.mode = mode
 
     def is_dense(self, site: Site, layer: int) -> bool:
         """True where a layer keeps full attention."""

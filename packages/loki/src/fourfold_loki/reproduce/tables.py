@@ -80,7 +80,7 @@ def certificates(records: Records) -> str:
                 (bound, true)
                 for event in certified(record, f"loki-codes:{error:g}", context)
                 for bound, true in zip(event.numbers("bound"), event.numbers("error"), strict=True)
-                if true > 0
+                if true > 1e-9 and bound > 0
             ]
             ratio = (
                 math.exp(_mean([math.log(bound / true) for bound, true in pairs])) if pairs else 1
