@@ -13,12 +13,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fourfold_loki import Budget, Count, Share, Sparse, attending, fit, loki
+from fourfold_loki import Budget, Count, Lossless, Share, Sparse, attending, fit, loki
 from fourfold_loki.cache import LokiLayer
 from fourfold_loki.calibration import calibrate_tokens
-from fourfold_loki.huggingface.sites import sites
+from fourfold_loki.huggingface.sites import cache_name, sites
 from fourfold_loki.selectors import Exact, Loki
-from fourfold_parallel.certify.toys import default_toy, toy_model
+from fourfold_parallel.certify.toys import NOT_BUILT, causal_types, default_toy, toy_model
 
 Tokens = Callable[..., torch.Tensor]
 
@@ -337,3 +337,95 @@ def test_configurations_that_do_not_describe_the_keys_are_refused(tokens: Tokens
         calibrate_tokens(neox, tokens(4, 64))
     with pytest.raises(ValueError, match=r"4 key/value heads of width 16, and .* states 2"):
         calibrate_tokens(other_model("Persimmon"), tokens(4, 64))
+
+
+KNOWN = {
+    "llama": "right",
+    "qwen3": "right",  # norms of keys
+    "granite": "right",  # scores scaled by a number of its own
+    "gemma3_text": "right",  # windows, which stay dense
+    "falcon_h1": "right",  # a state space beside each attention
+    "qwen3_next": "right",  # linear attention in most layers, gates, parts of heads that turn
+    "gemma2": "softcap of Gemma2Attention",  # capped scores
+    "gpt_oss": "s_aux of GptOssAttention",  # sinks in the softmax
+    "doge": "adds a bias to scores",
+    "qwen4_exp_text": "are of type 'indexed_attention'",
+    "mistral": "no layer of MistralForCausalLM would select",  # nothing but windows
+    "gpt2": "GPT2LMHeadModel has no rotary embedding",
+    "deepseek_v3": "attends to 8 key/value heads of width 12",
+    "gemma4_text": "differs from layer to layer",
+}
+"""A type of each kind, and what becomes of it: right, or words of its refusal."""
+ROUNDED = 1e-4
+"""Of logits, over the largest."""
+
+
+def outcome(model_type: str) -> str:
+    """`right` where every way to read everything gives dense logits and few keys give others; or why not.
+
+    Fails where something is wrong in silence.
+    """
+    model: Any = toy_model(default_toy(model_type), dtype=torch.float32).eval()
+    ids = torch.randint(2, 100, (1, 24), generator=torch.Generator().manual_seed(0))
+    model.generation_config.eos_token_id = None
+
+    def generated(**ways: Any) -> tuple[list[int], torch.Tensor]:
+        made = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0,
+            return_dict_in_generate=True, output_logits=True, **ways,
+        )  # fmt: skip
+        return made.sequences[0].tolist(), torch.cat(made.logits)
+
+    try:
+        tokens, full = generated()
+    except Exception as error:  # noqa: BLE001 - then there is nothing to be right about
+        return f"transformers' own generate fails: {error}"
+    try:
+        statistics = calibrate_tokens(
+            model, torch.randint(2, 100, (8, 48), generator=torch.Generator().manual_seed(1))
+        )
+        basis = fit(statistics)
+        with loki(model, basis, EVERYTHING) as session:
+            logits = {"its own cache": generated()[1]}
+            try:
+                caches = {
+                    "our cache": session.cache(),
+                    "pages": session.paged_cache(rows=1, capacity=48),
+                }
+            except ValueError:
+                caches = {}  # of models that keep other state than keys; named in a test above
+            logits |= {
+                name: generated(**{cache_name(model): cache})[1] for name, cache in caches.items()
+            }
+        with loki(model, basis, Budget(amount=Count(keys=1))) as session:
+            _, few = generated()
+            reads = session.reads
+            if caches:
+                decoder = Lossless(session=session, surety=0.0)
+                drafted = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False,
+                    pad_token_id=0, custom_generate=decoder, **session.cached(),
+                )  # fmt: skip
+                assert drafted[0].tolist() == tokens
+    except ValueError as refusal:
+        return str(refusal)
+    size = float(full.abs().max())
+    for name, own in logits.items():
+        assert float((own - full).abs().max()) < ROUNDED * size, name
+    assert reads.queries
+    assert reads.share < 0.5
+    assert not torch.equal(few, full)
+    return "right"
+
+
+@pytest.mark.parametrize("model_type", KNOWN)
+def test_a_family_is_right_or_refused_by_name(model_type: str) -> None:
+    assert KNOWN[model_type] in outcome(model_type)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted(set(causal_types()) - set(NOT_BUILT) - set(KNOWN)))
+def test_no_family_is_wrong_in_silence(model_type: str) -> None:
+    """All of them, minutes together; `benchmarks/families.py` records the same with padded batches."""
+    said = outcome(model_type)
+    assert said == "right" or "use " in said or said.startswith("transformers' own")

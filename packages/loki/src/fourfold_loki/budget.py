@@ -151,6 +151,28 @@ class Budget:
         layer: int,
     ) -> Bool[Tensor, "batch ranked query token"]:
         """The keys that each query reads, one row a query head or a key/value head."""
+        scores, allowed, counts = self.ranked(scores, visible, kv_heads=kv_heads, layer=layer)
+        keep = most_relevant(scores, allowed, counts)
+        # Back to keys; short queries keep all of theirs.
+        if self.page > 1:
+            keep = keep.repeat_interleave(self.page, dim=-1)[..., : visible.shape[-1]] & visible
+        if self._dense_below():
+            keep = keep | (visible & self.is_dense(visible.sum(-1))[..., None])
+        return keep
+
+    def ranked(
+        self,
+        scores: Float[Tensor, "batch heads query token"],
+        visible: Bool[Tensor, " batch #heads query token"],
+        *,
+        kv_heads: int,
+        layer: int,
+    ) -> tuple[
+        Float[Tensor, "batch ranked query unit"],
+        Bool[Tensor, " batch #ranked query unit"],
+        Int[Tensor, " batch #ranked query"],
+    ]:
+        """Scores of keys or pages, which of them may be read, and how many: what `keep` keeps."""
         # 1. Sinks and window.
         seen, forced = visible.sum(-1), self.forced(visible)
         # 2. Pages stand for their best key; from here on a unit is a key or a page.
@@ -164,13 +186,7 @@ class Budget:
         counts = self._counts(scores, allowed, seen, layer)
         if self.sinks or self.window:
             scores = scores.masked_fill(forced, torch.inf)
-        keep = most_relevant(scores, allowed, counts)
-        # 4. Back to keys; short queries keep all of theirs.
-        if self.page > 1:
-            keep = keep.repeat_interleave(self.page, dim=-1)[..., : visible.shape[-1]] & visible
-        if self._dense_below():
-            keep = keep | (visible & self.is_dense(seen)[..., None])
-        return keep
+        return scores, allowed, counts
 
     def forced(
         self, visible: Bool[Tensor, " batch #heads query token"]

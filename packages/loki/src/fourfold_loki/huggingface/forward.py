@@ -9,7 +9,7 @@ rotary embedding and after the cache was updated.
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -20,7 +20,9 @@ from fourfold_loki.attention_mode import AttentionCall, Observe, Sparse
 from fourfold_loki.budget import Error
 from fourfold_loki.certificate import read_until, scene_of
 from fourfold_loki.huggingface.session import NAME, SITE, Session
+from fourfold_loki.huggingface.sites import Site
 from fourfold_loki.kernels.dispatch import can_decode, decode
+from fourfold_loki.paged import PagedLayer, paged_attention
 from fourfold_loki.selectors import Candidates, Loki
 
 UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
@@ -58,6 +60,8 @@ def loki_forward(
         query = turned.rotation.turn_queries(query)
     elif not session.iterates:
         session.refuse_changed(site)
+    if isinstance(turned, PagedLayer):
+        return _over_pages(session, layer, site, turned, query, value, attention_mask, scale), None
     if isinstance(mode, Observe):
         visible = visible_keys(module, query, key, attention_mask)
         mode.observer(
@@ -92,7 +96,12 @@ def loki_forward(
                     scaling=scale, is_turned=turned is not None,
                 )  # fmt: skip
             return output.transpose(1, 2).contiguous(), None
-        if turned is not None and query.shape[2] <= FEW < key.shape[2]:
+        if (
+            turned is not None
+            and value is turned.gave_values  # some models rearrange them
+            and attention_mask is not None
+            and query.shape[2] <= FEW < key.shape[2]
+        ):
             # A block behind a long cache: packed, since torch would copy keys for every head of a group.
             visible = visible_keys(site.module, query, key, attention_mask)
             output = attend(query, key, value, visible, scaling=scale)
@@ -102,6 +111,39 @@ def loki_forward(
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scale, **kwargs
     )
+
+
+def _over_pages(
+    session: Session,
+    number: int,
+    site: Site,
+    layer: PagedLayer,
+    query: Float[Tensor, "batch heads query head_width"],
+    value: Float[Tensor, "batch kv_heads query value_width"],
+    attention_mask: Tensor | None,
+    scaling: float,
+) -> Float[Tensor, "batch query heads value_width"]:
+    """Attention over a paged cache: by selection for single queries, dense for blocks and short rows."""
+    mode = session.mode
+    if not isinstance(mode, Sparse) or value is not layer.gave_values:
+        raise ValueError(
+            f"{type(site.module).__name__} is watched, or attends to other values than its cache gave, and "
+            "pools are read by selection alone; pass session.cache(), or a cache of transformers"
+        )
+    _refuse_unfit(mode, number, kv_heads=value.shape[1], dropout=0.0)
+    visible = layer.visible(query.shape[2])
+    if attention_mask is not None:
+        visible = visible & allowed_by(attention_mask)
+    # Rows differ, and shapes do not: as long as one row is short, all are read whole.
+    is_short = mode.budget.is_dense_at(layer.shortest)
+    is_dense = query.shape[2] > 1 or is_short or session.is_dense(site, number)
+    output, kept = paged_attention(
+        query, layer, visible, mode.budget, number=number, scaling=scaling, is_dense=is_dense
+    )
+    if query.shape[2] == 1 and not torch.compiler.is_compiling():
+        seen = int(visible.sum()) * value.shape[1]
+        session.reads.add(kept=int(kept), seen=seen, rows=query.shape[0])
+    return output.transpose(1, 2).contiguous()
 
 
 def _selected(
@@ -245,8 +287,19 @@ def visible_keys(
         if queries > 1 and getattr(module, "is_causal", True):
             visible = visible.tril()
         return visible.expand(batch, 1, queries, tokens)
+    return allowed_by(attention_mask).expand(batch, -1, -1, -1)
+
+
+def allowed_by(
+    attention_mask: Shaped[Tensor, "batch mask_heads query token"],
+) -> Bool[Tensor, "batch mask_heads query token"]:
+    """A mask of transformers as booleans.
+
+    Raises:
+        ValueError: for values other than "keep" and "never".
+    """
     if attention_mask.dtype == torch.bool:
-        return attention_mask.expand(batch, -1, -1, -1)
+        return attention_mask
     lowest = torch.finfo(attention_mask.dtype).min / 2
     visible = attention_mask > lowest
     if not torch.compiler.is_compiling() and bool((attention_mask[visible] != 0).any()):
@@ -254,7 +307,7 @@ def visible_keys(
             "the attention mask adds a bias to scores, which a selection would lose; "
             "pass a mask of zeros and the type's least value, or a boolean one"
         )
-    return visible.expand(batch, -1, -1, -1)
+    return visible
 
 
 AttentionInterface.register(NAME, loki_forward)

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import StaticLayer
 
 from fourfold_loki.attention_mode import AttentionMode, Observe, Sparse
 from fourfold_loki.basis import Basis
@@ -35,6 +36,7 @@ from fourfold_loki.huggingface.sites import (
     sites,
 )
 from fourfold_loki.kernels.choice import Heads, forms_for
+from fourfold_loki.paged import BlockTable, PagedCache, PagedLayer
 from fourfold_loki.selectors import Loki
 
 NAME = "loki"
@@ -66,6 +68,58 @@ class Session:
         Raises:
             ValueError: where the selector is not Loki, or the model needs a cache of its own.
         """
+        selector, roles = self._cacheable()
+        cache = LokiCache(
+            selector.basis,
+            selector.widths,
+            capacity=capacity,
+            is_turned=[not self.is_dense(site, site.layer) for site in roles],
+            is_open=lambda: self.is_inside,
+        )
+        self.caches.add(cache)
+        return cache
+
+    def paged_cache(
+        self, *, rows: int, capacity: int, block: int = 64, blocks: int | None = None
+    ) -> LokiCache:
+        """An empty cache in blocks: fixed shapes, appended to and never moved; see `paged`.
+
+        Every pass appends to all rows. `reserve` on `cache.table` hands out blocks ahead of a pass; without
+        `blocks` every row has its own from the beginning.
+
+        Args:
+            rows: sequences.
+            capacity: tokens of each, at most.
+            block: tokens of a block.
+            blocks: of all rows together; fewer than they need at capacity where sequences come and go.
+
+        Raises:
+            ValueError: as `cache`.
+        """
+        selector, roles = self._cacheable()
+        table = BlockTable(rows=rows, capacity=capacity, block=block, blocks=blocks)
+        if blocks is None:
+            for row in range(rows):
+                table.reserve(row, capacity)
+        cache = PagedCache(
+            [
+                StaticLayer(max_cache_len=table.capacity)
+                if self.is_dense(site, site.layer)
+                else PagedLayer(
+                    selector.basis.rotation(site.layer),
+                    selector.widths[site.layer],
+                    table=table,
+                    is_open=lambda: self.is_inside,
+                )
+                for site in roles
+            ],
+            table,
+        )
+        self.caches.add(cache)
+        return cache
+
+    def _cacheable(self) -> tuple[Loki, list[Site]]:
+        """The selector of a session that may have a cache of its own, and its sites."""
         if not isinstance(self.mode, Sparse) or not isinstance(self.mode.selector, Loki):
             raise ValueError(
                 "only Loki ranks by a basis, so only its session has a LokiCache; "
@@ -84,15 +138,7 @@ class Session:
                 f"{type(self.model).__name__} has layers without attention or hybrid ones, whose state a "
                 "LokiCache does not hold; pass no cache, or the model's own"
             )
-        cache = LokiCache(
-            self.mode.selector.basis,
-            self.mode.selector.widths,
-            capacity=capacity,
-            is_turned=[not self.is_dense(site, site.layer) for site in roles],
-            is_open=lambda: self.is_inside,
-        )
-        self.caches.add(cache)
-        return cache
+        return self.mode.selector, roles
 
     def cached(self, *, capacity: int = 0) -> dict[str, LokiCache]:
         """`cache` as `generate` takes it, under the name that the installed transformers has for it."""
