@@ -19,7 +19,7 @@ class Loki(Selector):
     basis: Basis
     widths: tuple[int, ...]
     """Coordinates that are read, one number a layer (d in the paper)."""
-    bits: int = 4
+    bits: int = 8
     """Of each other coordinate, in the index that bounds scores; 0 where it holds their norm alone."""
 
     def __post_init__(self) -> None:
@@ -35,7 +35,7 @@ class Loki(Selector):
             )
 
         if not 0 <= self.bits <= 16:
-            raise ValueError(f"bits={self.bits} of a coordinate; use 0 to 16, such as 4")
+            raise ValueError(f"bits={self.bits} of a coordinate; use 0 to 16, such as 8")
 
     def scores(self, among: Candidates) -> Float[Tensor, "batch heads query token"]:
         """ŝ of every key."""
