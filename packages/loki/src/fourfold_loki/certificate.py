@@ -39,7 +39,7 @@ GROWTH = 1.25
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ScoreBounds:
-    """What an index tells of scores: each lies within `radius` of `centre`."""
+    """Scores as far as an index tells: each lies within `radius` of `centre`."""
 
     centre: Float[Tensor, "batch heads query token"]
     radius: Float[Tensor, "batch heads query token"]
@@ -47,7 +47,7 @@ class ScoreBounds:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Certificate:
-    """What attention over some keys gives, and at most how far it is from attention over all."""
+    """The output of attention over some keys, and at most how far it is from attention over all."""
 
     output: Float[Tensor, "batch heads query value_width"]
     unread: Float[Tensor, "batch heads query"]
@@ -122,7 +122,7 @@ def scene_of(
     *,
     scaling: float,
 ) -> Scene:
-    """What `read_until` reads from; queries and keys as they are compared."""
+    """The scene that `read_until` reads from; queries and keys as they are compared."""
     scores = wide_scores(queries, keys, scaling=scaling)
     return Scene(
         scores=scores,

@@ -39,7 +39,7 @@ class BlockTable:
         self.block = block
         self.blocks = rows * a_row if blocks is None else blocks
         self.places = torch.zeros(rows, a_row, dtype=torch.long)
-        """Which block holds the tokens `block * i` to `block * (i + 1)` of a row."""
+        """The block that holds the tokens `block * i` to `block * (i + 1)` of a row."""
         self._held: list[list[int]] = [[] for _ in range(rows)]
         self._uses = [0] * self.blocks
         self._free = list(range(self.blocks))[::-1]

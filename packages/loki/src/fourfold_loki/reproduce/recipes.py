@@ -157,7 +157,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificates:
-    """What has to be read for a bound on the error of a layer's output."""
+    """The reads that a bound on the error of a layer's output takes."""
 
     name: str
     model: SmolLM2
