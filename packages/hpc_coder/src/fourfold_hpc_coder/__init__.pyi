@@ -1,3 +1,10 @@
+from .doors.judging import BusyError as BusyError
+from .doors.judging import OpenJudge as OpenJudge
+from .doors.judging import judge_code as judge_code
+from .doors.judging import open_judge as open_judge
+from .doors.rewards import Reward as Reward
+from .doors.server import JudgeServer as JudgeServer
+from .doors.server import ask as ask
 from .evaluation import agrees as agrees
 from .evaluation import build_at_k as build_at_k
 from .evaluation import efficiency_at_k as efficiency_at_k
@@ -14,6 +21,7 @@ from .instruct.pipeline import make_samples as make_samples
 from .instruct.pipeline import templates as templates
 from .instruct.teachers import ModelTeacher as ModelTeacher
 from .judge.bench import JudgeSettings as JudgeSettings
+from .judge.judge import Judgement as Judgement
 from .pareval.bodies import body_of as body_of
 from .pareval.checkout import open_checkout as open_checkout
 from .pareval.files import read_outputs as read_outputs

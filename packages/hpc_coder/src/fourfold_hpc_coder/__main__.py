@@ -1,4 +1,4 @@
-"""`fourfold-hpc-coder`, or `python -m fourfold_hpc_coder`: score, make data, tune, generate, reproduce."""
+"""`fourfold-hpc-coder`, or `python -m fourfold_hpc_coder`: judge, make data, tune, generate, reproduce."""
 
 from collections.abc import Sequence
 
@@ -12,6 +12,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "hpc_coder",
         {
             "score": commands.score,
+            "serve": commands.serve,
             "example": commands.example,
             "make-data": commands.make_data,
             "finetune": commands.finetune,

@@ -1,11 +1,12 @@
 """The commands of this package; each imports what it needs, so that `--help` and a mistake answer at once."""
 
+import contextlib
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from fourfold_hpc_coder.instruct.samples import ANY, Category
-from fourfold_hpc_coder.vocabulary import MODELS, Model, Processors
+from fourfold_hpc_coder.vocabulary import Processors, chosen_models
 from fourfold_parallel.common.sinks import SinkName
 from fourfold_parallel.reproduce.cli import Switch
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fourfold_hpc_coder.generate.outputs import Backend
+    from fourfold_hpc_coder.judge.bench import JudgeSettings
     from fourfold_hpc_coder.score.tables import ScoringResult
 
 
@@ -53,31 +55,17 @@ def score(
         unsafe_no_sandbox: Run every program with your own rights where no sandbox works.
     """
     chosen = chosen_models(models)
-    if any(min(given, default=0) < 1 for given in (k, threads, ranks, (jobs, repetitions))):
-        raise ValueError(
-            f"k={k}, threads={threads}, ranks={ranks}, jobs={jobs}, repetitions={repetitions}: "
-            "use numbers of 1 or more"
-        )
-    if not 0 < time_limit_s < math.inf:
-        raise ValueError(
-            f"--time-limit-s {time_limit_s:g} is no time to answer in; use seconds above 0"
-        )
+    _check_numbers(threads, ranks, jobs, repetitions, time_limit_s, k)
     if problem_sizes and not pareval:
         raise ValueError("--problem-sizes belongs to --pareval PATH; name the checkout as well")
     from fourfold_hpc_coder.judge import toolchain
-    from fourfold_hpc_coder.judge.bench import JudgeSettings
     from fourfold_hpc_coder.pareval.checkout import open_checkout
     from fourfold_hpc_coder.sandbox.process import find_sandbox
     from fourfold_hpc_coder.score import report
     from fourfold_hpc_coder.score.score import Scoring, built_in, score_file
     from fourfold_parallel.reproduce import terminal
 
-    settings = JudgeSettings(time_limit_s=time_limit_s, repetitions=repetitions).with_launches(
-        {
-            "omp": tuple(Processors(threads=count) for count in threads),
-            "mpi": tuple(Processors(ranks=count) for count in ranks),
-        }
-    )
+    settings = _settings(threads, ranks, repetitions, time_limit_s)
     scoring = Scoring(
         outputs=outputs,
         folder=out,
@@ -124,6 +112,93 @@ def _say(result: "ScoringResult", target: "Console") -> None:
         lines.append(f"{model}: " + ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items()))
     for line in lines:
         target.print(line, soft_wrap=True, markup=False)
+
+
+def serve(
+    *,
+    port: int = 8765,
+    token_file: Path = Path("judge-token"),
+    threads: tuple[int, ...] = (1, 2, 4),
+    ranks: tuple[int, ...] = (1, 2, 3),
+    jobs: int = 2,
+    waiting: int = 1024,
+    time_limit_s: float = 10.0,
+    repetitions: int = 3,
+    no_cache: Switch = False,
+) -> None:
+    """Judge answers that programs of this machine send as JSON, until interrupted.
+
+    Args:
+        port: Of the loopback address; 0 takes any that is free.
+        token_file: Receives the token that every request must carry; its owner alone can read it.
+        threads: OpenMP answers are run on each of these.
+        ranks: MPI answers are run on each of these; three divide few sizes.
+        jobs: Answers built and checked at once; timing is always done alone.
+        waiting: Answers that may wait; further requests are told to come again.
+        time_limit_s: Longest that one call may take.
+        repetitions: Timed calls per launch, of which the shortest counts.
+        no_cache: Judge again what was judged before.
+    """
+    _check_numbers(threads, ranks, jobs, repetitions, time_limit_s)
+    from fourfold_hpc_coder.doors.judging import open_judge
+    from fourfold_hpc_coder.doors.server import JudgeServer
+    from fourfold_parallel.reproduce import terminal
+
+    settings = _settings(threads, ranks, repetitions, time_limit_s)
+    target = terminal.console()
+    with open_judge(settings=settings, jobs=jobs, waiting=waiting, is_cached=not no_cache) as judge:
+        try:
+            server = JudgeServer(judge, port, token_file)
+        except OSError as error:
+            raise ValueError(
+                f"port {port} or {token_file}: {error.strerror}; choose others with --port, --token-file"
+            ) from None
+        with server:
+            sandbox = judge.bench.sandbox.name
+            target.print(
+                f"{server.url}, sandbox {sandbox}, token in {token_file}; Ctrl-C ends it",
+                soft_wrap=True,
+                markup=False,
+            )
+            with contextlib.suppress(KeyboardInterrupt):
+                server.serve_forever()
+
+
+def _check_numbers(
+    threads: tuple[int, ...],
+    ranks: tuple[int, ...],
+    jobs: int,
+    repetitions: int,
+    time_limit_s: float,
+    k: tuple[int, ...] = (1,),
+) -> None:
+    """Refuse numbers with which nothing can be judged.
+
+    Raises:
+        ValueError: for such.
+    """
+    if any(min(given, default=0) < 1 for given in (k, threads, ranks, (jobs, repetitions))):
+        raise ValueError(
+            f"k={k}, threads={threads}, ranks={ranks}, jobs={jobs}, repetitions={repetitions}: "
+            "use numbers of 1 or more"
+        )
+    if not 0 < time_limit_s < math.inf:
+        raise ValueError(
+            f"--time-limit-s {time_limit_s:g} is no time to answer in; use seconds above 0"
+        )
+
+
+def _settings(
+    threads: tuple[int, ...], ranks: tuple[int, ...], repetitions: int, time_limit_s: float
+) -> "JudgeSettings":
+    from fourfold_hpc_coder.judge.bench import JudgeSettings
+
+    return JudgeSettings(time_limit_s=time_limit_s, repetitions=repetitions).with_launches(
+        {
+            "omp": tuple(Processors(threads=count) for count in threads),
+            "mpi": tuple(Processors(ranks=count) for count in ranks),
+        }
+    )
 
 
 def example(*, out: Path = Path("outputs.json")) -> None:
@@ -400,19 +475,3 @@ def generate(
     with bars.running():
         path = generate_file(records, backend, sampling, out, bars.named("prompts"))
     target.print(f"{len(records)} prompts answered: {path}; now: score {path}", markup=False)
-
-
-def chosen_models(text: str) -> tuple[Model, ...]:
-    """The parallel models that a list names.
-
-    Raises:
-        ValueError: for a name that is none.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in MODELS]
-    if unknown or not names:
-        raise ValueError(
-            f"--models {text}: {', '.join(unknown) or 'nothing'} is no model; "
-            f"there are {', '.join(MODELS)}"
-        )
-    return tuple(cast("Model", name) for name in names)

@@ -1,13 +1,30 @@
 """The words of this package: what a code model is asked, what its programs do, and what is said of them."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from fourfold_parallel.common.values import formerly
 
 Model = Literal["serial", "omp", "mpi", "mpi+omp", "kokkos", "cuda", "hip"]
 """A parallel programming model, in ParEval's words (`parallelism_model`)."""
 MODELS: tuple[Model, ...] = get_args(Model)
+
+
+def chosen_models(text: str) -> tuple[Model, ...]:
+    """The parallel models that a list names.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in MODELS]
+    if unknown or not names:
+        raise ValueError(
+            f"--models {text}: {', '.join(unknown) or 'nothing'} is no model; "
+            f"there are {', '.join(MODELS)}"
+        )
+    return tuple(cast("Model", name) for name in names)
+
 
 Verdict = Literal[
     "correct",

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Protocol
 
 from fourfold_hpc_coder.judge import toolchain
-from fourfold_hpc_coder.judge.build import compile_candidate, compile_kernel, objects, prepare
+from fourfold_hpc_coder.judge.build import (
+    compile_candidate,
+    compile_kernel,
+    kept_program,
+    objects,
+    prepare,
+)
 from fourfold_hpc_coder.judge.prelude import includes_more, needs_whole, prelude
 from fourfold_hpc_coder.judge.protocol import Channel, opened
 from fourfold_hpc_coder.problems.problem import Problem
@@ -216,6 +222,7 @@ def built(
     folder: Path,
     *,
     watched: bool = False,
+    is_kept: bool = False,
 ) -> JobResult:
     """Compile a translation unit; the program is in the folder's `out`.
 
@@ -226,6 +233,7 @@ def built(
         text: the unit.
         folder: private and empty.
         watched: whether the program reports its memory accesses (OpenMP).
+        is_kept: whether the program is kept in the cache and taken from there: for units of ours alone.
     """
     source, program = folder / "in", folder / "out"
     source.mkdir()
@@ -237,6 +245,8 @@ def built(
             return compile_kernel(bench.sandbox, model, source, program)
         flavour = toolchain.racing() if watched else toolchain.flavour_of(model)
         inputs = prepare(flavour, exercise.driver(model), text, bench.sandbox)
+        if is_kept:
+            return kept_program(bench.sandbox, inputs, text, source, program)
         return compile_candidate(bench.sandbox, inputs, source, program)
 
 

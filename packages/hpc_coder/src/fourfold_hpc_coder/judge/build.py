@@ -3,6 +3,7 @@
 An answer is one translation unit; the driver of its problem and the runtime beneath it are kept in the cache.
 """
 
+import hashlib
 import re
 import shutil
 from dataclasses import dataclass
@@ -10,10 +11,17 @@ from pathlib import Path
 
 from fourfold_hpc_coder.judge.artifacts import Artifact, compiling
 from fourfold_hpc_coder.judge.prelude import INCLUDED, needs_whole, prelude
-from fourfold_hpc_coder.judge.toolchain import Flavour, driver_texts, flavour_of, mpi_flags
+from fourfold_hpc_coder.judge.toolchain import (
+    Flavour,
+    driver_texts,
+    flavour_of,
+    gcc_version,
+    mpi_flags,
+)
 from fourfold_hpc_coder.sandbox.backends import Sandbox
 from fourfold_hpc_coder.sandbox.job import JobResult, Mount
 from fourfold_hpc_coder.vocabulary import Model
+from fourfold_parallel.common.files import cache_folder, whole_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +95,7 @@ def compile_candidate(
         program: folder that receives `answer`.
     """
     flavour = inputs.flavour
-    is_watched = "-fsanitize=thread" in flavour.flags
     objects = [f"/object{number}/object.o" for number, _ in enumerate(inputs.objects)]
-    linking = (*objects, *_linking(flavour))
     command = (
         flavour.compiler,
         *flavour.prelude,
@@ -97,7 +103,8 @@ def compile_candidate(
         *INCLUDED,
         *flavour.flags,
         "/in/answer.cpp",
-        *(("-c", "-o", "/out/answer.o") if is_watched else linking),
+        *objects,
+        *_linking(flavour),
     )
     mounts = (
         Mount(source=inputs.prelude, target="/prelude"),
@@ -106,12 +113,35 @@ def compile_candidate(
         Mount(source=program, target="/out", writable=True),
     )
     result = compiling(sandbox, command, mounts)
-    if is_watched and not result.code:
-        # Without the sanitizer's own library: `race.cc` defines what instrumented code calls.
-        link = (flavour.compiler, "-fopenmp", "/out/answer.o", *linking)
-        result = compiling(sandbox, link, mounts)
     if not result.code:
         (program / "answer").chmod(0o755)  # a job behind seccomp has no say in modes
+    return result
+
+
+def kept_program(
+    sandbox: Sandbox, inputs: BuildInputs, text: str, source: Path, program: Path
+) -> JobResult:
+    """Compile and link a unit of ours, or copy what an earlier call made of it.
+
+    Args:
+        sandbox: where the compiler runs.
+        inputs: from `prepare`; the names of their folders say what they hold.
+        text: the unit.
+        source: folder with it.
+        program: folder that receives `answer`.
+    """
+    flavour = inputs.flavour
+    beneath = (inputs.prelude, *inputs.objects)
+    words = (gcc_version(), repr(flavour), text, *(folder.parent.name for folder in beneath))
+    key = hashlib.sha256("\0".join(words).encode("utf-8", "surrogatepass")).hexdigest()[:24]
+    kept = cache_folder() / "hpc_coder" / "programs" / key
+    if kept.exists():
+        shutil.copy(kept / "answer", program)
+        return JobResult(code=0, stdout="", stderr="", elapsed_s=0, cpu_s=0, limit="nothing")
+    result = compile_candidate(sandbox, inputs, source, program)
+    if not result.code and result.limit == "nothing":
+        with whole_folder(kept) as partial:
+            shutil.copy(program / "answer", partial)
     return result
 
 

@@ -82,31 +82,35 @@ def flavour_of(model: Model) -> Flavour:
     """The compiler and flags of a model here; call `missing` first."""
     match model:
         case "serial":
-            return _gcc(runtime=("alone.cc",))
+            return _gcc(runtime=("serve.cc", "alone.cc"))
         case "omp":
-            return _gcc(*_OPENMP, runtime=("alone.cc", "threads.cc"), wrapped=REGIONS)
+            return _gcc(*_OPENMP, runtime=("serve.cc", "alone.cc", "threads.cc"), wrapped=REGIONS)
         case "mpi":
             flags, libraries = mpi_flags()
-            return _gcc(*flags, libraries=libraries, runtime=("ranks.cc",))
+            return _gcc(*flags, libraries=libraries, runtime=("serve.cc", "ranks.cc"))
         case "mpi+omp":
             flags, libraries = mpi_flags()
             return _gcc(
                 *_OPENMP,
                 *flags,
                 libraries=libraries,
-                runtime=("ranks.cc", "threads.cc"),
+                runtime=("serve.cc", "ranks.cc", "threads.cc"),
                 wrapped=REGIONS,
             )
         case "kokkos":
             return _gcc(
                 prelude=(*PLAIN, "-DFOURFOLD_KOKKOS", f"-isystem{KOKKOS_HEADERS}"),
                 libraries=("-ltrilinos_kokkoscore", "-ldl"),
-                runtime=("alone.cc",),
+                runtime=("serve.cc", "alone.cc"),
             )
         case "cuda":
             return Flavour(compiler="nvcc", prelude=PLAIN, flags=(), libraries=(), runtime=())
         case "hip":
             return Flavour(compiler="hipcc", prelude=PLAIN, flags=(), libraries=(), runtime=())
+
+
+_DEFAULT_LIBRARIES = ("-lstdc++", "-lm", "-lgomp", "-lgcc_s", "-lgcc", "-lpthread", "-lc", "-lgcc")
+"""The libraries that GCC links by itself; with `-fsanitize=thread` it would add one."""
 
 
 def racing() -> Flavour:
@@ -118,8 +122,9 @@ def racing() -> Flavour:
         "-fsanitize=thread",
         # The one name that the flag defines; with it GCC would refuse the prelude.
         "-U__SANITIZE_THREAD__",
-        libraries=("-no-pie",),
-        runtime=("alone.cc", "race.cc"),
+        # Without the sanitizer's own library: `race.cc` defines what instrumented code calls.
+        libraries=("-no-pie", "-nodefaultlibs", *_DEFAULT_LIBRARIES),
+        runtime=("serve.cc", "alone.cc", "race.cc"),
         wrapped=(*REGIONS, *SYNCHRONISED),
     )
 

@@ -99,8 +99,9 @@ class Problem:
         """Source of the program that calls an answer: our server around a declaration."""
         declaration = self.declaration(model)
         # Half of a driver's compilation, where nothing asks for them.
-        numbers = "complex" in declaration or self.prelude
-        headers = "#include <cmath>\n#include <complex>\n" if numbers else ""
+        text = declaration + self.prelude
+        headers = "#include <cmath>\n" if self.prelude else ""
+        headers += "#include <complex>\n" if "complex" in text else ""
         return (
             f'#include "server.hpp"\n{headers}'
             f"{_inline(self.prelude)}\n{_unnamed(declaration)};\n"

@@ -55,6 +55,7 @@ def judge_all(
     models: Sequence[Model],
     jobs: int,
     settle: Callable[[AnswerTask, Judgement], None],
+    rights: dict[str, Reference] | None = None,
 ) -> dict[str, str]:
     """Judge answers; a problem whose reference fails is reported, not fatal.
 
@@ -64,18 +65,22 @@ def judge_all(
         models: of the answers, in the order in which they matter.
         jobs: answers built and checked at once.
         settle: takes each judgement when it is final, from any thread.
+        rights: right answers that earlier calls left there, by source, and receives those of the last
+            problems; of one bench with one secret.
 
     Returns:
         Why a reference failed, by source.
     """
     failed: dict[str, str] = {}
+    rights = {} if rights is None else rights
     with _pool(jobs) as pool:
         _lay_ground(bench, waiting, models, pool)
-        rights: dict[str, Reference] = {}
         for window in windows(waiting):
             # First the right answers to the window's problems; those to earlier problems leave memory.
             first = {task.source: task for task in reversed(window)}
-            rights = {source: right for source, right in rights.items() if source in first}
+            for source in [source for source in rights if source not in first]:
+                if len({*rights, *first}) > PROBLEMS:
+                    del rights[source]
             begun = {
                 source: pool.submit(_reference, bench, task)
                 for source, task in sorted(first.items())

@@ -3,9 +3,13 @@
 #include "server.hpp"
 
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <fcntl.h>
 #include <mpi.h>
 #include <pthread.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 namespace fourfold {
 

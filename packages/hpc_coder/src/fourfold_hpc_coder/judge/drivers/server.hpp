@@ -14,15 +14,10 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <ctime>
-#include <fcntl.h>
-#include <optional>
 #include <tuple>
 #include <type_traits>
-#include <unistd.h>
 #include <utility>
 #include <vector>
 
@@ -66,45 +61,6 @@ inline double seconds(clockid_t clock) {
   return now.tv_sec + 1e-9 * now.tv_nsec;
 }
 
-class Channel {
-public:
-  // In this order: once the judge can write requests, it removes both names.
-  explicit Channel(const char *folder)
-      : out_(opened(folder, "replies", O_WRONLY)), in_(opened(folder, "requests", O_RDONLY)) {
-    if (in_ < 0 || out_ < 0) _exit(91);
-  }
-  void read(void *to, std::size_t n) {
-    for (auto *at = static_cast<unsigned char *>(to); n;) {
-      ssize_t got = ::read(in_, at, n);
-      if (got <= 0) _exit(92);
-      at += got;
-      n -= got;
-    }
-  }
-  void write(const void *from, std::size_t n) {
-    for (auto *at = static_cast<const unsigned char *>(from); n;) {
-      ssize_t put = ::write(out_, at, n);
-      if (put <= 0) _exit(93);
-      at += put;
-      n -= put;
-    }
-  }
-  void reply(const Token &token, const Bytes &payload) {
-    std::uint64_t length = payload.size();
-    write(token.data(), token.size());
-    write(&length, sizeof length);
-    write(payload.data(), payload.size());
-  }
-
-private:
-  static int opened(const char *folder, const char *name, int flags) {
-    char path[256];
-    std::snprintf(path, sizeof path, "%s%s", folder, name);
-    return open(path, flags | O_CLOEXEC);
-  }
-  int out_, in_;
-};
-
 class Reader {
 public:
   explicit Reader(const Bytes &bytes) : at_(bytes.data()) {}
@@ -123,10 +79,7 @@ private:
   const unsigned char *at_;
 };
 
-inline void append(Bytes &bytes, const void *from, std::size_t n) {
-  auto *first = static_cast<const unsigned char *>(from);
-  bytes.insert(bytes.end(), first, first + n);
-}
+void append(Bytes &bytes, const void *from, std::size_t n);
 
 // How one argument travels: a scalar as its bytes, a container as its length and its elements' bytes.
 template <class T> struct Wire {
@@ -185,107 +138,60 @@ template <class P> using Held = std::remove_cv_t<std::remove_reference_t<P>>;
 template <class P>
 constexpr bool is_output = std::is_lvalue_reference_v<P> && !std::is_const_v<std::remove_reference_t<P>>;
 
-template <class Result, class... Parameters> class Server {
-public:
-  using Function = Result (*)(Parameters...);
-
-  explicit Server(Function function) : function_(function) {}
-
-  void load(const Bytes &payload) {
-    Reader from(payload);
-    fence = sign_ ^= 0x80;
-    arguments_.emplace(std::tuple<Held<Parameters>...>{Wire<Held<Parameters>>::load(from)...});
-    fence = 0;
-  }
-
-  void call() { call(std::index_sequence_for<Parameters...>{}); }
-
-  void returned(Bytes &bytes) {
-    if constexpr (!std::is_void_v<Result>) Wire<Result>::store(bytes, result_);
-  }
-
-  void dump(Bytes &bytes) {
-    returned(bytes);
-    dump(bytes, std::index_sequence_for<Parameters...>{});
-  }
-
-private:
-  template <std::size_t... I> void call(std::index_sequence<I...>) {
-    if constexpr (std::is_void_v<Result>)
-      function_(std::get<I>(*arguments_)...);
-    else
-      result_ = function_(std::get<I>(*arguments_)...);
-  }
-  template <std::size_t... I> void dump(Bytes &bytes, std::index_sequence<I...>) {
-    (dump_one<Parameters, I>(bytes), ...);
-  }
-  template <class P, std::size_t I> void dump_one(Bytes &bytes) {
-    if constexpr (is_output<P>) Wire<Held<P>>::store(bytes, std::get<I>(*arguments_));
-  }
-
-  Function function_;
-  unsigned char sign_ = 0x41; // fences hold large numbers, in turn positive and negative
-  std::optional<std::tuple<Held<Parameters>...>> arguments_;
-  std::conditional_t<std::is_void_v<Result>, char, Result> result_{};
+// What the loop in `serve.cc` asks of a driver, whatever the types of its function.
+struct Served {
+  void (*load)(const Bytes &payload);
+  void (*call)();
+  void (*returned)(Bytes &bytes);
+  void (*dump)(Bytes &bytes);
+  void (*drop)();
 };
 
-struct Request {
-  unsigned char operation;
-  Token token;
-  std::uint64_t length;
+int serve(const Served &served, int argc, char **argv);
+
+// A function with its arguments and its result. Each driver compiles this anew: it holds no more than it must.
+template <class Result, class... Parameters> struct Server {
+  using Arguments = std::tuple<Held<Parameters>...>;
+  static inline Result (*function)(Parameters...) = nullptr;
+  static inline Arguments *arguments = nullptr;
+  static inline std::conditional_t<std::is_void_v<Result>, char, Result> result{};
+
+  static void load(const Bytes &payload) {
+    Reader from(payload);
+    auto *loaded = new Arguments{Wire<Held<Parameters>>::load(from)...};
+    drop();
+    arguments = loaded;
+  }
+  static void drop() {
+    delete arguments;
+    arguments = nullptr;
+  }
+  static void call() {
+    auto on = [](auto &...held) {
+      if constexpr (std::is_void_v<Result>)
+        function(held...);
+      else
+        result = function(held...);
+    };
+    std::apply(on, *arguments);
+  }
+  static void returned(Bytes &bytes) {
+    if constexpr (!std::is_void_v<Result>) Wire<Result>::store(bytes, result);
+  }
+  static void dump(Bytes &bytes) {
+    returned(bytes);
+    std::apply([&](auto &...held) { (dump_one<Parameters>(bytes, held), ...); }, *arguments);
+  }
+  template <class P> static void dump_one(Bytes &bytes, Held<P> &held) {
+    if constexpr (is_output<P>) Wire<Held<P>>::store(bytes, held);
+  }
 };
 
 template <class Result, class... Parameters>
 int serve(Result (*function)(Parameters...), int argc, char **argv) {
-  start(&argc, &argv);
-  {
-    std::optional<Channel> channel;
-    if (rank() == 0) channel.emplace(argc > 1 ? argv[1] : "");
-    Server<Result, Parameters...> server(function);
-    Bytes payload, reply; // kept, as their memory is
-    for (;;) {
-      Request request{};
-      if (rank() == 0) {
-        channel->read(&request.operation, 1);
-        channel->read(request.token.data(), request.token.size());
-        channel->read(&request.length, sizeof request.length);
-      }
-      share(reinterpret_cast<unsigned char *>(&request), sizeof request);
-      payload.resize(request.length);
-      if (rank() == 0) channel->read(payload.data(), payload.size());
-      share(payload.data(), payload.size());
-      reply.clear();
-      if (request.operation == 'Q') break;
-      if (request.operation == 'L') {
-        server.load(payload);
-        evidence = Evidence{};
-      }
-      if (request.operation == 'G') {
-        barrier();
-        double process_s = seconds(CLOCK_PROCESS_CPUTIME_ID), main_s = seconds(CLOCK_THREAD_CPUTIME_ID);
-        server.call();
-        evidence.main_cpu_s = seconds(CLOCK_THREAD_CPUTIME_ID) - main_s;
-        evidence.process_cpu_s = seconds(CLOCK_PROCESS_CPUTIME_ID) - process_s;
-        barrier();
-      }
-      if (request.operation == 'D') {
-        evidence.talking_ranks = evidence.messages > 0;
-        Bytes returned;
-        server.returned(returned);
-        Bytes everywhere = gathered(returned);
-        Evidence all = gathered(evidence);
-        if (rank() == 0) {
-          append(reply, &all, sizeof all);
-          server.dump(reply);
-          append(reply, everywhere.data() + returned.size(), everywhere.size() - returned.size());
-        }
-      }
-      settle();
-      if (rank() == 0) channel->reply(request.token, reply);
-    }
-  }
-  stop();
-  return 0;
+  using Own = Server<Result, Parameters...>;
+  Own::function = function;
+  return serve({Own::load, Own::call, Own::returned, Own::dump, Own::drop}, argc, argv);
 }
 
 } // namespace fourfold
