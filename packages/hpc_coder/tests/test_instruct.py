@@ -168,6 +168,55 @@ def test_two_runs_make_the_same_bytes_and_a_stopped_one_goes_on(tmp_path: Path) 
     assert (tmp_path / "c" / "samples.jsonl").read_text() == whole
 
 
+def test_a_kill_between_two_files_shifts_nothing(tmp_path: Path, monkeypatch) -> None:
+    """The refused are written first: those of a batch whose kept ones never came are made again."""
+    known = {"every fourth": "x"}
+    seen: list[str] = []
+
+    def refusing(sample, memory, screen) -> str:
+        seen.append(sample.provenance.task)
+        return "wrong" if hash_of(sample) % 4 == 0 else ""
+
+    def hash_of(sample) -> int:
+        return sum(sample.answer.encode())
+
+    monkeypatch.setattr(pipeline, "_refusal", refusing)
+    recipe = templates(40, verified=False)
+    whole = make_samples(recipe, folder=tmp_path / "whole", against=known)
+    assert whole.refused
+    cut = tmp_path / "cut"
+    make_samples(recipe, folder=cut, against=known, budget=Budget(taught=16))
+    kept, mark = (cut / "samples.jsonl").read_bytes(), (cut / "saved.json").read_bytes()
+    make_samples(recipe, folder=cut, against=known, budget=Budget(taught=32))
+    (cut / "samples.jsonl").write_bytes(kept)
+    (cut / "saved.json").write_bytes(mark)
+    assert make_samples(recipe, folder=cut, against=known) == whole
+    for name in ("samples.jsonl", "refused.jsonl", "saved.json"):
+        assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    (cut / "refused.jsonl").write_text("")
+    with pytest.raises(ValueError, match="holds 0 of"):
+        make_samples(recipe, folder=cut, against=known)
+
+
+def test_another_benchmarks_prompts_are_kept_out_too(tmp_path: Path) -> None:
+    recipe = templates(4, verified=False)
+    first = make_samples(recipe, folder=tmp_path / "free").samples[0]
+    prompts = tmp_path / "theirs.json"
+    prompts.write_text(json.dumps([{"name": "p1", "prompt": first.instruction}]))
+    against = pipeline.prompts_of(prompts)
+    assert against == {"theirs p1": first.instruction}
+    made = make_samples(recipe, folder=tmp_path / "screened", against=against)
+    assert "contaminated: theirs p1" in made.reasons()
+    assert first.instruction not in [sample.instruction for sample in made.samples]
+    with pytest.raises(ValueError, match="other options"):
+        make_samples(recipe, folder=tmp_path / "free", against=against)
+    prompts.write_text('{"prompt": "one"}\n{"task_id": 7, "prompt": "two"}\n')
+    assert pipeline.prompts_of(prompts) == {"theirs 0": "one", "theirs 7": "two"}
+    prompts.write_text('[{"text": "one"}]')
+    with pytest.raises(ValueError, match="needs the text `prompt`"):
+        pipeline.prompts_of(prompts)
+
+
 def test_samples_survive_reading_and_writing(tmp_path: Path) -> None:
     made = make_samples(templates(5, verified=False)).samples
     write_samples(tmp_path / "x.jsonl", made)

@@ -291,6 +291,45 @@ def test_ranks_that_all_do_everything_are_not_parallel(quick, average) -> None:
     assert found.verdict == "not parallel"
 
 
+def test_a_single_around_serial_work_is_not_parallel(quick, average) -> None:
+    """Several threads enter the region, and all but one wait."""
+    body = """double s = 0;
+#pragma omp parallel
+{
+#pragma omp single
+    for (double v : x) s += v;
+}
+return s / x.size(); }"""
+    settings = replace(quick.settings, sizes=())
+    found = verdict(replace(quick, settings=settings), average, body, "omp")
+    assert found.verdict == "not parallel", (found.verdict, found.because, found.proof)
+
+
+def test_ranks_that_repeat_the_work_and_exchange_a_token_are_not_parallel(quick) -> None:
+    launches: dict[Model, tuple[Processors, ...]] = {"mpi": (Processors(), Processors(ranks=2))}
+    bench = replace(quick, settings=replace(quick.settings, sizes=()).with_launches(launches))
+    right = reference(bench, own_problems()["27_reduce_average"])
+    token = "int token = 1; MPI_Bcast(&token, 1, MPI_INT, 0, MPI_COMM_WORLD);"
+    found = verdict(bench, right, token + RIGHT, "mpi")
+    assert found.verdict == "not parallel", (found.verdict, found.because, found.proof)
+    assert "of what one rank does alone" in found.because
+
+
+def test_a_constant_that_two_threads_write_is_a_race(quick) -> None:
+    """One element decides each compared input; here one in each half does."""
+    racing = replace(quick, settings=replace(quick.settings, races=True))
+    right = reference(racing, own_problems()["36_search_check_if_array_contains_value"])
+    body = """bool seen = false;
+#pragma omp parallel for
+for (size_t i = 0; i < x.size(); ++i) if (x[i] == target) seen = true;
+return seen; }"""
+    found = verdict(racing, right, body, "omp")
+    assert found.verdict == "race", (found.verdict, found.because)
+    assert "seen = true" in found.because
+    right_answer = right.exercise.answer("omp")
+    assert verdict(racing, right, right_answer, "omp").verdict == "correct"
+
+
 SHAPES = (
     "03_dense_la_axpy",
     "27_reduce_average",

@@ -5,7 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from fourfold_hpc_coder.judge.parallelism import in_action, in_text, without_comments
+from fourfold_hpc_coder.judge.parallelism import (
+    in_action,
+    in_text,
+    is_by_turns,
+    without_comments,
+)
 from fourfold_hpc_coder.judge.protocol import Evidence
 from fourfold_hpc_coder.vocabulary import MODELS, Model, Processors
 
@@ -91,6 +96,8 @@ IDLE = Evidence(
     regions=1,
     team=4,
     message_cpu_s=0.0,
+    team_cpu_s=0.0,
+    busiest_cpu_s=0.0,
     messages=0,
     talking_ranks=0,
     ranks=2,
@@ -109,6 +116,9 @@ RANKS = Processors(ranks=2)
         ("omp", TWO, replace(IDLE, process_cpu_s=2.0), True),
         ("omp", TWO, replace(IDLE, process_cpu_s=2.0, regions=0), False),
         ("omp", TWO, replace(IDLE, region_cpu_s=0.04, message_cpu_s=0.9), True),
+        ("omp", TWO, replace(IDLE, region_cpu_s=0.9, team_cpu_s=1, busiest_cpu_s=0.99), False),
+        ("omp", TWO, replace(IDLE, process_cpu_s=2, team_cpu_s=1, busiest_cpu_s=1), False),
+        ("omp", TWO, replace(IDLE, region_cpu_s=0.9, team_cpu_s=1, busiest_cpu_s=0.6), True),
         ("omp", Processors(), IDLE, True),
         ("mpi", RANKS, IDLE, False),
         ("mpi", RANKS, replace(IDLE, messages=1, talking_ranks=1), False),
@@ -124,3 +134,40 @@ def test_what_it_did_counts_where_there_were_several_processors(
 ) -> None:
     """An empty parallel region is no work; one rank that talks to itself is no exchange."""
     assert in_action({processors: evidence}, model).parallel == parallel
+
+
+@pytest.mark.parametrize(
+    ("text", "by_turns"),
+    [
+        (f"#pragma omp parallel for schedule(dynamic, 8)\n{LOOP}", True),
+        (f"#pragma omp parallel for schedule(monotonic: guided)\n{LOOP}", True),
+        (f"#pragma omp taskloop\n{LOOP}", True),
+        (f"#pragma omp parallel for schedule(static)\n{LOOP}", False),
+        (f"#pragma omp parallel for // schedule(dynamic)\n{LOOP}", False),
+    ],
+)
+def test_threads_that_take_turns_may_leave_all_to_one(text: str, by_turns: bool) -> None:
+    assert is_by_turns(text) == by_turns
+    idle = replace(IDLE, region_cpu_s=0.9, team_cpu_s=1, busiest_cpu_s=1)
+    assert in_action({TWO: idle}, "omp", by_turns=by_turns).parallel == by_turns
+
+
+@pytest.mark.parametrize(
+    ("alone_s", "together_s", "parallel"),
+    [
+        (1.0, 1.0, True),  # shared
+        (1.0, 1.8, True),  # much is done twice
+        (1.0, 2.0, False),  # all of it
+        (0.0002, 0.0004, True),  # too short to tell
+    ],
+)
+def test_ranks_that_each_do_the_whole_work_are_not_parallel(
+    alone_s: float, together_s: float, parallel: bool
+) -> None:
+    """Whatever token they exchange: on two ranks the work is done twice."""
+    told = replace(IDLE, messages=2, talking_ranks=2)
+    seen = {
+        Processors(): replace(IDLE, main_cpu_s=alone_s, ranks=1),
+        RANKS: replace(told, main_cpu_s=together_s),
+    }
+    assert in_action(seen, "mpi").parallel == parallel

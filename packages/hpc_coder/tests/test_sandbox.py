@@ -113,6 +113,24 @@ def test_files_are_bounded(sandbox) -> None:
     assert found.stdout == "full\n" or found.limit == "files"
 
 
+def test_empty_files_are_bounded(sandbox) -> None:
+    """They take no block, and each a place and memory of the kernel's."""
+    script = 'perl -e \'for (1..20000) { open(my $f, ">", "$ENV{HOME}/$_") or die }; sleep 5; print "all"\''
+    found = inside(sandbox, script)
+    assert found.limit == "files" or "all" not in found.stdout
+
+
+def test_buffers_of_sockets_are_memory(sandbox) -> None:
+    """A socket's buffer is in no process's count; so many sockets as could hold too much are too many."""
+    script = (
+        "perl -MSocket -e 'for (1..10) { if (!fork) { my @all; for (1..100) {"
+        " socketpair(my $a, my $b, AF_UNIX, SOCK_STREAM, PF_UNSPEC) or exit 1; push @all, $a, $b }"
+        ' sleep 5; print "held" } } sleep 6\''
+    )
+    found = inside(sandbox, script)
+    assert found.limit == "memory" or "held" not in found.stdout
+
+
 def test_files_without_a_name_are_bounded_too(sandbox) -> None:
     """Removed while it is open, a file still takes its space."""
     script = 'eval "exec $i> $HOME/$i"; rm "$HOME/$i"; head -c 400000 /dev/zero >&$i || echo full'

@@ -8,11 +8,11 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fourfold_hpc_coder.instruct.grammar import SHAPES, SHORT, Shape, Task
 from fourfold_hpc_coder.instruct.samples import (
@@ -102,6 +102,7 @@ def make_samples(
     progress: Progress = silent,
     folder: str | PathLike[str] | None = None,
     budget: Budget = Budget(),
+    against: Mapping[str, str] | None = None,
 ) -> Dataset:
     """The samples of a recipe, from the cache where it was made before; goes on where it was stopped.
 
@@ -110,26 +111,54 @@ def make_samples(
         progress: told after each batch.
         folder: where the JSONL files are kept; the package's cache by default.
         budget: ends the teaching before the recipe is full.
+        against: further texts, by name, that no sample may resemble, such as another benchmark's prompts.
 
     Raises:
         ValueError: where the grammar has too few tasks for the recipe, nothing on this machine can verify, or
             the folder holds the samples of another recipe.
     """
-    key = hashlib.sha256(f"{makers()} {digest(recipe)}".encode()).hexdigest()[:24]
+    screened = digest(tuple(sorted(against.items()))) if against else ""
+    key = hashlib.sha256(f"{makers()} {digest(recipe)}{screened}".encode()).hexdigest()[:24]
     folder = Path(folder) if folder else cache_folder() / "hpc_coder" / "data" / key
-    _claim(folder, replace(recipe, samples=1))
-    kept_file, refused_file = folder / "samples.jsonl", folder / "refused.jsonl"
-    kept = [*read_samples(kept_file, is_being_made=True)] if kept_file.exists() else []
-    refused = [*read_samples(refused_file, is_being_made=True)] if refused_file.exists() else []
+    _claim(folder, replace(recipe, samples=1), screened)
+    files = (folder / "samples.jsonl", folder / "refused.jsonl", folder / "saved.json")
+    kept, refused = _saved(files)
     if len(kept) < recipe.samples:
-        _extend(recipe, kept, refused, progress, (kept_file, refused_file), budget)
+        texts = {**benchmark_prompts(), **(against or {})}
+        _extend(recipe, kept, refused, progress, files, budget, texts)
     return Dataset(samples=tuple(kept), refused=tuple(refused))
 
 
-def _claim(folder: Path, recipe: Instructions) -> None:
+def _saved(
+    files: tuple[Path, Path, Path],
+) -> tuple[list[InstructionSample], list[InstructionSample]]:
+    """The samples that a run kept and refused, as far as both are there.
+
+    A kill may come after one file was written and before the other. Their numbers are written last; what is
+    beyond them is made again, since the place in the plan is the number of all.
+
+    Raises:
+        ValueError: where a file lacks what was saved.
+    """
+    held = [
+        [*read_samples(file, is_being_made=True)] if file.exists() else [] for file in files[:2]
+    ]
+    if files[2].exists():
+        counts = json.loads(files[2].read_text(encoding="utf-8"))
+        for file, samples, count in zip(files, held, counts, strict=False):
+            if len(samples) < count:
+                raise ValueError(
+                    f"{file} holds {len(samples)} of {count} samples; put it back, or remove the folder"
+                )
+            del samples[count:]
+    return held[0], held[1]
+
+
+def _claim(folder: Path, recipe: Instructions, screened: str) -> None:
     """Mark a folder as a recipe's, of whatever number of samples; refuse another's."""
     mark = folder / "recipe.json"
     text = json.dumps(to_json(recipe), indent=1) + "\n"
+    text += f"screened against {screened}\n" if screened else ""
     if mark.exists() and mark.read_text(encoding="utf-8") != text:
         raise ValueError(
             f"{folder} holds the samples of other options (see {mark.name} in it); "
@@ -148,8 +177,9 @@ def _extend(
     kept: list[InstructionSample],
     refused: list[InstructionSample],
     progress: Progress,
-    files: tuple[Path, Path],
+    files: tuple[Path, Path, Path],
     budget: Budget,
+    against: Mapping[str, str],
 ) -> None:
     """Teach, screen, verify; both lists grow, and both files with them, also when something fails."""
     # Here, since training on a file of samples needs neither of their libraries (the extra `data`).
@@ -159,7 +189,7 @@ def _extend(
     # A duplicate has no text of its own to remember: what it repeats is among the others.
     judged = [sample for sample in refused if sample.verdict != DUPLICATE]
     seen = TextMemory.of([sample.instruction + sample.answer for sample in (*kept, *judged)])
-    screen = Screen.of(benchmark_prompts())
+    screen = Screen.of(against)
     plan = _plan(recipe)
     taught, tokens = (
         len(kept) + len(refused),
@@ -169,6 +199,7 @@ def _extend(
     def save() -> None:
         write_samples(files[1], refused)
         write_samples(files[0], kept)
+        write_text(files[2], json.dumps([len(kept), len(refused)]))
 
     with open_bench() as bench:
         try:
@@ -233,6 +264,31 @@ def benchmark_prompts() -> dict[str, str]:
         for name, problem in own_problems().items()
         for model in problem.models
     }
+
+
+def prompts_of(path: Path) -> dict[str, str]:
+    """The prompts of a benchmark's file, by name: a JSON list or JSON lines of objects with a `prompt`.
+
+    Raises:
+        ValueError: where it is something else.
+    """
+    text = path.read_text(encoding="utf-8")
+    try:
+        entries = json.loads(text) if text.lstrip().startswith("[") else list(_lines(text))
+        return {
+            f"{path.stem} {entry.get('name') or entry.get('task_id') or place}": str(
+                entry["prompt"]
+            )
+            for place, entry in enumerate(entries)
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{path} is no list of prompts; each entry needs the text `prompt`, as in ParEval's file"
+        ) from None
+
+
+def _lines(text: str) -> Iterator[Any]:
+    return (json.loads(line) for line in text.split("\n") if line.strip())
 
 
 def held_out(count: int, *, seed: int, shapes: Sequence[Shape] = SHORT) -> tuple[Task, ...]:

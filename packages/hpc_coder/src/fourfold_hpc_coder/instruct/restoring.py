@@ -1,6 +1,6 @@
 """Samples from real functions: directives taken out, to be put back; kept if the function compiles alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,11 @@ class RestorationCounts:
 
 
 def restore(
-    trees: Sequence[Tree], folder: Path, most: int, progress: Progress
+    trees: Sequence[Tree],
+    folder: Path,
+    most: int,
+    progress: Progress,
+    against: Mapping[str, str] | None = None,
 ) -> RestorationCounts:
     """Make samples of the trees' functions that use OpenMP; goes on where it was stopped.
 
@@ -48,8 +52,9 @@ def restore(
         folder: receives `restored.jsonl` and `restored-refused.jsonl`.
         most: samples to keep.
         progress: told after each function.
+        against: further texts, by name, that no function may resemble.
     """
-    screen = Screen.of(benchmark_prompts())
+    screen = Screen.of({**benchmark_prompts(), **(against or {})})
     sources = [file for file in parallel_files(trees) if "openmp" in file.constructs]
     harvested = harvest(sources)
     functions = [seed for seed in harvested.seeds if "openmp" in seed.constructs]

@@ -122,6 +122,22 @@ class SourceFile:
     text: str
 
 
+def check_trees(trees: Sequence[Tree], *, licences: Sequence[str] = PERMISSIVE) -> None:
+    """Refuse trees that could not be read later, before anything is done for them.
+
+    Raises:
+        ValueError: for a tree under another licence, or one that is not on this machine.
+    """
+    for tree in trees:
+        if tree.licence not in licences:
+            raise ValueError(
+                f"{tree.name} is under {tree.licence}, not one of {', '.join(licences)}; "
+                "name its licence if you may use it"
+            )
+        if not tree.is_here():
+            raise ValueError(f"{tree.name}: no folder or archive {tree.path}; install or unpack it")
+
+
 def parallel_files(
     trees: Sequence[Tree], *, licences: Sequence[str] = PERMISSIVE
 ) -> tuple[SourceFile, ...]:
@@ -134,13 +150,9 @@ def parallel_files(
     Raises:
         ValueError: for a tree under another licence.
     """
+    check_trees(trees, licences=licences)
     files = []
     for tree in trees:
-        if tree.licence not in licences:
-            raise ValueError(
-                f"{tree.name} is under {tree.licence}, not one of {', '.join(licences)}; "
-                "name its licence if you may use it"
-            )
         for path, text in tree.files():
             constructs: tuple[Construct, ...] = tuple(
                 name for name, pattern in CONSTRUCTS.items() if pattern.search(text)

@@ -178,7 +178,12 @@ def time_candidate(bench: Bench, candidate: Candidate) -> Judgement:
     # those are looked at further that were right on fewer threads: theirs may be a race.
     if judgement.verdict == "correct":
         evidence = {result.run.processors: result.evidence for result in launches}
-        proof = parallelism.in_action(evidence, model) if written.parallel else written
+        by_turns = parallelism.is_by_turns(candidate.text)
+        proof = (
+            parallelism.in_action(evidence, model, by_turns=by_turns)
+            if written.parallel
+            else written
+        )
         judgement = replace(
             judgement,
             proof=proof.because,

@@ -19,6 +19,12 @@ WORKING_SHARE = 0.05
 """Least share of a call's processor time that must be spent in parallel regions, or by other threads."""
 
 
+REPEATED_SHARE = 0.95
+"""Ranks that each compute so much of what one rank computes alone share nothing."""
+MEASURABLE_S = 0.0005
+"""Least time of that to judge by."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
     """Whether a program is parallel as asked, and the observation that decided it."""
@@ -111,12 +117,25 @@ def _has_openmp(code: str) -> Proof:
     return Proof(parallel=False, because="it has no OpenMP directive that divides work")
 
 
-def in_action(evidence: Mapping[Processors, Evidence], model: Model) -> Proof:
+_BY_TURNS = re.compile(
+    r"\bschedule\s*\(\s*(?:\w+\s*:\s*)?(?:dynamic|guided|runtime|auto)\b|\btask|\bsections\b"
+)
+
+
+def is_by_turns(text: str) -> bool:
+    """Whether threads take their work in turns, so that on a busy machine one may take all of it."""
+    return _BY_TURNS.search(without_comments(text)) is not None
+
+
+def in_action(
+    evidence: Mapping[Processors, Evidence], model: Model, *, by_turns: bool = False
+) -> Proof:
     """The proof by the runs, on those launches that had several processors.
 
     Args:
         evidence: of one call on the timing input, by launch.
         model: what was asked for.
+        by_turns: whether threads take their work in turns, of which one may take all.
     """
     match model:
         case "serial" | "cuda" | "hip":
@@ -129,7 +148,7 @@ def in_action(evidence: Mapping[Processors, Evidence], model: Model) -> Proof:
                 for processors, observed in evidence.items()
                 if processors.threads > 1
             }
-            return _worked(several, "no work was done inside parallel regions")
+            return _worked(several, "no work was done inside parallel regions", by_turns=by_turns)
         case "mpi":
             return _talked(evidence)
         case "mpi+omp":
@@ -140,7 +159,7 @@ def in_action(evidence: Mapping[Processors, Evidence], model: Model) -> Proof:
                 if processors.threads > 1
             }
             return (
-                _worked(several, "no work was done inside parallel regions")
+                _worked(several, "no work was done inside parallel regions", by_turns=by_turns)
                 if talked.parallel
                 else talked
             )
@@ -148,7 +167,9 @@ def in_action(evidence: Mapping[Processors, Evidence], model: Model) -> Proof:
             assert_never(model)
 
 
-def _worked(evidence: Mapping[Processors, Evidence], otherwise: str) -> Proof:
+def _worked(
+    evidence: Mapping[Processors, Evidence], otherwise: str, *, by_turns: bool = False
+) -> Proof:
     if not evidence:
         return Proof(
             parallel=True, because="no launch had several threads, so nothing was observed"
@@ -158,8 +179,11 @@ def _worked(evidence: Mapping[Processors, Evidence], otherwise: str) -> Proof:
         others = (observed.process_cpu_s - observed.main_cpu_s) / max(
             observed.process_cpu_s - observed.message_cpu_s, 1e-9
         )
-        # A region that nobody else enters is a sequential loop with a directive.
-        is_alone = processors.threads > 1 and observed.team <= observed.ranks
+        # A region that nobody else enters is a sequential loop with a directive; so is one in which others
+        # wait while one thread works, as at a `single`.
+        shared = 1 - observed.busiest_cpu_s / max(observed.team_cpu_s, 1e-9)
+        is_idle = not by_turns and observed.team_cpu_s > 0 and shared < WORKING_SHARE
+        is_alone = processors.threads > 1 and (observed.team <= observed.ranks or is_idle)
         if observed.regions and not is_alone and max(inside, others) >= WORKING_SHARE:
             return Proof(
                 parallel=True,
@@ -167,6 +191,25 @@ def _worked(evidence: Mapping[Processors, Evidence], otherwise: str) -> Proof:
                 f"calling threads' time, and other threads did {max(others, 0):.0%} of the work",
             )
     return Proof(parallel=False, because=otherwise)
+
+
+def _repeated(evidence: Mapping[Processors, Evidence]) -> str:
+    """The sign that each rank does the whole work; empty where that is not so, or cannot be seen."""
+    computed_s = {
+        processors: observed.main_cpu_s - observed.message_cpu_s
+        for processors, observed in evidence.items()
+        if processors.threads == 1
+    }
+    alone_s = computed_s.get(Processors(), 0.0)
+    several = {
+        processors: spent_s / alone_s / processors.ranks
+        for processors, spent_s in computed_s.items()
+        if processors.ranks > 1 and alone_s >= MEASURABLE_S
+    }
+    if not several or min(several.values()) < REPEATED_SHARE:
+        return ""
+    processors, share = max(several.items(), key=lambda pair: pair[0].ranks)
+    return f"each of {processors} computed {share:.0%} of what one rank does alone"
 
 
 def _talked(evidence: Mapping[Processors, Evidence]) -> Proof:
@@ -182,6 +225,8 @@ def _talked(evidence: Mapping[Processors, Evidence]) -> Proof:
     }
     for processors, observed in talked.items():
         if observed.working_ranks > 1:
+            if why := _repeated(evidence):
+                return Proof(parallel=False, because=why)
             return Proof(
                 parallel=True,
                 because=f"on {processors}, {observed.messages:.0f} calls moved data between "

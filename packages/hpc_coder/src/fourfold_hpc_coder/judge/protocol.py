@@ -25,7 +25,7 @@ from fourfold_hpc_coder.sandbox.process import Process, started
 
 TOKEN = 16
 _PIPE_BYTES = 1 << 20
-_EVIDENCE = struct.Struct("<10d")
+_EVIDENCE = struct.Struct("<12d")
 
 
 class EndedError(Exception):
@@ -46,6 +46,8 @@ class Evidence:
     regions: float
     team: float
     message_cpu_s: float
+    team_cpu_s: float
+    busiest_cpu_s: float
     messages: float
     talking_ranks: float
     ranks: float

@@ -60,11 +60,12 @@ def find_race(bench: Bench, right: Reference, model: Model, text: str) -> RaceRe
 
 
 def _watched(bench: Bench, right: Reference, folder: Path) -> str | None:
-    """The checker's report on the answer to a small input; None if the program did not get there."""
+    """The checker's report on answers to small inputs; None if the program did not get there."""
     with launched(bench, folder, "omp", Processors(threads=2), settings=bench.settings) as channel:
         try:
             channel.connect()
-            call(channel, right.exercise, right.checks[-1].arguments)
+            for arguments in (right.checks[-1].arguments, *right.watched):
+                call(channel, right.exercise, arguments)
             channel.quit()
         except (EndedError, ForgedError):
             return None

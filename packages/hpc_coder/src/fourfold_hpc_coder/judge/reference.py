@@ -42,6 +42,8 @@ class Reference:
     best_s: float
     again: tuple["Reference", ...] = ()
     """Exercises made of the same answer, on which it must be right as well; they are not timed."""
+    watched: tuple[tuple[np.ndarray, ...], ...] = ()
+    """Further inputs on which the race checker looks, and nobody compares the answer."""
 
 
 def reference(bench: Bench, problem: Problem) -> Reference:
@@ -64,6 +66,7 @@ def reference(bench: Bench, problem: Problem) -> Reference:
         checks=rounds[:count],
         timed=rounds[count:],
         best_s=min(runtimes_s[count:]),
+        watched=tuple((*drawn.values(),) for drawn in problem.mirrored(generator)),
     )
 
 

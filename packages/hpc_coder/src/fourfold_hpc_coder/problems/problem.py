@@ -144,6 +144,24 @@ class Problem:
                 yield where, self.arguments(size, generator, decided_at=place)
         for size in sizes:
             yield f"for an input of size {size}", self.arguments(size, generator)
+        # An answer that is kept by the size of its input is another input's.
+        yield f"for another input of size {even}", self.arguments(even, generator)
+
+    def mirrored(self, generator: np.random.Generator) -> Iterator[dict[str, np.ndarray]]:
+        """Inputs that decide an answer twice, once in each half: two threads then write where one would.
+
+        None where nothing decides, or what does is no element of a vector.
+        """
+        kinds = {rule["kind"] for rule in self.inputs.values() if "decisive" in rule}
+        if not kinds or "adjacency" in kinds:
+            return
+        size = self.check_size // 12 * 12
+        drawn = self.arguments(size, generator, decided_at=size // 2 - 1)
+        for parameter in self.signature.parameters:
+            values = drawn[parameter.name]
+            if parameter.holds == "many" and not parameter.is_output and values.size == size:
+                values[size // 2 :] = values[: size // 2]
+        yield drawn
 
     def arguments(
         self, size: int, generator: np.random.Generator, *, decided_at: int | None = None

@@ -20,7 +20,12 @@ from typing import IO
 from fourfold_hpc_coder.sandbox.backends import BACKENDS, Landlock, Sandbox, Unprotected
 from fourfold_hpc_coder.sandbox.job import Cause, Job, JobResult, Limits, Mount
 from fourfold_hpc_coder.sandbox.scratch import private_folder
-from fourfold_hpc_coder.sandbox.usage import descendants, folder_bytes, usage
+from fourfold_hpc_coder.sandbox.usage import (
+    descendants,
+    folder_bytes,
+    namespace_bytes,
+    usage,
+)
 
 STRANGERS = itertools.count(os.getpid() * 7 % 4000)
 """Users that own nothing, one per job, so that no job's process count adds to another's (root only)."""
@@ -28,6 +33,8 @@ FIRST_STRANGER = 61184
 """systemd's range of users made on the fly: no system gives them to anyone."""
 LEAVE_S = 5.0
 """Longest that the kernel gets to take a dead job's processes away; without a namespace some may stay."""
+OWN_FILE_SYSTEMS = ("/tmp", "/dev/shm")  # noqa: S108 - inside
+"""Of a job with namespaces."""
 WATCH_S = 0.05
 """Period at which the supervisor looks at a job's memory and processes."""
 
@@ -72,6 +79,8 @@ class Process:
     started_s: float
     has_keeper: bool
     """Whether the handle is of a keeper, which ends the whole job when told to (`landlock.py`)."""
+    has_namespaces: bool
+    """Whether the job has file systems and a network of its own."""
     private: Path | None
     """Folder that stands for the job's /tmp, where nothing but us bounds it."""
     limit: Cause = "nothing"
@@ -119,11 +128,17 @@ class Process:
             return
         count, resident, cpu_s = usage(self.handle.pid)
         self.cpu_s = max(self.cpu_s, cpu_s)
+        files = 0
+        if self.has_namespaces:
+            files, buffers = namespace_bytes(self.handle.pid, OWN_FILE_SYSTEMS)
+            resident += buffers
         if resident > limits.memory_bytes:
             self.kill("memory")
         elif count > limits.processes + 16:  # the sandbox's own, and mpirun's
             self.kill("processes")
-        elif self.private and folder_bytes(self.private, self.handle.pid) > limits.file_bytes:
+        elif files > limits.file_bytes or (
+            self.private and folder_bytes(self.private, self.handle.pid) > limits.file_bytes
+        ):
             self.kill("files")
 
     def kill(self, limit: Cause) -> None:
@@ -219,6 +234,7 @@ def _started(sandbox: Sandbox, job: Job, private: Path | None) -> Iterator[Proce
         handle=handle,
         started_s=time.perf_counter(),
         has_keeper=isinstance(sandbox, Landlock),
+        has_namespaces=sandbox.has_namespaces,
         private=private,
         streams={"stdout": bytearray(), "stderr": bytearray()},
     )

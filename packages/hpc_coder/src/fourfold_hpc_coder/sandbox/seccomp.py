@@ -25,7 +25,8 @@ _DENIED = {
     "other processes": "ptrace process_vm_readv process_vm_writev process_madvise process_mrelease kcmp "
     "pidfd_open pidfd_getfd setpriority sched_setparam sched_setscheduler sched_setattr ioprio_set "
     "migrate_pages move_pages",
-    "servers of the same user, to which a name in a file system leads, past any rule of Landlock": "socket",
+    "servers of the same user, to which a name in a file system leads, past any rule of Landlock; and the "
+    "kernel's buffers, which nobody counts": "socket socketpair",
     "what outlives a process, or is shared with others, without being a file": "shmat shmctl semop semctl "
     "semtimedop msgsnd msgrcv msgctl mq_open mq_unlink request_key keyctl",
     "files by their name or handle": "chown lchown fchown fchownat setxattr lsetxattr fsetxattr removexattr "

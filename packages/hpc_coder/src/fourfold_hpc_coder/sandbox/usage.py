@@ -64,5 +64,49 @@ def folder_bytes(folder: Path, pid: int) -> int:
     return sum(taken.values())
 
 
+ENTRY_BYTES = 4096
+"""Counted for a file beside its blocks: an empty one takes a place, and memory of the kernel's."""
+
+
 def _add(taken: dict[tuple[int, int], int], status: os.stat_result) -> None:
-    taken[status.st_dev, status.st_ino] = 512 * status.st_blocks
+    taken[status.st_dev, status.st_ino] = 512 * status.st_blocks + ENTRY_BYTES
+
+
+def namespace_bytes(pid: int, places: Sequence[str]) -> tuple[int, int]:
+    """The use of what a job's own namespaces hold and none of its processes: its files, and its sockets.
+
+    Args:
+        pid: the process above it.
+        places: file systems of the job's own, by their paths inside.
+
+    Returns:
+        `ENTRY_BYTES` for each file in the fullest of the places, and as much memory as the buffers of its
+        sockets may take; 0 for what cannot be seen.
+    """
+    files, sockets = 0, 0
+    own = _link(f"/proc/{os.getpid()}/ns/net")
+    for process in reversed(descendants(pid)):  # the innermost are within
+        with contextlib.suppress(OSError, ValueError):
+            if not sockets and _link(f"/proc/{process}/ns/net") not in ("", own):
+                used = Path(f"/proc/{process}/net/sockstat").read_text().split()[2]
+                sockets = int(used) * SOCKET_BYTES
+            for place in places:
+                inside = f"/proc/{process}/root{place}"
+                if Path(inside).stat().st_dev == Path(place).stat().st_dev:
+                    continue  # ours: it has not entered its own yet
+                held = os.statvfs(inside)
+                files = max(files, (held.f_files - held.f_ffree) * ENTRY_BYTES)
+        if files and sockets:
+            break
+    return files, sockets
+
+
+SOCKET_BYTES = 2 * 212992
+"""Linux's default bound on a socket's buffers: what was sent, and what arrived."""
+
+
+def _link(path: str) -> str:
+    try:
+        return str(Path(path).readlink())
+    except OSError:
+        return ""

@@ -38,6 +38,8 @@ struct Evidence {
   double regions = 0;          // parallel regions entered
   double team = 0;             // most threads that entered one region
   double message_cpu_s = 0;    // of the calling thread inside MPI, which waits by spinning
+  double team_cpu_s = 0;       // of all threads inside parallel regions
+  double busiest_cpu_s = 0;    // of the busiest thread of each region
   double messages = 0;         // calls that move data between ranks
   double talking_ranks = 0;    // ranks that made such a call
   double ranks = 1;
