@@ -8,9 +8,9 @@ Needs the extra `inspect`. Programs run in this package's sandbox, not in one of
 import asyncio
 from collections.abc import Sequence
 
-from inspect_ai import Task, task
-from inspect_ai.dataset import MemoryDataset, Sample
-from inspect_ai.scorer import (
+from inspect_ai import Task, task  # pyright: ignore[reportMissingImports]
+from inspect_ai.dataset import MemoryDataset, Sample  # pyright: ignore[reportMissingImports]
+from inspect_ai.scorer import (  # pyright: ignore[reportMissingImports]
     CORRECT,
     INCORRECT,
     NOANSWER,
@@ -21,7 +21,7 @@ from inspect_ai.scorer import (
     scorer,
     stderr,
 )
-from inspect_ai.solver import TaskState, generate
+from inspect_ai.solver import TaskState, generate  # pyright: ignore[reportMissingImports]
 
 from fourfold_hpc_coder.doors.prompting import asks
 from fourfold_hpc_coder.doors.shared import shared_judge

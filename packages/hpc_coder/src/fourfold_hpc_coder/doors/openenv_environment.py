@@ -10,9 +10,9 @@ import random
 from typing import Any
 from uuid import uuid4
 
-from fastapi import FastAPI
-from openenv.core.env_server import Environment, create_app
-from openenv.core.env_server.types import Action, Observation, State
+from fastapi import FastAPI  # pyright: ignore[reportMissingImports]
+from openenv.core.env_server import Environment, create_app  # pyright: ignore[reportMissingImports]
+from openenv.core.env_server.types import Action, Observation, State  # pyright: ignore[reportMissingImports]
 from pydantic import Field
 
 from fourfold_hpc_coder.doors.prompting import Ask, asks

@@ -104,7 +104,7 @@ class JudgeServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     """One connection."""
 
-    server: JudgeServer
+    server: JudgeServer  # pyright: ignore[reportIncompatibleVariableOverride]
     protocol_version = "HTTP/1.1"
     timeout = ARRIVING_S
 
@@ -116,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
         """`/judge`."""
         self._respond(self._judged)
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its names
         """Nothing: answers may be many, and secret."""
 
     def _respond(self, work: Any) -> None:

@@ -8,7 +8,7 @@ Needs the extra `verifiers`. The reward is computed from the reply alone, in thi
 import asyncio
 from collections.abc import Iterator
 
-import verifiers.v1 as vf
+import verifiers.v1 as vf  # pyright: ignore[reportMissingImports]
 
 from fourfold_hpc_coder.doors.prompting import asks
 from fourfold_hpc_coder.doors.rewards import Reward
@@ -17,7 +17,7 @@ from fourfold_hpc_coder.judge.judge import Judgement
 from fourfold_hpc_coder.vocabulary import Model, chosen_models
 
 __all__ = ["ParallelCodeTaskset"]
-"""Where verifiers looks for the task set."""
+"""The names in which verifiers looks for the task set."""
 
 
 class ParallelCodeData(vf.TaskData):
@@ -51,7 +51,7 @@ class ParallelCodeTask(vf.Task[ParallelCodeData, vf.State, vf.TaskConfig]):
     async def _judged(self, trace: vf.Trace) -> Judgement:
         """The judgement on the last reply; one for the metrics and the reward of a trace."""
         data = self.data
-        kept = vars(self).setdefault("judged", {})
+        kept = self.__dict__.setdefault("judged", {})
         if trace.id not in kept:
             kept[trace.id] = await asyncio.to_thread(
                 shared_judge().submit,
