@@ -156,7 +156,7 @@ def test_threads_that_take_turns_may_leave_all_to_one(text: str, by_turns: bool)
     ("alone_s", "together_s", "parallel"),
     [
         (1.0, 1.0, True),  # shared
-        (1.0, 1.8, True),  # much is done twice
+        (1.0, 1.5, True),  # much is done twice
         (1.0, 2.0, False),  # all of it
         (0.0002, 0.0004, True),  # too short to tell
     ],
