@@ -88,6 +88,24 @@ def test_from_data_to_scores(
     assert (tmp_path / "scores" / "report.html").is_file()
 
 
+def test_a_published_models_scores_are_one_command_that_goes_on(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The second time nothing is generated and nothing judged."""
+    out = tmp_path / "paper"
+    words = ["paper-scores", "--model", tiny, "--models", "serial", "--only", "27_", "--samples", 2]
+    words += ["--max-new-tokens", 4, "--out", out]
+    said = run(capsys, *words)
+    assert "build@1 0.00 [0.00, 0.66] over 2 samples" in said
+    [outputs] = out.glob("*/outputs.json")
+    rates = (outputs.parent / "scores" / "rates.csv").read_text().splitlines()
+    assert rates[0].startswith("execution model,problem type,rate,value,wilson low")
+    before = outputs.read_bytes()
+    again = run(capsys, *words)
+    assert outputs.read_bytes() == before
+    assert "2 verdicts reused" in again
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_tuned_model_is_asked_in_the_words_of_its_training(
     rank: int, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -176,6 +194,8 @@ def test_what_does_not_fit_is_refused_in_a_sentence(
         (["make-data", "--url", "http://localhost:1/v1"], "needs --teacher"),
         (["make-data", "--url", "http://localhost:1/v1", "--teacher", "m"], "gave no answer"),
         (["make-data", "--trees", tmp_path], "say the licence"),
+        (["make-data", "--trees", f"{tmp_path}/none:MIT"], "no folder or archive"),
+        (["make-data", "--trees", f"{tmp_path}:GPL-3.0"], "not one of"),
     ]
     for words, message in cases:
         extra = ["--out", tmp_path / "made"] if words[0] == "make-data" else []

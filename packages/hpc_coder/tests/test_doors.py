@@ -15,7 +15,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fourfold_hpc_coder.doors import judging, server, shared
@@ -229,6 +229,7 @@ def test_inputs_are_drawn_anew_after_some_answers(sandbox, monkeypatch) -> None:
     assert len({*secrets}) == 3
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # it is the machine that is
 @given(runtime_s=st.floats(1e-6, 1e3), best_s=st.floats(1e-6, 1e3), speed=st.floats(0, 4))
 def test_a_reward_is_bounded_and_pays_for_nothing_less_than_asked(
     runtime_s: float, best_s: float, speed: float

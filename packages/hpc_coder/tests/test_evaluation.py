@@ -19,6 +19,7 @@ from fourfold_hpc_coder.evaluation import (
     speedup_at_k,
     speedup_max_at_k,
 )
+from fourfold_hpc_coder.score.intervals import Z, bootstrap, wilson
 from fourfold_hpc_coder.vocabulary import Execution, Processors, Prompt, Sample, Tolerance
 
 TWO = Processors(threads=2)
@@ -169,3 +170,47 @@ def test_impossible_questions_are_refused() -> None:
         agrees(np.zeros(2), np.zeros(3), TOLERANCE)
     with pytest.raises(ValueError, match="reference"):
         agrees(np.zeros(1), np.array([math.nan]), TOLERANCE)
+
+
+@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilsons_interval_solves_its_equation(counts: tuple[int, int]) -> None:
+    """Its ends are the chances under which the observed share is just z deviations away."""
+    successes, samples = counts
+    share = successes / samples
+    low, high = wilson(successes, samples)
+    assert 0 <= low <= share <= high <= 1
+    for end in (low, high):
+        if 0 < end < 1:
+            assert abs(share - end) == pytest.approx(Z * math.sqrt(end * (1 - end) / samples))
+    assert wilson(samples - successes, samples) == pytest.approx((1 - high, 1 - low))
+
+
+def test_no_samples_have_no_interval_and_more_successes_than_samples_are_refused() -> None:
+    assert all(map(math.isnan, wilson(0, 0)))
+    with pytest.raises(ValueError, match="between 0"):
+        wilson(3, 2)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=12))
+def test_a_bootstrap_lies_within_the_values_and_is_the_same_each_time(values: list[float]) -> None:
+    def mean(chosen) -> float:
+        return math.fsum(chosen) / len(chosen)
+
+    low, high = bootstrap(values, mean)
+    assert min(values) - 1e-12 <= low <= high <= max(values) + 1e-12
+    assert bootstrap(values, mean) == (low, high)
+    assert bootstrap([values[0]] * 5, mean) == pytest.approx((values[0], values[0]))
+    assert all(map(math.isnan, bootstrap(values[:1], mean)))
+
+
+def test_a_bootstrap_covers_the_truth_as_often_as_it_says() -> None:
+    """Of a mean over 40 problems; the percentile interval is known to be a little short."""
+    generator = np.random.default_rng(0)
+    truth, trials = 0.4, 200
+    hits = 0
+    for _ in range(trials):
+        low, high = bootstrap(
+            [*generator.binomial(10, truth, 40) / 10], lambda chosen: sum(chosen) / len(chosen)
+        )
+        hits += low <= truth <= high
+    assert 0.88 <= hits / trials <= 0.99

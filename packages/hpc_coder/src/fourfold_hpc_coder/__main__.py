@@ -13,6 +13,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {
             "score": commands.score,
             "serve": commands.serve,
+            "judges": commands.judges,
+            "paper-scores": commands.paper_scores,
             "example": commands.example,
             "make-data": commands.make_data,
             "finetune": commands.finetune,

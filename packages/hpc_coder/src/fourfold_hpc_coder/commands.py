@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,13 @@ from fourfold_parallel.common.sinks import SinkName
 from fourfold_parallel.reproduce.cli import Switch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
     from fourfold_hpc_coder.generate.outputs import Backend
     from fourfold_hpc_coder.judge.bench import JudgeSettings
-    from fourfold_hpc_coder.score.tables import ScoringResult
+    from fourfold_hpc_coder.score.tables import RateEstimate, ScoringResult
 
 
 def score(
@@ -63,6 +66,7 @@ def score(
     from fourfold_hpc_coder.sandbox.process import find_sandbox
     from fourfold_hpc_coder.score import report
     from fourfold_hpc_coder.score.score import Scoring, built_in, score_file
+    from fourfold_hpc_coder.score.tables import rates
     from fourfold_parallel.reproduce import terminal
 
     settings = _settings(threads, ranks, repetitions, time_limit_s)
@@ -93,12 +97,12 @@ def score(
         settings=settings,
         facts=facts,
     )
-    _say(result, target)
+    _say(result, rates(result.judged, k, settings), target)
     target.print(f"{result.reused} verdicts reused. Report: {page}", soft_wrap=True, markup=False)
 
 
-def _say(result: "ScoringResult", target: "Console") -> None:
-    """Every failure in a sentence, what was left out, and the counts."""
+def _say(result: "ScoringResult", sure: "Sequence[RateEstimate]", target: "Console") -> None:
+    """Every failure in a sentence, what was left out, the counts, and how sure the rates are."""
     lines = [
         f"{entry.question.name} ({entry.question.model}) answer {index}: "
         f"{judgement.verdict}: {judgement.because}"
@@ -110,6 +114,13 @@ def _say(result: "ScoringResult", target: "Console") -> None:
     lines += result.notes
     for model, verdicts in result.counts().items():
         lines.append(f"{model}: " + ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items()))
+        lines += [
+            f"  {rate}"
+            for rate in sure
+            if (rate.model, rate.problem_type) == (model, "all")
+            and rate.name.startswith(("build", "pass"))
+            and "or not" not in rate.name
+        ]
     for line in lines:
         target.print(line, soft_wrap=True, markup=False)
 
@@ -201,6 +212,94 @@ def _settings(
     )
 
 
+def judges(
+    *,
+    out: Path = Path("judges"),
+    results: tuple[str, ...] = (),
+    jobs: int = 2,
+) -> None:
+    """Hold judges to one suite of honest, mistaken and hostile programs, and print what each lets through.
+
+    Args:
+        out: Folder for outputs.json (ParEval's format, for any judge), cases.json (in words) and table.md.
+        results: Other judges' results for that outputs.json, as NAME=FILE: in ParEval's layout, or a list of
+            true and false.
+        jobs: Answers built and checked at once.
+    """
+    if bad := [text for text in results if "=" not in text]:
+        raise ValueError(f"--results {bad[0]}: write NAME=FILE")
+    from fourfold_hpc_coder.judges.suite import judged_here, read_findings, table, write_suite
+    from fourfold_parallel.common.files import write_text
+
+    others = {text.partition("=")[0]: read_findings(text.partition("=")[2]) for text in results}
+    outputs = write_suite(out)
+    shown = table({"this package": judged_here(jobs=jobs), **others})
+    write_text(out / "table.md", f"{shown}\n")
+    print(f"{shown}\n{outputs} is for other judges: --results NAME=FILE")  # noqa: T201 - the answer
+
+
+def paper_scores(
+    *,
+    model: tuple[str, ...] = ("hpcgroup/hpc-coder-v2-6.7b",),
+    pareval: Path | None = None,
+    models: str = "omp,mpi,mpi+omp,kokkos,cuda,hip",
+    only: str = "",
+    samples: int = 20,
+    temperature: float = 0.2,
+    top_p: float = 0.95,
+    max_new_tokens: int = 1024,
+    batch: int = 20,
+    chat: Switch = False,
+    url: str = "",
+    jobs: int = 2,
+    out: Path = Path("paper-scores"),
+) -> None:
+    """Claims H1 and H2: have published models answer ParEval's prompts, and score them; stopped, it goes on.
+
+    Answers to CUDA and HIP prompts are compiled and not run, so that pass@1 is over the other models.
+
+    Args:
+        model: Hub ids or folders, or names that the endpoint serves.
+        pareval: A checkout of ParEval: its prompts, problems and checks; the built-in ones without it.
+        models: Parallel models to ask for.
+        only: Only prompts of problems whose name holds this.
+        samples: Answers to each prompt.
+        temperature: Of sampling; the benchmark's.
+        top_p: Of sampling; the benchmark's.
+        max_new_tokens: Longest answer; the benchmark's.
+        batch: Answers at a time.
+        chat: Wrap each prompt in the tokenizer's chat template.
+        url: OpenAI-compatible endpoint that serves the models, up to /v1; empty for transformers here.
+        jobs: Answers built and checked at once.
+        out: Folder; each model has one in it with outputs.json and scores.
+    """
+    prompts = str(pareval / "prompts" / "generation-prompts.json") if pareval else "built-in"
+    for name in model:
+        folder = out / re.sub(r"[^\w.-]+", "--", name).strip("-")
+        generate(
+            model=name,
+            prompts=prompts,
+            models=models,
+            only=only,
+            out=folder / "outputs.json",
+            url=url,
+            chat=chat,
+            samples=samples,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            batch=batch,
+        )
+        score(
+            folder / "outputs.json",
+            models=models,
+            out=folder / "scores",
+            pareval=pareval,
+            k=(1, *((5,) if samples >= 5 else ())),
+            jobs=jobs,
+        )
+
+
 def example(*, out: Path = Path("outputs.json")) -> None:
     """Write a small file of outputs in ParEval's format, to score and to copy.
 
@@ -232,6 +331,7 @@ def make_data(
     price: float = 0.0,
     seed: int = 0,
     trees: tuple[str, ...] = (),
+    against: tuple[Path, ...] = (),
 ) -> None:
     """Make instruction data: taught, screened, compiled, run, and kept if right; stopped, it goes on.
 
@@ -249,15 +349,18 @@ def make_data(
         seed: Order of the tasks.
         trees: Real source to take functions from: `installed` (in wheels and Debian packages on this
             machine), or folders and archives as PATH:LICENCE, such as hypre-2.26:Apache-2.0.
+        against: Files with prompts of further benchmarks, JSON or JSON lines with `prompt`: no sample may
+            resemble them, as none may resemble the built-in ones.
     """
     chosen = chosen_models(models)
     if url and not teacher:
         raise ValueError(f"--url {url} needs --teacher, the name of the model it serves")
     import time
 
-    from fourfold_hpc_coder.instruct.pipeline import Budget, Instructions, make_samples
-    from fourfold_hpc_coder.instruct.sources import trees_of
+    from fourfold_hpc_coder.instruct.pipeline import Budget, Instructions, make_samples, prompts_of
+    from fourfold_hpc_coder.instruct.sources import check_trees, trees_of
     from fourfold_hpc_coder.instruct.teachers import ModelTeacher, Teacher, Templates
+    from fourfold_hpc_coder.score.intervals import wilson
     from fourfold_parallel.reproduce import terminal
 
     teaching: Teacher = Templates()
@@ -279,6 +382,8 @@ def make_data(
         seed=seed,
     )
     sources = [tree for name in trees for tree in trees_of(name)]
+    check_trees(sources)
+    screened = {name: text for path in against for name, text in prompts_of(path).items()}
     target = terminal.console()
     bars = terminal.Bars(target, 2 if sources else 1)
     began_s = time.perf_counter()
@@ -288,18 +393,21 @@ def make_data(
             progress=bars.named("samples"),
             folder=out,
             budget=Budget(taught=most_taught, tokens=most_tokens),
+            against=screened,
         )
         restored = ""
         if sources:
             from fourfold_hpc_coder.instruct.restoring import restore
 
-            restored = str(restore(sources, out, samples, bars.named("functions")))
+            restored = str(restore(sources, out, samples, bars.named("functions"), screened))
     tokens = sum(sample.provenance.tokens for sample in (*made.samples, *made.refused))
+    low, high = wilson(len(made.samples), len(made.samples) + len(made.refused))
     cost = f" at {price:g} a million: {tokens * price / 1e6:.2f}" if tokens else ""
     short = f". The budget ended before {samples} were made" if len(made.samples) < samples else ""
     lines = [
         f"{len(made.samples)} samples in {out / 'samples.jsonl'}; "
-        f"{made.accepted_share:.0%} of those taught were kept; {tokens} tokens were bought{cost}; "
+        f"{made.accepted_share:.0%} [{low:.0%}, {high:.0%}] of those taught were kept; "
+        f"{tokens} tokens were bought{cost}; "
         f"{time.perf_counter() - began_s:.0f} s{short}"
     ]
     lines += [f"refused, {reason}: {count}" for reason, count in made.reasons().items()]

@@ -12,7 +12,7 @@ from fourfold_hpc_coder.judge.bench import JudgeSettings
 from fourfold_hpc_coder.judge.judge import Judgement
 from fourfold_hpc_coder.pareval.files import Fields
 from fourfold_hpc_coder.problems.library import own_problems
-from fourfold_hpc_coder.score.tables import JudgedQuestion, ScoringResult, metrics
+from fourfold_hpc_coder.score.tables import JudgedQuestion, ScoringResult, metrics, rates
 from fourfold_hpc_coder.vocabulary import Processors
 from fourfold_parallel.common.files import write_text
 from fourfold_parallel.reproduce.page import render
@@ -81,6 +81,7 @@ def write(
         facts=facts,
         counts=scored.counts(),
         metrics=metrics(scored.judged, ks, settings),
+        rates=[rate for rate in rates(scored.judged, ks, settings) if rate.problem_type == "all"],
         matrix=_matrix(scored.judged),
         models=sorted({entry.question.model for entry in scored.judged}),
         pages=[_page(number, entry) for number, entry in enumerate(scored.judged)],
