@@ -1,6 +1,6 @@
 """Decoding and training against the published algorithm written plainly, interleaved, in one process.
 
-scripts/env python benchmarks/recurrent_depth_speed.py [decode] [adaptive] [train] [memory] [published]
+scripts/env python benchmarks/recurrent_depth_speed.py [decode|adaptive|refill|train|memory|published ...]
 
 Appends JSON lines to recurrent_depth_speed.jsonl beside it, under the native instruction set and under
 x86-64-v3 with torch held to the same. Times are processor seconds of one thread, so that other work on the
@@ -35,9 +35,11 @@ from fourfold_recurrent_depth import (
     RecurrentCache,
     RecurrentDepthConfig,
     RecurrentDepthForCausalLM,
+    Request,
     estimate_cache_bytes,
+    serve,
 )
-from fourfold_recurrent_depth.exits import KL, LatentDiff
+from fourfold_recurrent_depth.exits import KL, Criterion, LatentDiff
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 DEPTHS = (16, 32)
@@ -217,6 +219,79 @@ def adaptive() -> None:
         )  # fmt: skip
 
 
+def refilled(
+    model: RecurrentDepthForCausalLM, prompts: Tensor, new: int, slots: int, criterion: Criterion
+) -> tuple[Tensor, Tensor]:
+    """Our greedy tokens from zero states where settled rows make room, and the recurrences of each."""
+    requests = (
+        Request(tokens=prompt.tolist(), max_new_tokens=new, label=row)
+        for row, prompt in enumerate(prompts)
+    )
+    answers = serve(
+        model, requests, slots=slots, num_steps=DEPTHS[-1], exit=criterion, init_scale=0.0
+    )
+    made = sorted(answers, key=lambda answer: answer.request.label)
+    return torch.tensor([one.tokens for one in made]), torch.tensor(
+        [one.exit_steps for one in made]
+    )
+
+
+REFILL = {"width 64": (64, 0.3), "width 256": (32, 0.3)}
+"""New tokens, and the threshold at which these models take about 10 recurrences."""
+
+
+def refill() -> None:
+    """Batches that refill against full depth, batch by batch, and against exits that wait for the slowest.
+
+    The plain algorithm answers the first batch alone, at full depth; its time counts by the token. Prompts
+    are short: each is a pass of its own where rows refill; full depth reads those of a batch together.
+    """
+    length, depth = 8, DEPTHS[-1]
+    for (name, model), (rows, waves) in itertools.product(shapes().items(), ((8, 4), (32, 3))):
+        plain, (new, threshold) = Plain(model), REFILL[name]
+        criterion = LatentDiff(threshold=threshold, every=4)
+        prompts = torch.randint(
+            0, 384, (rows * waves, length), generator=torch.Generator().manual_seed(1)
+        )
+
+        def batches(
+            m: RecurrentDepthForCausalLM = model,
+            p: Tensor = prompts,
+            n: int = new,
+            r: int = rows,
+            **exits: Any,
+        ) -> Tensor:
+            return torch.cat([ours(m, part, n, depth, **exits)[0] for part in p.split(r)])
+
+        times, given = interleaved(
+            {
+                "ours full": batches,
+                "ours refilled": partial(refilled, model, prompts, new, rows, criterion),
+                "ours waiting": partial(batches, exit=criterion),
+                "plain full, first batch": lambda p=prompts[:rows], n=new, one=plain: one.generate(
+                    p, new=n, steps=depth, threshold=None
+                )[0],
+            },
+            repeats=3 if rows == 8 else 2,
+        )
+        tokens, steps = given["ours refilled"]
+        write(
+            "refill", shape=name, rows=rows, requests=len(prompts), prompt_tokens=length, new_tokens=new,
+            recurrences=depth, latent_threshold=threshold, every=4, seconds=times,
+            refilled_over_full_depth=ratio(times, "ours full", "ours refilled"),
+            refilled_over_full_depth_by_least=least(times, "ours full", "ours refilled"),
+            refilled_over_waiting=ratio(times, "ours waiting", "ours refilled"),
+            refilled_over_plain=round(
+                waves * ratio(times, "plain full, first batch", "ours refilled"), 2
+            ),
+            refilled_tokens_per_s=round(tokens.numel() / statistics.median(times["ours refilled"]), 2),
+            mean_recurrences=float(steps.double().mean()),
+            slowest_row=float(steps.view(waves, rows, new).amax(1).double().mean()),
+            same_tokens_as_waiting=bool(torch.equal(tokens, given["ours waiting"])),
+            agreement_with_full_depth=_share_equal(tokens, given["ours full"]),
+        )  # fmt: skip
+
+
 def _share_equal(tokens: Tensor, others: Tensor) -> float:
     return float((tokens == others).double().mean())
 
@@ -336,6 +411,7 @@ def published() -> None:
 WAYS = {
     "decode": decode,
     "adaptive": adaptive,
+    "refill": refill,
     "train": training,
     "memory": memory,
     "published": published,

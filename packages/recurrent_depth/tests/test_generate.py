@@ -1,4 +1,4 @@
-"""Compacting decoding, retrofitting, the harness: each equals what it stands for."""
+"""Decoders for `generate`, retrofitting, the harness: each equals what it stands for."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ import transformers
 from transformers import DynamicCache, LlamaForCausalLM
 
 from fourfold_recurrent_depth import state_table
-from fourfold_recurrent_depth.decoding.compacting import compacting
 from fourfold_recurrent_depth.decoding.diffusion import Diffusion
+from fourfold_recurrent_depth.decoding.refill import Refill
 from fourfold_recurrent_depth.decoding.speculate import Speculation
 from fourfold_recurrent_depth.exits import LatentDiff
 from fourfold_recurrent_depth.retrofit import retrofit
@@ -29,12 +29,37 @@ def test_rows_that_end_leave_and_change_nothing(
     free = tiny.generate(tokens, **options)[:, 12:]
     ends = [int(free[0, 3]), int(free[1, 7])]
     expected = tiny.generate(tokens, eos_token_id=ends, **options)
-    rows: list[int] = []
-    handle = tiny.transformer["ln_f"].register_forward_hook(lambda _, x, __: rows.append(len(x[0])))
-    found = tiny.generate(tokens, eos_token_id=ends, custom_generate=compacting, **options)
-    handle.remove()
-    assert found.tolist() == expected.tolist()
-    assert min(rows) < 3
+    for slots in (1, 2, 8):
+        found = tiny.generate(
+            tokens, eos_token_id=ends, custom_generate=Refill(slots=slots), **options
+        )
+        assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"repetition_penalty": 3.0}, {"min_new_tokens": 6}, {"bad_words_ids": [[5], [9, 11]]}],
+    ids=str,
+)
+def test_processors_see_a_row_as_generate_shows_it(
+    tiny: Any, tokens: torch.Tensor, options: dict[str, Any]
+) -> None:
+    """Its padding, its prompt and its answer; sampled tokens are drawn from what they leave."""
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    free = tiny.generate(tokens, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    how: dict[str, Any] = {
+        "attention_mask": mask, "max_new_tokens": 8, "pad_token_id": 0, "num_steps": 5, "exit": "latent_diff",
+        "eos_token_id": int(free[0, 14]), "do_sample": False, **options,
+    }  # fmt: skip
+    expected = tiny.generate(tokens, **how)
+    assert (
+        tiny.generate(tokens, custom_generate=Refill(slots=2), **how).tolist() == expected.tolist()
+    )
+    drawn = tiny.generate(
+        tokens, custom_generate=Refill(), **{**how, "do_sample": True, "top_k": 1}
+    )
+    assert drawn.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize(
@@ -68,7 +93,7 @@ def test_decoders_serve_generate(tiny: Any, tokens: torch.Tensor, way: Any) -> N
             tiny.generate(tokens, custom_generate=way, **{**options, **wrong})
 
 
-@pytest.mark.parametrize("way", [Speculation(draft_steps=2), Diffusion(), compacting])
+@pytest.mark.parametrize("way", [Speculation(draft_steps=2), Diffusion(), Refill()])
 def test_decoders_take_bfloat16_and_prompts_without_a_mask(
     tiny: Any, tokens: torch.Tensor, way: Any
 ) -> None:
@@ -76,17 +101,17 @@ def test_decoders_take_bfloat16_and_prompts_without_a_mask(
         tokens, custom_generate=way, max_new_tokens=4, do_sample=False, num_steps=3
     )
     assert made.shape == (3, 16)
-    if way is not compacting:
+    if not isinstance(way, Refill):
         with pytest.raises(ValueError, match="asks for no token"):
             way.decode(
                 tiny, tokens, max_new_tokens=0, num_steps=3, initial_state=None, init_scale=1.0
             )
 
 
-def test_compacting_refuses_what_it_cannot_do(tiny: Any, tokens: torch.Tensor) -> None:
+def test_refilling_refuses_what_it_cannot_do(tiny: Any, tokens: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="without streamer"):
         tiny.generate(
-            tokens, custom_generate=compacting, num_beams=2, max_new_tokens=2, pad_token_id=0
+            tokens, custom_generate=Refill(), num_beams=2, max_new_tokens=2, pad_token_id=0
         )
 
 
@@ -94,22 +119,22 @@ def test_compacting_refuses_what_it_cannot_do(tiny: Any, tokens: torch.Tensor) -
     ("options", "message"),
     [
         ({"prefix_allowed_tokens_fn": lambda *_: [1]}, "do not follow rows that leave"),
-        ({"initial_state": torch.zeros(3, 1, 32)}, "do not follow rows that leave"),
+        ({"initial_state": torch.zeros(3, 1, 32)}, "by token or by position"),
         ({"return_dict_in_generate": True}, "tokens alone"),
     ],
 )
-def test_compacting_refuses_what_belongs_to_places_in_the_batch(
+def test_refilling_refuses_what_belongs_to_places_in_the_batch(
     tiny: Any, tokens: torch.Tensor, options: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        tiny.generate(tokens, custom_generate=compacting, max_new_tokens=2, **options)
+        tiny.generate(tokens, custom_generate=Refill(), max_new_tokens=2, **options)
 
 
-def test_compacting_refuses_a_cache_that_holds_the_prompt(tiny: Any, tokens: torch.Tensor) -> None:
+def test_refilling_refuses_a_cache_that_holds_the_prompt(tiny: Any, tokens: torch.Tensor) -> None:
     with torch.no_grad():
         held = tiny(tokens, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="an empty RecurrentCache"):
-        tiny.generate(tokens, custom_generate=compacting, max_new_tokens=2, past_key_values=held)
+    with pytest.raises(ValueError, match="a cache of its own"):
+        tiny.generate(tokens, custom_generate=Refill(), max_new_tokens=2, past_key_values=held)
 
 
 def test_one_recurrence_of_a_retrofitted_model_is_the_dense_model(

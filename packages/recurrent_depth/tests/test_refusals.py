@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from fourfold_recurrent_depth import RecurrentCache, RecurrentDepthForCausalLM, state_table
-from fourfold_recurrent_depth.decoding.compacting import compacting
+from fourfold_recurrent_depth.decoding.refill import Refill
 from fourfold_recurrent_depth.decoding.speculate import Speculation
 from fourfold_recurrent_depth.exits import KL, LatentDiff
 
@@ -131,7 +131,7 @@ def test_the_published_name_of_the_first_state_is_taken(tiny: Any, tokens: torch
     with pytest.raises(ValueError, match="initial_state and input_states are one argument"):
         logits(tiny, tokens, **both)
     options: Any = {"max_new_tokens": 3, "do_sample": False, "num_steps": 4}
-    for decoder in (None, compacting, Speculation(draft_steps=2)):
+    for decoder in (None, Refill(), Speculation(draft_steps=2)):
         drawn = tiny.generate(tokens, initial_state=table, custom_generate=decoder, **options)
         named = tiny.generate(tokens, input_states=table, custom_generate=decoder, **options)
         assert named.tolist() == drawn.tolist()

@@ -3,8 +3,11 @@ from .cache import estimate_cache_bytes as estimate_cache_bytes
 from .causal_lm import RecurrentDepthForCausalLM as RecurrentDepthForCausalLM
 from .causal_lm import RecurrentDepthOutput as RecurrentDepthOutput
 from .configuration import RecurrentDepthConfig as RecurrentDepthConfig
-from .decoding.compacting import compacting as compacting
 from .decoding.diffusion import Diffusion as Diffusion
+from .decoding.refill import Answer as Answer
+from .decoding.refill import Refill as Refill
+from .decoding.refill import Request as Request
+from .decoding.refill import serve as serve
 from .decoding.speculate import Speculation as Speculation
 from .exits.criteria import KL as KL
 from .exits.criteria import ArgmaxStability as ArgmaxStability

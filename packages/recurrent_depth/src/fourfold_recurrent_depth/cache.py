@@ -11,10 +11,12 @@ With a budget of n recurrences, recurrence i uses the slot of i mod n (section 6
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -67,7 +69,7 @@ class Unpaged:
         """
         raise ValueError(
             f"generate_batch keeps one page of keys for each layer, and {type(self).__name__} has keys of "
-            "every recurrence; use generate, with a padded batch and its attention_mask"
+            "every recurrence; use fourfold_recurrent_depth.serve, or generate with a padded batch"
         )
 
 
@@ -404,9 +406,9 @@ class RecurrentCache(Cache):
         # One allocation of both where they are alike, as they nearly always are.
         shape = (slots, self._asked, heads, room)
         if keys.shape[-1] == values.shape[-1]:
-            fresh = [*keys.new_zeros((2, *shape, keys.shape[-1]))]
+            fresh = [*_zeros((2, *shape, keys.shape[-1]), keys)]
         else:
-            fresh = [states.new_zeros((*shape, states.shape[-1])) for states in (keys, values)]
+            fresh = [_zeros((*shape, states.shape[-1]), states) for states in (keys, values)]
         if self._keys is not None and self._values is not None:
             # A pass that is under way has written its own tokens too.
             known = min(known, needed)
@@ -495,6 +497,14 @@ def estimate_cache_bytes(
     around = config.n_layers_in_prelude + config.n_layers_in_coda
     slots = around + kept * config.n_layers_in_recurrent_block
     return slots * 2 * config.n_embd * element_bytes * tokens * batch
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Zeros that cost nothing until they are written, where the system has them: a deep cache is large."""
+    if not like.is_cpu or 0 in shape:
+        return like.new_zeros(shape)
+    raw = np.zeros(math.prod(shape) * like.element_size(), dtype=np.uint8)
+    return torch.from_numpy(raw).view(like.dtype).view(shape)
 
 
 def _as_index(indices: Tensor) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin
 from transformers import initialization as init
@@ -21,7 +21,8 @@ from fourfold_recurrent_depth.cache import CACHE, RecurrentCache, Unpaged
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
 from fourfold_recurrent_depth.exits.criteria import Criterion, criterion_named
 from fourfold_recurrent_depth.exits.stopping import iterate_until_exit
-from fourfold_recurrent_depth.fast.compiled import compiled_stages
+from fourfold_recurrent_depth.fast.compiled import CompiledStage, compiled_stages
+from fourfold_recurrent_depth.fast.row_caches import RowCache, RowCaches
 from fourfold_recurrent_depth.model import (
     Adapter,
     Attention,
@@ -35,6 +36,7 @@ from fourfold_recurrent_depth.stages import (
     FOR_ATTENTION,
     FOR_THE_LOSS,
     Pass,
+    Stage,
     either,
     refuse_lengths_alone,
     refuse_unknown,
@@ -131,7 +133,7 @@ class RecurrentDepthForCausalLM(Unpaged, RecurrentDepthModel, GenerationMixin):
         refuse_unknown(options, PARAMETERS)
         refuse_lengths_alone(options, position_ids, str(self.config._attn_implementation))  # noqa: SLF001
         initial_state = either(initial_state, input_states, ("initial_state", "input_states"))
-        embedded = self._embed(input_ids, inputs_embeds)
+        embedded = self.embed(input_ids, inputs_embeds)
         batch, tokens = embedded.shape[:2]
         without, with_gradient, per_row = self.recurrences(num_steps, batch)
         steps = without + with_gradient
@@ -189,11 +191,18 @@ class RecurrentDepthForCausalLM(Unpaged, RecurrentDepthModel, GenerationMixin):
         self, tokens: Int[Tensor, "batch token"], cache: RecurrentCache | None
     ) -> tuple[Float[Tensor, "batch token width"], Pass, Int[Tensor, "#batch token"]]:
         """Embeddings, pass and positions of tokens without padding: where a decoder of its own starts."""
-        embedded = self._embed(tokens, None)
+        embedded = self.embed(tokens, None)
         this_pass, positions = self.locate(embedded, None, None, cache, {})
         return embedded, this_pass, positions
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def embed(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None
+    ) -> Float[Tensor, "batch token width"]:
+        """Rows of the embedding, scaled.
+
+        Raises:
+            ValueError: neither is given, or both.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
                 "exactly one of input_ids and inputs_embeds must be given; leave the other out"
@@ -216,13 +225,8 @@ class RecurrentDepthForCausalLM(Unpaged, RecurrentDepthModel, GenerationMixin):
             mask = None
         _refuse_places(mask, position_ids, batch=batch, tokens=tokens, cached=cached)
         positions = self._positions(mask, position_ids, cached, tokens)
-        table = self.freqs_cis
-        if table.dtype not in (torch.float32, torch.float64):
-            # A model cast as a whole has cast its angles too: they are computed anew, in float32.
-            table = rotary_table(self.config).to(embedded.device)
-        table = torch.view_as_complex(table)[0, :, 0]
         this_pass = Pass(
-            rotary=table[positions].unsqueeze(2),
+            rotary=self.rotations()[positions].unsqueeze(2),
             mask=create_causal_mask(
                 self.config,
                 embedded,
@@ -236,8 +240,33 @@ class RecurrentDepthForCausalLM(Unpaged, RecurrentDepthModel, GenerationMixin):
             stages=self.stages(),
             takes_any_mask=self.config._attn_implementation in ("sdpa", "eager"),  # noqa: SLF001
         )
-        this_pass.stages = compiled_stages(self, embedded, this_pass, _WRITTEN)
+        made = cache.stages if isinstance(cache, RowCache) else None
+        this_pass.stages = made or compiled_stages(self, embedded, this_pass, _WRITTEN)
         return this_pass, positions
+
+    def rotations(self) -> Complex[Tensor, "position half"]:
+        """Rotation of each position, as complex numbers of length one."""
+        table = self.freqs_cis
+        if table.dtype not in (torch.float32, torch.float64):
+            # A model cast as a whole has cast its angles too: they are computed anew, in float32.
+            table = rotary_table(self.config).to(self.device)
+        return torch.view_as_complex(table)[0, :, 0]
+
+    def locate_rows(
+        self,
+        embedded: Float[Tensor, "row 1 width"],
+        rotary: Complex[Tensor, "row 1 1 half"],
+        caches: RowCaches,
+        stages: Mapping[str, Stage],
+    ) -> Pass:
+        """The pass of one token of each row, each at a place of its own; `stages` are an earlier pass's."""
+        mask = None
+        if not all(isinstance(stage, CompiledStage) for stage in stages.values()):
+            seen = caches.seen().to(embedded.device)
+            mask = create_causal_mask(self.config, embedded, seen, caches, None)
+        return Pass(
+            rotary=rotary, mask=mask, cache=caches, options={}, stages=stages, takes_any_mask=False
+        )
 
     def start(
         self,

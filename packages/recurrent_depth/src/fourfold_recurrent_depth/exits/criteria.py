@@ -4,8 +4,9 @@ A criterion measures each token after each recurrence and stops it by a threshol
 state cost a few vector operations; those that read the logits run coda and head at every check, which at
 Huginn's shape costs 69 % of a recurrence (section 6.1 uses the KL divergence).
 
-Fewer recurrences are not less time by themselves: the rows of a batch wait for the slowest, and checks cost;
-at small widths more than recurrences do, and `every=4` then saves time where `every=1` loses it.
+Fewer recurrences are not less time by themselves: the rows of a batch wait for the slowest, unless it
+refills (`decoding/refill.py`), and checks cost; at small widths more than recurrences do, and `every=4`
+then saves time where `every=1` loses it.
 `benchmarks/recurrent_depth_speed.py` times them against full depth.
 """
 
@@ -53,7 +54,10 @@ class Criterion(ABC):
 
     @abstractmethod
     def begin(self, features: Float[Tensor, "token features"]) -> Memory:
-        """The memory before the first check, given s_0 or, for readers of logits, zeros like them."""
+        """The memory before the first check, given s_0 or, for readers of logits, zeros like them.
+
+        Of the shapes that `measure` gives: tokens of several ages are measured together.
+        """
 
     @abstractmethod
     def measure(
@@ -80,8 +84,8 @@ class LatentDiff(Criterion):
             raise ValueError(f"lags={self.lags} leaves no state to compare with; use 1 or more")
 
     def begin(self, features: Float[Tensor, "token features"]) -> Memory:
-        """s_0."""
-        return (features,)
+        """s_0, as often as states are remembered: the nearest is the same, whatever a token's age."""
+        return (features,) * self.lags
 
     def measure(
         self, now: Float[Tensor, "token features"], before: Memory

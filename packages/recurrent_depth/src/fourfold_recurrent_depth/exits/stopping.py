@@ -106,7 +106,7 @@ def _many_tokens(
     is_judged, done = tokens == 1 or criterion.in_prompt, 0
     while done < steps:
         # 1. Recur up to the next check; tokens that have stopped keep the state that they stopped with.
-        before, done = done, _next_check(criterion, done, steps) if is_judged else steps
+        before, done = done, next_check(criterion, done, steps) if is_judged else steps
         new = model.recur(s, injected, here, before, done - before)
         s = new if tokens == 1 else torch.where(running.unsqueeze(-1), new, s)
         # 2. Measure, and decide who stops; after the last recurrence all who still run do.
@@ -184,7 +184,7 @@ def _one_token(
         # 1. Recur for as many checks as are judged together.
         states: dict[int, Tensor] = {}
         while done < steps and len(states) < together:
-            before, done = done, _next_check(criterion, done, steps)
+            before, done = done, next_check(criterion, done, steps)
             s = model.recur(s, injected, here, before, done - before)
             states[done] = s
         features, candidates = s, None
@@ -225,7 +225,7 @@ def _one_token(
     return ExitResult(state=final, steps=stopped_at, logits=logits)
 
 
-def _next_check(criterion: Criterion, done: int, steps: int) -> int:
+def next_check(criterion: Criterion, done: int, steps: int) -> int:
     """Recurrences done at the next check, or at the end."""
     return min(steps, (done // criterion.every + 1) * criterion.every)
 

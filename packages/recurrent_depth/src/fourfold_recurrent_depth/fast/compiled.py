@@ -8,7 +8,7 @@ not take goes through the model's modules, as everything does where there is no 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fourfold_parallel.common import native
 from fourfold_recurrent_depth.cache import CandidateCache, RecurrentCache, SlotView
+from fourfold_recurrent_depth.fast.row_caches import RowCache, RowCaches
 from fourfold_recurrent_depth.stages import Pass, Stage
 
 LANES = 16
@@ -48,7 +49,7 @@ class _Store(ctypes.Structure):
 
 class _Pass(ctypes.Structure):
     _fields_ = (
-        ("sizes", _NUMBER * 12),
+        ("sizes", _NUMBER * 13),
         ("blocks", _POINTER),
         ("slots", _POINTER),
         ("adapter", _POINTER),
@@ -58,8 +59,14 @@ class _Pass(ctypes.Structure):
         ("running", _POINTER),
         ("cached", _Store),
         ("own", _Store),
+        ("lines", _POINTER),
         ("eps", ctypes.c_float),
     )
+
+
+_LONGEST, _STEPS = 4, 6
+"""Numbers among `sizes`: of tokens cached at most, and of recurrences."""
+_NOWHERE = _Store(None, None, (_NUMBER * 4)(), None)
 
 
 def library() -> ctypes.CDLL | None:
@@ -107,6 +114,8 @@ class CompiledStage:
     compiled: ctypes.CDLL
     packed: list[Tensor] = field(default_factory=list)
     """The weights of each block in panels, once a call of this pass has many tokens."""
+    made: list[_Pass] = field(default_factory=list)
+    """The arguments of calls with rows that have caches of their own."""
 
     def __call__(
         self,
@@ -118,6 +127,8 @@ class CompiledStage:
         """See `Stage`."""
         if torch.is_grad_enabled() or not _takes(x, this_pass):
             return self.plain(x, this_pass, slots, injected)
+        if isinstance(this_pass.cache, RowCaches):
+            return self._rows(x, this_pass, this_pass.cache, slots, injected)
         block = self.blocks[0]
         batch, tokens, width = x.shape
         heads, head_width = block.attn.qk_bias.shape[-2:]
@@ -128,10 +139,11 @@ class CompiledStage:
         if isinstance(cache, RecurrentCache | CandidateCache):
             cached_tokens = cache.get_seq_length()
             like = x.new_empty(batch, heads, tokens, head_width)
-            cached, own, running = cache.views(like, slots, len(self.blocks))
+            views = cache.views(like, slots, len(self.blocks))
+            cached, own, running = _store(views[0]), _store(views[1]), views[2]
         else:
             keys, values = x.new_empty(2, 1, batch, heads, tokens, head_width)
-            cached = own = SlotView(keys=keys, values=values, is_one_slot=True)
+            cached = own = _store(SlotView(keys=keys, values=values, is_one_slot=True))
         adapter = None if self.adapter is None else self.adapter.weight
         injected = None if injected is None else injected.expand_as(x).contiguous()
         steps = (_NUMBER * len(slots))(*slots)
@@ -140,25 +152,70 @@ class CompiledStage:
             rotary.stride(0) if rotary.shape[0] > 1 else 0,
             rotary.stride(1) if rotary.shape[1] > 1 else 0,
             mask.stride(0) if mask is not None and mask.shape[0] > 1 else 0,
-            0 if mask is None else mask.stride(2), tokens >= MANY,
+            0 if mask is None else mask.stride(2), tokens >= MANY, 0,
         )  # fmt: skip
         arguments = _Pass(
-            (_NUMBER * 12)(*sizes), ctypes.addressof(self.addresses), ctypes.addressof(steps),
+            (_NUMBER * 13)(*sizes), ctypes.addressof(self.addresses), ctypes.addressof(steps),
             _address(adapter), _address(injected), _address(rotary), _address(mask), _address(running),
-            _store(cached), _store(own), block.norm_1.eps,
+            cached, own, None, block.norm_1.eps,
         )  # fmt: skip
         if tokens >= MANY and not self.packed:
             self._pack(width, hidden)
+        return self._run(arguments, x, len(slots))
+
+    def close(self, caches: RowCaches, rows: Sequence[int]) -> None:
+        """`RowCaches.close`, in one call."""
+        lines = _POINTER(caches.lines.data_ptr())
+        self.compiled.fourfold_close(lines, (_NUMBER * len(rows))(*rows), _NUMBER(len(rows)))
+        for row in rows:
+            caches.caches[row].length += 1
+
+    def _rows(
+        self,
+        x: Float[Tensor, "row 1 width"],
+        this_pass: Pass,
+        caches: RowCaches,
+        slots: Sequence[int],
+        injected: Float[Tensor, "row 1 width"] | None,
+    ) -> Float[Tensor, "row 1 width"]:
+        """One token of rows with caches of their own: the arguments are made once, and changed."""
+        if not self.made:
+            block, width = self.blocks[0], x.shape[2]
+            sizes = (
+                1, width, block.attn.qk_bias.shape[2], block.mlp.proj.weight.shape[1], 0,
+                len(self.blocks), 0, width // block.attn.qk_bias.shape[2], 0, 0, 0, 0, caches.around,
+            )  # fmt: skip
+            adapter = None if self.adapter is None else self.adapter.weight
+            self.made.append(
+                _Pass(
+                    (_NUMBER * 13)(*sizes), ctypes.addressof(self.addresses), None, _address(adapter),
+                    None, None, None, None, _NOWHERE, _NOWHERE, None, block.norm_1.eps,
+                )
+            )  # fmt: skip
+        (arguments,) = self.made
+        arguments.sizes[_LONGEST], arguments.sizes[_STEPS] = caches.get_seq_length(), len(slots)
+        steps = (_NUMBER * len(slots))(*slots)
+        arguments.slots = ctypes.addressof(steps)
+        arguments.rotary = this_pass.rotary.data_ptr()
+        arguments.lines = caches.lines.data_ptr()
+        arguments.injected = _address(injected)
+        return self._run(arguments, x.clone(memory_format=torch.contiguous_format), len(slots))
+
+    def _run(
+        self, arguments: _Pass, x: Float[Tensor, "batch token width"], steps: int
+    ) -> Float[Tensor, "batch token width"]:
+        """The call, in place, on as many threads as it is worth."""
         pointer, states = ctypes.byref(arguments), _POINTER(x.data_ptr())
 
         def recur(first: int, last: int) -> None:
             self.compiled.fourfold_recur(pointer, states, _NUMBER(first), _NUMBER(last))
 
-        per_token = width * (4 * width + 3 * hidden) * len(self.blocks) * len(slots)
-        if batch * tokens * per_token < WORTH_SHARING:
-            recur(0, batch)
+        width, hidden = arguments.sizes[1], arguments.sizes[3]
+        per_token = width * (4 * width + 3 * hidden) * len(self.blocks) * steps
+        if x.shape[0] * x.shape[1] * per_token < WORTH_SHARING:
+            recur(0, len(x))
         else:
-            native.share(batch, recur)
+            native.share(len(x), recur)
         return x
 
     def _pack(self, width: int, hidden: int) -> None:
@@ -191,7 +248,7 @@ def _have_addresses(
     written: Mapping[type, Callable[..., Any]],
 ) -> bool:
     """True where parts are as they were written, with weights in float32, row by row, on a CPU."""
-    modules = [part for block in blocks for part in block.modules()]
+    modules = [part for block in blocks for part in _parts(block)]
     modules += [] if adapter is None else [adapter]
     if not blocks or not all(_is_as_written(part, written) for part in modules):
         return False
@@ -211,6 +268,13 @@ def _have_addresses(
     return len(shapes) == len(norms) == 1 and not any(
         size % LANES for size in (width, hidden, bias[-1])
     )
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """`modules`, without its names."""
+    yield module
+    for child in vars(module)["_modules"].values():
+        yield from _parts(child)
 
 
 def _is_as_written(part: nn.Module, written: Mapping[type, Callable[..., Any]]) -> bool:
@@ -240,8 +304,11 @@ def _takes(x: Tensor, this_pass: Pass) -> bool:
     cache, mask, rotary = this_pass.cache, this_pass.mask, this_pass.rotary
     if type(x) is not Tensor or not x.is_cpu or x.dtype != torch.float32:
         return False
-    if type(cache) not in (type(None), RecurrentCache, CandidateCache):
+    if type(cache) not in (type(None), RecurrentCache, RowCache, CandidateCache, RowCaches):
         return False
+    if isinstance(cache, RowCaches):
+        # What rows see follows from their lengths alone.
+        return tokens == 1 and rotary.is_contiguous() and len(rotary) == batch
     if rotary.shape[0] not in (1, batch) or rotary.shape[1] not in (1, tokens):
         return False
     if mask is None:

@@ -23,19 +23,37 @@ struct Block {
     const float* panels;  // the four products packed, one behind the other, or null
 };
 
+// A row with memory of its own, by slot, head, token; at a place and a recurrence of its own.
+struct Line {
+    float *keys, *values;
+    int64_t slot_stride, head_stride;
+    int64_t held;        // its tokens before the pass
+    int64_t steps;       // recurrences that have slots
+    int64_t done;        // recurrences of its new token before the pass
+    int64_t* depths;     // recurrences of each token, and so the slots of it that hold something
+    int64_t shallowest;  // the least of them
+};
+
 // Keys and values by slot, row, head, token; `rows` says which row of the store each row of the pass is.
 struct Store {
     float *keys, *values;
     int64_t first_slot, slot_stride, row_stride, head_stride;
     const int64_t* rows;
 
-    int64_t place(int64_t slot, int64_t row, int64_t head) const {
-        return (slot - first_slot) * slot_stride + (rows ? rows[row] : row) * row_stride + head * head_stride;
+    struct Head {
+        float *keys, *values;
+    };
+
+    Head at(int64_t slot, int64_t row, int64_t head) const {
+        const int64_t place =
+            (slot - first_slot) * slot_stride + (rows ? rows[row] : row) * row_stride + head * head_stride;
+        return {keys + place, values + place};
     }
 };
 
 struct Pass {
-    int64_t tokens, width, heads, hidden, held, layers, steps, rotary_row, rotary_token, mask_row, mask_query, packs;
+    int64_t tokens, width, heads, hidden, longest, layers, steps, rotary_row, rotary_token, mask_row, mask_query;
+    int64_t packs, around;
     const Block* blocks;
     const int64_t* slots;    // of each step's first layer
     const float* adapter;    // [width, 2 width], or null: the blocks alone
@@ -44,9 +62,38 @@ struct Pass {
     const uint8_t* mask;     // null is causal
     const uint8_t* running;  // null, or which tokens still write their keys
     Store cached, own;
+    const Line* lines;  // null, or what is held of each row, instead of both stores
     float eps;
 
     int64_t head_width() const { return width / heads; }
+    int64_t held(int64_t row) const { return lines ? lines[row].held : longest; }
+
+    // The kept recurrence that a step is for a row with a line; -1 where layers have one slot alone.
+    int64_t kept(int64_t row, int64_t step) const {
+        return lines && adapter ? (lines[row].done + step) % lines[row].steps : -1;
+    }
+
+    // The slot of a step's first layer.
+    int64_t slot(int64_t row, int64_t step) const {
+        const int64_t own = kept(row, step);
+        return own < 0 ? slots[step] : around + own * layers;
+    }
+
+    Store::Head before(int64_t slot, int64_t row, int64_t head) const {
+        return lines ? of(lines[row], slot, head) : cached.at(slot, row, head);
+    }
+
+    Store::Head now(int64_t slot, int64_t row, int64_t head) const {
+        if (!lines) return own.at(slot, row, head);
+        const int64_t behind = lines[row].held * head_width();
+        const Store::Head first = of(lines[row], slot, head);
+        return {first.keys + behind, first.values + behind};
+    }
+
+    static Store::Head of(const Line& line, int64_t slot, int64_t head) {
+        const int64_t place = slot * line.slot_stride + head * line.head_stride;
+        return {line.keys + place, line.values + place};
+    }
 };
 
 // y = (x + plus) / rms(x + plus) * gain; y may be either of them, `plus` may be null.
@@ -145,44 +192,64 @@ int64_t part(int64_t rows) {
 
 struct Scratch {
     int64_t chunk;
-    Floats queries, wide, narrow, scores;
+    Floats queries, wide, narrow, scores, keys, values;
 
     Scratch(const Pass& pass, int64_t rows)
         : chunk(part(rows * pass.tokens)),
           queries(floats(rows * pass.tokens * pass.width)),
           wide(floats(chunk * std::max(3 * pass.width, (pass.packs ? 1 : 2) * pass.hidden))),
           narrow(floats(chunk * std::max(pass.width, pass.hidden))),
-          scores(floats(QUERIES * stride(pass))) {}
+          scores(floats(QUERIES * stride(pass))),
+          keys(floats(pass.lines ? stride(pass) * pass.head_width() : 0)),
+          values(floats(pass.lines ? stride(pass) * pass.head_width() : 0)) {}
 
-    static int64_t stride(const Pass& pass) { return whole(pass.held + pass.tokens) + LANES; }
+    static int64_t stride(const Pass& pass) { return whole(pass.longest + pass.tokens) + LANES; }
 };
 
+// One head of a row with a line at a recurrence that some of its tokens did not take: these are read at their last.
+void gather(const Pass& pass, const Scratch& scratch, int64_t slot, int64_t kept, int64_t row, int64_t head) {
+    const Line& line = pass.lines[row];
+    const int64_t head_width = pass.head_width(), bytes = head_width * sizeof(float);
+    for (int64_t t = 0; t <= line.held; ++t) {
+        const int64_t own = t < line.held ? std::min(kept, line.depths[t] - 1) : kept;
+        const Store::Head from = Pass::of(line, slot - (kept - own) * pass.layers, head);
+        std::memcpy(scratch.keys.get() + t * head_width, from.keys + t * head_width, bytes);
+        std::memcpy(scratch.values.get() + t * head_width, from.values + t * head_width, bytes);
+    }
+}
+
 // One head of one row: queries become what they read.
-void attend(const Pass& pass, const Scratch& scratch, int64_t slot, int64_t row, int64_t head, float* queries) {
+void attend(const Pass& pass, const Scratch& scratch, int64_t slot, int64_t kept, int64_t row, int64_t head,
+            float* queries) {
     const int64_t head_width = pass.head_width(), stride = Scratch::stride(pass);
     const float scaling = 1 / std::sqrt(static_cast<float>(head_width));
-    const int64_t own = pass.own.place(slot, row, head);
-    const float *keys = pass.own.keys + own, *values = pass.own.values + own;
-    const float *held_keys = keys, *held_values = values;
-    int64_t apart = pass.held;  // keys that do not lie in one stretch with the pass's own
-    if (apart) {
-        const int64_t place = pass.cached.place(slot, row, head);
-        held_keys = pass.cached.keys + place;
-        held_values = pass.cached.values + place;
+    const int64_t held = pass.held(row);
+    const Store::Head own = pass.now(slot, row, head);
+    const float *keys = own.keys, *values = own.values, *held_keys = keys, *held_values = values;
+    int64_t apart = held;  // keys that do not lie in one stretch with the pass's own
+    if (kept >= 0 && kept >= pass.lines[row].shallowest) {
+        gather(pass, scratch, slot, kept, row, head);
+        keys = held_keys = scratch.keys.get();
+        values = held_values = scratch.values.get();
+        apart = 0;
+    } else if (apart) {
+        const Store::Head before = pass.before(slot, row, head);
+        held_keys = before.keys;
+        held_values = before.values;
         if (keys == held_keys + apart * head_width) {
             keys = held_keys;
             values = held_values;
             apart = 0;
         }
     }
-    const int64_t together = pass.held + pass.tokens - apart;
+    const int64_t together = held + pass.tokens - apart;
     const Rows key_rows{keys, head_width};
     const Weight held_weight({held_keys, head_width}, apart, head_width);
     const Weight weight = pass.packs ? Weight::packed(key_rows, together, head_width)
                                      : Weight(key_rows, together, head_width);
     for (int64_t first = 0; first < pass.tokens; first += QUERIES) {
         const int64_t count = std::min(QUERIES, pass.tokens - first);
-        const int64_t all = pass.held + (pass.mask ? pass.tokens : first + count);
+        const int64_t all = held + (pass.mask ? pass.tokens : first + count);
         float *query = queries + first * pass.width, *scores = scratch.scores.get();
         const Rows asked{query, pass.width};
         held_weight.multiply(asked, count, apart, scores, stride);
@@ -193,7 +260,7 @@ void attend(const Pass& pass, const Scratch& scratch, int64_t slot, int64_t row,
                 const uint8_t* sees = pass.mask + row * pass.mask_row + (first + r) * pass.mask_query;
                 for (int64_t t = 0; t < all; ++t) score[t] = sees[t] ? score[t] : NEVER;
             }
-            const int64_t until = pass.mask ? all : pass.held + first + r + 1;
+            const int64_t until = pass.mask ? all : held + first + r + 1;
             std::fill(score + until, score + whole(all), NEVER);
             softmax(score, whole(all), scaling);
             std::fill(query + r * pass.width, query + r * pass.width + head_width, 0.0f);
@@ -216,15 +283,16 @@ void into_heads(const Pass& pass, const Block& block, int64_t slot, int64_t plac
     for (int64_t head = 0, at = 0; head < pass.heads; ++head, at += head_width) {
         turn(projected + at, block.bias + at, rotary, head_width, output + at);
         if (!writes) continue;
-        const int64_t kept = pass.own.place(slot, row, head) + token * head_width;
-        turn(projected + width + at, block.bias + width + at, rotary, head_width, pass.own.keys + kept);
-        std::memcpy(pass.own.values + kept, projected + 2 * width + at, head_width * sizeof(float));
+        const Store::Head kept = pass.now(slot, row, head);
+        turn(projected + width + at, block.bias + width + at, rotary, head_width, kept.keys + token * head_width);
+        std::memcpy(kept.values + token * head_width, projected + 2 * width + at, head_width * sizeof(float));
     }
 }
 
 // One block on the rows first .. last - 1 of the pass, in place; x is that of row 0.
-void through(const Pass& pass, const Block& block, const Layer& layer, const Scratch& scratch, int64_t slot,
-             int64_t first, int64_t last, float* x) {
+void through(const Pass& pass, int64_t number, const Layer& layer, const Scratch& scratch, int64_t step, int64_t first,
+             int64_t last, float* x) {
+    const Block& block = pass.blocks[number];
     const int64_t width = pass.width, hidden = pass.hidden, begin = first * pass.tokens, end = last * pass.tokens;
     float *queries = scratch.queries.get(), *wide = scratch.wide.get(), *narrow = scratch.narrow.get();
     for (int64_t from = begin; from < end; from += scratch.chunk) {
@@ -233,11 +301,12 @@ void through(const Pass& pass, const Block& block, const Layer& layer, const Scr
             norm(x + (from + r) * width, nullptr, block.gains[0], width, pass.eps, narrow + r * width);
         layer.into_heads.multiply({narrow, width}, rows, 3 * width, wide, 3 * width);
         for (int64_t r = 0; r < rows; ++r)
-            into_heads(pass, block, slot, from + r, wide + r * 3 * width, queries + (from + r - begin) * width);
+            into_heads(pass, block, pass.slot((from + r) / pass.tokens, step) + number, from + r, wide + r * 3 * width,
+                       queries + (from + r - begin) * width);
     }
     for (int64_t row = first; row < last; ++row)
         for (int64_t head = 0; head < pass.heads; ++head)
-            attend(pass, scratch, slot, row, head,
+            attend(pass, scratch, pass.slot(row, step) + number, pass.kept(row, step), row, head,
                    queries + (row - first) * pass.tokens * width + head * pass.head_width());
     for (int64_t from = begin; from < end; from += scratch.chunk) {
         const int64_t rows = std::min(scratch.chunk, end - from);
@@ -289,7 +358,7 @@ extern "C" void fourfold_recur(const Pass* pass, float* x, int64_t first, int64_
     for (int64_t step = 0; step < pass->steps; ++step) {
         if (pass->adapter) adapt(*pass, adapter, scratch, first * pass->tokens, last * pass->tokens, x);
         for (int64_t i = 0; i < pass->layers; ++i)
-            through(*pass, pass->blocks[i], layers[i], scratch, pass->slots[step] + i, first, last, x);
+            through(*pass, i, layers[i], scratch, step, first, last, x);
     }
 }
 
@@ -303,4 +372,14 @@ extern "C" void fourfold_pack(const Block* block, int64_t width, int64_t hidden,
     pack(block->out_of_heads, width, width, 0);
     pack(block->into_hidden, 2 * hidden, width, hidden);
     pack(block->out_of_hidden, width, hidden, 0);
+}
+
+// The new tokens of some rows stop where they are: they are cached now, and the next ones begin.
+extern "C" void fourfold_close(Line* lines, const int64_t* rows, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        Line& line = lines[rows[i]];
+        line.depths[line.held++] = line.done;
+        line.shallowest = std::min(line.shallowest, line.done);
+        line.done = 0;
+    }
 }
