@@ -1,5 +1,6 @@
 """What is configured, resized or cast is what comes back from a folder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fourfold_recurrent_depth import RecurrentDepthConfig
+from fourfold_recurrent_depth import RecurrentDepthConfig, RecurrentDepthForCausalLM
 
 
 def test_transformers_names_are_the_published_ones() -> None:
@@ -34,6 +35,24 @@ def test_transformers_names_are_the_published_ones() -> None:
 def test_shapes_of_no_model_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RecurrentDepthConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("ouro", "a learned gate"),
+        ("nanbeige", "at one depth"),
+        ("parcae", "bounded norm"),
+        ("llama", "alone"),
+    ],
+)
+def test_other_models_are_refused_by_name(tmp_path: Path, given: str, message: str) -> None:
+    """Transformers would take their widths, warn, and draw all weights anew."""
+    file = {"model_type": given, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(file))
+    for read in (RecurrentDepthConfig, RecurrentDepthForCausalLM):
+        with pytest.raises(ValueError, match=message):
+            read.from_pretrained(tmp_path)
 
 
 def test_a_tie_can_be_undone_when_a_configuration_is_read(tiny: Any, tmp_path: Path) -> None:

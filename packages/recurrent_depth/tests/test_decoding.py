@@ -121,10 +121,14 @@ def test_made_up_trajectories_are_classified() -> None:
     drift = ones * (5 + steps)[:, None]
     assert classify(point) == ("fixed point", 1)
     assert classify(drift) == ("slider", 0)
-    for period in (3, 5):
+    # Rounds longer than the eight moves that a look back takes, and a round that is not whole.
+    for period in (3, 5, 12, 16, 24, 33):
         angle = 2 * torch.pi * steps / period
         orbit = torch.stack([angle.cos(), angle.sin()], dim=1) + 3
         assert classify(orbit) == ("orbit", period)
+    angle = 2 * torch.pi * steps / 55
+    arc = torch.stack([angle.cos(), angle.sin()], dim=1) + 3
+    assert classify(arc)[0] == "unsettled"
     noise = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     assert classify(noise)[0] == "unsettled"
 

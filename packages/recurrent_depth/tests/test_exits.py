@@ -236,6 +236,34 @@ def test_rows_of_several_lengths_generate_what_they_do_alone(
         assert together[row].tolist() == alone[0].tolist()
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_tokens_that_stop_by_themselves_stop_where_they_do_when_decoded(
+    tiny: Any, tokens: torch.Tensor, kind: type[Criterion], padded: bool
+) -> None:
+    """The depths and logits of a prompt, with a cache and without, are those of token after token."""
+    criterion = undecided(kind, tiny, tokens.reshape(-1, 1), scope="token")
+    mask = torch.ones_like(tokens)
+    if padded:
+        mask[1, :4] = 0
+    options: Any = {"num_steps": STEPS, "exit": criterion}
+    with torch.no_grad():
+        whole = tiny(tokens, attention_mask=mask, **options)
+        cached = tiny(tokens, attention_mask=mask, use_cache=True, **options)
+        for row in range(3):
+            real = tokens[row : row + 1, mask[row].bool()]
+            cache = RecurrentCache(tiny.config, steps=STEPS)
+            parts = [
+                tiny(one, past_key_values=cache, use_cache=True, **options).logits
+                for one in real.split(1, dim=1)
+            ]
+            assert cache.exit_steps is not None
+            for found in (whole, cached):
+                assert (
+                    found.exit_steps[row, mask[row].bool()].tolist() == cache.exit_steps[0].tolist()
+                )
+                close(found.logits[row, mask[row].bool()], torch.cat(parts, 1)[0])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -1,18 +1,19 @@
 """Decoders for `generate`, retrofitting, the harness: each equals what it stands for."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from fourfold_recurrent_depth import state_table
 from fourfold_recurrent_depth.decoding.diffusion import Diffusion
 from fourfold_recurrent_depth.decoding.refill import Refill
 from fourfold_recurrent_depth.decoding.speculate import Speculation
 from fourfold_recurrent_depth.exits import LatentDiff
-from fourfold_recurrent_depth.retrofit import retrofit
+from fourfold_recurrent_depth.retrofit import Retrofitted, retrofit
 
 
 @pytest.mark.parametrize("exits", [None, LatentDiff(threshold=0.2)])
@@ -224,6 +225,34 @@ def test_a_retrofitted_models_cache_changes_nothing(
         tokens, attention_mask=mask, pad_token_id=0, use_cache=False, **options
     )
     assert made.tolist() == slow.tolist()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_saved_retrofit_is_read_as_one(tokens: torch.Tensor, tmp_path: Path, tied: bool) -> None:
+    """With the same logits, by its class and by transformers' own; never as the dense model it was."""
+    config = LlamaConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, vocab_size=64, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    recurrent = retrofit(LlamaForCausalLM(config).eval(), 1, 1, 1, alpha=0.5).eval()
+    recurrent.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = recurrent(tokens, num_steps=3).logits
+        for read in (Retrofitted, AutoModelForCausalLM):
+            found: Any = read.from_pretrained(tmp_path)
+            assert isinstance(found, Retrofitted)
+            assert torch.equal(found(tokens, num_steps=3).logits, expected)
+    assert (found.lm_head.weight is found.embed_tokens.weight) == tied
+    assert read.from_pretrained(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="device_map"):
+        Retrofitted.from_pretrained(tmp_path, device_map="cpu")
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="type 'llama'"):
+        Retrofitted.from_pretrained(tmp_path / "dense")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="lacks"):
+        Retrofitted.from_pretrained(tmp_path)
 
 
 def test_prompts_have_huginns_format() -> None:

@@ -183,6 +183,23 @@ def test_refused_candidates_leave_no_trace(
     assert helped.tolist() == greedy.tolist()
 
 
+def test_an_assistant_of_another_family_helps(
+    iterated: Any, dense: Any, tokens: torch.Tensor
+) -> None:
+    """It is asked without the arguments that it does not have; its guesses change no token."""
+    options: dict[str, Any] = {
+        "max_new_tokens": 8,
+        "pad_token_id": 0,
+        "num_steps": 4,
+        "do_sample": False,
+    }
+    greedy = iterated.generate(tokens[:1], **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers' own call of the assistant is deprecated
+        helped = iterated.generate(tokens[:1], assistant_model=dense, **options)
+    assert helped.tolist() == greedy.tolist()
+
+
 def test_a_cropped_cache_is_the_shorter_cache(tiny: Any, tokens: torch.Tensor) -> None:
     """Negative numbers remove, as transformers counts; any other is refused."""
     cache = RecurrentCache(tiny.config, steps=6)

@@ -48,7 +48,10 @@ def test_rows_rise_with_the_curriculum() -> None:
     early = [law.draw(0, row=row) for row in range(5000, 5100)]
     assert np.mean([sum(draw) for draw in early]) < 4
     assert {with_gradient for _, with_gradient in early} == {1}
-    assert law.draw(500, row=7) == LogNormalPoisson().draw(507)
+    draws = [[law.draw(500 + number, row=row) for row in range(40)] for number in range(40)]
+    for later in range(1, 40):
+        shifted = sum(draws[0][row + later] == draws[later][row] for row in range(40 - later))
+        assert shifted <= max(4, 40 - later) // 2, "neighbours must not share their draws"
 
 
 def batch(rows: int, *, number: int = 0) -> Batch:

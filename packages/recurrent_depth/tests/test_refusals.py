@@ -100,10 +100,30 @@ def test_unknown_arguments_are_refused(
     iterated(tokens, **dict.fromkeys(options))  # tools of transformers hand on what is None
 
 
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_tuple_is_given_where_one_is_asked_for(
+    iterated: Any, tokens: torch.Tensor, labelled: bool
+) -> None:
+    """By the argument or by the configuration, without what is None; the argument is heard first."""
+    options: Any = {"num_steps": 2, "labels": tokens if labelled else None}
+    with torch.no_grad():
+        whole = iterated(tokens, **options)
+        parts = iterated(tokens, return_dict=False, **options)
+        iterated.config.return_dict = False
+        configured = iterated(tokens, **options)
+        asked = iterated(tokens, return_dict=True, **options)
+    for found in (parts, configured):
+        assert isinstance(found, tuple)
+        expected = [part for part in whole.values() if isinstance(part, torch.Tensor)]
+        got = [part for part in found if isinstance(part, torch.Tensor)]
+        assert all(map(torch.equal, got, expected))
+        assert len(got) == len(expected)
+    assert torch.equal(asked.logits, whole.logits)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"return_dict": False}, "return_dict=False"),
         ({"output_attentions": True}, "output_attentions=True"),
         ({"cu_seq_lens_q": torch.tensor([0, 5, 12])}, "cu_seq_lens_q without position_ids"),
         ({"seq_idx": torch.zeros(3, 12).int()}, "seq_idx without position_ids"),

@@ -14,7 +14,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -71,6 +71,38 @@ class Unpaged:
             f"generate_batch keeps one page of keys for each layer, and {type(self).__name__} has keys of "
             "every recurrence; use fourfold_recurrent_depth.serve, or generate with a padded batch"
         )
+
+
+class Assisted:
+    """An assistant is handed the arguments that its forward pass has, and not this model's own."""
+
+    forward: Any
+
+    def _get_candidate_generator(
+        self,
+        generation_config: Any,
+        input_ids: Any,
+        inputs_tensor: Any,
+        logits_processor: Any,
+        model_kwargs: dict[str, Any],
+        assistant_model: Any = None,
+        target_tokenizer: Any = None,
+        assistant_tokenizer: Any = None,
+    ) -> Any:
+        """Called by `generate`, which would hand on `num_steps` to a model that knows of none."""
+        if assistant_model is not None:
+            theirs = inspect.signature(assistant_model.forward).parameters
+            ours = inspect.signature(self.forward).parameters
+            model_kwargs = {
+                name: value
+                for name, value in model_kwargs.items()
+                if name in theirs or name not in ours
+            }
+        generation: Any = super()
+        return generation._get_candidate_generator(  # noqa: SLF001 - transformers' own way
+            generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs,
+            assistant_model, target_tokenizer, assistant_tokenizer,
+        )  # fmt: skip
 
 
 class RecurrentCache(Cache):

@@ -16,11 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixi
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
-from fourfold_recurrent_depth.cache import CACHE, RecurrentCache, Unpaged
+from fourfold_recurrent_depth.cache import CACHE, Assisted, RecurrentCache, Unpaged
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
 from fourfold_recurrent_depth.exits.criteria import Criterion, criterion_named
-from fourfold_recurrent_depth.exits.stopping import iterate_until_exit
+from fourfold_recurrent_depth.exits.stopping import goes_by_columns, iterate_until_exit
 from fourfold_recurrent_depth.fast.compiled import CompiledStage, compiled_stages
 from fourfold_recurrent_depth.fast.row_caches import RowCache, RowCaches
 from fourfold_recurrent_depth.model import (
@@ -65,7 +66,7 @@ class RecurrentDepthOutput(CausalLMOutputWithPast):
     """Recurrences of each token: (batch, token)."""
 
 
-class RecurrentDepthForCausalLM(Unpaged, RecurrentDepthModel, GenerationMixin):
+class RecurrentDepthForCausalLM(Assisted, Unpaged, RecurrentDepthModel, GenerationMixin):
     """Prelude, core iterated in latent space, coda. Registered under `huginn_raven`."""
 
     supports_gradient_checkpointing = True
@@ -79,6 +80,7 @@ class RecurrentDepthForCausalLM(Unpaged, RecurrentDepthModel, GenerationMixin):
 
     freqs_cis: Tensor
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Int[Tensor, "batch token"] | None = None,
@@ -147,7 +149,9 @@ class RecurrentDepthForCausalLM(Unpaged, RecurrentDepthModel, GenerationMixin):
         cache = cast(RecurrentCache | None, given)
         if cache is None and criterion is not None:
             # Tokens that have stopped keep their last keys: one slot per layer remembers enough.
-            cache = RecurrentCache(self.config, steps=steps, budget=1, capacity=tokens)
+            # Those that go one after another read each other at every recurrence.
+            kept = None if goes_by_columns(criterion, tokens) else 1
+            cache = RecurrentCache(self.config, steps=steps, budget=kept, capacity=tokens)
         this_pass, positions = self.locate(embedded, attention_mask, position_ids, cache, options)
         if cache is not None:
             cache.open(batch, tokens, steps=steps)

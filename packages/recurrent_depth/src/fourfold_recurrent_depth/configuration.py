@@ -28,6 +28,14 @@ _DERIVED = ("effective_expected_depth", "head_dim", "init_values", "n_layers", "
 """Published values that follow from others: written, never read, so that they cannot disagree."""
 
 
+_LOOPED = {
+    "ouro": "all its layers and the last norm, without an adapter, and exits by a learned gate",
+    "nanbeige": "all its layers and the last norm, without an adapter, at one depth",
+    "parcae": "behind an injection with a bounded norm",
+}
+"""Looped models of other forms, by their model type."""
+
+
 class RecurrentDepthConfig(PreTrainedConfig):
     """Shape of a recurrent-depth model; the defaults are Huginn-0125's (Geiping et al. 2025, table 3).
 
@@ -70,6 +78,22 @@ class RecurrentDepthConfig(PreTrainedConfig):
     Attention masks are ignored, labels are taken as already shifted, the adapter multiplies the
     concatenated state and embedding in one product, and the up half of the MLP starts small.
     """
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, for this type of model alone.
+
+        Raises:
+            ValueError: the dictionary is another type's, of which transformers would take over what it knows.
+        """
+        given = config_dict.get("model_type", cls.model_type)
+        if given != cls.model_type:
+            more = f", which loops {_LOOPED[given]}" if given in _LOOPED else ""
+            raise ValueError(
+                f"a configuration of model type {given!r}{more}; this package reads {cls.model_type!r} "
+                "alone, so use the model's own code"
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs: Any) -> None:
         for other, name in self.attribute_map.items():

@@ -12,16 +12,26 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
-from fourfold_recurrent_depth.cache import CACHE, RecurrentCache, Unpaged
+from fourfold_recurrent_depth.cache import CACHE, Assisted, RecurrentCache, Unpaged
 from fourfold_recurrent_depth.stages import (
     FOR_ATTENTION,
     FOR_THE_LOSS,
@@ -40,6 +50,21 @@ class Cut:
     n_layers_in_prelude: int
     n_layers_in_recurrent_block: int
     n_layers_in_coda: int
+
+
+class RetrofitConfig(PreTrainedConfig):
+    """The dense model's configuration and the cut, as a saved retrofit has them.
+
+    The dense model's own type would let it be read as that model, with weights that are not there drawn anew.
+    """
+
+    model_type = "fourfold_retrofit"
+
+    dense: dict[str, Any] | None = None
+    """As the dense model's `config.json` has it."""
+    prelude: int = 0
+    core: int = 1
+    coda: int = 0
 
 
 @dataclass(slots=True)
@@ -67,10 +92,11 @@ class _Slot:
         return self.cache.update(key_states, value_states, self.slot)
 
 
-class Retrofitted(Unpaged, PreTrainedModel, GenerationMixin):
+class Retrofitted(Assisted, Unpaged, PreTrainedModel, GenerationMixin):
     """A decoder of the Llama family (embed_tokens, layers, norm, rotary_emb) with an iterated middle."""
 
     base_model_prefix = ""
+    config_class = RetrofitConfig
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -111,6 +137,8 @@ class Retrofitted(Unpaged, PreTrainedModel, GenerationMixin):
         """The model's own way to make them."""
         self.norm = inner.norm
         self.lm_head: Any = dense.get_output_embeddings()
+        if self.lm_head.weight is self.embed_tokens.weight:
+            self._tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
         width = self.config.hidden_size
         place = {"dtype": dense.dtype, "device": dense.device}
         self.adapter = nn.Linear(2 * width, width, bias=False, **place)
@@ -119,6 +147,7 @@ class Retrofitted(Unpaged, PreTrainedModel, GenerationMixin):
             eye = torch.eye(width, **place)
             self.adapter.weight.copy_(torch.cat([alpha * eye, beta * eye], dim=1))
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Int[Tensor, "batch token"],
@@ -227,9 +256,68 @@ class Retrofitted(Unpaged, PreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> bool:
-        """Called by `generate`: none of transformers' caches; `forward` makes one."""
-        del generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        return False
+        """Called by `generate`: a cache of ours, allocated once for the whole length, if none came."""
+        del generation_mode, batch_size
+        if model_kwargs.get(CACHE) is not None or generation_config.use_cache is False:
+            return False
+        steps = model_kwargs.get("num_steps", 1)
+        total = steps if isinstance(steps, int) else sum(steps)
+        model_kwargs[CACHE] = RecurrentCache(self.cut, steps=total, capacity=max_cache_length)
+        return True
+
+    def save_pretrained(self, save_directory: Any, *given: Any, **options: Any) -> None:
+        """As in transformers; `from_pretrained` of this class or of `AutoModelForCausalLM` reads it."""
+        super().save_pretrained(save_directory, *given, **options)
+        RetrofitConfig(
+            dense=self.config.to_dict(), prelude=len(self.prelude), core=len(self.core),
+            coda=len(self.coda), architectures=[type(self).__name__], dtype=self.dtype,
+        ).save_pretrained(save_directory)  # fmt: skip
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *, dtype: torch.dtype | None = None, **options: Any
+    ) -> Retrofitted:
+        """A saved retrofit, in evaluation.
+
+        Args:
+            pretrained_model_name_or_path: the folder.
+            dtype: by default as saved.
+            options: `attn_implementation`; others are not served, but for what `AutoModelForCausalLM` adds.
+
+        Raises:
+            ValueError: The folder is no retrofit's, or an option is not served.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        attention = options.pop("attn_implementation", None)
+        of_auto = ("config", "adapter_kwargs")
+        options = {name: value for name, value in options.items() if name not in of_auto and value}
+        config = AutoConfig.from_pretrained(folder)
+        if options or not isinstance(config, RetrofitConfig) or config.dense is None:
+            raise ValueError(
+                f"{folder} of type {config.model_type!r} with {', '.join(options) or 'no options'}; give "
+                "the folder of a retrofit, and at most dtype and attn_implementation"
+            )
+        told = AutoConfig.for_model(**config.dense)
+        built = AutoModelForCausalLM.from_config(
+            told, dtype=dtype or config.dtype, attn_implementation=attention
+        )
+        cut = {"prelude": config.prelude, "core": config.core, "coda": config.coda}
+        model = cls(built, **cut, alpha=0.0, beta=1.0)
+        weights = {
+            name: weight
+            for file in sorted(folder.glob("*.safetensors"))
+            for name, weight in load_file(file).items()
+        }
+        missing, unknown = model.load_state_dict(weights, strict=False)
+        # Tied weights are saved once.
+        head, table = model.lm_head.weight, model.embed_tokens.weight
+        tied = {"lm_head.weight"} if head is table else set()
+        if unknown or {*missing} - tied:
+            raise ValueError(
+                f"{folder} lacks {sorted({*missing} - tied)} and holds {unknown} besides; give the folder of "
+                "a whole retrofit"
+            )
+        return model.eval()
 
     def get_input_embeddings(self) -> nn.Module:
         """The dense model's."""
@@ -239,6 +327,9 @@ class Retrofitted(Unpaged, PreTrainedModel, GenerationMixin):
         """The dense model's."""
         return self.lm_head
 
+
+AutoConfig.register("fourfold_retrofit", RetrofitConfig, exist_ok=True)
+AutoModelForCausalLM.register(RetrofitConfig, Retrofitted, exist_ok=True)
 
 PARAMETERS = tuple(inspect.signature(Retrofitted.forward).parameters)[1:-1]
 """Arguments of the forward pass by name."""

@@ -17,10 +17,9 @@ FOR_THE_LOSS = ("num_items_in_batch", "shift_labels")
 """Options of a forward pass that are the loss's."""
 FOR_ATTENTION = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal")
 """Options that transformers' attention functions take."""
-IGNORED = (*TransformersKwargs.__annotations__, "return_dict")
+IGNORED = (*TransformersKwargs.__annotations__,)
 """Options that transformers' tools hand to every model, and ours has nothing to do for."""
 _UNHEARD = {
-    "return_dict": False,
     "output_attentions": True,
     "output_hidden_states": True,
     "output_router_logits": True,
@@ -114,6 +113,15 @@ class Pass:
         if rotary.shape[0] > 1:
             rotary = rotary[rows]
         return replace(self, rotary=rotary, mask=mask)
+
+    def of_token(self, token: int, *, cached: int) -> Pass:
+        """The same pass for one of its tokens, of which `cached` are behind it."""
+        mask, column = self.mask, slice(token, token + 1)
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            mask = mask[:, :, column, : cached + 1]
+        elif isinstance(mask, Tensor):
+            mask = mask[:, : cached + 1]
+        return replace(self, rotary=self.rotary[:, column], mask=mask)
 
     def versions(self, count: int, cache: Cache) -> Pass:
         """The pass in which `count` versions of one token see what is cached and themselves alone."""

@@ -13,6 +13,8 @@ from torch import Tensor
 from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.states import state_table
 
+STRAIGHT = 0.9
+"""Of a way, the share that remains as the distance of its ends; a quarter of a circle has this much."""
 Ending = Literal["fixed point", "orbit", "slider", "unsettled"]
 
 
@@ -98,9 +100,10 @@ def classify(
 ) -> tuple[Ending, int]:
     """The kind of end that a token's trajectory comes to, and its period.
 
-    A fixed point moves less than `settled`, relatively. An orbit returns to itself after p <= `longest`
-    recurrences. A slider drifts along one direction: its last moves point the same way; an orbit of more
-    than `longest` recurrences looks like one.
+    A fixed point moves less than `settled`, relatively. An orbit returns to itself after p recurrences,
+    looked for over the whole trajectory. A slider drifts along one direction: over the later half of the
+    trajectory, and at least its last `longest` moves, it comes nearly as far as it goes (`STRAIGHT`). A
+    round of which not even half was recorded comes as far, and may be called one.
 
     Raises:
         ValueError: where there are too few states to look back on.
@@ -110,18 +113,16 @@ def classify(
             f"{len(states)} states do not show orbits of {longest}; use {longest + 1} or more"
         )
     size = torch.linalg.vector_norm(states[-1])
-    back = [
-        float(torch.linalg.vector_norm(states[-1] - states[-1 - p]) / size)
-        for p in range(1, longest + 1)
-    ]
-    if back[0] < settled:
+    back = torch.linalg.vector_norm(states[:-1].flip(0) - states[-1], dim=-1) / size
+    if float(back[0]) < settled:
         return "fixed point", 1
-    returns = [p for p, distance in enumerate(back, start=1) if distance < settled]
-    if returns:
-        return "orbit", returns[0]
-    moves = states[-longest:] - states[-longest - 1 : -1]
-    cosine = torch.nn.functional.cosine_similarity(moves[1:], moves[:-1], dim=-1)
-    return ("slider", 0) if float(cosine.min()) > 0.5 else ("unsettled", 0)
+    returns = (back < settled).nonzero().flatten()
+    if len(returns):
+        return "orbit", int(returns[0]) + 1
+    window = states[-max(longest, len(states) // 2) - 1 :]
+    gone = torch.linalg.vector_norm(window.diff(dim=0), dim=-1).sum()
+    come = torch.linalg.vector_norm(window[-1] - window[0])
+    return ("slider", 0) if float(come / gone) > STRAIGHT else ("unsettled", 0)
 
 
 def token_correlation(states: Float[Tensor, "batch token width"]) -> float:

@@ -74,9 +74,46 @@ def iterate_until_exit(
         steps: recurrences at most.
         real: False for padding, which stops at once, at recurrence 0, and counts for nothing.
     """
+    if goes_by_columns(criterion, e.shape[1]):
+        return _columns(model, e, s, this_pass, cache, criterion, steps=steps, real=real)
     if e.shape[1] == 1 and cache.budget is None:
         return _one_token(model, e, s, this_pass, cache, criterion, steps=steps)
     return _many_tokens(model, e, s, this_pass, cache, criterion, steps=steps, real=real)
+
+
+def goes_by_columns(criterion: Criterion, tokens: int) -> bool:
+    """True where tokens stop by their own logits: the coda of one reads where those before it have ended."""
+    is_judged = criterion.in_prompt and criterion.reads == "logits" and criterion.scope == "token"
+    return tokens > 1 and is_judged
+
+
+def _columns(
+    model: Recurrent,
+    e: Float[Tensor, "batch token width"],
+    s: Float[Tensor, "batch token width"],
+    this_pass: Pass,
+    cache: RecurrentCache,
+    criterion: Criterion,
+    *,
+    steps: int,
+    real: Bool[Tensor, "batch token"] | None,
+) -> ExitResult:
+    """One token after another, as when they are decoded: in as many turns as there are tokens."""
+    states, depths, before = [], [], cache.length
+    for token in range(e.shape[1]):
+        column = slice(token, token + 1)
+        here = this_pass.of_token(token, cached=before + token)
+        is_real = None if real is None or bool(real[:, column].all()) else real[:, column]
+        judge = _many_tokens if is_real is not None or cache.budget is not None else _one_token
+        padding = {"real": is_real} if judge is _many_tokens else {}
+        result = judge(
+            model, e[:, column], s[:, column], here, cache, criterion, steps=steps, **padding
+        )
+        states.append(result.state)
+        depths.append(result.steps)
+        cache.length += 1
+    cache.length = before
+    return ExitResult(state=torch.cat(states, 1), steps=torch.cat(depths, 1), logits=None)
 
 
 def _many_tokens(

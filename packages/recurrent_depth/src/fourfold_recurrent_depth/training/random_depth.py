@@ -52,7 +52,9 @@ class LogNormalPoisson:
         """(without gradient, with gradient) of microbatch `number`, counted from 0, or of a row of it."""
         risen = min(1.0, (number + 1) / self.ramp) if self.ramp else 1.0
         mean, backprop = max(1.0, risen * self.mean), max(1, round(risen * self.backprop))
-        generator = torch.Generator().manual_seed((self.seed + number + row + 1) % MODULUS)
+        # Rows lie far apart, so that a row's draw is not the next microbatch's.
+        seed = (self.seed + number + 1 + row * _PRIME) % MODULUS
+        generator = torch.Generator().manual_seed(seed)
         location = math.log(mean) - self.sigma**2 / 2
         rate = torch.zeros(1).log_normal_(location, self.sigma, generator=generator)
         drawn = int(torch.poisson(rate, generator=generator)) + 1
