@@ -92,9 +92,11 @@ def measured(length: int, rounds: int, threads: int) -> list[dict[str, Any]]:
         config=model.config
     )  # without a mask: a quarter of the time over a StaticCache
     model.base_model(ids[:, :-1], past_key_values=read)
-    for layer, held in enumerate(read.layers):
+    prompt: Any = read.layers
+    for layer, held in enumerate(prompt):
         static.update(held.keys, held.values, layer)
-    del read
+    del read, prompt
+    reserved: Any = static.layers
     torch.set_num_threads(threads)
     print(f"prompt of {length} read in {time.perf_counter() - started_s:.0f} s", flush=True)
 
@@ -108,7 +110,7 @@ def measured(length: int, rounds: int, threads: int) -> list[dict[str, Any]]:
         """A LokiCache of the prompt, from the keys that the static cache holds."""
         cache = session.cache(capacity=length + MADE + 64)
         session.is_inside = True
-        for layer, held in enumerate(static.layers):
+        for layer, held in enumerate(reserved):
             cache.update(held.keys[:, :, : length - 1], held.values[:, :, : length - 1], layer)
         session.is_inside = False
         return cache
@@ -116,8 +118,7 @@ def measured(length: int, rounds: int, threads: int) -> list[dict[str, Any]]:
     def step(name: str) -> None:
         if name == "static":
             timed(name, lambda: model.generate(ids, past_key_values=static, **options))
-            layers: Any = static.layers
-            for layer in layers:  # a StaticCache cannot be cropped
+            for layer in reserved:  # a StaticCache cannot be cropped
                 layer.cumulative_length.fill_(length - 1)
             return
         if name == "dense":
