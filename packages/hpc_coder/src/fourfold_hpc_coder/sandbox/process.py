@@ -130,7 +130,7 @@ class Process:
         self.cpu_s = max(self.cpu_s, cpu_s)
         files = 0
         if self.has_namespaces:
-            files, buffers = namespace_bytes(self.handle.pid, OWN_FILE_SYSTEMS)
+            files, buffers = namespace_bytes(self.handle.pid, OWN_FILE_SYSTEMS, limits.file_bytes)
             resident += buffers
         if resident > limits.memory_bytes:
             self.kill("memory")

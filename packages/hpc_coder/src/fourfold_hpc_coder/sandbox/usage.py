@@ -72,12 +72,13 @@ def _add(taken: dict[tuple[int, int], int], status: os.stat_result) -> None:
     taken[status.st_dev, status.st_ino] = 512 * status.st_blocks + ENTRY_BYTES
 
 
-def namespace_bytes(pid: int, places: Sequence[str]) -> tuple[int, int]:
+def namespace_bytes(pid: int, places: Sequence[str], size: int) -> tuple[int, int]:
     """The use of what a job's own namespaces hold and none of its processes: its files, and its sockets.
 
     Args:
         pid: the process above it.
         places: file systems of the job's own, by their paths inside.
+        size: of each of them, by which it is known.
 
     Returns:
         `ENTRY_BYTES` for each file in the fullest of the places, and as much memory as the buffers of its
@@ -91,10 +92,10 @@ def namespace_bytes(pid: int, places: Sequence[str]) -> tuple[int, int]:
                 used = Path(f"/proc/{process}/net/sockstat").read_text().split()[2]
                 sockets = int(used) * SOCKET_BYTES
             for place in places:
-                inside = f"/proc/{process}/root{place}"
-                if Path(inside).stat().st_dev == Path(place).stat().st_dev:
-                    continue  # ours: it has not entered its own yet
-                held = os.statvfs(inside)
+                held = os.statvfs(f"/proc/{process}/root{place}")
+                # Of another size it is not the job's: the process has yet to enter its own.
+                if not 0 <= held.f_blocks * held.f_frsize - size < _PAGE:
+                    continue
                 files = max(files, (held.f_files - held.f_ffree) * ENTRY_BYTES)
         if files and sockets:
             break
