@@ -151,7 +151,7 @@ def test_the_end_of_a_run_is_a_line_a_package(smoke: Path) -> None:
         "goldfish        23 of 26 claims: 3 contradicted 19 reproduced 1 inconclusive  not as committed: G1"
     )
     same = terminal.compared("loki", compare("loki", smoke / "loki")).plain
-    assert same.startswith("loki            17 of 19 claims: ")
+    assert same.startswith("loki            20 of 22 claims: ")
     assert same.endswith("  all as committed")
 
 
@@ -210,5 +210,5 @@ def test_costs_are_those_that_records_hold() -> None:
     assert f"{seconds / 60:.0f} min in {cost.timed} of {cost.stages} stages" in str(cost)
     assert "2 cores" in str(cost)
     assert committed_cost("goldfish", "smoke") == ()
-    [untimed] = committed_cost("loki", "laptop")
+    [untimed] = committed_cost("recurrent_depth", "laptop")
     assert "whose records hold no time" in str(untimed)

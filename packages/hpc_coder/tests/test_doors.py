@@ -321,16 +321,17 @@ def test_a_request_without_end_and_one_too_large_are_refused(served) -> None:
             assert line.recv(4096).split()[1] == status
 
 
-def test_connections_beyond_the_bound_are_told_to_come_again(served, monkeypatch) -> None:
-    places = threading.BoundedSemaphore(1)
-    monkeypatch.setattr(served.server, "_places", places)
-    with socket.create_connection(served.server.server_address, timeout=60) as held:
-        held.sendall(b"GET /hea")
-        while places._value:
-            threading.Event().wait(0.001)
-        with socket.create_connection(served.server.server_address, timeout=60) as second:
-            assert second.recv(4096).split()[1] == b"503"
-    assert places.acquire(timeout=60)
+def test_connections_beyond_the_bound_are_told_to_come_again(opened, tmp_path: Path) -> None:
+    with server.JudgeServer(opened, 0, tmp_path / "token", connections=1) as listening:
+        thread = threading.Thread(target=listening.serve_forever, daemon=True)
+        thread.start()
+        with socket.create_connection(listening.server_address, timeout=60) as held:
+            held.sendall(b"GET /hea")
+            # Connections are taken in their order: the second comes while the first is held.
+            with socket.create_connection(listening.server_address, timeout=60) as second:
+                assert second.recv(4096).split()[1] == b"503"
+        listening.shutdown()
+        thread.join(60)
 
 
 def test_a_server_that_is_full_says_so(sandbox, monkeypatch, tmp_path: Path) -> None:

@@ -55,16 +55,24 @@ class JudgeServer(ThreadingHTTPServer):
         judge: that it asks.
         port: 0 for any that is free; `server_port` says which.
         token_file: receives the token, readable by its owner alone.
+        connections: at once.
     """
 
     daemon_threads = True
     block_on_close = False
     request_queue_size = CONNECTIONS
 
-    def __init__(self, judge: OpenJudge, port: int, token_file: str | PathLike[str]) -> None:
+    def __init__(
+        self,
+        judge: OpenJudge,
+        port: int,
+        token_file: str | PathLike[str],
+        *,
+        connections: int = CONNECTIONS,
+    ) -> None:
         self.judge = judge
         self.token = secrets.token_urlsafe(24)
-        self._places = threading.BoundedSemaphore(CONNECTIONS)
+        self._places = threading.BoundedSemaphore(connections)
         super().__init__((LOOPBACK, port), _Handler)
         path = Path(token_file)
         path.parent.mkdir(parents=True, exist_ok=True)
