@@ -123,12 +123,15 @@ def test_no_part_outlives_the_call(ends: str) -> None:
             raise KeyboardInterrupt
 
     before = torch.get_num_threads()
+    # A shell starts what runs in the background with interrupts ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         torch.set_num_threads(2)
         with pytest.raises(KeyboardInterrupt):
             native.share(2, work)
     finally:
         torch.set_num_threads(before)
+        signal.signal(signal.SIGINT, handler)
     assert has_ended.is_set()
 
 

@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DeepSpeedPlugin,
     DistributedDataParallelKwargs,
+    DistributedType,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
 )
@@ -381,10 +382,11 @@ class _AccelerateSession:
         self.rank: int = self._accelerator.process_index
         self.ranks: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process
-        if (there := dist.get_world_size()) != self.ranks:
+        there, seen = dist.get_world_size(), self._accelerator.distributed_type
+        if there > 1 and seen == DistributedType.NO:
             raise ValueError(
-                f"accelerate sees {self.ranks} process, and would train it alone, where the process group "
-                f"has {there}: it reads RANK, LOCAL_RANK and WORLD_SIZE, which launchers such as torchrun set"
+                f"the process group has {there} ranks, and accelerate takes this one to be alone, and would "
+                "train each by itself: it reads LOCAL_RANK and WORLD_SIZE, which torchrun and others set"
             )
         self.device: torch.device = self._accelerator.device
         prepared: Any = self._accelerator.prepare(model, optimizer)

@@ -67,7 +67,7 @@ def sentence(record: Record) -> str:
 
 
 def pairs_sentence(record: Record) -> str:
-    """What loading every grid's checkpoint on every grid gave; empty where that was left out."""
+    """The outcome of loading every grid's checkpoint on every grid; empty where that was left out."""
     return "".join(
         f" All {int(pairs.number('pairs'))} pairs of grids of {int(pairs.number('ranks'))} ranks: the "
         f"parameters after the step that follows a load differ from one process by "
