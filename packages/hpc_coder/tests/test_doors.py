@@ -399,10 +399,10 @@ def test_lm_evals_task_is_the_judges(process_wide, by_command_line) -> None:
             return [self.answer for _ in requests]
 
         def loglikelihood(self, requests, **_: object) -> list:
-            raise NotImplementedError
+            raise NotImplementedError  # the base class wants it; the task asks for text alone
 
         def loglikelihood_rolling(self, requests, **_: object) -> list:
-            raise NotImplementedError
+            raise NotImplementedError  # as above
 
     for body, verdict in zip(ANSWERS[:3], by_command_line[:3], strict=True):
         results = simple_evaluate(

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from fourfold_parallel.certify.toys import default_toy, in_float64, toy_model
+from fourfold_parallel.certify.toys import (
+    NOT_BUILT,
+    causal_types,
+    default_toy,
+    in_float64,
+    toy_model,
+)
 from fourfold_parallel.grid.collectives import Trace
 from fourfold_parallel.grid.engine import Fourfold
 from fourfold_parallel.grid.gradients import local
@@ -88,6 +94,24 @@ EXCHANGED: list[Sizes] = [(1, 4, 1, 1), (1, 2, 2, 1), (2, 2, 1, 1), (1, 2, 1, 2)
 def test_tokens_that_go_to_their_experts_train_them_alike(family: str) -> None:
     """Expert parallelism over depth, beside cuts of hidden units over row and col and replicas."""
     run_on_ranks(4, trains_as_alone, family=family, grids=EXCHANGED, experts="exchanged")
+
+
+def exchanges(family: str) -> bool:
+    """Whether the type has declared experts; those that have train on two grids as alone."""
+    with in_float64():
+        has_experts = any(isinstance(rule, Experts) for rule in rules_for(toy(family), {}).values())
+    if has_experts:
+        trains_as_alone(family, [(1, 4, 1, 1), (1, 2, 2, 1)], steps=2, experts="exchanged")
+    return has_experts
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_experts_of_every_type_are_exchanged() -> None:
+    """README's count of types with declared experts."""
+    built = [family for family in causal_types() if family not in NOT_BUILT]
+    trained = [family for family in built if run_on_ranks(4, exchanges, family=family)[0]]
+    assert len(trained) == 52, trained
 
 
 def routes_to_one_expert() -> None:

@@ -34,6 +34,19 @@ LARGEST_PAGE = TILE
 """Room is a multiple of it, so that pages of 16, 32 and 64 tokens are rows of a flattened view."""
 
 
+def check_open(cache: str, is_open: Callable[[], bool]) -> None:
+    """Refuse keys from outside of the session whose basis a cache's keys are in.
+
+    Raises:
+        ValueError: The session is not at work.
+    """
+    if not is_open():
+        raise ValueError(
+            f"{cache} holds keys in the basis of its session's model, and is being filled from "
+            "elsewhere; use it inside `with loki(...)`, with that model"
+        )
+
+
 class LokiLayer(CacheLayerMixin):
     """One layer's values and turned keys.
 
@@ -99,11 +112,7 @@ class LokiLayer(CacheLayerMixin):
     ) -> tuple[Float[Tensor, "b h t d"], Float[Tensor, "b h t v"]]:
         """Turn the new keys, append, and give all keys (turned) and values."""
         del args, kwargs
-        if not self._is_open():
-            raise ValueError(
-                "a LokiCache holds keys in the basis of its session's model, and is being filled from "
-                "elsewhere; use it inside `with loki(...)`, with that model"
-            )
+        check_open("a LokiCache", self._is_open)
         if not self.is_initialized or self._is_of_another_batch(len(key_states)):
             self.lazy_initialization(key_states, value_states)
         first, last = self.length, self.length + key_states.shape[2]

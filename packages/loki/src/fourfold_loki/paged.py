@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from fourfold_loki.attention import Rotation, attend, shut
 from fourfold_loki.budget import Budget
-from fourfold_loki.cache import LokiCache, LokiLayer
+from fourfold_loki.cache import LokiCache, LokiLayer, check_open
 
 
 class BlockTable:
@@ -149,11 +149,7 @@ class PagedLayer(LokiLayer):
     ) -> tuple[Float[Tensor, "b h t d"], Float[Tensor, "b h t v"]]:
         """Turn the new keys and put them into the rows' blocks; gives the new ones back, turned."""
         del args, kwargs
-        if not self._is_open():
-            raise ValueError(
-                "a paged cache holds keys in the basis of its session's model, and is being filled from "
-                "elsewhere; use it inside `with loki(...)`, with that model"
-            )
+        check_open("a paged cache", self._is_open)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         count = key_states.shape[2]

@@ -169,10 +169,10 @@ class Single:
                 "use DDP, FSDP2 or DeepSpeed, or launch one"
             )
         on = device()
-        yield _PlainSession(model.to(on), optimizer, on, precision)
+        yield PlainSession(model.to(on), optimizer, on, precision)
 
 
-class _PlainSession:
+class PlainSession:
     """Plain torch on one device; the base of what accelerate does with several."""
 
     def __init__(
@@ -193,30 +193,36 @@ class _PlainSession:
 
     @contextmanager
     def microbatch(self, *, is_last: bool) -> Iterator[None]:  # noqa: ARG002 - the protocol's
+        """Autocast, where the precision is bf16."""
         casts = self._precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16) if casts else nullcontext():
             yield
 
     def backward(self, loss: Tensor) -> None:
+        """Add this loss' gradients to those that are there."""
         loss.backward()
 
     def update(self, max_grad_norm: float) -> float:
+        """Clip, step, clear."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
     def sum(self, value: Tensor) -> Tensor:
+        """The value itself: nobody holds other rows."""
         return value
 
     def state(self) -> State:
+        """All of the state."""
         return state_of(self.model, self.optimizer)
 
     def restoring(self, saved: Saved) -> AbstractContextManager[State]:
+        """Room for all of the state."""
         return restoring(self.model, self.optimizer, saved)
 
     def wait(self) -> None:
-        return
+        """Nobody is waited for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fourfold_parallel.common.activity import NOW
 from fourfold_parallel.common.held import Saved, State, weights_of
 from fourfold_parallel.launch import Ranks, device, is_launched, process_group, world_size
-from fourfold_parallel.run.engines import Session, check_share
+from fourfold_parallel.run.engines import PlainSession, Session, check_share
 from fourfold_parallel.run.flow import decoder_layers
 from fourfold_parallel.run.state import restoring, state_of
 from fourfold_parallel.run.stores import Host, Throttled, Ways
@@ -86,7 +86,7 @@ class HostUpdate:
                 # A rank that failed does not wait for an exchange that the others may never join.
                 exchange.shutdown(wait=not has_failed, cancel_futures=has_failed)
                 ways.close()
-                NOW.take()
+                NOW.take()  # of steps that no record was written of
 
 
 class _Group:
@@ -144,10 +144,9 @@ def groups_of(host: nn.Module, replica: nn.Module, exchange_bytes: int) -> list[
     """
     layers = decoder_layers(replica)
     owner = {id(p): index for index, layer in enumerate(layers) for p in layer.parameters()}
-    layered = {id(p) for layer in layers for p in layer.parameters()}
-    for module in replica.modules():
-        if not any(module is part for layer in layers for part in layer.modules()):
-            layered -= {id(p) for p in module.parameters(recurse=False)}
+    within = {id(module) for layer in layers for module in layer.modules()}
+    others = [module for module in replica.modules() if id(module) not in within]
+    layered = {*owner} - {id(p) for module in others for p in module.parameters(recurse=False)}
     pairs = [
         (here, there)
         for here, there in zip(replica.parameters(), host.parameters(), strict=True)
@@ -180,7 +179,7 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
-class _HostSession:
+class _HostSession(PlainSession):
     """The originals and their optimizer as they were given; a copy on the device computes."""
 
     def __init__(
@@ -193,16 +192,11 @@ class _HostSession:
         ways: Ways,
         exchange: ThreadPoolExecutor,
     ) -> None:
+        super().__init__(copy.deepcopy(model).to(on), optimizer, on, precision)
         self._engine, self._host, self._ways, self._exchange = engine, model, ways, exchange
         self._ranks = Ranks()
-        self.rank: int = self._ranks.rank
-        self.ranks: int = self._ranks.size
-        self.is_main: bool = self.rank == 0
-        self.device: torch.device = on
-        self.model: nn.Module = copy.deepcopy(model).to(on)
-        self.optimizer: torch.optim.Optimizer = optimizer
-        self.sees_waits: bool = True
-        self._precision = precision
+        self.rank, self.ranks = self._ranks.rank, self._ranks.size
+        self.is_main = self.rank == 0
         for parameter in model.parameters():
             parameter.data = parameter.data.contiguous()
             if on.type == "cuda":
@@ -343,15 +337,11 @@ class _HostSession:
             )
         self._await_weights([group for group in self._groups if not group.is_layers])
         self._is_last = is_last
-        casts = self._precision == "bf16"
         try:
-            with torch.autocast(self.device.type, torch.bfloat16) if casts else nullcontext():
+            with super().microbatch(is_last=is_last):
                 yield
         finally:
             self._is_last = False
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
 
     def sum(self, value: Tensor) -> Tensor:
         return self._ranks.sum(value.detach().cpu().clone()).to(self.device)
@@ -367,6 +357,7 @@ class _HostSession:
 
     @contextmanager
     def restoring(self, saved: Saved) -> Iterator[State]:
+        self._await_weights(self._groups)  # what is on its way is of before
         with restoring(self._host, self.optimizer, saved) as state:
             yield state
         with torch.no_grad():
