@@ -19,6 +19,7 @@ from fourfold_recurrent_depth.reproduce.claims import CLAIMS
 from fourfold_recurrent_depth.reproduce.experiment import (
     EXPERIMENT,
     examine_additions,
+    examine_cells,
     examine_draws,
     examine_retrofits,
 )
@@ -86,6 +87,20 @@ def test_short_runs_are_trained_and_examined(tmp_path: Path) -> None:
     _, *found = examine_additions(replace(added.members[0], **short), 16, tmp_path)
     places = {(fields["operands"], fields["recurrences"]) for _, fields in found}
     assert places == {(m, r) for m in range(1, 7) for r in DEPTHS}
+
+
+def test_every_checkpoint_on_the_way_is_examined_once(tmp_path: Path) -> None:
+    """Also those that were still being written when the next step had begun."""
+    plan = recipes.cells("smoke")
+    arm, run = next(member for member in plan.members if member[0] == "law")
+    short = replace(run, horizon=Steps(count=5), validate_every=5, checkpoint_every=1)
+    exam = replace(plan.exam, rows=4)
+    events = examine_cells((arm, short), exam, tmp_path)
+    places = [(e["step"], e["k"], e["recurrences"]) for kind, e in events if kind == "on_the_way"]
+    assert len(places) == len(set(places))
+    assert {step for step, _, _ in places} == {1, 2, 3, 4}
+    assert {r for _, _, r in places} == {1, recipes.CELLS_MEAN}
+    assert events == examine_cells((arm, short), exam, tmp_path), "a resumed run says the same"
 
 
 def test_retrofits_of_equal_flops_are_trained_and_examined(

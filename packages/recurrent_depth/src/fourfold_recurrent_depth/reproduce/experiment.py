@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fourfold_parallel.common.progress import Progress, silent
+from fourfold_parallel.common.progress import silent
 from fourfold_parallel.common.records import Material, read_record
 from fourfold_parallel.common.workers import each
 from fourfold_parallel.reproduce.experiment import Drawing, Experiment, Stage, Workplace
@@ -47,13 +46,14 @@ WORKERS = 2
 
 
 def _trained(
-    run: Run, folder: Path, progress: Progress = silent
+    run: Run, folder: Path, *, keep_every: int | None = None
 ) -> tuple[RecurrentDepthForCausalLM, Event]:
     """The run's model, from its last checkpoint on where there is one."""
+    keep = checkpoint.Keep(every=keep_every)
     torch.set_num_threads(1)
     record = folder / run.name / "record.jsonl"
     place = folder / run.name / "checkpoints"
-    last = train(run, record=record, checkpoints=place, progress=progress)
+    last = train(run, record=record, checkpoints=place, progress=silent, keep=keep)
     model = trained_model(run, last)
     assert isinstance(model, RecurrentDepthForCausalLM)
     steps = read_record(record).of("step")
@@ -82,14 +82,11 @@ def examine_cells(
 ) -> tuple[Event, ...]:
     """Train one automaton model and sit the exam; the law's models sit it on the way too."""
     arm, run = member
-    notes = folder / run.name / "on_the_way.jsonl"
-    watch = partial(_sit_on_the_way, run, exam, notes) if arm == "law" else silent
-    model, trained = _trained(run, folder, watch)
+    keep_every = run.checkpoint_every if arm == "law" else None
+    model, trained = _trained(run, folder, keep_every=keep_every)
     events = [trained, *measurements.accuracy_by_depth(model, exam)]
     if arm == "law":
-        # A resumed run may have sat an exam twice, with the same answers.
-        lines = dict.fromkeys(notes.read_text(encoding="utf-8").split("\n"))
-        events += [("on_the_way", json.loads(line)) for line in lines if line]
+        events += _on_the_way(run, exam, folder / run.name / "checkpoints")
         events += measurements.exits(
             model, exam, measurements.CRITERIA, steps=2 * recipes.CELLS_MEAN
         )
@@ -97,24 +94,18 @@ def examine_cells(
     return tuple((kind, {"arm": arm, "seed": run.seed, **fields}) for kind, fields in events)
 
 
-def _sit_on_the_way(
-    run: Run,
-    exam: measurements.Exam,
-    notes: Path,
-    done: int,
-    total: int,
-    note: str,
-) -> None:
-    """Note the accuracy at one recurrence and at the mean, with the weights of each checkpoint."""
-    del total, note
-    if (done - 1) % run.checkpoint_every or done == 1:
-        return
-    last = checkpoint.latest(notes.parent / "checkpoints", run=run)
-    assert last is not None
-    model = cast(RecurrentDepthForCausalLM, trained_model(run, last))
-    with notes.open("a", encoding="utf-8") as file:
-        for _, fields in measurements.accuracy_by_depth(model, exam, (1, recipes.CELLS_MEAN)):
-            file.write(json.dumps({"step": last.step, **fields}) + "\n")
+def _on_the_way(run: Run, exam: measurements.Exam, folder: Path) -> list[Event]:
+    """The accuracy at one recurrence and at the mean, at each checkpoint before the last."""
+    return [
+        ("on_the_way", {"step": place.step, **fields})
+        for place in checkpoint.checkpoints(folder)
+        if place.step < run.steps and place.step % run.checkpoint_every == 0
+        for _, fields in measurements.accuracy_by_depth(
+            cast(RecurrentDepthForCausalLM, trained_model(run, place)),
+            exam,
+            (1, recipes.CELLS_MEAN),
+        )
+    ]
 
 
 def examine_draws(
