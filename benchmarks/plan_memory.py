@@ -53,10 +53,11 @@ def cases() -> list[Case]:
     configurations: list[Case] = []
     both, kept = (False, True), (False,)
     axes = (Layout(data=2), Layout(depth=2), Layout(row=2), Layout(col=2))
+    exchanged = tuple(Layout(depth=depth, experts="exchanged") for depth in (2, 4))
     for kind, width, layers, batch, sequence, grids, forms in (
         ("llama", 512, 4, 8, 128, (*axes, Layout(data=2, row=2)), both),
         ("llama", 256, 8, 8, 256, (*axes, Layout(depth=2, row=2)), both),
-        ("mixtral", 256, 4, 8, 256, axes, kept),
+        ("mixtral", 256, 4, 8, 256, (*axes, *exchanged), kept),
     ):
         model = Transformer.of(config(kind, width, layers))
         job = Job(

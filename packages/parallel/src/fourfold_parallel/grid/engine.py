@@ -61,6 +61,8 @@ class Planned(Protocol):
     def recomputes(self) -> bool: ...  # noqa: D102
     @property
     def keeps_tiles(self) -> bool: ...  # noqa: D102
+    @property
+    def experts(self) -> Literal["gathered", "exchanged"]: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +91,7 @@ class Fourfold:
     all tiles."""
     experts: Literal["gathered", "exchanged"] = "gathered"
     """`exchanged` leaves experts where they are stored and sends tokens to them over depth (expert
-    parallelism); the planner does not price it."""
+    parallelism)."""
     logits: Literal["split", "whole"] = "split"
     """`split` leaves each rank its part of the vocabulary, which `token_nats` and the model's own loss
     understand; `whole` gathers them, for an objective that reads logits itself."""
@@ -100,7 +102,7 @@ class Fourfold:
         return cls(
             data=layout.data, depth=layout.depth, row=layout.row, col=layout.col,
             cuts_tokens=layout.cuts_tokens, shards_optimizer=layout.shards_optimizer,
-            recomputes=layout.recomputes, keeps_tiles=layout.keeps_tiles,
+            recomputes=layout.recomputes, keeps_tiles=layout.keeps_tiles, experts=layout.experts,
         )  # fmt: skip
 
     @contextmanager

@@ -260,7 +260,7 @@ class ExchangedExperts(Experts):
         **how: Any,
     ) -> None:
         self.takes: list[str] = [*inspect.signature(inner.forward).parameters]
-        if len(self.takes) != TOKENS_CHOICES_WEIGHTS or self.takes[0] != "hidden_states":
+        if not takes_choices(inner):
             raise ValueError(
                 f"{name}: {type(inner).__name__} is called with {', '.join(self.takes)}, so tokens cannot go "
                 'to its experts; use experts="gathered"'
@@ -303,6 +303,12 @@ class ExchangedExperts(Experts):
             y = rows * factor + sum(value.sum() * 0 for value in values.values())
         y = depth.exchange(self.summed(y), back, out, layer=layer)
         return torch.zeros_like(hidden).index_add(0, token, y.to(hidden.dtype))
+
+
+def takes_choices(experts: nn.Module) -> bool:
+    """True where experts are called with hidden states, choices and their weights, and nothing else."""
+    takes = [*inspect.signature(experts.forward).parameters]
+    return len(takes) == TOKENS_CHOICES_WEIGHTS and takes[0] == "hidden_states"
 
 
 def _copied(x: Tensor, axes: list[Axis]) -> Tensor:

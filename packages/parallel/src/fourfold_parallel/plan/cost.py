@@ -111,12 +111,13 @@ class Work:
         Each expert has as many tokens; beside the products, the gathered words are put into order.
         """
         row, col = self.layout.row, self.layout.col
-        sent = self.tokens * experts.chosen
-        used = min(experts.number, sent)
+        shares = self.layout.depth if self.layout.experts == "exchanged" else 1
+        sent = self.tokens * experts.chosen  # as many come from others as go to them
+        used = min(-(-experts.number // shares), sent)
         units, precision = experts.units(row, col), self.job.precision
         product = product_seconds(self.machine, precision, -(-sent // used), units, experts.width)
         hidden = self.traffic(sent * units, self.passes.activation)
-        ordered = self.traffic(experts.tile_elements(row, col), 2)
+        ordered = self.traffic(experts.tile_elements(row, col) / shares, 2)
         return used * experts.matrices * product + hidden + ordered
 
     def activation(self, block: Block, *, backward: bool = False) -> float:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, TypeGuard
 
 from fourfold_parallel.common.attention import Attention
 from fourfold_parallel.common.axes import AxisName
 from fourfold_parallel.plan.machine import BYTES, Precision
-from fourfold_parallel.plan.transformer import Transformer
+from fourfold_parallel.plan.transformer import Mixture, Part, Transformer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +78,8 @@ class Layout:
     """ZeRO-1 over data."""
     keeps_tiles: bool = False
     """Tiles are kept from forward to backward, not gathered again."""
+    experts: Literal["gathered", "exchanged"] = "gathered"
+    """Weights of experts are gathered over depth, or tokens are sent over it to where they lie."""
 
     @property
     def ranks(self) -> int:
@@ -101,6 +104,17 @@ class Layout:
             "data": self.col * self.row * self.depth,
         }[axis]
 
+    def leaves(self, part: Part) -> TypeGuard[Mixture]:
+        """True of experts that stay where they are stored, and to which tokens are sent."""
+        return isinstance(part, Mixture) and self.experts == "exchanged" and self.depth > 1
+
+    @property
+    def marks(self) -> str:
+        """A letter for each form: r recomputes, s sequence form, z ZeRO-1, k keeps tiles, e exchanges."""
+        forms = (self.recomputes, self.cuts_tokens, self.shards_optimizer, self.keeps_tiles)
+        letters = [letter for letter, takes in zip("rszk", forms, strict=True) if takes]
+        return "".join(letters) + "e" * (self.experts == "exchanged")
+
     def microbatches(self, batch: int) -> int:
         """Of a step, on every rank."""
         return math.ceil(batch / (self.shares * self.microbatch))
@@ -110,6 +124,7 @@ class Layout:
         extras = [f"microbatch {self.microbatch}"]
         extras += ["recompute"] * self.recomputes + ["sequence form"] * self.cuts_tokens
         extras += ["ZeRO-1"] * self.shards_optimizer + ["kept tiles"] * self.keeps_tiles
+        extras += ["exchanged experts"] * (self.experts == "exchanged")
         return f"{grid}, {', '.join(extras)}"
 
 

@@ -14,7 +14,7 @@ from fourfold_parallel.common.values import from_json, strict, to_json
 
 Precision = Literal["fp32", "bf16"]
 BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
-Collective = Literal["all_reduce", "all_gather", "reduce_scatter"]
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 PartName = Literal["embedding", "norm", "attention", "activation", "residual", "loss"]
 GIB = 2**30
 

@@ -116,21 +116,28 @@ def _tiles(job: Job, layout: Layout, matrices: float) -> float:
     """Two neighbours' tiles where depth gathers them again; else all that are gathered or converted.
 
     What lies in whole blocks is kept as it was computed with: gathered, and experts' words in order.
+    Of experts that stay, a rank has its own alone.
     """
     row, col = layout.row, layout.col
     converts = job.element < job.storage.weight
     kept = []
+    parts = [(part, n) for layer, n in job.model.stack for part in layer.parts]
+    matrices -= sum(part.tile_elements(row, col) * n for part, n in parts if layout.leaves(part))
     for layer, number in job.model.stack:
         held = 0.0
         for part in layer.parts:
-            if part.lies_whole and layout.depth > 1 and not layout.keeps_tiles:
+            if layout.leaves(part):
+                own = part.tile_elements(row, col) / layout.depth
+                held += own if converts else own * 2 / 3 * (part.matrices == 3)
+            elif part.lies_whole and layout.depth > 1 and not layout.keeps_tiles:
                 held += part.tile_elements(row, col)
             elif isinstance(part, Mixture) and part.matrices == 3 and not converts:  # gate and up
                 held += part.tile_elements(row, col) * 2 / 3
         kept.append((held, number))
     held = max(k for k, _ in kept) if layout.recomputes else sum(k * n for k, n in kept)
     if layout.depth > 1 and not layout.keeps_tiles:
-        sizes = sorted(part.tile_elements(row, col) for part in job.model.parts)
+        gathered = (part for part in job.model.parts if not layout.leaves(part))
+        sizes = sorted(part.tile_elements(row, col) for part in gathered)
         return (sum(sizes[-2:]) + held) * job.element
     if layout.depth > 1 or converts:
         return (matrices + held) * job.element
@@ -140,7 +147,8 @@ def _tiles(job: Job, layout: Layout, matrices: float) -> float:
 def _spread(job: Job, layout: Layout) -> float:
     if layout.depth == 1:
         return 0.0
-    largest = max(part.tile_elements(layout.row, layout.col) for part in job.model.parts)
+    gathered = (part for part in job.model.parts if not layout.leaves(part))
+    largest = max(part.tile_elements(layout.row, layout.col) for part in gathered)
     return SPREAD * largest * job.element
 
 
@@ -188,5 +196,6 @@ def _block(job: Job, layout: Layout, block: Block, tokens: int) -> float:
         if isinstance(part, Mixture):
             kept = (3 if job.fused else 4) if part.matrices == 3 else 2
             units = kept * part.units(layout.row, layout.col)
-            held += tokens * part.chosen * (units + 2 * part.width) * element
+            rows = 3 if layout.leaves(part) else 2  # what came from others is kept too
+            held += tokens * part.chosen * (units + rows * part.width) * element
     return held

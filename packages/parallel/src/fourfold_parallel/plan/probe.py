@@ -57,7 +57,7 @@ _reduce_scatter: Callable[..., Any] = getattr(
 ClockName = Literal["wall", "processor"]
 CLOCKS: tuple[ClockName, ...] = ("wall", "processor")
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-KINDS: tuple[Collective, ...] = ("all_reduce", "all_gather", "reduce_scatter")
+KINDS: tuple[Collective, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 PASSES = 3
 """Times that everything is measured, apart from one another; the median counts."""
 SHORTEST_S = 0.01
@@ -434,10 +434,14 @@ def _starter(
     def scatter() -> Callable[[], object]:
         return _reduce_scatter(torch.empty_like(piece), whole, group=group, async_op=True).wait
 
+    def exchange() -> tuple[Tensor, Callable[[], object]]:
+        received = torch.empty_like(whole)
+        work: Any = dist.all_to_all_single(received, whole, group=group, async_op=True)
+        return received, work.wait
+
     def scatter_terms() -> Callable[[], object]:
-        terms = torch.empty_like(whole)
-        work: Any = dist.all_to_all_single(terms, whole, group=group, async_op=True)
-        return lambda: (work.wait(), terms.unflatten(0, (group.size(), -1)).sum(0))
+        terms, wait = exchange()
+        return lambda: (wait(), terms.unflatten(0, (group.size(), -1)).sum(0))
 
     match kind:
         case "all_reduce":
@@ -446,6 +450,8 @@ def _starter(
             return gather
         case "reduce_scatter":
             return scatter_terms if whole.is_cpu else scatter
+        case "all_to_all":
+            return lambda: exchange()[1]
 
 
 def _time_theft(

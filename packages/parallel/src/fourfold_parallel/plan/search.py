@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 from fourfold_parallel.common.axes import AXES
 from fourfold_parallel.plan.job import Job, Layout, divisors, grids
@@ -235,19 +236,26 @@ def _fitting(job: Job, layout: Layout, machine: Machine) -> Iterator[Layout]:
     cuts = (False, True) if layout.row > 1 and job.sequence % layout.row == 0 else (False,)
     shards = (False, True) if layout.data > 1 else (False,)
     kept = (False, True) if layout.depth > 1 else (False,)
+    mixtures = [part for part in job.model.parts if isinstance(part, Mixture)]
+    exchanges = layout.depth > 1 and mixtures and all(part.exchangeable for part in mixtures)
+    ways: tuple[Literal["gathered", "exchanged"], ...] = ("gathered", "exchanged")[
+        : 1 + bool(exchanges)
+    ]
     for microbatch in divisors(share):
         if microbatch > MOST_MICROBATCH:
             return
-        for cuts_tokens in cuts:
-            whole = replace(layout, microbatch=microbatch, cuts_tokens=cuts_tokens)
-            for keeps_tiles in kept:
-                forms = (
-                    replace(whole, recomputes=r, shards_optimizer=z, keeps_tiles=keeps_tiles)
-                    for r in ((False,) if keeps_tiles else (False, True))
-                    for z in shards
-                )
-                fitting = (form for form in forms if fits(memory_of(job, form), machine))
-                yield from itertools.islice(fitting, 1)
+        for cuts_tokens, keeps_tiles, experts in itertools.product(cuts, kept, ways):
+            whole = replace(
+                layout, microbatch=microbatch, cuts_tokens=cuts_tokens, keeps_tiles=keeps_tiles,
+                experts=experts,
+            )  # fmt: skip
+            forms = (
+                replace(whole, recomputes=r, shards_optimizer=z)
+                for r in ((False,) if keeps_tiles else (False, True))
+                for z in shards
+            )
+            fitting = (form for form in forms if fits(memory_of(job, form), machine))
+            yield from itertools.islice(fitting, 1)
 
 
 def _too_large(job: Job, layout: Layout, machine: Machine) -> str:

@@ -19,7 +19,7 @@ from fourfold_parallel.plan.job import Job, Layout
 from fourfold_parallel.plan.machine import Collective, Machine
 from fourfold_parallel.plan.transformer import Block, DecoderLayer, Linear, Mixture, Part
 
-TINY_BYTES = 8
+TINY_BYTES = INTEGER_BYTES = 8
 BUCKET_BYTES = 25 * 2**20
 """Of the grid's sums over data."""
 SIMULATED_LAYERS = 4
@@ -301,6 +301,9 @@ class Rank:
     def _start_gather(self, order: Sequence[Turn], index: int) -> None:
         if index < len(order) and index not in self._gathers:
             part = order[index].part
+            if self.layout.leaves(part):
+                self._gathers[index] = 0.0
+                return
             if part.lies_whole and self._phases[index : index + 1] == ["backward"]:
                 self._gathers[index] = 0.0
                 return
@@ -315,14 +318,12 @@ class Rank:
         clock.wait("depth", self._gathers.pop(index))
         if isinstance(part, Linear) and part.form == "alike":
             self._gather_whole(self._known(part)[0], part.parameters, part.name)
-        clock.nodes(LINEAR_NODES)
-        clock.compute(part.name, *self._known(part)[1:])
         tokens, element = self.work.tokens, self.job.element
         if isinstance(part, Mixture):
-            over: tuple[AxisName, ...] = ("row", "col")
-            for axis in over:
-                self._column(tokens * part.width * element, axis, part.name)
+            self._experts_forward(part)
             return
+        clock.nodes(LINEAR_NODES)
+        clock.compute(part.name, *self._known(part)[1:])
         if part.form == "divided":
             rows = -(-part.outputs // self.layout.row)
             self._gather_whole(tokens * rows, tokens * part.outputs, part.name)
@@ -337,6 +338,26 @@ class Rank:
         if part.form == "latent":
             payload = tokens * part.outputs * element
             clock.wait("row", clock.start("row", "all_gather", payload, part.name))
+
+    def _experts_forward(self, part: Mixture) -> None:
+        rows, exchanged = self.work.tokens, self.layout.leaves(part)
+        if exchanged:
+            rows *= part.chosen
+            self._exchange(INTEGER_BYTES * self.layout.depth, part.name)  # counts
+            self._exchange(rows * part.width * self.job.element, part.name)
+            self._exchange(rows * self.job.element, part.name)  # weights
+            self._exchange(rows * INTEGER_BYTES, part.name)  # choices
+        self.clock.nodes(LINEAR_NODES)
+        self.clock.compute(part.name, *self._known(part)[1:])
+        over: tuple[AxisName, ...] = ("row", "col")
+        for axis in over:
+            self._column(rows * part.width * self.job.element, axis, part.name)
+        if exchanged:
+            self._exchange(rows * part.width * self.job.element, part.name)
+
+    def _exchange(self, payload: float, name: str) -> None:
+        """As many rows to each rank of depth, and from it."""
+        self.clock.wait("depth", self.clock.start("depth", "all_to_all", payload, name))
 
     def _gather_whole(self, over_col: float, over_row: float, name: str) -> None:
         """Pieces of elements that are gathered over col, then over row."""
@@ -405,11 +426,15 @@ class Rank:
             self._start_gather(order, position + 1)
             clock.wait("depth", self._gathers.pop(position))
         size, seconds, kernels = self._known(part)
+        if self.layout.leaves(part):
+            self._exchange(work.tokens * part.chosen * part.width * self.job.element, part.name)
         clock.compute(f"d{part.name} input", seconds, kernels)
         ends = self._sum_input_gradient(part)
         clock.compute(f"d{part.name} weight", seconds, kernels)
         self._finish_late(is_last=is_last)
-        spread = clock.start("depth", "reduce_scatter", size * self.job.element, part.name)
+        spread = 0.0
+        if not self.layout.leaves(part):
+            spread = clock.start("depth", "reduce_scatter", size * self.job.element, part.name)
         self._late = (spread, part)
         for axis, end in ends:
             clock.wait(axis, end)
@@ -421,6 +446,10 @@ class Rank:
     def _sum_input_gradient(self, part: Part) -> list[tuple[AxisName, float]]:
         """Start what makes the gradient of a part's input whole; gives when each ends."""
         tokens, element, clock = self.work.tokens, self.job.element, self.clock
+        if self.layout.leaves(part):
+            rows = tokens * part.chosen * element
+            self._exchange(rows * part.width, part.name)
+            self._exchange(rows, part.name)  # of the weights
         if isinstance(part, Mixture) or part.form == "divided":
             width = part.width if isinstance(part, Mixture) else part.inputs
             over: tuple[AxisName, ...] = ("row", "col")

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fourfold_parallel.grid import layout as grid
 from fourfold_parallel.grid.layout import decoder_name, rules_for, text_config
+from fourfold_parallel.grid.whole import takes_choices
 
 Form = Literal["plain", "swapped", "latent", "expanding", "divided", "alike"]
 """As the rules of the grid: `divided` and `alike` are what lies in a block that is computed whole."""
@@ -87,6 +88,8 @@ class Mixture:
     """Units of one expert."""
     matrices: int
     """Of one expert: three with a gate, else two."""
+    exchangeable: bool = True
+    """Tokens can be sent to where its experts lie (`Fourfold(experts="exchanged")`)."""
 
     @property
     def lies_whole(self) -> bool:
@@ -487,6 +490,7 @@ class _Reading:
         return Mixture(
             name=name.rpartition(".")[2], number=number, chosen=min(chosen, number), width=width,
             hidden=hidden, matrices=elements // (number * hidden * width),
+            exchangeable=takes_choices(module),
         )  # fmt: skip
 
     def _lies_whole(self, name: str) -> bool:

@@ -81,10 +81,8 @@ def ranking(plans: Sequence[Plan]) -> Figure:
 
 
 def _short(layout: Layout) -> str:
-    marks = "r" * layout.recomputes + "s" * layout.cuts_tokens + "z" * layout.shards_optimizer
-    marks += "k" * layout.keeps_tiles
     sizes = "·".join(str(layout.size(axis)) for axis in AXES)
-    return f"{sizes} m{layout.microbatch}{' ' + marks if marks else ''}"
+    return f"{sizes} m{layout.microbatch}{' ' * bool(layout.marks)}{layout.marks}"
 
 
 def memory(plan: Plan, limit_bytes: float) -> Figure:

@@ -45,18 +45,16 @@ def show(ranking: Ranking, *, top: int, why_not: Sequence[Layout]) -> None:
         say(f"Why not {ranking.why_not(layout)}.")
     say(
         f"{len(ranking.grids)} grids simulated, {len(ranking.refusals)} cannot run. Grid and waits: data, "
-        "depth, row, col. Form: r recomputes, s sequence form, z ZeRO-1, k keeps tiles."
+        "depth, row, col. Form: r recomputes, s sequence form, z ZeRO-1, k keeps tiles, e exchanges."
     )
 
 
 def _cells(plan: Plan, best: Plan) -> tuple[str, ...]:
     layout, step = plan.layout, plan.step
-    marks = "r" * layout.recomputes + "s" * layout.cuts_tokens + "z" * layout.shards_optimizer
-    marks += "k" * layout.keeps_tiles
     return (
         "·".join(str(layout.size(axis)) for axis in AXES),
         str(layout.microbatch),
-        marks,
+        layout.marks,
         f"{plan.seconds:.4g}",
         f"{plan.seconds / best.seconds - 1:.1%}",
         f"{plan.mfu:.1%}",
@@ -75,7 +73,7 @@ def show_launch(ranking: Ranking) -> None:
         f", {name}=True"
         for name in ("recomputes", "cuts_tokens", "shards_optimizer", "keeps_tiles")
         if getattr(layout, name)
-    )
+    ) + (f", experts={layout.experts!r}" * (layout.experts == "exchanged"))
     per_node = min(machine.devices_per_node, ranking.ranks)
     launch = Launch(
         name=f"plan-{ranking.ranks}",
