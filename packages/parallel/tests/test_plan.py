@@ -34,6 +34,7 @@ from fourfold_parallel.grid.layout import Swapped, rules_for
 from fourfold_parallel.plan import authors
 from fourfold_parallel.plan import simulate as simulation
 from fourfold_parallel.plan.authors import ranking
+from fourfold_parallel.plan.cost import Work
 from fourfold_parallel.plan.job import Job, Layout, grids
 from fourfold_parallel.plan.machine import Machine
 from fourfold_parallel.plan.machines import MACHINES, machine_of
@@ -220,7 +221,8 @@ MOVED: list[tuple[str, Sizes, str, float]] = [
     ("llama", (1, 2, 2, 2), "gathered", 0.02), ("mixtral", (1, 2, 2, 2), "gathered", 0.05),
     ("llama", (8, 1, 1, 1), "gathered", 0.02), ("mixtral", (1, 8, 1, 1), "gathered", 0.02),
     ("deepseek_v3", (1, 2, 2, 2), "gathered", 0.05), ("gemma2", (1, 1, 2, 4), "gathered", 0.05),
-    ("mixtral", (1, 8, 1, 1), "exchanged", 0.02), ("mixtral", (1, 2, 2, 2), "exchanged", 0.05),
+    ("mixtral of six", (1, 8, 1, 1), "gathered", 0.02), ("mixtral", (1, 8, 1, 1), "exchanged", 0.02),
+    ("mixtral", (1, 2, 2, 2), "exchanged", 0.05),
 ]  # fmt: skip
 """A model, a grid of 8 ranks, what becomes of experts, and what the planner may leave out: the gains of norms
 over depth, counts of targets, weights of the chosen experts."""
@@ -231,7 +233,9 @@ def test_the_planner_moves_what_the_grid_moves(
     kind: str, sizes: Sizes, experts: Any, left_out: float
 ) -> None:
     """Bytes along each axis, of a real forward and backward."""
-    config = DENSE if kind == "llama" else default_toy(kind)
+    config = DENSE if kind == "llama" else default_toy(kind.removesuffix(" of six"))
+    if kind.endswith(" of six"):  # experts: fewer than ranks
+        config.num_local_experts = 6
     data, depth, row, col = sizes
     ranks = run_on_ranks(8, sent_on_grid, sizes=sizes, config=config, experts=experts)
     layout = Layout(
@@ -248,6 +252,33 @@ def test_the_planner_moves_what_the_grid_moves(
     planned = simulate(job, layout, H100).moved_bytes
     for axis in AXES:
         assert planned[axis] == pytest.approx(real[axis], rel=left_out), axis
+
+
+@pytest.mark.parametrize(("depth", "times"), [(8, 1), (16, 2), (128, 16)])
+def test_ranks_without_experts_help_nobody(depth: int, times: int) -> None:
+    """Of eight experts, a rank that has any computes for as many ranks as have none."""
+    part = Mixture(name="experts", number=8, chosen=2, width=4096, hidden=14336, matrices=3)
+    assert part.crowding(depth) == times
+    even, crowded = (
+        Work(JOB, Layout(depth=n, experts="exchanged"), H100).experts(part) for n in (8, depth)
+    )
+    assert crowded == pytest.approx(times * even, rel=0.2)
+
+
+def test_experts_are_gathered_or_exchanged_with_as_is_faster() -> None:
+    """Many tokens make weights the lighter load, many experts the tokens; dense models have no choice."""
+    ways = {}
+    for experts, batch in ((8, 4096), (128, 64)):
+        config = default_toy("mixtral")
+        config.update(
+            {"hidden_size": 1024, "intermediate_size": 1024, "num_local_experts": experts}
+        )
+        job = Job(model=Transformer.of(config), batch=batch, sequence=2048)
+        ranking = rank(job, H100, 8, grid=[Layout(depth=8)])
+        assert {plan.layout.experts for plan in ranking.plans} == {"gathered", "exchanged"}
+        ways[experts] = ranking.best.layout.experts
+    assert ways == {8: "gathered", 128: "exchanged"}
+    assert {plan.layout.experts for plan in rank(JOB, H100, 8).plans} == {"gathered"}
 
 
 @settings(max_examples=40, deadline=None)

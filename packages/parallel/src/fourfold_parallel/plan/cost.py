@@ -108,16 +108,17 @@ class Work:
     def experts(self, experts: Mixture) -> float:
         """The products of this rank's share of all chosen experts; its two backward products take as long.
 
-        Each expert has as many tokens; beside the products, the gathered words are put into order.
+        Each expert has as many tokens; beside the products, the gathered words are put into order. Where
+        tokens come to the experts, it is the fullest rank's share.
         """
         row, col = self.layout.row, self.layout.col
-        shares = self.layout.depth if self.layout.experts == "exchanged" else 1
-        sent = self.tokens * experts.chosen  # as many come from others as go to them
+        shares = self.layout.depth if self.layout.leaves(experts) else 1
+        sent = round(self.tokens * experts.chosen * experts.crowding(shares))
         used = min(-(-experts.number // shares), sent)
         units, precision = experts.units(row, col), self.job.precision
         product = product_seconds(self.machine, precision, -(-sent // used), units, experts.width)
         hidden = self.traffic(sent * units, self.passes.activation)
-        ordered = self.traffic(experts.tile_elements(row, col) / shares, 2)
+        ordered = self.traffic(used / experts.number * experts.tile_elements(row, col), 2)
         return used * experts.matrices * product + hidden + ordered
 
     def activation(self, block: Block, *, backward: bool = False) -> float:

@@ -105,11 +105,12 @@ def _pieces(job: Job, layout: Layout) -> float:
     """Parameters of a rank. Norms and biases are not cut over depth."""
     model = job.model
     whole = layout.row * layout.col * layout.depth
+    matrices = model.matrix_parameters + model.crowded(layout.depth)
     tables = (model.positions / layout.row + (0 if model.tied else model.vocabulary)) * model.width
     small = sum(number * layer.small for layer, number in model.stack)
     if model.beside == "one norm":
-        return (model.matrix_parameters + tables) / whole + (small + model.others) / layout.col
-    return (model.matrix_parameters + tables + model.others) / whole + small / layout.col
+        return (matrices + tables) / whole + (small + model.others) / layout.col
+    return (matrices + tables + model.others) / whole + small / layout.col
 
 
 def _tiles(job: Job, layout: Layout, matrices: float) -> float:
@@ -127,7 +128,7 @@ def _tiles(job: Job, layout: Layout, matrices: float) -> float:
         held = 0.0
         for part in layer.parts:
             if layout.leaves(part):
-                own = part.tile_elements(row, col) / layout.depth
+                own = part.tile_elements(row, col) * part.crowding(layout.depth) / layout.depth
                 held += own if converts else own * 2 / 3 * (part.matrices == 3)
             elif part.lies_whole and layout.depth > 1 and not layout.keeps_tiles:
                 held += part.tile_elements(row, col)
@@ -196,6 +197,8 @@ def _block(job: Job, layout: Layout, block: Block, tokens: int) -> float:
         if isinstance(part, Mixture):
             kept = (3 if job.fused else 4) if part.matrices == 3 else 2
             units = kept * part.units(layout.row, layout.col)
-            rows = 3 if layout.leaves(part) else 2  # what came from others is kept too
-            held += tokens * part.chosen * (units + rows * part.width) * element
+            rows, times = tokens * part.chosen, 2
+            if layout.leaves(part):  # what came from others is kept too
+                rows, times = rows * part.crowding(layout.depth), 3
+            held += rows * (units + times * part.width) * element
     return held

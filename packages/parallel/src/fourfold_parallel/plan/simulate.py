@@ -291,11 +291,15 @@ class Rank:
         known = self._sizes.get(id(part))
         if known is None:
             row, col = self.layout.row, self.layout.col
+            size = part.tile_elements(row, col)
             if isinstance(part, Mixture):
                 seconds, kernels = self.work.experts(part), part.matrices
+                size = round(
+                    size * part.crowding(self.layout.depth)
+                )  # gathers fill up what is missing
             else:
                 seconds, kernels = self.work.product(*part.tile(row, col)), 1
-            known = self._sizes[id(part)] = part.tile_elements(row, col), seconds, kernels
+            known = self._sizes[id(part)] = size, seconds, kernels
         return known
 
     def _start_gather(self, order: Sequence[Turn], index: int) -> None:
@@ -342,7 +346,7 @@ class Rank:
     def _experts_forward(self, part: Mixture) -> None:
         rows, exchanged = self.work.tokens, self.layout.leaves(part)
         if exchanged:
-            rows *= part.chosen
+            rows = self._rows(part)
             self._exchange(INTEGER_BYTES * self.layout.depth, part.name)  # counts
             self._exchange(rows * part.width * self.job.element, part.name)
             self._exchange(rows * self.job.element, part.name)  # weights
@@ -354,6 +358,10 @@ class Rank:
             self._column(rows * part.width * self.job.element, axis, part.name)
         if exchanged:
             self._exchange(rows * part.width * self.job.element, part.name)
+
+    def _rows(self, part: Mixture) -> int:
+        """Of the fullest rank, where tokens go to their experts."""
+        return round(self.work.tokens * part.chosen * part.crowding(self.layout.depth))
 
     def _exchange(self, payload: float, name: str) -> None:
         """As many rows to each rank of depth, and from it."""
@@ -427,7 +435,7 @@ class Rank:
             clock.wait("depth", self._gathers.pop(position))
         size, seconds, kernels = self._known(part)
         if self.layout.leaves(part):
-            self._exchange(work.tokens * part.chosen * part.width * self.job.element, part.name)
+            self._exchange(self._rows(part) * part.width * self.job.element, part.name)
         clock.compute(f"d{part.name} input", seconds, kernels)
         ends = self._sum_input_gradient(part)
         clock.compute(f"d{part.name} weight", seconds, kernels)
@@ -447,7 +455,7 @@ class Rank:
         """Start what makes the gradient of a part's input whole; gives when each ends."""
         tokens, element, clock = self.work.tokens, self.job.element, self.clock
         if self.layout.leaves(part):
-            rows = tokens * part.chosen * element
+            rows = self._rows(part) * element
             self._exchange(rows * part.width, part.name)
             self._exchange(rows, part.name)  # of the weights
         if isinstance(part, Mixture) or part.form == "divided":
@@ -629,7 +637,8 @@ def _walk(
 
 def _step(job: Job, layout: Layout, machine: Machine, walk: _Walk) -> Step:
     """The walk with what follows it: the last sums over data, the update, ZeRO-1's gather."""
-    pieces = job.model.parameters / (layout.depth * layout.row * layout.col)
+    pieces = job.model.parameters + job.model.crowded(layout.depth)
+    pieces /= layout.depth * layout.row * layout.col
     update = Work(job, layout, machine).update(pieces)
     waited = max(0.0, walk.sums_end - walk.seconds)
     moved, exposed = dict(walk.moved_bytes), dict(walk.exposed_s)

@@ -114,6 +114,10 @@ class Mixture:
         """Elements that a rank gathers over depth."""
         return self.number * self.matrices * self.units(row, col) * self.width
 
+    def crowding(self, depth: int) -> float:
+        """Experts of the fullest rank of depth over an even share: they are not cut apart."""
+        return -(-self.number // depth) * depth / self.number
+
 
 Part = Linear | Mixture
 
@@ -356,6 +360,15 @@ class Transformer:
         small = sum(n * layer.small for layer, n in self.stack) + self.others
         embeddings = (self.positions + (0 if self.tied else self.vocabulary)) * self.width
         return self.matrix_parameters + small + embeddings
+
+    def crowded(self, depth: int) -> float:
+        """Elements beyond the model's, if each rank of depth held as many as the fullest one."""
+        return sum(
+            n * part.parameters * (part.crowding(depth) - 1)
+            for layer, n in self.stack
+            for part in layer.parts
+            if isinstance(part, Mixture)
+        )
 
     def flops(self, *, tokens: int, sequence: int, recomputes: bool) -> float:
         """Operations of a step: 6 for each token and element of a matrix, 8 with recomputation.
