@@ -20,7 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -44,6 +45,7 @@ from fourfold_recurrent_depth.exits import KL, Criterion, LatentDiff
 RESULTS = Path(__file__).with_suffix(".jsonl")
 DEPTHS = (16, 32)
 """Recurrences at full depth: a shallow one, and the published."""
+PUBLISHED_ROUNDS = 5
 
 
 @torch.no_grad()
@@ -377,35 +379,82 @@ def published() -> None:
             "no interpreter that runs it",
         )
         return
+    prompt = torch.randint(0, 384, (8, 64), generator=torch.Generator().manual_seed(1))
+    shorts = torch.randint(0, 384, (32, 8), generator=torch.Generator().manual_seed(1))
     for name, model in shapes().items():
-        with tempfile.TemporaryDirectory() as folder:
-            torch.save(model.state_dict(), Path(folder) / "weights.pt")
-            (Path(folder) / "config.json").write_text(json.dumps(model.config.to_dict()))
-            script = Path(__file__).with_name("recurrent_depth_published.py")
-            asked = [interpreter, script, checkout, folder]
-            theirs = json.loads(
-                subprocess.run(
-                    asked, capture_output=True, text=True, check=True
-                ).stdout.splitlines()[-1]
-            )
-        rows, length, new, steps = theirs["rows"], theirs["tokens"], theirs["new"], DEPTHS[0]
-        prompt = torch.tensor(theirs["prompt"])
-        decoded = partial(ours, model, prompt, new, steps)
-        times, _ = interleaved({"ours": decoded}, repeats=3)
-        model.train()
+        new, threshold = REFILL[name]
+        criterion = LatentDiff(threshold=threshold, every=4)
 
-        def step(m: RecurrentDepthForCausalLM = model, p: Tensor = prompt) -> None:
-            m.zero_grad()
-            cast(Any, m)(p, labels=p, num_steps=(12, 4), init_scale=0.0).loss.backward()
+        def step(m: RecurrentDepthForCausalLM = model) -> float:
+            m.train().zero_grad()
+            loss = cast(Any, m)(prompt, labels=prompt, num_steps=(12, 4), init_scale=0.0).loss
+            loss.backward()
+            m.eval()
+            return loss.item()
 
-        trained, _ = interleaved({"ours": step}, repeats=3)
+        ways: dict[str, Callable[[], Any]] = {
+            "decode": lambda m=model: ours(m, prompt, 6, DEPTHS[0])[0].tolist(),
+            "train": step,
+            "refill": lambda m=model, n=new, c=criterion: refilled(m, shorts, n, 8, c)[0].tolist(),
+        }
+        asked = {
+            "decode": ("decode", {"tokens": prompt.tolist(), "new": 6, "steps": DEPTHS[0]}),
+            "train": ("train", {"tokens": prompt.tolist(), "steps": [12, 4]}),
+            # The first of four batches, at full depth.
+            "refill": ("decode", {"tokens": shorts[:8].tolist(), "new": new, "steps": DEPTHS[-1]}),
+        }
+        times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+        results: dict[str, tuple[Any, Any]] = {}
+        with published_code(model, checkout, interpreter) as ask:
+            for round_ in range(PUBLISHED_ROUNDS + 1):
+                for way, call in ways.items():
+                    started_s = time.process_time()
+                    mine = call()
+                    seconds = time.process_time() - started_s
+                    theirs = ask(asked[way])
+                    results[way] = mine, theirs["result"]
+                    if round_:
+                        times[way].append((seconds, theirs["seconds"]))
         write(
-            "published", shape=name, rows=rows, prompt_tokens=length, new_tokens=new, recurrences=steps,
-            theirs=theirs["seconds"], ours={"decode": min(times["ours"]), "train": min(trained["ours"])},
-            decode_over_published=round(theirs["seconds"]["decode"] / min(times["ours"]), 2),
-            train_over_published=round(theirs["seconds"]["train"] / min(trained["ours"]), 2),
-            their_loss_nats=theirs["loss_nats"],
+            "published", shape=name, rows=8, rounds=PUBLISHED_ROUNDS, seconds=times,
+            recurrences={"decode": DEPTHS[0], "train": (12, 4), "refill": DEPTHS[-1]},
+            prompt_tokens={"decode": 64, "refill": 8}, new_tokens={"decode": 6, "refill": new},
+            decode_over_published=_median_ratio(times["decode"]),
+            train_over_published=_median_ratio(times["train"]),
+            refilled_over_published=round(4 * _median_ratio(times["refill"]), 2),
+            same_tokens=results["decode"][0] == results["decode"][1],
+            loss_nats=results["train"],
         )  # fmt: skip
+
+
+@contextmanager
+def published_code(
+    model: RecurrentDepthForCausalLM, checkout: str, interpreter: str
+) -> Iterator[Callable[[Any], Any]]:
+    """A process that performs what it is asked with the published code and this model's weights."""
+    script = Path(__file__).with_name("recurrent_depth_published.py")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(model.state_dict(), Path(folder) / "weights.pt")
+        (Path(folder) / "config.json").write_text(json.dumps(model.config.to_dict()))
+        command = [interpreter, script, checkout, folder]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen(command, text=True, **pipes) as peer:
+            questions, answers = cast(Any, peer.stdin), cast(Any, peer.stdout)
+
+            def ask(question: Any) -> Any:
+                print(json.dumps(question), file=questions, flush=True)
+                answer = answers.readline()
+                if not answer:
+                    raise SystemExit("the published code ended; what it said stands above")
+                return json.loads(answer)
+
+            yield ask
+            questions.close()
+
+
+def _median_ratio(pairs: list[tuple[float, float]]) -> float:
+    """Theirs over ours, in each round."""
+    return round(statistics.median(theirs / mine for mine, theirs in pairs), 2)
 
 
 WAYS = {
