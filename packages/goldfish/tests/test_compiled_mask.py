@@ -1,13 +1,18 @@
 """The mask in C++ gives, bit for bit, what torch's operations give."""
 
+import ctypes
 import itertools
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from fourfold_goldfish import Goldfish, compiled_mask
 from fourfold_parallel.common import native
+from fourfold_parallel.testing import machine_code
 
 needs_compiler = pytest.mark.skipif(
     native.compiler() is None, reason="needs a C++ compiler, as Debian's g++"
@@ -41,6 +46,75 @@ def test_both_forms_drop_the_same(
                 dropped = mask.drop(tokens.to(dtype), of)
                 assert torch.equal(dropped, mask._by_operations(tokens, of))
                 assert row < 40 or bool(dropped.any())
+
+
+ON_ARM = """
+#include <cstdio>
+#include <vector>
+
+template <typename T>
+std::vector<T> read(int64_t count) {
+    std::vector<T> values(count);
+    if (std::fread(values.data(), sizeof(T), count, stdin) != size_t(count)) __builtin_trap();
+    return values;
+}
+
+int main() {
+    const int64_t rows = read<int64_t>(1)[0];
+    const Mask mask = read<Mask>(1)[0];
+    const auto tokens = read<int64_t>(rows * mask.row), documents = read<int64_t>(rows * mask.row);
+    std::vector<uint8_t> dropped(rows * mask.row);
+    fourfold_goldfish_drop(&mask, tokens.data(), 1, documents.data(), dropped.data(), 0, rows);
+    std::fwrite(dropped.data(), 1, dropped.size(), stdout);
+}
+"""
+
+
+class OnArm:
+    """Stands for the compiled function: the same call, cross-compiled, under an emulator."""
+
+    restype: Any = None
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        text = native.whole_source("fourfold_goldfish", "mask.cpp") + ON_ARM
+        self.built = machine_code.built_for_arm(text, kind, folder)
+        self.calls = 0
+
+    def __call__(
+        self,
+        mask: Any,
+        ids: Any,
+        are_long: Any,
+        documents: Any,
+        dropped: Any,
+        first: Any,
+        last: Any,
+    ) -> int:
+        assert (are_long.value, first.value) == (1, 0)
+        count = last.value * mask._obj.row
+        given = bytes(last) + bytes(mask._obj)
+        given += ctypes.string_at(ids, 8 * count) + ctypes.string_at(documents, 8 * count)
+        ctypes.memmove(dropped, machine_code.run_on_arm(self.built, given=given), count)
+        self.calls += 1
+        return 0
+
+
+@pytest.mark.skipif(not machine_code.can_emulate(), reason=machine_code.NEED)
+@pytest.mark.parametrize("kind", list(machine_code.ARM))
+def test_arms_mask_is_the_same(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows that reset at documents, and that begin with them."""
+    on_arm = OnArm(kind, tmp_path)
+    monkeypatch.setattr(
+        compiled_mask, "library", lambda: SimpleNamespace(fourfold_goldfish_drop=on_arm)
+    )
+    tokens, documents = texts(rows=5, row=40)
+    boundaries: tuple[Literal["reset", "prefix"], ...] = ("reset", "prefix")
+    for boundary in boundaries:
+        mask = Goldfish(k=3, context=4, boundary=boundary)
+        expected = mask._by_operations(tokens, documents)
+        assert torch.equal(mask.drop(tokens, documents), expected)
+        assert expected.any()
+    assert on_arm.calls == len(boundaries)
 
 
 @needs_compiler
