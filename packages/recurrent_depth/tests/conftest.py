@@ -1,12 +1,17 @@
 """A model small enough to test every path, with weights under which every parameter matters."""
 
+import json
 import math
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fourfold_recurrent_depth import RecurrentDepthConfig, RecurrentDepthForCausalLM
@@ -87,3 +92,42 @@ def iterated(
 @pytest.fixture
 def tokens() -> torch.Tensor:
     return torch.randint(0, 64, (3, 12), generator=torch.Generator().manual_seed(2))
+
+
+def drawn(name: str, shape: list[int]) -> Tensor:
+    """Weights of one name: products of gain one, gains about one, biases and logarithms about zero."""
+    values = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    if len(shape) == 1:
+        is_gain = not name.endswith(("bias", "A_log"))
+        values = 1 + 0.3 * np.tanh(values) if is_gain else 0.5 * values
+    else:
+        values = values / np.sqrt(shape[-1])
+    return torch.from_numpy(values).float()
+
+
+def published_folder(name: str, folder: Path) -> Path:
+    """A folder as the family publishes it: Parcae's weights are a pickle, the others' safetensors."""
+    known = json.loads((Path(__file__).parent / "published_families.json").read_text())[name]
+    (folder / "config.json").write_text(json.dumps(known["config"]))
+    weights = {
+        key: drawn(key, shape)
+        for key, shape in known["shapes"].items()
+        if key not in ("freqs_cis", "lm_head.weight" if name == "parcae" else "")
+    }
+    if name == "parcae":
+        torch.save(weights, folder / "model.pt")
+    else:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def draw() -> Callable[[str, list[int]], Tensor]:
+    """Weights by their published name."""
+    return drawn
+
+
+@pytest.fixture
+def publish() -> Callable[[str, Path], Path]:
+    """A folder as a family of `published_families.json` publishes it."""
+    return published_folder

@@ -37,21 +37,12 @@ def test_shapes_of_no_model_are_refused(changes: dict[str, Any], message: str) -
         RecurrentDepthConfig(**changes)
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ("ouro", "a learned gate"),
-        ("nanbeige", "at one depth"),
-        ("parcae", "bounded norm"),
-        ("llama", "alone"),
-    ],
-)
-def test_other_models_are_refused_by_name(tmp_path: Path, given: str, message: str) -> None:
+def test_other_models_are_refused_by_name(tmp_path: Path) -> None:
     """Transformers would take their widths, warn, and draw all weights anew."""
-    file = {"model_type": given, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 64}
+    file = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 64}
     (tmp_path / "config.json").write_text(json.dumps(file))
     for read in (RecurrentDepthConfig, RecurrentDepthForCausalLM):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match="'llama'; this package reads huginn_raven, parcae"):
             read.from_pretrained(tmp_path)
 
 

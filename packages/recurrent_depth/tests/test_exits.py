@@ -17,6 +17,7 @@ from fourfold_recurrent_depth.exits import (
     Criterion,
     Custom,
     Fixed,
+    Gate,
     criterion_named,
     stopping,
 )
@@ -26,6 +27,7 @@ ROUNDING = 3e-5
 STEPS = 8
 GIVEN: dict[type[Criterion], dict[str, Any]] = {
     Fixed: {"threshold": 3},
+    Gate: {"gate": lambda now: now[..., :1] - 1, "threshold": 0.5},
     Custom: {"function": lambda now, before: (now - before).norm(dim=-1) / before.norm(dim=-1)},
 }
 """What criteria without defaults are made with."""

@@ -173,7 +173,7 @@ def test_a_rows_numbers_are_its_own_bit_for_bit(tiny: Any) -> None:
 
     def run(rows: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         index, held = torch.tensor(rows), [caches()[row] for row in rows]
-        rotary = tiny.rotations()[torch.tensor(lengths)[index]][:, None, None]
+        rotary = tiny.rotations(torch.tensor(lengths)[index], torch.float32)[:, None, None]
         line = RowCaches(held[0].around, held[0].per_step)
         for row, cache in zip(rows, held, strict=True):
             line.add(cache, done=done[row])

@@ -10,6 +10,7 @@ from fourfold_recurrent_depth import RecurrentCache, RecurrentDepthForCausalLM, 
 from fourfold_recurrent_depth.decoding.refill import Refill
 from fourfold_recurrent_depth.decoding.speculate import Speculation
 from fourfold_recurrent_depth.exits import KL, LatentDiff
+from fourfold_recurrent_depth.retrofit import retrofit
 
 ROUNDING = 3e-5
 """As in test_model.py."""
@@ -159,10 +160,11 @@ def test_the_published_name_of_the_first_state_is_taken(tiny: Any, tokens: torch
             tiny.generate(tokens, custom_generate=decoder, **both, **options)
 
 
-def test_continuous_batching_is_refused(iterated: Any) -> None:
+def test_continuous_batching_of_a_retrofit_is_refused(dense: Any) -> None:
     """Instead of rows without a token."""
+    model = retrofit(dense, 1, 2, 1)
     with pytest.raises(ValueError, match="generate_batch keeps one page"):
-        iterated.generate_batch([[1, 2, 3], [4, 5]], max_new_tokens=4)
+        model.generate_batch([[1, 2, 3], [4, 5]], max_new_tokens=4)
 
 
 def test_what_a_cache_cannot_take_is_refused(tiny: Any, tokens: torch.Tensor) -> None:

@@ -4,6 +4,7 @@ from .causal_lm import RecurrentDepthForCausalLM as RecurrentDepthForCausalLM
 from .causal_lm import RecurrentDepthOutput as RecurrentDepthOutput
 from .configuration import RecurrentDepthConfig as RecurrentDepthConfig
 from .decoding.diffusion import Diffusion as Diffusion
+from .decoding.paged import RecurrentDepthDecoder as RecurrentDepthDecoder
 from .decoding.refill import Answer as Answer
 from .decoding.refill import Refill as Refill
 from .decoding.refill import Request as Request
@@ -16,6 +17,7 @@ from .exits.criteria import Criterion as Criterion
 from .exits.criteria import Custom as Custom
 from .exits.criteria import EntropyDiff as EntropyDiff
 from .exits.criteria import Fixed as Fixed
+from .exits.criteria import Gate as Gate
 from .exits.criteria import LatentDiff as LatentDiff
 from .exits.criteria import MinPKL as MinPKL
 from .published_weights import load_published as load_published

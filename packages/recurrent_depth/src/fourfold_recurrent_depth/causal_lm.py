@@ -12,25 +12,27 @@ from typing import Any, cast
 import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.generic import can_return_tuple
 
-from fourfold_recurrent_depth.cache import CACHE, Assisted, RecurrentCache, Unpaged
-from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
+from fourfold_recurrent_depth.cache import CACHE, Assisted, RecurrentCache
+from fourfold_recurrent_depth.configuration import FAMILIES, HUGINN, RecurrentDepthConfig
 from fourfold_recurrent_depth.exits.criteria import Criterion, criterion_named
 from fourfold_recurrent_depth.exits.stopping import goes_by_columns, iterate_until_exit
 from fourfold_recurrent_depth.fast.compiled import CompiledStage, compiled_stages
 from fourfold_recurrent_depth.fast.row_caches import RowCache, RowCaches
 from fourfold_recurrent_depth.model import (
+    MLP,
     Adapter,
     Attention,
-    GatedMLP,
+    Block,
+    Decay,
     RecurrentDepthModel,
     RMSNorm,
-    SandwichBlock,
     rotary_table,
 )
 from fourfold_recurrent_depth.stages import (
@@ -42,15 +44,19 @@ from fourfold_recurrent_depth.stages import (
     refuse_lengths_alone,
     refuse_unknown,
 )
-from fourfold_recurrent_depth.states import FreshNoise, InitialState, TokenStates, draw_state
+from fourfold_recurrent_depth.states import (
+    FreshNoise,
+    InitialState,
+    StateTable,
+    TokenStates,
+    draw_state,
+)
 
 Steps = int | tuple[int, int] | Tensor | tuple[Tensor, int]
 """Recurrences: r without gradient; (n, k) of which the last k carry gradient; or one (n + k) per row,
 of which the last `mean_backprop_depth` carry gradient in training, or as many as stand beside them."""
 
-_WRITTEN = {
-    part: part.forward for part in (SandwichBlock, Attention, GatedMLP, RMSNorm, Adapter, nn.Linear)
-}
+_WRITTEN = {part: part.forward for part in (Block, Attention, MLP, RMSNorm, Adapter, nn.Linear)}
 """The parts that compiled stages stand for, with their forward passes as they were written."""
 
 
@@ -66,12 +72,11 @@ class RecurrentDepthOutput(CausalLMOutputWithPast):
     """Recurrences of each token: (batch, token)."""
 
 
-class RecurrentDepthForCausalLM(Assisted, Unpaged, RecurrentDepthModel, GenerationMixin):
-    """Prelude, core iterated in latent space, coda. Registered under `huginn_raven`."""
+class RecurrentDepthForCausalLM(Assisted, RecurrentDepthModel, GenerationMixin):
+    """Prelude, core iterated in latent space, coda: the model of every `Family`."""
 
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SandwichBlock"]  # noqa: RUF012 - transformers' own declarations
-    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+    _no_split_modules = ["Block"]  # noqa: RUF012 - transformers' own declarations
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -132,6 +137,12 @@ class RecurrentDepthForCausalLM(Assisted, Unpaged, RecurrentDepthModel, Generati
             TypeError: an argument is unknown.
             ValueError: before any compute, where an argument cannot be honoured.
         """
+        if cache is not None and not isinstance(cache, Cache):
+            # A page table of `generate_batch`'s, with what attention functions need of it among the options.
+            x = self.think(
+                input_ids, inputs_embeds, position_ids, attention_mask, {**options, "cache": cache}
+            )
+            return RecurrentDepthOutput(logits=cast(Any, self.say(x, logits_to_keep)))
         refuse_unknown(options, PARAMETERS)
         refuse_lengths_alone(options, position_ids, str(self.config._attn_implementation))  # noqa: SLF001
         initial_state = either(initial_state, input_states, ("initial_state", "input_states"))
@@ -139,7 +150,7 @@ class RecurrentDepthForCausalLM(Assisted, Unpaged, RecurrentDepthModel, Generati
         batch, tokens = embedded.shape[:2]
         without, with_gradient, per_row = self.recurrences(num_steps, batch)
         steps = without + with_gradient
-        criterion = None if exit is None else criterion_named(exit)
+        criterion = None if exit is None else criterion_named(exit).of(self)
         if criterion is not None:
             self.refuse_exit(attention_mask, tokens, per_row, output_hidden_states)
         given = either(past_key_values, cache, ("past_key_values", "cache"))
@@ -152,7 +163,9 @@ class RecurrentDepthForCausalLM(Assisted, Unpaged, RecurrentDepthModel, Generati
             # Those that go one after another read each other at every recurrence.
             kept = None if goes_by_columns(criterion, tokens) else 1
             cache = RecurrentCache(self.config, steps=steps, budget=kept, capacity=tokens)
-        this_pass, positions = self.locate(embedded, attention_mask, position_ids, cache, options)
+        this_pass, positions = self.locate(
+            embedded, attention_mask, position_ids, cache, options, tokens=input_ids
+        )
         if cache is not None:
             cache.open(batch, tokens, steps=steps)
 
@@ -176,7 +189,7 @@ class RecurrentDepthForCausalLM(Assisted, Unpaged, RecurrentDepthModel, Generati
             s, exit_steps = result.state, result.steps
             if result.logits is not None and (tokens == 1 or logits_to_keep == 1):
                 logits = result.logits
-        latents = self.transformer["ln_f"](s)
+        latents = self.cross(s)
         if logits is None:
             logits = self.speak(latents, this_pass, logits_to_keep)
         if cache is not None:
@@ -191,12 +204,56 @@ class RecurrentDepthForCausalLM(Assisted, Unpaged, RecurrentDepthModel, Generati
             **{CACHE: cast(Any, cache if use_cache else None)},
         )
 
+    def think(
+        self,
+        input_ids: Int[Tensor, "1 token"] | None,
+        inputs_embeds: Float[Tensor, "1 token width"] | None,
+        position_ids: Int[Tensor, "1 token"] | None,
+        mask: Any,
+        options: dict[str, Any],
+    ) -> Float[Tensor, "1 token width"]:
+        """The head's input, of tokens of many requests in one row whose keys a server keeps.
+
+        All take `mean_recurrence`; each (recurrence, layer) calls the attention function with a `layer_idx`
+        of its own, and nothing here writes a cache. See `serve_slots`.
+
+        Raises:
+            ValueError: positions are missing, or what is asked for needs a cache of ours.
+        """
+        if position_ids is None or self.config.reference_semantics or self.training:
+            raise ValueError(
+                "a served pass needs position_ids, evaluation, and a model that heeds masks; give the "
+                "positions, call eval(), and leave reference_semantics out"
+            )
+        embedded = self.embed(input_ids, inputs_embeds)
+        this_pass = Pass(
+            rotary=self.rotations(position_ids, embedded.dtype).unsqueeze(2), mask=mask, cache=None,
+            options=options, stages=self.stages(), takes_any_mask=False, tokens=input_ids, is_served=True,
+        )  # fmt: skip
+        e = self.read(embedded, this_pass)
+        s = self.start(e, input_ids, position_ids, None, scale=1.0)
+        s = self.iterate(e, s, this_pass, self.config.mean_recurrence, 0)
+        return self.decode(self.cross(s), this_pass)
+
+    def init_continuous_batching(self, *given: Any, **options: Any) -> Any:
+        """As in transformers, at `config.mean_recurrence`: called by `generate_batch`.
+
+        Raises:
+            ValueError: attention masks are ignored.
+        """
+        if self.config.reference_semantics:
+            raise ValueError(
+                "reference_semantics ignores masks, and requests share a row; leave it out"
+            )
+        self.serve_slots()
+        return super().init_continuous_batching(*given, **options)
+
     def begin(
         self, tokens: Int[Tensor, "batch token"], cache: RecurrentCache | None
     ) -> tuple[Float[Tensor, "batch token width"], Pass, Int[Tensor, "#batch token"]]:
         """Embeddings, pass and positions of tokens without padding: where a decoder of its own starts."""
         embedded = self.embed(tokens, None)
-        this_pass, positions = self.locate(embedded, None, None, cache, {})
+        this_pass, positions = self.locate(embedded, None, None, cache, {}, tokens=tokens)
         return embedded, this_pass, positions
 
     def embed(
@@ -211,8 +268,9 @@ class RecurrentDepthForCausalLM(Assisted, Unpaged, RecurrentDepthModel, Generati
             raise ValueError(
                 "exactly one of input_ids and inputs_embeds must be given; leave the other out"
             )
-        embedded = self.transformer["wte"](input_ids) if inputs_embeds is None else inputs_embeds
-        return embedded * math.sqrt(self.config.n_embd)
+        embedded = self.part("wte")(input_ids) if inputs_embeds is None else inputs_embeds
+        scales = self.config.form.scales_embedding
+        return embedded * math.sqrt(self.config.n_embd) if scales else embedded
 
     def locate(
         self,
@@ -221,16 +279,18 @@ class RecurrentDepthForCausalLM(Assisted, Unpaged, RecurrentDepthModel, Generati
         position_ids: Tensor | None,
         cache: RecurrentCache | None,
         options: dict[str, Any],
+        *,
+        tokens: Int[Tensor, "batch token"] | None,
     ) -> tuple[Pass, Int[Tensor, "#batch token"]]:
         """The pass: rotations, the mask in the backend's form, stages in C++ where they can be; positions."""
-        batch, tokens = embedded.shape[:2]
+        batch, count = embedded.shape[:2]
         cached = 0 if cache is None else int(cache.get_seq_length())
         if self.config.reference_semantics:
             mask = None
-        _refuse_places(mask, position_ids, batch=batch, tokens=tokens, cached=cached)
-        positions = self._positions(mask, position_ids, cached, tokens)
+        _refuse_places(mask, position_ids, batch=batch, tokens=count, cached=cached)
+        positions = self._positions(mask, position_ids, cached, count)
         this_pass = Pass(
-            rotary=self.rotations()[positions].unsqueeze(2),
+            rotary=self.rotations(positions, embedded.dtype).unsqueeze(2),
             mask=create_causal_mask(
                 self.config,
                 embedded,
@@ -243,18 +303,29 @@ class RecurrentDepthForCausalLM(Assisted, Unpaged, RecurrentDepthModel, Generati
             options={name: options[name] for name in FOR_ATTENTION if name in options},
             stages=self.stages(),
             takes_any_mask=self.config._attn_implementation in ("sdpa", "eager"),  # noqa: SLF001
+            tokens=tokens,
         )
         made = cache.stages if isinstance(cache, RowCache) else None
         this_pass.stages = made or compiled_stages(self, embedded, this_pass, _WRITTEN)
         return this_pass, positions
 
-    def rotations(self) -> Complex[Tensor, "position half"]:
-        """Rotation of each position, as complex numbers of length one."""
+    def rotations(
+        self, positions: Int[Tensor, "*place"], dtype: torch.dtype
+    ) -> Complex[Tensor, "*place half"]:
+        """Rotation of some positions, as complex numbers of length one, in float32 or wider."""
+        if self.config.form.rotates == "halves":
+            width = self.config.head_dim
+            steps = torch.arange(0, width, 2, dtype=torch.int64, device=positions.device).float()
+            angles = positions.float().unsqueeze(-1) * (
+                1.0 / self.config.rope_base ** (steps / width)
+            )
+            turned = torch.complex(angles.cos(), angles.sin())
+            return turned.to(torch.complex128) if dtype == torch.float64 else turned
         table = self.freqs_cis
         if table.dtype not in (torch.float32, torch.float64):
             # A model cast as a whole has cast its angles too: they are computed anew, in float32.
             table = rotary_table(self.config).to(self.device)
-        return torch.view_as_complex(table)[0, :, 0]
+        return torch.view_as_complex(table)[0, :, 0][positions]
 
     def locate_rows(
         self,
@@ -262,6 +333,7 @@ class RecurrentDepthForCausalLM(Assisted, Unpaged, RecurrentDepthModel, Generati
         rotary: Complex[Tensor, "row 1 1 half"],
         caches: RowCaches,
         stages: Mapping[str, Stage],
+        tokens: Int[Tensor, "row 1"] | None = None,
     ) -> Pass:
         """The pass of one token of each row, each at a place of its own; `stages` are an earlier pass's."""
         mask = None
@@ -269,8 +341,9 @@ class RecurrentDepthForCausalLM(Assisted, Unpaged, RecurrentDepthModel, Generati
             seen = caches.seen().to(embedded.device)
             mask = create_causal_mask(self.config, embedded, seen, caches, None)
         return Pass(
-            rotary=rotary, mask=mask, cache=caches, options={}, stages=stages, takes_any_mask=False
-        )
+            rotary=rotary, mask=mask, cache=caches, options={}, stages=stages, takes_any_mask=False,
+            tokens=tokens,
+        )  # fmt: skip
 
     def start(
         self,
@@ -282,12 +355,21 @@ class RecurrentDepthForCausalLM(Assisted, Unpaged, RecurrentDepthModel, Generati
         scale: float,
     ) -> Float[Tensor, "batch token width"]:
         """s_0: given, or drawn; see `draw_state`."""
+        form = self.config.form
+        if form.begins == "embedding":
+            if initial is not None or scale != 1.0:
+                raise ValueError(
+                    f"{self.config.family} begins with the embedding, which is all that it sees of a token; "
+                    "leave initial_state and init_scale out"
+                )
+            return e
         if initial is None:
             initial = FreshNoise() if self.training else TokenStates()
         width = self.config.n_embd
         whole = draw_state(e, tokens, positions, initial, width=width, scale=scale)
-        adapter = self.transformer["adapter"]
-        return cast(Adapter, adapter).piece(whole) if self.takes_halves() else whole
+        if not form.scales_embedding and not isinstance(initial, Tensor | StateTable):
+            whole = whole / math.sqrt(width)
+        return cast(Adapter, self.part("adapter")).piece(whole) if self.takes_halves() else whole
 
     def _prepare_cache_for_generation(
         self,
@@ -355,6 +437,11 @@ class RecurrentDepthForCausalLM(Assisted, Unpaged, RecurrentDepthModel, Generati
         warm_start: bool,
     ) -> None:
         """Raise where a cache cannot hold what is asked of it, or there is none."""
+        if warm_start and self.config.form.begins == "embedding":
+            raise ValueError(
+                f"warm_start begins with another token's state, and {self.config.family} sees a token in its "
+                "beginning alone; leave it out"
+            )
         if cache is None:
             if budget is not None or warm_start:
                 raise ValueError(
@@ -435,42 +522,67 @@ class RecurrentDepthForCausalLM(Assisted, Unpaged, RecurrentDepthModel, Generati
     ) -> None:
         """Angles of a model that was cast as a whole are rounded: the exact ones are saved, as published."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.freqs_cis.dtype not in (torch.float32, torch.float64):
+        is_table = self.config.form.rotates == "pairs"
+        if is_table and self.freqs_cis.dtype not in (torch.float32, torch.float64):
             exact = rotary_table(self.config).to(self.freqs_cis.device)
             destination[prefix + "freqs_cis"] = exact
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Takase et al. 2023, cut at three standard deviations (section 4.1)."""
+        """Takase et al. 2023, cut at three standard deviations (section 4.1), for every family."""
         values = self.config.init_values
         std, small = values["std"], values["out_proj"]
         if isinstance(module, RMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, Attention):
-            init.zeros_(module.qk_bias)
-            for parameter, size in ((module.Wqkv.weight, std), (module.proj.weight, small)):
-                init.trunc_normal_(parameter, std=size, a=-3 * size, b=3 * size)
-        elif isinstance(module, GatedMLP):
-            gate, up = module.fc.weight.chunk(2)
-            # The model was trained with both halves at std; the published inference file, which no
-            # run has used for training, draws the up half small.
-            halves = ((gate, std), (up, small if self.config.reference_semantics else std))
-            if not getattr(module.fc.weight, "_is_hf_initialized", False):
-                for parameter, size in halves:
-                    init.trunc_normal_(parameter, std=size, a=-3 * size, b=3 * size)
-            init.trunc_normal_(module.proj.weight, std=small, a=-3 * small, b=3 * small)
+        elif isinstance(module, Attention | MLP):
+            self._init_products(module, std, small)
+        elif isinstance(module, Decay):
+            # A state keeps a fifth of its variance, as published; the embedding enters as it is.
+            init.zeros_(module.A_log)
+            init.constant_(module.dt_bias, math.log(math.expm1(0.5 * math.log(5))))
+            init.eye_(module.B)
         elif isinstance(module, nn.Embedding | Adapter) or module is self.lm_head:
             init.trunc_normal_(cast(Tensor, module.weight), std=std, a=-3 * std, b=3 * std)
-        elif module is self:
+        elif module is self and self.config.form.rotates == "pairs":
             init.copy_(cast(Tensor, self.freqs_cis), rotary_table(self.config))
+        elif module is self._of_role("bridge"):
+            init.eye_(cast(Tensor, module.weight))
+        elif module is self._of_role("gate"):
+            init.zeros_(cast(Tensor, module.weight))
+            init.zeros_(cast(Tensor, module.bias))
+
+    def _of_role(self, role: str) -> nn.Module | None:
+        """A part, or None where the family has none of that role."""
+        name = self.config.form.parts.get(role, role)
+        return dict(self.parts().items()).get(name)
+
+    def _init_products(self, module: Attention | MLP, std: float, small: float) -> None:
+        """Products into attention or MLP, and the smaller one out of it."""
+        if isinstance(module, Attention) and module.form.fused:
+            init.zeros_(module.qk_bias)
+        sizes = dict.fromkeys(module.into, std) | {module.out: small}
+        if getattr(module, "ve_gate", None) is not None:
+            sizes["ve_gate"] = std
+        for name, size in sizes.items():
+            weight = cast(nn.Linear, getattr(module, name)).weight
+            pieces = [(weight, size)]
+            if isinstance(module, MLP) and module.kind == "halves" and name != module.out:
+                gate, up = weight.chunk(2)
+                # The model was trained with both halves at std; the published inference file, which no
+                # run has used for training, draws the up half small.
+                pieces = [(gate, std), (up, small if self.config.reference_semantics else std)]
+                if getattr(weight, "_is_hf_initialized", False):
+                    continue
+            for piece, deviation in pieces:
+                init.trunc_normal_(piece, std=deviation, a=-3 * deviation, b=3 * deviation)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
-        return self.transformer["wte"]
+        return self.part("wte")
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embedding."""
-        self.transformer["wte"] = value
+        self.parts()[self.config.form.parts.get("wte", "wte")] = value
 
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
@@ -505,5 +617,8 @@ def _refuse_places(
 PARAMETERS = tuple(inspect.signature(RecurrentDepthForCausalLM.forward).parameters)[1:-1]
 """Arguments of the forward pass by name."""
 
-AutoConfig.register("huginn_raven", RecurrentDepthConfig, exist_ok=True)
+for _name in FAMILIES:
+    # A type that transformers knows itself stays transformers': `RecurrentDepthForCausalLM` reads it here.
+    if _name == HUGINN.model_type or _name not in CONFIG_MAPPING:
+        CONFIG_MAPPING.register(_name, RecurrentDepthConfig, exist_ok=True)
 AutoModelForCausalLM.register(RecurrentDepthConfig, RecurrentDepthForCausalLM, exist_ok=True)

@@ -40,7 +40,7 @@ class RecurrentDepthLM(HFLM):
     """A recurrent-depth model at a fixed or an adaptive depth; counts the recurrences it took.
 
     Args:
-        num_steps: recurrences, at most where tokens may stop.
+        num_steps: recurrences, at most where tokens may stop; by default the configuration's.
         exit: a criterion or its name; empty for none. Scored tokens stop one by one.
         kwargs: as for lm-eval's own `hf` model.
     """
@@ -48,24 +48,27 @@ class RecurrentDepthLM(HFLM):
     def __init__(
         self,
         *,
-        num_steps: int = 32,
+        num_steps: int | None = None,
         exit: str | Criterion = "",  # noqa: A002 - the word of the model's own argument
         **kwargs: Any,
     ) -> None:
-        self._options: dict[str, Any] = {"num_steps": int(num_steps)}
+        self._options: dict[str, Any] = {}
         if exit:
             self._options["exit"] = replace(criterion_named(exit), scope="token")
-        if int(num_steps) < 1:
+        if num_steps is not None and int(num_steps) < 1:
             raise ValueError(
                 f"num_steps={num_steps} asks for fewer than 1 recurrence; use 1 or more"
             )
-        self.steps_taken = torch.zeros(int(num_steps) + 1, dtype=torch.long)
-        """Counts of the scored tokens that took each number of recurrences."""
         super().__init__(**kwargs)
-        if not isinstance(self._held().model, RecurrentDepthForCausalLM):
+        model = self._held().model
+        if not isinstance(model, RecurrentDepthForCausalLM):
             raise ValueError(
-                f"{type(self._held().model).__name__} has no recurrences; use lm-eval's model `hf` for it"
+                f"{type(model).__name__} has no recurrences; use lm-eval's model `hf` for it"
             )
+        steps = model.config.mean_recurrence if num_steps is None else int(num_steps)
+        self._options["num_steps"] = steps
+        self.steps_taken = torch.zeros(steps + 1, dtype=torch.long)
+        """Counts of the scored tokens that took each number of recurrences."""
 
     def _model_call(
         self,

@@ -34,6 +34,8 @@ from fourfold_recurrent_depth.stages import Pass, Stage
 Stream = Float[Tensor, "batch token width"]
 """The residual stream: embeddings, states and what the blocks make of them."""
 STAGES = ("prelude", "core_block", "coda")
+GATE_WIDTH = 32
+"""Features of the stream that a gate of token values reads, as published (Parcae)."""
 
 
 class RMSNorm(nn.Module):
@@ -50,68 +52,205 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention with rotary positions and a learned bias on queries and keys."""
+    """Causal attention with rotary positions; queries and keys may have a bias, or be normalised."""
 
     is_causal = True
-    num_key_value_groups = 1
 
-    def __init__(self, config: RecurrentDepthConfig) -> None:
+    def __init__(self, config: RecurrentDepthConfig, *, token_values: bool = False) -> None:
         super().__init__()
         self.config = config
+        self.form = form = config.form
         self.head_width = config.head_dim
-        self.Wqkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.qk_bias = nn.Parameter(torch.zeros(2, 1, config.n_heads, config.head_dim))
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.scaling = self.head_width**-0.5
+        self.num_key_value_groups = config.n_heads // config.num_key_value_heads
+        queries, keys = (n * self.head_width for n in (config.n_heads, config.num_key_value_heads))
+        *self.into, self.out = form.projections
+        rows = (queries + 2 * keys,) if form.fused else (queries, keys, keys)
+        for name, number in zip(self.into, rows, strict=True):
+            setattr(self, name, nn.Linear(config.n_embd, number, bias=False))
+        if form.fused:
+            self.qk_bias = nn.Parameter(torch.zeros(2, 1, config.n_heads, config.head_dim))
+        setattr(self, self.out, nn.Linear(queries, config.n_embd, bias=False))
+        self.ve_gate: nn.Linear | None = None
+        if token_values:
+            self.ve_gate = nn.Linear(GATE_WIDTH, config.num_key_value_heads, bias=False)
+        self.calls: nn.ModuleDict | None = None
+        """By slot, where a server keeps the cache; see `AttentionCall`."""
 
-    def forward(self, x: Stream, this_pass: Pass, slot: int) -> Stream:
-        """Attend to this pass's tokens, and to those that the cache holds in `slot`."""
-        # Split, not indexed: the backward of two indexings fills and adds two tensors of zeros.
-        qk, v = self.Wqkv(x).unflatten(-1, (3, -1, self.head_width)).split((2, 1), dim=2)
-        qk = rotate(qk + self.qk_bias.squeeze(1), this_pass.rotary.unsqueeze(2))
-        q, k = qk.transpose(1, 3).unbind(2)  # (batch head token width) each
-        v = v.squeeze(2).transpose(1, 2)
+    def forward(
+        self, x: Stream, this_pass: Pass, slot: int, values: Tensor | None = None
+    ) -> Stream:
+        """Attend to this pass's tokens, and to those that the cache holds in `slot`.
+
+        `values` are added by a gate to each token's own: (batch token heads*width).
+        """
+        q, k, v = self.heads(x, this_pass.rotary)
+        if values is not None and self.ve_gate is not None:
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :GATE_WIDTH])).transpose(1, 2)
+            v = v + gate.unsqueeze(-1) * values.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
         if this_pass.cache is not None:
             k, v = this_pass.cache.update(k, v, slot)
-        implementation = self.config._attn_implementation or "sdpa"  # noqa: SLF001 - transformers' own way
-        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            implementation, eager_attention
+        if this_pass.is_served and self.calls is not None:
+            out = self.calls[str(slot)](q, k, v, this_pass.mask, **this_pass.options)
+        else:
+            out = attend(self, q, k, v, this_pass)
+        return getattr(self, self.out)(out.flatten(-2))
+
+    def heads(self, x: Stream, rotary: Complex[Tensor, "*#batch 1 half"]) -> tuple[Tensor, ...]:
+        """Queries, keys, rotated, and values: (batch head token width) each."""
+        if self.form.fused:
+            # Split, not indexed: the backward of two indexings fills and adds two tensors of zeros.
+            both = getattr(self, self.into[0])(x).unflatten(-1, (3, -1, self.head_width))
+            qk, v = both.split((2, 1), dim=2)
+            qk = rotate(qk + self.qk_bias.squeeze(1), rotary.unsqueeze(2))
+            q, k = qk.transpose(1, 3).unbind(2)
+            return q, k, v.squeeze(2).transpose(1, 2)
+        q, k, v = (
+            getattr(self, name)(x).unflatten(-1, (-1, self.head_width)) for name in self.into
         )
-        scaling = self.head_width**-0.5
-        out, _ = attend(
-            self, q, k, v, this_pass.mask, scaling=scaling, dropout=0.0, **this_pass.options
-        )
-        return self.proj(out.flatten(-2))
+        turn = rotate if self.form.rotates == "pairs" else rotate_halves
+        q, k = turn(q, rotary), turn(k, rotary)
+        if self.form.heads_norm:
+            q, k = (F.rms_norm(part, (self.head_width,)) for part in (q, k))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-class GatedMLP(nn.Module):
-    """silu(gate) * up, and down again; gate and up are the halves of one product."""
+def attend(module: Attention, q: Tensor, k: Tensor, v: Tensor, this_pass: Pass) -> Tensor:
+    """By the attention function that the configuration names: (batch token head width)."""
+    implementation = module.config._attn_implementation or "sdpa"  # noqa: SLF001 - transformers' own way
+    interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+        implementation, eager_attention
+    )
+    scaling = module.scaling
+    return interface(
+        module, q, k, v, this_pass.mask, scaling=scaling, dropout=0.0, **this_pass.options
+    )[0]
+
+
+class AttentionCall(nn.Module):
+    """An attention at one recurrence, without parameters: servers give each its own pages of keys.
+
+    They go by `layer_idx`; vLLM looks for the interface and its call in the source of `forward`.
+    """
+
+    is_causal = True
+
+    def __init__(self, attention: Attention, slot: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = attention.config, slot
+        self.scaling = attention.scaling
+        self.num_key_value_groups = attention.num_key_value_groups
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    ) -> Tensor:
+        """The attention's output: (batch token head width), or flat as vLLM gives it."""
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation or "sdpa",  # noqa: SLF001 - transformers' own way
+            eager_attention,
+        )
+        out, _ = interface(self, query, key, value, attention_mask, scaling=self.scaling, **options)
+        return out.reshape(*query.shape[:1], query.shape[2], -1, query.shape[3])
+
+
+class MLP(nn.Module):
+    """silu(gate) * up, or half of relu squared; and down again."""
 
     def __init__(self, config: RecurrentDepthConfig) -> None:
         super().__init__()
-        self.fc = nn.Linear(config.n_embd, 2 * config.intermediate_size, bias=False)
-        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+        self.kind = config.form.mlp
+        *self.into, self.out = config.form.layers
+        hidden = config.intermediate_size
+        for name in self.into:
+            rows = 2 * hidden if self.kind == "halves" else hidden
+            setattr(self, name, nn.Linear(config.n_embd, rows, bias=False))
+        setattr(self, self.out, nn.Linear(hidden, config.n_embd, bias=False))
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """Apply to every token alike."""
-        return self.proj(gated_silu(self.fc(x)))
+        hidden = getattr(self, self.into[0])(x)
+        if self.kind == "halves":
+            hidden = gated_silu(hidden)
+        elif self.kind == "gate":
+            hidden = F.silu(hidden) * getattr(self, self.into[1])(x)
+        else:
+            hidden = 0.5 * F.relu(hidden).square()
+        return getattr(self, self.out)(hidden)
 
 
-class SandwichBlock(nn.Module):
-    """A transformer block that also normalises after each sum, so that iterating it cannot blow up."""
+class Block(nn.Module):
+    """A transformer block; a norm behind each sum or each branch keeps it from blowing up when iterated."""
 
-    def __init__(self, config: RecurrentDepthConfig) -> None:
+    def __init__(self, config: RecurrentDepthConfig, *, token_values: bool = False) -> None:
         super().__init__()
-        self.norm_1 = RMSNorm(config.n_embd, config.norm_eps)
-        self.attn = Attention(config)
-        self.norm_2 = RMSNorm(config.n_embd, config.norm_eps)
-        self.norm_3 = RMSNorm(config.n_embd, config.norm_eps)
-        self.mlp = GatedMLP(config)
-        self.norm_4 = RMSNorm(config.n_embd, config.norm_eps)
+        self.norms = config.form.norms
+        names = {role: config.form.block.get(role, role) for role in PARTS}
+        self.branches = (
+            (names["norm_1"], names["attn"], names["norm_2"]),
+            (names["norm_3"], names["mlp"], names["norm_4"]),
+        )
+        for before, branch, behind in self.branches:
+            self.add_module(before, RMSNorm(config.n_embd, config.norm_eps))
+            is_mlp = branch == names["mlp"]
+            part = MLP(config) if is_mlp else Attention(config, token_values=token_values)
+            self.add_module(branch, part)
+            if self.norms != "inputs":
+                self.add_module(behind, RMSNorm(config.n_embd, config.norm_eps))
 
-    def forward(self, x: Stream, this_pass: Pass, slot: int) -> Stream:
-        """Equation of section 3.2."""
-        x = self.norm_2(self.attn(self.norm_1(x), this_pass, slot) + x)
-        return self.norm_4(self.mlp(self.norm_3(x)) + x)
+    def forward(
+        self, x: Stream, this_pass: Pass, slot: int, values: Tensor | None = None
+    ) -> Stream:
+        """Attention and MLP, each added to the stream (section 3.2)."""
+        modules, arguments = self._modules, (this_pass, slot, values)
+        for before, branch, behind in self.branches:
+            out = modules[before](x)  # pyright: ignore[reportOptionalCall]
+            out = modules[branch](out, *arguments)  # pyright: ignore[reportOptionalCall]
+            if self.norms == "branches":
+                out = modules[behind](out)  # pyright: ignore[reportOptionalCall]
+            x = out + x
+            if self.norms == "sums":
+                x = modules[behind](x)  # pyright: ignore[reportOptionalCall]
+            arguments = ()
+        return x
+
+
+PARTS = ("norm_1", "attn", "norm_2", "norm_3", "mlp", "norm_4")
+"""Of a block, by role; a family says what it calls them."""
+
+
+class Decay(nn.Module):
+    """s -> exp(-dt a) s + dt B e with dt, a > 0: an injection whose state's half has a norm below one.
+
+    Per feature of the state, after Parcae (arXiv 2604.12946).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(torch.zeros(width))
+        self.dt_bias = nn.Parameter(torch.zeros(width))
+        self.B = nn.Parameter(torch.eye(width))
+
+    def forward(
+        self,
+        state: Float[Tensor, "*batch width"],
+        embedded: Float[Tensor, "*batch width"] | None = None,
+        *,
+        half: Literal["embedding", "state"] | None = None,
+    ) -> Float[Tensor, "*batch width"]:
+        """As an `Adapter`'s: the embedding's share, the state's plus that share, or of both together."""
+        if half == "embedding":
+            return F.softplus(self.dt_bias) * F.linear(state, self.B)
+        assert embedded is not None
+        share = embedded if half == "state" else self(embedded, half="embedding")
+        return state * self.kept() + share
+
+    def kept(self) -> Float[Tensor, " width"]:
+        """The share of each feature of the state that a recurrence keeps; the largest is the norm."""
+        return torch.exp(-F.softplus(self.dt_bias) * torch.exp(self.A_log))
+
+    def piece(self, whole: Stream) -> Stream:
+        """See `Adapter.piece`."""
+        return whole
 
 
 class Adapter(nn.Linear):
@@ -156,24 +295,74 @@ class RecurrentDepthModel(PreTrainedModel):
     config: RecurrentDepthConfig
     config_class = RecurrentDepthConfig
     base_model_prefix = ""
+    has_head = True
 
     def __init__(self, config: RecurrentDepthConfig) -> None:
         super().__init__(config)
-        blocks = lambda number: nn.ModuleList(SandwichBlock(config) for _ in range(number))  # noqa: E731
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
-                "prelude": blocks(config.n_layers_in_prelude),
-                "adapter": Adapter(config.n_embd),
-                "core_block": blocks(config.n_layers_in_recurrent_block),
-                "coda": blocks(config.n_layers_in_coda),
-                "ln_f": RMSNorm(config.n_embd, config.norm_eps),
-            }
-        )
-        self.lm_head: nn.Module = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        self.register_buffer("freqs_cis", rotary_table(config))
+        form, width = config.form, config.n_embd
+        parts: dict[str, nn.Module | None] = {
+            "wte": nn.Embedding(config.padded_vocab_size, width),
+            "prelude": stack(config, "prelude", config.n_layers_in_prelude),
+            "ln_prelude": RMSNorm(width, config.norm_eps) if config.prelude_norm else None,
+            "adapter": INJECTIONS[form.injects](width) if form.injects else None,
+            "core_block": stack(config, "core_block", config.n_layers_in_recurrent_block),
+            "bridge": nn.Linear(width, width, bias=False) if form.bridge == "product" else None,
+            "coda": stack(config, "coda", config.n_layers_in_coda),
+            "ln_f": RMSNorm(width, config.norm_eps),
+            "gate": nn.Linear(width, 1) if form.has_gate else None,
+        }
+        named = {
+            form.parts.get(role, role): part for role, part in parts.items() if part is not None
+        }
+        self.hold(named)
+        self.lm_head: Any = None
+        if self.has_head:
+            self.lm_head = nn.Linear(width, config.padded_vocab_size, bias=False)
+            table = f"{form.root}.{form.parts.get('wte', 'wte')}.weight"
+            self._tied_weights_keys = {"lm_head.weight": table}
+        if form.token_values:
+            keys = config.num_key_value_heads * config.head_dim
+            self.value_embeds = nn.ModuleDict(
+                {
+                    str(layer): nn.Embedding(config.padded_vocab_size, keys)
+                    for layer in range(config.n_layers)
+                    if has_values(config, layer)
+                }
+            )
+        if form.rotates == "pairs":
+            self.register_buffer("freqs_cis", rotary_table(config))
         self.gradient_checkpointing = False
         self.post_init()
+
+    def serve_slots(self) -> None:
+        """Let a server with a paged cache keep the keys: a slot for each layer at each recurrence.
+
+        The configuration's `num_hidden_layers` counts them from now on, at `mean_recurrence`.
+        """
+        config = self.config
+        config.serves_slots = True
+        prelude, core, coda = (len(self.blocks(stage)) for stage in STAGES)
+        name = config.form.block.get("attn", "attn")
+        for stage, first in zip(STAGES, (0, prelude + coda, prelude), strict=True):
+            times = config.mean_recurrence if stage == "core_block" else 1
+            for layer, block in enumerate(self.blocks(stage)):
+                attention = cast(Attention, getattr(block, name))
+                slots = [first + layer + core * number for number in range(times)]
+                attention.calls = nn.ModuleDict(
+                    {str(slot): AttentionCall(attention, slot) for slot in slots}
+                )
+
+    def hold(self, named: dict[str, nn.Module]) -> None:
+        """Register the parts where the published weights have them."""
+        self.add_module(self.config.form.root, nn.ModuleDict(named))
+
+    def part(self, role: str) -> nn.Module:
+        """The part of a role, whatever the family calls it."""
+        return self.parts()[self.config.form.parts.get(role, role)]
+
+    def parts(self) -> Any:
+        """The parts by name."""
+        return self._modules[self.config.form.root]
 
     def stages(self) -> dict[str, Stage]:
         """The blocks as modules: what a pass goes through unless it is given a faster form."""
@@ -188,23 +377,45 @@ class RecurrentDepthModel(PreTrainedModel):
         injected: Stream | None = None,
     ) -> Stream:
         """One stage as modules; see `Stage`."""
-        adapter, is_exact = self.transformer["adapter"], self.config.reference_semantics
+        form, blocks = self.config.form, self.blocks(stage)
+        is_core, is_exact = stage == "core_block", self.config.reference_semantics
         for slot in slots:
-            if injected is not None and self.takes_halves():
-                x = adapter(x, injected, half=None if is_exact else "state")
-            elif injected is not None:
-                x = adapter(torch.cat([x, injected], dim=-1))
-            for layer, block in enumerate(cast(nn.ModuleList, self.transformer[stage])):
-                x = block(x, this_pass, slot + layer)
+            if form.injects is not None and injected is not None:
+                adapter = self.part("adapter")
+                if self.takes_halves():
+                    x = adapter(x, injected, half=None if is_exact else "state")
+                else:
+                    x = adapter(torch.cat([x, injected], dim=-1))
+            for layer, block in enumerate(blocks):
+                values = self.values_of(stage, layer, this_pass) if form.token_values else None
+                x = block(x, this_pass, slot + layer, values)
+            if is_core and self.config.norm_follows_loop and form.norm_follows_loop:
+                x = self.part("ln_f")(x)
         return x
+
+    def blocks(self, stage: str) -> nn.ModuleList:
+        """The blocks of a stage."""
+        return cast(nn.ModuleList, self.part(stage))
+
+    def values_of(self, stage: str, layer: int, this_pass: Pass) -> Tensor | None:
+        """The values that a layer adds to each token's own, by the token alone."""
+        place = str(first_layer(self.config, stage) + layer)
+        if place not in self.value_embeds:
+            return None
+        if this_pass.tokens is None:
+            raise ValueError(
+                "inputs_embeds say no tokens, by which this model looks up values; give input_ids"
+            )
+        return self.value_embeds[place](this_pass.tokens)
 
     def takes_halves(self) -> bool:
         """True where the adapter takes its halves apart; what wraps it (peft) sees them together."""
-        return hasattr(self.transformer["adapter"], "piece")
+        return hasattr(self.part("adapter"), "piece")
 
     def read(self, embedded: Stream, this_pass: Pass) -> Stream:
         """The prelude: e = P(tokens)."""
-        return this_pass.stages["prelude"](embedded, this_pass, (0,))
+        e = this_pass.stages["prelude"](embedded, this_pass, (0,))
+        return self.part("ln_prelude")(e) if self.config.prelude_norm else e
 
     def iterate(
         self,
@@ -247,9 +458,10 @@ class RecurrentDepthModel(PreTrainedModel):
 
     def inject(self, e: Stream) -> Stream:
         """The part of a recurrence that the state does not change, computed once per pass."""
-        if self.config.reference_semantics or not self.takes_halves():
+        is_whole = self.config.form.injects is None or self.config.reference_semantics
+        if is_whole or not self.takes_halves():
             return e
-        return self.transformer["adapter"](e, half="embedding")
+        return self.part("adapter")(e, half="embedding")
 
     def recur(
         self, s: Stream, injected: Stream, this_pass: Pass, step: int, count: int = 1
@@ -258,7 +470,7 @@ class RecurrentDepthModel(PreTrainedModel):
         kept: Any = range(step, step + count)
         if this_pass.cache is not None:
             kept = map(cast(Any, this_pass.cache).kept, kept)
-        prelude, core, coda = (len(cast(Any, self.transformer[name])) for name in STAGES)
+        prelude, core, coda = (len(self.blocks(name)) for name in STAGES)
         slots = [prelude + coda + core * number for number in kept]
         return this_pass.stages["core_block"](s, this_pass, slots, injected)
 
@@ -266,23 +478,76 @@ class RecurrentDepthModel(PreTrainedModel):
         self, s: Stream, this_pass: Pass, logits_to_keep: int | Tensor = 0
     ) -> Float[Tensor, "batch kept vocabulary"]:
         """C(s): see `speak`."""
-        return self.speak(self.transformer["ln_f"](s), this_pass, logits_to_keep)
+        return self.speak(self.cross(s), this_pass, logits_to_keep)
+
+    def cross(self, s: Stream) -> Stream:
+        """The latents of a state, which the coda reads."""
+        if self.config.form.bridge is None:
+            return s
+        return self.part("ln_f" if self.config.form.bridge == "norm" else "bridge")(s)
+
+    def decode(self, latents: Stream, this_pass: Pass) -> Stream:
+        """The head's input: the coda's output, normalised if no recurrence has done it."""
+        x = this_pass.stages["coda"](latents, this_pass, (self.config.n_layers_in_prelude,))
+        is_done = self.config.form.norm_follows_loop and self.config.norm_follows_loop
+        return x if is_done else self.part("ln_f")(x)
 
     def speak(
         self, latents: Stream, this_pass: Pass, logits_to_keep: int | Tensor = 0
     ) -> Float[Tensor, "batch kept vocabulary"]:
-        """Coda, the norm that made the latents of a state, head; float32 or wider.
+        """Coda, norm, head; float32 or wider.
 
         Of the last so many tokens, those of some places, or of each row's own: (batch, kept).
         """
-        x = this_pass.stages["coda"](latents, this_pass, (self.config.n_layers_in_prelude,))
+        return self.say(self.decode(latents, this_pass), logits_to_keep)
+
+    def say(
+        self, x: Stream, logits_to_keep: int | Tensor
+    ) -> Float[Tensor, "batch kept vocabulary"]:
+        """The head, of some tokens."""
         if isinstance(logits_to_keep, Tensor) and logits_to_keep.ndim == 2:
             x = torch.take_along_dim(x, logits_to_keep.unsqueeze(-1), dim=1)
         else:
             is_count = isinstance(logits_to_keep, int)
             x = x[:, slice(-logits_to_keep, None) if is_count else logits_to_keep]
-        logits = self.lm_head(self.transformer["ln_f"](x))
+        logits = self.lm_head(x)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+INJECTIONS: dict[str, type[Adapter | Decay]] = {"product": Adapter, "decay": Decay}
+
+
+def stack(config: RecurrentDepthConfig, stage: str, number: int) -> nn.ModuleList:
+    """Blocks of a stage."""
+    return nn.ModuleList(
+        Block(config, token_values=has_gate(config, stage, layer)) for layer in range(number)
+    )
+
+
+def first_layer(config: RecurrentDepthConfig, stage: str) -> int:
+    """Layers before a stage, each counted once."""
+    prelude, core = config.n_layers_in_prelude, config.n_layers_in_recurrent_block
+    return {"prelude": 0, "core_block": prelude, "coda": prelude + core}[stage]
+
+
+def has_values(config: RecurrentDepthConfig, layer: int) -> bool:
+    """True for every other layer, the last among them: it has a table of values by token."""
+    whole = first_layer(config, "coda") + config.n_layers_in_coda
+    return layer % 2 == (whole - 1) % 2
+
+
+def has_gate(config: RecurrentDepthConfig, stage: str, layer: int) -> bool:
+    """True where published weights have a gate for token values: by another count of layers than the tables.
+
+    Behind the core it counts a layer for every recurrence; and the last layer is that of the recurrences
+    with gradient (Parcae's `layer_id` and `n_layer`).
+    """
+    if not config.form.token_values:
+        return False
+    core = config.n_layers_in_recurrent_block
+    place = first_layer(config, stage) + layer
+    place += core * (config.mean_recurrence - 1) if stage == "coda" else 0
+    return place % 2 == (core * config.mean_backprop_depth - 1) % 2
 
 
 def rotary_table(config: RecurrentDepthConfig) -> Float[Tensor, "1 position 1 half 2"]:
@@ -298,3 +563,12 @@ def rotate(
     """Turn each pair (x[2i], x[2i + 1]) by its position's angle, in the table's precision."""
     pairs = torch.view_as_complex(x.to(rotary.real.dtype).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotary).flatten(-2).to(x.dtype)
+
+
+def rotate_halves(
+    x: Float[Tensor, "*batch head width"], rotary: Complex[Tensor, "*#batch 1 half"]
+) -> Float[Tensor, "*batch head width"]:
+    """Turn each pair (x[i], x[i + width/2]) by its position's angle, in the table's precision."""
+    first, second = x.to(rotary.real.dtype).chunk(2, dim=-1)
+    cos, sin = rotary.real, rotary.imag
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

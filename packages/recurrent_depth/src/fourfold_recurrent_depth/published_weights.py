@@ -13,6 +13,8 @@ from torch import Tensor
 from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
 
+PICKLED = ("model.pt", "pytorch_model.bin")
+"""Names of files of weights that are no safetensors, as Parcae's code looks for them."""
 TRAINING_PREFIX = "_orig_mod._original_module."
 """Prefix that torch.compile and the training wrapper put before every name of a `.pth` checkpoint."""
 
@@ -26,7 +28,7 @@ def load_published(
     warns where this raises.
 
     Args:
-        folder: with `config.json` and, unless `training` is given, safetensors.
+        folder: with `config.json` and, unless `training` is given, safetensors or one of `PICKLED`.
         dtype: of the weights; the rotary table stays float32.
         training: a `.pth` checkpoint of the training code, whose names carry a prefix.
 
@@ -34,6 +36,8 @@ def load_published(
         ValueError: keys are missing, left over or of another shape.
     """
     config = RecurrentDepthConfig.from_pretrained(folder)
+    if training is None and not any(folder.glob("*.safetensors")):
+        training = next((folder / name for name in PICKLED if (folder / name).exists()), None)
     with torch.device("meta"):
         model = RecurrentDepthForCausalLM(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

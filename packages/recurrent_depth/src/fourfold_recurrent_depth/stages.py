@@ -104,6 +104,10 @@ class Pass:
     """By name: `prelude`, `core_block`, `coda`. By default loops over the model's modules."""
     takes_any_mask: bool
     """True where the attention backend takes masks of any pattern, as `versions` needs."""
+    tokens: Int[Tensor, "batch token"] | None = None
+    """For blocks that look something up by token."""
+    is_served: bool = False
+    """True where a server keeps the keys, and the attention functions know it by their options."""
 
     def of_rows(self, rows: Int[Tensor, " row"]) -> Pass:
         """The same pass for some rows of the batch."""
@@ -112,7 +116,8 @@ class Pass:
             mask = mask[rows]
         if rotary.shape[0] > 1:
             rotary = rotary[rows]
-        return replace(self, rotary=rotary, mask=mask)
+        tokens = None if self.tokens is None else self.tokens[rows]
+        return replace(self, rotary=rotary, mask=mask, tokens=tokens)
 
     def of_token(self, token: int, *, cached: int) -> Pass:
         """The same pass for one of its tokens, of which `cached` are behind it."""
@@ -121,7 +126,8 @@ class Pass:
             mask = mask[:, :, column, : cached + 1]
         elif isinstance(mask, Tensor):
             mask = mask[:, : cached + 1]
-        return replace(self, rotary=self.rotary[:, column], mask=mask)
+        tokens = None if self.tokens is None else self.tokens[:, column]
+        return replace(self, rotary=self.rotary[:, column], mask=mask, tokens=tokens)
 
     def versions(self, count: int, cache: Cache) -> Pass:
         """The pass in which `count` versions of one token see what is cached and themselves alone."""

@@ -58,7 +58,10 @@ class TokenStates:
         features = torch.arange(width, device=tokens.device) * feature
         # Python's numbers do not wrap around by themselves, as a tensor's do.
         origin = (self.seed * seed + 2**63) % 2**64 - 2**63
-        bits = (tokens * token + positions * position + origin).unsqueeze(-1) + features
+        # Servers count in 32 bits.
+        bits = (tokens.long() * token + positions.long() * position + origin).unsqueeze(
+            -1
+        ) + features
         # The finalizer of SplitMix64 (Steele, Lea, Flood 2014); products wrap around. Torch shifts copies of
         # the sign in, which the mask takes out again.
         for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from transformers import LlamaConfig
 
-from fourfold_recurrent_depth.configuration import RecurrentDepthConfig
+from fourfold_recurrent_depth.configuration import HUGINN, RecurrentDepthConfig
+from fourfold_recurrent_depth.model import GATE_WIDTH, STAGES, first_layer, has_gate, has_values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,8 @@ class Costs:
     prelude: float
     injection: float
     """The embedding's half of the adapter, once per pass."""
+    entry: float
+    """A gradient to the state that enters the recurrences with gradient, which nobody needs."""
     recurrence: float
     """The state's half of the adapter and the core."""
     coda: float
@@ -37,9 +40,7 @@ class Costs:
         )
         # Where some recurrences ran without gradient, the injection is computed for either phase.
         again = self.injection if without else 0.0
-        # The state that enters the last k is a constant: nobody multiplies a gradient back to it.
-        constant = self.injection
-        return self.forward(without + with_gradient) + again + 2 * carried - constant
+        return self.forward(without + with_gradient) + again + 2 * carried - self.entry
 
 
 def costs(config: RecurrentDepthConfig, *, context: int, splits_adapter: bool = True) -> Costs:
@@ -48,17 +49,40 @@ def costs(config: RecurrentDepthConfig, *, context: int, splits_adapter: bool = 
     Dense attention over T tokens reads T keys for each, of which a causal kernel needs half. The
     published code multiplies both halves of the adapter in every recurrence (`splits_adapter=False`).
     """
-    width = config.n_embd
-    block = 2 * (4 * width * width + 3 * width * config.intermediate_size) + 4 * context * width
-    half_adapter = 2 * width * width
+    width, form = config.n_embd, config.form
+    heads = config.n_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    products = 2 if form.mlp == "square" else 3
+    weights = 2 * width * (heads + keys) + products * width * config.intermediate_size
+    block = 2 * weights + 4 * context * heads
+    square = 2 * width * width
+    once = square if form.injects == "decay" or splits_adapter else 0.0
+    again = square if form.injects == "product" else 0.0
+    gates = {stage: _gates(config, stage) for stage in STAGES}
     return Costs(
-        prelude=config.n_layers_in_prelude * block,
-        injection=half_adapter if splits_adapter else 0.0,
-        recurrence=half_adapter * (1 if splits_adapter else 2)
-        + config.n_layers_in_recurrent_block * block,
-        coda=config.n_layers_in_coda * block,
+        prelude=config.n_layers_in_prelude * block + gates["prelude"],
+        injection=once if form.injects else 0.0,
+        entry=once if form.injects == "product" else 0.0,
+        recurrence=again * (1 if splits_adapter else 2)
+        + config.n_layers_in_recurrent_block * block + gates["core_block"],
+        coda=config.n_layers_in_coda * block + gates["coda"] + square * (form.bridge == "product"),
         head=2 * width * config.padded_vocab_size,
+    )  # fmt: skip
+
+
+def _gates(config: RecurrentDepthConfig, stage: str) -> float:
+    """Of a stage's gates for token values, where they have a table."""
+    first = first_layer(config, stage)
+    number = {
+        "prelude": config.n_layers_in_prelude,
+        "core_block": config.n_layers_in_recurrent_block,
+        "coda": config.n_layers_in_coda,
+    }[stage]
+    used = sum(
+        has_gate(config, stage, layer) and has_values(config, first + layer)
+        for layer in range(number)
     )
+    return used * 2 * GATE_WIDTH * config.num_key_value_heads
 
 
 def retrofit_costs(
@@ -76,6 +100,7 @@ def retrofit_costs(
     return Costs(
         prelude=prelude * layer,
         injection=0.0,
+        entry=0.0,
         recurrence=4 * width * width + core * layer,
         coda=coda * layer,
         head=2 * width * config.vocab_size,
@@ -83,7 +108,15 @@ def retrofit_costs(
 
 
 def materialised_parameters(config: RecurrentDepthConfig, recurrences: int) -> int:
-    """Parameters of the model that the same pass would take without sharing (section 3: 1.5 B r + 2 B)."""
+    """Parameters of the model that the same pass would take without sharing (section 3: 1.5 B r + 2 B).
+
+    Raises:
+        ValueError: for another family than Huginn, whose parts are counted.
+    """
+    if config.form is not HUGINN:
+        raise ValueError(
+            f"materialised_parameters counts Huginn's parts, and this is {config.family}; use `costs`"
+        )
     width = config.n_embd
     block = 4 * width * width + 3 * width * config.intermediate_size + 6 * width
     around = (config.n_layers_in_prelude + config.n_layers_in_coda) * block

@@ -22,11 +22,13 @@ Ending = Literal["fixed point", "orbit", "slider", "unsettled"]
 def trajectory(
     model: RecurrentDepthForCausalLM, tokens: Int[Tensor, "batch token"], *, steps: int, seed: int
 ) -> Float[Tensor, "step batch token width"]:
-    """s_0 .. s_steps of every token; s_0 is drawn by position from `seed`."""
+    """s_0 .. s_steps of every token; s_0 is drawn by position from `seed`, or the embedding."""
+    is_drawn = model.config.form.begins == "noise"
     table = state_table(model.config.block_size, model.config.n_embd, seed=seed)
     out = model(
-        tokens, num_steps=steps, initial_state=table, output_hidden_states=True, logits_to_keep=1
-    )
+        tokens, num_steps=steps, initial_state=table if is_drawn else None, output_hidden_states=True,
+        logits_to_keep=1,
+    )  # fmt: skip
     assert out.hidden_states is not None
     return torch.stack(list(out.hidden_states))
 

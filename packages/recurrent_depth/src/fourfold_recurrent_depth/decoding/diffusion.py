@@ -90,10 +90,15 @@ def diffuse(
         init_scale: multiplies states that are drawn; 0 gives zeros.
 
     Raises:
-        ValueError: where no token is asked for.
+        ValueError: where no token is asked for, or recurrences do not see their tokens again.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} asks for no token; use 1 or more")
+    if model.config.form.injects is None:
+        raise ValueError(
+            f"Diffusion changes a token under way, and {model.config.family} sees it in the beginning alone; "
+            "leave custom_generate out"
+        )
     rows = len(prompt)
     cache = RecurrentCache(
         model.config, steps=num_steps, budget=1, capacity=prompt.shape[1] + max_new_tokens

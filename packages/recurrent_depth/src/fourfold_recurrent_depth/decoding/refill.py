@@ -100,7 +100,7 @@ def serve(
     _refuse(model, slots, initial_state)
     steps = sum(model.recurrences(num_steps, 1)[:2])
     batch = _Batch(
-        model, None if exit is None else criterion_named(exit), steps, kv_budget, pick,
+        model, None if exit is None else criterion_named(exit).of(model), steps, kv_budget, pick,
         begin={"initial_state": initial_state, "init_scale": init_scale, "warm_start": warm_start},
     )  # fmt: skip
     last = {eos_token_id} if isinstance(eos_token_id, int) else {*(eos_token_id or ())}
@@ -171,8 +171,8 @@ class _Batch:
         self.rows: list[_Row] = []
         self.s = torch.zeros(0, 1, model.config.n_embd, dtype=model.dtype, device=model.device)
         self.injected = self.s
-        self.rotations = model.rotations()
-        self.rotary = self.rotations[:0, None, None]
+        self.tokens = torch.zeros(0, 1, dtype=torch.long, device=model.device)
+        self.rotary = self._rotations(self.tokens)
         self.memory: Memory = ()
         self.blank = self.s[:, 0]
         """Logits of nothing."""
@@ -209,7 +209,9 @@ class _Batch:
         assert out.final_state is not None
         self.s = torch.cat([self.s, out.final_state[:, -1:]])
         self.injected = torch.cat([self.injected, self.injected.new_zeros(1, *self.s.shape[1:])])
-        self.rotary = torch.cat([self.rotary, self.rotations[:1, None, None]])
+        nothing = self.tokens.new_zeros(1, 1)
+        self.tokens = torch.cat([self.tokens, nothing])
+        self.rotary = torch.cat([self.rotary, self._rotations(nothing)])
         steps = self.steps if out.exit_steps is None else int(out.exit_steps[0, -1])
         self.rows.append(_Row(answer=Answer(request=request), cache=cache, done=steps))
         place = len(self.rows) - 1
@@ -224,6 +226,7 @@ class _Batch:
         """A row goes, and those behind it move up."""
         keep = torch.arange(len(self.rows), device=self.s.device) != place
         self.s, self.injected, self.rotary = self.s[keep], self.injected[keep], self.rotary[keep]
+        self.tokens = self.tokens[keep]
         self.memory = tuple(part[keep] for part in self.memory)
         self.caches.drop(place)
         return self.rows.pop(place).answer
@@ -237,7 +240,7 @@ class _Batch:
         each = [[row.answer.tokens[-1], row.cache.length] for row in new]
         tokens, positions = torch.tensor(each, device=self.s.device).unsqueeze(-1).unbind(1)
         index = torch.arange(len(new), device=self.s.device) if some is None else some
-        self.rotary[index] = self.rotations[positions].unsqueeze(2)
+        self.tokens[index], self.rotary[index] = tokens, self._rotations(positions)
         e = self.model.read(self.model.embed(tokens), self._pass(some))
         if not self.begin["warm_start"]:
             initial, scale = self.begin["initial_state"], self.begin["init_scale"]
@@ -316,10 +319,13 @@ class _Batch:
             return _of(some, self.s)[:, 0]
         return self.blank.expand(len(self.rows) if some is None else len(some), -1)
 
+    def _rotations(self, positions: Int[Tensor, "row 1"]) -> Tensor:
+        return self.model.rotations(positions, self.s.dtype).unsqueeze(2)
+
     def _pass(self, some: Some) -> Pass:
         caches = self.caches if some is None else self.caches.of(some)
-        rotary = _of(some, self.rotary)
-        return self.model.locate_rows(self.s[: len(rotary)], rotary, caches, self.stages)
+        rotary, tokens = _of(some, self.rotary), _of(some, self.tokens)
+        return self.model.locate_rows(self.s[: len(rotary)], rotary, caches, self.stages, tokens)
 
 
 def _of(some: Some, part: Tensor) -> Tensor:

@@ -114,7 +114,15 @@ def speculate(
             window.append(logits.argmax(-1))
             cache.length += 1
         cache.length -= ahead
-        confirmed = _verify(model, embeds, states, cache, speculation.draft_steps, num_steps)
+        confirmed = _verify(
+            model,
+            torch.cat(window[:-1], dim=1),
+            embeds,
+            states,
+            cache,
+            speculation.draft_steps,
+            num_steps,
+        )
         right = (confirmed == torch.cat(window[1:], dim=1)).long().cumprod(1)
         kept = int(right.sum(1).min())
         # The first token that a row gets wrong is corrected by the full depth: one more than confirmed.
@@ -148,6 +156,7 @@ def _draft(
 
 def _verify(
     model: RecurrentDepthForCausalLM,
+    tokens: Int[Tensor, "batch drafted"],
     embeds: list[Tensor],
     states: list[Tensor],
     cache: RecurrentCache,
@@ -156,7 +165,7 @@ def _verify(
 ) -> Int[Tensor, "batch drafted"]:
     """The full depth's choice after each drafted input, going on from recurrence `done`."""
     e, s = torch.cat(embeds, dim=1), torch.cat(states, dim=1)
-    this_pass, _ = model.locate(e, None, None, cache, {})
+    this_pass, _ = model.locate(e, None, None, cache, {}, tokens=tokens)
     cache.open(e.shape[0], e.shape[1], steps=cache.steps)
     s = model.iterate(e, s, this_pass, steps - done, 0, first=done)
     return model.predict(s, this_pass).argmax(-1)

@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,10 @@ class Criterion(ABC):
     def stops(self, value: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
         """Below the threshold, unless a criterion says otherwise."""
         return value < self.threshold
+
+    def of(self, model: Any) -> Criterion:  # noqa: ARG002 - most criteria need nothing of the model
+        """The criterion for a model: with what it takes from the weights."""
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,6 +257,66 @@ class Custom(Criterion):
         return value.float(), (now,)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate(Criterion):
+    """The probability to have stopped by now, of the model's own learned gate; stops at `threshold`.
+
+    sigma(gate(s_i)) is the probability to stop at i where the token has not stopped before (Ouro,
+    arXiv 2510.25741). Ouro's code runs every loop and reads each token at its exit; here a token that has
+    stopped costs nothing more, and others read its keys at its last loop. Recurrences between checks
+    (`every`) have no probability.
+    """
+
+    reads = "state"
+    threshold: float = math.inf
+    """By default the configuration's `early_exit_threshold`."""
+    scope: Literal["row", "token"] = "token"
+    gate: Callable[[Tensor], Tensor] | None = None
+    """Logits of states; by default the model's own gate, which `of` puts here."""
+
+    def of(self, model: Any) -> Criterion:
+        """With the model's gate and threshold, where there are none.
+
+        Raises:
+            ValueError: the model has no gate.
+        """
+        if self.gate is not None:
+            return self
+        if not model.config.form.has_gate:
+            raise ValueError(
+                f"a model of {model.config.family} has no learned gate; use another criterion, such as KL()"
+            )
+        is_given = self.threshold != math.inf
+        threshold = self.threshold if is_given else model.config.early_exit_threshold
+        return replace(self, gate=model.part("gate"), threshold=threshold)
+
+    def begin(self, features: Float[Tensor, "token features"]) -> Memory:
+        """Nothing has stopped: probabilities to have, and to have not."""
+        none = torch.zeros_like(
+            features[:, 0], dtype=torch.promote_types(features.dtype, torch.float32)
+        )
+        return none, none + 1
+
+    def measure(
+        self, now: Float[Tensor, "token features"], before: Memory
+    ) -> tuple[Float[Tensor, " token"], Memory]:
+        """The probability to have stopped.
+
+        Raises:
+            ValueError: nobody has put a gate in.
+        """
+        if self.gate is None:
+            raise ValueError("this Gate is of no model; use Gate(...).of(model)")
+        stopped, running = before
+        share = torch.sigmoid(self.gate(now).squeeze(-1).to(stopped.dtype))
+        stopped = stopped + share * running
+        return stopped, (stopped, running * (1 - share))
+
+    def stops(self, value: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
+        """At the probability or above."""
+        return value >= self.threshold
+
+
 NAMED: dict[str, Callable[[], Criterion]] = {
     "kl": KL,
     "minp_kl": MinPKL,
@@ -260,6 +324,7 @@ NAMED: dict[str, Callable[[], Criterion]] = {
     "latent_diff": LatentDiff,
     "cosine": Cosine,
     "argmax_stability": ArgmaxStability,
+    "gate": Gate,
 }
 """Criteria by name, with the published thresholds."""
 

@@ -88,13 +88,15 @@ def compiled_stages(
         this_pass: with the stages that stand where these do not go.
         written: the parts that the compiled code stands for, with their forward passes as they were written.
     """
+    if model.config.family != "huginn_raven":
+        return this_pass.stages  # `recurrence.cpp` is Huginn's block and adapter
     compiled = library()
     if compiled is None or not _is_plain_pass(model, embedded, this_pass):
         return this_pass.stages
     stages = dict(this_pass.stages)
     for name, plain in this_pass.stages.items():
-        blocks = list(model.transformer[name])
-        adapter = model.transformer["adapter"] if name == "core_block" else None
+        blocks = list(model.part(name))
+        adapter = model.part("adapter") if name == "core_block" else None
         is_exact = adapter is not None and model.config.reference_semantics
         if not is_exact and _have_addresses(blocks, adapter, written):
             stages[name] = CompiledStage(blocks, _addresses(blocks), adapter, plain, compiled)
@@ -258,7 +260,7 @@ def _have_addresses(
         is_float = type(weight) is nn.Parameter and weight.dtype == torch.float32
         if not (is_float and weight.is_cpu and weight.is_contiguous()):
             return False
-    written_blocks: Any = blocks  # their modules are those of SandwichBlock, as was checked above
+    written_blocks: Any = blocks  # their modules are those of Huginn's blocks, as was checked above
     shapes = {
         (part.mlp.proj.weight.shape, part.attn.qk_bias.shape, part.mlp.fc.weight.shape)
         for part in written_blocks
@@ -271,10 +273,11 @@ def _have_addresses(
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    """`modules`, without its names."""
+    """`modules`, without its names, and without the calls of a server, which no pass of ours makes."""
     yield module
-    for child in vars(module)["_modules"].values():
-        yield from _parts(child)
+    for name, child in vars(module)["_modules"].items():
+        if name != "calls":
+            yield from _parts(child)
 
 
 def _is_as_written(part: nn.Module, written: Mapping[type, Callable[..., Any]]) -> bool:

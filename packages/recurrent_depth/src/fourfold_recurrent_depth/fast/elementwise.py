@@ -69,7 +69,9 @@ def eager_attention(
     **_: Any,
 ) -> tuple[Float[Tensor, "batch token head width"], Float[Tensor, "batch head token context"]]:
     """Attention as a formula, with transformers' signature: the backend `eager`."""
-    del module
+    groups = getattr(module, "num_key_value_groups", 1)
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * scaling
     weights = scores if attention_mask is None else scores + attention_mask
     weights = weights.softmax(dim=-1)

@@ -112,7 +112,11 @@ class RandomDepth:
     def loss(
         self, model: nn.Module, batch: Batch, targets: Int[Tensor, "batch token"]
     ) -> MicrobatchLoss:
-        """Summed cross-entropy of one microbatch; telemetry counts recurrences over its rows."""
+        """Summed cross-entropy of one microbatch; telemetry counts recurrences over its rows.
+
+        Raises:
+            ValueError: recurrences without gradient cut the tokens off, which only the first one sees.
+        """
         rows = len(batch.tokens)
         draw, number = self.recurrences.draw, batch.number
         if self.per == "row":
@@ -124,7 +128,15 @@ class RandomDepth:
         if self.per == "row" and rows > 1:
             steps = (totals, max(with_gradient for _, with_gradient in draws))
         begin: dict[str, Any] = {}
-        if not isinstance(getattr(model, "module", model), Retrofitted):  # which begins with zeros
+        inner: Any = getattr(model, "module", model)
+        form = None if isinstance(inner, Retrofitted) else inner.config.form
+        if form is not None and form.injects is None and any(without for without, _ in draws):
+            raise ValueError(
+                f"recurrences of {inner.config.family} without gradient, and it sees its tokens in the first "
+                "alone: its embedding would learn nothing; use a backprop of all recurrences"
+            )
+        # A retrofit begins with zeros, and some families with the embedding.
+        if form is not None and form.begins == "noise":
             seeds = tuple((batch.number * _PRIME + a) % MODULUS for a in batch.addresses)
             begin["initial_state"] = RowStates(seeds)
         logits = model(
