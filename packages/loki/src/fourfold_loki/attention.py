@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
@@ -158,18 +158,24 @@ def attend(
     keep: Bool[Tensor, "batch ranked query token"],
     *,
     scaling: float,
+    log_weights: Float[Tensor, "batch ranked query token"] | None = None,
 ) -> Float[Tensor, "batch heads query value_width"]:
     """Exact attention over the kept keys; a query that keeps none gives zeros.
 
-    `keep` has one row a query head, a key/value head (shared in the group), or all heads.
+    `keep` has one row a query head, a key/value head (shared in the group), or all heads. A key that was
+    kept by chance stands for others: `log_weights`, as many rows, are added to its logits.
     """
     kv_heads, heads = keys.shape[1], queries.shape[1]
+
+    def of_heads(rows: Shaped[Tensor, "batch ranked query token"]) -> Tensor:
+        if rows.shape[1] == heads:
+            return rearrange(rows, "b (h g) q t -> b h (g q) t", h=kv_heads)
+        return repeat(rows, "b h q t -> b h (g q) t", g=heads // kv_heads)
+
     packed = rearrange(queries, "b (h g) q d -> b h (g q) d", h=kv_heads)
-    if keep.shape[1] == heads:
-        mask = rearrange(keep, "b (h g) q t -> b h (g q) t", h=kv_heads)
-    else:
-        mask = repeat(keep, "b h q t -> b h (g q) t", g=heads // kv_heads)
-    bias = shut(mask, queries.dtype)  # torch takes half as long with it as with the booleans
+    bias = shut(of_heads(keep), queries.dtype)  # torch takes half as long with it as with booleans
+    if log_weights is not None:
+        bias = bias + of_heads(log_weights).to(queries.dtype)
     output = F.scaled_dot_product_attention(packed, keys, values, attn_mask=bias, scale=scaling)
     return rearrange(output, "b h (g q) d -> b (h g) q d", q=queries.shape[2])
 

@@ -3,6 +3,7 @@
 The same accounting for every selector: sinks, window and selection together never exceed the count.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
@@ -81,7 +82,23 @@ class Error:
             )
 
 
-Amount = Share | Count | Mass | Error
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Threshold:
+    """The keys that a ranking gives a score at least, however many: one at least, sinks and window besides.
+
+    The scale is the selector's. Where selection is shared in groups, a key is kept that any head keeps.
+    """
+
+    score: float
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.score):
+            raise ValueError("score=nan is above no score and below none; give a number")
+
+
+Amount = Share | Count | Mass | Error | Threshold
+Adaptive = Mass | Error | Threshold
+"""Amounts that are known only when keys were scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +129,7 @@ class Budget:
     """A query that sees fewer keys than this keeps all of them: attention is dense then, bit for bit."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.amount, Share | Count | Mass | Error):
+        if not isinstance(self.amount, Share | Count | Mass | Error | Threshold):
             way_out = "Count(keys=...)" if isinstance(self.amount, int) else "Share(of_visible=...)"
             raise ValueError(
                 f"amount={self.amount!r} may be a share or a number of keys; say which: amount={way_out}"
@@ -181,9 +198,12 @@ class Budget:
             scores = self.paged(scores + shut(visible, scores.dtype))
             allowed, forced = self.paged(visible), self.paged(forced)
         if self.selection == "shared in groups" and scores.shape[1] != kv_heads:
-            scores = shared_in_groups(scores, allowed, kv_heads=kv_heads)
+            if isinstance(self.amount, Threshold):
+                scores = scores.unflatten(1, (kv_heads, -1)).amax(2)
+            else:
+                scores = shared_in_groups(scores, allowed, kv_heads=kv_heads)
         # 3. Rank: what is forced comes before everything else, and counts.
-        counts = self._counts(scores, allowed, seen, layer)
+        counts = self._counts(scores, allowed, forced, seen, layer)
         if self.sinks or self.window:
             scores = scores.masked_fill(forced, torch.inf)
         return scores, allowed, counts
@@ -230,7 +250,7 @@ class Budget:
                 allowed = max(1, int(seen * share))
             case Count(keys=keys):
                 allowed = keys
-            case Mass() | Error():
+            case Mass() | Error() | Threshold():
                 raise ValueError(f"{self.amount} is not known before ranking; use Share or Count")
             case _:
                 assert_never(self.amount)
@@ -243,7 +263,7 @@ class Budget:
                 return (seen.double() * share).long().clamp(min=1)
             case Count(keys=keys):
                 return torch.full_like(seen, keys)
-            case Mass() | Error():
+            case Mass() | Error() | Threshold():
                 return seen
             case _:
                 assert_never(self.amount)
@@ -259,6 +279,7 @@ class Budget:
         self,
         scores: Float[Tensor, "batch ranked query unit"],
         allowed: Bool[Tensor, " batch #ranked query unit"],
+        forced: Bool[Tensor, " batch #ranked query unit"],
         seen: Int[Tensor, " batch #ranked query"],
         layer: int,
     ) -> Int[Tensor, " batch #ranked query"]:
@@ -270,6 +291,8 @@ class Budget:
                 ordered = weights.sort(-1, descending=True).values
                 short = (ordered.cumsum(-1) < claimed[layer]).sum(-1)
                 return (short + 1).clamp(min=-(-floor // self.page))
+            case Threshold(score=least):
+                return (allowed & ((scores >= least) | forced)).sum(-1).clamp(min=1)
             case Error():
                 raise ValueError(
                     f"{self.amount} is kept by reading until a bound holds (certificate.read_until), and a "

@@ -126,12 +126,7 @@ def _judge(call: AttentionCall, arms: Mapping[str, Sparse], queries: int) -> Ite
     weights = exact.masked_fill(~among.visible, -torch.inf).softmax(-1)
     heads = exact.shape[1]
     for name, mode in arms.items():
-        keep = mode.budget.keep(
-            mode.selector.scores(among),
-            among.visible,
-            kv_heads=call.keys.shape[1],
-            layer=call.layer,
-        )
+        keep = mode.selector.select(among, mode.budget).keep
         keep = keep.repeat_interleave(heads // keep.shape[1], dim=1)
         best = most_relevant(exact, among.visible, keep.sum(-1))
         yield Diagnosis(

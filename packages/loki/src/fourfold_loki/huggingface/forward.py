@@ -176,14 +176,18 @@ def _selected(
             allowance=mode.budget.allowance(visible[:, :, first : first + rows]),
         )
         queries, keys = mode.selector.compared(among)
+        looked_up = 0.0
         if isinstance(mode.budget.amount, Error):
             keep, output = _certified(session, mode, mode.budget.amount, among, value)
         else:
-            scores, mass = mode.selector.follow(among)
-            keep = mode.budget.keep(scores, among.visible, kv_heads=key.shape[1], layer=layer)
-            output = attend(queries, keys, value, keep, scaling=scaling)
+            selection = mode.selector.select(among, mode.budget)
+            keep, mass, looked_up = selection.keep, selection.mass, selection.looked_up
+            output = attend(
+                queries, keys, value, keep, scaling=scaling, log_weights=selection.log_weights
+            )
         if not torch.compiler.is_compiling():
             session.reads.add_masks(keep, among.visible, kv_heads=key.shape[1])
+            session.reads.looked_up += looked_up
         outputs.append(output)
     if mode.selector.keeps_count:
         session.mass[layer] = mass
@@ -222,6 +226,11 @@ def _refuse_unfit(mode: Sparse, layer: int, *, kv_heads: int, dropout: float) ->
         raise ValueError(
             f"dropout={dropout} would be ignored by {NAME!r}; list layer {layer} in dense_layers, or use "
             "model.eval()"
+        )
+    if mode.selector.samples and torch.compiler.is_compiling():
+        raise ValueError(
+            f"{type(mode.selector).__name__} draws keys at random, which a compiled graph would do once; "
+            "run the model uncompiled"
         )
     if isinstance(mode.selector, Loki) and kv_heads != mode.selector.basis.kv_heads:
         raise ValueError(

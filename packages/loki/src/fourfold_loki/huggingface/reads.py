@@ -23,6 +23,12 @@ class Reads:
 
     ranking: float
     """Share of a full read of the keys that ranking them takes (`Selector.cost`)."""
+    head_width: int = 1
+    """Numbers of a key, and of a value."""
+    of_kept: float = 1.0
+    """Share of both vectors of a kept key that is read (`Selector.of_kept`)."""
+    looked_up: float = 0.0
+    """Numbers read of tables, summed (`Selection.looked_up`)."""
     kept: float = 0.0
     """Keys read, summed over queries and key/value heads (a key counts once for its group)."""
     seen: float = 0.0
@@ -46,7 +52,8 @@ class Reads:
             cost = selector.bounds_cost(head_width=width, group=group) + 1 / width
         else:
             cost = selector.cost(head_width=width, group=group)
-        return cls(ranking=cost)
+        of_kept = 1.0 if isinstance(amount, Error) else selector.of_kept
+        return cls(ranking=cost, head_width=width, of_kept=of_kept)
 
     def add_masks(
         self,
@@ -86,12 +93,16 @@ class Reads:
 
         The ranking is included for every query, as if those below `dense_below` were ranked too.
         """
-        return self.share + self.ranking / 2
+        tables = self.looked_up / (2 * self.head_width * self.seen) if self.seen else 0.0
+        return self.of_kept * self.share + self.ranking / 2 + tables
 
     def __add__(self, other: "Reads") -> "Reads":
         """Both together, of one selector."""
         return Reads(
             ranking=self.ranking,
+            head_width=self.head_width,
+            of_kept=self.of_kept,
+            looked_up=self.looked_up + other.looked_up,
             kept=self.kept + other.kept,
             seen=self.seen + other.seen,
             queries=self.queries + other.queries,

@@ -22,7 +22,7 @@ from transformers.cache_utils import StaticLayer
 
 from fourfold_loki.attention_mode import AttentionMode, Observe, Sparse
 from fourfold_loki.basis import Basis
-from fourfold_loki.budget import Budget, Error, Mass, Share, WhereItPays
+from fourfold_loki.budget import Adaptive, Budget, Share, WhereItPays
 from fourfold_loki.cache import LokiCache, LokiLayer
 from fourfold_loki.huggingface.reads import Reads
 from fourfold_loki.huggingface.sites import (
@@ -121,9 +121,10 @@ class Session:
     def _cacheable(self) -> tuple[Loki, list[Site]]:
         """The selector of a session that may have a cache of its own, and its sites."""
         if not isinstance(self.mode, Sparse) or not isinstance(self.mode.selector, Loki):
+            who = type(self.mode.selector if isinstance(self.mode, Sparse) else self.mode).__name__
             raise ValueError(
-                "only Loki ranks by a basis, so only its session has a LokiCache; "
-                "pass no cache, or a cache of transformers"
+                f"{who} ranks by no basis, and only Loki's session has a LokiCache, paged or not, and "
+                "lossless drafts over it; pass no cache, or a cache of transformers"
             )
         if self.iterates:
             raise ValueError(
@@ -312,7 +313,7 @@ def timed(
     config = model.config.get_text_config()
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     in_groups = budget.selection == "shared in groups" or heads == kv_heads
-    if isinstance(budget.amount, Mass | Error) or not isinstance(selector, Loki) or not in_groups:
+    if isinstance(budget.amount, Adaptive) or not isinstance(selector, Loki) or not in_groups:
         raise ValueError(
             f"dense_below=WhereItPays() of {type(selector).__name__} with {budget.amount} and "
             f"selection={budget.selection!r}: only Loki with a Share or a Count, shared in groups, is "

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fourfold_loki.attention_mode import Sparse
-from fourfold_loki.budget import Error, Mass
+from fourfold_loki.budget import Adaptive
 from fourfold_loki.cache import LokiLayer
 from fourfold_loki.kernels import cpu
 from fourfold_loki.kernels.choice import sparse_forms
@@ -23,7 +23,7 @@ def can_decode(mode: Sparse, queries: Tensor, layer: LokiLayer) -> bool:
         and queries.shape[2] == 1
         # They write into buffers, which autograd cannot follow.
         and not queries.requires_grad
-        and not isinstance(budget.amount, Mass | Error)
+        and not isinstance(budget.amount, Adaptive)
         and (budget.selection == "shared in groups" or group == 1)
         and layer.room % budget.page == 0
         # Where the forced pages alone fill the budget, the order of ties matters.

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fourfold_loki.attention import scores_of
+from fourfold_loki.budget import Budget
 from fourfold_loki.certificate import ScoreBounds
 
 
@@ -33,11 +34,31 @@ class Candidates:
         return scores_of(self.queries, self.keys, scaling=self.scaling)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Selection:
+    """The keys that queries read, and how they count."""
+
+    keep: Bool[Tensor, "batch ranked query token"]
+    mass: Float[Tensor, "batch heads token"]
+    """`Candidates.past_mass` of the next call."""
+    log_weights: Float[Tensor, "batch ranked query token"] | None = None
+    """Added to the logits of kept keys: -log of the probability with which chance kept them."""
+    looked_up: float = 0.0
+    """Numbers that were read of tables, over all queries and key/value heads, beside `Selector.cost`."""
+
+
 class Selector(ABC):
-    """Ranks keys: the one method that a method of sparse attention overrides."""
+    """Ranks keys: the one method that a method of sparse attention overrides.
+
+    A method that samples overrides `select` besides: its keys have weights.
+    """
 
     keeps_count: ClassVar[bool] = False
     """True where it needs `Candidates.past_mass`."""
+    samples: ClassVar[bool] = False
+    """True where chance has a part in what is read, so that no compiled graph holds it."""
+    of_kept: ClassVar[float] = 1.0
+    """Share of both vectors of a kept key that are read after ranking."""
 
     @abstractmethod
     def scores(self, among: Candidates) -> Float[Tensor, "batch heads query token"]:
@@ -51,6 +72,22 @@ class Selector(ABC):
         """Share of a full read of all keys that ranking them reads, a key/value head."""
         del head_width, group
         return 0.0
+
+    def tables(self, *, head_width: int) -> float:
+        """Numbers that ranking reads for a query and key/value head, however many keys there are."""
+        del head_width
+        return 0.0
+
+    def select(self, among: Candidates, budget: Budget) -> Selection:
+        """The keys that the budget keeps of the ranking."""
+        scores, mass = self.follow(among)
+        batch, kv_heads, _, head_width = among.keys.shape
+        return Selection(
+            keep=budget.keep(scores, among.visible, kv_heads=kv_heads, layer=among.layer),
+            mass=mass,
+            looked_up=self.tables(head_width=head_width)
+            * (batch * kv_heads * among.queries.shape[2]),
+        )
 
     def bounds(self, among: Candidates) -> ScoreBounds:
         """Bounds on every exact score of `compared`, by what is read of all keys; in float64.
