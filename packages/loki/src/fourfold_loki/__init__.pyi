@@ -11,6 +11,7 @@ from .budget import Count as Count
 from .budget import Error as Error
 from .budget import Mass as Mass
 from .budget import Share as Share
+from .budget import Threshold as Threshold
 from .budget import WhereItPays as WhereItPays
 from .cache import LokiCache as LokiCache
 from .calibration import calibrate as calibrate
@@ -29,12 +30,17 @@ from .selectors import CATALOGUE as CATALOGUE
 from .selectors import H2O as H2O
 from .selectors import DoubleSparsity as DoubleSparsity
 from .selectors import Exact as Exact
+from .selectors import HashAttention as HashAttention
 from .selectors import Loki as Loki
+from .selectors import MagicPIG as MagicPIG
 from .selectors import PcaAttention as PcaAttention
+from .selectors import PQCache as PQCache
 from .selectors import Quest as Quest
 from .selectors import Random as Random
 from .selectors import Selector as Selector
+from .selectors import SkipSoftmax as SkipSoftmax
 from .selectors import SparQ as SparQ
 from .selectors import Streaming as Streaming
+from .selectors import VAttention as VAttention
 
 __version__: str

@@ -18,6 +18,7 @@ from fourfold_loki.huggingface.sites import (
     is_iterated,
 )
 from fourfold_loki.moments import CalibrationSource, Moments, Statistics, fingerprint
+from fourfold_loki.selectors.hash_attention import HashAttention, Learner
 from fourfold_parallel.common.progress import Progress, silent
 from fourfold_parallel.run.tokenizers import beginning, encoded
 
@@ -138,6 +139,44 @@ def calibrate_tokens(
             tokens=ids.numel(),
         ),
     )
+
+
+@torch.no_grad()
+def learn_signatures(
+    model: PreTrainedModel,
+    ids: Int[Tensor, "window context"],
+    *,
+    bits: int = 32,
+    hidden: tuple[int, ...] = (64,),
+    steps: int = 20,
+    progress: Progress = silent,
+) -> HashAttention:
+    """HashAttention's networks, learned on a model's queries and keys.
+
+    Args:
+        model: the model; its layers are not iterated.
+        ids: windows of text.
+        bits: of a signature.
+        hidden: sizes of the networks between the head's width and the bits.
+        steps: of Adam in each window and layer.
+        progress: told of every window.
+    """
+    config = model.config.get_text_config()
+    learner = Learner(
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        sizes=(head_width(config), *hidden, bits),
+        steps=steps,
+    )
+
+    def take(seen: AttentionCall) -> None:
+        learner.learn(seen.layer, seen.queries[0], seen.keys[0], seen.visible[0, 0])
+
+    with attending(model, Observe(observer=take)):
+        for done, row in enumerate(ids, start=1):
+            model.base_model(row[None].to(model.device), use_cache=False)
+            progress(done, len(ids), "learning signatures")
+    return learner.selector()
 
 
 @torch.no_grad()

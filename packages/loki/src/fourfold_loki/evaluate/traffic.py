@@ -5,10 +5,14 @@ Per layer and decoded token, in elements of the cache: dense attention reads key
 Singhania et al. 2024, section 4.2, give the ratio as d/(2D) + k_f.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fourfold_loki.budget import Budget
 from fourfold_loki.huggingface.sites import head_width
+from fourfold_loki.selectors import Selector
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +65,40 @@ class Shape:
         """Read for one token of one sequence: `width` coordinates of all keys, a share of both vectors."""
         numbers = tokens * (width + 2 * share * self.head_width)
         return numbers * self.layers * self.kv_heads * self.bytes_each
+
+
+def read_share(
+    selector: Selector, budget: Budget, seen: Sequence[int], *, head_width: int, group: int
+) -> float:
+    """Elements that queries read over those of dense attention, before any is asked.
+
+    Keys in full, the index of all keys, and tables; selection is shared in groups, and sequences begin at a
+    page's beginning.
+
+    Args:
+        selector: ranks, and does not sample.
+        budget: a Share or a Count.
+        seen: keys that each query sees.
+        head_width: numbers of a key.
+        group: query heads of a key/value head.
+
+    Raises:
+        ValueError: for reads that depend on scores or chance.
+    """
+    if selector.samples or (budget.page > 1 and not budget.window):
+        raise ValueError(
+            f"the reads of {type(selector).__name__} in pages of {budget.page} with "
+            f"window={budget.window} depend on chance or scores; count them while a model runs"
+        )
+    kept = 0
+    for tokens in seen:
+        units = min(budget.units(tokens), math.ceil(tokens / budget.page))
+        # The window keeps the last page, which may be short.
+        kept += min(tokens, units * budget.page - -tokens % budget.page)
+    total = sum(seen)
+    tables = selector.tables(head_width=head_width) * len(seen) / (2 * head_width * total)
+    index = selector.cost(head_width=head_width, group=group) / 2
+    return selector.of_kept * kept / total + index + tables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

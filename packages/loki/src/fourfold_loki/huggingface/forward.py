@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from fourfold_loki.attention import attend, scores_of
+from fourfold_loki.attention import attend, scores_of, shut
 from fourfold_loki.attention_mode import AttentionCall, Observe, Sparse
 from fourfold_loki.budget import Error
 from fourfold_loki.certificate import read_until, scene_of
@@ -232,10 +232,11 @@ def _refuse_unfit(mode: Sparse, layer: int, *, kv_heads: int, dropout: float) ->
             f"{type(mode.selector).__name__} draws keys at random, which a compiled graph would do once; "
             "run the model uncompiled"
         )
-    if isinstance(mode.selector, Loki) and kv_heads != mode.selector.basis.kv_heads:
+    ranking = mode.selector.ranks_by()
+    if isinstance(ranking, Loki) and kv_heads != ranking.basis.kv_heads:
         raise ValueError(
             f"layer {layer} has {kv_heads} key/value heads here, and the basis has "
-            f"{mode.selector.basis.kv_heads}; use basis.heads(first, last) for a rank's part of a split "
+            f"{ranking.basis.kv_heads}; use basis.heads(first, last) for a rank's part of a split "
             "model, and the whole basis for a whole model"
         )
 
@@ -272,9 +273,12 @@ def _count_block(
     """Add the mass that a dense block of queries gives to its keys."""
     visible = visible_keys(module, query, key, mask)
     past = _past_mass(session, mode, layer, query, key)
-    scores = scores_of(query, key, scaling=scaling)
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-    session.mass[layer] = past + weights.sum(2)
+    rows = max(1, BLOCK // (query.shape[0] * query.shape[1] * key.shape[2]))
+    for first in range(0, query.shape[2], rows):
+        scores = scores_of(query[:, :, first : first + rows], key, scaling=scaling)
+        shown = visible[:, :, first : first + rows]
+        past = past + (scores + shut(shown, scores.dtype)).softmax(-1).sum(2)
+    session.mass[layer] = past
 
 
 def visible_keys(

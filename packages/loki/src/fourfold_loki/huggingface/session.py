@@ -180,9 +180,10 @@ class Session:
         Raises:
             ValueError: naming both.
         """
-        if not isinstance(self.mode, Sparse) or not isinstance(self.mode.selector, Loki):
+        ranking = self.mode.selector.ranks_by() if isinstance(self.mode, Sparse) else None
+        if not isinstance(ranking, Loki):
             return
-        layers = self.mode.selector.basis.layers
+        layers = ranking.basis.layers
         if self.calls > layers or (self.calls < layers and not at_most):
             raise ValueError(
                 f"{self.calls} attention calls in a pass, and a basis of {layers} layers and steps; "

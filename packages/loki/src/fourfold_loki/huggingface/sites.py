@@ -156,8 +156,8 @@ def check_mode(model: PreTrainedModel, mode: Sparse) -> None:
         )
     if not is_iterated(model):
         _refuse_kinds(model, mode)
-    if isinstance(mode.selector, Loki):
-        check_basis(model, mode.selector.basis)
+    if isinstance(ranking := mode.selector.ranks_by(), Loki):
+        check_basis(model, ranking.basis)
 
 
 def _refuse_kinds(model: PreTrainedModel, mode: Sparse) -> None:

@@ -8,16 +8,21 @@ from collections.abc import Callable, Mapping
 
 from fourfold_loki.basis import fit
 from fourfold_loki.moments import Statistics
-from fourfold_loki.selectors.base import Candidates, Selector
+from fourfold_loki.selectors.base import Candidates, Selection, Selector
 from fourfold_loki.selectors.double_sparsity import DoubleSparsity
 from fourfold_loki.selectors.exact import Exact
 from fourfold_loki.selectors.h2o import H2O
+from fourfold_loki.selectors.hash_attention import HashAttention
 from fourfold_loki.selectors.loki import Loki
+from fourfold_loki.selectors.magicpig import MagicPIG
 from fourfold_loki.selectors.pca_attention import PcaAttention
+from fourfold_loki.selectors.pqcache import PQCache
 from fourfold_loki.selectors.quest import Quest
 from fourfold_loki.selectors.random import Random
+from fourfold_loki.selectors.skip_softmax import SkipSoftmax
 from fourfold_loki.selectors.sparq import SparQ
 from fourfold_loki.selectors.streaming import Streaming
+from fourfold_loki.selectors.vattention import VAttention
 
 __all__ = [
     "CATALOGUE",
@@ -25,13 +30,19 @@ __all__ = [
     "Candidates",
     "DoubleSparsity",
     "Exact",
+    "HashAttention",
     "Loki",
+    "MagicPIG",
+    "PQCache",
     "PcaAttention",
     "Quest",
     "Random",
+    "Selection",
     "Selector",
+    "SkipSoftmax",
     "SparQ",
     "Streaming",
+    "VAttention",
 ]
 
 
@@ -59,6 +70,15 @@ CATALOGUE: Mapping[str, Callable[[Statistics], Selector]] = {
     "quest": lambda _: Quest(page=16),
     "h2o": lambda _: H2O(),
     "streaming": lambda _: Streaming(sinks=4),
+    "pqcache": lambda _: PQCache(parts=2, bits=6),
+    "hash-attention": HashAttention.from_statistics,
+    "magicpig": lambda _: MagicPIG(hashes=75, bits=8),
+    "vattention": lambda statistics: VAttention(heavy=_loki(statistics), epsilon=0.1, delta=0.1),
+    "skip-softmax": lambda _: SkipSoftmax(block=64),
     "random": lambda _: Random(seed=0),
 }
-"""By name: a selector of a quarter of the coordinates (PCAAttn: half), pages of 16, four sinks."""
+"""By name: a selector of a quarter of the coordinates (PCAAttn: half), pages of 16, four sinks.
+
+MagicPIG and skip-softmax are meant for a budget with a `Threshold`; under others they rank. vAttention
+reads a sample besides what the budget keeps.
+"""

@@ -73,6 +73,10 @@ class Selector(ABC):
         del head_width, group
         return 0.0
 
+    def ranks_by(self) -> "Selector":
+        """The selector that it ranks by, where that is another."""
+        return self
+
     def tables(self, *, head_width: int) -> float:
         """Numbers that ranking reads for a query and key/value head, however many keys there are."""
         del head_width
