@@ -194,6 +194,7 @@ def offers(
                 epsilon=math.exp(log_error),
                 delta=DELTA,
                 first=0.01,
+                fewest=16,
             )
             return Sparse(selector=sampling, budget=heavy)
 

@@ -90,11 +90,14 @@ def read_share(
             f"the reads of {type(selector).__name__} in pages of {budget.page} with "
             f"window={budget.window} depend on chance or scores; count them while a model runs"
         )
-    kept = 0
+    kept, page = 0, budget.page
     for tokens in seen:
-        units = min(budget.units(tokens), math.ceil(tokens / budget.page))
-        # The window keeps the last page, which may be short.
-        kept += min(tokens, units * budget.page - -tokens % budget.page)
+        pages = math.ceil(tokens / page)
+        units = min(budget.units(tokens), pages)
+        # The window keeps the last page, which may be short, unless earlier ones fill the amount.
+        forced = {*range(math.ceil(min(budget.sinks, tokens) / page))}
+        forced |= {*range(max(0, tokens - budget.window) // page, pages)}
+        kept += units * page - (-tokens % page if units >= len(forced) else 0)
     total = sum(seen)
     tables = selector.tables(head_width=head_width) * len(seen) / (2 * head_width * total)
     index = selector.cost(head_width=head_width, group=group) / 2

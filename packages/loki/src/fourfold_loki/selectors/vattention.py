@@ -31,9 +31,6 @@ from torch import Tensor
 from fourfold_loki.budget import Budget
 from fourfold_loki.selectors.base import Candidates, Selection, Selector
 
-FEWEST = 16
-"""Keys of the first sample: a spread of fewer is no estimate."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VAttention(Selector):
@@ -47,6 +44,8 @@ class VAttention(Selector):
     """Probability of a larger one."""
     first: float = 0.02
     """Share of the other keys that the first sample reads."""
+    fewest: int = 64
+    """Keys of the first sample, at least; of 16 the spread is often far too small."""
     bound: Literal["normal", "hoeffding"] = "normal"
     seed: int = 0
     samples: ClassVar[bool] = True
@@ -56,6 +55,10 @@ class VAttention(Selector):
             raise ValueError(
                 f"epsilon={self.epsilon}, delta={self.delta}, first={self.first}; use an error above 0, a "
                 "probability between 0 and 1, and a share from 0 to 1"
+            )
+        if self.fewest < 2:
+            raise ValueError(
+                f"fewest={self.fewest} keys have no spread; use 2 or more, 64 to trust it"
             )
         kind = type(self.heavy)
         is_whole = kind.compared is Selector.compared and kind.of_kept == 1
@@ -99,7 +102,7 @@ class VAttention(Selector):
         order = torch.rand(batch, kv_heads, queries, tokens, generator=generator).to(rest.device)
         order = order.repeat_interleave(rows // kv_heads, 1).masked_fill(~rest, 2.0)
         ascending = order.sort(-1).values
-        fewest = (others * self.first).ceil().long().clamp(min=FEWEST).minimum(others)
+        fewest = (others * self.first).ceil().long().clamp(min=self.fewest).minimum(others)
         known = keep | upto(order, ascending, fewest)
         # 2. What the first sample says of the rest.
         left = others - fewest
