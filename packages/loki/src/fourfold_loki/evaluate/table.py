@@ -8,9 +8,9 @@ share of what dense attention reads, by the traffic model:
 - adaptive methods (vAttention, MagicPIG, skip-softmax): the one parameter that sets how much they read is
   found by bisection on a text before the windows that are scored; what they read on these is counted.
 
-Of the offers that a method can read at a share, the one that loses least on that same text competes. All
-keep the same sinks and the same window, within their bytes. `oracle` is exact top-k without the bytes of its
-ranking: what the best ranking could do, which no method that has to find keys can.
+Of a method's offers at a share, the one whose predictions stay nearest to full attention's on such a text
+competes. All keep the same sinks and the same window, within their bytes. `oracle` is exact top-k without the
+bytes of its ranking: what the best ranking could do, which no method that has to find keys can.
 """
 
 import math
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel
 from fourfold_loki.attention_mode import AttentionCall, Observe, Sparse
 from fourfold_loki.basis import Basis, fit
 from fourfold_loki.budget import Budget, Share, Threshold
-from fourfold_loki.evaluate.perplexity import FULL, score
+from fourfold_loki.evaluate.perplexity import FULL, each_arm
 from fourfold_loki.evaluate.traffic import read_share
 from fourfold_loki.huggingface.reads import Reads
 from fourfold_loki.huggingface.session import attending
@@ -51,27 +52,13 @@ from fourfold_parallel.common.progress import Progress, silent
 SINKS, WINDOW = 4, 8
 """First and last keys that every method keeps."""
 ORACLE = "oracle"
-METHODS = (
-    "loki",
-    "loki-pca",
-    "sparq",
-    "double-sparsity",
-    "quest",
-    "pqcache",
-    "hash-attention",
-    "h2o",
-    "streaming",
-    "random",
-    "vattention",
-    "magicpig",
-    "skip-softmax",
-)
-"""All but full attention and the oracle."""
 INDICES = (1 / 8, 1 / 4, 1 / 2)
 """Shares of a method's bytes that its index may take."""
+READING_ALL = (ORACLE, "loki", "pqcache", "streaming", "skip-softmax")
+"""Methods above half of the bytes: one that reads all keys, and a few to compare it with."""
 DELTA = 0.1
 """Probability of a larger error than vAttention's epsilon."""
-PROBED, LAYERS_APART = 8, 3
+PROBED, LAYERS_APART = 8, 4
 """Queries of a text, and layers, by which parameters of adaptive methods are found."""
 ROUNDS = 8
 """Of bisection."""
@@ -214,7 +201,7 @@ def offers(
         return Family(
             at=lambda x: Sparse(selector=MagicPIG(hashes=tables(x), bits=bits), budget=budget),
             low=math.log(2),
-            high=math.log(400),
+            high=math.log(250),
             says=lambda x: f"{tables(x)} tables of {bits} bits",
         )
 
@@ -222,7 +209,7 @@ def offers(
         budget = Budget(amount=Threshold(score=score), sinks=SINKS, window=WINDOW)
         return Sparse(selector=SkipSoftmax(block=64), budget=budget)
 
-    return {
+    every: dict[str, tuple[Offer, ...]] = {
         ORACLE: (Ranking(selector=Exact(), setting="all scores"),),
         "loki": tuple(
             Ranking(selector=coordinates(balanced, width), setting=f"{width} coordinates")
@@ -258,6 +245,7 @@ def offers(
             Family(at=skip_softmax, low=10.0, high=-30.0, says=lambda x: f"λ = e^{x:.3g}"),
         ),
     }
+    return every if share <= 1 / 2 else {name: every[name] for name in READING_ALL}
 
 
 @torch.no_grad()
@@ -293,7 +281,11 @@ def counted(model: PreTrainedModel, mode: Sparse, calls: Sequence[AttentionCall]
     return reads.read_share
 
 
-def contenders(
+Places = Mapping[tuple[str, float], int]
+"""By name and share: which offer competes."""
+
+
+def choose(
     model: PreTrainedModel,
     statistics: Statistics,
     signatures: HashAttention,
@@ -302,67 +294,112 @@ def contenders(
     shares: Sequence[float],
     prompt: int,
     progress: Progress = silent,
+) -> Places:
+    """Of every method's offers at every share the one whose predictions stay nearest to full attention's.
+
+    Args:
+        model: the model.
+        statistics: of a calibration.
+        signatures: learned on one.
+        probes: windows, none of which is scored later.
+        shares: of dense attention's bytes.
+        prompt: tokens of a window before the first query that selects.
+        progress: told of every share.
+    """
+    places: dict[tuple[str, float], int] = {}
+    entering = _Entering.of(model, statistics, signatures, probes, prompt=prompt)
+    for done, share in enumerate(shares, start=1):
+        entered = {
+            (f"{name}/{place}", share): contender
+            for name, each in entering.offers(share).items()
+            if len(each) > 1
+            for place, offer in enumerate(each)
+            if (contender := entering.contender(offer, share)) is not None
+        }
+        apart: dict[str, float] = {}
+        for score in compete(model, entered, probes, prompt=prompt):
+            apart[score.name] = apart.get(score.name, 0.0) + score.divergence
+        for arm in sorted(apart, key=lambda arm: apart[arm]):
+            name, _, place = arm.partition("/")
+            if place:
+                places.setdefault((name, share), int(place))
+        progress(done, len(shares), f"{share:g} of the bytes")
+    return places
+
+
+def contenders(
+    model: PreTrainedModel,
+    statistics: Statistics,
+    signatures: HashAttention,
+    probes: Int[Tensor, "window context"],
+    *,
+    places: Places,
+    shares: Sequence[float],
+    prompt: int,
 ) -> Entries:
-    """Every method at every share that it can read: of its offers the one that loses least on the probes.
+    """Every method at every share that it can read, by the offer that was chosen, else by the next it can.
 
     Args:
         model: the model.
         statistics: of a calibration.
         signatures: learned on one.
         probes: windows as long as those that will be scored, and none of them.
+        places: of `choose`.
         shares: of dense attention's bytes.
         prompt: tokens of a window before the first query that selects.
-        progress: told of every share.
     """
-    config = model.config.get_text_config()
-    group = config.num_attention_heads // config.num_key_value_heads
-    traffic = Traffic(
-        head_width=statistics.keys.outer.shape[-1],
-        group=group,
-        seen=tuple(range(prompt, probes.shape[1])),
-    )
-    calls = [call for probe in probes for call in watched(model, probe)]
     best: dict[tuple[str, float], Contender] = {}
-    for done, share in enumerate(shares, start=1):
-        entered: dict[tuple[str, float], list[Contender]] = {}
-        for name, each in offers(statistics, signatures, share, group=group).items():
-            for offer in each:
-                contender = (
-                    offer.contender(share, traffic)
-                    if isinstance(offer, Ranking)
-                    else offer.contender(share, lambda mode: counted(model, mode, calls))
-                )
-                if contender is not None:
-                    entered.setdefault((name, share), []).append(contender)
-        best |= _least_lossy(model, entered, probes, prompt=prompt)
-        progress(done, len(shares), f"{share:g} of the bytes")
+    entering = _Entering.of(model, statistics, signatures, probes, prompt=prompt)
+    for share in shares:
+        for name, each in entering.offers(share).items():
+            place = places.get((name, share), 0)
+            for offer in (*each[place:], *each[:place]):
+                if (contender := entering.contender(offer, share)) is not None:
+                    best[name, share] = contender
+                    break
     return best
 
 
-def _least_lossy(
-    model: PreTrainedModel,
-    entered: Mapping[tuple[str, float], list[Contender]],
-    probes: Int[Tensor, "window context"],
-    *,
-    prompt: int,
-) -> dict[tuple[str, float], Contender]:
-    """Of several contenders of a method the one with the least loss."""
-    open_ones = {
-        (f"{name}/{place}", share): contender
-        for (name, share), several in entered.items()
-        if len(several) > 1
-        for place, contender in enumerate(several)
-    }
-    losses: dict[tuple[str, float], float] = {}
-    for each in compete(model, open_ones, probes, prompt=prompt):
-        key = each.name, each.share
-        losses[key] = losses.get(key, 0.0) + each.nats
-    return {
-        (name, share): several[
-            min(range(len(several)), key=lambda at: losses.get((f"{name}/{at}", share), 0.0))
-        ]
-        for (name, share), several in entered.items()
-    }
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Entering:
+    """What it takes to set an offer to a share."""
+
+    model: PreTrainedModel
+    statistics: Statistics
+    signatures: HashAttention
+    calls: list[AttentionCall]
+    traffic: Traffic
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        statistics: Statistics,
+        signatures: HashAttention,
+        probes: Int[Tensor, "window context"],
+        *,
+        prompt: int,
+    ) -> "_Entering":
+        config = model.config.get_text_config()
+        return cls(
+            model=model,
+            statistics=statistics,
+            signatures=signatures,
+            calls=[call for probe in probes for call in watched(model, probe)],
+            traffic=Traffic(
+                head_width=statistics.keys.outer.shape[-1],
+                group=config.num_attention_heads // config.num_key_value_heads,
+                seen=tuple(range(prompt, probes.shape[1])),
+            ),
+        )
+
+    def offers(self, share: float) -> dict[str, tuple[Offer, ...]]:
+        return offers(self.statistics, self.signatures, share, group=self.traffic.group)
+
+    def contender(self, offer: Offer, share: float) -> Contender | None:
+        if isinstance(offer, Ranking):
+            return offer.contender(share, self.traffic)
+        return offer.contender(share, lambda mode: counted(self.model, mode, self.calls))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -372,13 +409,17 @@ class Score:
     name: str
     share: float
     window: int
-    nats: float
-    """Of a token, mean over those that were scored."""
     tokens: int
+    """That were scored."""
+    nats: float
+    """Loss of a token, mean."""
+    divergence: float
+    """Of the predictions from full attention's, Kullback and Leibler's, in nats a token, mean."""
     read: float
     """Elements read over those of dense attention, counted; of the oracle without its ranking."""
 
 
+@torch.no_grad()
 def compete(
     model: PreTrainedModel,
     entered: Entries,
@@ -389,13 +430,20 @@ def compete(
     """Full attention and every contender on every window, each window by itself."""
     names = {f"{name}:{share:g}": (name, share) for name, share in entered}
     arms = {arm: entered[key].mode for arm, key in names.items()}
-    for each in score(model, windows, arms, prompt=prompt, batch=1):
-        name, share = names.get(each.arm, (FULL, 1.0))
-        yield Score(
-            name=name,
-            share=share,
-            window=each.window,
-            nats=float(each.nats.double().mean()),
-            tokens=len(each.nats),
-            read=each.read_share - 0.5 if name == ORACLE else each.read_share,
-        )
+    for place, window in enumerate(windows):
+        targets, full = window[prompt:].to(model.device), None
+        for arm, reads, logits in each_arm(model, window[None], arms, prompt=prompt):
+            name, share = names.get(arm, (FULL, 1.0))
+            told = logits[0].float().log_softmax(-1)
+            full = told if full is None else full
+            apart = F.kl_div(told, full, log_target=True, reduction="sum") / len(targets)
+            read = 1.0 if reads is None else reads.read_share
+            yield Score(
+                name=name,
+                share=share,
+                window=place,
+                tokens=len(targets),
+                nats=float(F.nll_loss(told, targets)),
+                divergence=max(0.0, float(apart)),
+                read=read - 0.5 if name == ORACLE else read,
+            )

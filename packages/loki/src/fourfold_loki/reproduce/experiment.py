@@ -1,6 +1,7 @@
 """The reproduction of Singhania et al. 2024: calibrate, rank, score, diagnose; claims and figures."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import assert_never
@@ -12,12 +13,14 @@ from transformers import PreTrainedModel
 
 from fourfold_loki.attention_mode import Sparse
 from fourfold_loki.basis import Basis, Kind, fit
-from fourfold_loki.calibration import calibrate_tokens
+from fourfold_loki.calibration import calibrate_tokens, learn_signatures
 from fourfold_loki.evaluate.bench import contenders, timed
 from fourfold_loki.evaluate.certify import certify
 from fourfold_loki.evaluate.doctor import diagnose
 from fourfold_loki.evaluate.passkey import hide, retrieve
 from fourfold_loki.evaluate.perplexity import score
+from fourfold_loki.evaluate.table import choose, compete
+from fourfold_loki.evaluate.table import contenders as entering
 from fourfold_loki.evaluate.traffic import Shape
 from fourfold_loki.moments import RotaryStage, Statistics
 from fourfold_loki.reproduce import recipes
@@ -33,9 +36,11 @@ from fourfold_loki.reproduce.recipes import (
     Certificates,
     Decoding,
     Diagnoses,
+    FairTable,
     Passkeys,
     Perplexity,
     Ranks,
+    Sample,
 )
 from fourfold_loki.reproduce.tables import TABLES
 from fourfold_loki.reproduce.text import tokenized, windows_of
@@ -355,6 +360,74 @@ def measure_certificates(run: Certificates, workplace: Workplace) -> None:
                     )
 
 
+def measure_fair_table(run: FairTable, workplace: Workplace) -> None:
+    """Events "entry": one a length, share and method; "fair": one a window besides, full attention first."""
+    fitted = run.calibration
+    model = built(fitted.model)
+    statistics = statistics_of(fitted, model, workplace.progress)
+    count = fitted.tokens // fitted.context
+    ids = windows_of(fitted.corpus, count=count, context=fitted.context)
+    signatures = learn_signatures(model, ids, steps=run.lessons, progress=workplace.progress)
+    shape = Shape.of(model.config.get_text_config(), weights=0, bytes_each=2)
+
+    def texts(sample: Sample, skip_tokens: int) -> Int[Tensor, "window context"]:
+        return windows_of(
+            fitted.corpus, skip_tokens=skip_tokens, count=sample.windows, context=sample.context
+        )
+
+    chosen = run.chosen_at
+    places = choose(
+        model,
+        statistics,
+        signatures,
+        texts(chosen, run.probe_tokens),
+        shares=run.shares,
+        prompt=chosen.context - chosen.queries,
+        progress=workplace.progress,
+    )
+    materials = _materials(fitted.model, fitted.corpus)
+    with workplace.recording(run, seed=0, materials=materials) as records:
+        for sample in run.samples:
+            prompt = sample.context - sample.queries
+            entered = entering(
+                model,
+                statistics,
+                signatures,
+                texts(replace(sample, windows=1), run.probe_tokens),
+                places=places,
+                shares=run.shares,
+                prompt=prompt,
+            )
+            seen = (prompt + sample.context - 1) / 2
+            for (name, share), entry in entered.items():
+                records.write(
+                    "entry",
+                    context=sample.context,
+                    share=share,
+                    arm=name,
+                    setting=entry.setting,
+                    is_fixed=entry.is_fixed,
+                    predicted=round(entry.predicted, 6),
+                    dense_bytes=shape.cache_bytes(1) * seen,
+                )
+            windows = texts(sample, run.skip_tokens)
+            total = len(windows) * (len(entered) + 1)
+            scores = compete(model, entered, windows, prompt=prompt)
+            for done, score in enumerate(scores, start=1):
+                records.write(
+                    "fair",
+                    context=sample.context,
+                    share=score.share,
+                    arm=score.name,
+                    window=score.window,
+                    tokens=score.tokens,
+                    loss_nats=round(score.nats, 6),
+                    divergence_nats=round(score.divergence, 6),
+                    read_share=round(score.read, 6),
+                )
+                workplace.progress(done, total, f"{sample.context} tokens, {score.name}")
+
+
 def _windows(run: Perplexity | Diagnoses, count: int) -> Int[Tensor, "window context"]:
     return windows_of(run.corpus, skip_tokens=run.skip_tokens, count=count, context=run.context)
 
@@ -384,13 +457,16 @@ def _stages(scale: Scale) -> Sequence[Stage]:
                 recipes.passkeys,
                 recipes.decoding,
                 recipes.certificates,
+                recipes.fair_table,
             ]
         case "paper":
             return ()
     return tuple(_stage(maker(scale)) for maker in makers)
 
 
-def _stage(run: Ranks | Perplexity | Diagnoses | Passkeys | Decoding | Certificates) -> Stage:
+def _stage(
+    run: Ranks | Perplexity | Diagnoses | Passkeys | Decoding | Certificates | FairTable,
+) -> Stage:
     match run:
         case Ranks():
             perform = partial(measure_ranks, run)
@@ -404,6 +480,8 @@ def _stage(run: Ranks | Perplexity | Diagnoses | Passkeys | Decoding | Certifica
             perform = partial(measure_decoding, run)
         case Certificates():
             perform = partial(measure_certificates, run)
+        case FairTable():
+            perform = partial(measure_fair_table, run)
         case _:
             assert_never(run)
     return Stage(name=run.name, run=run, perform=perform)

@@ -101,6 +101,25 @@ def _read_by_layer(event: Event) -> list[float]:
     return [share + index for share in kept]
 
 
+def competed(record: Record, arm: str, context: int, share: float) -> tuple[Event, ...]:
+    """Windows of a length under a method at a share of the bytes; none where it cannot read so little."""
+    return tuple(record.of("fair", arm=arm, context=context, share=share))
+
+
+def fair_arms(record: Record) -> list[str]:
+    """Methods of the fair table, in order."""
+    return list(dict.fromkeys(str(event.values["arm"]) for event in record.of("entry")))
+
+
+def nearer(record: Record, arm: str, other: str, context: int, share: float) -> Interval:
+    """Divergence from full attention under a method less that under another, window by window."""
+    pairs = zip(
+        competed(record, arm, context, share), competed(record, other, context, share), strict=True
+    )
+    key = "divergence_nats"
+    return over_seeds([ours.number(key) - theirs.number(key) for ours, theirs in pairs])
+
+
 def headline(records: Records) -> str:
     """The finding in a sentence: two bases in the longest windows."""
     record = records["long-context"]

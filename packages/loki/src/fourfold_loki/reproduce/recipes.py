@@ -168,6 +168,26 @@ class Certificates:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FairTable:
+    """Every method at equal bytes read (evaluate/table.py)."""
+
+    name: str
+    calibration: Calibration
+    """Of bases, label channels and signatures."""
+    lessons: int
+    """Steps of HashAttention's networks in each of its windows and layers."""
+    probe_tokens: int
+    """Tokens before the texts on which settings are chosen."""
+    chosen_at: Sample
+    """On windows of this length, offers of index sizes are compared."""
+    skip_tokens: int
+    """Tokens before the windows that are scored."""
+    samples: tuple[Sample, ...]
+    shares: tuple[float, ...]
+    """Of the bytes that dense attention reads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decoding:
     """Attention of one decoded token, timed on this CPU in float32."""
 
@@ -486,4 +506,26 @@ def certificates(scale: Scale) -> Certificates:
             for error in ERRORS
             for name, ranking in rankings.items()
         ),
+    )
+
+
+TABLE_PROBES, TABLE_SKIP = 210_000, 330_000
+"""Tokens before the texts that settings are chosen on, and before the windows: behind all other stages'."""
+
+
+def fair_table(scale: Scale) -> FairTable:
+    """A sixteenth to a quarter of the bytes, and five eighths, where those that read all keys take part."""
+    return FairTable(
+        name="fair-table",
+        calibration=replace(calibration(scale), context=2048),
+        lessons=20,
+        probe_tokens=TABLE_PROBES,
+        chosen_at=Sample(context=2048, windows=1, queries=64),
+        skip_tokens=TABLE_SKIP,
+        samples=(
+            Sample(context=512, windows=16, queries=64),
+            Sample(context=2048, windows=8, queries=64),
+            Sample(context=4096, windows=4, queries=64),
+        ),
+        shares=(1 / 16, 1 / 8, 1 / 4, 5 / 8),
     )

@@ -94,12 +94,12 @@ def lloyd(
 ) -> Float[Tensor, "*parts centroid width"]:
     """Centroids moved to the mean of their keys, `rounds` times; those without keys stay."""
     for _ in range(rounds):
+        # A product with ones and zeros: adding by places takes ten times as long on a CPU.
         codes = nearest(keys, centroids)[..., None]
-        total = torch.zeros_like(centroids).scatter_add(-2, codes.expand(keys.shape), keys)
-        count = torch.zeros_like(centroids[..., :1]).scatter_add(
-            -2, codes, torch.ones_like(keys[..., :1])
-        )
-        centroids = torch.where(count > 0, total / count.clamp(min=1), centroids)
+        belongs = keys.new_zeros(*codes.shape[:-1], centroids.shape[-2]).scatter_(-1, codes, 1.0)
+        count = belongs.sum(-2)[..., None]
+        mean = belongs.mT @ keys / count.clamp(min=1)
+        centroids = torch.where(count > 0, mean, centroids)
     return centroids
 
 
