@@ -127,6 +127,23 @@ def normal_draws(
     return (normal @ root.mT + mean[:, None]).float()
 
 
+def lesson_loss(
+    of_queries: Networks,
+    of_keys: Networks,
+    queries: Float[Tensor, "heads query head_width"],
+    keys: Float[Tensor, "kv_heads token head_width"],
+    visible: Bool[Tensor, "query token"],
+) -> Float[Tensor, ""]:
+    """Cross-entropy between the soft signatures' products and membership in the heaviest keys."""
+    exact = scores_of(queries[None], keys[None], scaling=1.0)[0].masked_fill(~visible, -torch.inf)
+    heaviest = exact.topk(min(HEAVIEST, keys.shape[1]), dim=-1).indices
+    target = torch.zeros_like(exact).scatter(-1, heaviest, 1.0)
+    softly = of_queries(queries[None]).tanh(), of_keys(keys[None]).tanh()
+    logits = scores_of(*softly, scaling=1.0)[0]
+    weight = visible * (1 + (WEIGHT - 1) * target)
+    return F.binary_cross_entropy_with_logits(logits, target, weight=weight)
+
+
 @dataclass(slots=True, kw_only=True)
 class Learner:
     """Networks that learn layer by layer, from as many passes over a text as there are."""
@@ -162,16 +179,7 @@ class Learner:
         queries, keys = queries.detach(), keys.detach()
         for _ in range(self.steps):
             some = torch.randperm(queries.shape[1], generator=generator)[:BATCH]
-            exact = scores_of(queries[None, :, some], keys[None], scaling=1.0)[0]
-            heaviest = exact.masked_fill(~visible[some], -torch.inf).topk(
-                min(HEAVIEST, keys.shape[1]), dim=-1
-            )
-            target = torch.zeros_like(exact).scatter(-1, heaviest.indices, 1.0)
-            logits = scores_of(
-                of_queries(queries[None, :, some]).tanh(), of_keys(keys[None]).tanh(), scaling=1.0
-            )[0]
-            weight = visible[some] * (1 + (WEIGHT - 1) * target)
-            loss = F.binary_cross_entropy_with_logits(logits, target, weight=weight)
+            loss = lesson_loss(of_queries, of_keys, queries[:, some], keys, visible[some])
             adam.zero_grad()
             loss.backward()
             adam.step()

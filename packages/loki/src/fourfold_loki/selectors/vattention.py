@@ -144,8 +144,7 @@ class VAttention(Selector):
         if self.bound == "normal":
             spread = (weights - mean[..., None]).square().mul(base).sum(-1) / (size - 1)
             allowed = self.epsilon * (sure + mean * remaining)
-            z = NormalDist().inv_cdf(1 - self.delta / 2)
-            needed = spread * (z * remaining / allowed).square()
+            needed = with_replacement(spread, remaining, allowed, chance=self.delta / 2)
             # Without replacement, all of them leave no error.
             needed = needed / (1 + needed / remaining.clamp(min=1))
         else:
@@ -158,6 +157,18 @@ class VAttention(Selector):
     def cost(self, *, head_width: int, group: int) -> float:
         """That of the heavy keys."""
         return self.heavy.cost(head_width=head_width, group=group)
+
+
+def with_replacement(
+    variance: Float[Tensor, "*rows"],
+    others: Float[Tensor, "*rows"],
+    allowed: Float[Tensor, "*rows"],
+    *,
+    chance: float,
+) -> Float[Tensor, "*rows"]:
+    """Draws after which an estimated sum over `others` is `allowed` too large with a chance, at most."""
+    z = NormalDist().inv_cdf(1 - chance)
+    return variance * (z * others / allowed).square()
 
 
 def upto(
