@@ -197,3 +197,20 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped.value.code == 0
     listed = capsys.readouterr().out
     assert all(f"• {name} " in listed for name in COMMANDS)
+
+
+def test_the_fair_table_is_printed_and_drawn(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every method in a row, within a percent of its bytes where its amount is fixed."""
+    chart = tmp_path / "chart.svg"
+    options = ("--windows", "2", "--scored", "16", "--chart", str(chart))
+    call(place, "table", "--lengths", "128", "--shares", "0.4", *options)
+    told = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[1:] for line in told.splitlines() if "0.4000" in line}
+    assert {"oracle", "loki", "pqcache", "hash-attention", "streaming", "h2o"} <= set(rows)
+    for name in ("oracle", "loki", "streaming", "double-sparsity"):
+        assert float(rows[name][1]) == pytest.approx(0.4, rel=0.01)
+    assert "</svg>" in chart.read_text()
+    with pytest.raises(SystemExit):
+        call(place, "table", "--lengths", "16", "--scored", "16")

@@ -12,6 +12,7 @@ COMMANDS = {
     "passkey": commands.passkey,
     "tasks": commands.tasks,
     "bench": commands.bench,
+    "table": commands.table,
     "autotune": commands.autotune,
 }
 

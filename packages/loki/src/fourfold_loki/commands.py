@@ -361,6 +361,98 @@ def bench(
             )
 
 
+def table(
+    model: Model,
+    /,
+    *,
+    texts: Annotated[Texts, Flat] = Texts(tokens=8192),
+    lengths: tuple[int, ...] = (512, 2048),
+    shares: tuple[float, ...] = (0.125, 0.25),
+    windows: int = 4,
+    scored: int = 64,
+    chart: Path = Path("table.svg"),
+) -> None:
+    """Print every method's distance from full attention at equal bytes read, and draw it. Needs matplotlib.
+
+    Args:
+        model: Hub id, folder, or smollm2.
+        texts: What to calibrate on, from the first documents on; windows come from the last ones.
+        lengths: Tokens of the windows; sizes of indices are chosen at the first length.
+        shares: Of the bytes of the cache that dense attention reads for a token.
+        windows: Of each length, besides one on which settings are found.
+        scored: Last tokens of a window, which read by selection.
+        chart: Figure to write, with bytes on its axis.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError(name="matplotlib")
+    wrong = [share for share in shares if not 0 < share < 1]
+    if wrong:
+        raise ValueError(f"--shares {wrong[0]} of the bytes; use more than 0 and less than 1")
+    if min(lengths) <= scored + 1 or windows < 2 or scored < 1:
+        raise ValueError(
+            f"--lengths {min(lengths)} --scored {scored} --windows {windows}; use windows longer than what "
+            "is scored of them, and 2 of them or more"
+        )
+    whole, tokenizer = _loaded(model)
+    from fourfold_loki.calibration import calibrate_tokens, learn_signatures
+    from fourfold_loki.calibration import windows as windows_of
+    from fourfold_loki.evaluate.table import choose, compete, contenders
+    from fourfold_loki.evaluate.traffic import Shape
+    from fourfold_loki.reproduce.figures import Reading, bytes_and_divergence
+    from fourfold_parallel.reproduce.claims import over_seeds
+    from fourfold_parallel.reproduce.figures import save, style
+
+    documents = _documents(texts)
+    ids = windows_of(tokenizer, documents, tokens=texts.tokens, context=texts.context)
+    with _bar("calibrating") as progress:
+        statistics = calibrate_tokens(whole, ids, progress=progress)
+        signatures = learn_signatures(whole, ids, progress=progress)
+    shape = Shape.of(whole.config.get_text_config(), weights=0, bytes_each=2)
+    texts_of = {
+        length: windows_of(
+            tokenizer, documents[::-1], tokens=(windows + 1) * length, context=length
+        )
+        for length in lengths
+    }
+    with _bar("choosing settings") as progress:
+        places = choose(
+            whole, statistics, signatures, texts_of[lengths[0]][:1],
+            shares=shares, prompt=lengths[0] - scored, progress=progress,
+        )  # fmt: skip
+    readings: list[Reading] = []
+    for length, rows in texts_of.items():
+        prompt = length - scored
+        entered = contenders(
+            whole, statistics, signatures, rows[:1], places=places, shares=shares, prompt=prompt
+        )
+        count = windows * (len(entered) + 1)
+        racing = compete(whole, entered, rows[1:], prompt=prompt)
+        scores = list(_watched(racing, f"{length} tokens", count))
+        _row(f"{length} tokens", "share", "read", "divergence", "low", "high")
+        for (name, share), entry in entered.items():
+            mine = [score for score in scores if (score.name, score.share) == (name, share)]
+            apart = over_seeds([score.divergence for score in mine])
+            read = sum(score.read for score in mine) / windows
+            numbers = (share, read, apart.value, apart.low, apart.high)
+            _row(name, *(f"{number:.4f}" for number in numbers))
+            _note(f"{name} at {share:g} of the bytes: {entry.setting}")
+            readings.append(
+                Reading(
+                    arm=name,
+                    context=length,
+                    bytes_read=read * shape.cache_bytes(length),
+                    divergence=apart.value,
+                )
+            )
+    _say(
+        f"Divergence from full attention in nats a token, {windows} windows a length, {scored} tokens of "
+        "each. The oracle's ranking is not counted."
+    )
+    with style():
+        save(bytes_and_divergence(readings), chart)
+    _say(f"chart: {chart}")
+
+
 def autotune(
     model: Model,
     /,

@@ -1,10 +1,12 @@
 """Figures: pure functions from records to figures."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from fourfold_loki.evaluate.table import ORACLE
 from fourfold_loki.reproduce.measures import (
     AFTER,
     BEFORE,
@@ -204,6 +206,67 @@ def sinks(records: Records) -> Figure:
     return figure
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """A method at one share of the bytes, over the windows of a length."""
+
+    arm: str
+    context: int
+    bytes_read: float
+    """Of the cache, for a decoded token."""
+    divergence: float
+    """From full attention, in nats a token."""
+
+
+def bytes_and_divergence(readings: Sequence[Reading]) -> Figure:
+    """Distance of predictions from full attention's against the bytes that were read for them."""
+    contexts = sorted({reading.context for reading in readings})
+    arms = list(dict.fromkeys(reading.arm for reading in readings))
+    figure = Figure(figsize=(3.4 * len(contexts) + 1.6, 4.4))
+    panels = figure.subplots(1, len(contexts), sharey=True, squeeze=False)[0]
+    for axes, context in zip(panels, contexts, strict=True):
+        for place, arm in enumerate(arms):
+            mine = [each for each in readings if (each.arm, each.context) == (arm, context)]
+            color = METHOD if arm.startswith("loki") else BASELINE
+            axes.plot(
+                [each.bytes_read / 1e6 for each in mine],
+                # A logarithm's axis has no zero.
+                [max(each.divergence, 1e-5) for each in mine],
+                color=IDEAL if arm == ORACLE else color,
+                linestyle="--" if arm == ORACLE else ("-", ":", "-.")[place % 3],
+                marker="os^vDPX*<>hpd8"[place % 14],
+                markersize=4.5,
+                label=arm,
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("megabytes read a token")
+        axes.set_title(f"{context:,} tokens", fontsize=9)
+    panels[0].set_ylabel("divergence from full attention (nats a token)")
+    panels[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.suptitle("Loki: what the same bytes buy")
+    return figure
+
+
+def fair_table(records: Records) -> Figure:
+    """The same for the stage's record."""
+    record = records["fair-table"]
+    readings = []
+    for entry in record.of("entry"):
+        arm, context, share = (entry.values[key] for key in ("arm", "context", "share"))
+        events = record.of("fair", arm=arm, context=context, share=share)
+        read = np.mean([event.number("read_share") for event in events])
+        readings.append(
+            Reading(
+                arm=str(arm),
+                context=int(entry.number("context")),
+                bytes_read=float(read) * entry.number("dense_bytes"),
+                divergence=float(np.mean([e.number("divergence_nats") for e in events])),
+            )
+        )
+    return bytes_and_divergence(readings)
+
+
 def drawings(scale: Scale) -> Sequence[Drawing]:
     """The figures of a scale."""
     where = f"SmolLM2-135M on Wikipedia, {3 if scale == 'smoke' else 64} windows of 512 tokens"
@@ -254,5 +317,12 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
             caption="One token's attention in one layer, SmolLM2's heads, float32, one CPU: bytes by the "
             "traffic model, medians over rounds in turns.",
             draw=decoding,
+        ),
+        Drawing(
+            name="figure-bytes",
+            caption="Divergence of the last 64 tokens' predictions from full attention's against the bytes "
+            "of the cache that were read for them, in 16-bit numbers; SmolLM2-135M on Wikipedia, means over "
+            "16, 8 and 4 windows. The oracle's ranking is not counted.",
+            draw=fair_table,
         ),
     )

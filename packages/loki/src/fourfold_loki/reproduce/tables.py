@@ -4,16 +4,19 @@ import math
 from collections.abc import Sequence
 
 from fourfold_loki.reproduce.measures import (
+    FULL,
     added_by_window,
     added_percent,
     arms_of,
     certified,
+    competed,
     diagnosed,
+    fair_arms,
     mean_share,
     tokens_scored,
 )
 from fourfold_parallel.common.records import Record
-from fourfold_parallel.reproduce.claims import Records
+from fourfold_parallel.reproduce.claims import Records, over_seeds
 from fourfold_parallel.reproduce.tables import markdown
 
 HEAD = (
@@ -101,6 +104,54 @@ def certificates(records: Records) -> str:
     )
 
 
+def fair(records: Records) -> str:
+    """Divergence from full attention at equal bytes, by length; in brackets the bytes where they vary."""
+    record = records["fair-table"]
+    rows: list[list[str]] = []
+    shares = sorted({event.number("share") for event in record.of("entry")})
+    for context in sorted({int(event.number("context")) for event in record.of("entry")}):
+        windows = len(competed(record, FULL, context, 1.0))
+        rows.append([f"*{context:,} tokens, {windows} windows*", *[""] * len(shares)])
+        rows.extend(
+            [arm, *(_fair_cell(record, arm, context, share) for share in shares)]
+            for arm in fair_arms(record)
+        )
+    return markdown(("method", *(f"{share:g} of the bytes" for share in shares)), rows)
+
+
+def _fair_cell(record: Record, arm: str, context: int, share: float) -> str:
+    events = competed(record, arm, context, share)
+    if not events:
+        return "—"
+    apart = over_seeds([event.number("divergence_nats") for event in events])
+    read = _mean([event.number("read_share") for event in events])
+    varies = "" if abs(read / share - 1) < 0.01 else f" ({read:.3f})"
+    return f"{apart}{varies}"
+
+
+def fair_losses(records: Records) -> str:
+    """Added nats a token and their standard errors, at two shares of the bytes."""
+    record = records["fair-table"]
+    shares = sorted({event.number("share") for event in record.of("entry")})
+    contexts = sorted({int(event.number("context")) for event in record.of("entry")})
+    rows: list[list[str]] = []
+    for arm in fair_arms(record):
+        cells = [arm]
+        for context in contexts:
+            full = competed(record, FULL, context, 1.0)
+            for share in shares[1:3]:
+                pairs = zip(competed(record, arm, context, share), full, strict=False)
+                added = [
+                    ours.number("loss_nats") - theirs.number("loss_nats") for ours, theirs in pairs
+                ]
+                cells.append(
+                    f"{_mean(added):+.3f} ± {_standard_error(added):.3f}" if added else "—"
+                )
+        rows.append(cells)
+    heads = [f"{context:,} tokens, {share:g}" for context in contexts for share in shares[1:3]]
+    return markdown(("method", *heads), rows)
+
+
 def _costs(record: Record, arm: str) -> list[str]:
     added = added_by_window(record, arm)
     return [
@@ -121,4 +172,10 @@ def _standard_error(values: Sequence[float]) -> float:
     return math.sqrt(spread / len(values))
 
 
-TABLES = {"selectors": selectors, "bases": bases, "certificates": certificates}
+TABLES = {
+    "selectors": selectors,
+    "bases": bases,
+    "certificates": certificates,
+    "fair": fair,
+    "fair-losses": fair_losses,
+}
