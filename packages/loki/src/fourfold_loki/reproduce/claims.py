@@ -542,7 +542,7 @@ F5B = claim(
 
 
 _TABLE = (
-    "SmolLM2-135M (4-bit weights); the last 64 tokens of windows of Wikipedia, behind dense prompts; 4 first "
+    "SmolLM2-135M (4-bit weights); the last 32 or 64 tokens of windows of Wikipedia, dense prompts; 4 first "
     "and 8 last keys kept by all; sizes of indices chosen, and adaptive parameters found, on other windows"
 )
 

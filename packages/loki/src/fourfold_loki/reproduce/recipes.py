@@ -514,18 +514,18 @@ TABLE_PROBES, TABLE_SKIP = 210_000, 330_000
 
 
 def fair_table(scale: Scale) -> FairTable:
-    """A sixteenth to a quarter of the bytes, and five eighths, where those that read all keys take part."""
+    """An eighth and a quarter of the bytes, and five eighths, where those that read all keys take part."""
     return FairTable(
         name="fair-table",
         calibration=replace(calibration(scale), context=2048),
         lessons=20,
         probe_tokens=TABLE_PROBES,
-        chosen_at=Sample(context=2048, windows=1, queries=64),
+        chosen_at=Sample(context=1024, windows=1, queries=32),
         skip_tokens=TABLE_SKIP,
         samples=(
-            Sample(context=512, windows=16, queries=64),
+            Sample(context=512, windows=12, queries=64),
             Sample(context=2048, windows=8, queries=64),
-            Sample(context=4096, windows=4, queries=64),
+            Sample(context=4096, windows=3, queries=32),
         ),
-        shares=(1 / 16, 1 / 8, 1 / 4, 5 / 8),
+        shares=(1 / 8, 1 / 4, 5 / 8),
     )

@@ -139,7 +139,7 @@ def fair_losses(records: Records) -> str:
         cells = [arm]
         for context in contexts:
             full = competed(record, FULL, context, 1.0)
-            for share in shares[1:3]:
+            for share in shares[:2]:
                 pairs = zip(competed(record, arm, context, share), full, strict=False)
                 added = [
                     ours.number("loss_nats") - theirs.number("loss_nats") for ours, theirs in pairs
@@ -148,7 +148,7 @@ def fair_losses(records: Records) -> str:
                     f"{_mean(added):+.3f} ± {_standard_error(added):.3f}" if added else "—"
                 )
         rows.append(cells)
-    heads = [f"{context:,} tokens, {share:g}" for context in contexts for share in shares[1:3]]
+    heads = [f"{context:,} tokens, {share:g}" for context in contexts for share in shares[:2]]
     return markdown(("method", *heads), rows)
 
 
