@@ -194,6 +194,24 @@ def test_the_error_is_within_epsilon_as_often_as_promised(
         assert float(torch.stack(read).mean()) < 0.6
 
 
+def test_a_first_sample_of_few_keys_breaks_the_promise() -> None:
+    """Of 16 keys the spread is mostly too small: about one denominator in six is off where 5 % may be."""
+    among = planted("random")
+    truth = among.scores().exp().sum(-1)
+    budget = Budget(amount=Count(keys=24), sinks=2, window=4, selection="per head")
+
+    def missed(fewest: int) -> float:
+        shares = []
+        for seed in range(20):
+            selector = VAttention(heavy=Exact(), epsilon=0.1, delta=0.05, fewest=fewest, seed=seed)
+            got, _ = sums(among, values_of(600), selector.select(among, budget))
+            shares.append(((got / truth - 1).abs() > 0.1).float().mean())
+        return float(torch.stack(shares).mean())
+
+    assert 0.12 < missed(16) < 0.2
+    assert missed(64) < 0.08
+
+
 def test_the_normal_bound_can_be_betrayed_and_the_other_cannot() -> None:
     """Where heavy keys are not ranked first and no first sample meets them, a spread says nothing."""
     among = scene(600, queries=24, seed=5, peak=0.1)
