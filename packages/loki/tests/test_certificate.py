@@ -1,7 +1,9 @@
 """The certificate's laws: never exceeded, falling with every key that is read, zero where none is left."""
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -291,3 +293,34 @@ def test_the_amounts_of_an_error() -> None:
         Budget(amount=Error(of_output=0.1)).keep(
             torch.zeros(1, 1, 1, 4), torch.ones(1, 1, 1, 4, dtype=torch.bool), kv_heads=1, layer=0
         )
+
+
+def test_the_account_of_prompts_is_the_records() -> None:
+    """The table, the share of attention, and the best that follows from both (Amdahl's law)."""
+    package = Path(__file__).parents[1]
+    record = package.parents[1] / "benchmarks" / "loki_prefill.jsonl"
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    text = " ".join((package / "docs" / "certificate.md").read_text().split())
+
+    def pages(error: float, queries: int) -> float:
+        asked = ("block", error, queries)
+        shares = [
+            line["pages_read"]
+            for line in lines
+            if (line["event"], line.get("error"), line.get("queries")) == asked
+        ]
+        assert len(shares) == 5
+        return sum(shares) / len(shares)
+
+    for queries in (1, 8, 32):
+        row = f"| {queries} | {pages(0.1, queries):.2f} | {pages(0.01, queries):.2f} |"
+        assert row in text
+    [attention] = [line["attention_share"] for line in lines if line["event"] == "prompt"]
+    best = {
+        share: 1 / (1 - attention * (1 - share))
+        for share in (pages(0.1, 32), pages(0.01, 32), 0.25)
+    }
+    large, small, quarter = best.values()
+    assert f"Attention is {attention:.2f} of the time" in text
+    assert f"{large:.1f} times as fast at an error of 0.1 and {small:.2f} at 0.01" in text
+    assert f"found for nothing, would give {quarter:.1f})" in text
