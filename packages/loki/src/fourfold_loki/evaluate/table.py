@@ -362,7 +362,7 @@ def contenders(
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Entering:
-    """What it takes to set an offer to a share."""
+    """A model, its calibration and its traffic: enough to set an offer to a share."""
 
     model: PreTrainedModel
     statistics: Statistics
