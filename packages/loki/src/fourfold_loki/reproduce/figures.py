@@ -240,6 +240,9 @@ def bytes_and_divergence(readings: Sequence[Reading]) -> Figure:
             )
         axes.set_xscale("log")
         axes.set_yscale("log")
+        asked = [e.bytes_read / 1e6 for e in readings if (e.arm, e.context) == (ORACLE, context)]
+        axes.set_xticks(asked, [f"{megabytes:.3g}" for megabytes in asked])
+        axes.set_xticks([], minor=True)
         axes.set_xlabel("megabytes read a token")
         axes.set_title(f"{context:,} tokens", fontsize=9)
     panels[0].set_ylabel("divergence from full attention (nats a token)")
