@@ -44,6 +44,10 @@ _LONG = (
     "SmolLM2-135M (4-bit weights); 16 other windows of Wikipedia, of 2,048 tokens; the last 512 are sparse "
     "and keep 512 keys"
 )
+_GEMMA = (
+    "Gemma-3-270M (4-bit weights), 4 query heads of 256 on one key/value head, both normalised; Wikipedia, 16 "
+    "windows of 512 tokens; the last 128 are sparse and keep 128 keys; rules after two windows were seen"
+)
 _FAR = "a model that is above chance on these tasks (1 B parameters and more), a GPU"
 _NOT_IN_PAPER = "not in the paper"
 
@@ -425,6 +429,31 @@ F2C = claim(
     scales=("laptop",),
     needs="the laptop scale, which runs long windows",
 )(beats_eviction("loki-balanced", "loki-pca", stage="long-context"))
+
+
+F1C = claim(
+    "F1c",
+    section="ours",
+    says="F1 on a model of another family",
+    paper=_NOT_IN_PAPER,
+    conditions=_GEMMA,
+    rule="as F1: reproduced if the interval over windows of added perplexity lies above 20 %; contradicted "
+    "if below",
+    scales=("laptop",),
+    needs="Gemma 3's wheels, at the laptop scale",
+)(published_basis_fails("second-family"))
+
+F2D = claim(
+    "F2d",
+    section="ours",
+    says="F2 on a model of another family",
+    paper=_NOT_IN_PAPER,
+    conditions=_GEMMA + "; balanced basis, per query head",
+    rule="as F2: reproduced if the interval over windows of added perplexity lies below 1.5 %; contradicted "
+    "if above",
+    scales=("laptop",),
+    needs="Gemma 3's wheels, at the laptop scale",
+)(costs("loki-balanced", at_most=1.5, stage="second-family"))
 
 
 @claim(

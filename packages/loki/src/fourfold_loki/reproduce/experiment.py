@@ -52,10 +52,10 @@ from fourfold_parallel.common.values import digest
 from fourfold_parallel.reproduce.experiment import Drawing, Experiment, Stage, Workplace
 from fourfold_parallel.reproduce.scale import Scale
 from fourfold_parallel.run.corpora import Corpus
-from fourfold_parallel.run.models import SmolLM2
+from fourfold_parallel.run.models import Packaged
 
 
-def built(model: SmolLM2) -> PreTrainedModel:
+def built(model: Packaged) -> PreTrainedModel:
     """A model, ready to be read from."""
     return model.build(seed=0).eval()
 
@@ -67,7 +67,7 @@ def statistics_of(
     path = cache_folder() / "loki" / f"{digest(recipe)[:32]}.safetensors"
     if not path.exists():
         count = recipe.tokens // recipe.context
-        ids = windows_of(recipe.corpus, count=count, context=recipe.context)
+        ids = windows_of(recipe.corpus, recipe.model, count=count, context=recipe.context)
         calibrate_tokens(model, ids, progress=progress).save(path)
     return Statistics.load(path)
 
@@ -111,7 +111,9 @@ def measure_ranks(run: Ranks, workplace: Workplace) -> None:
     """Events "rank" by corpus, layer, head and stage; "transfer" by pair of corpora and width."""
     model = built(run.calibrations[0].model)
     by_corpus = {
-        tokenized(fitted.corpus).materials[0].name: statistics_of(fitted, model, workplace.progress)
+        tokenized(fitted.corpus, fitted.model).materials[0].name: statistics_of(
+            fitted, model, workplace.progress
+        )
         for fitted in run.calibrations
     }
     corpora = [fitted.corpus for fitted in run.calibrations]
@@ -253,9 +255,11 @@ def measure_passkeys(run: Passkeys, workplace: Workplace) -> None:
     model = built(run.model)
     modes = modes_of(run.arms, model, workplace.progress)
     many = len(run.depths) * len(run.keys)
-    filling = windows_of(run.corpus, skip_tokens=run.skip_tokens, count=many, context=run.context)
+    filling = windows_of(
+        run.corpus, run.model, skip_tokens=run.skip_tokens, count=many, context=run.context
+    )
     hidden = hide(
-        tokenized(run.corpus).tokenizer().tokenizer,
+        tokenized(run.corpus, run.model).tokenizer().tokenizer,
         filling.flatten(),
         context=run.context,
         depths=run.depths,
@@ -366,7 +370,7 @@ def measure_fair_table(run: FairTable, workplace: Workplace) -> None:
     model = built(fitted.model)
     statistics = statistics_of(fitted, model, workplace.progress)
     count = fitted.tokens // fitted.context
-    ids = windows_of(fitted.corpus, count=count, context=fitted.context)
+    ids = windows_of(fitted.corpus, fitted.model, count=count, context=fitted.context)
     signatures = learn_signatures(model, ids, steps=run.lessons, progress=workplace.progress)
     shape = Shape.of(model.config.get_text_config(), weights=0, bytes_each=2)
 
@@ -429,11 +433,15 @@ def measure_fair_table(run: FairTable, workplace: Workplace) -> None:
 
 
 def _windows(run: Perplexity | Diagnoses, count: int) -> Int[Tensor, "window context"]:
-    return windows_of(run.corpus, skip_tokens=run.skip_tokens, count=count, context=run.context)
+    return windows_of(
+        run.corpus, run.model, skip_tokens=run.skip_tokens, count=count, context=run.context
+    )
 
 
-def _materials(model: SmolLM2, *corpora: Corpus) -> tuple[Material, ...]:
-    of_corpora = dict.fromkeys(part for corpus in corpora for part in tokenized(corpus).materials)
+def _materials(model: Packaged, *corpora: Corpus) -> tuple[Material, ...]:
+    of_corpora = dict.fromkeys(
+        part for corpus in corpora for part in tokenized(corpus, model).materials
+    )
     return (*model.materials(), *of_corpora)
 
 
@@ -458,6 +466,7 @@ def _stages(scale: Scale) -> Sequence[Stage]:
                 recipes.decoding,
                 recipes.certificates,
                 recipes.fair_table,
+                recipes.second_family,
             ]
         case "paper":
             return ()

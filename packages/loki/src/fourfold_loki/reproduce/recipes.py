@@ -9,14 +9,14 @@ from fourfold_loki.moments import RotaryStage
 from fourfold_loki.selectors import H2O, Exact, Quest, Random, SparQ, Streaming
 from fourfold_parallel.reproduce.scale import Scale
 from fourfold_parallel.run.corpora import Corpus, PythonManual, Wikipedia
-from fourfold_parallel.run.models import SmolLM2
+from fourfold_parallel.run.models import Gemma3, Packaged, SmolLM2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
     """A pass over the beginning of a corpus."""
 
-    model: SmolLM2
+    model: Packaged
     corpus: Corpus
     tokens: int
     context: int
@@ -99,7 +99,7 @@ class Perplexity:
     """Arms against full attention on a text that no calibration has seen."""
 
     name: str
-    model: SmolLM2
+    model: Packaged
     corpus: Corpus
     skip_tokens: int
     """At least as many, in whole documents at the beginning of the corpus, are left to calibration."""
@@ -124,7 +124,7 @@ class Diagnoses:
     """The doctor's look at one window."""
 
     name: str
-    model: SmolLM2
+    model: Packaged
     corpus: Corpus
     skip_tokens: int
     context: int
@@ -137,7 +137,7 @@ class Passkeys:
     """Numbers hidden in a text, at several depths."""
 
     name: str
-    model: SmolLM2
+    model: Packaged
     corpus: Corpus
     skip_tokens: int
     context: int
@@ -160,7 +160,7 @@ class Certificates:
     """The reads that a bound on the error of a layer's output takes."""
 
     name: str
-    model: SmolLM2
+    model: Packaged
     corpus: Corpus
     skip_tokens: int
     samples: tuple[Sample, ...]
@@ -383,6 +383,25 @@ def long_context(scale: Scale) -> Perplexity:
             *(arm for arm in baselines(fitted, keys=keys) if arm.name in others),
         ),
     )
+
+
+def second_family(scale: Scale) -> Perplexity:
+    """`perplexity` of Gemma 3, whose queries and keys are normalised by head: the bases, and keys alone.
+
+    A query keeps 128 of 384 to 511 keys and ranks by 64 of 256 coordinates; 2,048 tokens are scored.
+    """
+    model = Gemma3()
+    fitted, base = replace(calibration(scale), model=model), perplexity(scale)
+    keys, width = base.context // 4, 64
+    arms = (
+        loki_arm("loki-pca", "pca", fitted, keys=keys, width=width),
+        loki_arm("loki-pca-uncentred", "pca_uncentred", fitted, keys=keys, width=width),
+        loki_arm("loki-balanced", "balanced", fitted, keys=keys, width=width),
+        other_arm("exact", Exact(), keys=keys),
+        other_arm("streaming", Streaming(sinks=4), keys=keys),
+        other_arm("latest", Streaming(sinks=0), keys=keys),
+    )
+    return replace(base, name="second-family", model=model, windows=16, batch=1, arms=arms)
 
 
 BUDGETS = (8, 2)

@@ -1,4 +1,4 @@
-"""Text as SmolLM2's ids, tokenized once for a corpus and kept: that takes longer than a smoke run."""
+"""Text as a packaged model's ids, tokenized once for a corpus and kept: that takes longer than a smoke run."""
 
 from itertools import chain, islice
 
@@ -8,23 +8,26 @@ from torch import Tensor
 
 from fourfold_parallel.run.corpora import Corpus
 from fourfold_parallel.run.data import TokenFile, tokenize
-from fourfold_parallel.run.tokenizers import SmolLM2Tokenizer
+from fourfold_parallel.run.models import Gemma3, Packaged, SmolLM2
+from fourfold_parallel.run.tokenizers import Gemma3Tokenizer, SmolLM2Tokenizer
+
+TOKENIZERS = {SmolLM2: SmolLM2Tokenizer(), Gemma3: Gemma3Tokenizer()}
 
 
-def tokenized(corpus: Corpus) -> TokenFile:
-    """A corpus in SmolLM2's ids, document by document."""
-    return tokenize(corpus, SmolLM2Tokenizer())
+def tokenized(corpus: Corpus, model: Packaged) -> TokenFile:
+    """A corpus in a model's ids, document by document."""
+    return tokenize(corpus, TOKENIZERS[type(model)])
 
 
 def windows_of(
-    corpus: Corpus, *, skip_tokens: int = 0, count: int, context: int
+    corpus: Corpus, model: Packaged, *, skip_tokens: int = 0, count: int, context: int
 ) -> Int[Tensor, "window context"]:
     """Whole documents after the first `skip_tokens`, end to end, cut into windows.
 
     Raises:
         ValueError: where the corpus holds fewer.
     """
-    file = tokenized(corpus)
+    file = tokenized(corpus, model)
     first = 0
     passed = 0
     while passed < skip_tokens and first < len(file.document_starts):
