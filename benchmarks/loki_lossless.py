@@ -75,7 +75,7 @@ def measured(length: int, rounds: int, threads: int) -> list[dict[str, Any]]:
     """Every way of generating in turns, over one prompt."""
     model: Any = built(SmolLM2())
     basis = fit(statistics_of(replace(recipes.calibration("laptop"), context=2048), model))
-    ids = windows_of(Wikipedia(), skip_tokens=SKIP, count=1, context=length)
+    ids = windows_of(Wikipedia(), SmolLM2(), skip_tokens=SKIP, count=1, context=length)
     options = {
         "attention_mask": torch.ones_like(ids),
         "max_new_tokens": MADE,

@@ -68,7 +68,7 @@ def prompted(length: int) -> list[dict[str, Any]]:
     model: Any = built(SmolLM2())
     basis = fit(statistics_of(replace(recipes.calibration("laptop"), context=2048), model))
     selector = Loki(basis=basis, widths=(8,) * basis.layers, bits=8)
-    [ids] = windows_of(Wikipedia(), skip_tokens=SKIP, count=1, context=length)
+    [ids] = windows_of(Wikipedia(), SmolLM2(), skip_tokens=SKIP, count=1, context=length)
     lines: list[dict[str, Any]] = []
     spent = {"attention": 0.0, "certificates": 0.0}
     whole = forward.sdpa_attention_forward

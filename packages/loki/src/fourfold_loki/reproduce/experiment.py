@@ -336,6 +336,7 @@ def measure_certificates(run: Certificates, workplace: Workplace) -> None:
         for sample in run.samples:
             windows = windows_of(
                 run.corpus,
+                run.model,
                 skip_tokens=run.skip_tokens,
                 count=sample.windows,
                 context=sample.context,
@@ -376,7 +377,11 @@ def measure_fair_table(run: FairTable, workplace: Workplace) -> None:
 
     def texts(sample: Sample, skip_tokens: int) -> Int[Tensor, "window context"]:
         return windows_of(
-            fitted.corpus, skip_tokens=skip_tokens, count=sample.windows, context=sample.context
+            fitted.corpus,
+            fitted.model,
+            skip_tokens=skip_tokens,
+            count=sample.windows,
+            context=sample.context,
         )
 
     chosen = run.chosen_at

@@ -1,4 +1,4 @@
-"""Text as a packaged model's ids, tokenized once for a corpus and kept: that takes longer than a smoke run."""
+"""Text as a model's ids, tokenized once for a corpus and kept: that takes longer than a smoke run."""
 
 from itertools import chain, islice
 
