@@ -45,8 +45,9 @@ _LONG = (
     "and keep 512 keys"
 )
 _GEMMA = (
-    "Gemma-3-270M (4-bit weights), 4 query heads of 256 on one key/value head, both normalised; Wikipedia, "
-    "16 windows of 512 tokens; the last 128 are sparse and keep 128 keys; rules after two windows were seen"
+    "Gemma-3-270M (4-bit weights), 4 query heads of 256 on one key/value head, both normalised; the 3 of 18 "
+    "layers that do not slide; Wikipedia, 16 windows of 512 tokens; the last 128 are sparse and keep 128 "
+    "keys; rules after two windows were seen"
 )
 _FAR = "a model that is above chance on these tasks (1 B parameters and more), a GPU"
 _NOT_IN_PAPER = "not in the paper"

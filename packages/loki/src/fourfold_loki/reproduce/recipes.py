@@ -388,7 +388,8 @@ def long_context(scale: Scale) -> Perplexity:
 def second_family(scale: Scale) -> Perplexity:
     """`perplexity` of Gemma 3, whose queries and keys are normalised by head: the bases, and keys alone.
 
-    A query keeps 128 of 384 to 511 keys and ranks by 64 of 256 coordinates; 2,048 tokens are scored.
+    A query keeps 128 of 384 to 511 keys and ranks by 64 of 256 coordinates; 2,048 tokens are scored. Its
+    sliding layers, 15 of 18, stay dense.
     """
     model = Gemma3()
     fitted, base = replace(calibration(scale), model=model), perplexity(scale)
