@@ -12,7 +12,7 @@ from fourfold_hpc_coder.judge.bench import JudgeSettings, Quiet
 from fourfold_hpc_coder.judge.judge import judge
 from fourfold_hpc_coder.judge.reference import reference
 from fourfold_hpc_coder.problems.library import own_problems
-from fourfold_hpc_coder.sandbox.backends import Landlock, Unprotected
+from fourfold_hpc_coder.sandbox.backends import Bubblewrap, Landlock, Unprotected
 from fourfold_hpc_coder.vocabulary import Model, Processors
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
@@ -187,10 +187,41 @@ def test_without_a_wall_a_right_answer_is_right(quick, average) -> None:
     assert verdict(unsafe, average, RIGHT).verdict == "correct"
 
 
-def test_behind_landlock_mpi_is_left_out_by_name() -> None:
-    """Its launcher needs sockets, which nothing there could keep on this machine."""
-    assert "bubblewrap" in toolchain.barred("mpi", Landlock())
+RANKED = """int r, p; MPI_Comm_rank(MPI_COMM_WORLD, &r); MPI_Comm_size(MPI_COMM_WORLD, &p);
+double s = 0, t = 0; for (size_t i = r; i < x.size(); i += p) s += x[i];
+"""
+RANKS = {
+    "MPI_Allreduce(&s, &t, 1, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD); return t / x.size(); }": "correct",
+    "return s / x.size(); }": "wrong",
+    "if (r) MPI_Abort(MPI_COMM_WORLD, 3); return MPI_Barrier(MPI_COMM_WORLD); }": "crash",
+    "if (r) raise(SIGSEGV); return MPI_Barrier(MPI_COMM_WORLD); }": "crash",
+    "if (r) _Exit(0); return MPI_Barrier(MPI_COMM_WORLD); }": "crash",
+    "if (!r) MPI_Barrier(MPI_COMM_WORLD); return 0; }": "timeout",
+}
+
+
+@pytest.mark.parametrize("body", RANKS)
+def test_ranks_get_one_verdict_behind_every_wall(walled, average, body: str) -> None:
+    """Behind Landlock they have no socket; the first rank that ends badly ends all, without one as with."""
+    if reason := toolchain.barred("mpi", walled.sandbox):
+        pytest.skip(reason)
+    limit_s = 1 if RANKS[body] == "timeout" else walled.settings.time_limit_s
+    settings = replace(walled.settings, time_limit_s=limit_s).with_launches(
+        {"mpi": (Processors(ranks=3),)}
+    )
+    prompt = f"#include <csignal>\n{average.exercise.prompt('mpi')}"
+    found = judge(replace(walled, settings=settings), average, "mpi", prompt, RANKED + body)
+    assert found.verdict == RANKS[body], (found.because, found.output)
+
+
+def test_an_mpi_that_needs_sockets_is_left_out_by_name(monkeypatch) -> None:
+    """Open MPI 5 has none of the component by which ranks find each other without."""
     assert toolchain.barred("serial", Landlock()) == toolchain.missing("serial")
+    if reason := toolchain.missing("mpi"):
+        pytest.skip(reason)
+    monkeypatch.setattr(toolchain, "_starts_without_sockets", lambda: False)
+    assert "bubblewrap" in toolchain.barred("mpi", Landlock())
+    assert not toolchain.barred("mpi", Bubblewrap())
 
 
 HIDING = """#include <ctime>

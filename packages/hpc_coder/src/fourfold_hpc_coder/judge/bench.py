@@ -16,6 +16,7 @@ from fourfold_hpc_coder.judge.build import (
     kept_program,
     objects,
     prepare,
+    starting,
 )
 from fourfold_hpc_coder.judge.prelude import includes_more, needs_whole, prelude
 from fourfold_hpc_coder.judge.protocol import Channel, opened
@@ -259,12 +260,14 @@ def launched(
     Within, the bench counts as working: ask it for quiet around what is timed.
     """
     with bench.folder() as own, bench.quiet.working():
-        job = _job(settings, folder / "out", model, processors)
+        job = _job(settings, bench.sandbox, folder / "out", model, processors)
         with opened(bench.sandbox, job, own, patience_s=settings.time_limit_s) as channel:
             yield channel
 
 
 _OPEN_MPI = (
+    ("OMPI_MCA_pml", "ob1"),
+    ("OMPI_MCA_mpi_yield_when_idle", "1"),
     ("OMPI_MCA_btl", "self,vader"),
     ("OMPI_MCA_btl_vader_backing_directory", "/tmp"),  # noqa: S108 - the job's own
     ("OMPI_MCA_btl_vader_single_copy_mechanism", "none"),
@@ -278,21 +281,28 @@ _OPEN_MPI = (
 """One machine, no network, no remote shell. Root is the case only where there is no sandbox."""
 
 
-def _job(settings: JudgeSettings, program: Path, model: Model, processors: Processors) -> Job:
-    command = ("/job/answer", "/channel/")
+def _job(
+    settings: JudgeSettings,
+    sandbox: Sandbox,
+    program: Path,
+    model: Model,
+    processors: Processors,
+) -> Job:
+    command, mounts = ("/job/answer", "/channel/"), [Mount(source=program, target="/job")]
     if model in ("mpi", "mpi+omp"):
-        command = (
-            "mpirun",
-            "--oversubscribe",
-            "--bind-to",
-            "none",
-            "-n",
-            str(processors.ranks),
-            *command,
-        )
+        ranks = str(processors.ranks)
+        if toolchain.lacks_sockets(sandbox):
+            starter, library = starting(sandbox)
+            command = ("/starter/start", ranks, "/library/pmi.so", *command)
+            mounts += [
+                Mount(source=starter, target="/starter"),
+                Mount(source=library, target="/library"),
+            ]
+        else:
+            command = ("mpirun", "--oversubscribe", "--bind-to", "none", "-n", ranks, *command)
     return Job(
         command=command,
-        mounts=(Mount(source=program, target="/job"),),
+        mounts=(*mounts,),
         limits=Limits(
             wall_s=12 * settings.time_limit_s,
             cpu_s=math.ceil(2 * settings.time_limit_s * processors.threads),

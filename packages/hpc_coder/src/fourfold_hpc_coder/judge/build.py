@@ -12,6 +12,7 @@ from pathlib import Path
 from fourfold_hpc_coder.judge.artifacts import Artifact, compiling
 from fourfold_hpc_coder.judge.prelude import INCLUDED, needs_whole, prelude
 from fourfold_hpc_coder.judge.toolchain import (
+    PLAIN,
     Flavour,
     driver_texts,
     flavour_of,
@@ -81,6 +82,24 @@ def _object(flavour: Flavour, name: str, text: str, sandbox: Sandbox) -> Path:
         return compiled.make(sandbox)
     mount = Mount(source=ready[0], target="/prelude")
     return compiled.make(sandbox, sooner=("-g0", *INCLUDED), mounts=(mount,))
+
+
+def starting(sandbox: Sandbox) -> tuple[Path, Path]:
+    """The folders with `start`, which starts ranks without a socket, and with `pmi.so`, their library.
+
+    Raises:
+        RuntimeError: where our own source does not compile.
+    """
+    program, library = (
+        Artifact(
+            compiler="g++",
+            command=(*PLAIN, "-O1", "-pthread", *words, "/in/starter.cc", "-o", f"/out/{name}"),
+            sources={"starter.cc": driver_texts()["starter.cc"]},
+        ).make(sandbox)
+        for name, words in (("start", ()), ("pmi.so", ("-shared", "-fPIC")))
+    )
+    (program / "start").chmod(0o755)  # a compiler behind seccomp has no say in modes
+    return program, library
 
 
 def compile_candidate(

@@ -155,14 +155,28 @@ def missing(model: Model) -> str:
     return ""
 
 
+def lacks_sockets(sandbox: Sandbox) -> bool:
+    """Whether programs there have no socket, by which `mpirun` speaks to its ranks."""
+    return isinstance(sandbox, Landlock)
+
+
 def barred(model: Model, sandbox: Sandbox) -> str:
     """The reason why answers in a model cannot be judged here; empty where they can."""
-    if model in ("mpi", "mpi+omp") and isinstance(sandbox, Landlock):
+    if reason := missing(model):
+        return reason
+    is_mpi = model in ("mpi", "mpi+omp")
+    if is_mpi and lacks_sockets(sandbox) and not _starts_without_sockets():
         return (
-            "MPI's launcher needs sockets, which the sandbox `landlock` cannot keep on this machine; "
-            "install Debian's bubblewrap, or allow user namespaces"
+            "this MPI starts ranks through sockets alone, which the sandbox `landlock` refuses; use Open MPI "
+            "4 (its component for the launcher Flux needs none), install Debian's bubblewrap, or allow user "
+            "namespaces"
         )
-    return missing(model)
+    return ""
+
+
+def _starts_without_sockets() -> bool:
+    """Whether this Open MPI has the component that `drivers/starter.cc` answers; 5 has none."""
+    return "MCA pmix: flux" in _said("ompi_info")[0]
 
 
 def runs_here(model: Model) -> bool:

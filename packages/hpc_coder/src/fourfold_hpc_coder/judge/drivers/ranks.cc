@@ -29,7 +29,9 @@ Meeting *meeting = nullptr;
 int self = 0, ranks = 1;
 
 void meet() {
-  char name[] = "/dev/shm/fourfold-XXXXXX";
+  const char *folder = std::getenv("TMPDIR");
+  char name[256];
+  std::snprintf(name, sizeof name, "%s/fourfold-XXXXXX", folder ? folder : "/tmp");
   std::size_t whole = sizeof(Meeting) + ranks * sizeof(Evidence);
   int file = self == 0 ? mkstemp(name) : -1;
   PMPI_Bcast(name, sizeof name, MPI_CHAR, 0, MPI_COMM_WORLD);
