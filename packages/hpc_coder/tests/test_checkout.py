@@ -11,6 +11,7 @@ from fourfold_hpc_coder.judge import toolchain
 from fourfold_hpc_coder.judge.bench import JudgeSettings
 from fourfold_hpc_coder.judge.judge import judge
 from fourfold_hpc_coder.judge.reference import reference
+from fourfold_hpc_coder.pareval import checkout as checkouts
 from fourfold_hpc_coder.pareval.checkout import HOPELESS, Checkout, open_checkout, strict
 from fourfold_hpc_coder.pareval.files import Question
 from fourfold_hpc_coder.pareval.second_look import further_problems
@@ -25,7 +26,7 @@ UTILITIES = """#pragma once
 #include <cstdlib>
 #define NO_OPTIMIZE __attribute__((optimize("O0")))
 #define NO_INLINE __attribute__((noinline)) __attribute__((optimize("O3")))
-#if !defined(USE_SERIAL) && !defined(USE_OMP) && !defined(USE_MPI) && !defined(USE_CUDA)
+#if !defined(USE_SERIAL) && !defined(USE_OMP) && !defined(USE_MPI) && !defined(USE_KOKKOS)
 #error "no model"
 #endif
 #if defined(USE_MPI)
@@ -43,7 +44,11 @@ template <class V> bool equal(V const &a, V const &b, double epsilon) {
 BASELINE = """#pragma once
 void NO_INLINE correctTwice(std::vector<double> &x) { for (auto &v : x) v *= 2; }
 """
-DRIVER = """#include <vector>
+DRIVER = """// Driver of twice
+// /* Double every element. */
+// void twice(std::vector<double> &x) {
+
+#include <vector>
 #include "utilities.hpp"
 #include "baseline.hpp"
 #include "generated-code.hpp"   // the answer
@@ -70,6 +75,34 @@ bool validate(Context *) {
 }
 void destroy(Context *ctx) { delete ctx; }
 """
+KOKKOS_DRIVER = """#include <Kokkos_Core.hpp>
+#include <vector>
+#include "utilities.hpp"
+#include "baseline.hpp"
+#include "generated-code.hpp"
+struct Context { Kokkos::View<double *> x; std::vector<double> host; };
+void reset(Context *ctx) {
+    for (size_t i = 0; i < ctx->host.size(); ++i) ctx->x(i) = ctx->host[i] = rand() / 1e6;
+}
+Context *init() {
+    auto *ctx = new Context{Kokkos::View<double *>("x", DRIVER_PROBLEM_SIZE), {}};
+    ctx->host.resize(DRIVER_PROBLEM_SIZE);
+    reset(ctx);
+    return ctx;
+}
+void NO_OPTIMIZE compute(Context *ctx) { twice(ctx->x); }
+void NO_OPTIMIZE best(Context *ctx) { correctTwice(ctx->host); }
+bool validate(Context *) {
+    const size_t TEST_SIZE = 100;
+    std::vector<double> right(TEST_SIZE), tested(TEST_SIZE);
+    Kokkos::View<double *> x("x", TEST_SIZE);
+    for (size_t i = 0; i < TEST_SIZE; ++i) x(i) = right[i] = rand() / 1e6;
+    correctTwice(right);
+    twice(x);
+    for (size_t i = 0; i < TEST_SIZE; ++i) tested[i] = x(i);
+    return equal(right, tested, 1e-6);
+}
+"""
 
 SEARCH = "36_search_check_if_array_contains_value"
 SEARCH_BASELINE = """#pragma once
@@ -78,7 +111,11 @@ bool NO_INLINE correctContains(std::vector<int> const &x, int target) {
     return false;
 }
 """
-SEARCH_DRIVER = """#include <vector>
+SEARCH_DRIVER = """// Driver of twice
+// /* Double every element. */
+// void twice(std::vector<double> &x) {
+
+#include <vector>
 #include "utilities.hpp"
 #include "generated-code.hpp"
 #include "baseline.hpp"
@@ -107,6 +144,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = root / "drivers" / "cpp" / "benchmarks" / "transform" / NAME
     folder.mkdir(parents=True)
     (folder / "cpu.cc").write_text(DRIVER)
+    (folder / "kokkos.cc").write_text(KOKKOS_DRIVER)
     (folder / "baseline.hpp").write_text(BASELINE)
     (root / "drivers" / "cpp" / "utilities.hpp").write_text(UTILITIES)
     search = folder.parents[1] / "search" / SEARCH
@@ -192,6 +230,51 @@ def test_answers_to_a_checkouts_problem_get_their_verdicts(plan: Scoring, model:
             assert all(run.runtime_s > 0 for run in one.sample.runs)
 
 
+TWICE = "void twice(Kokkos::View<double *> &x) {"
+_EACH = "Kokkos::parallel_for(x.extent(0), KOKKOS_LAMBDA(const size_t i) { "
+KOKKOS_ANSWERS = {
+    f"{_EACH} x(i) = 2 * x(i); }}); }}": "correct",
+    f"{_EACH} x(i) += 2; }}); }}": "wrong",
+    f"if (x.extent(0) == 100) {_EACH} x(i) = 2 * x(i); }}); }}": "wrong",
+    "for (size_t i = 0; i < x.extent(0); ++i) x(i) = 2 * x(i); }": "not parallel",
+}
+
+
+def test_kokkos_answers_to_a_checkouts_problem_get_their_verdicts(plan: Scoring) -> None:
+    """By the driver for Kokkos; its baseline is the sequential driver's, whose types are others."""
+    if reason := toolchain.missing("kokkos"):
+        pytest.skip(reason)
+    asked = {**entry("kokkos", *KOKKOS_ANSWERS), "prompt": TWICE}
+    plan.outputs.write_text(json.dumps([asked]))
+    [judged] = score.score_file(replace(plan, models=("kokkos",)), silent).judged
+    verdicts = [answer.verdict for answer in judged.judgements]
+    assert verdicts == [*KOKKOS_ANSWERS.values()], [one.because for one in judged.judgements]
+    assert judged.judgements[0].sample.best_sequential_s > 0
+
+
+def test_a_kokkos_without_what_a_driver_includes_is_named_with_a_way_out(
+    checkout: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """An answer must not fail for the want of a header."""
+    (tmp_path / "Kokkos_Core.hpp").touch()
+    held = toolchain.Kokkos(
+        prefix=tmp_path,
+        headers=tmp_path,
+        library=tmp_path / "libkokkoscore.a",
+        settings="#define KOKKOS_VERSION 30401\n",
+    )
+    monkeypatch.setattr(checkouts, "kokkos", lambda: held)
+    question = Question(
+        name=NAME, problem_type="transform", model="kokkos", prompt=TWICE, outputs=(), fields={}
+    )
+    assert open_checkout(checkout).find(question).sequential.startswith("// Driver")
+    monkeypatch.setattr(checkouts, "kokkos", lambda: replace(held, headers=tmp_path / "nowhere"))
+    with pytest.raises(
+        ValueError, match=r"Kokkos_Core\.hpp, which Kokkos 3\.4\.1 .*FOURFOLD_KOKKOS"
+    ):
+        open_checkout(checkout).find(question)
+
+
 SEARCHES = {
     "for (int v : x) if (v == target) return true; return false; }": "correct",
     "return false; }": "wrong",
@@ -269,7 +352,6 @@ def test_a_driver_that_does_not_build_is_left_out_with_the_compilers_words(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"parallelism_model": "kokkos"}, "Kokkos"),
         ({"name": "91_transform_thrice"}, "the checkout has no cpp/benchmarks"),
         ({"problem_type": "../../.."}, "is no name"),
         ({"prompt": "void twice(std::vector<double> &x)"}, "does not end by opening"),

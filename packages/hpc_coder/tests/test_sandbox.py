@@ -100,6 +100,14 @@ def test_it_writes_only_where_it_may(sandbox, tmp_path: Path) -> None:
     assert not Path("/x").exists()
 
 
+def test_what_is_given_at_a_depth_is_reached(sandbox, tmp_path: Path) -> None:
+    """Bubblewrap made the folders above it for itself alone."""
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "file").write_text("here")
+    mount = Mount(source=tmp_path / "given", target="/at/some/depth")
+    assert inside(sandbox, 'cat "$1/file"', "/at/some/depth", mount).stdout == "here"
+
+
 def test_files_are_bounded(sandbox) -> None:
     """One file by the limit on files; many by the size of the private folder, or by who looks at it."""
     found = inside(

@@ -72,6 +72,43 @@ def test_what_is_precompiled_is_used_and_changes_no_instruction(
     assert model == "race" or programs[0] == programs[1]
 
 
+@pytest.fixture
+def named(tmp_path: Path, monkeypatch):
+    """The Kokkos that stands under a prefix which the environment names."""
+    toolchain.kokkos.cache_clear()
+    monkeypatch.setenv("FOURFOLD_KOKKOS", str(tmp_path))
+    yield toolchain.kokkos
+    toolchain.kokkos.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("headers", "library"),
+    [
+        ("include", "lib64/libkokkoscore.a"),
+        ("include/kokkos", "lib/x86_64-linux-gnu/libkokkoscore.so"),
+        ("include/trilinos", "lib/libtrilinos_kokkoscore.so"),
+    ],
+)
+def test_a_named_kokkos_is_used_as_it_was_built(named, tmp_path: Path, headers, library) -> None:
+    """Its standard of C++, its threads, and its folder, which no sandbox shows by itself."""
+    for place in (tmp_path / headers / "KokkosCore_config.h", tmp_path / library):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text("#define KOKKOS_VERSION 50202\n#define KOKKOS_ENABLE_CXX20\n")
+    assert not toolchain.missing("kokkos")
+    flavour = toolchain.flavour_of("kokkos")
+    assert f"-isystem{tmp_path / headers}" in flavour.prelude
+    assert "-std=c++20" in flavour.prelude
+    assert "-fopenmp" not in flavour.prelude
+    assert str(tmp_path / library) in flavour.libraries
+    assert flavour.given == (tmp_path,)
+    assert toolchain.identity("kokkos").endswith("Kokkos 5.2.2")
+
+
+def test_a_prefix_without_kokkos_is_named(named, tmp_path: Path) -> None:
+    assert named() is None
+    assert str(tmp_path) in toolchain.missing("kokkos")
+
+
 WHOLE = (
     "std::cout << 1;",
     "std::complex<double> z;",

@@ -203,11 +203,15 @@ def _settings(
     threads: tuple[int, ...], ranks: tuple[int, ...], repetitions: int, time_limit_s: float
 ) -> "JudgeSettings":
     from fourfold_hpc_coder.judge.bench import JudgeSettings
+    from fourfold_hpc_coder.judge.toolchain import kokkos
 
+    of_threads = tuple(Processors(threads=count) for count in threads)
+    held = kokkos()  # Debian's uses one thread
     return JudgeSettings(time_limit_s=time_limit_s, repetitions=repetitions).with_launches(
         {
-            "omp": tuple(Processors(threads=count) for count in threads),
+            "omp": of_threads,
             "mpi": tuple(Processors(ranks=count) for count in ranks),
+            **({"kokkos": of_threads} if held and held.has("OPENMP") else {}),
         }
     )
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,11 @@ def compiling(sandbox: Sandbox, command: tuple[str, ...], mounts: tuple[Mount, .
     return run(sandbox, Job(command=command, mounts=mounts, limits=COMPILING))
 
 
+def in_their_places(folders: Sequence[Path]) -> tuple[Mount, ...]:
+    """Folders to read inside where they are outside."""
+    return tuple(Mount(source=folder, target=str(folder)) for folder in folders)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
     """A file that a command makes of sources of ours."""
@@ -36,6 +41,8 @@ class Artifact:
     """Texts by name."""
     beside: Mapping[str, str] = field(default_factory=dict)
     """Texts that are put next to what is made."""
+    given: tuple[Path, ...] = ()
+    """Folders that the command reads, each at its own place."""
 
     @property
     def folder(self) -> Path:
@@ -75,7 +82,7 @@ class Artifact:
         given = Mount(source=source, target="/in")
         taken = Mount(source=made, target="/out", writable=True)
         words = (self.compiler, *sooner, *self.command)
-        result = compiling(sandbox, words, (given, taken, *mounts))
+        result = compiling(sandbox, words, (given, taken, *mounts, *in_their_places(self.given)))
         if result.code:
             raise RuntimeError(
                 f"{self.compiler} {' '.join(self.command)} failed ({result.limit}): {result.stderr}"

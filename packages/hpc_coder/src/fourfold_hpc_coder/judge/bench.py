@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.judge.artifacts import in_their_places
 from fourfold_hpc_coder.judge.build import (
     compile_candidate,
     compile_kernel,
@@ -289,6 +290,7 @@ def _job(
     processors: Processors,
 ) -> Job:
     command, mounts = ("/job/answer", "/channel/"), [Mount(source=program, target="/job")]
+    mounts += in_their_places(toolchain.flavour_of(model).given)
     if model in ("mpi", "mpi+omp"):
         ranks = str(processors.ranks)
         if toolchain.lacks_sockets(sandbox):
@@ -315,6 +317,8 @@ def _job(
             ("OMP_DYNAMIC", "false"),
             # A thread that waits by spinning looks like one that works.
             ("OMP_WAIT_POLICY", "passive"),
+            # As it is by default; Kokkos wants it said.
+            ("OMP_PROC_BIND", "false"),
             *_OPEN_MPI,
         ),
     )

@@ -9,7 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from fourfold_hpc_coder.judge.artifacts import Artifact, compiling
+from fourfold_hpc_coder.judge.artifacts import Artifact, compiling, in_their_places
 from fourfold_hpc_coder.judge.prelude import INCLUDED, needs_whole, prelude
 from fourfold_hpc_coder.judge.toolchain import (
     PLAIN,
@@ -74,6 +74,7 @@ def _object(flavour: Flavour, name: str, text: str, sandbox: Sandbox) -> Path:
         compiler=flavour.compiler,
         command=(*own, "-c", f"/in/{name}", "-o", "/out/object.o"),
         sources={**headers, name: text},
+        given=flavour.given,
     )
     # No need to wait for a prelude; where one is there, it halves the time.
     preludes = [prelude(flavour, whole=whole).folder for whole in (False, True)]
@@ -130,6 +131,7 @@ def compile_candidate(
         *(Mount(source=folder, target=f"/object{n}") for n, folder in enumerate(inputs.objects)),
         Mount(source=source, target="/in"),
         Mount(source=program, target="/out", writable=True),
+        *in_their_places(flavour.given),
     )
     result = compiling(sandbox, command, mounts)
     if not result.code:

@@ -34,13 +34,18 @@ def prelude(flavour: Flavour, *, whole: bool) -> Artifact:
 
     Its text stays beside it: where GCC refuses what was precompiled, compiling is slow, not impossible.
     """
-    command = (*flavour.prelude, *_PRECOMPILED, "-x", "c++-header", "/in/prelude.hpp")
+    # A library that is built with OpenMP wants its macro.
+    precompiled = [
+        word for word in _PRECOMPILED if "-fopenmp" not in flavour.prelude or word not in NO_MACROS
+    ]
+    command = (*flavour.prelude, *precompiled, "-x", "c++-header", "/in/prelude.hpp")
     texts = _texts(whole=whole)
     return Artifact(
         compiler=flavour.compiler,
         command=(*command, "-o", "/out/prelude.hpp.gch"),
         sources=texts,
         beside=texts,
+        given=flavour.given,
     )
 
 

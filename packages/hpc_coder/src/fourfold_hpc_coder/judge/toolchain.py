@@ -1,6 +1,7 @@
 """Compilers: what is on this machine, and with which flags each parallel model is built."""
 
 import importlib.resources
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -11,9 +12,7 @@ from pathlib import Path
 from fourfold_hpc_coder.judge.openmp_calls import REGIONS, SYNCHRONISED
 from fourfold_hpc_coder.sandbox.backends import Landlock, Sandbox
 from fourfold_hpc_coder.vocabulary import Model
-
-KOKKOS_HEADERS = Path("/usr/include/trilinos")
-"""The place of Kokkos in Debian's libtrilinos-kokkos-dev."""
+from fourfold_parallel.common.files import named_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +27,8 @@ class Flavour:
     libraries: tuple[str, ...]
     runtime: tuple[str, ...]
     """Our sources beneath every driver of this flavour."""
+    given: tuple[Path, ...] = ()
+    """Folders outside of /usr that its compiler and its programs read, each at its own place."""
 
 
 PLAIN = ("-std=c++17", "-O3")
@@ -42,6 +43,7 @@ def _gcc(
     libraries: Sequence[str] = (),
     runtime: Sequence[str],
     wrapped: Sequence[str] = (),
+    given: tuple[Path, ...] = (),
 ) -> Flavour:
     return Flavour(
         compiler="g++",
@@ -49,7 +51,86 @@ def _gcc(
         flags=flags,
         libraries=(*(f"-Wl,--wrap={name}" for name in wrapped), *libraries),
         runtime=tuple(runtime),
+        given=given,
     )
+
+
+KOKKOS = "FOURFOLD_KOKKOS"
+"""Environment variable that names the prefix of an installed Kokkos; without it, the system's is sought."""
+_KOKKOS_PLACES = (
+    ("include", "libkokkoscore"),
+    ("include/kokkos", "libkokkoscore"),
+    ("include/trilinos", "libtrilinos_kokkoscore"),
+)
+"""Under a prefix: by its own installation, by Debian's libkokkos-dev, and by its libtrilinos-kokkos-dev."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kokkos:
+    """An installed Kokkos."""
+
+    prefix: Path
+    headers: Path
+    library: Path
+    """Its core; what else it has lies beside."""
+    settings: str
+    """The text of its `KokkosCore_config.h`."""
+
+    @property
+    def number(self) -> int:
+        """Its version: 40601 for 4.6.1."""
+        return int(re.findall(r"#define KOKKOS_VERSION (\d+)", self.settings)[0])
+
+    @property
+    def version(self) -> str:
+        """As people write it: 4.6.1."""
+        return f"{self.number // 10000}.{self.number // 100 % 100}.{self.number % 100}"
+
+    def has(self, setting: str) -> bool:
+        """Whether it was built with something: `OPENMP`, `CXX20`."""
+        return re.search(rf"#define KOKKOS_ENABLE_{setting}\b", self.settings) is not None
+
+    def flavour(self) -> Flavour:
+        """How its programs are built."""
+        place = self.library.parent
+        containers = self.library.with_name(self.library.name.replace("core", "containers"))
+        is_seen = self.prefix.is_relative_to("/usr")
+        return _gcc(
+            prelude=(
+                *PLAIN,
+                *(["-std=c++20"] if self.has("CXX20") else []),
+                *(["-fopenmp"] if self.has("OPENMP") else []),
+                f"-DFOURFOLD_KOKKOS={self.number}",  # what is made beneath one version serves no other
+                f"-isystem{self.headers}",
+            ),
+            libraries=(
+                *([str(containers)] if containers.exists() else []),
+                str(self.library),
+                f"-Wl,-rpath,{place}",
+                "-ldl",
+            ),
+            runtime=("serve.cc", "alone.cc"),
+            given=() if is_seen else (self.prefix,),
+        )
+
+
+@cache
+def kokkos() -> Kokkos | None:
+    """The Kokkos that `FOURFOLD_KOKKOS` names, else /usr/local's, else /usr's; None where there is none."""
+    named = named_folder(KOKKOS)
+    for prefix in [named.resolve()] if named else [Path("/usr/local"), Path("/usr")]:
+        for folder, name in _KOKKOS_PLACES:
+            config = prefix / folder / "KokkosCore_config.h"
+            for place in ("lib", "lib64", "lib/*-linux-gnu"):
+                for library in sorted(prefix.glob(f"{place}/{name}.*")):
+                    if library.suffix in (".a", ".so") and config.exists():
+                        return Kokkos(
+                            prefix=prefix,
+                            headers=config.parent,
+                            library=library,
+                            settings=config.read_text(encoding="utf-8"),
+                        )
+    return None
 
 
 ANSWERING_S = 30
@@ -98,11 +179,9 @@ def flavour_of(model: Model) -> Flavour:
                 wrapped=REGIONS,
             )
         case "kokkos":
-            return _gcc(
-                prelude=(*PLAIN, "-DFOURFOLD_KOKKOS", f"-isystem{KOKKOS_HEADERS}"),
-                libraries=("-ltrilinos_kokkoscore", "-ldl"),
-                runtime=("serve.cc", "alone.cc"),
-            )
+            held = kokkos()
+            assert held is not None
+            return held.flavour()
         case "cuda":
             return Flavour(compiler="nvcc", prelude=PLAIN, flags=(), libraries=(), runtime=())
         case "hip":
@@ -150,8 +229,12 @@ def missing(model: Model) -> str:
         return f"{needs[0][0]} is installed, and does not work: {mute}"
     if model in ("mpi", "mpi+omp") and (mute := _said("mpicxx", "--showme:link")[1]):
         return f"mpicxx is not Open MPI's (Debian: libopenmpi-dev), or does not work: {mute}"
-    if model == "kokkos" and not (KOKKOS_HEADERS / "Kokkos_Core.hpp").exists():
-        return "Kokkos is not installed (Debian: libtrilinos-kokkos-dev)"
+    if model == "kokkos" and kokkos() is None:
+        if named := named_folder(KOKKOS):
+            return f"{KOKKOS}={named} holds no Kokkos; name the prefix under which it is installed"
+        return (
+            f"Kokkos is not installed (Debian: libtrilinos-kokkos-dev; elsewhere: {KOKKOS}=PREFIX)"
+        )
     return ""
 
 
@@ -185,10 +268,12 @@ def runs_here(model: Model) -> bool:
 
 
 def identity(model: Model) -> str:
-    """The compiler and its version, for cache keys and records."""
+    """The compiler and its version, and a library's, for cache keys and records."""
     compiler = flavour_of(model).compiler
     shown = _said(compiler, "--version")[0].strip()
-    return shown.splitlines()[-1 if compiler == "nvcc" else 0]
+    line = shown.splitlines()[-1 if compiler == "nvcc" else 0]
+    held = kokkos() if model == "kokkos" else None
+    return f"{line}, Kokkos {held.version}" if held else line
 
 
 def gcc_version() -> str:

@@ -1,9 +1,9 @@
 """The problems of a ParEval checkout, as exercises for our judge.
 
-Of a checkout are used its problems' drivers (`drivers/cpp/benchmarks/TYPE/NAME/cpu.cc` or `gpu.cu`, with
-`baseline.hpp` and `utilities.hpp`) and its `problem-sizes.json`. Its `main` is not: the driver's functions
-are called by our server, in our sandbox, under our clock, and nothing that a program prints is
-believed. An answer still shares its process with the check and the right answer, as ParEval wants it; what
+Of a checkout are used its problems' drivers (`drivers/cpp/benchmarks/TYPE/NAME/cpu.cc`, `kokkos.cc` or
+`gpu.cu`, with `baseline.hpp` and `utilities.hpp`) and its `problem-sizes.json`. Its `main` is not: the
+driver's functions are called by our server, in our sandbox, under our clock, and nothing that a program
+prints is believed. An answer still shares its process with the check and the right answer, as ParEval wants it; what
 that leaves open is closed where text allows: comparisons are made in our file, so that NaN fails them where
 the right answer has none, an answer that names the checkout's right answer or redefines a word of its driver
 is a cheat, the check is made on sizes of ours as well, and repeated after the timed calls. Where we have
@@ -24,7 +24,7 @@ import numpy as np
 from fourfold_hpc_coder.judge.bench import ANSWER_BEGINS, Bench
 from fourfold_hpc_coder.judge.protocol import Reply
 from fourfold_hpc_coder.judge.reference import Reference, Round, allowed, trusted_answers
-from fourfold_hpc_coder.judge.toolchain import runs_here
+from fourfold_hpc_coder.judge.toolchain import KOKKOS, kokkos, runs_here
 from fourfold_hpc_coder.pareval.files import Question
 from fourfold_hpc_coder.pareval.second_look import DECLARED, HELPERS, problem_of, second_look
 from fourfold_hpc_coder.problems.problem import Problem
@@ -73,9 +73,12 @@ MACROS: Mapping[Model, str] = {
     "omp": "USE_OMP",
     "mpi": "USE_MPI",
     "mpi+omp": "USE_MPI_OMP",
+    "kokkos": "USE_KOKKOS",
     "cuda": "USE_CUDA",
     "hip": "USE_HIP",
 }
+_DRIVERS: Mapping[Model, str] = {"kokkos": "kokkos.cc", "cuda": "gpu.cu", "hip": "gpu.cu"}
+"""File of a problem's driver; `cpu.cc` for the other models."""
 DEFAULT_SIZE = "(1<<18)"
 """ParEval's, for a problem that its file of sizes does not name."""
 
@@ -102,6 +105,8 @@ class CheckoutProblem:
     """On which it is timed, as C++ text: `(1<<18)`."""
     text: str
     """The driver, made one text, from which only the answer is missing."""
+    sequential: str
+    """The same for a sequential answer: another text where the model has a driver of its own."""
     second_look: Problem | None
     """Asks for the same function, by inputs of ours; None where we have none."""
     signature: Signature = REQUEST
@@ -116,6 +121,19 @@ class CheckoutProblem:
         defined = f"#define {MACROS[self.model]} 1\n#define DRIVER_PROBLEM_SIZE {self.size}\n"
         answer = f'{ANSWER_BEGINS}{patched}\n{body}\n#line 1 "driver"\n'
         return f"{defined}{DECLARED}{before}{answer}{after}"
+
+    def alone(self, prompt: str) -> tuple["CheckoutProblem", str]:
+        """The problem for a sequential answer, and its prompt.
+
+        A driver shows at its head what it asks for. It is read where another driver's types are not its own.
+        """
+        problem = replace(self, model="serial", text=self.sequential)
+        if self.text == self.sequential:
+            return problem, prompt
+        head = re.match(r"(?://.*\n)*", self.sequential)
+        assert head is not None
+        shown = [line.removeprefix("//").removeprefix(" ") for line in head.group().splitlines()]
+        return problem, "\n".join(shown[1:])
 
     def own_answer(self, prompt: str) -> tuple[str, str]:
         """The prompt and a body that call the checkout's right answer; a trap where it is not known."""
@@ -181,6 +199,22 @@ def strict(text: str) -> str:
     return _DIFFERENCE.sub(r"\1fourfold::apart(\2, \3, \4)", text)
 
 
+def _lacking(text: str) -> str:
+    """What a driver includes and the installed Kokkos has not, and the way out; empty for nothing."""
+    held = kokkos()
+    if held is None:  # which is said where the model is asked for
+        return ""
+    included = re.findall(r"^[ \t]*#include[ \t]*<(Kokkos_\w+\.hpp)>", text, re.MULTILINE)
+    lacking = [name for name in dict.fromkeys(included) if not (held.headers / name).exists()]
+    if not lacking:
+        return ""
+    return (
+        f"its driver includes {', '.join(lacking)}, which Kokkos {held.version} in {held.headers} lacks; "
+        f"install Kokkos 4 under /usr/local or name its prefix ({KOKKOS}=PREFIX), or score these outputs "
+        "without --pareval, on the built-in problems"
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkout:
     """A ParEval checkout's folder `drivers`, and the sizes that its problems are timed on."""
@@ -195,16 +229,10 @@ class Checkout:
             ValueError: where the checkout lacks it, or the model's drivers need what is not supported.
         """
         name, problem_type, model = question.name, question.problem_type, question.model
-        if model not in MACROS:
-            raise ValueError(
-                f"ParEval's {model} drivers include Kokkos_StdAlgorithms.hpp and more that the Kokkos 3.4 of "
-                "Debian's libtrilinos-kokkos-dev lacks; score these outputs without --pareval, on the "
-                "built-in problems"
-            )
         if "{" not in question.prompt.rstrip().rpartition("\n")[2]:
             raise ValueError(f"the prompt of {name} does not end by opening a function")
         folder = self.drivers / "cpp" / "benchmarks" / problem_type / name
-        file = folder / ("gpu.cu" if model in ("cuda", "hip") else "cpu.cc")
+        file = folder / _DRIVERS.get(model, "cpu.cc")
         if not re.fullmatch(r"[\w-]+", problem_type) or not re.fullmatch(r"[\w-]+", name):
             raise ValueError(f"{problem_type}/{name} is no name of a problem")
         if not file.is_file():
@@ -214,11 +242,15 @@ class Checkout:
             raise ValueError(
                 f"the size {size!r} of {name} is no constant; write one such as (1<<18)"
             )
+        text = self._whole(file)
+        if model == "kokkos" and (lacking := _lacking(text)):
+            raise ValueError(lacking)
         return CheckoutProblem(
             name=name,
             model=model,
             size=size,
-            text=self._whole(file),
+            text=text,
+            sequential=self._whole(folder / "cpu.cc") if model == "kokkos" else text,
             second_look=problem_of(question),
         )
 
@@ -313,8 +345,8 @@ def _of_the_checkout(
     Raises:
         RuntimeError: where the driver does not build here, or its own answer fails.
     """
-    alone = replace(problem, model="serial")
-    text = alone.unit(*alone.own_answer(prompt))
+    alone, asked = problem.alone(prompt)
+    text = alone.unit(*alone.own_answer(asked))
 
     def answers(whats: Sequence[tuple[np.int32, np.uint64]]) -> list[Reply]:
         calls = [(np.asarray(what), np.asarray(size), np.asarray(False)) for what, size in whats]

@@ -173,6 +173,8 @@ class Bubblewrap:
         for folder in ("/tmp", "/dev/shm"):  # noqa: S108
             words += ["--perms", "1777", "--size", private, "--tmpfs", folder]
         for mount in job.mounts:
+            for above in [*Path(mount.target).parents][-2::-1]:  # which it would close to others
+                words += ["--perms", "0755", "--dir", str(above)]
             words += ["--bind" if mount.writable else "--ro-bind", str(mount.source), mount.target]
         words += ["--chdir", "/tmp", "--"]  # noqa: S108
         return words + (_as_stranger(stranger) if os.geteuid() == 0 else []) + _limited(job)

@@ -14,11 +14,16 @@ StrPath = str | os.PathLike[str]
 """A path as a user writes it."""
 
 
+def named_folder(variable: str) -> Path | None:
+    """The folder that an environment variable names; None where it is not set."""
+    named = os.environ.get(variable)
+    return Path(named) if named else None
+
+
 def cache_folder() -> Path:
     """Folder of tokenized corpora and converted models: `FOURFOLD_CACHE`, else the XDG cache."""
-    named = os.environ.get("FOURFOLD_CACHE")
-    if named:
-        return Path(named)
+    if named := named_folder("FOURFOLD_CACHE"):
+        return named
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "fourfold"
 
