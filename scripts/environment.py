@@ -38,6 +38,7 @@ SYSTEM_PACKAGES = (
     "bubblewrap",
     "mold",
     "libtrilinos-kokkos-dev",
+    "libtbb-dev",
 )
 
 

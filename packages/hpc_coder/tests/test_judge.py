@@ -22,6 +22,7 @@ ONE_EACH: dict[Model, tuple[Processors, ...]] = {
     "omp": (Processors(threads=2),),
     "mpi": (Processors(ranks=2),),
     "mpi+omp": (Processors(ranks=2, threads=2),),
+    "stdpar": (Processors(threads=2),),
 }
 
 
@@ -185,6 +186,29 @@ def test_without_a_wall_a_right_answer_is_right(quick, average) -> None:
     """Nothing is mounted then: every path of compilers and pipes is a real one."""
     unsafe = replace(quick, sandbox=Unprotected())
     assert verdict(unsafe, average, RIGHT).verdict == "correct"
+
+
+_FEW = (
+    "std::vector<int> few({}); "
+    "std::for_each(std::execution::par, few.begin(), few.end(), [&](int &i) {{ {} }});"
+)
+_SERIAL = "double s = 0; for (double v : x) s += v;"
+POLICIES = {
+    "return std::reduce(std::execution::par, x.begin(), x.end()) / x.size(); }": "correct",
+    f"/* std::execution::par, */ {RIGHT}": "not parallel",
+    f"{_FEW.format(2, 'i = 1;')} {_SERIAL} return s / x.size(); }}": "not parallel",
+    f"double r = 0; {_FEW.format(1, f'{_SERIAL} r = s;')} return r / x.size(); }}": "not parallel",
+    "return std::reduce(std::execution::par, x.begin(), x.end()); }": "wrong",
+    f"{_FEW.format(9, 'if (&i == &few[8]) throw 1;')} return 0; }}": "crash",
+}
+
+
+@pytest.mark.parametrize("body", POLICIES)
+def test_algorithms_with_a_policy_must_divide_the_work(bench, average, body: str) -> None:
+    """A policy over nothing, or over one element, divides nothing."""
+    settings = bench.settings.with_launches({"stdpar": (Processors(threads=2),)})
+    found = verdict(replace(bench, settings=settings), average, body, "stdpar")
+    assert found.verdict == POLICIES[body], (found.because, found.output, found.proof)
 
 
 RANKED = """int r, p; MPI_Comm_rank(MPI_COMM_WORLD, &r); MPI_Comm_size(MPI_COMM_WORLD, &p);
@@ -368,7 +392,7 @@ SHAPES = (
     "30_scan_prefix_sum",
 )
 """One problem of each kernel shape: in every model by default."""
-RUNNABLE: tuple[Model, ...] = ("serial", "omp", "mpi", "mpi+omp", "kokkos", "cuda")
+RUNNABLE: tuple[Model, ...] = ("serial", "omp", "mpi", "mpi+omp", "kokkos", "stdpar", "cuda")
 FIRST = {problem.problem_type: name for name, problem in reversed(own_problems().items())}
 """A problem of each type: by default in one model, all models in turn."""
 QUICK = [(name, model) for name in SHAPES for model in RUNNABLE]

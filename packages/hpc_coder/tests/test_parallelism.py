@@ -63,6 +63,19 @@ def test_the_text_must_use_the_model_outside_of_comments(
 
 
 @pytest.mark.parametrize(
+    ("text", "parallel"),
+    [
+        ("std::sort(std::execution::par, x.begin(), x.end());", True),
+        ("using namespace std::execution; std::reduce(par_unseq, x.begin(), x.end());", True),
+        ("std::sort(std::execution::seq, x.begin(), x.end());", False),
+        ("std::sort(x.begin(), x.end()); // std::execution::par, ", False),
+    ],
+)
+def test_a_parallel_policy_is_read_outside_of_comments(text: str, parallel: bool) -> None:
+    assert in_text(text, "stdpar").parallel == parallel
+
+
+@pytest.mark.parametrize(
     "piece",
     [
         "\n",

@@ -109,6 +109,26 @@ def test_a_prefix_without_kokkos_is_named(named, tmp_path: Path) -> None:
     assert str(tmp_path) in toolchain.missing("kokkos")
 
 
+def test_the_compiler_of_a_wheel_is_found(tmp_path: Path, monkeypatch) -> None:
+    """Where PATH has none; the sandbox shows its folder."""
+    wheel = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
+    wheel.parent.mkdir(parents=True)
+    wheel.write_text("#!/bin/sh\necho Build of a wheel\n")
+    wheel.chmod(0o755)
+    monkeypatch.setattr(toolchain.shutil, "which", lambda _: None)
+    monkeypatch.setattr(toolchain.sys, "path", [str(tmp_path)])
+    toolchain.nvcc.cache_clear()
+    try:
+        assert not toolchain.missing("cuda")
+        assert toolchain.flavour_of("cuda").given == (wheel.parents[1],)
+        assert toolchain.identity("cuda") == "Build of a wheel"
+        toolchain.nvcc.cache_clear()
+        monkeypatch.setattr(toolchain.sys, "path", [])
+        assert "nvidia-cuda-nvcc" in toolchain.missing("cuda")
+    finally:
+        toolchain.nvcc.cache_clear()
+
+
 WHOLE = (
     "std::cout << 1;",
     "std::complex<double> z;",

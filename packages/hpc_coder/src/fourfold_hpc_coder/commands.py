@@ -210,6 +210,7 @@ def _settings(
     return JudgeSettings(time_limit_s=time_limit_s, repetitions=repetitions).with_launches(
         {
             "omp": of_threads,
+            "stdpar": of_threads,
             "mpi": tuple(Processors(ranks=count) for count in ranks),
             **({"kokkos": of_threads} if held and held.has("OPENMP") else {}),
         }

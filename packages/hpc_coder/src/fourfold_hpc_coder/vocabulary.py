@@ -5,8 +5,9 @@ from typing import Literal, cast, get_args
 
 from fourfold_parallel.common.values import formerly
 
-Model = Literal["serial", "omp", "mpi", "mpi+omp", "kokkos", "cuda", "hip"]
-"""A parallel programming model, in ParEval's words (`parallelism_model`)."""
+Model = Literal["serial", "omp", "mpi", "mpi+omp", "kokkos", "stdpar", "cuda", "hip"]
+"""A parallel programming model, in ParEval's words (`parallelism_model`); `stdpar`, which ParEval has not, is
+C++'s own: algorithms of the standard library with a parallel policy."""
 MODELS: tuple[Model, ...] = get_args(Model)
 
 

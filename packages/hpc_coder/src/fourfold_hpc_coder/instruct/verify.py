@@ -22,6 +22,7 @@ CHECKED_ON: tuple[tuple[Model, tuple[Processors, ...]], ...] = (
     ("mpi", (Processors(ranks=2),)),
     ("mpi+omp", (Processors(ranks=2, threads=2),)),
     ("kokkos", (Processors(),)),
+    ("stdpar", (Processors(threads=2),)),
 )
 """One launch per model, with more than one processor where the model has them."""
 

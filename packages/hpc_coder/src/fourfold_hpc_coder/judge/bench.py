@@ -72,6 +72,7 @@ LAUNCHES: dict[Model, tuple[Processors, ...]] = {
     "mpi": (Processors(), Processors(ranks=2), Processors(ranks=3)),
     "mpi+omp": (Processors(), Processors(ranks=2, threads=2)),
     "kokkos": (Processors(),),
+    "stdpar": (Processors(), Processors(threads=2), Processors(threads=4)),
     "cuda": (Processors(),),
     "hip": (Processors(),),
 }

@@ -186,5 +186,6 @@ def compile_kernel(sandbox: Sandbox, model: Model, source: Path, program: Path) 
     mounts = (
         Mount(source=source, target="/in"),
         Mount(source=program, target="/out", writable=True),
+        *in_their_places(gpu.given),
     )
     return compiling(sandbox, command, mounts)

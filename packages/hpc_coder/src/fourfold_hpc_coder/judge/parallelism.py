@@ -9,7 +9,7 @@ computed and data moved between them.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 from fourfold_hpc_coder.judge.protocol import Evidence
@@ -44,6 +44,7 @@ _KOKKOS = (
     r"\bparallel_(?:for|reduce|scan)\s*\(|"
     r"\bKokkos::(?:Experimental::)?(?:sort|\w+_scan|transform)\w*\s*\("
 )
+_POLICY = r"\b(?:execution\s*::\s*)?par(?:_unseq)?\s*,|\bparallel(?:_unsequenced)?_policy\b"
 _GPU = r"\b(?:threadIdx|blockIdx|this_grid|this_thread_block)\b"
 
 
@@ -96,6 +97,8 @@ def in_text(body: str, model: Model) -> Proof:
             return _has(
                 _KOKKOS, code, "no Kokkos pattern (parallel_for, parallel_reduce, parallel_scan)"
             )
+        case "stdpar":
+            return _has(_POLICY, code, "no algorithm with a parallel policy (std::execution::par)")
         case "cuda" | "hip":
             return _has(_GPU, code, "no use of the thread's index, so every thread does the same")
         case _:
@@ -143,6 +146,14 @@ def in_action(
             return Proof(parallel=True, because="nothing to observe")
         case "kokkos":
             return _worked(evidence, "no time was spent in Kokkos' patterns")
+        case "stdpar":
+            several = {
+                # TBB's threads wait by spinning: what they spent outside of regions says nothing.
+                processors: replace(observed, process_cpu_s=observed.main_cpu_s)
+                for processors, observed in evidence.items()
+                if processors.threads > 1
+            }
+            return _worked(several, "no work was divided by an algorithm with a parallel policy")
         case "omp":
             several = {
                 processors: observed

@@ -4,6 +4,7 @@ import importlib.resources
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -55,6 +56,13 @@ def _gcc(
     )
 
 
+ONE_TBB = Path("/usr/include/oneapi/tbb/task.h")
+"""Of TBB 2021 or later, whose names are those of `DIVIDED`."""
+DIVIDED = (
+    "_ZN3tbb6detail2r116execute_and_waitERNS0_2d14taskERNS2_18task_group_contextERNS2_12wait_contextES6_",
+    "_ZN3tbb6detail2r15spawnERNS0_2d14taskERNS2_18task_group_contextE",
+)
+"""TBB's calls that do a piece of work, and offer a part to other threads; sent through `policies.cc`."""
 KOKKOS = "FOURFOLD_KOKKOS"
 """Environment variable that names the prefix of an installed Kokkos; without it, the system's is sought."""
 _KOKKOS_PLACES = (
@@ -133,6 +141,15 @@ def kokkos() -> Kokkos | None:
     return None
 
 
+@cache
+def nvcc() -> Path | None:
+    """CUDA's compiler: the one on PATH, else that of the wheel `nvidia-cuda-nvcc`; None where neither is."""
+    if held := shutil.which("nvcc"):
+        return Path(held).resolve()
+    places = (place for entry in sys.path for place in Path(entry).glob("nvidia/cu[0-9]*/bin/nvcc"))
+    return next(places, None)
+
+
 ANSWERING_S = 30
 """Longest that a compiler gets to say which it is."""
 
@@ -182,8 +199,24 @@ def flavour_of(model: Model) -> Flavour:
             held = kokkos()
             assert held is not None
             return held.flavour()
+        case "stdpar":
+            return _gcc(
+                prelude=(*PLAIN, "-DFOURFOLD_POLICIES"),
+                libraries=("-ltbb",),
+                runtime=("serve.cc", "alone.cc", "policies.cc"),
+                wrapped=DIVIDED,
+            )
         case "cuda":
-            return Flavour(compiler="nvcc", prelude=PLAIN, flags=(), libraries=(), runtime=())
+            compiler = nvcc() or Path("nvcc")
+            is_seen = compiler.is_relative_to("/usr")
+            return Flavour(
+                compiler=str(compiler),
+                prelude=PLAIN,
+                flags=(),
+                libraries=(),
+                runtime=(),
+                given=() if is_seen else (compiler.parents[1],),
+            )
         case "hip":
             return Flavour(compiler="hipcc", prelude=PLAIN, flags=(), libraries=(), runtime=())
 
@@ -219,16 +252,27 @@ def missing(model: Model) -> str:
         "mpi": [("g++", "g++"), ("mpicxx", "libopenmpi-dev"), ("mpirun", "openmpi-bin")],
         "mpi+omp": [("g++", "g++"), ("mpicxx", "libopenmpi-dev"), ("mpirun", "openmpi-bin")],
         "kokkos": [("g++", "g++")],
-        "cuda": [("nvcc", "nvidia-cuda-toolkit")],
+        "stdpar": [("g++", "g++")],
+        "cuda": [],
         "hip": [("hipcc", "hipcc")],
     }[model]
+    if model == "cuda" and nvcc() is None:
+        return (
+            "nvcc is not installed (pip: nvidia-cuda-nvcc, nvidia-cuda-runtime, nvidia-cuda-cccl; Debian: "
+            "nvidia-cuda-toolkit)"
+        )
     for program, package in needs:
         if shutil.which(program) is None:
             return f"{program} is not installed (Debian: {package})"
-    if mute := _said(needs[0][0], "--version")[1]:
-        return f"{needs[0][0]} is installed, and does not work: {mute}"
+    compiler = flavour_of(model).compiler if model == "cuda" else needs[0][0]
+    if mute := _said(compiler, "--version")[1]:
+        return f"{compiler} is installed, and does not work: {mute}"
     if model in ("mpi", "mpi+omp") and (mute := _said("mpicxx", "--showme:link")[1]):
         return f"mpicxx is not Open MPI's (Debian: libopenmpi-dev), or does not work: {mute}"
+    if model == "stdpar" and not ONE_TBB.exists():
+        return (
+            "oneTBB, by which GCC's parallel algorithms run, is not installed (Debian: libtbb-dev)"
+        )
     if model == "kokkos" and kokkos() is None:
         if named := named_folder(KOKKOS):
             return f"{KOKKOS}={named} holds no Kokkos; name the prefix under which it is installed"
@@ -271,7 +315,7 @@ def identity(model: Model) -> str:
     """The compiler and its version, and a library's, for cache keys and records."""
     compiler = flavour_of(model).compiler
     shown = _said(compiler, "--version")[0].strip()
-    line = shown.splitlines()[-1 if compiler == "nvcc" else 0]
+    line = shown.splitlines()[-1 if model == "cuda" else 0]
     held = kokkos() if model == "kokkos" else None
     return f"{line}, Kokkos {held.version}" if held else line
 

@@ -194,7 +194,7 @@ def _run_fields(run: Execution, model: Model) -> Fields:
     }
     if model in ("mpi", "mpi+omp"):
         fields["num_procs"] = run.processors.ranks
-    if model in ("omp", "mpi+omp", "kokkos"):
+    if model in ("omp", "mpi+omp", "kokkos", "stdpar"):
         fields["num_threads"] = run.processors.threads
     return fields
 

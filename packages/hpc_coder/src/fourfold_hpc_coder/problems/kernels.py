@@ -99,6 +99,8 @@ def body(kernel: Kernel, model: Model) -> str:
             text = _mpi(kernel, pragma="#pragma omp parallel for")
         case "kokkos":
             text = _kokkos(kernel)
+        case "stdpar":
+            text = _stdpar(kernel)
         case "cuda" | "hip":
             text = _cuda(kernel)
         case _:
@@ -315,6 +317,63 @@ Kokkos::parallel_for({kernel.places}, KOKKOS_LAMBDA(const size_t p) {{
 Kokkos::parallel_scan({kernel.count}, KOKKOS_LAMBDA({takes}) {{
 running += {kernel.source};
 if (last) {kernel.target}[i] = running;
+}});"""
+        case _:
+            assert_never(kernel)
+
+
+_POLICY = "std::execution::par, every.begin(), every.end()"
+_FIRST, _LAST = "n * block / blocks", "n * (block + 1) / blocks"
+_STANDARD = {"+": "a + b", "*": "a * b", "min": "b < a ? b : a", "max": "a < b ? b : a"}
+BLOCKS = 64
+"""Into which work is cut: C++17 has no range of numbers, and filling one takes longer than most work."""
+
+
+def _every(count: str) -> str:
+    return f"std::vector<size_t> every({count});\nstd::iota(every.begin(), every.end(), size_t(0));"
+
+
+def _blocks_of(count: str) -> str:
+    return f"size_t n = {count}, blocks = {BLOCKS};\n{_every('blocks')}"
+
+
+def _stdpar(kernel: Kernel) -> str:
+    match kernel:
+        case Map():
+            loop = _loop(_LAST, kernel.each, first=_FIRST, index=kernel.index)
+            return f"""{kernel.setup}
+{_blocks_of(kernel.count)}
+std::for_each({_POLICY}, [&](size_t block) {{
+{loop}
+}});"""
+        case Reduce():
+            return f"""{kernel.setup}
+{_blocks_of(kernel.count)}
+auto fold = []({kernel.kind} a, {kernel.kind} b) {{ return {_STANDARD[kernel.operation]}; }};
+auto part = [&](size_t block) {{
+{kernel.kind} result = {kernel.initial};
+{_loop(_LAST, kernel.each, first=_FIRST)}
+return result;
+}};
+{kernel.kind} result = std::transform_reduce({_POLICY}, {kernel.kind}({kernel.initial}), fold, part);
+{kernel.finish}"""
+        case Accumulate():
+            return f"""{kernel.setup}
+{_blocks_of(kernel.count)}
+std::vector<std::vector<{kernel.kind}>> held(blocks, std::vector<{kernel.kind}>({kernel.places}));
+std::for_each({_POLICY}, [&](size_t block) {{
+{kernel.kind} *sums = held[block].data();
+{_loop(_LAST, kernel.each, first=_FIRST)}
+}});
+{kernel.kind} *sums = held[0].data();
+for (size_t block = 1; block < blocks; ++block)
+for (size_t p = 0; p < {kernel.places}; ++p) sums[p] += held[block][p];
+for (size_t p = 0; p < {kernel.places}; ++p) {kernel.finish}"""
+        case Scan():
+            return f"""{_every(kernel.count)}
+auto fold = []({kernel.kind} a, {kernel.kind} b) {{ return {_STANDARD[kernel.operation]}; }};
+std::transform_inclusive_scan({_POLICY}, {kernel.target}.begin(), fold, [&](size_t i) -> {kernel.kind} {{
+return {kernel.source};
 }});"""
         case _:
             assert_never(kernel)

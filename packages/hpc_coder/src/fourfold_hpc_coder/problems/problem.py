@@ -194,6 +194,9 @@ _HOW: dict[Model, tuple[str, ...]] = {
     "mpi": ("Use MPI to compute in parallel. MPI has already been initialized.",),
     "mpi+omp": ("Use MPI and OpenMP to compute in parallel. MPI has already been initialized.",),
     "kokkos": ("Use Kokkos to compute in parallel. Kokkos has already been initialized.",),
+    "stdpar": (
+        "Use algorithms of the C++ standard library with std::execution::par to compute in parallel.",
+    ),
     "cuda": ("Use CUDA. The kernel is launched with at least as many threads as there is work.",),
     "hip": ("Use HIP. The kernel is launched with at least as many threads as there is work.",),
 }
@@ -204,6 +207,7 @@ _INCLUDES: dict[Model, tuple[str, ...]] = {
     "mpi": ("mpi.h",),
     "mpi+omp": ("mpi.h", "omp.h"),
     "kokkos": ("Kokkos_Core.hpp",),
+    "stdpar": ("algorithm", "execution", "numeric", "vector"),
     "cuda": (),
     "hip": ("hip/hip_runtime.h",),
 }

@@ -35,6 +35,9 @@
 #include <unordered_set>
 #include <utility>
 #include <vector>
+#ifdef FOURFOLD_POLICIES
+#include <execution>
+#endif
 #ifdef FOURFOLD_KOKKOS
 #include <Kokkos_Core.hpp>
 #endif
