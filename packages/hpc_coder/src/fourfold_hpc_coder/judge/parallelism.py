@@ -9,7 +9,7 @@ computed and data moved between them.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import assert_never
 
 from fourfold_hpc_coder.judge.protocol import Evidence
@@ -148,12 +148,12 @@ def in_action(
             return _worked(evidence, "no time was spent in Kokkos' patterns")
         case "stdpar":
             several = {
-                # TBB's threads wait by spinning: what they spent outside of regions says nothing.
-                processors: replace(observed, process_cpu_s=observed.main_cpu_s)
+                processors: observed
                 for processors, observed in evidence.items()
                 if processors.threads > 1
             }
-            return _worked(several, "no work was divided by an algorithm with a parallel policy")
+            lack = "no work was divided by an algorithm with a parallel policy"
+            return _worked(several, lack, spins=True)
         case "omp":
             several = {
                 processors: observed
@@ -180,8 +180,13 @@ def in_action(
 
 
 def _worked(
-    evidence: Mapping[Processors, Evidence], otherwise: str, *, by_turns: bool = False
+    evidence: Mapping[Processors, Evidence],
+    otherwise: str,
+    *,
+    by_turns: bool = False,
+    spins: bool = False,
 ) -> Proof:
+    """The proof by regions; where threads wait by spinning, the time of the others says nothing."""
     if not evidence:
         return Proof(
             parallel=True, because="no launch had several threads, so nothing was observed"
@@ -196,11 +201,13 @@ def _worked(
         shared = 1 - observed.busiest_cpu_s / max(observed.team_cpu_s, 1e-9)
         is_idle = not by_turns and observed.team_cpu_s > 0 and shared < WORKING_SHARE
         is_alone = processors.threads > 1 and (observed.team <= observed.ranks or is_idle)
-        if observed.regions and not is_alone and max(inside, others) >= WORKING_SHARE:
+        share = inside if spins else max(inside, others)
+        if observed.regions and not is_alone and share >= WORKING_SHARE:
             return Proof(
                 parallel=True,
                 because=f"on {processors}, {observed.regions:.0f} parallel regions took {inside:.0%} of the "
-                f"calling threads' time, and other threads did {max(others, 0):.0%} of the work",
+                "calling threads' time"
+                + ("" if spins else f", and other threads did {max(others, 0):.0%} of the work"),
             )
     return Proof(parallel=False, because=otherwise)
 

@@ -327,14 +327,16 @@ _FIRST, _LAST = "n * block / blocks", "n * (block + 1) / blocks"
 _STANDARD = {"+": "a + b", "*": "a * b", "min": "b < a ? b : a", "max": "a < b ? b : a"}
 BLOCKS = 64
 """Into which work is cut: C++17 has no range of numbers, and filling one takes longer than most work."""
+HELD_BLOCKS = 8
+"""The same where each block has places of its own, which are added up after."""
 
 
 def _every(count: str) -> str:
     return f"std::vector<size_t> every({count});\nstd::iota(every.begin(), every.end(), size_t(0));"
 
 
-def _blocks_of(count: str) -> str:
-    return f"size_t n = {count}, blocks = {BLOCKS};\n{_every('blocks')}"
+def _blocks_of(count: str, blocks: int = BLOCKS) -> str:
+    return f"size_t n = {count}, blocks = {blocks};\n{_every('blocks')}"
 
 
 def _stdpar(kernel: Kernel) -> str:
@@ -359,9 +361,10 @@ return result;
 {kernel.finish}"""
         case Accumulate():
             return f"""{kernel.setup}
-{_blocks_of(kernel.count)}
-std::vector<std::vector<{kernel.kind}>> held(blocks, std::vector<{kernel.kind}>({kernel.places}));
+{_blocks_of(kernel.count, HELD_BLOCKS)}
+std::vector<std::vector<{kernel.kind}>> held(blocks);
 std::for_each({_POLICY}, [&](size_t block) {{
+held[block].resize({kernel.places});
 {kernel.kind} *sums = held[block].data();
 {_loop(_LAST, kernel.each, first=_FIRST)}
 }});
@@ -370,10 +373,20 @@ for (size_t block = 1; block < blocks; ++block)
 for (size_t p = 0; p < {kernel.places}; ++p) sums[p] += held[block][p];
 for (size_t p = 0; p < {kernel.places}; ++p) {kernel.finish}"""
         case Scan():
-            return f"""{_every(kernel.count)}
-auto fold = []({kernel.kind} a, {kernel.kind} b) {{ return {_STANDARD[kernel.operation]}; }};
-std::transform_inclusive_scan({_POLICY}, {kernel.target}.begin(), fold, [&](size_t i) -> {kernel.kind} {{
-return {kernel.source};
+            # `transform_inclusive_scan` would do, but GCC 12's folds zeros in: a minimum is then wrong.
+            kind, before = kernel.kind, _fold(kernel.operation, "before", "totals[b]")
+            return f"""
+{_blocks_of(kernel.count)}
+std::vector<{kind}> totals(blocks, {kernel.initial});
+std::for_each({_POLICY}, [&](size_t block) {{
+{kind} running = {kernel.initial};
+{_loop(_LAST, _running(kernel), first=_FIRST)}
+totals[block] = running;
+}});
+std::for_each({_POLICY}, [&](size_t block) {{
+{kind} before = {kernel.initial};
+for (size_t b = 0; b < block; ++b) before = {before};
+{_loop(_LAST, _shifted(kernel), first=_FIRST)}
 }});"""
         case _:
             assert_never(kernel)
