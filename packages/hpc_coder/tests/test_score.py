@@ -472,7 +472,7 @@ def test_absent_gpu_compilers_are_named_per_prompt_and_the_rest_is_scored(
     scored = score.score_file(replace(plan, models=models), silent)
     assert [one.verdict for one in scored.judged[0].judgements] == ["correct"]
     assert {one.place: one.because for one in scored.omissions} == {
-        f"{AVERAGE} (cuda)": "nvcc is not installed (Debian: nvidia-cuda-toolkit)",
+        f"{AVERAGE} (cuda)": toolchain.missing("cuda"),
         f"{AVERAGE} (hip)": "hipcc is not installed (Debian: hipcc)",
     }
 

@@ -117,16 +117,11 @@ def test_the_compiler_of_a_wheel_is_found(tmp_path: Path, monkeypatch) -> None:
     wheel.chmod(0o755)
     monkeypatch.setattr(toolchain.shutil, "which", lambda _: None)
     monkeypatch.setattr(toolchain.sys, "path", [str(tmp_path)])
-    toolchain.nvcc.cache_clear()
-    try:
-        assert not toolchain.missing("cuda")
-        assert toolchain.flavour_of("cuda").given == (wheel.parents[1],)
-        assert toolchain.identity("cuda") == "Build of a wheel"
-        toolchain.nvcc.cache_clear()
-        monkeypatch.setattr(toolchain.sys, "path", [])
-        assert "nvidia-cuda-nvcc" in toolchain.missing("cuda")
-    finally:
-        toolchain.nvcc.cache_clear()
+    assert not toolchain.missing("cuda")
+    assert toolchain.flavour_of("cuda").given == (wheel.parents[1],)
+    assert toolchain.identity("cuda") == "Build of a wheel"
+    monkeypatch.setattr(toolchain.sys, "path", [])
+    assert "nvidia-cuda-nvcc" in toolchain.missing("cuda")
 
 
 WHOLE = (

@@ -99,7 +99,7 @@ class Kokkos:
         return re.search(rf"#define KOKKOS_ENABLE_{setting}\b", self.settings) is not None
 
     def flavour(self) -> Flavour:
-        """How its programs are built."""
+        """Compiler and flags of its programs."""
         place = self.library.parent
         containers = self.library.with_name(self.library.name.replace("core", "containers"))
         is_seen = self.prefix.is_relative_to("/usr")
@@ -141,7 +141,6 @@ def kokkos() -> Kokkos | None:
     return None
 
 
-@cache
 def nvcc() -> Path | None:
     """CUDA's compiler: the one on PATH, else that of the wheel `nvidia-cuda-nvcc`; None where neither is."""
     if held := shutil.which("nvcc"):

@@ -208,7 +208,7 @@ def strict(text: str) -> str:
 
 
 def _lacking(text: str) -> str:
-    """What a driver includes and the installed Kokkos has not, and the way out; empty for nothing."""
+    """The headers of a driver that the installed Kokkos has not, and the way out; empty for none."""
     held = kokkos()
     if held is None:  # which is said where the model is asked for
         return ""
