@@ -73,7 +73,7 @@ class Plain:
 
     def __init__(self, model: RecurrentDepthForCausalLM) -> None:
         self.model, self.config = model, model.config
-        self.parts: Any = model.transformer
+        self.parts: Any = model.parts()
 
     def attention(self, block: Any, x: Tensor, table: Tensor, cache: Any, slot: int) -> Tensor:
         """Attention of one block."""

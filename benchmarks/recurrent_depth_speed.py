@@ -67,7 +67,7 @@ def contracting(width: int, heads: int, hidden: int, vocabulary: int) -> Recurre
             parameter.copy_(drawn / math.sqrt(parameter.shape[1]))
         elif name.endswith("qk_bias"):
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    adapter: Any = model.transformer["adapter"]
+    adapter: Any = model.part("adapter")
     adapter.weight[:, :width] *= 0.5
     return model.eval()
 
