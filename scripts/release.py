@@ -123,9 +123,10 @@ def faults_of_wheel(member: Path, wheel: Path) -> Iterator[str]:
     information = wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info"
     if files.get(f"{information}/licenses/LICENSE") != (ROOT / "LICENSE").read_bytes():
         yield "its licence is not that of the project"
-    for place in (ROOT, Path.home(), Path(sys.prefix), Path(tempfile.gettempdir())):
-        named = [name for name, data in files.items() if str(place).encode() + b"/" in data]
-        yield from (f"{name} names {place}" for name in named)
+    places = (ROOT, Path.home(), Path(sys.prefix), Path(tempfile.gettempdir()))
+    for name, data in files.items():  # the first: a checkout may lie in one of the others
+        named = [place for place in places if str(place).encode() + b"/" in data]
+        yield from (f"{name} names {place}" for place in named[:1])
     yield from faults_of_metadata(member, files[f"{information}/METADATA"])
 
 
