@@ -49,16 +49,6 @@ def test_both_forms_drop_the_same(
 
 
 ON_ARM = """
-#include <cstdio>
-#include <vector>
-
-template <typename T>
-std::vector<T> read(int64_t count) {
-    std::vector<T> values(count);
-    if (std::fread(values.data(), sizeof(T), count, stdin) != size_t(count)) __builtin_trap();
-    return values;
-}
-
 int main() {
     const int64_t rows = read<int64_t>(1)[0];
     const Mask mask = read<Mask>(1)[0];
@@ -76,7 +66,7 @@ class OnArm:
     restype: Any = None
 
     def __init__(self, kind: str, folder: Path) -> None:
-        text = native.whole_source("fourfold_goldfish", "mask.cpp") + ON_ARM
+        text = native.whole_source("fourfold_goldfish", "mask.cpp") + machine_code.READ + ON_ARM
         self.built = machine_code.built_for_arm(text, kind, folder)
         self.calls = 0
 

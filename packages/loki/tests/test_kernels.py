@@ -224,15 +224,6 @@ def test_the_dense_twin_is_full_attention(shape: tuple[int, ...]) -> None:
 
 
 ON_ARM = """
-#include <cstdio>
-
-template <typename T>
-std::vector<T> read(int64_t count) {
-    std::vector<T> values(count);
-    if (std::fread(values.data(), sizeof(T), count, stdin) != size_t(count)) std::abort();
-    return values;
-}
-
 int main() {
     const int64_t stacks = read<int64_t>(1)[0];
     Sizes s;
@@ -256,7 +247,7 @@ int main() {
 @pytest.mark.parametrize("kind", list(machine_code.ARM))
 def test_arms_vectors_are_the_reference(kind: str, tmp_path: Path) -> None:
     """The kernel cross-compiled, under an emulator; a head's pages in two parts."""
-    text = runtime.whole_source("fourfold_loki.kernels", "decode.cpp") + ON_ARM
+    text = runtime.whole_source("fourfold_loki.kernels", "decode.cpp") + machine_code.READ + ON_ARM
     built = machine_code.built_for_arm(text, kind, tmp_path)
     for shape in (SHAPES[1], SHAPES[2], SHAPES[5]):
         queries, keys, values, leading = scene(shape)

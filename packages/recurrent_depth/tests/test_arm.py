@@ -14,15 +14,6 @@ from fourfold_recurrent_depth.fast import compiled as native
 ROUNDING = 3e-5
 """As in test_compiled.py."""
 MAIN = """
-#include <cstdio>
-
-template <typename T>
-std::vector<T> read(int64_t count) {
-    std::vector<T> values(count);
-    if (std::fread(values.data(), sizeof(T), count, stdin) != size_t(count)) std::abort();
-    return values;
-}
-
 // A pass without cache and mask: rows, whether it adapts, rotary floats; the pass's sizes, slots, blocks.
 int main() {
     const auto counts = read<int64_t>(3);
@@ -70,7 +61,11 @@ class OnArm:
     """Stands for the compiled library: each call is one of the emulator."""
 
     def __init__(self, kind: str, folder: Path) -> None:
-        text = runtime.whole_source("fourfold_recurrent_depth.fast", "recurrence.cpp") + MAIN
+        text = (
+            runtime.whole_source("fourfold_recurrent_depth.fast", "recurrence.cpp")
+            + machine_code.READ
+            + MAIN
+        )
         self.built = machine_code.built_for_arm(text, kind, folder)
         self.calls = 0
 

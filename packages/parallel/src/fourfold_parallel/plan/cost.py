@@ -113,13 +113,18 @@ class Work:
         """
         row, col = self.layout.row, self.layout.col
         shares = self.layout.depth if self.layout.leaves(experts) else 1
-        sent = round(self.tokens * experts.chosen * experts.crowding(shares))
+        sent = self.rows(experts)
         used = min(-(-experts.number // shares), sent)
         units, precision = experts.units(row, col), self.job.precision
         product = product_seconds(self.machine, precision, -(-sent // used), units, experts.width)
         hidden = self.traffic(sent * units, self.passes.activation)
         ordered = self.traffic(used / experts.number * experts.tile_elements(row, col), 2)
         return used * experts.matrices * product + hidden + ordered
+
+    def rows(self, experts: Mixture) -> int:
+        """Tokens for all chosen experts; the fullest rank's, where tokens go to their experts."""
+        shares = self.layout.depth if self.layout.leaves(experts) else 1
+        return round(self.tokens * experts.chosen * experts.crowding(shares))
 
     def activation(self, block: Block, *, backward: bool = False) -> float:
         """Of the MLP's hidden units."""

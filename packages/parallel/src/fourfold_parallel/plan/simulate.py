@@ -346,7 +346,7 @@ class Rank:
     def _experts_forward(self, part: Mixture) -> None:
         rows, exchanged = self.work.tokens, self.layout.leaves(part)
         if exchanged:
-            rows = self._rows(part)
+            rows = self.work.rows(part)
             self._exchange(INTEGER_BYTES * self.layout.depth, part.name)  # counts
             self._exchange(rows * part.width * self.job.element, part.name)
             self._exchange(rows * self.job.element, part.name)  # weights
@@ -358,10 +358,6 @@ class Rank:
             self._column(rows * part.width * self.job.element, axis, part.name)
         if exchanged:
             self._exchange(rows * part.width * self.job.element, part.name)
-
-    def _rows(self, part: Mixture) -> int:
-        """Of the fullest rank, where tokens go to their experts."""
-        return round(self.work.tokens * part.chosen * part.crowding(self.layout.depth))
 
     def _exchange(self, payload: float, name: str) -> None:
         """As many rows to each rank of depth, and from it."""
@@ -435,7 +431,7 @@ class Rank:
             clock.wait("depth", self._gathers.pop(position))
         size, seconds, kernels = self._known(part)
         if self.layout.leaves(part):
-            self._exchange(self._rows(part) * part.width * self.job.element, part.name)
+            self._exchange(self.work.rows(part) * part.width * self.job.element, part.name)
         clock.compute(f"d{part.name} input", seconds, kernels)
         ends = self._sum_input_gradient(part)
         clock.compute(f"d{part.name} weight", seconds, kernels)
@@ -455,7 +451,7 @@ class Rank:
         """Start what makes the gradient of a part's input whole; gives when each ends."""
         tokens, element, clock = self.work.tokens, self.job.element, self.clock
         if self.layout.leaves(part):
-            rows = self._rows(part) * element
+            rows = self.work.rows(part) * element
             self._exchange(rows * part.width, part.name)
             self._exchange(rows, part.name)  # of the weights
         if isinstance(part, Mixture) or part.form == "divided":

@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -108,7 +109,7 @@ class Llama:
         return ()
 
 
-class Packaged:
+class Packaged(ABC):
     """A small published model in a GGUF file that installs as a package, dequantized to float32.
 
     So the weights are those of the quantized model. Converted once and cached.
@@ -164,13 +165,13 @@ class Packaged:
             ),
         )  # fmt: skip
 
+    @abstractmethod
     def gguf(self) -> Path:
         """The file, in the installed package or put together from its parts.
 
         Raises:
             ValueError: The package is not installed; says how to.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

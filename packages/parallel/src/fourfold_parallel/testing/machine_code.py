@@ -14,6 +14,20 @@ ARM = {
 }
 """Flags by instruction set of 64-bit ARM processors."""
 TOOLS = "aarch64-linux-gnu-g++", "qemu-aarch64"
+READ = """
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+template <typename T>
+std::vector<T> read(int64_t count) {
+    std::vector<T> values(count);
+    if (std::fread(values.data(), sizeof(T), count, stdin) != size_t(count)) std::abort();
+    return values;
+}
+"""
+"""C++ that a `main` reads its standard input by."""
 NEED = "needs Debian's g++-aarch64-linux-gnu and qemu-user"
 
 
