@@ -47,6 +47,9 @@ IDEAS = {
     "loki": "attention.py",
     "gemstones": "laws.py",
     "hpc_coder": "evaluation.py",
+    "outliers": "geometry.py",
+    "mlperf_hpc": "decomposition.py",
+    "continual": "forgetting.py",
 }
 """The file of each paper that a newcomer opens first."""
 ROOMS = 16

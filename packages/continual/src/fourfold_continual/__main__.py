@@ -1,0 +1,12 @@
+"""`fourfold-continual`, or `python -m fourfold_continual`: continual pretraining, and what is forgotten."""
+
+from fourfold_parallel.reproduce import cli
+
+
+def main() -> None:
+    """Perform the command that the arguments name."""
+    cli.main("continual", {"reproduce": cli.reproduces("continual")})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The commands of `fourfold-mlperf-hpc`: a signature is the options, a docstring the help."""

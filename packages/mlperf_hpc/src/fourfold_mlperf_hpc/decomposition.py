@@ -1,0 +1,1 @@
+"""MLPerf HPC (Farrell et al. 2021): time to quality, taken apart."""
