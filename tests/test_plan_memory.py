@@ -23,19 +23,14 @@ KINDS = {
 }
 
 
-def test_the_committed_predictions_keep_the_rule_but_where_it_is_said() -> None:
-    """Within 8 % and at most 3 % under; by how much it breaks, and where, docs/plan.md says too."""
-    broken = [row for row in ROWS if not row["holds"]]
-    assert len(ROWS) - len(broken) >= 20
-    for row in broken:
-        layout = row["layout"]
-        if layout["depth"] > 1 and layout["recomputes"]:
-            assert 0.08 < row["error"] <= 0.14
-        elif layout["experts"] == "exchanged":  # the busiest rank gets more tokens than its share
-            assert -0.06 <= row["error"] < -0.03
-        else:
-            assert (layout["col"], layout["recomputes"]) == (2, True)
-            assert -0.061 <= row["error"] < -0.03
+def test_the_committed_predictions_keep_the_rule() -> None:
+    """Within 8 % and at most 3 % under; those that no constant was fitted to within a quarter of it."""
+    assert len(ROWS) == 36
+    for row in ROWS:
+        assert row["holds"] is (-0.03 <= row["error"] <= 0.08)
+        assert row["holds"], row
+        if row["width"] == 384:
+            assert abs(row["error"]) <= 0.02
 
 
 def test_the_planner_still_predicts_what_the_record_says() -> None:

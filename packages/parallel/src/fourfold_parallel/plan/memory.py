@@ -10,11 +10,14 @@ from fourfold_parallel.plan.machine import Machine
 from fourfold_parallel.plan.transformer import Block, DecoderLayer, Mixture
 
 FLOAT = 4
-GRADIENTS_OF_A_LAYER = 0.4
+GRADIENTS_OF_A_LAYER = 0.15
 """Of what a decoder layer keeps: the gradients of its activations that are there at once in its backward.
-Fitted to `benchmarks/plan_memory.jsonl`."""
-SPREAD = 4
-"""Tiles under way over depth in backward: the gradients of two layers, sent and received."""
+Fitted to `benchmarks/plan_memory.jsonl`, where the single configurations say .06 to .20."""
+SPREAD = 2
+"""Tiles under way over depth in backward: the gradient of a layer, sent and received."""
+BUSIEST = 1.25
+"""Tokens that the fullest rank's exchanged experts get, by the mean: the usual capacity factor (Fedus et al.
+2021, section 2.2). Untrained routers on 2 and 4 ranks send 1.2 times the mean."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +31,7 @@ class Memory:
     tiles: float
     """Gathered or converted weights in use, or kept for backward."""
     spread: float
-    """Gradients of tiles under way over depth: sent and received, of two layers."""
+    """Gradients of tiles under way over depth: sent and received, of one layer."""
     activations: float
     """That the layers keep for backward; with recomputation, the borders of all."""
     layer: float
@@ -50,12 +53,12 @@ class Memory:
     def peak(self) -> float:
         """At the fullest moment: the loss, the first or the last layer's backward, the update."""
         gradients = 0 if self.lasting_gradients else self.gradients
-        backward = self.tiles + self.spread + GRADIENTS_OF_A_LAYER * self.layer
+        backward = self.tiles + GRADIENTS_OF_A_LAYER * self.layer
         again = self.layer if self.recomputes else 0
         return self.lasting + max(
             self.tiles + self.activations + self.logits,
-            backward + self.activations + again,
-            backward + gradients + self.layer,
+            backward + self.spread + self.activations + again,
+            backward + gradients + self.layer,  # what is under way is counted among the gradients
             gradients + self.update,
         )
 
@@ -199,6 +202,6 @@ def _block(job: Job, layout: Layout, block: Block, tokens: int) -> float:
             units = kept * part.units(layout.row, layout.col)
             rows, times = tokens * part.chosen, 2
             if layout.leaves(part):  # what came from others is kept too
-                rows, times = rows * part.crowding(layout.depth), 3
+                rows, times = rows * part.crowding(layout.depth) * BUSIEST, 3
             held += rows * (units + times * part.width) * element
     return held
