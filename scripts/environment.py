@@ -42,6 +42,34 @@ SYSTEM_PACKAGES = (
 )
 
 
+AROUND_TORCH = """
+import importlib.metadata, pathlib, re, shutil, sys
+folder = pathlib.Path(sys.argv[1])
+shutil.rmtree(folder, ignore_errors=True)
+folder.mkdir(parents=True)
+waiting, seen = ["torch"], set()
+while waiting:
+    name = waiting.pop()
+    try:
+        there = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        if name == "torch":
+            sys.exit(1)
+        continue
+    for top in {file.parts[0] for file in there.files or () if file.parts[0] not in ("..", "__pycache__")}:
+        if not (folder / top).exists():
+            (folder / top).symlink_to(there.locate_file(top))
+    needs = {re.split(r"[^A-Za-z0-9._-]", need)[0] for need in there.requires or () if "extra ==" not in need}
+    waiting += needs - seen
+    seen |= needs
+print(importlib.metadata.version("torch"))
+"""
+"""Link an interpreter's torch and what it needs into a folder, and print the distribution's version.
+
+Nothing else of that interpreter: what pip finds there it does not install, so `.venv/bin` would lack its
+commands. The module's version may name a build (+cu130) that no index has."""
+
+
 class StepError(Exception):
     """A step of the set-up failed; the message says which, why, and what to do."""
 
@@ -247,15 +275,12 @@ def wanted_by(name: str, groups: dict[str, list[str | dict[str, str]]]) -> list[
 
 def resolve(*, offline: bool) -> None:
     """Install from this machine's index with the lock's versions as constraints; the lock stays."""
-    torch = subprocess.run(
-        [sys.executable, "-c", "import torch; print(torch.__version__)"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    asked = [sys.executable, "-c", AROUND_TORCH, WORK / "base-torch"]
+    torch = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
     say("resolving for this machine" + (f" around its own torch {torch}" if torch else ""))
     constraints = WORK / "constraints.txt"
-    kept = [pin for pin in pins(locked()) if not (torch and pin.startswith("torch=="))]
+    free = ("triton==", "torch==") if torch else ("triton==",)  # a build of torch names its triton
+    kept = [pin for pin in pins(locked()) if not pin.startswith(free)]
     constraints.write_text("\n".join([*kept, *([f"torch=={torch}"] if torch else [])]) + "\n")
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
     words = wanted_by("dev", groups)
@@ -267,8 +292,10 @@ def resolve(*, offline: bool) -> None:
         wanted = next(word for word in groups["papers"] if word.split("[")[0] == project["name"])
         extras = wanted.removeprefix(project["name"])
         members += ["--editable", f"{path}{extras}"]
-    site = ["--system-site-packages"] if torch else []
-    run("venv", [sys.executable, "-m", "venv", "--clear", *site, VENV], hint="Is venv installed?")
+    run("venv", [sys.executable, "-m", "venv", "--clear", VENV], hint="Is venv installed?")
+    if torch:
+        [site] = VENV.glob("lib/python*/site-packages")
+        (site / "base-torch.pth").write_text(f"{WORK / 'base-torch'}\n")
     pip = [VENV / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check"]
     pip += ["--no-cache-dir", "--find-links", WHEELHOUSE, *(["--no-index"] if offline else [])]
     hint = "No build of the pinned versions fits this machine; see docs/architecture.md, 'Set-up'."

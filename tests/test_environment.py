@@ -158,6 +158,52 @@ def test_another_python_resolves_what_every_group_asks_for(checkout: Path, pytho
     assert shown.stdout.strip() == str((3, int(Path(python).name.partition("3.")[2] or 11)))
 
 
+def test_it_resolves_around_the_torch_that_is_there(checkout: Path) -> None:
+    """With what it needs, and nothing else of its interpreter. Its module may name a build."""
+    base = checkout.parent / "base"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(base)], check=True)
+    [site] = base.glob("lib/python*/site-packages")
+    (site / "torch").mkdir()
+    (site / "torch" / "__init__.py").write_text('__version__ = "2.12.9+gpu"\n')
+    (site / "torch-2.12.9.dist-info").mkdir()
+    (site / "torch-2.12.9.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torch\nVersion: 2.12.9\n"
+    )
+    (site / "torch-2.12.9.dist-info" / "RECORD").write_text(
+        "torch/__init__.py,,\ntorch-2.12.9.dist-info/METADATA,,\n"
+    )
+    (site / "einops.py").write_text("there = True")
+    lock = checkout / "uv.lock"
+    for name, version in (("torch", "2.13.0+cpu"), ("triton", "3.9.0")):
+        with lock.open("a") as file:
+            file.write(
+                f'[[package]]\nname = "{name}"\nversion = "{version}"\n'
+                f'source = {{ registry = "wheelhouse" }}\nwheels = [{{ path = "{name}.whl" }}]\n'
+            )
+    shutil.rmtree(checkout / "packages" / "none")
+    needs = {"parallel": "torch>=2", "paper": "fourfold-parallel"}
+    for name, need in needs.items():
+        source = checkout / "packages" / name / "src" / f"fourfold_{name}"
+        source.mkdir(parents=True)
+        (source / "__init__.py").touch()
+        member = MEMBER.replace("none", name).replace(
+            "[build", f'dependencies = ["{need}"]\n[build', 1
+        )
+        (checkout / "packages" / name / "pyproject.toml").write_text(member)
+    papers = ", ".join(f'"fourfold-{name}"' for name in needs)
+    project = PROJECT.replace("papers = []", f"papers = [{papers}]").replace("dev = []", DEV)
+    (checkout / "pyproject.toml").write_text(project.replace("material = []", 'docs = ["einops"]'))
+    show = (
+        "python",
+        "-c",
+        "import fourfold_paper, torch, einops; print(torch.__version__, hasattr(einops, 'there'))",
+    )
+    made = offline(checkout, "--resolve", *show, FOURFOLD_PYTHON=str(base / "bin" / "python"))
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.strip() == "2.12.9+gpu False"
+    assert "around its own torch 2.12.9" in made.stderr
+
+
 def test_a_read_only_home_is_no_hindrance(checkout: Path) -> None:
     """Caches go below the checkout where the home cannot be written to."""
     home = checkout.parent / "home"
