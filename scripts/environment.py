@@ -287,7 +287,10 @@ def resolve(*, offline: bool) -> None:
     tools = [word for word in words if not word.startswith(("fourfold-", *DATA_WHEELS))]
     data = [word for word in words if word.startswith(DATA_WHEELS)]
     members: list[str] = []
-    for path in sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml")):
+    folders = sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml"))
+    # The runtime first: where a folder is named with extras, pip asks the index for the plain package
+    # until it has met that folder.
+    for path in sorted(folders, key=lambda folder: folder.name != "parallel"):
         project = tomllib.loads((path / "pyproject.toml").read_text())["project"]
         wanted = next(word for word in groups["papers"] if word.split("[")[0] == project["name"])
         extras = wanted.removeprefix(project["name"])

@@ -181,7 +181,7 @@ def test_it_resolves_around_the_torch_that_is_there(checkout: Path) -> None:
                 f'source = {{ registry = "wheelhouse" }}\nwheels = [{{ path = "{name}.whl" }}]\n'
             )
     shutil.rmtree(checkout / "packages" / "none")
-    needs = {"parallel": "torch>=2", "paper": "fourfold-parallel"}
+    needs = {"early": "fourfold-parallel>=0", "parallel": "torch>=2"}
     for name, need in needs.items():
         source = checkout / "packages" / name / "src" / f"fourfold_{name}"
         source.mkdir(parents=True)
@@ -189,14 +189,15 @@ def test_it_resolves_around_the_torch_that_is_there(checkout: Path) -> None:
         member = MEMBER.replace("none", name).replace(
             "[build", f'dependencies = ["{need}"]\n[build', 1
         )
+        member += "[project.optional-dependencies]\nmore = []\n"
         (checkout / "packages" / name / "pyproject.toml").write_text(member)
-    papers = ", ".join(f'"fourfold-{name}"' for name in needs)
+    papers = ", ".join(f'"fourfold-{name}[more]"' for name in needs)
     project = PROJECT.replace("papers = []", f"papers = [{papers}]").replace("dev = []", DEV)
     (checkout / "pyproject.toml").write_text(project.replace("material = []", 'docs = ["einops"]'))
     show = (
         "python",
         "-c",
-        "import fourfold_paper, torch, einops; print(torch.__version__, hasattr(einops, 'there'))",
+        "import fourfold_early, torch, einops; print(torch.__version__, hasattr(einops, 'there'))",
     )
     made = offline(checkout, "--resolve", *show, FOURFOLD_PYTHON=str(base / "bin" / "python"))
     assert made.returncode == 0, made.stderr
