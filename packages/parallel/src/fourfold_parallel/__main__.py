@@ -10,7 +10,7 @@ from fourfold_parallel.reproduce import cli
 
 def main() -> None:
     """Perform the command that the arguments name, or a package's own: `fourfold gemstones fit`."""
-    package = sys.argv[1] if len(sys.argv) > 1 else ""
+    package = sys.argv[1].replace("-", "_") if len(sys.argv) > 1 else ""
     if package in importlib.metadata.entry_points(group="fourfold.experiments").names:
         sys.argv = [f"{sys.argv[0]} {package}", *sys.argv[2:]]
         importlib.import_module(f"fourfold_{package}.__main__").main()
