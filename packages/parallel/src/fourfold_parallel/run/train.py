@@ -5,10 +5,11 @@ import math
 import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -42,6 +43,23 @@ KEEP = Keep()
 """The last two checkpoints, in one place."""
 
 
+class Observer(Protocol):
+    """Looks on while a run validates, such as through hooks on the model; it changes nothing."""
+
+    event: str
+    """Name of the record's event that holds its numbers."""
+
+    def watching(
+        self, session: Session
+    ) -> AbstractContextManager[Callable[[], dict[str, object]]]:
+        """The scope of a validation's forward passes, on every rank alike.
+
+        It gives a function that every rank calls after the last pass, for the values of the event. Rows that
+        fill up the last batch are seen too: use as many held-out rows as batches hold.
+        """
+        ...
+
+
 def train(
     run: Run,
     *,
@@ -53,6 +71,7 @@ def train(
     extends: bool = False,
     sinks: Sequence[OpenSink] = (),
     keep: Keep = KEEP,
+    observers: Sequence[Observer] = (),
 ) -> Checkpoint:
     """Train a run to its horizon, or from its last whole checkpoint to it.
 
@@ -72,6 +91,7 @@ def train(
             run that is trained through at once: a schedule that would have had other rates is refused.
         sinks: get every event that the record gets: `(TensorBoard,)`, `(Wandb,)`, `(Trackio,)`.
         keep: the checkpoints that stay, and whether they are copied to a second place.
+        observers: look on at every validation and add an event each to the record.
 
     Returns:
         The last checkpoint, a folder that `from_pretrained` reads (`export.files` says what it cannot);
@@ -142,7 +162,9 @@ def train(
             tell = progress if session.is_main else silent
             if begun is None or not _was_reached(run.horizon, record, first_step):
                 try:
-                    _steps(run, session, stream, held_out, first_step, saver, records, tell, stop)
+                    _steps(
+                        run, session, stream, held_out, first_step, saver, records, tell, stop, observers
+                    )  # fmt: skip
                 except BaseException:
                     saver.abandon()
                     raise
@@ -166,6 +188,7 @@ def _steps(
     records: RecordWriter,
     tell: Progress,
     stop: StopRequest,
+    observers: Sequence[Observer],
 ) -> None:
     """The loop: from a step to the horizon, with the last checkpoint whole at its end."""
     meetings = Meetings(Ranks(), sees_waits=session.sees_waits)
@@ -233,8 +256,12 @@ def _steps(
         tell(done, run.steps, f"loss {loss_nats:.3f} nats")
         is_over = done == run.steps
         if is_due(run.validate_every, done, run.steps):
-            validation = validate(run, held_out, session)
+            with ExitStack() as scopes:
+                looks = [scopes.enter_context(each.watching(session)) for each in observers]
+                validation = validate(run, held_out, session)
             records.write("validation", step=done, **validation)
+            for observer, values in zip(observers, [look() for look in looks], strict=True):
+                records.write(observer.event, step=done, **values)
             check_finite(validation_loss_nats=validation["validation_loss_nats"])
             if _is_reached(run.horizon, validation["validation_loss_nats"]):
                 is_over = True
