@@ -1,8 +1,8 @@
 """Disabling coordinates: each way a scope that leaves the model bit for bit as it was, errors included.
 
-The paper's way is a gain of zero in every norm (`silenced`): no block reads the coordinate, the stream keeps it. Two
-others are a zero in the stream itself (`removed`), and its mean over tokens (`averaged`), which keeps what is
-constant in a coordinate and takes what tells tokens apart.
+The paper's way is a gain of zero in every norm (`silenced`): no block reads the coordinate, the stream
+keeps it. Two others are a zero in the stream itself (`removed`), and its mean over tokens (`averaged`),
+which keeps what is constant in a coordinate and takes what tells tokens apart.
 """
 
 from __future__ import annotations

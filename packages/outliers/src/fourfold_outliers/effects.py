@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold_outliers.stream import Documents
 from fourfold_parallel.run.objective import token_nats
@@ -27,9 +27,20 @@ class Behaviour:
     distinct: int
     """Token ids that are some position's most likely next one."""
     to_first: Float[Tensor, "layers document"]
-    """Mean attention of positions from `FROM` on to position 0, over heads; no layers where it was not asked."""
+    """Mean attention of positions from `FROM` on to position 0, over heads; empty where it was not asked."""
     to_delimiters: Float[Tensor, "layers document"]
     """The same to delimiters."""
+
+
+def delimiters_of(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Bool[Tensor, " id"]:
+    """True for ids that are punctuation or line ends alone."""
+    known = min(len(tokenizer), vocabulary)
+    words = [str(tokenizer.decode([number])) for number in range(known)]
+    marks = torch.zeros(vocabulary, dtype=torch.bool)
+    marks[:known] = torch.tensor(
+        [bool(word) and all(letter in ".,;:!?()\n" for letter in word) for word in words]
+    )
+    return marks
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """The link of a coordinate's size to token frequency: by type, with an interval over documents.
 
-Frequent tokens are many, so a correlation over tokens is one over a few of them. Here each token id counts once,
-by the mean of its occurrences; and what is resampled is documents, since tokens of one are not independent.
+Frequent tokens are many, so a correlation over tokens is one over a few of them. Here each token id counts
+once, by the mean of its occurrences; and what is resampled is documents, since tokens of one are not
+independent.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def linked(
 
 
 class Occurrences:
-    """Values of chosen coordinates in every layer at every token but the first, as a model's pass shows them."""
+    """Chosen coordinates in every layer at every token but the first, as a model's pass shows them."""
 
     def __init__(
         self,

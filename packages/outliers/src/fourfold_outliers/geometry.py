@@ -1,8 +1,8 @@
 """Outlier coordinates and their part in anisotropy (Puccetti et al. 2022; Timkey and van Schijndel 2021).
 
-A token's residual stream `h` after a layer has `width` coordinates. In a trained transformer a handful of them
-lie far from the others, the same ones for most tokens and layers. Three definitions of an outlier are in use
-and name different sets:
+A token's residual stream `h` after a layer has `width` coordinates. In a trained transformer a handful of
+them lie far from the others, the same ones for most tokens and layers. Three definitions of an outlier are
+in use and name different sets:
 
 *by share*      more than half of the tokens have `|h_d - mean(h)| > 3 sd(h)` over their own coordinates
 *by variance*   the variance of `h_d` over tokens is above 5 times the mean variance (Rudman et al. 2023)
@@ -12,8 +12,9 @@ Anisotropy is the mean cosine of two tokens. With `u = h / |h|` over T tokens it
 
     cosine = (|sum u|^2 - T) / (T (T - 1)) = sum over d of ((sum u_d)^2 - sum u_d^2) / (T (T - 1)),
 
-so each coordinate has a share in it, and the shares add up. Everything here is a sum over tokens, kept apart by
-document: one pass over a text of any length, added up over ranks, resampled by documents afterwards.
+so each coordinate has a share in it, and the shares add up. Everything here is a sum over tokens, kept
+apart by document: one pass over a text of any length, added up over ranks, resampled by documents
+afterwards.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 SIGMAS = 3.0
-"""Standard deviations of a token's coordinates, or of a parameter's, beyond which one is far from the others."""
+"""Standard deviations of a token's coordinates, or of a parameter's, beyond which one is far away."""
 MOST = 0.5
 """Share of tokens, of layers or of norms from which on an outlier is one of most."""
 TIMES = 5.0
@@ -129,7 +130,7 @@ class Sums:
         return type(self)(*(change(field.name) for field in fields(self)))
 
     def drawn(self, weights: Float[Tensor, "draws documents"]) -> Self:
-        """Sums of resamples: each draw holds document `i` so many times, and is one document of the result."""
+        """Sums of resamples: a draw holds document `i` so many times, and is one document of the result."""
         return self.mapped(
             lambda name: torch.einsum("bd,d...->b...", weights.double(), getattr(self, name))
         )
@@ -223,11 +224,14 @@ def partition_isotropy(states: Float[Tensor, "token width"]) -> float:
 
     `Z(c) = sum of exp(c h)` over tokens, for `c` each unit eigenvector of the second moment and its opposite
     (Arora et al. 2016; Mu and Viswanath 2018). States are scaled to a mean square length of 1 first, without
-    which the number would tell their scale.
+    which the number would tell their scale. Directions in which no state lies have `Z = tokens`.
     """
     h = states.double()
     h = h / h.square().sum(1).mean().sqrt()
-    _, axes = torch.linalg.eigh(h.T @ h)
-    along = h @ axes
-    partitions = torch.cat([torch.logsumexp(along, 0), torch.logsumexp(-along, 0)])
-    return float((partitions.min() - partitions.max()).exp())
+    _, _, axes = torch.linalg.svd(h, full_matrices=False)
+    along = h @ axes.T
+    partitions = [torch.logsumexp(along, 0), torch.logsumexp(-along, 0)]
+    if len(h) < h.shape[1]:
+        partitions.append(h.new_tensor([float(len(h))]).log())
+    logarithms = torch.cat(partitions)
+    return float((logarithms.min() - logarithms.max()).exp())

@@ -1,9 +1,10 @@
 """Intervals over documents, from random halves of them.
 
-Tokens of a document are not independent, so documents are what is resampled. A bootstrap with replacement leaves a
-third of them out and repeats others: it has fewer token ids, and their means are noisier. On states whose link to
-frequency is known, its percentiles hold the truth in 54 to 91 % of cases, and even its spread about the value in 90 %;
-the spread of halves without replacement in 95 % (`tests/test_frequency.py`).
+Tokens of a document are not independent, so documents are what is resampled. A bootstrap with replacement
+leaves a third of them out and repeats others: it has fewer token ids, and their means are noisier. On
+states whose link to frequency is known, its percentiles hold the truth in 54 to 91 % of cases, and even its
+spread about the value in 90 %; the spread of halves without replacement in 95 %
+(`tests/test_frequency.py`).
 """
 
 from __future__ import annotations
@@ -37,9 +38,7 @@ def halves(
     )
 
 
-def reach(
-    resampled: Float[np.ndarray, "draw *series"], documents: int
-) -> Float[np.ndarray, "*series"]:
+def reach(resampled: Float[np.ndarray, "draw ..."], documents: int) -> Float[np.ndarray, "..."]:
     """Half of the 95 % interval about a value of all documents, from its values on halves of them.
 
     The spread of a mean over d of n is that of a mean over n times `sqrt((n - d) / d)`.

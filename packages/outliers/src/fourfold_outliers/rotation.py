@@ -1,8 +1,9 @@
 """The same function in another basis: an outlier coordinate is a statement about a basis.
 
-A root-mean-square norm without gains gives the same length however the residual stream is turned. So gains are folded
-into the matrices that read the stream, every matrix that writes to it is turned, every one that reads it is turned
-back, and the model computes what it did (Ashkboos et al. 2024). Its coordinates are now mixtures of all.
+A root-mean-square norm without gains gives the same length however the residual stream is turned. So gains
+are folded into the matrices that read the stream, every matrix that writes to it is turned, every one that
+reads it is turned back, and the model computes what it did (Ashkboos et al. 2024). Its coordinates are now
+mixtures of all.
 """
 
 from __future__ import annotations

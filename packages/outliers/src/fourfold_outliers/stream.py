@@ -1,7 +1,7 @@
 """The residual stream of any transformers model: seen, and changed, through hooks on its decoder layers.
 
-Layer 0 is what enters the first decoder layer, the embedding; layer `i` is what leaves the i-th. The last one is
-before the final norm, which transformers' own `hidden_states[-1]` is not.
+Layer 0 is what enters the first decoder layer, the embedding; layer `i` is what leaves the i-th. The last
+one is before the final norm, which transformers' own `hidden_states[-1]` is not.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def width_of(model: PreTrainedModel) -> int:
 
 @contextmanager
 def looking(model: PreTrainedModel, look: Look) -> Iterator[None]:
-    """The scope of forward passes whose residual stream is looked at, and changed where the look gives states.
+    """The scope of passes whose residual stream is looked at, and changed where the look gives states.
 
     Layers that a model iterates or skips are numbered as they stand in it, not as they are called.
     """
@@ -153,6 +153,28 @@ class First:
     """Mean length of its state."""
     held: Float[Tensor, "layers width"]
     """Mean share of its squared length that each coordinate holds."""
+
+
+class Sample:
+    """Some tokens' states of every layer, the same tokens in each: what no sum can tell."""
+
+    def __init__(self, layers: int, *, most: int = 512) -> None:
+        """Of at most so many tokens, the first that pass."""
+        self._kept: list[list[Tensor]] = [[] for _ in range(layers)]
+        self._most = most
+
+    def take(
+        self, layer: int, states: Float[Tensor, "batch token width"], windows: Sequence[int]
+    ) -> None:
+        """Keep the states of a pass, but those of position 0."""
+        del windows
+        room = self._most - sum(len(kept) for kept in self._kept[layer])
+        if room > 0:
+            self._kept[layer].append(states[:, 1:].flatten(0, 1)[:room].detach().float().cpu())
+
+    def of(self, layer: int) -> Float[Tensor, "token width"]:
+        """A layer's."""
+        return torch.cat(self._kept[layer])
 
 
 class Meter:
@@ -199,7 +221,7 @@ def measure(
     *,
     views: Sequence[View] = (),
     batch: int = 4,
-    also: Callable[[int, Tensor, Sequence[int]], None] | None = None,
+    also: Sequence[Callable[[int, Tensor, Sequence[int]], None]] = (),
     progress: Progress = silent,
 ) -> Meter:
     """The geometry of a model's residual stream over documents, in one pass.
@@ -209,7 +231,7 @@ def measure(
         read: what it reads.
         views: further ways to see the states, each with sums of its own.
         batch: windows of a forward pass.
-        also: gets each layer's number and states, and the numbers of the windows.
+        also: each gets a layer's number and states, and the numbers of the windows.
         progress: told after each pass.
     """
     meter = Meter(read.count, len(layers_of(model)) + 1, width_of(model), views)
@@ -218,8 +240,8 @@ def measure(
 
         def look(layer: int, states: Tensor, chosen: range = chosen) -> None:
             meter.take(layer, states, [read.of[window] for window in chosen])
-            if also is not None:
-                also(layer, states, chosen)
+            for take in also:
+                take(layer, states, chosen)
 
         with looking(model, look):
             model(input_ids=read.ids[chosen.start : chosen.stop].to(model.device), use_cache=False)

@@ -54,7 +54,7 @@ def gathered(sums: Sums, mesh: Mesh, width: int) -> Sums:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outliers:
-    """Writes, by layer: how many coordinates are outliers by share, the mean cosine, the top three's share."""
+    """Writes, by layer: the number of outliers by share, the mean cosine, the top three's share."""
 
     event: ClassVar[str] = "outliers"
 

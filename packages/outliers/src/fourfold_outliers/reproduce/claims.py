@@ -35,8 +35,10 @@ from fourfold_parallel.reproduce.claims import (
 )
 
 _MODEL = (
-    "SmolLM2-135M (4-bit weights, 30 layers of 576 coordinates); 20 Wikipedia articles and 20 documents of the "
-    "CPython manual, 128 tokens each, position 0 apart; the outliers are those by share in at least half of the "
+    "SmolLM2-135M (4-bit weights, 30 layers of 576 coordinates); 20 Wikipedia articles and 20 documents of "
+    "the "
+    "CPython manual, 128 tokens each, position 0 apart; the outliers are those by share in at least half of "
+    "the "
     "inner layers"
 )
 _LANGUAGE = (
@@ -53,7 +55,8 @@ _NOT_IN_PAPER = "not in the paper"
     says="A handful of coordinates, the same over layers, are outliers for most tokens",
     paper="2 of 768 in BERT-base, in all 12 layers",
     conditions=_MODEL,
-    rule="reproduced if some coordinate is an outlier by share in at least half of the inner layers and no inner "
+    rule="reproduced if some coordinate is an outlier by share in at least half of the inner layers and no "
+    "inner "
     "layer has more than 8; else contradicted",
     scales=("smoke", "laptop"),
     needs="the model",
@@ -80,7 +83,8 @@ def a_handful(records: Records) -> Finding:
     says="Disabling them ruins the model, disabling others does not",
     paper="nearly -30 % on MNLI without 48 of 110 M parameters of BERT-base",
     conditions=f"{_MODEL}; gains of zero in all 61 norms; nats a token; {_DOCUMENTS}",
-    rule="loss rise without the outliers over the median rise of 20 random sets as large: reproduced if above 10 "
+    rule="loss rise without the outliers over the median rise of 20 random sets as large: reproduced if "
+    "above 10 "
     "(the rise less 10 times the median: low > 0), contradicted if below 3 (less 3 times: high < 0)",
     scales=("smoke", "laptop"),
     needs="the model",
@@ -105,7 +109,8 @@ def ruins(records: Records) -> Finding:
     section="abstract",
     says="Their magnitude is linked to token frequency",
     paper="correlation of coefficients' magnitude with pretraining frequency, BERT and RoBERTa",
-    conditions=f"{_MODEL}; counts in the rest of both corpora, since those of the pretraining are not to be had; "
+    conditions=f"{_MODEL}; counts in the rest of both corpora, since those of the pretraining are not to be "
+    f"had; "
     f"one mean for each token id; {_DOCUMENTS}",
     rule="rank correlation of |h| with frequency over token ids, mean over inner layers, for each outlier: "
     "reproduced if for a majority the interval of its size lies above the 95 % point of other coordinates, "
@@ -157,9 +162,11 @@ def carry_anisotropy(records: Records) -> Finding:
     section="abstract",
     says="They make the vertical attention pattern, to special tokens",
     paper="a contribution to attention to special tokens, BERT and RoBERTa",
-    conditions=f"{_MODEL}; attention of positions from 16 on to position 0, mean over layers and heads, since a "
+    conditions=f"{_MODEL}; attention of positions from 16 on to position 0, mean over layers and heads, "
+    f"since a "
     f"causal model has no other special token; {_DOCUMENTS}",
-    rule="attention to position 0 with all of them disabled over before: reproduced if high < 0.5 and a random "
+    rule="attention to position 0 with all of them disabled over before: reproduced if high < 0.5 and a "
+    "random "
     "set's low > 0.8; contradicted if low > 0.8",
     scales=("smoke", "laptop"),
     needs="the model",
@@ -183,7 +190,8 @@ def vertical_attention(records: Records) -> Finding:
     section="abstract of version 1",
     says="The effect varies by layer, and so does the link to frequency",
     paper="effects and correlations by layer",
-    conditions=f"{_MODEL}; disabled in both norms of one layer at a time; the mean size of the outliers' links "
+    conditions=f"{_MODEL}; disabled in both norms of one layer at a time; the mean size of the outliers' "
+    f"links "
     f"in the states that the layer reads; {_DOCUMENTS}",
     rule="rank correlation over layers of loss rise and size of link: reproduced if above 0, contradicted if "
     "below 0",
@@ -235,8 +243,10 @@ O8 = beyond_us(
     section="abstract",
     says="Two dimensions of BERT-base and RoBERTa-base, disabled, cost nearly 30 % on MNLI",
     paper="48 of 110 M parameters, nearly -30 %",
-    rule="accuracy on MNLI's matched validation set with the two disabled over before: reproduced if at most 0.75",
-    needs="BERT and RoBERTa fine-tuned on MNLI, from a model hub, and a classifier's head, which this runtime does "
+    rule="accuracy on MNLI's matched validation set with the two disabled over before: reproduced if at "
+    "most 0.75",
+    needs="BERT and RoBERTa fine-tuned on MNLI, from a model hub, and a classifier's head, which this "
+    "runtime does "
     "not train",
 )
 
@@ -276,7 +286,8 @@ def by_way_of_the_head(records: Records) -> Finding:
     says="They are a statement about a basis: in a turned one the same function has none",
     paper=_NOT_IN_PAPER,
     conditions=f"{_MODEL}; gains folded, the residual stream turned by a random orthogonal matrix",
-    rule="reproduced if no coordinate of an inner layer is an outlier by share after turning, and logits differ "
+    rule="reproduced if no coordinate of an inner layer is an outlier by share after turning, and logits "
+    "differ "
     "by less than 0.001 of the largest; contradicted if at least half of the outliers are left",
     scales=("smoke", "laptop"),
     needs="the model",
@@ -289,7 +300,8 @@ def of_a_basis(records: Records) -> Finding:
     cosines = [inner(event.numbers(f"cosine_{when}")) for when in ("before", "after")]
     return Finding(
         decide(reproduced=after == 0 and error < 1e-3, contradicted=2 * after >= before),
-        f"{after:.0f} of {before:.0f} outliers (summed over inner layers) are left; logits differ by {error:.1g} "
+        f"{after:.0f} of {before:.0f} outliers (summed over inner layers) are left; logits differ by "
+        f"{error:.1g} "
         f"of the largest; mean cosine {cosines[0]:.3g} and {cosines[1]:.3g}",
         event,
         "outliers that are left, against none and half; the logits against 0.001",
@@ -302,7 +314,8 @@ def of_a_basis(records: Records) -> Finding:
     says="The attention sink lives in them: they hold the first token's state",
     paper=_NOT_IN_PAPER,
     conditions=_MODEL,
-    rule="share of position 0's squared length that they hold, mean over inner layers with Student's interval: "
+    rule="share of position 0's squared length that they hold, mean over inner layers with Student's "
+    "interval: "
     "reproduced if low > 0.5, contradicted if high < 0.1",
     scales=("smoke", "laptop"),
     needs="the model",
@@ -315,7 +328,8 @@ def hold_the_sink(records: Records) -> Finding:
     count = len(found_in(records))
     return Finding(
         decide(reproduced=held.low > 0.5, contradicted=held.high < 0.1),
-        f"{count} coordinates hold {held} of its squared length; it is up to {times:.3g} times as long as the others",
+        f"{count} coordinates hold {held} of its squared length; it is up to {times:.3g} times as long as "
+        f"the others",
         events[len(events) // 2],
         "their share against 0.5 and 0.1",
     )

@@ -20,7 +20,7 @@ from fourfold_outliers.disabling import (
     removed,
     silenced,
 )
-from fourfold_outliers.effects import attending_eagerly, behaviour
+from fourfold_outliers.effects import attending_eagerly, behaviour, delimiters_of
 from fourfold_outliers.frequency import Occurrences, counted, frequency, linked
 from fourfold_outliers.reproduce import recipes
 from fourfold_outliers.reproduce.claims import CLAIMS
@@ -40,7 +40,7 @@ from fourfold_outliers.reproduce.recipes import (
 from fourfold_outliers.reproduce.tables import TABLES
 from fourfold_outliers.resampling import halves, interval, reach
 from fourfold_outliers.rotation import random_rotation, rotate
-from fourfold_outliers.stream import Documents, layers_of, measure, width_of
+from fourfold_outliers.stream import Documents, Sample, layers_of, measure, width_of
 from fourfold_outliers.telemetry import Outliers
 from fourfold_parallel.common.records import Material
 from fourfold_parallel.launch import is_main_rank
@@ -95,16 +95,11 @@ def read(reading: Reading, vocabulary: int) -> Read:
         )
         materials += file.materials
     assert file is not None
-    words = file.tokenizer().tokenizer.convert_ids_to_tokens(list(range(file.vocabulary)))
-    marks = torch.zeros(vocabulary, dtype=torch.bool)
-    marks[: len(words)] = torch.tensor(
-        [bool(word) and all(letter in ".,;:!?()Ċ" for letter in word) for word in words]
-    )
     return Read(
         documents=Documents.each_once(torch.from_numpy(np.stack(rows))),
         counts=frequency(counts),
         materials=tuple(dict.fromkeys(materials)),
-        delimiters=marks,
+        delimiters=delimiters_of(file.tokenizer().tokenizer, vocabulary),
     )
 
 
@@ -127,7 +122,10 @@ def measure_geometry(run: Geometry, workplace: Workplace) -> None:
     shares, variable = geometry.by_share(sums), geometry.by_variance(sums)
     found = geometry.lasting(shares[1:-1])
     views = (sums.centred(), sums.standardised(), sums.without(found))
-    again = measure(model, ready.documents, views=views, progress=workplace.progress)
+    sample = Sample(len(layers_of(model)) + 1)
+    again = measure(
+        model, ready.documents, views=views, also=(sample.take,), progress=workplace.progress
+    )
     first, parts = again.first(), sums.pooled().contributions()[0]
     norms = norms_of(model)
     biases = biases_of(norms)
@@ -171,6 +169,10 @@ def measure_geometry(run: Geometry, workplace: Workplace) -> None:
                     )
                 },
                 top_share=round(float(geometry.top_share(parts[layer])), 5),
+                isotropy=float(f"{geometry.partition_isotropy(sample.of(layer)):.4g}"),
+                isotropy_without=float(
+                    f"{geometry.partition_isotropy(views[2](layer, sample.of(layer))):.4g}"
+                ),
                 norm=float(f"{float(pooled.norms()[0, layer]):.5g}"),
                 first_norm=float(f"{float(first.norm[layer]):.5g}"),
                 first_held=round(float(first.held[layer, list(found)].sum()), 5),
@@ -199,7 +201,7 @@ def measure_frequency(run: Frequencies, workplace: Workplace) -> None:
     seen = Occurrences(
         ready.documents.ids, ready.documents.of, layers=layers, coordinates=(*found, *others)
     )
-    measure(model, ready.documents, also=seen.take, progress=workplace.progress)
+    measure(model, ready.documents, also=(seen.take,), progress=workplace.progress)
     shape = (layers, len(found) + len(others))
     sizes = seen.types()
     value = sizes.link(ready.counts).reshape(shape)
@@ -385,7 +387,8 @@ def _drawings(scale: Scale) -> Sequence[Drawing]:
 EXPERIMENT = Experiment(
     package="outliers",
     title="Outlier dimensions",
-    paper="Puccetti, Rogers, Drozd, Dell'Orletta: Outliers Dimensions that Disrupt Transformers Are Driven by "
+    paper="Puccetti, Rogers, Drozd, Dell'Orletta: Outliers Dimensions that Disrupt Transformers Are Driven "
+    "by "
     "Frequency. Findings of EMNLP 2022",
     idea="A handful of coordinates of the residual stream lie far from the others in most tokens and layers; "
     "without them the model breaks down, and how often a token occurs in training is said to drive them.",

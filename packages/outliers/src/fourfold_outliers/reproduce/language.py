@@ -1,8 +1,9 @@
 """Two languages that differ in how often their tokens occur, and in nothing else that is named.
 
-A bigram language is a joint distribution of neighbours. From one random affinity of tokens, the same for both
-languages, a joint is made whose margins are given (Sinkhorn's scaling of `exp(beta g)`): Zipf's law, or flat. `beta`
-is chosen so that the entropy of a token after its predecessor, the least loss that a model can reach, is the same.
+A bigram language is a joint distribution of neighbours. From one random affinity of tokens, the same for
+both languages, a joint is made whose margins are given (Sinkhorn's scaling of `exp(beta g)`): Zipf's law,
+or flat. `beta` is chosen so that the entropy of a token after its predecessor, the least loss that a model
+can reach, is the same.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ class Bigrams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GivenFrequencies:
-    """A fresh Llama whose logits begin at the log frequencies of the tokens: nothing is left to learn of them."""
+    """A fresh Llama whose logits begin at the tokens' log frequencies, which it need not learn."""
 
     llama: Llama
     law: Law
