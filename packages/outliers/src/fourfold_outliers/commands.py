@@ -1,6 +1,4 @@
-"""The commands of `fourfold-outliers` besides `reproduce`: a signature is the options, a docstring the
-help.
-"""
+"""The commands of `fourfold-outliers` besides `reproduce`: a signature is the options."""
 
 import json as as_json
 import sys

@@ -1,6 +1,4 @@
-"""A model's outliers in one value: what they are, what they carry, their link to frequency, what they are
-worth.
-"""
+"""A model's outliers in one value: which they are, their part, their link to frequency, their worth."""
 
 from __future__ import annotations
 
@@ -56,8 +54,7 @@ class LayerReport:
     outliers: tuple[int, ...]
     """By share."""
     shares: dict[str, float]
-    """Share of the tokens in which a coordinate is far from the others; of those that are outliers
-    somewhere."""
+    """Share of tokens in which a coordinate is far away; of those that are outliers somewhere."""
     varying: tuple[int, ...]
     """By variance."""
     cosine: float
