@@ -25,16 +25,16 @@ def drawn(seed: int) -> Types:
     generator = np.random.default_rng((seed, 1))
     ids = generator.choice(IDS, DOCUMENTS * TOKENS, p=chances)
     document = np.repeat(np.arange(DOCUMENTS), TOKENS)
-    noise = generator.standard_normal(len(ids)) + 0.3 * generator.standard_normal(DOCUMENTS)[document]
+    noise = (
+        generator.standard_normal(len(ids)) + 0.3 * generator.standard_normal(DOCUMENTS)[document]
+    )
     return Types.of(ids, document, np.zeros(len(ids), int), (effect[ids] + noise)[:, None])
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     """Of 500 texts 93 to 97 %, about the mean over texts: noise draws every text's link towards zero alike."""
     chances, _ = language()
-    links = [
-        linked(drawn(seed), chances, documents=DOCUMENTS, times=50) for seed in range(500)
-    ]
+    links = [linked(drawn(seed), chances, documents=DOCUMENTS, times=50) for seed in range(500)]
     values = np.asarray([link.value[0] for link in links])
     widths = np.asarray([reach(link.resampled, DOCUMENTS)[0] for link in links])
     held = float((np.abs(values - values.mean()) < widths).mean())
@@ -69,7 +69,9 @@ def test_duplicates_of_a_token_change_nothing() -> None:
         Types.of(i, np.zeros(len(i), int), np.zeros(len(i), int), v).link(frequencies)[0]
         for i, v in ((ids, values), (more, again))
     )
-    assert few == many == pytest.approx(stats.spearmanr([6, 5, 4, 4.5, 1], [5, 4, 3, 2, 1]).statistic)
+    assert (
+        few == many == pytest.approx(stats.spearmanr([6, 5, 4, 4.5, 1], [5, 4, 3, 2, 1]).statistic)
+    )
 
 
 def test_what_only_position_links_is_gone_given_position() -> None:

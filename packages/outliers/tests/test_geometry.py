@@ -71,9 +71,7 @@ def test_no_grouping_into_chunks_or_documents_changes_a_number(sizes: list[int])
     for chunk in h.split(sizes):
         chunked.add_(0, 0, chunk)
     apart = sums_of(*h.split(sizes)).pooled()
-    added = sum(
-        (sums_of(chunk) for chunk in h.split(sizes)[1:]), start=sums_of(h.split(sizes)[0])
-    )
+    added = sum((sums_of(chunk) for chunk in h.split(sizes)[1:]), start=sums_of(h.split(sizes)[0]))
     for name in ("contributions", "variances", "shares"):
         expected = getattr(sums_of(h), name)()
         for sums in (chunked, apart, added):
@@ -117,7 +115,7 @@ def test_what_is_planted_is_found_and_nothing_else() -> None:
 
 
 def test_the_three_definitions_name_different_sets() -> None:
-    """A coordinate that is far and steady is one by share, one that swings by variance, a gain by parameter."""
+    """What is far and steady is one by share, what swings by variance, a gain by parameter."""
     h = states(offset=0.0) * 0.1
     h[:, 2] = 50.0
     h[:, 5] = torch.linspace(-5, 5, len(h))
@@ -142,7 +140,7 @@ def test_the_top_share_is_that_of_the_largest_three() -> None:
 
 
 def test_isotropy_is_the_least_over_the_greatest_partition() -> None:
-    """Against a sum of exponentials along each axis, those without states included; and it is one of a ball."""
+    """Against sums of exponentials along each axis, those without states included; it is 1 of a ball."""
     h = states(tokens=6, width=9)
     scaled = h / h.square().sum(1).mean().sqrt()
     _, axes = torch.linalg.eigh(scaled.T @ scaled)
