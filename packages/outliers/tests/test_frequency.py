@@ -32,7 +32,7 @@ def drawn(seed: int) -> Types:
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
-    """Of 500 texts 93 to 97 %, about the mean over texts: noise draws every text's link towards zero alike."""
+    """Of 500 texts 93 to 97 %, about the mean over texts: noise draws each link towards zero alike."""
     chances, _ = language()
     links = [linked(drawn(seed), chances, documents=DOCUMENTS, times=50) for seed in range(500)]
     values = np.asarray([link.value[0] for link in links])

@@ -3,7 +3,8 @@
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from fourfold_parallel.common.records import Material, read_record
 from fourfold_parallel.common.values import from_json, to_json
 from fourfold_parallel.run import checkpoint
 from fourfold_parallel.run.data import Batch
-from fourfold_parallel.run.engines import DDP, FSDP2, DeepSpeed, Engine, Single
+from fourfold_parallel.run.engines import DDP, FSDP2, DeepSpeed, Engine, Session, Single
 from fourfold_parallel.run.models import Llama, Published
 from fourfold_parallel.run.objective import IGNORE, KeepAll, MicrobatchLoss, NextToken
 from fourfold_parallel.run.optimizer import Constant, Cooldown, Schedule
@@ -55,6 +56,40 @@ def test_microbatches_change_nothing(tmp_path: Path, small_run: Run, microbatch:
     assert losses(tmp_path / "split/r.jsonl") == pytest.approx(
         losses(tmp_path / "whole/r.jsonl"), abs=2e-6
     )
+
+
+class Norms:
+    """Notes the length of what the model's embedding gives at each validation."""
+
+    event = "norms"
+
+    @contextmanager
+    def watching(self, session: Session) -> Iterator[Callable[[], dict[str, object]]]:
+        [embedding] = [m for m in session.model.modules() if isinstance(m, nn.Embedding)]
+        seen: list[Tensor] = []
+        hook = embedding.register_forward_hook(lambda _, __, output: seen.append(output.detach()))
+        try:
+            yield lambda: {"length": float(torch.cat(seen).norm()), "passes": len(seen)}
+        finally:
+            hook.remove()
+
+
+def test_an_observer_sees_validations_and_nothing_else(tmp_path: Path, small_run: Run) -> None:
+    """One event a validation, behind it, of held-out rows alone; and the run is the one nobody watches."""
+    run = replace(small_run, validate_every=3)
+    watched, alone = tmp_path / "watched.jsonl", tmp_path / "alone.jsonl"
+    train(run, record=watched, checkpoints=tmp_path / "a", progress=silent, observers=(Norms(),))
+    last = train(run, record=alone, checkpoints=tmp_path / "b", progress=silent)
+    record = read_record(watched)
+    kinds = [event.kind for event in record.events if event.kind in ("validation", "norms")]
+    assert kinds == ["validation", "norms"] * 2
+    rows = run.data.validation(sequence=run.sequence)
+    batches = -(-len(rows.row_starts) // run.batch)
+    seen = torch.cat([rows.batch(i, batch=run.batch).tokens[:, :-1] for i in range(batches)])
+    expected = trained_model(run, last).get_input_embeddings()(seen).detach().norm()
+    assert record.last("norms").number("length") == pytest.approx(float(expected), rel=1e-5)
+    assert record.last("norms").number("passes") == batches
+    assert losses(watched) == losses(alone)
 
 
 class StoppedError(Exception):

@@ -51,8 +51,8 @@ def stack(
     axes.plot(layers, without, color=BASELINE, linestyle="--", label="without these")
     axes.set_xlabel("layer (0: the embedding)")
     axes.set_ylabel("mean cosine of two tokens")
-    axes.set_ylim(bottom=0)
-    axes.legend(ncols=2, fontsize=8)
+    axes.set_ylim(0, 1.3 * max(whole))
+    axes.legend(ncols=5, fontsize=8, loc="upper left")
 
 
 def bars(axes: Axes, rows: Sequence[tuple[str, Interval, str]]) -> None:
@@ -63,4 +63,4 @@ def bars(axes: Axes, rows: Sequence[tuple[str, Interval, str]]) -> None:
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel("rise of the loss where they are disabled (nats a token, 95 %)")
+    axes.set_xlabel("rise of the loss (nats a token, 95 %)")

@@ -94,7 +94,7 @@ def links(records: Records) -> Figure:
     axes.axhline(0, color=IDEAL, linestyle="--", linewidth=1.2)
     axes.set_xlabel("layer (0: the embedding)")
     axes.set_ylabel("rank correlation of |h| and frequency")
-    axes.set_title("SmolLM2: the link to frequency is one coordinate's, and negative")
+    axes.set_title("SmolLM2: the link to frequency is mostly negative")
     axes.legend(ncols=2, fontsize=8)
     return figure
 

@@ -49,9 +49,7 @@ class Observer(Protocol):
     event: str
     """Name of the record's event that holds its numbers."""
 
-    def watching(
-        self, session: Session
-    ) -> AbstractContextManager[Callable[[], dict[str, object]]]:
+    def watching(self, session: Session) -> AbstractContextManager[Callable[[], dict[str, object]]]:
         """The scope of a validation's forward passes, on every rank alike.
 
         It gives a function that every rank calls after the last pass, for the values of the event. Rows that
