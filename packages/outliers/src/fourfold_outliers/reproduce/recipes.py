@@ -170,8 +170,8 @@ def speaking(arm: Arm, seed: int, scale: Scale) -> Speaking:
     """A Llama of 0.7 M parameters on 400 steps of 16 rows of 64 tokens, never the same row twice.
 
     512 ids; a token after its predecessor has 3 nats under either law, Zipf's tokens 4.76 each and flat ones
-    6.24. The rate of 0.01 is high for the size: at 0.003 no coordinate became an outlier in 800 steps of the
-    pilot, under either law.
+    6.24. The rate of 0.01 is high for the size: at 0.003 no coordinate became an outlier in 800 steps of a
+    pilot under Zipf's law.
     """
     steps = 24 if scale == "smoke" else 400
     law: Law = "flat" if arm == "flat" else "zipf"
