@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_microbatches_change_nothing(tmp_path: Path, small_run: Run, microbatch:
 class Norms:
     """Notes the length of what the model's embedding gives at each validation."""
 
-    event = "norms"
+    event: ClassVar[str] = "norms"
 
     @contextmanager
     def watching(self, session: Session) -> Iterator[Callable[[], dict[str, object]]]:

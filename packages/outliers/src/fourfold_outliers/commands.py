@@ -3,7 +3,7 @@
 import json as as_json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -52,7 +52,7 @@ def report(
     files = TextFiles(paths=tuple(map(str, text)), licence="yours") if text else Wikipedia()
     corpus = files.load()
     place = model_place(model)
-    loaded = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     bars = Bars(target, 1)
     with bars.running():

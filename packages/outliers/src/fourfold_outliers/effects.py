@@ -112,6 +112,7 @@ def _attention(
 def attending_eagerly(model: PreTrainedModel) -> Iterator[None]:
     """A scope in which attention weights are made, which the fast kernels do not."""
     before = model.config._attn_implementation  # noqa: SLF001 - transformers has a setter and no getter
+    assert before is not None
     model.set_attn_implementation("eager")
     try:
         yield

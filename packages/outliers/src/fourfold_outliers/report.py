@@ -34,6 +34,7 @@ from fourfold_outliers.stream import (
     documents,
     layers_of,
     measure,
+    vocabulary_of,
     width_of,
 )
 from fourfold_parallel.common.progress import Progress, silent
@@ -206,8 +207,7 @@ def outlier_report(
     )
     sample = Sample(layers)
     again = measure(model, read, views=views, also=(seen.take, sample.take), progress=progress)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    counts = counted((np.asarray(encoded(tokenizer, text)) for text in texts), int(vocabulary))
+    counts = counted((np.asarray(encoded(tokenizer, text)) for text in texts), vocabulary_of(model))
     links, p95 = _links(seen, found, frequency(counts), read, layers)
     biases = biases_of(norms)
     as_it_is, effects, random = _effects(model, tokenizer, read, found, width, seed, progress)
@@ -303,8 +303,7 @@ def _effects(
     seed: int,
     progress: Progress,
 ) -> tuple[EffectReport, tuple[EffectReport, ...], tuple[EffectReport, ...]]:
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    marks = delimiters_of(tokenizer, vocabulary)
+    marks = delimiters_of(tokenizer, vocabulary_of(model))
     alone = [(d,) for d in found] if len(found) > 1 else []
     sets = random_sets(width, len(found), besides=found, times=SETS, seed=seed) if found else []
     asked = [(), *([found] if found else []), *alone, *sets]

@@ -94,12 +94,13 @@ def _write(parameter: Tensor, value: Tensor) -> None:
 def _check(model: PreTrainedModel, layers: list[nn.Module]) -> None:
     needed = {*READERS, *(name for names in READERS.values() for name in names), *WRITERS}
     norms: tuple[Norm, ...] = norms_of(model)
-    width = width_of(model)
+    width, embedding = width_of(model), model.get_input_embeddings()
     fits = (
         all(needed <= {name for name, _ in layer.named_modules()} for layer in layers)
         and len(norms) == 2 * len(layers) + 1
         and all(not norm_kind(norm.name, norm.module).centred for norm in norms)
-        and tuple(model.get_input_embeddings().weight.shape[1:]) == (width,)
+        and isinstance(embedding, nn.Embedding)
+        and embedding.embedding_dim == width
         and isinstance(model.get_output_embeddings(), nn.Linear)
     )
     if not fits:

@@ -107,6 +107,13 @@ def width_of(model: PreTrainedModel) -> int:
     return int(text_config(model).hidden_size)
 
 
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Ids that a model embeds."""
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    return embedding.num_embeddings
+
+
 @contextmanager
 def looking(model: PreTrainedModel, look: Look) -> Iterator[None]:
     """The scope of passes whose residual stream is looked at, and changed where the look gives states.

@@ -40,7 +40,7 @@ from fourfold_outliers.reproduce.recipes import (
 from fourfold_outliers.reproduce.tables import TABLES
 from fourfold_outliers.resampling import halves, interval, reach
 from fourfold_outliers.rotation import random_rotation, rotate
-from fourfold_outliers.stream import Documents, Sample, layers_of, measure, width_of
+from fourfold_outliers.stream import Documents, Sample, layers_of, measure, vocabulary_of, width_of
 from fourfold_outliers.telemetry import Outliers
 from fourfold_parallel.common.records import Material
 from fourfold_parallel.launch import is_main_rank
@@ -106,7 +106,7 @@ def read(reading: Reading, vocabulary: int) -> Read:
 def opened(model: Packaged, reading: Reading) -> tuple[PreTrainedModel, Read, tuple[Material, ...]]:
     """A model with what it reads, and what both are made of."""
     built = model.build(seed=0).eval()
-    ready = read(reading, built.get_input_embeddings().weight.shape[0])
+    ready = read(reading, vocabulary_of(built))
     return built, ready, (*model.materials(), *ready.materials)
 
 

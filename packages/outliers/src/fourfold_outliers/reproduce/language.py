@@ -150,7 +150,9 @@ class GivenFrequencies:
             del module, args
             return logits + given.to(logits)
 
-        model.get_output_embeddings().register_forward_hook(add)
+        head = model.get_output_embeddings()
+        assert head is not None
+        head.register_forward_hook(add)
         return model
 
     def materials(self) -> tuple[Material, ...]:

@@ -88,7 +88,13 @@ def languages(records: Records) -> str:
                 str(over_seeds(losses)),
             ]
         )
-    head = ["language", "outliers a layer, by seed", "mean cosine", "top three's part", "loss, nats"]
+    head = [
+        "language",
+        "outliers a layer, by seed",
+        "mean cosine",
+        "top three's part",
+        "loss, nats",
+    ]
     return markdown(head, rows)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -46,7 +46,7 @@ KEEP = Keep()
 class Observer(Protocol):
     """Looks on while a run validates, such as through hooks on the model; it changes nothing."""
 
-    event: str
+    event: ClassVar[str]
     """Name of the record's event that holds its numbers."""
 
     def watching(self, session: Session) -> AbstractContextManager[Callable[[], dict[str, object]]]:
