@@ -1,4 +1,4 @@
-"""Cost of measuring the residual stream: SmolLM2-135M's forward pass alone and with it, on one thread, in turn.
+"""Cost of measuring the residual stream: SmolLM2-135M's forward pass alone and with it, on one thread.
 
 scripts/env python benchmarks/outliers_geometry.py
 
