@@ -53,7 +53,7 @@ def test_the_head_makes_them_where_most_go() -> None:
     assert judge(languages(zipf=[2, 2, 2], given=[2, 3, 2])).verdict != "reproduced"
 
 
-def disabled(found: float, random: float) -> Records:
+def disabled(harm: float, random: float) -> Records:
     base = np.linspace(2, 4, 8)
     wobble = 0.01 * np.cos(np.arange(8))
 
@@ -61,14 +61,14 @@ def disabled(found: float, random: float) -> Records:
         return {"event": "arm", "arm": name, "loss_nats": [*(base + more + wobble * (more > 0))]}
 
     others = [arm(kind, random) for kind in ("random", "matched") for _ in range(3)]
-    return {"disabling": record(arm("as it is", 0), arm("found", found), *others)}
+    return {"disabling": record(arm("as it is", 0), arm("found", harm), *others)}
 
 
 @pytest.mark.parametrize(
-    ("found", "verdict"), [(2.0, "reproduced"), (0.5, "inconclusive"), (0.2, "contradicted")]
+    ("harm", "verdict"), [(2.0, "reproduced"), (0.5, "inconclusive"), (0.2, "contradicted")]
 )
-def test_ruin_is_ten_times_what_others_do(found: float, verdict: str) -> None:
-    assert claims.ruins.judge(disabled(found, 0.1)).verdict == verdict
+def test_ruin_is_ten_times_what_others_do(harm: float, verdict: str) -> None:
+    assert claims.ruins.judge(disabled(harm, 0.1)).verdict == verdict
 
 
 def linked(*intervals: tuple[float, float, float]) -> Records:

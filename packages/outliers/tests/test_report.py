@@ -55,7 +55,7 @@ def made(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Report:
 
 
 def test_the_planted_coordinate_is_reported_with_all_that_is_asked(made: Report) -> None:
-    assert made.found == (PLANTED,)
+    assert made.outliers == (PLANTED,)
     assert [layer.layer for layer in made.layers] == [0, 1, 2, 3, 4]
     inner = made.layers[1:-1]
     assert all(PLANTED in layer.outliers for layer in inner)
@@ -89,7 +89,7 @@ def test_the_command_prints_a_table_or_json_and_writes_a_page(
     assert table.count("%") > 5
     commands.report(str(tmp_path / "m"), **options, json=True)
     told = json.loads(capsys.readouterr().out)
-    assert told["found"] == [PLANTED]
+    assert told["outliers"] == [PLANTED]
     assert told["layers"][2]["cosine"] == pytest.approx(made.layers[2].cosine, abs=1e-6)
     page = (tmp_path / "page.html").read_text()
     assert page.count("<svg") == 3
@@ -105,7 +105,7 @@ def test_a_model_without_outliers_is_reported_too(
     told = outlier_report(
         plain.eval(), tokenizer, texts(), name="plain", corpus="words", tokens=400, context=40
     )
-    assert told.found == told.links == told.effects == told.random == ()
+    assert told.outliers == told.links == told.effects == told.random == ()
     assert told.sentence.startswith("No coordinate of plain is an outlier")
     write_page(told, tmp_path / "plain.html")
     assert "No coordinate" in (tmp_path / "plain.html").read_text()

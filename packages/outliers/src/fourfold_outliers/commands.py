@@ -105,7 +105,7 @@ def _table(made: "Report") -> str:
     who = Table(
         "coordinate", "layers", "of the cosine", "link to frequency", "loss without it", box=None
     )
-    for d in made.found:
+    for d in made.outliers:
         part = sum(layer.contributions[str(d)] for layer in inner)
         size = links[d].size
         who.add_row(
@@ -130,7 +130,7 @@ def _table(made: "Report") -> str:
     text = StringIO()
     paper = Console(file=text, width=100, highlight=False)
     paper.print(made.sentence, soft_wrap=True)
-    if made.found:
+    if made.outliers:
         paper.print()
         paper.print(who)
     paper.print()

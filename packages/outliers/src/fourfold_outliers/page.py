@@ -21,7 +21,7 @@ def write_page(report: Report, path: Path) -> None:
         drawn = {
             "strip": inline(svg(strip(report)), prefix="strip-"),
             "cosine": inline(svg(cosine(report)), prefix="cosine-"),
-            "worth": inline(svg(worth(report)), prefix="worth-") if report.found else "",
+            "worth": inline(svg(worth(report)), prefix="worth-") if report.outliers else "",
         }
     write_text(path, render(TEMPLATE, report=report, drawn=drawn))
 
@@ -46,7 +46,7 @@ def cosine(report: Report) -> Figure:
     figure = Figure(figsize=(8.2, 3.4))
     stack(
         figure.subplots(),
-        {str(d): [layer.contributions[str(d)] for layer in report.layers] for d in report.found},
+        {str(d): [layer.contributions[str(d)] for layer in report.layers] for d in report.outliers},
         [layer.cosine for layer in report.layers],
         [layer.without for layer in report.layers],
     )

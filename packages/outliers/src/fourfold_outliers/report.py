@@ -115,7 +115,7 @@ class Report:
     documents: int
     tokens: int
     """Without position 0 of each window."""
-    found: tuple[int, ...]
+    outliers: tuple[int, ...]
     """Outliers by share in at least half of the inner layers."""
     by_gain: tuple[int, ...]
     by_bias: tuple[int, ...]
@@ -132,7 +132,7 @@ class Report:
     @property
     def sentence(self) -> str:
         """The finding as a person says it."""
-        if not self.found:
+        if not self.outliers:
             return f"No coordinate of {self.model} is an outlier in half of its inner layers."
         inner = self.layers[1:-1]
         kept = np.mean([layer.without for layer in inner]) / np.mean(
@@ -143,10 +143,11 @@ class Report:
             for link in self.links
             if abs(link.size.value) > self.others_p95 and link.size.low * link.size.high > 0
         ]
-        are = "is" if len(self.found) == 1 else "are"
+        are = "is" if len(self.outliers) == 1 else "are"
         spared = np.median([each.rise.value for each in self.random])
         return (
-            f"{_named(self.found)} of {self.width} coordinates {are} far from the others in most tokens and "
+            f"{_named(self.outliers)} of {self.width} coordinates {are} far from the others in most tokens "
+            f"and "
             f"layers. Without {'it' if are == 'is' else 'them'} {100 * kept:.0f} % of the mean cosine is "
             f"left, "
             f"and the loss rises by {self.effects[0].rise.value:.2g} nats (as many others: {spared:.2g}). "
@@ -198,19 +199,19 @@ def outlier_report(
     layers, width = len(layers_of(model)) + 1, width_of(model)
     norms = norms_of(model)
     sums = measure(model, read, progress=progress).sums
-    found = lasting(by_share(sums)[1:-1])
-    views = (sums.centred(), sums.standardised(), sums.without(found))
-    free = np.setdiff1d(np.arange(width), found)
+    outliers = lasting(by_share(sums)[1:-1])
+    views = (sums.centred(), sums.standardised(), sums.without(outliers))
+    free = np.setdiff1d(np.arange(width), outliers)
     drawn = np.random.default_rng(seed).choice(free, min(OTHERS, len(free)), replace=False)
     seen = Occurrences(
-        read.ids, read.of, layers=layers, coordinates=(*found, *map(int, sorted(drawn)))
+        read.ids, read.of, layers=layers, coordinates=(*outliers, *map(int, sorted(drawn)))
     )
     sample = Sample(layers)
     again = measure(model, read, views=views, also=(seen.take, sample.take), progress=progress)
     counts = counted((np.asarray(encoded(tokenizer, text)) for text in texts), vocabulary_of(model))
-    links, p95 = _links(seen, found, frequency(counts), read, layers)
+    links, p95 = _links(seen, outliers, frequency(counts), read, layers)
     biases = biases_of(norms)
-    as_it_is, effects, random = _effects(model, tokenizer, read, found, width, seed, progress)
+    as_it_is, effects, random = _effects(model, tokenizer, read, outliers, width, seed, progress)
     return Report(
         model=name,
         corpus=corpus,
@@ -218,10 +219,10 @@ def outlier_report(
         width=width,
         documents=read.count,
         tokens=int(sums.tokens[:, 0].sum()),
-        found=found,
+        outliers=outliers,
         by_gain=_where(by_parameter(gains_of(norms))),
         by_bias=_where(by_parameter(biases)) if len(biases) else (),
-        layers=_layers(sums, again.viewed, again.first(), sample, found),
+        layers=_layers(sums, again.viewed, again.first(), sample, outliers),
         links=links,
         others_p95=p95,
         as_it_is=as_it_is,
@@ -235,12 +236,12 @@ def _where(mask: torch.Tensor) -> tuple[int, ...]:
 
 
 def _layers(
-    sums: Sums, viewed: Sequence[Sums], first: First, sample: Sample, found: tuple[int, ...]
+    sums: Sums, viewed: Sequence[Sums], first: First, sample: Sample, outliers: tuple[int, ...]
 ) -> tuple[LayerReport, ...]:
     whole, shares, variances = sums.pooled(), by_share(sums), by_variance(sums)
     [parts] = whole.contributions()
     centred, standardised, without = (each.pooled().cosines()[0] for each in viewed)
-    view = sums.without(found)
+    view = sums.without(outliers)
     ever = _where(shares.any(0))
     return tuple(
         LayerReport(
@@ -249,7 +250,7 @@ def _layers(
             shares={str(d): float(whole.shares()[0, layer, d]) for d in ever},
             varying=_where(variances[layer]),
             cosine=float(whole.cosines()[0, layer]),
-            contributions={str(d): float(parts[layer, d]) for d in found},
+            contributions={str(d): float(parts[layer, d]) for d in outliers},
             top_share=float(top_share(parts[layer])),
             without=float(without[layer]),
             centred=float(centred[layer]),
@@ -258,14 +259,18 @@ def _layers(
             isotropy_without=partition_isotropy(view(layer, sample.of(layer))),
             norm=float(whole.norms()[0, layer]),
             first_norm=float(first.norm[layer]),
-            first_held=float(first.held[layer, list(found)].sum()),
+            first_held=float(first.held[layer, list(outliers)].sum()),
         )
         for layer in range(len(parts))
     )
 
 
 def _links(
-    seen: Occurrences, found: tuple[int, ...], frequencies: np.ndarray, read: Documents, layers: int
+    seen: Occurrences,
+    outliers: tuple[int, ...],
+    frequencies: np.ndarray,
+    read: Documents,
+    layers: int,
 ) -> tuple[tuple[LinkReport, ...], float]:
     inner = slice(1, -1)
     sizes = seen.types()
@@ -274,14 +279,14 @@ def _links(
         return values.reshape(layers, -1)[inner].mean(0)
 
     value = averaged(sizes.link(frequencies))
-    rest = np.abs(value[len(found) :])
+    rest = np.abs(value[len(outliers) :])
     p95 = float(np.quantile(rest, 0.95)) if len(rest) else 0.0
-    if not found:
+    if not outliers:
         return (), p95
     given = averaged(sizes.link(frequencies, given_position=True))
-    signed = averaged(seen.types(signed=True, only=found).link(frequencies))
-    drawn = linked(seen.types(only=found), frequencies, documents=read.count).resampled
-    resampled = drawn.reshape(len(drawn), layers, len(found))[:, inner].mean(1)
+    signed = averaged(seen.types(signed=True, only=outliers).link(frequencies))
+    drawn = linked(seen.types(only=outliers), frequencies, documents=read.count).resampled
+    resampled = drawn.reshape(len(drawn), layers, len(outliers))[:, inner].mean(1)
     links = tuple(
         LinkReport(
             coordinate=coordinate,
@@ -289,7 +294,7 @@ def _links(
             given_position=float(given[at]),
             signed=float(signed[at]),
         )
-        for at, coordinate in enumerate(found)
+        for at, coordinate in enumerate(outliers)
     )
     return links, p95
 
@@ -298,22 +303,26 @@ def _effects(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     read: Documents,
-    found: tuple[int, ...],
+    outliers: tuple[int, ...],
     width: int,
     seed: int,
     progress: Progress,
 ) -> tuple[EffectReport, tuple[EffectReport, ...], tuple[EffectReport, ...]]:
     marks = delimiters_of(tokenizer, vocabulary_of(model))
-    alone = [(d,) for d in found] if len(found) > 1 else []
-    sets = random_sets(width, len(found), besides=found, times=SETS, seed=seed) if found else []
-    asked = [(), *([found] if found else []), *alone, *sets]
+    alone = [(d,) for d in outliers] if len(outliers) > 1 else []
+    sets = (
+        random_sets(width, len(outliers), besides=outliers, times=SETS, seed=seed)
+        if outliers
+        else []
+    )
+    asked = [(), *([outliers] if outliers else []), *alone, *sets]
     seen: list[Behaviour] = []
     for done, coordinates in enumerate(asked, start=1):
         with attending_eagerly(model), silenced(model, coordinates):
             seen.append(behaviour(model, read, delimiters=marks))
         progress(done, len(asked), "disabling")
     told = [_told(c, each, seen[0]) for c, each in zip(asked, seen, strict=True)]
-    named = 1 + bool(found) + len(alone)
+    named = 1 + bool(outliers) + len(alone)
     return told[0], tuple(told[1:named]), tuple(told[named:])
 
 

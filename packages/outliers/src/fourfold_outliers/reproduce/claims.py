@@ -12,12 +12,12 @@ from fourfold_outliers.reproduce.measures import (
     arms,
     attention_left,
     effect_and_link,
-    found_in,
     inner,
     last_of,
     layers_in,
     magnitude,
     median_rise,
+    outliers_in,
     rise,
     rise_against,
     spoken,
@@ -66,9 +66,9 @@ def a_handful(records: Records) -> Finding:
     events = layers_in(records)[1:-1]
     most = max(len(event.numbers("by_share")) for event in events)
     event = records["geometry"].only("found")
-    found = event.numbers("coordinates")
-    holds = bool(found) and most <= 8
-    named = ", ".join(f"{d:.0f}" for d in found) or "none"
+    outliers = event.numbers("coordinates")
+    holds = bool(outliers) and most <= 8
+    named = ", ".join(f"{d:.0f}" for d in outliers) or "none"
     return Finding(
         decide(reproduced=holds, contradicted=not holds),
         f"coordinates {named} in at least half of the {len(events)} inner layers; at most {most} in any",
@@ -325,7 +325,7 @@ def hold_the_sink(records: Records) -> Finding:
     events = layers_in(records)[1:-1]
     held = over_seeds([event.number("first_held") for event in events])
     times = max(event.number("first_norm") / event.number("norm") for event in events)
-    count = len(found_in(records))
+    count = len(outliers_in(records))
     return Finding(
         decide(reproduced=held.low > 0.5, contradicted=held.high < 0.1),
         f"{count} coordinates hold {held} of its squared length; it is up to {times:.3g} times as long as "

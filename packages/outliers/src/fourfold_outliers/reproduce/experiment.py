@@ -24,7 +24,7 @@ from fourfold_outliers.effects import attending_eagerly, behaviour, delimiters_o
 from fourfold_outliers.frequency import Occurrences, counted, frequency, linked
 from fourfold_outliers.reproduce import recipes
 from fourfold_outliers.reproduce.claims import CLAIMS
-from fourfold_outliers.reproduce.measures import found_in, headline
+from fourfold_outliers.reproduce.measures import headline, outliers_in
 from fourfold_outliers.reproduce.recipes import (
     ARMS,
     SEEDS,
@@ -120,8 +120,8 @@ def measure_geometry(run: Geometry, workplace: Workplace) -> None:
     count = ready.documents.count
     sums = measure(model, ready.documents, progress=workplace.progress).sums
     shares, variable = geometry.by_share(sums), geometry.by_variance(sums)
-    found = geometry.lasting(shares[1:-1])
-    views = (sums.centred(), sums.standardised(), sums.without(found))
+    outliers = geometry.lasting(shares[1:-1])
+    views = (sums.centred(), sums.standardised(), sums.without(outliers))
     sample = Sample(len(layers_of(model)) + 1)
     again = measure(
         model, ready.documents, views=views, also=(sample.take,), progress=workplace.progress
@@ -133,14 +133,14 @@ def measure_geometry(run: Geometry, workplace: Workplace) -> None:
     with workplace.recording(run, seed=run.seed, materials=materials) as records:
         records.write(
             "found",
-            coordinates=list(found),
+            coordinates=list(outliers),
             by_parameter=torch.nonzero(geometry.by_parameter(gains_of(norms))).flatten().tolist(),
             by_bias=torch.nonzero(geometry.by_parameter(biases)).flatten().tolist()
             if len(biases)
             else [],
             parameter_shares={
                 str(d): round(float(gains[d]), 4)
-                for d in dict.fromkeys([*found, *gains.topk(5).indices.tolist()])
+                for d in dict.fromkeys([*outliers, *gains.topk(5).indices.tolist()])
             },
             norms=len(norms),
             documents=count,
@@ -148,7 +148,7 @@ def measure_geometry(run: Geometry, workplace: Workplace) -> None:
             width=width_of(model),
         )
         pooled = sums.pooled()
-        ever = sorted({*torch.nonzero(shares.any(0)).flatten().tolist(), *found})
+        ever = sorted({*torch.nonzero(shares.any(0)).flatten().tolist(), *outliers})
         for layer in range(shares.shape[0]):
             largest = parts[layer].topk(5).indices.tolist()
             records.write(
@@ -159,7 +159,7 @@ def measure_geometry(run: Geometry, workplace: Workplace) -> None:
                 shares={str(d): round(float(pooled.shares()[0, layer, d]), 4) for d in ever},
                 contributions={
                     str(d): round(float(parts[layer, d]), 5)
-                    for d in dict.fromkeys([*found, *largest])
+                    for d in dict.fromkeys([*outliers, *largest])
                 },
                 cosine=round(float(pooled.cosines()[0, layer]), 5),
                 **{
@@ -175,7 +175,7 @@ def measure_geometry(run: Geometry, workplace: Workplace) -> None:
                 ),
                 norm=float(f"{float(pooled.norms()[0, layer]):.5g}"),
                 first_norm=float(f"{float(first.norm[layer]):.5g}"),
-                first_held=round(float(first.held[layer, list(found)].sum()), 5),
+                first_held=round(float(first.held[layer, list(outliers)].sum()), 5),
             )
         weights = torch.from_numpy(halves(count))
 
@@ -192,28 +192,28 @@ def measure_geometry(run: Geometry, workplace: Workplace) -> None:
 def measure_frequency(run: Frequencies, workplace: Workplace) -> None:
     """Events "link" by coordinate, "others" once."""
     model, ready, materials = opened(run.model, run.reading)
-    found = found_in(workplace.finished)
+    outliers = outliers_in(workplace.finished)
     count, layers, width = ready.documents.count, len(layers_of(model)) + 1, width_of(model)
-    free = np.setdiff1d(np.arange(width), found)
+    free = np.setdiff1d(np.arange(width), outliers)
     others = sorted(
         map(int, np.random.default_rng(run.seed).choice(free, run.others, replace=False))
     )
     seen = Occurrences(
-        ready.documents.ids, ready.documents.of, layers=layers, coordinates=(*found, *others)
+        ready.documents.ids, ready.documents.of, layers=layers, coordinates=(*outliers, *others)
     )
     measure(model, ready.documents, also=(seen.take,), progress=workplace.progress)
-    shape = (layers, len(found) + len(others))
+    shape = (layers, len(outliers) + len(others))
     sizes = seen.types()
     value = sizes.link(ready.counts).reshape(shape)
     given = sizes.link(ready.counts, given_position=True).reshape(shape)
     signed = seen.types(signed=True).link(ready.counts).reshape(shape)
-    ours = seen.types(only=found)
+    ours = seen.types(only=outliers)
     link = linked(ours, ready.counts, documents=count)
-    resampled = link.resampled.reshape(-1, layers, len(found))
+    resampled = link.resampled.reshape(-1, layers, len(outliers))
     far = reach(resampled, count)
     inner = slice(1, -1)
     with workplace.recording(run, seed=run.seed, materials=materials) as records:
-        for place, coordinate in enumerate(found):
+        for place, coordinate in enumerate(outliers):
             mean = interval(
                 float(value[inner, place].mean()), resampled[:, inner, place].mean(1), count
             )
@@ -228,7 +228,7 @@ def measure_frequency(run: Frequencies, workplace: Workplace) -> None:
                 given_position_by_layer=_rounded(given[:, place]),
                 signed_by_layer=_rounded(signed[:, place]),
             )
-        rest = value[:, len(found) :]
+        rest = value[:, len(outliers) :]
         records.write(
             "others",
             coordinates=others,
@@ -241,7 +241,7 @@ def measure_frequency(run: Frequencies, workplace: Workplace) -> None:
         size = np.abs(resampled).mean(2)
         records.write(
             "halves",
-            size_by_layer=_rounded(np.abs(value[:, : len(found)]).mean(1)),
+            size_by_layer=_rounded(np.abs(value[:, : len(outliers)]).mean(1)),
             resampled=[_rounded(row, 4) for row in size],
         )
 
@@ -249,23 +249,38 @@ def measure_frequency(run: Frequencies, workplace: Workplace) -> None:
 def measure_disabling(run: Disabling, workplace: Workplace) -> None:
     """Events "arm": the model as it is, then each way and each set."""
     model, ready, materials = opened(run.model, run.reading)
-    found = tuple(found_in(workplace.finished))
+    outliers = tuple(outliers_in(workplace.finished))
     means = measure(model, ready.documents).sums.pooled().means()[0]
     gains = gains_of(norms_of(model))
     random = random_sets(
-        width_of(model), len(found), besides=found, times=run.random, seed=run.seed
+        width_of(model), len(outliers), besides=outliers, times=run.random, seed=run.seed
     )
-    matched = matched_sets(gains, found, besides=found, times=run.matched, seed=run.seed)
+    matched = matched_sets(gains, outliers, besides=outliers, times=run.matched, seed=run.seed)
     arms = [
         ("as it is", (), silenced(model, ()), True),
-        ("found", found, silenced(model, found), True),
+        ("found", outliers, silenced(model, outliers), True),
     ]
-    arms += [(f"only {d}", (d,), silenced(model, (d,)), True) for d in found]
+    arms += [(f"only {d}", (d,), silenced(model, (d,)), True) for d in outliers]
     arms += [
-        ("found, zero in the stream", found, removed(model, found), False),
-        ("found, zero but at position 0", found, removed(model, found, spares_first=True), False),
-        ("found, at their mean", found, averaged(model, found, means, spares_first=False), False),
-        ("found, at their mean but at position 0", found, averaged(model, found, means), False),
+        ("found, zero in the stream", outliers, removed(model, outliers), False),
+        (
+            "found, zero but at position 0",
+            outliers,
+            removed(model, outliers, spares_first=True),
+            False,
+        ),
+        (
+            "found, at their mean",
+            outliers,
+            averaged(model, outliers, means, spares_first=False),
+            False,
+        ),
+        (
+            "found, at their mean but at position 0",
+            outliers,
+            averaged(model, outliers, means),
+            False,
+        ),
     ]
     arms += [("random", each, silenced(model, each), at == 0) for at, each in enumerate(random)]
     arms += [("matched", each, silenced(model, each), at == 0) for at, each in enumerate(matched)]
@@ -289,11 +304,11 @@ def measure_disabling(run: Disabling, workplace: Workplace) -> None:
 def measure_by_layer(run: ByLayer, workplace: Workplace) -> None:
     """Events "layer": the loss with the outliers disabled in one layer's norms; layer 0 is none."""
     model, ready, materials = opened(run.model, run.reading)
-    found = found_in(workplace.finished)
+    outliers = outliers_in(workplace.finished)
     layers = len(layers_of(model))
     with workplace.recording(run, seed=run.seed, materials=materials) as records:
         for layer in range(layers + 1):
-            with silenced(model, found if layer else (), layers=(layer,)):
+            with silenced(model, outliers if layer else (), layers=(layer,)):
                 seen = behaviour(model, ready.documents)
             records.write("layer", layer=layer, loss_nats=_rounded(seen.loss_nats, 6))
             workplace.progress(layer + 1, layers + 1, f"layer {layer}")

@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from fourfold_outliers.charts import bars, heat, stack
 from fourfold_outliers.reproduce.measures import (
     arms,
-    found_in,
     layer_rises,
     layers_in,
+    outliers_in,
     rise,
     table_of,
 )
@@ -47,7 +47,7 @@ def anisotropy(records: Records) -> Figure:
     axes = figure.subplots()
     parts = {
         str(d): [float(table_of(e, "contributions")[str(d)]) for e in events]
-        for d in found_in(records)
+        for d in outliers_in(records)
     }
     whole, without = ([e.number(key) for e in events] for key in ("cosine", "without"))
     stack(axes, parts, whole, without)

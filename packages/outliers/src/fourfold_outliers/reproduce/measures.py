@@ -14,18 +14,18 @@ from fourfold_parallel.common.records import Event, Record
 from fourfold_parallel.reproduce.claims import Interval, Records, over_seeds
 
 
-def found_in(records: Records) -> list[int]:
+def outliers_in(records: Records) -> list[int]:
     """The outliers: coordinates that are so by share in at least half of the inner layers.
 
     Raises:
         ValueError: there are none, and what is disabled or linked has no object.
     """
-    found = [int(d) for d in records["geometry"].only("found").numbers("coordinates")]
-    if not found:
+    outliers = [int(d) for d in records["geometry"].only("found").numbers("coordinates")]
+    if not outliers:
         raise ValueError(
             "no coordinate is an outlier by share in half of the inner layers; use another model"
         )
-    return found
+    return outliers
 
 
 def layers_in(records: Records) -> tuple[Event, ...]:
@@ -70,12 +70,12 @@ def rise_against(record: Record, against: str, times: float) -> Interval:
 
     A difference, since the median rise may be near zero, where a ratio has no interval.
     """
-    base, found = losses(arms(record, "as it is")[0]), losses(arms(record, "found")[0])
+    base, outliers = losses(arms(record, "as it is")[0]), losses(arms(record, "found")[0])
     others = np.stack([losses(event) for event in arms(record, against)])
 
     def gap(weights: Float[np.ndarray, "draw document"]) -> Float[np.ndarray, " draw"]:
         share = weights / weights.sum(1, keepdims=True)
-        return share @ (found - base) - times * np.median(share @ (others - base).T, axis=1)
+        return share @ (outliers - base) - times * np.median(share @ (others - base).T, axis=1)
 
     count = len(base)
     return interval(float(gap(np.ones((1, count)))[0]), gap(halves(count)), count)
@@ -155,7 +155,7 @@ def apart(
 
 def headline(records: Records) -> str:
     """The finding in a sentence."""
-    found = found_in(records)
+    outliers = outliers_in(records)
     harm = rise(records["disabling"], arms(records["disabling"], "found")[0]).value
     median = median_rise(records["disabling"], "random")
     counts = {
@@ -165,7 +165,7 @@ def headline(records: Records) -> str:
         for arm in ("zipf", "flat")
     }
     return (
-        f"{len(found)} of SmolLM2's 576 coordinates carry it: without them the loss rises by {harm:.2g} "
+        f"{len(outliers)} of SmolLM2's 576 coordinates carry it: without them the loss rises by {harm:.2g} "
         f"nats, "
         f"without as many others by {median:.2g}. A small model of a language with Zipf's frequencies has "
         f"{counts['zipf']:.2g} outliers a layer, of a flat one {counts['flat']:.2g}."

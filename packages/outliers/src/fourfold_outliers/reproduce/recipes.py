@@ -27,7 +27,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What a model reads: the first tokens of some documents of each source."""
+    """The text of a study: the first tokens of some documents of each source."""
 
     sources: tuple[Source, ...]
     tokenizer: Tokenizer

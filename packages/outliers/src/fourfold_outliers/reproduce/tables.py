@@ -5,11 +5,11 @@ from collections.abc import Callable
 from fourfold_outliers.reproduce.measures import (
     arms,
     attention_left,
-    found_in,
     inner,
     last_of,
     layers_in,
     median_rise,
+    outliers_in,
     rise,
     spoken,
     table_of,
@@ -31,7 +31,7 @@ def outliers(records: Records) -> str:
     record, events = records["disabling"], layers_in(records)[1:-1]
     cosine = sum(event.number("cosine") for event in events)
     rows: list[list[str]] = []
-    for d in found_in(records):
+    for d in outliers_in(records):
         [event] = arms(record, f"only {d:.0f}")
         part = sum(float(table_of(e, "contributions")[f"{d:.0f}"]) for e in events)
         link = whole(records["frequency"].only("link", coordinate=int(d)))
