@@ -147,12 +147,10 @@ class Report:
         spared = np.median([each.rise.value for each in self.random])
         return (
             f"{_named(self.outliers)} of {self.width} coordinates {are} far from the others in most tokens "
-            f"and "
-            f"layers. Without {'it' if are == 'is' else 'them'} {100 * kept:.0f} % of the mean cosine is "
-            f"left, "
-            f"and the loss rises by {self.effects[0].rise.value:.2g} nats (as many others: {spared:.2g}). "
-            f"Linked "
-            f"to token frequency more than 95 % of the others: {_named(linked) if linked else 'none'}."
+            f"and layers. Without {'it' if are == 'is' else 'them'} {100 * kept:.0f} % of the mean cosine "
+            f"is left, and the loss rises by {self.effects[0].rise.value:.2g} nats (as many others: "
+            f"{spared:.2g}). Linked to token frequency more than 95 % of the others: "
+            f"{_named(linked) if linked else 'none'}."
         )
 
 
@@ -194,7 +192,7 @@ def outlier_report(
     if read.count < 4:
         raise ValueError(
             f"{read.count} windows of {context} tokens give no interval; give more text, or a smaller "
-            f"--context"
+            "--context"
         )
     layers, width = len(layers_of(model)) + 1, width_of(model)
     norms = norms_of(model)

@@ -105,7 +105,7 @@ def _check(model: PreTrainedModel, layers: list[nn.Module]) -> None:
     )
     if not fits:
         raise ValueError(
-            f"{type(model).__name__} has other blocks than Llama's (root-mean-square norms before attention "
-            "and MLP, and a last one), whose stream this turns; use a model of that form, such as Llama, "
-            "Mistral or Qwen"
+            f"{type(model).__name__} has other blocks than Llama's (root-mean-square norms before "
+            "attention and MLP, and a last one), whose stream this turns; use a model of that form, such "
+            "as Llama, Mistral or Qwen"
         )

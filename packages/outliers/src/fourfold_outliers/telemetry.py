@@ -79,8 +79,9 @@ class Outliers:
         def look(layer: int, states: Tensor) -> None:
             if states.shape[-1] != here:
                 raise ValueError(
-                    f"layer {layer} gives {states.shape[-1]} coordinates where this rank should hold {here} "
-                    f"of {width}; train without this observer, or on a grid without blocks that are whole"
+                    f"layer {layer} gives {states.shape[-1]} coordinates where this rank should hold "
+                    f"{here} of {width}; train without this observer, or on a grid without blocks that are "
+                    "whole"
                 )
             meter.take(layer, states, [0] * len(states), over_width)
 

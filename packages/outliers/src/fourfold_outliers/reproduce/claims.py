@@ -35,15 +35,13 @@ from fourfold_parallel.reproduce.claims import (
 )
 
 _MODEL = (
-    "SmolLM2-135M (4-bit weights, 30 layers of 576 coordinates); 20 Wikipedia articles and 20 documents of "
-    "the "
-    "CPython manual, 128 tokens each, position 0 apart; the outliers are those by share in at least half of "
-    "the "
-    "inner layers"
+    "SmolLM2-135M (4-bit weights, 30 layers of 576 coordinates); 20 Wikipedia articles and 20 documents "
+    "of the CPython manual, 128 tokens each, position 0 apart; the outliers are those by share in at "
+    "least half of the inner layers"
 )
 _LANGUAGE = (
-    "Llamas of 0.7 M parameters (3 layers of 128), 400 steps of 1,024 tokens of a bigram language of 512 ids "
-    "and 3 nats, Zipf's or flat; 3 seeds, Student's interval; the recipe was piloted with another seed"
+    "Llamas of 0.7 M parameters (3 layers of 128), 400 steps of 1,024 tokens of a bigram language of 512 "
+    "ids and 3 nats, Zipf's or flat; 3 seeds, Student's interval; the recipe was piloted with another seed"
 )
 _DOCUMENTS = "95 % interval from 200 halves of the documents"
 _NOT_IN_PAPER = "not in the paper"
@@ -55,9 +53,8 @@ _NOT_IN_PAPER = "not in the paper"
     says="A handful of coordinates, the same over layers, are outliers for most tokens",
     paper="2 of 768 in BERT-base, in all 12 layers",
     conditions=_MODEL,
-    rule="reproduced if some coordinate is an outlier by share in at least half of the inner layers and no "
-    "inner "
-    "layer has more than 8; else contradicted",
+    rule="reproduced if some coordinate is an outlier by share in at least half of the inner layers and "
+    "no inner layer has more than 8; else contradicted",
     scales=("smoke", "laptop"),
     needs="the model",
 )
@@ -84,8 +81,8 @@ def a_handful(records: Records) -> Finding:
     paper="nearly -30 % on MNLI without 48 of 110 M parameters of BERT-base",
     conditions=f"{_MODEL}; gains of zero in all 61 norms; nats a token; {_DOCUMENTS}",
     rule="loss rise without the outliers over the median rise of 20 random sets as large: reproduced if "
-    "above 10 "
-    "(the rise less 10 times the median: low > 0), contradicted if below 3 (less 3 times: high < 0)",
+    "above 10 (the rise less 10 times the median: low > 0), contradicted if below 3 (less 3 times: high < "
+    "0)",
     scales=("smoke", "laptop"),
     needs="the model",
 )
@@ -109,12 +106,11 @@ def ruins(records: Records) -> Finding:
     section="abstract",
     says="Their magnitude is linked to token frequency",
     paper="correlation of coefficients' magnitude with pretraining frequency, BERT and RoBERTa",
-    conditions=f"{_MODEL}; counts in the rest of both corpora, since those of the pretraining are not to be "
-    f"had; "
-    f"one mean for each token id; {_DOCUMENTS}",
-    rule="rank correlation of |h| with frequency over token ids, mean over inner layers, for each outlier: "
-    "reproduced if for a majority the interval of its size lies above the 95 % point of other coordinates, "
-    "contradicted if for none, else inconclusive; the sign is told",
+    conditions=f"{_MODEL}; counts in the rest of both corpora, since those of the pretraining are not to "
+    f"be had; one mean for each token id; {_DOCUMENTS}",
+    rule="rank correlation of |h| with frequency over token ids, mean over inner layers, for each "
+    "outlier: reproduced if for a majority the interval of its size lies above the 95 % point of other "
+    "coordinates, contradicted if for none, else inconclusive; the sign is told",
     scales=("laptop",),
     needs="the model",
 )
@@ -163,11 +159,9 @@ def carry_anisotropy(records: Records) -> Finding:
     says="They make the vertical attention pattern, to special tokens",
     paper="a contribution to attention to special tokens, BERT and RoBERTa",
     conditions=f"{_MODEL}; attention of positions from 16 on to position 0, mean over layers and heads, "
-    f"since a "
-    f"causal model has no other special token; {_DOCUMENTS}",
+    f"since a causal model has no other special token; {_DOCUMENTS}",
     rule="attention to position 0 with all of them disabled over before: reproduced if high < 0.5 and a "
-    "random "
-    "set's low > 0.8; contradicted if low > 0.8",
+    "random set's low > 0.8; contradicted if low > 0.8",
     scales=("smoke", "laptop"),
     needs="the model",
 )
@@ -191,10 +185,9 @@ def vertical_attention(records: Records) -> Finding:
     says="The effect varies by layer, and so does the link to frequency",
     paper="effects and correlations by layer",
     conditions=f"{_MODEL}; disabled in both norms of one layer at a time; the mean size of the outliers' "
-    f"links "
-    f"in the states that the layer reads; {_DOCUMENTS}",
-    rule="rank correlation over layers of loss rise and size of link: reproduced if above 0, contradicted if "
-    "below 0",
+    f"links in the states that the layer reads; {_DOCUMENTS}",
+    rule="rank correlation over layers of loss rise and size of link: reproduced if above 0, contradicted "
+    "if below 0",
     scales=("laptop",),
     needs="the model",
 )
@@ -216,8 +209,8 @@ def effect_follows_link(records: Records) -> Finding:
     says="Frequency drives them",
     paper="a correlation; no intervention",
     conditions=_LANGUAGE,
-    rule="outliers by share a layer (mean over inner layers) at the end under Zipf's law less under the flat "
-    "one: reproduced if low > 0, contradicted if high <= 0; inconclusive where no run has any",
+    rule="outliers by share a layer (mean over inner layers) at the end under Zipf's law less under the "
+    "flat one: reproduced if low > 0, contradicted if high <= 0; inconclusive where no run has any",
     scales=("laptop",),
     needs="three seeds",
 )
@@ -246,8 +239,7 @@ O8 = beyond_us(
     rule="accuracy on MNLI's matched validation set with the two disabled over before: reproduced if at "
     "most 0.75",
     needs="BERT and RoBERTa fine-tuned on MNLI, from a model hub, and a classifier's head, which this "
-    "runtime does "
-    "not train",
+    "runtime does not train",
 )
 
 
@@ -257,8 +249,8 @@ O8 = beyond_us(
     says="Zipf's law makes them by way of the head: a model that is given the frequencies has fewer",
     paper=_NOT_IN_PAPER,
     conditions=f"{_LANGUAGE}; the log frequencies are added to the logits and are not trained",
-    rule="outliers by share a layer under Zipf's law less those of the model that is given the frequencies: "
-    "reproduced if low > 0 and at most half are left, contradicted if high <= 0",
+    rule="outliers by share a layer under Zipf's law less those of the model that is given the "
+    "frequencies: reproduced if low > 0 and at most half are left, contradicted if high <= 0",
     scales=("laptop",),
     needs="three seeds",
 )
@@ -287,8 +279,7 @@ def by_way_of_the_head(records: Records) -> Finding:
     paper=_NOT_IN_PAPER,
     conditions=f"{_MODEL}; gains folded, the residual stream turned by a random orthogonal matrix",
     rule="reproduced if no coordinate of an inner layer is an outlier by share after turning, and logits "
-    "differ "
-    "by less than 0.001 of the largest; contradicted if at least half of the outliers are left",
+    "differ by less than 0.001 of the largest; contradicted if at least half of the outliers are left",
     scales=("smoke", "laptop"),
     needs="the model",
 )
@@ -301,8 +292,7 @@ def of_a_basis(records: Records) -> Finding:
     return Finding(
         decide(reproduced=after == 0 and error < 1e-3, contradicted=2 * after >= before),
         f"{after:.0f} of {before:.0f} outliers (summed over inner layers) are left; logits differ by "
-        f"{error:.1g} "
-        f"of the largest; mean cosine {cosines[0]:.3g} and {cosines[1]:.3g}",
+        f"{error:.1g} of the largest; mean cosine {cosines[0]:.3g} and {cosines[1]:.3g}",
         event,
         "outliers that are left, against none and half; the logits against 0.001",
     )
@@ -315,8 +305,7 @@ def of_a_basis(records: Records) -> Finding:
     paper=_NOT_IN_PAPER,
     conditions=_MODEL,
     rule="share of position 0's squared length that they hold, mean over inner layers with Student's "
-    "interval: "
-    "reproduced if low > 0.5, contradicted if high < 0.1",
+    "interval: reproduced if low > 0.5, contradicted if high < 0.1",
     scales=("smoke", "laptop"),
     needs="the model",
 )
@@ -329,7 +318,7 @@ def hold_the_sink(records: Records) -> Finding:
     return Finding(
         decide(reproduced=held.low > 0.5, contradicted=held.high < 0.1),
         f"{count} coordinates hold {held} of its squared length; it is up to {times:.3g} times as long as "
-        f"the others",
+        "the others",
         events[len(events) // 2],
         "their share against 0.5 and 0.1",
     )

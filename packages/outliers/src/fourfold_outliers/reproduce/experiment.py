@@ -402,11 +402,11 @@ def _drawings(scale: Scale) -> Sequence[Drawing]:
 EXPERIMENT = Experiment(
     package="outliers",
     title="Outlier dimensions",
-    paper="Puccetti, Rogers, Drozd, Dell'Orletta: Outliers Dimensions that Disrupt Transformers Are Driven "
-    "by "
-    "Frequency. Findings of EMNLP 2022",
-    idea="A handful of coordinates of the residual stream lie far from the others in most tokens and layers; "
-    "without them the model breaks down, and how often a token occurs in training is said to drive them.",
+    paper="Puccetti, Rogers, Drozd, Dell'Orletta: Outliers Dimensions that Disrupt Transformers Are "
+    "Driven by Frequency. Findings of EMNLP 2022",
+    idea="A handful of coordinates of the residual stream lie far from the others in most tokens and "
+    "layers; without them the model breaks down, and how often a token occurs in training is said to "
+    "drive them.",
     headline=headline,
     picture="languages",
     claims=CLAIMS,

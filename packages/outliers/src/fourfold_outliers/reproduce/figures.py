@@ -152,38 +152,33 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
         Drawing(
             name="languages",
             caption="Outliers by share behind the second of three layers, and the mean cosine there, in "
-            "Llamas of "
-            f"0.7 M parameters that learn a bigram language of 3 nats a token; {seeds}. Only frequencies "
-            f"differ; "
-            "grey: Zipf's language, its log frequencies added to the logits.",
+            f"Llamas of 0.7 M parameters that learn a bigram language of 3 nats a token; {seeds}. Only "
+            "frequencies differ; grey: Zipf's language, its log frequencies added to the logits.",
             draw=languages,
         ),
         Drawing(
             name="where",
-            caption="Share of the tokens in which a coordinate lies beyond three standard deviations of the "
-            "token's "
-            f"coordinates, position 0 apart. SmolLM2-135M, {documents}.",
+            caption="Share of the tokens in which a coordinate lies beyond three standard deviations of "
+            f"the token's coordinates, position 0 apart. SmolLM2-135M, {documents}.",
             draw=where,
         ),
         Drawing(
             name="anisotropy",
             caption="Parts of the outliers in the mean cosine of two tokens, the whole, and what is left "
-            "without "
-            f"them. SmolLM2-135M, {documents}.",
+            f"without them. SmolLM2-135M, {documents}.",
             draw=anisotropy,
         ),
         Drawing(
             name="disabled",
             caption="Rise of the loss with coordinates disabled by a gain of zero in every norm, or as "
-            "said; 95 % over "
-            f"documents. SmolLM2-135M, {documents}.",
+            f"said; 95 % over documents. SmolLM2-135M, {documents}.",
             draw=disabled,
         ),
         Drawing(
             name="links",
             caption="Rank correlation over token ids of a coordinate's mean size with frequency in both "
-            "corpora; bands: "
-            f"95 % over documents, and 95 % of other coordinates. SmolLM2-135M, {documents}.",
+            "corpora; bands: 95 % over documents, and 95 % of other coordinates. SmolLM2-135M, "
+            f"{documents}.",
             draw=links,
         ),
     ]
@@ -192,8 +187,8 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
             Drawing(
                 name="by-layer",
                 caption="Above: rise of the loss with the outliers disabled in both norms of one layer. "
-                "Below: mean size "
-                f"of their links to frequency in the states that the layer reads. SmolLM2-135M, {documents}.",
+                "Below: mean size of their links to frequency in the states that the layer reads. "
+                f"SmolLM2-135M, {documents}.",
                 draw=by_layer,
             )
         )

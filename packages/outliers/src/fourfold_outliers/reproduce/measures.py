@@ -166,7 +166,6 @@ def headline(records: Records) -> str:
     }
     return (
         f"{len(outliers)} of SmolLM2's 576 coordinates carry it: without them the loss rises by {harm:.2g} "
-        f"nats, "
-        f"without as many others by {median:.2g}. A small model of a language with Zipf's frequencies has "
-        f"{counts['zipf']:.2g} outliers a layer, of a flat one {counts['flat']:.2g}."
+        f"nats, without as many others by {median:.2g}. A small model of a language with Zipf's "
+        f"frequencies has {counts['zipf']:.2g} outliers a layer, of a flat one {counts['flat']:.2g}."
     )
