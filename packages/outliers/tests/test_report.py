@@ -66,7 +66,7 @@ def test_the_planted_coordinate_is_reported_with_all_that_is_asked(made: Report)
     assert all(PLANTED not in each.coordinates for each in made.random)
     assert made.as_it_is.rise.value == 0
     assert made.tokens == 15 * 39
-    assert f"{PLANTED} of 32 coordinates is far from the others" in made.sentence
+    assert f"Of 32 coordinates, {PLANTED} is far from the others" in made.sentence
 
 
 def test_the_command_prints_a_table_or_json_and_writes_a_page(

@@ -280,7 +280,7 @@ def by_way_of_the_head(records: Records) -> Finding:
     conditions=f"{_MODEL}; gains folded, the residual stream turned by a random orthogonal matrix",
     rule="reproduced if no coordinate of an inner layer is an outlier by share after turning, and logits "
     "differ by less than 0.001 of the largest; contradicted if at least half of the outliers are left",
-    scales=("smoke", "laptop"),
+    scales=("laptop",),
     needs="the model",
 )
 def of_a_basis(records: Records) -> Finding:

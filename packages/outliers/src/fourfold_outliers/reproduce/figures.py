@@ -146,8 +146,8 @@ def languages(records: Records) -> Figure:
 
 def drawings(scale: Scale) -> Sequence[Drawing]:
     """The figures of a scale; layers apart at laptop scale only."""
-    documents = "4 documents of 48 tokens" if scale == "smoke" else "40 documents of 128 tokens"
-    seeds = "one seed, 24 steps" if scale == "smoke" else "three seeds, one line each"
+    documents = "4 documents of 32 tokens" if scale == "smoke" else "40 documents of 128 tokens"
+    seeds = "one seed, 12 steps" if scale == "smoke" else "three seeds, one line each"
     made = [
         Drawing(
             name="languages",

@@ -122,7 +122,7 @@ def reading(scale: Scale) -> Reading:
         ),
         tokenizer=SmolLM2Tokenizer(),
         documents=2 if is_smoke else 20,
-        tokens=48 if is_smoke else 128,
+        tokens=32 if is_smoke else 128,
     )
 
 
@@ -142,13 +142,13 @@ def frequencies(scale: Scale) -> Frequencies:
 
 
 def disabling(scale: Scale) -> Disabling:
-    """20 random sets and 10 of like gains (3 and 1 at smoke scale)."""
+    """20 random sets and 10 of like gains (2 and 1 at smoke scale)."""
     is_smoke = scale == "smoke"
     return Disabling(
         name="disabling",
         model=SmolLM2(),
         reading=reading(scale),
-        random=3 if is_smoke else 20,
+        random=2 if is_smoke else 20,
         matched=1 if is_smoke else 10,
     )
 
@@ -173,7 +173,7 @@ def speaking(arm: Arm, seed: int, scale: Scale) -> Speaking:
     6.24. The rate of 0.01 is high for the size: at 0.003 no coordinate became an outlier in 800 steps of a
     pilot under Zipf's law.
     """
-    steps = 24 if scale == "smoke" else 400
+    steps = 12 if scale == "smoke" else 400
     law: Law = "flat" if arm == "flat" else "zipf"
     llama = Llama(
         width=128,
@@ -207,7 +207,7 @@ def speaking(arm: Arm, seed: int, scale: Scale) -> Speaking:
         precision="fp32",
         engine=Single(),
         seed=seed,
-        validate_every=12 if scale == "smoke" else 20,
+        validate_every=6 if scale == "smoke" else 20,
         checkpoint_every=steps,
     )
     return Speaking(arm=arm, run=run)
