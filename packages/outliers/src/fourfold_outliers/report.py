@@ -143,13 +143,13 @@ class Report:
             for link in self.links
             if abs(link.size.value) > self.others_p95 and link.size.low * link.size.high > 0
         ]
-        is_alone = len(self.outliers) == 1
+        who, whom = ("is", "it") if len(self.outliers) == 1 else ("are", "them")
         spared = np.median([each.rise.value for each in self.random])
         return (
-            f"Of {self.width} coordinates, {_named(self.outliers)} {'is' if is_alone else 'are'} far from the "
-            f"others in most tokens and layers. Without {'it' if is_alone else 'them'} {100 * kept:.0f} % of "
-            f"the mean cosine is left, and the loss rises by {self.effects[0].rise.value:.2g} nats (as many others: "
-            f"{spared:.2g}). Linked to token frequency more than 95 % of the others: "
+            f"Of {self.width} coordinates, {_named(self.outliers)} {who} far from the others in most "
+            f"tokens and layers. Without {whom} {100 * kept:.0f} % of the mean cosine is left, and the "
+            f"loss rises by {self.effects[0].rise.value:.2g} nats (as many others: {spared:.2g}). Linked "
+            "to token frequency more than 95 % of the others: "
             f"{_named(linked) if linked else 'none'}."
         )
 
