@@ -31,9 +31,11 @@ def outliers(records: Records) -> str:
     record, events = records["disabling"], layers_in(records)[1:-1]
     cosine = sum(event.number("cosine") for event in events)
     rows: list[list[str]] = []
+    parts: list[float] = []
     for d in outliers_in(records):
         [event] = arms(record, f"only {d:.0f}")
         part = sum(float(table_of(e, "contributions")[f"{d:.0f}"]) for e in events)
+        parts.append(part)
         link = whole(records["frequency"].only("link", coordinate=int(d)))
         rows.append(
             [
@@ -46,10 +48,9 @@ def outliers(records: Records) -> str:
             ]
         )
     [together] = arms(record, "found")
-    left = whole(records["geometry"].only("anisotropy"))
     rows.append(
         [
-            "all", "", f"{100 * (1 - left.value):.0f} %", "", f"+{rise(record, together)}",
+            "all", "", f"{100 * sum(parts) / cosine:.0f} %", "", f"+{rise(record, together)}",
             str(attention_left(record, together)),
         ]
     )  # fmt: skip
