@@ -129,6 +129,17 @@ def a_watched_grid_tells_what_one_process_tells(folder: str) -> None:
     recorded(run, Path(folder))
 
 
+def a_grid_that_cuts_tokens_is_refused(folder: str) -> None:
+    with pytest.raises(
+        ValueError, match="cuts_tokens=True leaves a rank of row a part of the tokens"
+    ):
+        recorded(replace(small_run(Fourfold(row=2, cuts_tokens=True)), sequence=14), Path(folder))
+
+
+def test_cut_tokens_are_refused(tmp_path: Path) -> None:
+    run_on_ranks(2, a_grid_that_cuts_tokens_is_refused, folder=str(tmp_path / "grid"))
+
+
 def test_a_run_on_the_grid_tells_what_one_process_tells(tmp_path: Path) -> None:
     run_on_ranks(2, a_watched_grid_tells_what_one_process_tells, folder=str(tmp_path / "grid"))
     alone = recorded(replace(small_run(Single())), tmp_path / "alone").of("outliers")

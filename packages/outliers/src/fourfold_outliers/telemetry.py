@@ -63,11 +63,16 @@ class Outliers:
         """See `fourfold_parallel.run.train.Observer`.
 
         Raises:
-            ValueError: the engine cuts tokens over row, or layers over ranks, so that no rank sees a state.
+            ValueError: the engine cuts tokens over row, or a block that is whole gives all coordinates.
         """
         model = next(m for m in session.model.modules() if isinstance(m, PreTrainedModel))
         parallel = getattr(session, "parallel", None)
         mesh: Mesh | None = getattr(parallel, "mesh", None)
+        if getattr(parallel, "cuts_tokens", False):
+            raise ValueError(
+                "cuts_tokens=True leaves a rank of row a part of the tokens, and outliers are counted by "
+                "whole rows; train without this observer, or with cuts_tokens=False"
+            )
         width, layers = width_of(model), len(layers_of(model)) + 1
         here = width
         over_width = alone

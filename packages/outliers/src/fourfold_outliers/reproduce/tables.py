@@ -122,7 +122,7 @@ def ways(records: Records) -> str:
 
 
 def layers(records: Records) -> str:
-    """Anisotropy by the views of section 2, mean over inner layers."""
+    """Anisotropy of the states seen in other ways, mean over inner layers."""
     events = layers_in(records)
     names = {
         "cosine": "as it is",

@@ -98,6 +98,8 @@ class Parallel:
     whole: dict[str, str]
     """The blocks in which every rank of row and col computes alike what takes time, and why: they cost
     `row * col` times that. Those of which only a router is computed alike are not among them."""
+    cuts_tokens: bool
+    """Whether a rank of row sees a part of the residual stream's tokens between blocks."""
 
     def settle(self, *, when: str) -> None:
         """Drop what was gathered ahead, and check that nothing else is under way.
@@ -300,6 +302,7 @@ def parallelize(
             for name, rule in rules_of.items()
             if isinstance(rule, Whole) and not rule.divided
         },
+        cuts_tokens=stretch is not None and mesh.row.size > 1,
     )  # fmt: skip
     model.register_forward_pre_hook(
         lambda module, _, options: _restart(parallel, module, options), with_kwargs=True
