@@ -24,7 +24,6 @@ def main() -> None:
             "certify": commands.certify,
             "watch": commands.watch,
             "schedule": commands.schedule,
-            "mllog": commands.mllog,
             "checkpoint": commands.checkpoint,
             "storm": commands.storm,
             "packages": commands.packages,

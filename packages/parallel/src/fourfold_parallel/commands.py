@@ -291,38 +291,6 @@ def probe(
         )
 
 
-def mllog(
-    record: Path, /, *, target_loss_nats: float | None = None, out: Path | None = None
-) -> None:
-    """Time to quality of a training: where it went, and as a log for MLCommons' compliance checker.
-
-    Args:
-        record: The .jsonl file that the run wrote.
-        target_loss_nats: Validation loss that counts as quality reached; the run's own (Until) by default.
-        out: The log; by default beside the record, with the ending .mllog.
-    """
-    from rich.console import Console
-    from rich.table import Table
-
-    from fourfold_parallel.common.files import write_text
-    from fourfold_parallel.common.records import read_record
-    from fourfold_parallel.run import mllog as made
-
-    read = read_record(record)
-    text = made.lines(read, target_loss_nats=target_loss_nats)
-    path = out or record.with_suffix(".mllog")
-    write_text(path, text)
-    table = Table("part", "seconds", "share", box=None)
-    for name, seconds, share in made.shown(read):
-        table.add_row(name, f"{seconds:.2f}", f"{100 * share:.1f} %")
-    target = Console(highlight=False)
-    target.print(table)
-    target.print(
-        f"{path}; python -m mlperf_logging.compliance_checker --config {made.RULES} {path}",
-        soft_wrap=True,
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class List:
     """Step, ranks, engine and size of each checkpoint in a folder, and which is the latest."""

@@ -22,7 +22,7 @@ from fourfold_parallel.reproduce.experiment import (
     installed,
 )
 from fourfold_parallel.reproduce.page import inline, render
-from fourfold_parallel.run.mllog import is_timed, shown
+from fourfold_parallel.run.timeline import is_timed, shown
 
 HERE = Path(__file__).resolve().parent
 

@@ -10,7 +10,6 @@ stops.
 
 import importlib.resources
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from fourfold_parallel.common.records import Event, Record
 from fourfold_parallel.run.recipe import Run, Until
 
-RULES = Path(str(importlib.resources.files("fourfold_parallel.run").joinpath("fourfold.yaml")))
+RULES = Path(str(importlib.resources.files("fourfold_mlperf_hpc").joinpath("fourfold.yaml")))
 """Our rule file. Rule files run code: never check a log with one from elsewhere."""
 
 
@@ -206,52 +205,3 @@ class _Log:
 
     def text(self) -> str:
         return "\n".join(self._lines) + "\n"
-
-
-def is_timed(record: Record) -> bool:
-    """Whether a record is of a training, and says where its time went."""
-    return bool(record.of("staged") and record.of("step"))
-
-
-PARTS = ("staging", "data", "compute", "exposed communication", "evaluation", "checkpoint", "rest")
-
-
-def decomposed(record: Record) -> dict[str, float]:
-    """Seconds of a training by what they were spent on, as its first rank saw them; they add up to the whole.
-
-    `compute` is what is left of the steps without waiting for data and for other ranks. The grid notes all
-    waiting; what DDP and FSDP2 wait for inside backward counts as compute. `rest` is what no event claims:
-    records, and after a restart the time until the ranks stood again with the steps that were lost.
-
-    Raises:
-        ValueError: The record is of no training, or lacks the times.
-    """
-    if not is_timed(record):
-        raise ValueError(f"{record.path} is not the record of a training with its times")
-    staged, steps = record.of("staged"), record.of("step")
-    first = staged[0]
-    whole_s = (record.events[-1].number("at_ms") - first.number("at_ms")) / 1000 + first.number(
-        "elapsed_s"
-    )
-
-    def total(events: tuple[Event, ...], key: str) -> float:
-        return sum(event.number(key) for event in events)
-
-    saves = (*record.of("saved"), *record.of("save_failed"))
-    parts = {
-        "staging": total(staged, "elapsed_s"),
-        "data": total(steps, "data_s"),
-        "compute": total(steps, "elapsed_s") - total(steps, "data_s") - total(steps, "waited_s"),
-        "exposed communication": total(steps, "waited_s"),
-        "evaluation": total(record.of("validation"), "elapsed_s"),
-        "checkpoint": total(saves, "stall_s"),
-    }
-    return {**parts, "rest": whole_s - sum(parts.values())}
-
-
-def shown(record: Record) -> Iterator[tuple[str, float, float]]:
-    """Part, seconds and share of the whole."""
-    parts = decomposed(record)
-    whole_s = sum(parts.values())
-    for name, seconds in parts.items():
-        yield name, seconds, seconds / whole_s
