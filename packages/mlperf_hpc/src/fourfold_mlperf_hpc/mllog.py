@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fourfold_mlperf_hpc.trainings import run_of, target_of
 from fourfold_parallel.common.records import Event, Record
-from fourfold_parallel.run.recipe import Run, Until
+from fourfold_parallel.run.recipe import Run
 
 RULES = Path(str(importlib.resources.files("fourfold_mlperf_hpc").joinpath("fourfold.yaml")))
 """Our rule file. Rule files run code: never check a log with one from elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Submission:
+class Submitter:
     """Who ran what, as the checker asks for it."""
 
     organization: str = "fourfold"
@@ -30,24 +31,8 @@ class Submission:
     benchmark: str = "language_model"
 
 
-def target_of(run: Run, target_loss_nats: float | None) -> float:
-    """The quality that a run is timed to.
-
-    Raises:
-        ValueError: Neither the run nor the caller names one.
-    """
-    if target_loss_nats is not None:
-        return target_loss_nats
-    if isinstance(run.horizon, Until):
-        return run.horizon.loss_nats
-    raise ValueError(
-        f"run {run.name!r} trains for a number of steps, and names no quality to be timed to; name one "
-        "(--target-loss-nats 3.3), or train with horizon=Until(loss_nats=3.3, count=...)"
-    )
-
-
 def lines(
-    record: Record, *, target_loss_nats: float | None = None, submission: Submission | None = None
+    record: Record, *, target_loss_nats: float | None = None, by: Submitter | None = None
 ) -> str:
     """A training's record as a log of MLCommons' format, to the first validation that meets the target.
 
@@ -57,14 +42,14 @@ def lines(
     Args:
         record: of one training run.
         target_loss_nats: of a validation; the run's own (`Until`) where none is given.
-        submission: who ran what.
+        by: who ran what.
 
     Raises:
         ValueError: The record is of something else, lacks the times, or no target is named.
     """
-    run = _run_of(record)
+    run = run_of(record)
     target = target_of(run, target_loss_nats)
-    by = submission or Submission()
+    by = by or Submitter()
     staged = record.of("staged")
     first = staged[0]
     starts_ms = round(first.number("at_ms") - 1000 * first.number("elapsed_s"))
@@ -82,18 +67,8 @@ def lines(
     return log.text()
 
 
-def _run_of(record: Record) -> Run:
-    run = record.run
-    if not isinstance(run, Run) or not record.of("staged"):
-        raise ValueError(
-            f"{record.path} is not the record of one training with its times; name the .jsonl file that "
-            "train(...) wrote"
-        )
-    return run
-
-
 def _facts(
-    run: Run, record: Record, staged: Event, by: Submission, target: float
+    run: Run, record: Record, staged: Event, by: Submitter, target: float
 ) -> dict[str, Any]:
     header = record.events[0].values
     optimizer: Any = run.optimizer

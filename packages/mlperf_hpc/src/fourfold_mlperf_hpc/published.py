@@ -233,8 +233,8 @@ def submission_of(system: str, benchmark: str = "cosmoflow", division: str = "")
             division in ("", submission.division)
         ):
             return submission
-    known = ", ".join(f"{one.title} ({one.benchmark})" for one in published())
-    raise ValueError(f"no {benchmark} run of {system!r}; there are {known}")
+    titles = ", ".join(f"{known.title} ({known.benchmark})" for known in published())
+    raise ValueError(f"no {benchmark} run of {system!r}; there are {titles}")
 
 
 def _submission(facts: Mapping[str, Any], runs: Sequence[LoggedRun]) -> Submission:

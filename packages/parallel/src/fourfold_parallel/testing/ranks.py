@@ -173,7 +173,7 @@ def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
 def _module(source: str, name: str) -> ModuleType:
     """The module of a law: an installed one by its name, a test's file whatever its runner called it."""
     path = Path(source)
-    if name.startswith("fourfold_parallel."):
+    if name.startswith("fourfold_"):
         return importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(f"laws_{path.stem}", path)
     assert spec is not None
