@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fourfold_parallel.run.mllog import RULES, Submission, decomposed, lines
 
 from fourfold_parallel.common.progress import silent
 from fourfold_parallel.common.records import Record, read_record
 from fourfold_parallel.run import mllog
 from fourfold_parallel.run.data import Batch, TokenStream
-from fourfold_parallel.run.mllog import RULES, Submission, decomposed, lines
 from fourfold_parallel.run.recipe import Run, Steps, Until
 from fourfold_parallel.run.train import train
 

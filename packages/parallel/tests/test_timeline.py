@@ -131,9 +131,7 @@ def test_a_slow_network_is_exposed_communication(
     (waits, parts), _ = run_on_ranks(2, slow_collectives, run=run, folder=tmp_path)
     in_steps = sum(waits[phase] for phase in ("data", "forward", "backward", "update"))
     assert in_steps >= 5
-    assert parts["exposed communication"] == pytest.approx(
-        0.02 * in_steps, abs=EVENTS * ROUNDED_S
-    )
+    assert parts["exposed communication"] == pytest.approx(0.02 * in_steps, abs=EVENTS * ROUNDED_S)
     assert parts["compute"] == pytest.approx(0.0, abs=EVENTS * ROUNDED_S)
     assert parts["evaluation"] == pytest.approx(0.02 * waits["validation"], abs=0.001)
 

@@ -67,9 +67,7 @@ def lines(
     return log.text()
 
 
-def _facts(
-    run: Run, record: Record, staged: Event, by: Submitter, target: float
-) -> dict[str, Any]:
+def _facts(run: Run, record: Record, staged: Event, by: Submitter, target: float) -> dict[str, Any]:
     header = record.events[0].values
     optimizer: Any = run.optimizer
     ranks = int(record.events[0].number("world_size"))

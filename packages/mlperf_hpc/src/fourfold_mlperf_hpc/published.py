@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fourfold_mlperf_hpc.decomposition import Attempt, counted, expected, score_s
+from fourfold_mlperf_hpc.decomposition import Attempt, counted, score_s
 
 FACTS = Path(__file__).with_name("measured") / "v0.7.jsonl"
 MINUTE_S = 60.0
@@ -184,9 +184,9 @@ class Submission:
         return score_s(self.attempts) / MINUTE_S
 
     @property
-    def counted(self) -> Attempt:
-        """The mean of the attempts that the rules count; its time is the score."""
-        return expected(counted(self.attempts))
+    def counted(self) -> tuple[Attempt, ...]:
+        """The attempts that the rules count; their mean time is the score."""
+        return counted(self.attempts)
 
     def mean_min(self, seconds: Sequence[float]) -> float:
         """Minutes, as a mean over runs."""
@@ -202,17 +202,17 @@ def read_round(path: Path = FACTS) -> tuple[Submission, ...]:
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if not lines or lines[0].get("kind") != "source":
         raise ValueError(f"{path} holds no facts of logs; make it with: extract FOLDER")
-    submissions: list[tuple[dict[str, Any], list[LoggedRun]]] = []
+    groups: list[tuple[dict[str, Any], list[LoggedRun]]] = []
     for line in lines[1:]:
         if line["kind"] == "submission":
-            submissions.append((line, []))
+            groups.append((line, []))
         else:
-            submissions[-1][1].append(_run(line))
-    return tuple(_submission(facts, runs) for facts, runs in submissions)
+            groups[-1][1].append(_run(line))
+    return tuple(_submission(facts, runs) for facts, runs in groups)
 
 
 @cache
-def published() -> tuple[Submission, ...]:
+def submissions() -> tuple[Submission, ...]:
     """The 15 submissions of v0.7, CosmoFlow first, closed before open, by devices."""
     return tuple(
         sorted(
@@ -228,12 +228,12 @@ def submission_of(system: str, benchmark: str = "cosmoflow", division: str = "")
     Raises:
         ValueError: There is none.
     """
-    for submission in published():
+    for submission in submissions():
         if (submission.system, submission.benchmark) == (system, benchmark) and (
             division in ("", submission.division)
         ):
             return submission
-    titles = ", ".join(f"{known.title} ({known.benchmark})" for known in published())
+    titles = ", ".join(f"{known.title} ({known.benchmark})" for known in submissions())
     raise ValueError(f"no {benchmark} run of {system!r}; there are {titles}")
 
 

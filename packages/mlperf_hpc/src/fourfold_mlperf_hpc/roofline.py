@@ -131,9 +131,7 @@ class Traffic(TorchDispatchMode):
         self.most_bytes = 0
         self.once: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Perform an operation, and count what it reads and writes."""
         result = func(*args, **(kwargs or {}))
         if not _moves_nothing(func):
@@ -201,7 +199,7 @@ def device_bytes_read() -> int:
     return int(dict(line.split(": ") for line in lines)["read_bytes"])
 
 
-def roofline(run: Run, *, ranks: int = 1, steps: int = 7) -> Roofline:
+def roofline_of(run: Run, *, ranks: int = 1, steps: int = 7) -> Roofline:
     """The roofline of a run's step on ranks of this machine that share its batch, one thread each.
 
     Raises:
@@ -215,7 +213,7 @@ def roofline(run: Run, *, ranks: int = 1, steps: int = 7) -> Roofline:
 
 
 def measured(run: Run, steps: int) -> Roofline:
-    """As `roofline`; every rank of the process group calls it."""
+    """As `roofline_of`; every rank of the process group calls it."""
     ranks, trace = world_size(), Trace()
     mesh = Mesh(data=ranks).observed(trace)
     plain = run.model.build(seed=run.seed)

@@ -10,8 +10,8 @@ from functools import partial
 
 import torch
 
-from fourfold_mlperf_hpc.decomposition import factors
-from fourfold_mlperf_hpc.published import FACTS, LoggedRun, Submission, published
+from fourfold_mlperf_hpc.decomposition import expected, factors
+from fourfold_mlperf_hpc.published import FACTS, LoggedRun, Submission, submissions
 from fourfold_mlperf_hpc.reproduce.claims import CLAIMS
 from fourfold_mlperf_hpc.reproduce.measures import headline, pairs
 from fourfold_mlperf_hpc.reproduce.ranks import train_on_ranks
@@ -41,10 +41,10 @@ from fourfold_parallel.testing.ranks import close_ranks, run_on_ranks
 def take_round_apart(study: PublishedRound, workplace: Workplace) -> None:
     """The public systems and pairs of them; events "system", "runs" and "pair"."""
     with workplace.recording(study, seed=0) as records:
-        for submission in published():
+        for submission in submissions():
             _tell_system(records, submission)
         for what, a, b in pairs():
-            parts = factors(a.counted, b.counted)
+            parts = factors(expected(a.counted), expected(b.counted))
             records.write(
                 "pair", a=a.title, b=b.title, benchmark=a.benchmark, between=what,
                 a_min=round(a.score_min, 4), b_min=round(b.score_min, 4), whole=parts.whole,
@@ -74,7 +74,7 @@ def _tell_system(records: RecordWriter, submission: Submission) -> None:
         epochs_by_run=[run.epochs_begun for run in submission.runs],
         epoch_s_by_run=[round(run.epoch_s, 4) for run in runs],
         staging_share_by_run=[round(run.staging_s / run.elapsed_s, 6) for run in runs],
-        seconds={part: round(s, 3) for part, s in submission.counted.seconds.items()},
+        seconds={part: round(s, 3) for part, s in expected(submission.counted).seconds.items()},
     )  # fmt: skip
 
 
@@ -93,7 +93,9 @@ def train_to_quality(study: TimeToQuality, workplace: Workplace) -> None:
         # A run that was trained to its end is not opened again, which would cost it a second staging.
         if record.exists() and read_record(record).of("trained"):
             continue
-        run.data.open(sequence=run.sequence, seed=seed)  # what is tokenized once is no seed's staging
+        run.data.open(
+            sequence=run.sequence, seed=seed
+        )  # what is tokenized once is no seed's staging
         if study.ranks == 1:
             train(run, record=record, checkpoints=place / "checkpoints", progress=silent)
         else:
@@ -145,13 +147,13 @@ def stage_at_speeds(study: StagingShare, workplace: Workplace) -> None:
 
 def draw_rooflines(study: Rooflines, workplace: Workplace) -> None:
     """Steps of runs on ranks of this machine; events "roofline"."""
-    from fourfold_mlperf_hpc.roofline import roofline
+    from fourfold_mlperf_hpc.roofline import roofline_of
 
     with workplace.recording(study, seed=0) as records:
         for ranks in study.ranks:
             for run in study.runs:
                 workplace.progress(0, len(study.runs), f"{run.name} on {ranks}")
-                line = roofline(run, ranks=ranks)
+                line = roofline_of(run, ranks=ranks)
                 records.write(
                     "roofline", run=run.name, ranks=ranks, parameters=line.parameters,
                     tokens=line.tokens, step_s=round(line.step_s, 6), bound=line.bound,

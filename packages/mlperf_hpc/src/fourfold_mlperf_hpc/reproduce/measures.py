@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from fourfold_mlperf_hpc.decomposition import Attempt, bootstrap, expected, factors
-from fourfold_mlperf_hpc.published import Submission, published, submission_of
+from fourfold_mlperf_hpc.published import Submission, submission_of, submissions
 from fourfold_parallel.common.records import Event
 from fourfold_parallel.reproduce.claims import Interval, Records
 from fourfold_parallel.run.timeline import PartName
@@ -81,7 +81,7 @@ def closed_cosmoflow() -> tuple[Submission, ...]:
     """The systems whose batches and epochs are compared."""
     return tuple(
         submission
-        for submission in published()
+        for submission in submissions()
         if (submission.benchmark, submission.division) == ("cosmoflow", "closed")
     )
 

@@ -37,7 +37,10 @@ def table_pairs(records: Records) -> str:
     rows = [
         [
             f"{event.values['a']} to {event.values['b']}, {event.values['between']}",
-            *(f"{event.number(key):.2f}" for key in ("whole", "convergence", "compute", "overhead")),
+            *(
+                f"{event.number(key):.2f}"
+                for key in ("whole", "convergence", "compute", "overhead")
+            ),
         ]
         for event in records["published"].of("pair")
     ]

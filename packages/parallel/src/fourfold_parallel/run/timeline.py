@@ -41,9 +41,7 @@ def seconds_by_part(record: Record, *, until: Event | None = None) -> Mapping[Pa
     whole_s = (last.number("at_ms") - first.number("at_ms")) / 1000 + first.number("elapsed_s")
 
     def total(kind: str, key: str) -> float:
-        return sum(
-            event.number(key) for event in record.of(kind) if event.line <= last.line
-        )
+        return sum(event.number(key) for event in record.of(kind) if event.line <= last.line)
 
     training_s, data_s, waited_s = (
         total("step", key) for key in ("elapsed_s", "data_s", "waited_s")
