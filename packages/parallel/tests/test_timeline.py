@@ -1,4 +1,4 @@
-"""Delays are found in the part of the time that they were put into. The clock is made here: sleeping moves it."""
+"""Delays are found in the part of the time that they were put into. Sleeping moves the tests' clock."""
 
 from __future__ import annotations
 

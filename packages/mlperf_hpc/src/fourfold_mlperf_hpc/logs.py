@@ -23,11 +23,12 @@ SOURCE = {
     "source": "https://github.com/mlcommons/hpc_results_v0.7",
     "commit": "3edadefe722000a5613076f0ba429365850b44cd",
     "licence": "Apache-2.0",
-    "facts_of": "result_*.txt and systems/*.json; ms from run_start; a span is [ms since the one before, its ms]",
+    "facts_of": "result_*.txt, systems/*.json; ms from run_start; a span: [ms since the one before, its ms]",
 }
 QUALITIES = {"cosmoflow": "eval_error", "deepcam": "eval_accuracy"}
 """Key of the quality by benchmark: mean absolute error, intersection over union."""
-TOKEN = ":::MLL"
+MARK = re.compile(r":::MLL\S*\s*")
+"""Begins a line's own part: `:::MLLOG`, in older logs another ending."""
 
 
 def extract(folder: Path, out: Path) -> int:
@@ -65,7 +66,7 @@ def extract(folder: Path, out: Path) -> int:
 
 
 def facts(log: Path, benchmark: str) -> dict[str, Any]:
-    """Facts of one run, qualities to seven digits; `stop_ms` is null where the log ends without the run's stop."""
+    """Facts of one run, qualities to seven digits; `stop_ms` is null where the log ends before the run."""
     events = defaultdict(list)
     for event in _events(log):
         events[event["key"]].append(event)
@@ -107,7 +108,7 @@ def _events(log: Path) -> Iterator[dict[str, Any]]:
     """The lines of a log that are its own, whatever stands before the token or between them."""
     with log.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            at = re.search(rf"{TOKEN}\S*\s*", line)
+            at = MARK.search(line)
             if at is not None:
                 try:
                     yield json.loads(line[at.end() :])

@@ -41,7 +41,7 @@ def write_factors(
     _write(
         path,
         title=f"{parts.whole:.2f} times from {a} to {b}",
-        lead="Time to quality, taken apart. A factor above 1 speaks for the second; they multiply to the whole.",
+        lead="Time to quality, taken apart: factors above 1 speak for the second, and multiply to the whole.",
         drawn=drawn,
         rows=rows,
     )
@@ -70,12 +70,13 @@ def write_roofline(line: Roofline, path: Path) -> None:
         ["best product", f"{tops.flops_per_s / 1e9:.1f} GFLOP/s"],
         ["triad", f"{tops.memory_bytes_per_s / 1e9:.2f} GB/s"],
         ["all-reduce of 64 MB", f"{tops.wire_bytes_per_s / 1e9:.2f} GB/s"],
-        ["file, cold and warm", f"{tops.cold_bytes_per_s / 1e9:.2f} and {tops.warm_bytes_per_s / 1e9:.2f} GB/s"],
+        ["file, cold", f"{tops.cold_bytes_per_s / 1e9:.2f} GB/s"],
+        ["file, warm", f"{tops.warm_bytes_per_s / 1e9:.2f} GB/s"],
     ]  # fmt: skip
     _write(
         path,
         title=f"{name}: bound by {line.bound}",
-        lead=f"{100 * line.efficiency:.0f} % of that ceiling. Work counted, ceilings measured beside the step.",
+        lead=f"{100 * line.efficiency:.0f} % of its ceiling. Work is counted, ceilings measured beside it.",
         drawn=drawn,
         rows=rows,
     )

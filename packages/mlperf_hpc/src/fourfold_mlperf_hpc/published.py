@@ -199,9 +199,10 @@ def read_round(path: Path = FACTS) -> tuple[Submission, ...]:
     Raises:
         ValueError: The file is another one.
     """
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    if not lines or lines[0].get("kind") != "source":
+    text = path.read_text(encoding="utf-8")
+    if not text.startswith('{"kind":"source"'):
         raise ValueError(f"{path} holds no facts of logs; make it with: extract FOLDER")
+    lines = [json.loads(line) for line in text.splitlines()]
     groups: list[tuple[dict[str, Any], list[LoggedRun]]] = []
     for line in lines[1:]:
         if line["kind"] == "submission":

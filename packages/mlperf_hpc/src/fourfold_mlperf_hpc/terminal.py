@@ -118,6 +118,6 @@ def shown_roofline(line: Roofline) -> Group:
         f"{line.name} on {line.ranks} rank{'s' if line.ranks > 1 else ''}: a step takes "
         f"{1000 * line.step_s:.2f} ms",
         table,
-        f"bound by {line.bound}, at {100 * line.efficiency:.0f} % of its ceiling; with nothing fused or cached "
-        f"memory alone would take {1000 * line.unfused_s:.2f} ms",
+        f"bound by {line.bound}, at {100 * line.efficiency:.0f} % of its ceiling; with nothing fused or "
+        f"cached memory alone would take {1000 * line.unfused_s:.2f} ms",
     )

@@ -1,4 +1,4 @@
-"""The paper's claims, and the rules, fixed before the runs, by which its public logs and our runs judge them."""
+"""The paper's claims, and the rules, fixed before the runs, by which public logs and ours judge them."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _BOTH: tuple[Scale, ...] = ("smoke", "laptop")
 _LAPTOP: tuple[Scale, ...] = ("laptop",)
 _LOGS = "the 135 public logs of the round that the paper analyses, with the round's rules"
 _OURS = (
-    "a Llama of 32 thousand parameters on Python's manual, validation loss to 4.2, 3.95 and 3.7 nats, 5 seeds, "
-    "learning rate with the square root of the batch, one core a rank"
+    "a Llama of 32 thousand parameters on Python's manual, validation loss to 4.2, 3.95 and 3.7 nats, "
+    "5 seeds, learning rate with the square root of the batch, one core a rank"
 )
 WITHIN = 0.05
 """Of the law of the staging's share."""
@@ -44,18 +44,19 @@ WITHIN = 0.05
     says="Scaling gains more than ten times end to end",
     paper="> 10x",
     conditions=_LOGS + "; the systems compared differ in hardware",
-    rule="reproduced if the largest ratio of scores between two systems of one benchmark and division is above "
-    "10, contradicted otherwise; the largest between two sizes of one machine is shown beside it",
+    rule="reproduced if the largest ratio of scores between two systems of one benchmark and division is "
+    "above 10, contradicted otherwise; the largest between two sizes of one machine is shown beside it",
     scales=_BOTH,
     needs="",
 )
 def gains(records: Records) -> Finding:
     """The largest ratio of scores by benchmark and division."""
-    ratios: list[tuple[float, Event, Event]] = []
-    for a in systems(records):
-        for b in systems(records):
-            if all(a.values[key] == b.values[key] for key in ("benchmark", "division")):
-                ratios.append((a.number("score_min") / b.number("score_min"), a, b))
+    ratios = [
+        (a.number("score_min") / b.number("score_min"), a, b)
+        for a in systems(records)
+        for b in systems(records)
+        if all(a.values[key] == b.values[key] for key in ("benchmark", "division"))
+    ]
     alike = [entry for entry in ratios if _machine(entry[1]) == _machine(entry[2])]
     ratio, slow, fast = max(ratios, key=lambda entry: entry[0])
     within, small, large = max(alike, key=lambda entry: entry[0])
@@ -88,8 +89,8 @@ def _machine(event: Event) -> str:
     says="Larger batches cost epochs",
     paper="stated of the closed division's CosmoFlow runs",
     conditions=_LOGS + "; runs that missed count with the epochs that they did",
-    rule="Spearman's correlation of batch and epochs over all closed CosmoFlow runs, 95 % interval by bootstrap "
-    "over runs: reproduced if above 0.5, contradicted if below 0",
+    rule="Spearman's correlation of batch and epochs over all closed CosmoFlow runs, 95 % interval by "
+    "bootstrap over runs: reproduced if above 0.5, contradicted if below 0",
     scales=_BOTH,
     needs="",
 )
@@ -129,8 +130,8 @@ def batches_cost_epochs(records: Records) -> Finding:
     says="Larger batches cost epochs, in runs of ours",
     paper="stated of the closed division's CosmoFlow runs",
     conditions=_OURS,
-    rule="samples to the hardest target at batch 256 over those at 16, 95 % interval by bootstrap over 5 seeds, "
-    "misses censored: reproduced if above 1, contradicted if below",
+    rule="samples to the hardest target at batch 256 over those at 16, 95 % interval by bootstrap over 5 "
+    "seeds, misses censored: reproduced if above 1, contradicted if below",
     scales=_LAPTOP,
     needs="the laptop scale, which has both batches",
 )
@@ -177,8 +178,8 @@ def techniques_lift(records: Records) -> Finding:
     says="Staging matters more as scale grows",
     paper="near-compute storage matters; no number",
     conditions=_LOGS + "; the one machine and division with staging at two sizes",
-    rule="share of staging in the run, Fugaku at 8,192 nodes over Fugaku at 512, CosmoFlow closed, 95 % interval "
-    "of the ratio of means by bootstrap over runs: reproduced if above 1, contradicted if below",
+    rule="share of staging in the run, Fugaku at 8,192 nodes over Fugaku at 512, CosmoFlow closed, 95 % "
+    "interval of the ratio of means by bootstrap over runs: reproduced if above 1, contradicted if below",
     scales=_BOTH,
     needs="",
 )
@@ -213,10 +214,10 @@ def staging_grows(records: Records) -> Finding:
     section="abstract",
     says="Staging matters more as scale grows, in runs of ours",
     paper="near-compute storage matters; no number",
-    conditions="a token file copied from a store that is slowed down, on devices that are simulated by waiting in "
-    "the forward pass, at 1, 2 and 4 times the speed; one run each",
-    rule="share of staging s / (s + t / k) predicted from s and t at speed 1, all else as measured: reproduced "
-    "if every measured share at 2 and 4 is within 5 % of it and rises, contradicted otherwise",
+    conditions="a token file copied from a store that is slowed down, on devices that are simulated by "
+    "waiting in the forward pass, at 1, 2 and 4 times the speed; one run each",
+    rule="share of staging s / (s + t / k) predicted from s and t at speed 1, all else as measured: "
+    "reproduced if every measured share at 2 and 4 is within 5 % of it and rises, contradicted otherwise",
     scales=_LAPTOP,
     needs="the laptop scale, whose steps are long beside what the simulated device does not speed up",
 )
@@ -281,8 +282,8 @@ M5B = beyond_us(
     says="Data that fit the memory of twice the ranks are read superlinearly faster, in runs of ours",
     paper="Piz Daint: 12 % above ideal, as its submitter states",
     conditions="",
-    rule="a token file larger than the page cache of one rank and smaller than that of two: reproduced if two "
-    "ranks read more than twice as fast",
+    rule="a token file larger than the page cache of one rank and smaller than that of two: reproduced if "
+    "two ranks read more than twice as fast",
     needs="a machine where a rank's page cache can be capped (a memory cgroup that may be written to)",
 )
 

@@ -33,28 +33,29 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
     return [
         Drawing(
             name="factors",
-            caption="Ratios of scores between public systems of v0.7, as products of three factors; each above 1 "
-            "speaks for the second system. They multiply to the whole exactly.",
+            caption="Ratios of scores between public systems of v0.7, as products of three factors; each "
+            "above 1 speaks for the second system. They multiply to the whole exactly.",
             draw=factors,
         ),
         Drawing(
             name="batches",
-            caption="Left: epochs to the target by batch, a point a public CosmoFlow run. Right: samples to three "
-            f"targets by batch, mean and seeds of a small Llama, with N = least (1 + B / critical); {ours}.",
+            caption="Left: epochs to the target by batch, a point a public CosmoFlow run. Right: samples to "
+            "three targets by batch, mean and seeds of a small Llama, with "
+            f"N = least (1 + B / critical); {ours}.",
             draw=batches,
         ),
         Drawing(
             name="staging",
-            caption="Left: share of staging in the score of public systems. Right: ours, a store that is slowed "
-            f"down and a device that is simulated, with s / (s + t / k) from the first; {scale} scale, one run "
-            "each.",
+            caption="Left: share of staging in the score of public systems. Right: ours, a store that is "
+            f"slowed down and a device that is simulated, with s / (s + t / k) from the first; {scale} "
+            "scale, one run each.",
             draw=staging,
         ),
         Drawing(
             name="roofline",
-            caption="Left: steps under the roof of one rank; a line reaches from all operands of all operations "
-            "(tick) to every tensor once (dot). Right: the least time that each resource allows, and the "
-            f"measured step; {scale} scale.",
+            caption="Left: steps under the roof of one rank; a line reaches from all operands of all "
+            "operations (tick) to every tensor once (dot). Right: the least time that each resource allows, "
+            f"and the measured step; {scale} scale.",
             draw=roofline,
         ),
     ]
@@ -194,5 +195,8 @@ def _point(event: Event) -> tuple[str, float, float, float]:
     work: Any = _of(event, "work")
     flops = work["flops"]
     return (
-        _named(event), flops / work["most_bytes"], flops / work["least_bytes"], flops / event.number("step_s"),
-    )  # fmt: skip
+        _named(event),
+        flops / work["most_bytes"],
+        flops / work["least_bytes"],
+        flops / event.number("step_s"),
+    )

@@ -1,4 +1,4 @@
-"""A machine that is slower to stage, and one that computes faster: by sleeping, for the law of the staging's share."""
+"""A store that is slower to stage from, and a device that computes faster, both simulated by sleeping."""
 
 from __future__ import annotations
 

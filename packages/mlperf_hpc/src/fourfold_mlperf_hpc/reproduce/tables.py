@@ -11,12 +11,14 @@ from fourfold_mlperf_hpc.reproduce.measures import attempts_of, batches_of, syst
 from fourfold_parallel.reproduce.claims import Records
 from fourfold_parallel.reproduce.tables import markdown
 
+BENCHMARKS = {"cosmoflow": "CosmoFlow", "deepcam": "DeepCAM"}
+
 
 def table_systems(records: Records) -> str:
     """The 15 submissions: score, staging, epochs."""
     rows = [
         [
-            f"{event.values['system']}, {'DeepCAM' if event.values['benchmark'] == 'deepcam' else 'CosmoFlow'}",
+            f"{event.values['system']}, {BENCHMARKS[str(event.values['benchmark'])]}",
             f"{event.number('batch'):,.0f}",
             f"{event.number('score_min'):.2f}"
             + (f" ({event.number('misses'):.0f} missed)" if event.number("misses") else ""),
@@ -28,7 +30,10 @@ def table_systems(records: Records) -> str:
         ]
         for event in systems(records)
     ]  # fmt: skip
-    head = ["system, benchmark", "batch", "score, min", "staging", "before epoch 1", "epochs (sd)", "epoch", "in evaluation"]  # fmt: skip
+    head = [
+        "system, benchmark", "batch", "score, min", "staging", "before epoch 1", "epochs (sd)", "epoch",
+        "in evaluation",
+    ]  # fmt: skip
     return markdown(head, rows, numeric=True)
 
 
