@@ -27,4 +27,6 @@ def small_run(corpus: Path) -> Run:
 
     from fourfold_parallel.run.engines import Single
 
-    return replace(storm_run(corpus, steps=6), engine=Single(), validate_every=4)
+    return replace(
+        storm_run(corpus, steps=6), engine=Single(), validate_every=4, checkpoint_every=2
+    )

@@ -41,7 +41,9 @@ def attempts() -> st.SearchStrategy[Attempt]:
 def attempt(samples: float = 100.0, *, reached: bool = True, **seconds: float) -> Attempt:
     named = {part: seconds.get(part.replace(" ", "_"), 0.0) for part in PARTS}
     return Attempt(
-        samples=samples, is_reached=reached, seconds={**named, "compute": seconds.get("compute", 10.0)}
+        samples=samples,
+        is_reached=reached,
+        seconds={**named, "compute": seconds.get("compute", 10.0)},
     )
 
 

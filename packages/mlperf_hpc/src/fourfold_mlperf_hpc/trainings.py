@@ -87,6 +87,7 @@ def attempts_in(place: Path, *, target_loss_nats: float | None = None) -> tuple[
                 f"{path} is of another batch, model or engine than {paths[0]}; put the seeds of one "
                 "configuration in a folder of their own"
             )
+    for path, run in zip(paths, runs, strict=True):
         if seeds.count(run.seed) > 1:
             raise ValueError(f"{path} repeats seed {run.seed} of {place}; a seed counts once")
     return tuple(attempt_of(record, target_loss_nats=target_loss_nats) for record in records)
