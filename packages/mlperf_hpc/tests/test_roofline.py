@@ -42,7 +42,7 @@ def test_memory_that_is_used_again_counts_anew() -> None:
 
 
 def test_flops_of_a_step_are_those_counted_by_hand(small_run: Run) -> None:
-    """6 a weight and token in products; attention has 2 products forward, 5 backward (it computes one again)."""
+    """6 a weight and token in products; attention has 2 products forward, 5 backward."""
     model = small_run.model.build(seed=0)
     rows = torch.randint(0, 320, (4, 24))
     norms = sum(p.numel() for p in model.parameters() if p.ndim == 1)

@@ -34,10 +34,11 @@ def decompose(
         raise ValueError(f"{a} is compared with itself; name two records or folders")
     from fourfold_parallel.reproduce.terminal import console
 
-    parts = factors(*map(expected, sides.values()))
+    first, second = sides.values()
+    parts = factors(expected(first), expected(second))
     interval: tuple[float, float] | None = None
-    if all(len(attempts) > 1 for attempts in sides.values()):
-        interval = bootstrap(*sides.values(), lambda drawn: drawn.convergence)
+    if min(len(first), len(second)) > 1:
+        interval = bootstrap(first, second, lambda drawn: drawn.convergence)
     console().print(shown_factors(sides, parts, interval))
     from fourfold_mlperf_hpc.page import write_factors
 

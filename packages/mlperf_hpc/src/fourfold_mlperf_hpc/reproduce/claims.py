@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from fourfold_mlperf_hpc.published import submission_of
 from fourfold_mlperf_hpc.reproduce.measures import (
     attempts_of,
     convergence,
+    numbers,
     share,
     systems,
     targets_of,
@@ -108,7 +110,8 @@ def batches_cost_epochs(records: Records) -> Finding:
     )
 
     def correlation(rows: np.ndarray) -> float:
-        return float(spearmanr(rows[:, 0], rows[:, 1]).statistic)
+        ranked: Any = spearmanr(rows[:, 0], rows[:, 1])
+        return float(ranked.statistic)
 
     generator = np.random.default_rng(0)
     drawn = [
@@ -224,9 +227,9 @@ def staging_grows(records: Records) -> Finding:
 def our_staging_grows(records: Records) -> Finding:
     """Measured shares over predicted ones."""
     events = sorted(records["staging"].of("speed"), key=lambda event: event.number("speedup"))
-    parts = [dict(event.values["seconds"]) for event in events]  # pyright: ignore[reportArgumentType]
-    staging_s = float(parts[0]["staging"])
-    beside_s = sum(float(s) for s in parts[0].values()) - staging_s
+    first = numbers(events[0], "seconds")
+    staging_s = first["staging"]
+    beside_s = sum(first.values()) - staging_s
     shares = [share(event) for event in events]
     speedups = [event.number("speedup") for event in events]
     predicted = [staging_s / (staging_s + beside_s / k) for k in speedups]
@@ -347,8 +350,8 @@ def bounds_hold(records: Records) -> Finding:
 def _is_gradient_alone(event: Event) -> bool:
     """Whether what crosses data is one sum of a gradient of float32."""
     ranks = event.number("ranks")
-    work = dict(event.values["work"])  # pyright: ignore[reportArgumentType]
-    return float(work["wire_bytes"]) == 2 * (ranks - 1) / ranks * 4 * event.number("parameters")
+    sent = numbers(event, "work")["wire_bytes"]
+    return sent == 2 * (ranks - 1) / ranks * 4 * event.number("parameters")
 
 
 CLAIMS = claims_of(sys.modules[__name__])

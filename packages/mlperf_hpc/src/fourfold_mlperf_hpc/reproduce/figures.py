@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,11 +11,9 @@ from matplotlib.figure import Figure
 from fourfold_mlperf_hpc import charts
 from fourfold_mlperf_hpc.decomposition import batch_law, expected
 from fourfold_mlperf_hpc.reproduce.measures import (
-    attempts_of,
-    batches_of,
+    numbers,
     share,
     systems,
-    targets_of,
 )
 from fourfold_parallel.common.records import Event
 from fourfold_parallel.reproduce.claims import Records
@@ -142,7 +139,7 @@ def staging(records: Records) -> Figure:
     left.set_xlabel("share of staging (%)")
     left.set_title("Public systems")
     speeds = sorted(records["staging"].of("speed"), key=lambda event: event.number("speedup"))
-    first = cast("Mapping[str, float]", speeds[0].values["seconds"])
+    first = numbers(speeds[0], "seconds")
     beside = sum(first.values()) - first["staging"]
     x = np.linspace(1, speeds[-1].number("speedup"), 50)
     law = first["staging"] / (first["staging"] + beside / x)
@@ -165,7 +162,7 @@ def roofline(records: Records) -> Figure:
     left, right = figure.subplots(1, 2)
     events = records["rooflines"].of("roofline")
     alone = [event for event in events if event.number("ranks") == 1]
-    roofs = [_of(event, "ceilings") for event in alone]
+    roofs = [numbers(event, "ceilings") for event in alone]
     charts.roofline(
         left,
         flops_per_s=max(roof["flops_per_s"] for roof in roofs),
@@ -175,15 +172,11 @@ def roofline(records: Records) -> Figure:
     charts.bounds(
         right,
         [
-            (_named(event), _of(event, "bounds_s"), event.number("step_s"))
+            (_named(event), numbers(event, "bounds_s"), event.number("step_s"))
             for event in events
         ],
     )  # fmt: skip
     return figure
-
-
-def _of(event: Event, key: str) -> Mapping[str, float]:
-    return cast("Mapping[str, float]", event.values[key])
 
 
 def _named(event: Event) -> str:
@@ -192,7 +185,7 @@ def _named(event: Event) -> str:
 
 
 def _point(event: Event) -> tuple[str, float, float, float]:
-    work: Any = _of(event, "work")
+    work = numbers(event, "work")
     flops = work["flops"]
     return (
         _named(event),

@@ -71,9 +71,14 @@ def systems(records: Records, **fields: object) -> tuple[Event, ...]:
     return records["published"].of("system", **fields)
 
 
+def numbers(event: Event, key: str) -> Mapping[str, float]:
+    """Numbers by name in an event."""
+    return cast("Mapping[str, float]", event.values[key])
+
+
 def share(event: Event) -> float:
     """Of staging in the seconds of an event."""
-    seconds = cast("Mapping[str, float]", event.values["seconds"])
+    seconds = numbers(event, "seconds")
     return seconds["staging"] / sum(seconds.values())
 
 
