@@ -11,9 +11,12 @@ from matplotlib.figure import Figure
 from fourfold_mlperf_hpc import charts
 from fourfold_mlperf_hpc.decomposition import batch_law, expected
 from fourfold_mlperf_hpc.reproduce.measures import (
+    attempts_of,
+    batches_of,
     numbers,
     share,
     systems,
+    targets_of,
 )
 from fourfold_parallel.common.records import Event
 from fourfold_parallel.reproduce.claims import Records
