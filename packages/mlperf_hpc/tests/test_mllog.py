@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fourfold_mlperf_hpc.mllog import RULES, Submitter, lines
+from fourfold_mlperf_hpc.reproduce.recipes import TimeToQuality
 from fourfold_mlperf_hpc.trainings import attempt_of, attempts_in
 from fourfold_parallel.common.progress import silent
 from fourfold_parallel.common.records import Record, read_record
@@ -271,3 +272,12 @@ def test_seeds_of_one_configuration_lie_in_a_folder(tmp_path: Path, small_run: R
         attempts_in(tmp_path)
     with pytest.raises(ValueError, match="holds no record"):
         attempts_in(tmp_path / "other" / "c")
+
+
+def test_a_study_s_record_is_read_through_to_its_run(tmp_path: Path, small_run: Run) -> None:
+    """Other packages record a run together with what they ask of it."""
+    run = to_quality(small_run)
+    study = TimeToQuality(run=run, seeds=(3,), targets_nats=(QUALITY,), ranks=1)
+    record = recorded(run, tmp_path, study=study)
+    assert attempt_of(record).samples == record.last("reached").number("step") * run.batch
+    assert passes(lines(record), tmp_path, "--config", str(RULES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from fourfold_mlperf_hpc.decomposition import Attempt
@@ -11,18 +12,27 @@ from fourfold_parallel.run.timeline import is_timed, seconds_by_part
 
 
 def run_of(record: Record) -> Run:
-    """The run that a record is of.
+    """The run that a record is of, or that the study is of which it is.
 
     Raises:
         ValueError: It is of something else, or lacks the times.
     """
-    run = record.run
-    if not isinstance(run, Run) or not is_timed(record):
+    run = _run_within(record.run)
+    if run is None or not is_timed(record):
         raise ValueError(
             f"{record.path} is not the record of one training with its times; name the .jsonl file that "
             "train(...) wrote"
         )
     return run
+
+
+def _run_within(described: object) -> Run | None:
+    """A run itself, or the one run that a value of a study holds."""
+    if isinstance(described, Run) or not dataclasses.is_dataclass(described):
+        return described if isinstance(described, Run) else None
+    held = [getattr(described, field.name) for field in dataclasses.fields(described)]
+    runs = [value for value in held if isinstance(value, Run)]
+    return runs[0] if len(runs) == 1 else None
 
 
 def target_of(run: Run, target_loss_nats: float | None) -> float:
