@@ -1,1 +1,1 @@
-"""What only reproduces the paper."""
+"""The reproduction: recipes, claims, measures, experiment, figures."""

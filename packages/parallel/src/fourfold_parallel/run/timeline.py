@@ -1,4 +1,4 @@
-"""What a training's time went to, from its record: parts that add up to the whole.
+"""The parts of a training's time, from its record; they add up to the whole.
 
 Ranks wait for one another, disks for space, and validations for nobody; a record says so event by event.
 """
