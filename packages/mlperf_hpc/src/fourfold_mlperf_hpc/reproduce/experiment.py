@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -33,6 +34,7 @@ from fourfold_parallel.common.records import RecordWriter, read_record
 from fourfold_parallel.reproduce.experiment import Drawing, Experiment, Stage, Workplace
 from fourfold_parallel.reproduce.launches import Launch
 from fourfold_parallel.reproduce.scale import Scale
+from fourfold_parallel.run.recipe import Steps
 from fourfold_parallel.run.timeline import seconds_by_part
 from fourfold_parallel.run.train import train
 from fourfold_parallel.testing.ranks import close_ranks, run_on_ranks
@@ -123,11 +125,16 @@ def train_to_quality(study: TimeToQuality, workplace: Workplace) -> None:
 
 
 def stage_at_speeds(study: StagingShare, workplace: Workplace) -> None:
-    """One run at each speed of the device; events "speed"."""
+    """One run at each speed of the device, after one that is not counted; events "speed"."""
     torch.set_num_threads(1)
     study.packed.open(sequence=study.run.sequence, seed=0)  # tokenized before, and not timed
     study.packed.validation(sequence=study.run.sequence)
-    study.run.model.build(seed=0)  # libraries that the first model loads
+    # The first training of a process loads libraries, which is no store's doing.
+    train(
+        replace(study.run_of(max(study.speedups)), horizon=Steps(count=1)),
+        record=workplace.scratch / "first.jsonl", checkpoints=workplace.scratch / "first",
+        progress=silent,
+    )  # fmt: skip
     with workplace.recording(study, seed=0) as records:
         for speedup in study.speedups:
             workplace.progress(study.speedups.index(speedup), len(study.speedups), f"x{speedup}")
