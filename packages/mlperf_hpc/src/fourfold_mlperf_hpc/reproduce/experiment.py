@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -139,8 +140,8 @@ def stage_at_speeds(study: StagingShare, workplace: Workplace) -> None:
         for speedup in study.speedups:
             workplace.progress(study.speedups.index(speedup), len(study.speedups), f"x{speedup}")
             place = workplace.scratch / f"speedup{speedup}"
+            shutil.rmtree(place, ignore_errors=True)  # a run that goes on is not staged as a whole
             record = place / "record.jsonl"
-            record.unlink(missing_ok=True)
             run = study.run_of(speedup)
             train(run, record=record, checkpoints=place / "checkpoints", progress=silent)
             timed = read_record(record)
