@@ -119,13 +119,13 @@ def factors_figure(panels: Sequence[tuple[str, Mapping[str, float]]], *, columns
     """Waterfalls of the three factors, a panel a pair."""
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(3.6 * columns, 1.9 * rows))
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = [*figure.subplots(rows, columns, squeeze=False).flat]
     for axes, (title, by_name) in zip(grid, panels, strict=False):
         waterfall(
             axes,
             [(name, by_name[name], colour) for name, colour in GROUPS.items()],
             title=title,
         )
-    for axes in list(grid)[len(panels) :]:
+    for axes in grid[len(panels) :]:
         axes.set_axis_off()
     return figure
