@@ -130,8 +130,16 @@ def layers(records: Records) -> str:
         "centred": "less the mean over tokens",
         "standardised": "standardised",
     }
-    rows = [[name, f"{inner([e.number(key) for e in events]):.3f}"] for key, name in names.items()]
-    return markdown(["states", "mean cosine, inner layers"], rows)
+    isotropies = {"cosine": "isotropy", "without": "isotropy_without"}
+    rows: list[list[str]] = []
+    for key, name in names.items():
+        numbers = [
+            f"{inner([e.number(each) for e in events]):.3f}"
+            for each in (key, isotropies.get(key))
+            if each
+        ]
+        rows.append([name, *numbers, *[""] * (2 - len(numbers))])
+    return markdown(["states", "mean cosine, inner layers", "partition isotropy"], rows)
 
 
 TABLES: dict[str, Callable[[Records], str]] = {
