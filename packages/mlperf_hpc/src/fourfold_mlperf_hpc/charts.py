@@ -112,7 +112,10 @@ def bounds(axes: Axes, rows: Sequence[tuple[str, Mapping[str, float], float]]) -
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     axes.invert_yaxis()
     axes.set_xlabel("ms of a step")
-    axes.legend(fontsize=7.5, ncols=2)
+    axes.legend(
+        fontsize=7, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0), columnspacing=0.8,
+        handlelength=1.2,
+    )  # fmt: skip
 
 
 def factors_figure(panels: Sequence[tuple[str, Mapping[str, float]]], *, columns: int) -> Figure:
