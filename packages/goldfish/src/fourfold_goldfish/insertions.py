@@ -59,9 +59,9 @@ class Cell:
 class PlannedStream(TokenStream):
     """Rows in the order in which they stand: once through, and again from the first."""
 
-    def rows_of_step(self, step: int, batch: int) -> Int[np.ndarray, " batch"]:
-        """Rows of the global batch of a step (0-based), in order."""
-        return np.arange(step * batch, (step + 1) * batch) % len(self.row_starts)
+    def rows_at(self, positions: Int[np.ndarray, " row"]) -> Int[np.ndarray, " row"]:
+        """The rows as they stand, from the first again after the last."""
+        return positions % len(self.row_starts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

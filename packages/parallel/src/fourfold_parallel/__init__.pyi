@@ -28,6 +28,10 @@ from .run.engines import FSDP2 as FSDP2
 from .run.engines import DeepSpeed as DeepSpeed
 from .run.engines import Single as Single
 from .run.hosted import HostUpdate as HostUpdate
+from .run.mixtures import Mixed as Mixed
+from .run.mixtures import MixturePart as MixturePart
+from .run.mixtures import MixtureStage as MixtureStage
+from .run.mixtures import Staged as Staged
 from .run.models import Llama as Llama
 from .run.models import Published as Published
 from .run.models import SmolLM2 as SmolLM2
@@ -37,6 +41,8 @@ from .run.optimizer import AdamW as AdamW
 from .run.optimizer import Constant as Constant
 from .run.optimizer import Cooldown as Cooldown
 from .run.optimizer import Cosine as Cosine
+from .run.optimizer import Phase as Phase
+from .run.optimizer import Phases as Phases
 from .run.outofcore import Decisions as Decisions
 from .run.outofcore import OutOfCore as OutOfCore
 from .run.recipe import At as At
@@ -49,9 +55,12 @@ from .run.stores import Host as Host
 from .run.stores import Throttled as Throttled
 from .run.tokenizers import BytePairs as BytePairs
 from .run.tokenizers import PublishedTokenizer as PublishedTokenizer
+from .run.tokenizers import SharedBytePairs as SharedBytePairs
 from .run.tokenizers import SmolLM2Tokenizer as SmolLM2Tokenizer
 from .run.train import train as train
 from .run.train import trained_model as trained_model
+from .run.trained import CheckpointAt as CheckpointAt
+from .run.trained import Continued as Continued
 from .run.trained import TrainedBy as TrainedBy
 
 __version__: str

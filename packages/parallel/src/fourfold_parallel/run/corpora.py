@@ -12,10 +12,10 @@ import os
 import pkgutil
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from fourfold_parallel.common.files import StrPath, read_text, sha256_of
 from fourfold_parallel.common.records import Material
@@ -42,6 +42,20 @@ class Corpus(Protocol):
             ValueError: The material is not on this machine; the way to get it is named.
         """
         ...
+
+
+@runtime_checkable
+class _ReadsFiles(Protocol):
+    """A corpus or tokenizer that reads local files, which may be edited under the same name."""
+
+    def files(self) -> Sequence[Path]:
+        """The files, in the order in which they are read."""
+        ...
+
+
+def files_of(value: object) -> Sequence[Path]:
+    """The local files that a corpus or a tokenizer reads; none where what it reads has a version."""
+    return value.files() if isinstance(value, _ReadsFiles) else ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,11 +9,11 @@ rank computes its own share of the same global batch.
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from fourfold_parallel.common.files import cache_folder, sha256_of, whole_folder, write_text
 from fourfold_parallel.common.records import Material
 from fourfold_parallel.common.values import digest, from_json, to_json
-from fourfold_parallel.run.corpora import Corpus
+from fourfold_parallel.run.corpora import Corpus, files_of
 from fourfold_parallel.run.tokenizers import LoadedTokenizer, Tokenizer
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer) -> TokenFile:
     The cache key is made of both values, of the bytes of the local files that they name, and of the
     installed versions that produce the text, so a newer wheel and an edited file are read anew.
     """
-    contents = [sha256_of(path) for path in (*_files(corpus), *_files(tokenizer))]
+    contents = [sha256_of(path) for path in (*files_of(corpus), *files_of(tokenizer))]
     key = hashlib.sha256(
         json.dumps([_FORMAT, digest(corpus), digest(tokenizer), _producers(), *contents]).encode()
     ).hexdigest()
@@ -117,19 +117,6 @@ def _open(folder: Path) -> TokenFile:
     )
 
 
-@runtime_checkable
-class _ReadsFiles(Protocol):
-    """A corpus or tokenizer that reads local files, which may be edited under the same name."""
-
-    def files(self) -> Sequence[Path]:
-        """The files, in the order in which they are read."""
-        ...
-
-
-def _files(value: object) -> Sequence[Path]:
-    return value.files() if isinstance(value, _ReadsFiles) else ()
-
-
 def _producers() -> list[str]:
     import importlib.metadata
     import platform
@@ -141,6 +128,20 @@ def _producers() -> list[str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return producers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowParts:
+    """The part of a mixture that each row of a batch is of."""
+
+    names: tuple[str, ...] = ()
+    """Of all parts, those of no row here too: the same on every rank. None where one source is read."""
+    of_rows: tuple[int, ...] = ()
+    """Number of each row's part among `names`."""
+
+    def __getitem__(self, rows: slice) -> "RowParts":
+        """The parts of some of the rows."""
+        return RowParts(names=self.names, of_rows=self.of_rows[rows])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +158,7 @@ class Batch:
     """Row starts in the token file, so that an offending batch can be named and found again."""
     number: int = 0
     """The step; of a microbatch, how many came before it in the run. The same on every rank."""
+    parts: RowParts = RowParts()
 
     def to(self, device: torch.device) -> Self:
         """The same batch on a device."""
@@ -165,6 +167,7 @@ class Batch:
             document_ids=self.document_ids.to(device, non_blocking=True),
             addresses=self.addresses,
             number=self.number,
+            parts=self.parts,
         )
 
     def split(self, size: int) -> tuple[Self, ...]:
@@ -176,6 +179,7 @@ class Batch:
                 document_ids=self.document_ids[first : first + size],
                 addresses=self.addresses[first : first + size],
                 number=self.number * parts + first // size,
+                parts=self.parts[first : first + size],
             )
             for first in range(0, len(self.tokens), size)
         )
@@ -184,6 +188,51 @@ class Batch:
 def epoch_order(rows: int, *, epoch: int, seed: int) -> Int[np.ndarray, " rows"]:
     """Order of the rows in one epoch: the same on every rank, for any number of ranks."""
     return np.random.default_rng((seed, epoch)).permutation(rows)
+
+
+def share_of(batch: int, ranks: int) -> int:
+    """Rows of one rank.
+
+    Raises:
+        ValueError: The ranks do not divide the batch.
+    """
+    if batch % ranks:
+        raise ValueError(
+            f"batch={batch} rows do not divide over {ranks} batch ranks; use a multiple of {ranks}"
+        )
+    return batch // ranks
+
+
+class Stream(Protocol):
+    """Rows in an order that is a function of the step: what the loop reads."""
+
+    @property
+    def file(self) -> TokenFile:
+        """The ids; where several sources are read the first one's, all of which have its tokenizer."""
+        ...
+
+    @property
+    def materials(self) -> tuple[Material, ...]:
+        """All that the ids were made of."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """Rows of one pass over everything."""
+        ...
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The share of each part of a mixture, by its name; empty where one source is read."""
+        ...
+
+    def batch(self, step: int, *, batch: int, rank: int = 0, ranks: int = 1) -> Batch:
+        """This rank's share of a step's global batch: a contiguous `1/ranks` of its rows.
+
+        Raises:
+            ValueError: The ranks do not divide the batch.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,15 +262,28 @@ class TokenStream:
         """Targets in one pass over all rows."""
         return len(self.row_starts) * self.sequence
 
-    def rows_of_step(self, step: int, batch: int) -> Int[np.ndarray, " batch"]:
-        """Rows of the global batch of a step (0-based), in order.
+    @property
+    def materials(self) -> tuple[Material, ...]:
+        """See `Stream`."""
+        return self.file.materials
+
+    @property
+    def rows(self) -> int:
+        """See `Stream`."""
+        return len(self.row_starts)
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """None: it is one source."""
+        return {}
+
+    def rows_at(self, positions: Int[np.ndarray, " row"]) -> Int[np.ndarray, " row"]:
+        """The rows that stand at some positions (0-based) of the order.
 
         Epochs are joined end to end, so that every row is used exactly once per epoch for any batch.
         """
-        first = step * batch
-        positions = np.arange(first, first + batch)
         epochs, offsets = np.divmod(positions, len(self.row_starts))
-        rows = np.empty(batch, dtype=np.int64)
+        rows = np.empty(len(positions), dtype=np.int64)
         for epoch in np.unique(epochs):
             order = _cached_order(len(self.row_starts), int(epoch), self.seed)
             rows[epochs == epoch] = order[offsets[epochs == epoch]]
@@ -233,15 +295,13 @@ class TokenStream:
         Raises:
             ValueError: The ranks do not divide the batch.
         """
-        if batch % ranks:
-            raise ValueError(
-                f"batch={batch} rows do not divide over {ranks} batch ranks; use a multiple of {ranks}"
-            )
-        share = batch // ranks
-        rows = self.rows_of_step(step, batch)[rank * share : (rank + 1) * share]
-        return self._gather(self.row_starts[rows], step)
+        share = share_of(batch, ranks)
+        first = step * batch + rank * share
+        return self.read(np.arange(first, first + share), step)
 
-    def _gather(self, starts: Int[np.ndarray, " batch"], step: int) -> Batch:
+    def read(self, positions: Int[np.ndarray, " row"], step: int) -> Batch:
+        """The rows at some positions of the order, as the batch of a step."""
+        starts = self.row_starts[self.rows_at(positions)]
         positions = starts[:, None] + np.arange(self.sequence + 1)
         documents = np.searchsorted(self.file.document_starts, positions, side="right") - 1
         return Batch(
@@ -252,7 +312,7 @@ class TokenStream:
         )
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _cached_order(rows: int, epoch: int, seed: int) -> Int[np.ndarray, " rows"]:
     return epoch_order(rows, epoch=epoch, seed=seed)
 
@@ -260,11 +320,11 @@ def _cached_order(rows: int, epoch: int, seed: int) -> Int[np.ndarray, " rows"]:
 class TokenSource(Protocol):
     """A value that opens a token stream: what a recipe holds."""
 
-    def open(self, *, sequence: int, seed: int) -> TokenStream:
+    def open(self, *, sequence: int, seed: int) -> Stream:
         """The training stream, tokenizing the corpus on first use."""
         ...
 
-    def validation(self, *, sequence: int) -> TokenStream:
+    def validation(self, *, sequence: int) -> Stream:
         """Rows that training never sees, in a fixed order."""
         ...
 

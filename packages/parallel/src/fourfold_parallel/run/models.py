@@ -8,7 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -33,6 +33,15 @@ class Model(Protocol):
 
     def materials(self) -> tuple[Material, ...]:
         """Published weights it uses, with their licence."""
+        ...
+
+
+@runtime_checkable
+class CarriesState(Protocol):
+    """A model that may bring an optimizer's state with its weights."""
+
+    def carried(self) -> Path | None:
+        """The checkpoint whose state a run begins with; None where it begins with none."""
         ...
 
 

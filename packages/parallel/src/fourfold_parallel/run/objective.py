@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from fourfold_parallel.run.data import Batch
+from fourfold_parallel.run.data import Batch, RowParts
 
 IGNORE = -100
 """Target id that no loss counts, as in torch and transformers."""
@@ -106,7 +106,8 @@ class NextToken:
     ) -> MicrobatchLoss:
         """Loss on kept targets; from the same pass, without a graph, the loss on dropped ones."""
         logits = model(input_ids=batch.tokens[:, :-1], use_cache=False).logits
-        nats_sum = token_nats(logits, targets, model).sum()
+        nats = token_nats(logits, targets, model)
+        nats_sum = nats.sum()
         dropped = targets == IGNORE
         with torch.no_grad():
             left_out = batch.tokens[:, 1:][dropped]
@@ -116,8 +117,26 @@ class NextToken:
             telemetry={
                 "dropped_nats_sum": dropped_sum,
                 "dropped_targets": dropped.sum().to(nats_sum.dtype),
+                **of_parts(batch.parts, nats.detach(), targets),
             },
         )
+
+
+def of_parts(
+    parts: RowParts, nats: Float[Tensor, "batch token"], targets: Int[Tensor, "batch token"]
+) -> dict[str, Float[Tensor, ""]]:
+    """Sums of the losses and numbers of the supervised targets of each part of a mixture.
+
+    Every part has its two entries on every rank, though none of its rows be there.
+    """
+    of_rows = torch.tensor(parts.of_rows, device=nats.device)
+    supervised = (targets != IGNORE).to(nats.dtype)
+    sums: dict[str, Float[Tensor, ""]] = {}
+    for index, name in enumerate(parts.names):
+        rows = of_rows == index
+        sums[f"nats_sum_of_{name}"] = nats[rows].sum()
+        sums[f"targets_of_{name}"] = supervised[rows].sum()
+    return sums
 
 
 def token_nats(

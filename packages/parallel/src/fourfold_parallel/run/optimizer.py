@@ -105,6 +105,54 @@ class Cooldown:
         return min(_warmup(step, self.warmup_steps), falling, 1.0)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """A schedule, the steps that it is laid over, and its peak beside the optimizer's."""
+
+    schedule: Schedule
+    steps: int
+    peak: float = 1.0
+    """Multiplies the schedule: a phase that warms up again to a lower rate has less than 1."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not self.peak >= 0:
+            raise ValueError(
+                f"steps={self.steps} and peak={self.peak} of a phase; use 1 or more steps, no negative peak"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phases:
+    """Schedules one after another, each with its own warm-up; together they last as long as the run."""
+
+    phases: tuple[Phase, ...]
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            raise ValueError("phases=() hold nothing; name a Phase")
+
+    @property
+    def steps(self) -> int:
+        """Steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+    def factor(self, step: int, steps: int) -> float:
+        """The factor of the phase that the step lies in, at its place within it.
+
+        Raises:
+            ValueError: The step lies behind the last phase.
+        """
+        first = 0
+        for phase in self.phases:
+            if step < first + phase.steps:
+                return phase.peak * phase.schedule.factor(step - first, phase.steps)
+            first += phase.steps
+        raise ValueError(
+            f"step {step} of {steps} lies behind the phases, which last {first} steps; make them as long "
+            "as the run"
+        )
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """Give every parameter group this rate."""
     for group in optimizer.param_groups:

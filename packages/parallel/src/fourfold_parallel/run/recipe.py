@@ -6,9 +6,10 @@ from typing import Literal, assert_never
 from fourfold_parallel.common.values import Difference, Json, differences, tag_of
 from fourfold_parallel.run.data import TokenSource
 from fourfold_parallel.run.engines import Engine
+from fourfold_parallel.run.mixtures import Staged
 from fourfold_parallel.run.models import Model
 from fourfold_parallel.run.objective import Objective
-from fourfold_parallel.run.optimizer import Optimizer, Schedule
+from fourfold_parallel.run.optimizer import Optimizer, Phases, Schedule
 
 Precision = Literal["fp32", "bf16"]
 """Compute type; weights and optimizer state stay in float32."""
@@ -97,6 +98,13 @@ class Run:
             raise ValueError(
                 f"horizon={self.horizon} in run {self.name!r}; use a count of 1 or more"
             )
+        for field in ("data", "schedule"):
+            value = getattr(self, field)
+            if isinstance(value, Staged | Phases) and value.steps != self.steps:
+                raise ValueError(
+                    f"{field} of run {self.name!r} lasts {value.steps} steps, its horizon {self.steps}; make "
+                    "them equal"
+                )
         if not self.max_grad_norm > 0:
             raise ValueError(
                 f"max_grad_norm={self.max_grad_norm} in run {self.name!r}; "

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from fourfold_parallel.common.files import StrPath, sha256_of
 from fourfold_parallel.common.records import Material
 from fourfold_parallel.common.values import formerly
-from fourfold_parallel.run.corpora import Documents
+from fourfold_parallel.run.corpora import Corpus, Documents, files_of
 from fourfold_parallel.run.models import Gemma3, Packaged, SmolLM2
 
 END = "<|end|>"
@@ -80,28 +81,55 @@ class BytePairs:
 
     def load(self, documents: Documents) -> LoadedTokenizer:
         """Train on the documents (a second for a few megabytes)."""
-        if self.vocabulary < 257:
-            raise ValueError(
-                f"vocabulary={self.vocabulary} does not hold the 256 bytes and the end token; "
-                "use at least 257"
-            )
-        trained = tokenizers.Tokenizer(models.BPE())
-        trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        trained.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=self.vocabulary,
-            special_tokens=[END],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
+        return _trained(self.vocabulary, [documents])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedBytePairs:
+    """A byte-level BPE of `vocabulary` ids trained on several corpora, the same for each of them.
+
+    The tokenizer of a mixture whose parts have none of their own.
+    """
+
+    corpora: tuple[Corpus, ...]
+    vocabulary: int
+
+    def files(self) -> tuple[Path, ...]:
+        """The local files of the corpora: what is tokenized depends on what they hold."""
+        return tuple(path for corpus in self.corpora for path in files_of(corpus))
+
+    def load(self, documents: Documents) -> LoadedTokenizer:  # noqa: ARG002 - the protocol's
+        """Train on all corpora, whatever the documents are."""
+        return _trained(self.vocabulary, [corpus.load() for corpus in self.corpora])
+
+
+def _trained(vocabulary: int, corpora: Sequence[Documents]) -> LoadedTokenizer:
+    """A byte-level BPE of the texts of some corpora; training depends on nothing else.
+
+    Raises:
+        ValueError: The vocabulary is too small for the bytes.
+    """
+    if vocabulary < 257:
+        raise ValueError(
+            f"vocabulary={vocabulary} does not hold the 256 bytes and the end token; use at least 257"
         )
-        trained.train_from_iterator(documents.texts, trainer)
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token=END)
-        return _loaded(
-            tokenizer,
-            f"BPE of {self.vocabulary} ids",
-            licence="as the corpus",
-            source=f"trained on {documents.material.name}",
-        )
+    trained = tokenizers.Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator((text for corpus in corpora for text in corpus.texts), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token=END)
+    return _loaded(
+        tokenizer,
+        f"BPE of {vocabulary} ids",
+        licence="as the corpus",
+        source=f"trained on {' and '.join(corpus.material.name for corpus in corpora)}",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

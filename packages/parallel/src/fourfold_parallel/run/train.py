@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from fourfold_parallel.common.activity import NOW
 from fourfold_parallel.common.files import StrPath, check_writable
+from fourfold_parallel.common.held import take_group
 from fourfold_parallel.common.progress import Progress, logged, silent
 from fourfold_parallel.common.records import (
     RecordWriter,
@@ -28,9 +29,9 @@ from fourfold_parallel.common.values import digest, strict, to_json
 from fourfold_parallel.launch import Ranks, is_main_rank, world_size
 from fourfold_parallel.run import checkpoint, export
 from fourfold_parallel.run.checkpoint import Checkpoint, Keep, Saver
-from fourfold_parallel.run.data import Batch, TokenStream
+from fourfold_parallel.run.data import Batch, Stream
 from fourfold_parallel.run.engines import Session
-from fourfold_parallel.run.models import outline
+from fourfold_parallel.run.models import CarriesState, outline
 from fourfold_parallel.run.objective import IGNORE, token_nats
 from fourfold_parallel.run.optimizer import set_learning_rate
 from fourfold_parallel.run.recipe import At, Horizon, Run, Until, departures
@@ -137,8 +138,11 @@ def train(
         if candidates:
             log.info("resuming from %s", candidates[0].path)
             begun = checkpoint.restore_last(session, candidates)
-        elif session.is_main:
-            record.unlink(missing_ok=True)
+        else:
+            if isinstance(run.model, CarriesState):
+                _carry(run.model, session)
+            if session.is_main:
+                record.unlink(missing_ok=True)
         with _writer(run, session, stream, record, study or run, overrides, sinks) as records:
             first_step = begun.step if begun else 0
             if begun is not None:
@@ -152,8 +156,8 @@ def train(
                 "staged",
                 step=first_step,
                 elapsed_s=round(staged_s, 4),
-                train_rows=len(stream.row_starts),
-                validation_rows=len(held_out.row_starts),
+                train_rows=stream.rows,
+                validation_rows=held_out.rows,
             )
             described: Any = strict(to_json(run))
             saver = Saver(checkpoints, session, run=described, beside=beside, keep=keep)
@@ -179,8 +183,8 @@ def train(
 def _steps(
     run: Run,
     session: Session,
-    stream: TokenStream,
-    held_out: TokenStream,
+    stream: Stream,
+    held_out: Stream,
     first_step: int,
     saver: Saver,
     records: RecordWriter,
@@ -281,6 +285,20 @@ def _steps(
             raise TerminatedError
 
 
+def _carry(model: CarriesState, session: Session) -> None:
+    """Give the optimizer the state of the checkpoint that a model begins from, if it is carried.
+
+    Rates, decays and the like are the run's own.
+    """
+    source = model.carried()
+    if source is None:
+        return
+    own = [dict(group) for group in session.optimizer.param_groups]
+    checkpoint.restore(session, source)
+    for group, before in zip(session.optimizer.param_groups, own, strict=True):
+        take_group(group, before)
+
+
 def seed_dropout(*, seed: int, step: int, share: int) -> None:
     """Make what dropout draws a function of the step and of this rank's share of the batch.
 
@@ -300,12 +318,18 @@ def is_due(every: int | At, done: int, steps: int) -> bool:
 
 
 @torch.no_grad()
-def validate(run: Run, held_out: TokenStream, session: Session) -> dict[str, float]:
-    """Unmasked loss on the held-out rows, each once, shared over the ranks like training batches."""
+def validate(run: Run, held_out: Stream, session: Session) -> dict[str, float]:
+    """Unmasked loss on the held-out rows, each once, shared over the ranks like training batches.
+
+    Of a mixture, the loss of each part too (`validation_loss_nats_of_NAME`), and instead of the mean over
+    rows that of the parts in the mixture's shares: how many rows of a part are held out does not weigh.
+    """
     NOW.enter("validation")
     started_s = time.perf_counter()
-    rows = len(held_out.row_starts)
-    nats_sum = torch.zeros((), dtype=torch.float64, device=session.device)
+    rows = held_out.rows
+    names = tuple(held_out.weights)
+    # The whole first, then each part's nats and rows.
+    sums = torch.zeros(1 + 2 * len(names), dtype=torch.float64, device=session.device)
     session.model.eval()
     for index in range(-(-rows // run.batch)):
         share = held_out.batch(index, batch=run.batch, rank=session.rank, ranks=session.ranks)
@@ -315,14 +339,29 @@ def validate(run: Run, held_out: TokenStream, session: Session) -> dict[str, flo
             with session.microbatch(is_last=True):
                 logits = session.model(input_ids=microbatch.tokens[:, :-1], use_cache=False).logits
             nats = token_nats(logits, microbatch.tokens[:, 1:], session.model)
-            nats_sum += nats[: max(0, rows - first)].double().sum()
+            counted = nats[: max(0, rows - first)].double()
+            sums[0] += counted.sum()
+            of_rows = torch.tensor(microbatch.parts.of_rows[: len(counted)], device=sums.device)
+            if names and len(counted):
+                sums[1::2].index_add_(0, of_rows, counted.sum(dim=1))
+                sums[2::2].index_add_(0, of_rows, torch.ones_like(counted[:, 0]))
             first += len(nats)
     session.model.train()
     tokens = rows * run.sequence
     with NOW.waiting("the sum of the validation"):
-        total = session.sum(nats_sum).item()
+        total, *of_parts = session.sum(sums).tolist()
+    losses = {
+        name: of_parts[2 * part] / (of_parts[2 * part + 1] * run.sequence)
+        for part, name in enumerate(names)
+    }
     elapsed_s = round(time.perf_counter() - started_s, 4)
-    return {"validation_loss_nats": total / tokens, "tokens": tokens, "elapsed_s": elapsed_s}
+    mean = sum(held_out.weights[name] * loss for name, loss in losses.items())
+    return {
+        "validation_loss_nats": mean if names else total / tokens,
+        **{f"validation_loss_nats_of_{name}": loss for name, loss in losses.items()},
+        "tokens": tokens,
+        "elapsed_s": elapsed_s,
+    }
 
 
 def trained_model(run: Run, last: Checkpoint) -> PreTrainedModel:
@@ -396,7 +435,7 @@ def _check_places(record: Path, checkpoints: Path) -> None:
 def _writer(
     run: Run,
     session: Session,
-    stream: TokenStream,
+    stream: Stream,
     record: Path,
     study: object,
     overrides: Sequence[str],
@@ -407,7 +446,7 @@ def _writer(
         return RecordWriter(None)
     writer = RecordWriter(record, sinks)
     if description_in(record) is None:
-        materials = (*stream.file.materials, *run.model.materials())
+        materials = (*stream.materials, *run.model.materials())
         first = header(
             study, seed=run.seed, world_size=world_size(), materials=materials, overrides=overrides
         )
@@ -415,7 +454,7 @@ def _writer(
     return writer
 
 
-def _check_vocabulary(run: Run, model: PreTrainedModel, stream: TokenStream) -> None:
+def _check_vocabulary(run: Run, model: PreTrainedModel, stream: Stream) -> None:
     embedding: Any = model.get_input_embeddings()
     embedded = embedding.weight.shape[0]
     if stream.file.vocabulary > embedded:

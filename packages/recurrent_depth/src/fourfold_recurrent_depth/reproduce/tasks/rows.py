@@ -15,9 +15,9 @@ from fourfold_parallel.run.data import TokenFile, TokenStream
 class _InOrder(TokenStream):
     """Rows as they were drawn: the difficulty may rise on the way."""
 
-    def rows_of_step(self, step: int, batch: int) -> Int[np.ndarray, " batch"]:
-        """The next rows, from the first again after the last."""
-        return np.arange(step * batch, (step + 1) * batch) % len(self.row_starts)
+    def rows_at(self, positions: Int[np.ndarray, " row"]) -> Int[np.ndarray, " row"]:
+        """The rows as they stand, from the first again after the last."""
+        return positions % len(self.row_starts)
 
 
 def in_order(
