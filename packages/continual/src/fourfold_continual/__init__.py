@@ -1,4 +1,4 @@
-"""Aurora-M's curriculum (Nakamura et al. 2024): continual pretraining, replay, and forgetting that is measured.
+"""Aurora-M's curriculum (Nakamura et al. 2024): continual pretraining, replay, and measured forgetting.
 
 The public names stand in `__init__.pyi`; each is imported when it is first used.
 """

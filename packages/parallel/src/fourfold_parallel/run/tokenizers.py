@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -100,7 +101,18 @@ class SharedBytePairs:
 
     def load(self, documents: Documents) -> LoadedTokenizer:  # noqa: ARG002 - the protocol's
         """Train on all corpora, whatever the documents are."""
-        return _trained(self.vocabulary, [corpus.load() for corpus in self.corpora])
+        contents = tuple(sha256_of(path) for path in self.files())
+        return _trained_on(self.corpora, self.vocabulary, contents)
+
+
+@lru_cache(maxsize=4)
+def _trained_on(
+    corpora: tuple[Corpus, ...],
+    vocabulary: int,
+    contents: tuple[str, ...],  # noqa: ARG001 - an edited file is trained on anew
+) -> LoadedTokenizer:
+    """Once a process for all parts of a mixture."""
+    return _trained(vocabulary, [corpus.load() for corpus in corpora])
 
 
 def _trained(vocabulary: int, corpora: Sequence[Documents]) -> LoadedTokenizer:
