@@ -84,8 +84,8 @@ SHOWN_AT = (50, 100, 150, 200, 250, 300)
 def texts(scale: Scale) -> dict[str, Sampled]:
     """The texts of a study in one tokenizer's ids: Wikipedia is old, CPython's library new, its manual clean.
 
-    At smoke scale the long articles and modules alone, and no clean text. That holds out its last twentieth, in which
-    the docstrings of all held-out modules lie.
+    At smoke scale the long articles and modules alone, and no clean text. That holds out its last twentieth,
+    in which the docstrings of all held-out modules lie.
     """
     is_small = scale == "smoke"
     old: Corpus = Wikipedia(minimum_characters=60_000 if is_small else 1000)
