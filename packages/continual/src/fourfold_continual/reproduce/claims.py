@@ -27,7 +27,7 @@ _TEXTS = (
     "a base of 800 steps, 8 rows of 96 tokens a step, peak 3e-3 warmed up again; 96 held-out rows of each"
 )
 _SMALL = (
-    f"0.33 M parameters; {_TEXTS}; 5 seeds (smoke: 0.03 M, 30 steps from a base of 80, 2 seeds)"
+    f"0.33 M parameters; {_TEXTS}; 5 seeds (smoke: 0.03 M, 30 steps from a base of 80, 3 seeds)"
 )
 _LARGE = f"1.2 M parameters; {_TEXTS}; 3 seeds"
 _GPU = "a GPU for the paper's size"

@@ -71,7 +71,7 @@ SMOKE_ARMS: tuple[Arm, ...] = ("none", "r25", "only-old")
 SEEDS = (1, 2, 3, 4, 5)
 """Seed 0 was the pilot's, on which the rules were set."""
 LARGE_SEEDS = (1, 2, 3)
-SMOKE_SEEDS = (1, 2)
+SMOKE_SEEDS = (1, 2, 3)
 
 PEAK = 3e-3
 REPLAY = {"none": 0.0, "r05": 0.05, "r25": 0.25, "only-old": 1.0}
