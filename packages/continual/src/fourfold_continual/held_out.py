@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from fourfold_continual.forgetting import HeldOutLoss
 from fourfold_parallel.common.progress import Progress, silent
+from fourfold_parallel.common.records import Event, RecordWriter
 from fourfold_parallel.run.data import Packed, TokenFile, TokenStream
 from fourfold_parallel.run.objective import token_nats
 
@@ -98,3 +99,35 @@ def bytes_of(file: TokenFile, ids: Int[np.ndarray, "rows ids"]) -> int:
         ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     return sum(len(text.replace("\ufffd", "?").encode()) for text in texts)
+
+
+def write_held_out(
+    records: RecordWriter, losses: Mapping[str, HeldOutLoss], **also: object
+) -> None:
+    """Write an event "held_out" for each part, with the loss of every row.
+
+    Args:
+        records: the record of the model's run.
+        losses: by part.
+        also: further values of each event.
+    """
+    for name, loss in losses.items():
+        records.write(
+            "held_out",
+            part=name,
+            **also,
+            loss_nats=round(loss.loss_nats, 6),
+            bits_per_byte=round(loss.bits_per_byte, 6),
+            targets=loss.targets,
+            text_bytes=loss.text_bytes,
+            row_nats=[round(float(nats), 3) for nats in loss.nats],
+        )
+
+
+def held_out_of(event: Event) -> HeldOutLoss:
+    """The losses that an event "held_out" holds."""
+    return HeldOutLoss(
+        nats=np.asarray(event.numbers("row_nats")),
+        targets=int(event.number("targets")),
+        text_bytes=int(event.number("text_bytes")),
+    )

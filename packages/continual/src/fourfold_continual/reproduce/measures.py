@@ -1,8 +1,7 @@
 """Measures on the records: functions that rules and figures share."""
 
-import numpy as np
-
 from fourfold_continual.forgetting import Change, HeldOutLoss, due_to_shift, forgot
+from fourfold_continual.held_out import held_out_of
 from fourfold_continual.reproduce.recipes import SEEDS, Arm
 from fourfold_parallel.common.records import Event
 from fourfold_parallel.reproduce.claims import NotTestedError, Records, over_seeds
@@ -22,12 +21,7 @@ def event_of(records: Records, size: str, arm: str, seed: int, part: str) -> Eve
 
 def loss_of(records: Records, size: str, arm: str, seed: int, part: str) -> HeldOutLoss:
     """The losses of a model on held-out rows."""
-    event = event_of(records, size, arm, seed, part)
-    return HeldOutLoss(
-        nats=np.asarray(event.numbers("row_nats")),
-        targets=int(event.number("targets")),
-        text_bytes=int(event.number("text_bytes")),
-    )
+    return held_out_of(event_of(records, size, arm, seed, part))
 
 
 def forgotten(records: Records, size: str, arm: Arm, seed: int, part: str = "old") -> Change:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from fourfold_continual.held_out import Sampled, held_out_losses
+from fourfold_continual.held_out import Sampled, held_out_losses, write_held_out
 from fourfold_parallel.common.records import RecordWriter, read_record
 from fourfold_parallel.reproduce.experiment import Workplace
 from fourfold_parallel.run.checkpoint import Checkpoint
@@ -74,13 +74,4 @@ def measure(
         records.write("validation", **values)
     streams = {name: source.validation(sequence=run.sequence) for name, source in read.items()}
     losses = held_out_losses(trained_model(run, last), streams, batch=16)
-    for name, loss in losses.items():
-        records.write(
-            "held_out",
-            part=name,
-            loss_nats=round(loss.loss_nats, 6),
-            bits_per_byte=round(loss.bits_per_byte, 6),
-            targets=loss.targets,
-            text_bytes=loss.text_bytes,
-            row_nats=[round(float(nats), 3) for nats in loss.nats],
-        )
+    write_held_out(records, losses)
