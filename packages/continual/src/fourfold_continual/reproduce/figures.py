@@ -30,8 +30,8 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
         Drawing(
             name="forgetting",
             caption="Loss on held-out rows of the old and the new text, by the share of old text in the mix; "
-            "step 0 is the model that is trained on. Going on with old text alone is what a new schedule does "
-            f"by itself; {scale} scale, mean of {seeds}.",
+            "step 0 is the model that is trained on. Going on with old text alone is what a new schedule "
+            f"does by itself; {scale} scale, mean of {seeds}.",
             draw=forgetting,
         )
     ]
@@ -40,15 +40,15 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
             Drawing(
                 name="trade",
                 caption="Forgotten of the old text against gained on the new, by replay: at equal tokens in "
-                "all (filled) and, with as many more steps, at equal new tokens (open); 95 % intervals over 5 "
-                "seeds (0.33 M parameters) and 3 (1.2 M); laptop scale.",
+                "all (filled) and, with as many more steps, at equal new tokens (open); 95 % intervals over "
+                "5 seeds (0.33 M parameters) and 3 (1.2 M); laptop scale.",
                 draw=trade,
             ),
             Drawing(
                 name="two-stage",
                 caption="Loss less that of one stage of 300 steps at 25 % replay: two stages, half of whose "
-                "new text is cleaner in the last 50 steps, and the same rates on the first stage's text, which "
-                "tells the rates from the text; 95 % intervals over 5 seeds; laptop scale.",
+                "new text is cleaner in the last 50 steps, and the same rates on the first stage's text, "
+                "which tells the rates from the text; 95 % intervals over 5 seeds; laptop scale.",
                 draw=two_stage,
             ),
             Drawing(
