@@ -11,39 +11,8 @@ from fourfold_parallel.run.corpora import TextFiles
 from fourfold_parallel.run.data import Packed
 from fourfold_parallel.run.tokenizers import SharedBytePairs
 
-OLD = [
-    "the",
-    "grid",
-    "holds",
-    "four",
-    "axes",
-    "and",
-    "every",
-    "axis",
-    "carries",
-    "one",
-    "kind",
-    "of",
-    "split",
-    "of",
-    "the",
-    "work",
-]
-NEW = [
-    "def",
-    "loss(model,",
-    "rows):",
-    "return",
-    "sum(model(row)",
-    "for",
-    "row",
-    "in",
-    "rows)",
-    "/",
-    "len(rows)",
-    "#",
-    "mean",
-]
+OLD = "the grid holds four axes and every axis carries one kind of split of the work"
+NEW = "def loss(model, rows): return sum(model(row) for row in rows) / len(rows)  # mean"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
