@@ -198,6 +198,12 @@ def pattern(weights: tuple[float, ...]) -> _Pattern:
     return _Pattern(tuple(shares), parts, before)
 
 
+@lru_cache(maxsize=64)
+def _counts(weights: tuple[float, ...], rows: int) -> Int[np.ndarray, " part"]:
+    """Rows of each part in a finished stage."""
+    return pattern(weights).counts(rows)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixedStream:
     """Rows of several streams, in shares by the step."""
@@ -241,7 +247,7 @@ class MixedStream:
         for weights, steps in self.stages[:-1]:
             if step < first + steps:
                 break
-            done = done + pattern(weights).counts(steps * batch)
+            done = done + _counts(weights, steps * batch)
             first += steps
         else:
             weights, _ = self.stages[-1]
@@ -251,8 +257,7 @@ class MixedStream:
         drawn = np.random.default_rng((self.seed, step)).permutation(batch)
         placed = parts[drawn]
         placed_numbers = np.empty_like(numbers)
-        for part in range(len(self.streams)):
-            placed_numbers[placed == part] = numbers[parts == part]
+        placed_numbers[placed.argsort(kind="stable")] = numbers[parts.argsort(kind="stable")]
         return placed, placed_numbers
 
     def batch(self, step: int, *, batch: int, rank: int = 0, ranks: int = 1) -> Batch:
@@ -304,17 +309,19 @@ def _gathered(
     step: int,
 ) -> Batch:
     """Rows by their part and their position in its order, as one batch."""
-    read = {
-        part: stream.read(positions[parts == part], step)
-        for part, stream in enumerate(streams.values())
-        if (parts == part).any()
-    }
-    places = np.concatenate([np.flatnonzero(parts == part) for part in read])
-    back = np.argsort(places)
-    addresses = [address for rows in read.values() for address in rows.addresses]
+    order = parts.argsort(kind="stable")
+    stops = np.bincount(parts, minlength=len(streams)).cumsum()[:-1]
+    read = [
+        stream.read(positions[places], step)
+        for stream, places in zip(streams.values(), np.split(order, stops), strict=True)
+        if len(places)
+    ]
+    back = np.empty_like(order)
+    back[order] = np.arange(len(order))
+    addresses = [address for rows in read for address in rows.addresses]
     return Batch(
-        tokens=torch.cat([rows.tokens for rows in read.values()])[back],
-        document_ids=torch.cat([rows.document_ids for rows in read.values()])[back],
+        tokens=torch.cat([rows.tokens for rows in read])[back],
+        document_ids=torch.cat([rows.document_ids for rows in read])[back],
         addresses=tuple(addresses[place] for place in back),
         number=step,
         parts=RowParts(names=tuple(streams), of_rows=tuple(parts.tolist())),

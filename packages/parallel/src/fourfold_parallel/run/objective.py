@@ -129,14 +129,17 @@ def of_parts(
 
     Every part has its two entries on every rank, though none of its rows be there.
     """
+    if not parts.names:
+        return {}
     of_rows = torch.tensor(parts.of_rows, device=nats.device)
-    supervised = (targets != IGNORE).to(nats.dtype)
-    sums: dict[str, Float[Tensor, ""]] = {}
-    for index, name in enumerate(parts.names):
-        rows = of_rows == index
-        sums[f"nats_sum_of_{name}"] = nats[rows].sum()
-        sums[f"targets_of_{name}"] = supervised[rows].sum()
-    return sums
+    none = nats.new_zeros(len(parts.names))
+    losses = none.index_add(0, of_rows, nats.sum(dim=1))
+    supervised = none.index_add(0, of_rows, (targets != IGNORE).sum(dim=1).to(nats.dtype))
+    return {
+        key: value
+        for name, *sums in zip(parts.names, losses, supervised, strict=True)
+        for key, value in zip((f"nats_sum_of_{name}", f"targets_of_{name}"), sums, strict=True)
+    }
 
 
 def token_nats(
