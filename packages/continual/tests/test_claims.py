@@ -31,6 +31,9 @@ PLANTED = {
 """Losses on old, new and clean text."""
 
 
+FIRST = header({}, seed=0, world_size=1, materials=(), overrides=())
+
+
 def planted(folder: Path, **changed: tuple[float, float, float]) -> dict[str, Record]:
     """Records of the small size; seeds differ by hundredths."""
     records = {}
@@ -42,7 +45,7 @@ def planted(folder: Path, **changed: tuple[float, float, float]) -> dict[str, Re
             losses = losses + 0.002 * generator.standard_normal(3)
             path.unlink(missing_ok=True)
             with RecordWriter(path) as writer:
-                writer.write_header(header({}, seed=seed, world_size=1, materials=(), overrides=()))
+                writer.write_header({**FIRST, "seed": seed})
                 rows = {
                     part: HeldOutLoss(nats=np.full(8, loss * 96), targets=96, text_bytes=2000)
                     for part, loss in zip(("old", "new", "clean"), losses, strict=True)
