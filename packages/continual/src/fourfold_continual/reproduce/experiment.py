@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from fourfold_continual.reproduce import claims
-from fourfold_continual.reproduce.measures import headline
+from fourfold_continual.reproduce.measures import headline, trade_table
 from fourfold_continual.reproduce.paper import launches
 from fourfold_continual.reproduce.recipes import (
     LARGE_ARMS,
@@ -73,4 +73,5 @@ EXPERIMENT = Experiment(
     stages=_stages,
     drawings=_drawings,
     launches=launches,
+    tables={"trade": trade_table},
 )

@@ -5,6 +5,7 @@ from fourfold_continual.held_out import held_out_of
 from fourfold_continual.reproduce.recipes import SEEDS, Arm
 from fourfold_parallel.common.records import Event
 from fourfold_parallel.reproduce.claims import NotTestedError, Records, over_seeds
+from fourfold_parallel.reproduce.tables import markdown
 
 
 def event_of(records: Records, size: str, arm: str, seed: int, part: str) -> Event:
@@ -57,3 +58,24 @@ def headline(records: Records) -> str:
         f"replay {lost[1].value:.2f}, with 25 % {lost[2].value:.2f}; the code pays {costs[0].value:.3f} and "
         f"{costs[1].value:.3f}."
     )
+
+
+def trade_table(records: Records) -> str:
+    """What replay keeps and costs, at equal tokens in all and at equal new tokens, as Markdown."""
+    pairs: tuple[tuple[str, Arm, Arm], ...] = (
+        ("none", "none", "none"),
+        ("5 %", "r05", "r05-longer"),
+        ("25 %", "r25", "r25-longer"),
+    )
+
+    def shown(arm: Arm) -> list[str]:
+        lost = over_seeds([forgotten(records, "small", arm, seed).nats for seed in SEEDS])
+        won = over_seeds([-forgotten(records, "small", arm, seed, "new").nats for seed in SEEDS])
+        return [str(lost), str(won)]
+
+    return markdown(
+        (
+            "replay", "forgotten, equal tokens in all", "gained", "forgotten, equal new tokens", "gained",
+        ),
+        [[name, *shown(equal), *shown(longer)] for name, equal, longer in pairs],
+    )  # fmt: skip
