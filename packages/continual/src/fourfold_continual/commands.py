@@ -1,5 +1,6 @@
 """The commands of `fourfold-continual`: a signature is the options, a docstring the help."""
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -9,6 +10,9 @@ from fourfold_parallel.common.sinks import SinkName
 if TYPE_CHECKING:
     from fourfold_parallel.run.models import Model
     from fourfold_parallel.run.tokenizers import Tokenizer
+
+WIDTH = 160
+"""Columns of a table that goes to no terminal."""
 
 
 def train(
@@ -60,7 +64,7 @@ def train(
     cleaner = text_files(clean) if clean else None
 
     from fourfold_parallel.common.sinks import named as named_sinks
-    from fourfold_parallel.common.values import shown, to_json
+    from fourfold_parallel.common.values import strict, to_json
     from fourfold_parallel.launch import is_main_rank, world_size
     from fourfold_parallel.reproduce.terminal import Bars, console, start
     from fourfold_parallel.run.engines import DDP, Single
@@ -82,8 +86,7 @@ def train(
         microbatch=max(1, batch // ranks),
     )
     if is_main_rank():
-        for field, value in to_json(run).items():  # type: ignore[union-attr]
-            sys.stdout.write(f"{field}: {shown(value)}\n")
+        sys.stdout.write(f"{json.dumps(strict(to_json(run)), indent=1)}\n")
     bars = Bars(console(), 1)
     with bars.running():
         losses = go_on(
@@ -133,7 +136,10 @@ def report(records: tuple[Path, ...], /, *, out: Path = Path("report.html")) -> 
     for each in reports:
         for row in each.rows:
             table.add_row(*row)
-    Console(file=sys.stdout, highlight=False).print(table)
+    target = Console(file=sys.stdout, highlight=False)
+    if not target.is_terminal:
+        target.width = WIDTH
+    target.print(table)
     write_page(reports, out)
     sys.stdout.write(f"page: {out.resolve().as_uri()}\n")
 

@@ -1,13 +1,14 @@
 """Go on training a model of yours with text of yours: the run, and what is read before and after it."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fourfold_continual.forgetting import HeldOutLoss, annealed, replayed
-from fourfold_continual.held_out import Sampled, held_out_losses, write_held_out
+from fourfold_continual.held_out import Sampled, held_out_losses, held_out_of, write_held_out
 from fourfold_parallel.common.progress import Progress, logged
-from fourfold_parallel.common.records import RecordWriter, read_record
+from fourfold_parallel.common.records import Record, RecordWriter, read_record
 from fourfold_parallel.common.sinks import OpenSink
 from fourfold_parallel.launch import is_main_rank
 from fourfold_parallel.run.corpora import Corpus, TextFiles
@@ -173,6 +174,13 @@ def go_on(
     Returns:
         (before, after) by the name of the text; empty on all ranks but the first.
     """
+    started_s, names = time.perf_counter(), curriculum.sources()
+    if record.exists():
+        whole = read_record(record)
+        if whole.is_finished and whole.run == run:
+            return {
+                name: (_read(whole, name, "before"), _read(whole, name, "after")) for name in names
+            }
     last = train(run, record=record, checkpoints=checkpoints, progress=progress, sinks=sinks)
     if not is_main_rank():
         return {}
@@ -185,9 +193,12 @@ def go_on(
         when: held_out_losses(model, streams, batch=run.microbatch)
         for when, model in models.items()
     }
-    if not read_record(record).of("held_out"):
-        with RecordWriter(record, sinks) as records:
-            for when, parts in losses.items():
-                write_held_out(records, parts, when=when)
-            records.write("finished", elapsed_s=0.0)
+    with RecordWriter(record, sinks) as records:
+        for when, parts in losses.items():
+            write_held_out(records, parts, when=when)
+        records.write("finished", elapsed_s=round(time.perf_counter() - started_s, 1))
     return {name: (losses["before"][name], losses["after"][name]) for name in streams}
+
+
+def _read(record: Record, part: str, when: str) -> HeldOutLoss:
+    return held_out_of(record.only("held_out", part=part, when=when))
