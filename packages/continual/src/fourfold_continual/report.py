@@ -41,7 +41,7 @@ class PartReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a run did to the losses on each text."""
+    """The losses on each text before and after a run."""
 
     name: str
     steps: int

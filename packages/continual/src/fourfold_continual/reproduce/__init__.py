@@ -1,1 +1,1 @@
-"""What only reproduces the paper."""
+"""The reproduction of the paper."""

@@ -61,7 +61,7 @@ def headline(records: Records) -> str:
 
 
 def trade_table(records: Records) -> str:
-    """What replay keeps and costs, at equal tokens in all and at equal new tokens, as Markdown."""
+    """The gains and costs of replay, at equal tokens in all and at equal new tokens, as Markdown."""
     pairs: tuple[tuple[str, Arm, Arm], ...] = (
         ("none", "none", "none"),
         ("5 %", "r05", "r05-longer"),
