@@ -1,14 +1,12 @@
 """The claims of the paper and its neighbours, each above the rule that judges it; rules preceded the runs."""
 
-from collections.abc import Callable
-
 from fourfold_continual.reproduce.measures import (
     between,
     event_of,
     forgotten,
     shifted,
 )
-from fourfold_continual.reproduce.recipes import LARGE_SEEDS, SEEDS, SMOKE_SEEDS, Arm
+from fourfold_continual.reproduce.recipes import SEEDS, SMOKE_SEEDS, Arm
 from fourfold_parallel.reproduce.claims import (
     Claim,
     Finding,
@@ -26,24 +24,21 @@ _TEXTS = (
     "Wikipedia is the old text and CPython's library the new one, both in one byte-level BPE; 300 steps from "
     "a base of 800 steps, 8 rows of 96 tokens a step, peak 3e-3 warmed up again; 96 held-out rows of each"
 )
-_SMALL = (
-    f"0.33 M parameters; {_TEXTS}; 5 seeds (smoke: 0.03 M, 30 steps from a base of 80, 3 seeds)"
-)
-_LARGE = f"1.2 M parameters; {_TEXTS}; 3 seeds"
+_SMALL = f"0.33 M parameters; {_TEXTS}; {len(SEEDS)} seeds (smoke: 0.03 M, 30 steps from a base of 80, 3 seeds)"
 _GPU = "a GPU for the paper's size"
 
 
-def _at(records: Records, size: str) -> tuple[str, tuple[int, ...]]:
-    """The size and the seeds that a ledger's records hold: the smoke scale has its own."""
+def _at(records: Records) -> tuple[str, tuple[int, ...]]:
+    """The size and the seeds that a scale's records hold."""
     if any(name.startswith("smoke-") for name in records):
         return "smoke", SMOKE_SEEDS
-    return size, SEEDS if size == "small" else LARGE_SEEDS
+    return "small", SEEDS
 
 
 def _finding(
     verdict: Verdict, ours: str, records: Records, size: str, arm: Arm, part: str
 ) -> Finding:
-    seed = _at(records, size)[1][0]
+    seed = _at(records)[1][0]
     because = {
         "reproduced": "the interval lies where the rule asks for it",
         "contradicted": "the interval lies on the other side of the rule's bound",
@@ -53,110 +48,87 @@ def _finding(
     return Finding(verdict, ours, event_of(records, size, arm, seed, part), because)
 
 
-def _forgets(nominal: str) -> Rule:
+def _forgets(records: Records) -> Finding:
     """Without replay the old text is forgotten, by more than a new schedule does."""
-
-    def rule(records: Records) -> Finding:
-        size, seeds = _at(records, nominal)
-        shift = over_seeds([shifted(records, size, "none", seed).nats for seed in seeds])
-        bits = over_seeds([shifted(records, size, "none", seed).bits_per_byte for seed in seeds])
-        warmed = over_seeds([forgotten(records, size, "only-old", seed).nats for seed in seeds])
-        return _finding(
-            decide(reproduced=shift.low > 0.05, contradicted=shift.high < 0.02),
-            f"{shift} nats a token ({bits} bits a byte) above going on with old text alone, which itself "
-            f"changes by {warmed}",
-            records, size, "none", "old",
-        )  # fmt: skip
-
-    return rule
+    size, seeds = _at(records)
+    shift = over_seeds([shifted(records, size, "none", seed).nats for seed in seeds])
+    bits = over_seeds([shifted(records, size, "none", seed).bits_per_byte for seed in seeds])
+    warmed = over_seeds([forgotten(records, size, "only-old", seed).nats for seed in seeds])
+    return _finding(
+        decide(reproduced=shift.low > 0.05, contradicted=shift.high < 0.02),
+        f"{shift} nats a token ({bits} bits a byte) above going on with old text alone, which itself "
+        f"changes by {warmed}",
+        records, size, "none", "old",
+    )  # fmt: skip
 
 
-def _retains(nominal: str) -> Rule:
+def _retains(records: Records) -> Finding:
     """A quarter of old text keeps most of it."""
-
-    def rule(records: Records) -> Finding:
-        size, seeds = _at(records, nominal)
-        ratios, kept, lost = [], [], []
-        for seed in seeds:
-            kept.append(forgotten(records, size, "r25", seed).nats)
-            lost.append(forgotten(records, size, "none", seed).nats)
-            ratios.append(kept[-1] / lost[-1])
-        ratio = over_seeds(ratios)
-        return _finding(
-            decide(reproduced=ratio.high < 0.25, contradicted=ratio.low > 0.5),
-            f"{ratio} of the forgetting without replay: {over_seeds(kept)} against {over_seeds(lost)} nats a "
-            "token",
-            records, size, "r25", "old",
-        )  # fmt: skip
-
-    return rule
+    size, seeds = _at(records)
+    ratios, kept, lost = [], [], []
+    for seed in seeds:
+        kept.append(forgotten(records, size, "r25", seed).nats)
+        lost.append(forgotten(records, size, "none", seed).nats)
+        ratios.append(kept[-1] / lost[-1])
+    ratio = over_seeds(ratios)
+    return _finding(
+        decide(reproduced=ratio.high < 0.25, contradicted=ratio.low > 0.5),
+        f"{ratio} of the forgetting without replay: {over_seeds(kept)} against {over_seeds(lost)} nats a "
+        "token",
+        records, size, "r25", "old",
+    )  # fmt: skip
 
 
-def _costs_nothing(nominal: str) -> Rule:
+def _costs_nothing(records: Records) -> Finding:
     """A twentieth of old text takes nothing from the new, at equal tokens in all."""
-
-    def rule(records: Records) -> Finding:
-        size, seeds = _at(records, nominal)
-        cost = over_seeds(
-            [between(records, size, ("r05", "none"), seed, "new").nats for seed in seeds]
-        )
-        return _finding(
-            decide(reproduced=cost.high < 0.02, contradicted=cost.low > 0.02),
-            f"{cost} nats a token on the new text",
-            records, size, "r05", "new",
-        )  # fmt: skip
-
-    return rule
+    size, seeds = _at(records)
+    cost = over_seeds([between(records, size, ("r05", "none"), seed, "new").nats for seed in seeds])
+    return _finding(
+        decide(reproduced=cost.high < 0.02, contradicted=cost.low > 0.02),
+        f"{cost} nats a token on the new text",
+        records, size, "r05", "new",
+    )  # fmt: skip
 
 
-def _equals_joint(nominal: str) -> Rule:
+def _equals_joint(records: Records) -> Finding:
     """Going on with replay is as good as one training on everything."""
-
-    def rule(records: Records) -> Finding:
-        size, seeds = _at(records, nominal)
-        parts = {
-            part: [between(records, size, ("r25", "joint"), seed, part).nats for seed in seeds]
-            for part in ("old", "new")
-        }
-        means = [sum(pair) / 2 for pair in zip(*parts.values(), strict=True)]
-        mean = over_seeds(means)
-        return _finding(
-            decide(
-                reproduced=mean.low > -0.05 and mean.high < 0.05,
-                contradicted=mean.low > 0.05 or mean.high < -0.05,
-            ),
-            f"{mean} nats a token above joint training (old {over_seeds(parts['old'])}, new "
-            f"{over_seeds(parts['new'])})",
-            records, size, "r25", "new",
-        )  # fmt: skip
-
-    return rule
+    size, seeds = _at(records)
+    parts = {
+        part: [between(records, size, ("r25", "joint"), seed, part).nats for seed in seeds]
+        for part in ("old", "new")
+    }
+    means = [sum(pair) / 2 for pair in zip(*parts.values(), strict=True)]
+    mean = over_seeds(means)
+    return _finding(
+        decide(
+            reproduced=mean.low > -0.05 and mean.high < 0.05,
+            contradicted=mean.low > 0.05 or mean.high < -0.05,
+        ),
+        f"{mean} nats a token above joint training (old {over_seeds(parts['old'])}, new "
+        f"{over_seeds(parts['new'])})",
+        records, size, "r25", "new",
+    )  # fmt: skip
 
 
-def _both(
+def _claim(
     identity: str,
-    make: Callable[[str], Rule],
+    judged: Rule,
     *,
     section: str,
     says: str,
     paper: str,
     rule: str,
-    small: tuple[Scale, ...] = ("laptop",),
-) -> tuple[Claim, Claim]:
-    """A claim at both sizes, by one rule."""
-    return (
-        claim(
-            identity, section=section, says=says, paper=paper, rule=rule, conditions=_SMALL, scales=small,
-            needs="the laptop scale" if "smoke" not in small else _GPU,
-        )(make("small")),
-        claim(
-            f"{identity}L", section=section, says=f"{says}: a larger model", paper=paper, rule=rule,
-            conditions=_LARGE, scales=("laptop",), needs="the laptop scale",
-        )(make("large")),
-    )  # fmt: skip
+    scales: tuple[Scale, ...] = ("laptop",),
+) -> Claim:
+    """A claim on the small size."""
+    needs = _GPU if "smoke" in scales else "the laptop scale"
+    return claim(
+        identity, section=section, says=says, paper=paper, rule=rule, conditions=_SMALL, scales=scales,
+        needs=needs,
+    )(judged)  # fmt: skip
 
 
-A1, A1L = _both(
+A1 = _claim(
     "A1",
     _forgets,
     section="abstract; no arm of the paper's",
@@ -164,9 +136,9 @@ A1, A1L = _both(
     paper="said, not measured: there is no arm without replay",
     rule="L_old(none) - L_old(only old): reproduced if its 95 % interval over seeds lies above 0.05 nats, "
     "contradicted if below 0.02",
-    small=("smoke", "laptop"),
+    scales=("smoke", "laptop"),
 )
-A2, A2L = _both(
+A2 = _claim(
     "A2",
     _retains,
     section="abstract, figure 1",
@@ -174,9 +146,9 @@ A2, A2L = _both(
     paper="benchmarks of English and code before and after 435 B tokens",
     rule="forgot(25 %) / forgot(0): reproduced if its 95 % interval over seeds lies below 0.25, contradicted "
     "if above 0.5",
-    small=("smoke", "laptop"),
+    scales=("smoke", "laptop"),
 )
-A3, A3L = _both(
+A3 = _claim(
     "A3",
     _costs_nothing,
     section="Ibrahim et al. 2024",
@@ -220,7 +192,7 @@ def two_stages_help(records: Records) -> Finding:
     )  # fmt: skip
 
 
-A5, A5L = _both(
+A5 = _claim(
     "A5",
     _equals_joint,
     section="Ibrahim et al. 2024",
@@ -237,8 +209,8 @@ A5, A5L = _both(
     says="Forgetting follows the learning rate that the continuation is warmed up to",
     paper="re-warming itself forgets; no order is given",
     conditions=f"{_SMALL}; no replay; peaks 3e-4, 1e-3, 3e-3",
-    rule="reproduced if in at least 4 of 5 seeds forgetting rises with the peak (Spearman 1); contradicted "
-    "if in at least 4 it does not",
+    rule="reproduced if in at least 4 of 5 seeds (of fewer, in all) forgetting rises with the peak (Spearman "
+    "1); contradicted if in as many it does not",
     scales=("laptop",),
     needs="the laptop scale",
 )
@@ -248,12 +220,13 @@ def forgetting_follows_the_rate(records: Records) -> Finding:
     by_seed = [[forgotten(records, "small", arm, seed).nats for arm in arms] for seed in SEEDS]
     ordered = sum(values == sorted(values) for values in by_seed)
     means = [over_seeds(list(values)) for values in zip(*by_seed, strict=True)]
+    allowed = len(SEEDS) // 5
     event = event_of(records, "small", "none", SEEDS[0], "old")
     return Finding(
-        decide(reproduced=ordered >= 4, contradicted=ordered <= 1),
-        f"in {ordered} of 5 seeds; forgot {means[0]}, {means[1]} and {means[2]} nats a token",
+        decide(reproduced=ordered >= len(SEEDS) - allowed, contradicted=ordered <= allowed),
+        f"in {ordered} of {len(SEEDS)} seeds; forgot {means[0]}, {means[1]} and {means[2]} nats a token",
         event,
-        f"{ordered} of 5 seeds have the order of the rates",
+        f"{ordered} of {len(SEEDS)} seeds have the order of the rates",
     )
 
 
@@ -264,6 +237,15 @@ A7 = beyond_us(
     paper="15 B parameters, 2 T tokens in all",
     rule="the paper's own benchmarks before and after",
     needs="48 days of LUMI; the launch lines name the mixture and its stages",
+)
+L1 = beyond_us(
+    "L1",
+    section="no section of the paper's",
+    says="A1 to A3 and A5 at 1.2 M parameters",
+    paper="none at this size",
+    conditions="the shape is in recipes.py (`large`); base and arms as for 0.33 M parameters",
+    rule="as A1 to A3 and A5, 3 seeds",
+    needs="eight idle core-minutes a seed, which the machine of these runs, shared by others, did not have",
 )
 S1 = beyond_us(
     "S1",

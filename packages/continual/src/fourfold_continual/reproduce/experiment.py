@@ -7,8 +7,6 @@ from fourfold_continual.reproduce import claims
 from fourfold_continual.reproduce.measures import headline, trade_table
 from fourfold_continual.reproduce.paper import launches
 from fourfold_continual.reproduce.recipes import (
-    LARGE_ARMS,
-    LARGE_SEEDS,
     SEEDS,
     SMALL_ARMS,
     SMOKE_ARMS,
@@ -42,13 +40,12 @@ def _family(size: str, arms: tuple[Arm, ...], seed: int, scale: Scale) -> list[S
 
 
 def _stages(scale: Scale) -> list[Stage]:
-    """Seed by seed, so that an interrupted study holds whole seeds; the small size first."""
+    """Seed by seed, so that an interrupted study holds whole seeds."""
     match scale:
         case "smoke":
             plan = [("smoke", SMOKE_ARMS, seed) for seed in SMOKE_SEEDS]
         case "laptop":
             plan = [("small", SMALL_ARMS, seed) for seed in SEEDS]
-            plan += [("large", LARGE_ARMS, seed) for seed in LARGE_SEEDS]
         case "paper":
             plan = []
     return [stage for size, arms, seed in plan for stage in _family(size, arms, seed, scale)]

@@ -66,11 +66,9 @@ SMALL_ARMS: tuple[Arm, ...] = (
     "r05-longer",
     "r25-longer",
 )
-LARGE_ARMS: tuple[Arm, ...] = ("none", "r25", "only-old", "r05", "joint")
 SMOKE_ARMS: tuple[Arm, ...] = ("none", "r25", "only-old")
 SEEDS = (1, 2, 3, 4, 5)
 """Seed 0 was the pilot's, on which the rules were set."""
-LARGE_SEEDS = (1, 2, 3)
 SMOKE_SEEDS = (1, 2, 3)
 
 PEAK = 3e-3
