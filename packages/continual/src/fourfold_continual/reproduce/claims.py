@@ -24,7 +24,10 @@ _TEXTS = (
     "Wikipedia is the old text and CPython's library the new one, both in one byte-level BPE; 300 steps from "
     "a base of 800 steps, 8 rows of 96 tokens a step, peak 3e-3 warmed up again; 96 held-out rows of each"
 )
-_SMALL = f"0.33 M parameters; {_TEXTS}; {len(SEEDS)} seeds (smoke: 0.03 M, 30 steps from a base of 80, 3 seeds)"
+_SMALL = (
+    f"0.33 M parameters; {_TEXTS}; {len(SEEDS)} seeds (smoke: 0.03 M, 30 steps from a base of 80, "
+    f"{len(SMOKE_SEEDS)} seeds)"
+)
 _GPU = "a GPU for the paper's size"
 
 
