@@ -148,7 +148,7 @@ def two_stage(records: Records) -> Figure:
     axes.invert_yaxis()
     axes.set_title("Two stages against one")
     axes.set_xlabel("loss less that of one stage (nats per token)")
-    axes.legend()
+    axes.legend(loc="center left")
     return figure
 
 

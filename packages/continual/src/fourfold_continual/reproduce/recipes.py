@@ -67,8 +67,8 @@ SMALL_ARMS: tuple[Arm, ...] = (
     "r25-longer",
 )
 SMOKE_ARMS: tuple[Arm, ...] = ("none", "r25", "only-old")
-SEEDS = (1, 2, 3, 4, 5)
-"""Seed 0 was the pilot's, on which the rules were set."""
+SEEDS = (1, 2, 3, 5)
+"""Seed 0 was the pilot's, on which the rules were set; 4 was planned and not run."""
 SMOKE_SEEDS = (1, 2, 3)
 
 PEAK = 3e-3
