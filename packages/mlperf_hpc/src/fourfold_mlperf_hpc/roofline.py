@@ -31,7 +31,7 @@ from fourfold_parallel.grid.engine import Fourfold, GridSession
 from fourfold_parallel.grid.mesh import Mesh
 from fourfold_parallel.launch import world_size
 from fourfold_parallel.plan.probe import Operands, Stopwatch
-from fourfold_parallel.run.data import TokenStream
+from fourfold_parallel.run.data import Stream
 from fourfold_parallel.run.recipe import Run
 from fourfold_parallel.testing.ranks import run_on_ranks
 
@@ -269,7 +269,7 @@ def _loss(model: Any, rows: Int[Tensor, "batch row"]) -> Tensor:
 
 
 def _timed(
-    session: GridSession, run: Run, stream: TokenStream, mesh: Mesh, trace: Trace, steps: int
+    session: GridSession, run: Run, stream: Stream, mesh: Mesh, trace: Trace, steps: int
 ) -> tuple[list[float], list[tuple[float, int]], list[int]]:
     """Seconds, wire bytes with calls, and device bytes of each step; the first two are left out."""
     axes = {axis.name: axis for axis in (mesh.data, mesh.depth, mesh.row, mesh.col)}
