@@ -10,7 +10,7 @@ in use and name different sets:
 
 Anisotropy is the mean cosine of two tokens. With `u = h / |h|` over T tokens it needs no pairs:
 
-    cosine = (|sum u|^2 - T) / (T (T - 1)) = sum over d of ((sum u_d)^2 - sum u_d^2) / (T (T - 1)),
+    cosine = (norm(sum u)^2 - T) / (T (T - 1)) = sum over d of ((sum u_d)^2 - sum u_d^2) / (T (T - 1)),
 
 so each coordinate has a share in it, and the shares add up. Everything here is a sum over tokens, kept
 apart by document: one pass over a text of any length, added up over ranks, resampled by documents
