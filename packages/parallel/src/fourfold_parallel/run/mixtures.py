@@ -151,7 +151,7 @@ class _Pattern:
     def at(
         self, rows: Int[np.ndarray, " row"]
     ) -> tuple[Int[np.ndarray, " row"], Int[np.ndarray, " row"]]:
-        """MixturePart, and number within the part, of some rows (0-based)."""
+        """The part of some rows (0-based), and their number within it."""
         periods, places = np.divmod(rows, len(self.part))
         parts = self.part[places]
         return parts, periods * np.asarray(self.weights)[parts] + self.before[places]
@@ -238,7 +238,7 @@ class MixedStream:
     def numbers(
         self, step: int, *, batch: int
     ) -> tuple[Int[np.ndarray, " batch"], Int[np.ndarray, " batch"]]:
-        """MixturePart of each row of a step's global batch, and how many of that part were read before it.
+        """The part of each row of a step's global batch, and how many of that part were read before it.
 
         The parts lie in a drawn order, so that no rank gets one part only; the rows of each stand in its own.
         """
