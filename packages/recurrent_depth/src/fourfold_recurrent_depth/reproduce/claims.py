@@ -1,7 +1,7 @@
 """The paper's claims, and the rules, fixed before the runs, by which our records judge them.
 
-Thresholds are those of the pre-registration. The rules stand in `claims_automaton.py`, `claims_training.py`
-and `claims_inference.py`; here are the claims that no scale can test, and all of them in order.
+Thresholds are those of the pre-registration. The rules stand in `claims_automaton.py`, `claims_training.py`,
+`claims_inference.py` and `claims_worth.py`; here are the claims that no scale can test, and all of them.
 """
 
 from fourfold_parallel.reproduce.claims import beyond_us, claims_of
@@ -9,6 +9,7 @@ from fourfold_recurrent_depth.reproduce import (
     claims_automaton,
     claims_inference,
     claims_training,
+    claims_worth,
 )
 
 C5 = beyond_us(
@@ -55,9 +56,9 @@ C18 = beyond_us(
 CLAIMS = tuple(
     sorted(
         (
-            *claims_of(claims_automaton, claims_training, claims_inference),
+            *claims_of(claims_automaton, claims_training, claims_inference, claims_worth),
             *(C5, C7, C14, C17, C18),
         ),
-        key=lambda claim: int(claim.id.removeprefix("C")),
+        key=lambda claim: (claim.id[0], int(claim.id[1:])),
     )
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,10 +38,13 @@ from fourfold_recurrent_depth.reproduce.measures import (
     EXACT,
     LANGUAGE,
     RETROFIT,
+    WORTH,
     headline,
 )
 from fourfold_recurrent_depth.training.models import RecurrentDepth
 
+PARTS = ("prelude", "core_block", "adapter", "coda")
+"""Of a model's weights, those that the law of recurrences counts."""
 WORKERS = 2
 """Processes of a stage; each trains and measures on one thread."""
 
@@ -142,6 +146,36 @@ def examine_retrofits(
     trained: Event = ("trained", {"steps": run.steps, "training_flops": recipes.flops_of(arm, run)})
     return tuple(
         (kind, {"arm": arm, "seed": run.seed, **fields}) for kind, fields in (trained, *losses)
+    )
+
+
+def examine_worth(
+    member: tuple[recipes.WorthArm, Run], study: recipes.Worth, folder: Path
+) -> tuple[Event, ...]:
+    """Train one model of the suite, and measure held-out rows at every depth."""
+    arm, run = member
+    model, (kind, trained) = _trained(run, folder)
+    shape = cast(RecurrentDepth, run.model)
+    sizes = Counter[str]()
+    for name, parameter in model.named_parameters():
+        sizes[next((part for part in PARTS if f".{part}." in name), "")] += parameter.numel()
+    trained = {
+        "arm": arm,
+        "run": run.name,
+        "width": shape.width,
+        "loops": shape.mean_recurrence,
+        "unrolled": shape.core // 2,
+        "tokens": run.steps * run.tokens_per_step,
+        "once_parameters": sizes["prelude"] + sizes["coda"],
+        "looped_parameters": sizes["core_block"] + sizes["adapter"],
+        **{key: trained[key] for key in ("steps", "final_loss_nats", "training_flops")},
+    }
+    batch = run.data.validation(sequence=run.sequence).batch(0, batch=study.rows)
+    depths = (1,) if arm == "untied" else study.depths
+    losses = measurements.loss_by_depth(model, batch.tokens, depths)
+    return (
+        (kind, trained),
+        *((name, {"arm": arm, "run": run.name, **fields}) for name, fields in losses),
     )
 
 
@@ -343,6 +377,16 @@ def perform_bytes(study: recipes.Bytes, workplace: Workplace) -> None:
     )
 
 
+def perform_worth(study: recipes.Worth, workplace: Workplace) -> None:
+    """Train and examine the suite."""
+    _record(
+        study,
+        [partial(examine_worth, member, study, workplace.scratch) for member in study.members],
+        workplace,
+        _materials(study.members[0][1]),
+    )
+
+
 def perform_exact(study: recipes.Exact, workplace: Workplace) -> None:
     """Write the counts and equalities."""
     with workplace.recording(study, seed=study.seed) as records:
@@ -370,6 +414,8 @@ def _stages(scale: Scale) -> Sequence[Stage]:
         stages.append(
             Stage(name=RETROFIT, run=retrofits, perform=partial(perform_retrofits, retrofits))
         )
+        worth = recipes.worth(scale)
+        stages.append(Stage(name=WORTH, run=worth, perform=partial(perform_worth, worth)))
         language = recipes.language(scale)
         stages.append(Stage(name=LANGUAGE, run=language, perform=partial(perform_bytes, language)))
     return tuple(stages)

@@ -11,7 +11,8 @@ from fourfold_parallel.reproduce.claims import Records
 from fourfold_parallel.reproduce.experiment import Drawing
 from fourfold_parallel.reproduce.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES
 from fourfold_parallel.reproduce.scale import Scale
-from fourfold_recurrent_depth.reproduce.measures import AUTOMATON, LANGUAGE, accuracies
+from fourfold_recurrent_depth.reproduce.measures import AUTOMATON, LANGUAGE, WORTH, accuracies
+from fourfold_recurrent_depth.reproduce.worth import fit, interval, points_of, resampled_phi
 
 
 def drawings(scale: Scale) -> Sequence[Drawing]:
@@ -45,6 +46,23 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
         ),
     ]
     if scale == "laptop":
+        suite = "laptop scale, 48 models of bytes of Python, one seed"
+        drawn += [
+            Drawing(
+                name="worth-of-a-recurrence",
+                caption="Left, losses less the law's data term over the law's effective weights, by the "
+                "recurrences trained with, dashed the law; right, its exponent phi with the middle 95 % over "
+                "resamples of runs, with all gradients and with the last 2, beside the published values of "
+                f"arXiv 2604.21106 (crosses); {suite}, 24 more for the truncated gradients.",
+                draw=worth_of_a_recurrence,
+            ),
+            Drawing(
+                name="other-depths",
+                caption="Loss after r recurrences of models that were trained with 1, 2, 4 or 8 always (marked), "
+                f"width 64 and 0.61 M tokens; {suite}.",
+                draw=other_depths,
+            ),
+        ]
         drawn.append(
             Drawing(
                 name="cache-sharing",
@@ -181,5 +199,72 @@ def cache_sharing(records: Records) -> Figure:
     axes.set_xlabel("recurrences whose keys are kept")
     axes.set_ylabel("loss above a full cache (%)")
     axes.set_title("Recurrent depth: sharing the cache among recurrences")
+    axes.legend()
+    return figure
+
+
+def worth_of_a_recurrence(records: Records) -> Figure:
+    """The collapse onto effective weights, and phi beside what it could be."""
+    record = records[WORTH]
+    figure = Figure(figsize=(7.6, 3.4))
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    points = points_of(record, "looped")
+    law = fit(points)
+    data_nats = law.data_nats * np.exp(
+        -law.beta * (np.log([point.tokens for point in points]) - law.middle[1])
+    )
+    weights = law.effective(points)
+    rest = np.asarray([point.loss_nats for point in points]) - data_nats
+    for color, loops in zip(SHADES[::2], sorted({point.loops for point in points}), strict=True):
+        mine = [index for index, point in enumerate(points) if point.loops == loops]
+        left.plot(weights[mine], rest[mine], "o", color=color, label=f"r = {loops}")
+    line = np.geomspace(weights.min(), weights.max(), 50)
+    told = law.floor_nats + law.size_nats * np.exp(-law.alpha * (np.log(line) - law.middle[0]))
+    left.plot(line, told, "--", color=IDEAL, label="law")
+    left.set_xscale("log")
+    left.set_xlabel("N_once + r^phi N_rec (weights)")
+    left.set_ylabel("loss less the data term (nats)")
+    left.set_title("What a recurrence is worth")
+    left.legend()
+    shorter = {(p.once, p.loops, p.tokens): p for p in points_of(record, "truncated")}
+    arms = {
+        "all gradients": (tuple(points), 0.46),
+        "last 2": (tuple(shorter.get((p.once, p.loops, p.tokens), p) for p in points), 0.38),
+    }
+    for place, (mine, published) in enumerate(arms.values()):
+        low, high = interval(resampled_phi(mine))
+        right.plot([place, place], [low, high], color=METHOD, linewidth=3)
+        right.plot([place], [fit(mine).phi], "o", color=METHOD)
+        right.plot([place + 0.15], [published], "x", color=BASELINE)
+    for level in (0.0, 0.5, 1.0):
+        right.axhline(level, color=IDEAL, linestyle="--", linewidth=1)
+    right.set_xticks(range(len(arms)), list(arms))
+    right.set_xlim(-0.5, len(arms) - 0.5)
+    right.set_ylabel("phi")
+    return figure
+
+
+def other_depths(records: Records) -> Figure:
+    """Loss over recurrences of the widest models that read the most tokens."""
+    record = records[WORTH]
+    trained = record.of("trained", arm="looped")
+    width, tokens = (max(event.number(key) for event in trained) for key in ("width", "tokens"))
+    figure = Figure(figsize=(6.4, 3.2))
+    axes = figure.subplots()
+    chosen = [e for e in trained if (e.number("width"), e.number("tokens")) == (width, tokens)]
+    for color, event in zip(SHADES[::2], chosen, strict=True):
+        own = int(event.number("loops"))
+        read = sorted(
+            record.of("held_out", run=event.values["run"]), key=lambda e: e.number("recurrences")
+        )
+        depths = [int(e.number("recurrences")) for e in read]
+        losses = [e.number("loss_nats") for e in read]
+        axes.plot(depths, losses, "-", color=color, label=f"trained with {own}")
+        axes.plot([own], [losses[depths.index(own)]], "o", color=color)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("recurrences at test time")
+    axes.set_ylabel("loss (nats a byte)")
+    axes.set_title("Models trained at one depth, run at others")
     axes.legend()
     return figure

@@ -6,7 +6,7 @@ from fourfold_parallel.common.records import Record
 from fourfold_parallel.reproduce.claims import Records
 
 AUTOMATON, LANGUAGE, EXACT = "automaton", "language", "exact"
-DRAWS, ADDITION, RETROFIT = "draws", "addition", "retrofit"
+DRAWS, ADDITION, RETROFIT, WORTH = "draws", "addition", "retrofit", "worth"
 """Names of the stages."""
 
 

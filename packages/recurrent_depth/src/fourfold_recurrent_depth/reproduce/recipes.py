@@ -108,6 +108,22 @@ class Retrofits:
     seed: int = 0
 
 
+WorthArm = Literal["looped", "truncated", "untied"]
+"""All gradients, those of the last 2 recurrences, or blocks of its own in the place of each recurrence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worth:
+    """Language models over width, recurrences and tokens, which the law of a recurrence is fitted to."""
+
+    members: tuple[tuple[WorthArm, Run], ...]
+    rows: int
+    """Held-out rows of the exam."""
+    depths: tuple[int, ...]
+    """Recurrences at which every model is read."""
+    seed: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exact:
     """Things that need no training: counts, sizes, equalities."""
@@ -335,6 +351,55 @@ def _curriculum_within(price: Costs, law: LogNormalPoisson, budget: float) -> Lo
 
     quarters = range(1, 1000)
     return replace(law, ramp=3 * quarters[bisect_right(quarters, budget, key=spent) - 1])
+
+
+def worth_run(
+    arm: WorthArm, *, width: int, loops: int, steps: int, prelude: int = 1, core: int = 2
+) -> Run:
+    """One model of the suite: a block before and one behind, a core of two, always the same recurrences."""
+    run = language_run(30, steps=steps)
+    untied = arm == "untied"
+    recurrences = 1 if untied else loops
+    backprop = min(2, loops) if arm == "truncated" else recurrences
+    model = replace(
+        cast(RecurrentDepth, run.model),
+        width=width,
+        prelude=prelude,
+        core=core * loops if untied else core,
+        hidden=width * 11 // 4,
+        mean_recurrence=recurrences,
+        mean_backprop=recurrences,
+    )
+    objective = RandomDepth(
+        recurrences=Always(recurrences=recurrences, backprop=backprop),
+        supervision=NextToken(mask=KeepAll()),
+    )
+    rate = replace(cast(AdamW, run.optimizer), learning_rate=4e-3 * (64 / width) ** 0.5)
+    name = f"worth-{arm}-w{width}-r{loops}-s{steps}"
+    return replace(run, name=name, model=model, objective=objective, optimizer=rate)
+
+
+def worth(scale: Literal["laptop"]) -> Worth:  # noqa: ARG001 - one scale has it so far
+    """The suite of the iso-depth law (W1 to W5): 48 models, 24 with truncated gradients, 6 untied."""
+    widths, loops, lengths = (24, 32, 48, 64), (1, 2, 4, 8), (150, 300, 600)
+    members: list[tuple[WorthArm, Run]] = [
+        ("looped", worth_run("looped", width=width, loops=r, steps=steps))
+        for width in widths
+        for r in loops
+        for steps in lengths
+    ]
+    members += [
+        ("truncated", worth_run("truncated", width=width, loops=r, steps=steps))
+        for width in widths
+        for r in loops[2:]
+        for steps in lengths
+    ]
+    members += [
+        ("untied", worth_run("untied", width=width, loops=r, steps=300))
+        for width in (48, 64)
+        for r in loops[1:]
+    ]
+    return Worth(members=tuple(members), rows=256, depths=loops)
 
 
 def exact(scale: Literal["smoke", "laptop"]) -> Exact:
