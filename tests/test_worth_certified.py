@@ -15,6 +15,7 @@ RECORD = Path(__file__).parent.parent / "packages/recurrent_depth/results/worth.
 
 @pytest.mark.parametrize("arm", ["looped", "truncated"])
 def test_the_committed_runs_have_that_law(arm: str, tmp_path: Path) -> None:
+    from fourfold_gemstones.reading import read_table
     from fourfold_gemstones.registry.loops import ENTRY
     from fourfold_parallel.common.records import read_record
 
@@ -30,7 +31,7 @@ def test_the_committed_runs_have_that_law(arm: str, tmp_path: Path) -> None:
     ]
     head = "run,once parameters,looped parameters,parameters,loops,tokens,loss"
     table.write_text("\n".join([head, *rows]) + "\n")
-    certified = ENTRY.law.fit(gemstones.RunTable.from_csv(table))
+    certified = ENTRY.law.fit(read_table(table))
     mine = ours.fit(points)
     named = certified.estimate.named()
     assert mine.phi == pytest.approx(named["phi"], abs=2e-3)

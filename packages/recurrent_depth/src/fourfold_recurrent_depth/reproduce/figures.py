@@ -58,7 +58,7 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
             ),
             Drawing(
                 name="other-depths",
-                caption="Loss after r recurrences of models that were trained with 1, 2, 4 or 8 always (marked), "
+                caption="Loss after r recurrences of models trained with 1, 2, 4 or 8 always (marked), "
                 f"width 64 and 0.61 M tokens; {suite}.",
                 draw=other_depths,
             ),
