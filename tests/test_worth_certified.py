@@ -31,7 +31,10 @@ def test_the_committed_runs_have_that_law(arm: str, tmp_path: Path) -> None:
     ]
     head = "run,once parameters,looped parameters,parameters,loops,tokens,loss"
     table.write_text("\n".join([head, *rows]) + "\n")
-    certified = ENTRY.law.fit(read_table(table))
+    with pytest.warns(
+        gemstones.LawWarning, match="at its bound: floor"
+    ):  # these runs do not tell it
+        certified = ENTRY.law.fit(read_table(table))
     mine = ours.fit(points)
     named = certified.estimate.named()
     assert mine.phi == pytest.approx(named["phi"], abs=2e-3)
