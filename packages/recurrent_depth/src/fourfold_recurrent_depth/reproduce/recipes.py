@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal, cast
 
 from fourfold_parallel.reproduce.scale import Scale
@@ -382,23 +383,15 @@ def worth_run(
 def worth(scale: Literal["laptop"]) -> Worth:  # noqa: ARG001 - one scale has it so far
     """The suite of the iso-depth law (W1 to W5): 48 models, 24 with truncated gradients, 6 untied."""
     widths, loops, lengths = (24, 32, 48, 64), (1, 2, 4, 8), (150, 300, 600)
-    members: list[tuple[WorthArm, Run]] = [
-        ("looped", worth_run("looped", width=width, loops=r, steps=steps))
-        for width in widths
-        for r in loops
-        for steps in lengths
-    ]
-    members += [
-        ("truncated", worth_run("truncated", width=width, loops=r, steps=steps))
-        for width in widths
-        for r in loops[2:]
-        for steps in lengths
-    ]
-    members += [
-        ("untied", worth_run("untied", width=width, loops=r, steps=300))
-        for width in (48, 64)
-        for r in loops[1:]
-    ]
+    shapes: dict[WorthArm, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
+        "looped": (widths, loops, lengths),
+        "truncated": (widths, loops[2:], lengths),
+        "untied": ((48, 64), loops[1:], (300,)),
+    }
+    members: list[tuple[WorthArm, Run]] = []
+    for arm, axes in shapes.items():
+        for width, r, steps in product(*axes):
+            members.append((arm, worth_run(arm, width=width, loops=r, steps=steps)))
     return Worth(members=tuple(members), rows=256, depths=loops)
 
 
