@@ -123,3 +123,20 @@ def test_a_lock_that_a_killed_deepspeed_left_is_named(
     os.utime(lock, (0, 0))
     with pytest.raises(ValueError, match="remove the file"):
         check_no_stale_lock()
+
+
+def test_the_lock_of_another_python_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In torch's own place each interpreter and build has a folder of its own."""
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setattr("torch.utils.cpp_extension.get_default_build_root", lambda: str(tmp_path))
+    for name in ("py38_cpu", f"py{sys.version_info.major}{sys.version_info.minor}_cpu"):
+        lock = tmp_path / name / "deepspeed_shm_comm" / "lock"
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+        os.utime(lock, (0, 0))
+        if name == "py38_cpu":
+            check_no_stale_lock()
+    with pytest.raises(ValueError, match="remove the file"):
+        check_no_stale_lock()

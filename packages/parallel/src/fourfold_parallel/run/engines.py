@@ -8,6 +8,7 @@ hold other rows, and how to clip and step. The four-dimensional engine stands be
 
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -292,8 +293,10 @@ def check_no_stale_lock() -> None:
     """
     from torch.utils.cpp_extension import get_default_build_root  # only DeepSpeed needs it
 
-    home = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    for lock in Path(home).glob("**/deepspeed_*/lock"):
+    named = os.environ.get("TORCH_EXTENSIONS_DIR")
+    # In torch's own place every interpreter has a folder; the locks of others stop nobody here.
+    mine = "" if named else f"py{sys.version_info.major}{sys.version_info.minor}*/"
+    for lock in Path(named or get_default_build_root()).glob(f"{mine}deepspeed_*/lock"):
         age_s = time.time() - lock.stat().st_mtime
         if age_s > STALE_LOCK_S:
             raise ValueError(

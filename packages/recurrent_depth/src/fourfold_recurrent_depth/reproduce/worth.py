@@ -1,4 +1,4 @@
-"""What a recurrence is worth in parameters, as a law fitted to runs.
+"""The worth of a recurrence in parameters, as a law fitted to runs.
 
     L = E + A (N_once + r^phi N_rec)^-alpha + B D^-beta
 
