@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ from fourfold_recurrent_depth.reproduce.experiment import (
     examine_cells,
     examine_draws,
     examine_retrofits,
+    examine_worth,
 )
 from fourfold_recurrent_depth.reproduce.measurements import DEPTHS
 from fourfold_recurrent_depth.reproduce.measures import (
@@ -30,6 +32,7 @@ from fourfold_recurrent_depth.reproduce.measures import (
     DRAWS,
     LANGUAGE,
     RETROFIT,
+    WORTH,
 )
 from fourfold_recurrent_depth.reproduce.tasks.addition import Digits, Sums, sums_of
 from fourfold_recurrent_depth.training.models import RecurrentDepth
@@ -38,6 +41,7 @@ from fourfold_recurrent_depth.training.models import RecurrentDepth
 def test_recipes_rebuild_from_their_records() -> None:
     plans = [recipes.cells("smoke"), recipes.cells("laptop"), recipes.language("laptop")]
     plans += [recipes.draws("laptop"), recipes.additions("laptop"), recipes.retrofits("laptop")]
+    plans.append(recipes.worth("laptop"))
     for plan in [*plans, recipes.exact("smoke"), recipes.table_1("paper")]:
         assert from_json(json.loads(json.dumps(to_json(plan)))) == plan
 
@@ -68,7 +72,8 @@ def test_the_committed_records_give_the_committed_ledger(tmp_path: Path) -> None
 
 
 def test_every_claim_of_the_page_has_a_row() -> None:
-    assert [claim.id for claim in CLAIMS] == [f"C{n}" for n in range(1, 24)]
+    ours = [*(f"C{n}" for n in range(1, 24)), *(f"W{n}" for n in range(1, 6))]
+    assert [claim.id for claim in CLAIMS] == ours
     for claim in CLAIMS:
         assert claim.scales or claim.needs
     assert EXPERIMENT.launches()[0].torchrun.startswith("torchrun")
@@ -87,6 +92,13 @@ def test_short_runs_are_trained_and_examined(tmp_path: Path) -> None:
     _, *found = examine_additions(replace(added.members[0], **short), 16, tmp_path)
     places = {(fields["operands"], fields["recurrences"]) for _, fields in found}
     assert places == {(m, r) for m in range(1, 7) for r in DEPTHS}
+    suite = recipes.worth("laptop")
+    for arm, run in (suite.members[1], suite.members[-1]):
+        brief = replace(run, **short)
+        (_, trained), *found = examine_worth((arm, brief), replace(suite, rows=4), tmp_path)
+        depths = [fields["recurrences"] for _, fields in found]
+        assert depths == ([1] if arm == "untied" else [1, 2, 4, 8])
+        assert trained["tokens"] == 3 * 1024
 
 
 def test_every_checkpoint_on_the_way_is_examined_once(tmp_path: Path) -> None:
@@ -248,14 +260,42 @@ def retrofits(folder: Path, *, good: bool) -> Any:
     return record(folder, RETROFIT, events)
 
 
+def worth(folder: Path, *, good: bool) -> Any:
+    """A recurrence worth its square root, less where gradients are cut; or one that does harm."""
+    draw = np.random.default_rng(0)
+    phi = {"looped": 0.46, "truncated": 0.1} if good else {"looped": -0.6, "truncated": 0.2}
+    events: list[tuple[str, dict[str, Any]]] = []
+    for arm, run in recipes.worth("laptop").members:
+        shape = cast(RecurrentDepth, run.model)
+        untied = arm == "untied"
+        loops = shape.core // 2 if untied else shape.mean_recurrence
+        once, looped, tokens = 24 * shape.width**2, 26 * shape.width**2, run.steps * 1024
+        size = once + loops ** phi.get(arm, phi["looped"]) * looped
+        loss = 1.2 + 0.6 * (size / 1e5) ** -0.4 + 0.7 * (tokens / 3e5) ** -0.6
+        loss = loss * float(np.exp(2e-3 * draw.standard_normal())) + untied * (
+            -0.1 if good else 0.1
+        )
+        trained = {
+            "arm": arm, "run": run.name, "width": shape.width, "loops": 1 if untied else loops,
+            "unrolled": shape.core // 2, "tokens": tokens, "once_parameters": once,
+            "looped_parameters": looped,
+        }  # fmt: skip
+        events.append(("trained", trained))
+        for depth in (1,) if untied else (1, 2, 4, 8):
+            away = 0.0 if untied or depth == loops else 0.05 if good else -0.05
+            read = {"arm": arm, "run": run.name, "recurrences": depth, "loss_nats": loss + away}
+            events.append(("held_out", read))
+    return record(folder, WORTH, events)
+
+
 @pytest.mark.parametrize("good", [True, False])
 def test_rules_judge_as_they_say(tmp_path: Path, good: bool) -> None:
     """Records that show what the paper says are reproduced; records that show the opposite, contradicted."""
     stages = {AUTOMATON: automaton, LANGUAGE: language, DRAWS: draws, ADDITION: additions}
-    stages[RETROFIT] = retrofits
+    stages |= {RETROFIT: retrofits, WORTH: worth}
     records = {name: make(tmp_path, good=good) for name, make in stages.items()}
     judged = [claim for claim in CLAIMS if claim.scales and claim.id not in ("C6", "C20")]
     rows = judge(judged, records, package="recurrent_depth", scale="laptop")
     expected = "reproduced" if good else "contradicted"
     assert {row.id: row.verdict for row in rows} == {claim.id: expected for claim in judged}
-    assert len(rows) == 16
+    assert len(rows) == 21
