@@ -20,10 +20,7 @@ def test_the_committed_runs_have_that_law(arm: str, tmp_path: Path) -> None:
     from fourfold_parallel.common.records import read_record
 
     record = read_record(RECORD)
-    cut = {(p.once, p.loops, p.tokens): p for p in ours.points_of(record, "truncated")}
-    points = ours.points_of(record, "looped")
-    if arm == "truncated":
-        points = [cut.get((p.once, p.loops, p.tokens), p) for p in points]
+    points = ours.points_of(record, arm) if arm == "looped" else ours.with_truncated(record)
     table = tmp_path / "suite.csv"
     rows = [
         f"{n},{p.once},{p.looped},{p.once + p.looped},{p.loops},{p.tokens},{p.loss_nats}"

@@ -13,6 +13,7 @@ from fourfold_mlperf_hpc.reproduce.measures import (
     attempts_of,
     convergence,
     numbers,
+    ratio_of_means,
     share,
     systems,
     targets_of,
@@ -191,13 +192,7 @@ def staging_grows(records: Records) -> Finding:
     [small] = systems(records, system="Fugaku 512")
     [large] = systems(records, system="Fugaku 8,192")
     shares = [np.asarray(event.numbers("staging_share_by_run")) for event in (small, large)]
-    generator = np.random.default_rng(0)
-    drawn = [
-        generator.choice(shares[1], len(shares[1])).mean()
-        / generator.choice(shares[0], len(shares[0])).mean()
-        for _ in range(DRAWS)
-    ]
-    low, high = np.quantile(drawn, (0.025, 0.975))
+    low, high = ratio_of_means(shares[1], shares[0])
     others = ", ".join(
         f"{event.values['system']} {100 * share(event):.1f} %"
         for event in systems(records)
@@ -264,13 +259,7 @@ def superlinear(records: Records) -> Finding:
     [small] = systems(records, system="Piz Daint 128")
     [large] = systems(records, system="Piz Daint 256")
     epochs = [np.asarray(event.numbers("epoch_s_by_run")) for event in (small, large)]
-    generator = np.random.default_rng(0)
-    drawn = [
-        generator.choice(epochs[0], len(epochs[0])).mean()
-        / generator.choice(epochs[1], len(epochs[1])).mean()
-        for _ in range(DRAWS)
-    ]
-    low, high = np.quantile(drawn, (0.025, 0.975))
+    low, high = ratio_of_means(epochs[0], epochs[1])
     return Finding(
         decide(reproduced=low > 2, contradicted=high < 2),
         f"{epochs[0].mean() / epochs[1].mean():.2f} [{low:.2f}, {high:.2f}] times faster epochs",

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from fourfold_mlperf_hpc.decomposition import Attempt, bootstrap, expected, factors
+import numpy as np
+from jaxtyping import Float
+
+from fourfold_mlperf_hpc.decomposition import DRAWS, Attempt, bootstrap, expected, factors
 from fourfold_mlperf_hpc.published import Submission, submission_of, submissions
 from fourfold_parallel.common.records import Event
 from fourfold_parallel.reproduce.claims import Interval, Records
@@ -64,6 +67,19 @@ def convergence(a: Sequence[Attempt], b: Sequence[Attempt]) -> Interval:
     low, high = bootstrap(a, b, lambda parts: parts.convergence)
     value = factors(expected(a), expected(b)).convergence
     return Interval(value=value, low=low, high=high, seeds=min(len(a), len(b)))
+
+
+def ratio_of_means(
+    a: Float[np.ndarray, " run"], b: Float[np.ndarray, " run"]
+) -> tuple[float, float]:
+    """The 95 % interval of one mean over another, by bootstrap over the runs of each."""
+    generator = np.random.default_rng(0)
+    drawn = [
+        generator.choice(a, len(a)).mean() / generator.choice(b, len(b)).mean()
+        for _ in range(DRAWS)
+    ]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def systems(records: Records, **fields: object) -> tuple[Event, ...]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from fourfold_parallel.reproduce.claims import Finding, Records, claim, decide, over_seeds
 from fourfold_recurrent_depth.reproduce.measures import WORTH
-from fourfold_recurrent_depth.reproduce.worth import fit, interval, points_of, resampled_phi
+from fourfold_recurrent_depth.reproduce.worth import (
+    PUBLISHED,
+    fit,
+    interval,
+    points_of,
+    resampled_phi,
+    with_truncated,
+)
 
 SUITE = (
     "48 models of bytes of Python's standard library, widths 24 to 64, 2 blocks once and 2 looped 1, 2, 4 or "
     "8 times, 0.15, 0.31 and 0.61 M tokens, each trained at its own depth with all gradients, one seed"
 )
 TRAINED = "a suite of trained models: the laptop scale"
-PUBLISHED, TRUNCATED = 0.46, 0.38
-"""phi of 116 runs at scale, and with truncated backpropagation."""
 
 
 @claim(
@@ -70,17 +75,14 @@ def square_root(records: Records) -> Finding:
     paper="0.38 against 0.46",
     rule="phi with all gradients less phi where 4 and 8 recurrences had those of the last 2, 95 % interval "
     "over paired resamples: reproduced if above 0, contradicted if below",
-    conditions=SUITE
-    + "; widths 32 to 64; runs of 4 and 8 recurrences once more with the last 2 gradients",
+    conditions=SUITE + "; runs of 4 and 8 recurrences once more with the last 2 gradients",
     scales=("laptop",),
     needs=TRAINED,
 )
 def truncation_costs(records: Records) -> Finding:
     """The difference of two exponents."""
     record = records[WORTH]
-    cut = {(p.once, p.loops, p.tokens): p for p in points_of(record, "truncated")}
-    whole = tuple(points_of(record, "looped"))
-    shorter = tuple(cut.get((p.once, p.loops, p.tokens), p) for p in whole)
+    whole, shorter = tuple(points_of(record, "looped")), tuple(with_truncated(record))
     low, high = interval(resampled_phi(whole) - resampled_phi(shorter))
     return Finding(
         decide(reproduced=low > 0, contradicted=high < 0),

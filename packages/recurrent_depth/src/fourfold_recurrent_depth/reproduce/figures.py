@@ -12,7 +12,15 @@ from fourfold_parallel.reproduce.experiment import Drawing
 from fourfold_parallel.reproduce.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES
 from fourfold_parallel.reproduce.scale import Scale
 from fourfold_recurrent_depth.reproduce.measures import AUTOMATON, LANGUAGE, WORTH, accuracies
-from fourfold_recurrent_depth.reproduce.worth import fit, interval, points_of, resampled_phi
+from fourfold_recurrent_depth.reproduce.worth import (
+    PUBLISHED,
+    PUBLISHED_TRUNCATED,
+    fit,
+    interval,
+    points_of,
+    resampled_phi,
+    with_truncated,
+)
 
 
 def drawings(scale: Scale) -> Sequence[Drawing]:
@@ -226,10 +234,9 @@ def worth_of_a_recurrence(records: Records) -> Figure:
     left.set_ylabel("loss less the data term (nats)")
     left.set_title("What a recurrence is worth")
     left.legend()
-    shorter = {(p.once, p.loops, p.tokens): p for p in points_of(record, "truncated")}
     arms = {
-        "all gradients": (tuple(points), 0.46),
-        "last 2": (tuple(shorter.get((p.once, p.loops, p.tokens), p) for p in points), 0.38),
+        "all gradients": (tuple(points), PUBLISHED),
+        "last 2": (tuple(with_truncated(record)), PUBLISHED_TRUNCATED),
     }
     for place, (mine, published) in enumerate(arms.values()):
         low, high = interval(resampled_phi(mine))

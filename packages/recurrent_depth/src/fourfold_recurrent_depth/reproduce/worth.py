@@ -23,6 +23,8 @@ from fourfold_parallel.common.records import Record
 
 DELTA = 1e-3
 """Huber's threshold in log loss."""
+PUBLISHED, PUBLISHED_TRUNCATED = 0.46, 0.38
+"""phi of 116 runs at scale (arXiv 2604.21106), and with truncated backpropagation."""
 DRAWS = 200
 """Resamples of runs."""
 LOW = (-20.0, -20.0, 0.0, -20.0, 0.0, -1.0)
@@ -57,19 +59,15 @@ class LoopLaw:
     middle: tuple[float, float]
     """Logs of the weights and of the tokens that the terms count from."""
 
+    @property
+    def theta(self) -> Float[np.ndarray, "6"]:
+        """The parameters in the order of `LOW`."""
+        floor, size, data = np.log([self.floor_nats, self.size_nats, self.data_nats])
+        return np.array([floor, size, self.alpha, data, self.beta, self.phi])
+
     def loss(self, points: Sequence[Point]) -> Float[np.ndarray, " run"]:
         """Predicted nats a token."""
-        theta = np.array(
-            [
-                np.log(self.floor_nats),
-                np.log(self.size_nats),
-                self.alpha,
-                np.log(self.data_nats),
-                self.beta,
-                self.phi,
-            ]
-        )
-        return np.exp(_log_loss(theta, _columns(points), self.middle))
+        return np.exp(_log_loss(self.theta, _columns(points), self.middle))
 
     def effective(self, points: Sequence[Point]) -> Float[np.ndarray, " run"]:
         """N_once + r^phi N_rec of each run."""
@@ -91,6 +89,12 @@ def points_of(record: Record, arm: str) -> list[Point]:
         for read in record.of("held_out", run=trained.values["run"])
         if read.number("recurrences") == trained.number("loops")
     ]
+
+
+def with_truncated(record: Record) -> list[Point]:
+    """The looped arm's runs, those that were trained with truncated gradients too in that form."""
+    truncated = {(p.once, p.loops, p.tokens): p for p in points_of(record, "truncated")}
+    return [truncated.get((p.once, p.loops, p.tokens), p) for p in points_of(record, "looped")]
 
 
 def fit(points: Sequence[Point]) -> LoopLaw:
@@ -116,16 +120,12 @@ def resampled_phi(points: tuple[Point, ...], seed: int = 0) -> Float[np.ndarray,
     """Phi of resamples of the runs with replacement, each refitted from the fit of all."""
     best = fit(points)
     columns = _columns(points)
-    start = (
-        np.log(best.floor_nats), np.log(best.size_nats), best.alpha, np.log(best.data_nats), best.beta,
-        best.phi,
-    )  # fmt: skip
     generator = np.random.default_rng(seed)
     values = []
     while len(values) < DRAWS:
         drawn = columns[:, generator.integers(len(points), size=len(points))]
         if min(len(np.unique(drawn[row])) for row in (1, 2, 3)) > 1:
-            values.append(_descend(start, drawn, best.middle)[0][5])
+            values.append(_descend(best.theta, drawn, best.middle)[0][5])
     return np.asarray(values)
 
 
@@ -160,7 +160,9 @@ def _log_loss(
 
 
 def _descend(
-    start: Sequence[float], columns: Float[np.ndarray, "5 run"], middle: tuple[float, float]
+    start: Sequence[float] | Float[np.ndarray, "6"],
+    columns: Float[np.ndarray, "5 run"],
+    middle: tuple[float, float],
 ) -> tuple[Float[np.ndarray, "6"], float]:
     """Parameters and objective at the end of a descent."""
     losses = np.log(columns[4])
