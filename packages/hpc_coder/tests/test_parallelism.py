@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from fourfold_hpc_coder.judge.parallelism import (
+    clearest,
     in_action,
     in_text,
     is_by_turns,
@@ -187,3 +188,13 @@ def test_ranks_that_each_do_the_whole_work_are_not_parallel(
         RANKS: replace(told, main_cpu_s=together_s),
     }
     assert in_action(seen, "mpi").parallel == parallel
+
+
+@pytest.mark.parametrize(("threads", "chosen"), [(1, 1), (2, 2)])
+def test_of_several_calls_the_least_disturbed_tells_what_a_rank_computes(
+    threads: int, chosen: int
+) -> None:
+    """On several threads, the one in which regions show most."""
+    spent = ((3.0, 0.5), (1.0, 0.0), (2.0, 1.0))
+    calls = [replace(IDLE, main_cpu_s=main, region_cpu_s=inside) for main, inside in spent]
+    assert clearest(calls, Processors(threads=threads)) is calls[chosen]

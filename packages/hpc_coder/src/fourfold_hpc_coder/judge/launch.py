@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from fourfold_hpc_coder.judge import failures
+from fourfold_hpc_coder.judge import failures, parallelism
 from fourfold_hpc_coder.judge.bench import Bench, launched
 from fourfold_hpc_coder.judge.protocol import EndedError, Evidence, ForgedError, Reply
 from fourfold_hpc_coder.judge.reference import Reference, Round, call
@@ -71,7 +71,8 @@ def launch(
     exercise, patience_s = right.exercise, bench.settings.time_limit_s
     where = f"on {processors}, {right.checks[-1].where}"
     verdict: Verdict = "correct"
-    because, runtime_s, evidence, ran = "", math.inf, _SILENT, True
+    because, runtime_s, ran = "", math.inf, True
+    calls: list[Evidence] = []
 
     def right_reply(asked: Round) -> Reply | None:
         nonlocal where, verdict, because
@@ -99,8 +100,7 @@ def launch(
                             break
                         if asked.is_timed:
                             runtime_s = min(_charged_s(reply, asked, processors), runtime_s)
-                            if reply.evidence.region_cpu_s >= evidence.region_cpu_s:
-                                evidence = reply.evidence
+                            calls.append(reply.evidence)
             # A good program also comes to a good end, by itself.
             channel.quit()
             is_over = channel.process.done
@@ -125,5 +125,5 @@ def launch(
         run=Execution(
             processors=processors, ran=ran, valid=valid, runtime_s=runtime_s if valid else math.nan
         ),
-        evidence=evidence,
+        evidence=parallelism.clearest(calls or (_SILENT,), processors),
     )

@@ -8,7 +8,7 @@ computed and data moved between them.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -179,6 +179,17 @@ def in_action(
             assert_never(model)
 
 
+def clearest(calls: Sequence[Evidence], processors: Processors) -> Evidence:
+    """Of several calls with the same work, that which tells most about it.
+
+    On several threads, the one with most time in regions; on one, that which was disturbed least, since a
+    neighbour's turn on the processor reads like work of our own.
+    """
+    if processors.threads > 1:
+        return max(calls, key=lambda call: call.region_cpu_s)
+    return min(calls, key=lambda call: call.computed_s)
+
+
 def _worked(
     evidence: Mapping[Processors, Evidence],
     otherwise: str,
@@ -192,7 +203,7 @@ def _worked(
             parallel=True, because="no launch had several threads, so nothing was observed"
         )
     for processors, observed in evidence.items():
-        inside = observed.region_cpu_s / max(observed.main_cpu_s - observed.message_cpu_s, 1e-9)
+        inside = observed.region_cpu_s / max(observed.computed_s, 1e-9)
         others = (observed.process_cpu_s - observed.main_cpu_s) / max(
             observed.process_cpu_s - observed.message_cpu_s, 1e-9
         )
@@ -215,7 +226,7 @@ def _worked(
 def _repeated(evidence: Mapping[Processors, Evidence]) -> str:
     """The sign that each rank does the whole work; empty where that is not so, or cannot be seen."""
     computed_s = {
-        processors: observed.main_cpu_s - observed.message_cpu_s
+        processors: observed.computed_s
         for processors, observed in evidence.items()
         if processors.threads == 1
     }

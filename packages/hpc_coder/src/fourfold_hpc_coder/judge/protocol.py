@@ -53,6 +53,11 @@ class Evidence:
     ranks: float
     working_ranks: float
 
+    @property
+    def computed_s(self) -> float:
+        """Processor time of the calling threads outside MPI, which waits by spinning."""
+        return self.main_cpu_s - self.message_cpu_s
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
