@@ -29,6 +29,19 @@ def test_the_formula_is_what_torch_counts(
     assert counter.get_total_flops() == expected * tokens.numel()
 
 
+def test_the_formula_counts_a_loss_at_every_exit(
+    tiny: RecurrentDepthForCausalLM, tokens: torch.Tensor
+) -> None:
+    """Coda and head once for each recurrence, forward and backward."""
+    tiny.set_attn_implementation("eager")
+    tiny.train()
+    with FlopCounterMode(display=False) as counter:
+        out = tiny(tokens, num_steps=(0, 4), depths=(1, 2, 3, 4))
+        sum(logits.sum() for logits in out.logits_by_depth or ()).backward()  # type: ignore[union-attr]
+    price = costs(tiny.config, context=tokens.shape[1])
+    assert counter.get_total_flops() == price.training(0, 4, exits=4) * tokens.numel()
+
+
 @pytest.mark.parametrize("pair", [(0, 1), (0, 4), (3, 2)])
 def test_the_formula_counts_retrofitted_models(tokens: torch.Tensor, pair: tuple[int, int]) -> None:
     """Training at three pairs, exactly, with keys shared among heads; and the dense model."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from fourfold_recurrent_depth import (
     KL,
     Always,
     Diffusion,
+    EveryExit,
     Fixed,
     Gate,
     LatentDiff,
@@ -49,6 +51,7 @@ from fourfold_recurrent_depth.analysis.flops import costs
 from fourfold_recurrent_depth.configuration import FAMILIES
 from fourfold_recurrent_depth.model import Decay
 from fourfold_recurrent_depth.states import RowStates
+from fourfold_recurrent_depth.training.random_depth import beginning
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parent / "published_families.json").read_text()
@@ -298,6 +301,11 @@ def test_decoders_of_their_own(name: str, model: Any) -> None:
         assert [len(row) for row in made] == [6, 6]
 
 
+def batch_of(tokens: torch.Tensor) -> Batch:
+    rows = tuple(range(len(tokens)))
+    return Batch(tokens=tokens, document_ids=torch.zeros_like(tokens), number=3, addresses=rows)
+
+
 class Next:
     """Every token is asked for the next."""
 
@@ -308,8 +316,7 @@ class Next:
 def test_training_reaches_every_part_but_the_gate(name: str, model: Any) -> None:
     """At a depth of the law, recomputed or not; where nothing is injected, all recurrences carry gradient."""
     tokens = tokens_of(name)
-    whole = torch.zeros_like(tokens)
-    batch = Batch(tokens=tokens, document_ids=whole, number=3, addresses=(0, 1))
+    batch = batch_of(tokens)
     is_injected = model.config.form.injects is not None
     cut = RandomDepth(recurrences=Always(recurrences=4, backprop=2), supervision=Next())
     all_of_them = RandomDepth(recurrences=Always(recurrences=4, backprop=4), supervision=Next())
@@ -438,13 +445,111 @@ def family_is_serial(sizes: Sizes, family: str) -> None:
     out = parallel.model(tokens, labels=tokens, num_steps=(2, 2), initial_state=states)
     out.loss.backward()
     close(out.logits, logits, what=f"{family} {sizes}: logits", tolerance=1e-9)
+    same_gradients(alone, parallel, mesh, f"{family} {sizes}")
+    objective, batch = EveryExit(recurrences=3, supervision=Next()), batch_of(tokens)
+    sums = []
+    for model in (alone, parallel.model):
+        model.zero_grad()
+        sums.append(objective.loss(model, batch, objective.targets(batch)).nats_sum)
+        sums[-1].backward()
+    close(sums[1], sums[0], what=f"{family} {sizes}: loss of every exit", tolerance=1e-9)
+    same_gradients(alone, parallel, mesh, f"{family} {sizes}, every exit")
+
+
+def same_gradients(alone: nn.Module, parallel: Any, mesh: Any, what: str) -> None:
     gradients = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
     ours = {name: p for name, p in parallel.model.named_parameters() if p.grad is not None}
     assert ours.keys() == gradients.keys()
     for name, parameter in ours.items():
         expected = piece_of(parallel.stored[name].keep(gradients[name]), parameter, mesh)
         assert parameter.grad is not None
-        close(local(parameter.grad), expected, what=f"{family} {sizes}: d{name}", tolerance=1e-9)
+        close(local(parameter.grad), expected, what=f"{what}: d{name}", tolerance=1e-9)
+
+
+def test_depths_of_one_pass_are_passes_of_their_own(name: str, model: Any) -> None:
+    """Their logits, and what a gate says after each; the last are the pass's."""
+    tokens = tokens_of(name)
+    with torch.no_grad():
+        out = model(tokens, num_steps=4, depths=(1, 3, 4), output_hidden_states=True)
+    for depth, logits in zip((1, 3, 4), out.logits_by_depth, strict=True):
+        expected = logits_of(model, tokens, num_steps=depth)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=ROUNDING)
+    assert torch.equal(out.logits, out.logits_by_depth[-1])
+    if name == "ouro":
+        gates = [model.part("gate")(out.hidden_states[depth]).squeeze(-1) for depth in (1, 3, 4)]
+        assert all(map(torch.equal, out.gates_by_depth, gates))
+    else:
+        assert out.gates_by_depth is None
+    for wrong in ((0, 2), (1, 5)):
+        with pytest.raises(
+            ValueError, match=rf"depths=\[{wrong[0]}, {wrong[1]}\] of 4 recurrences"
+        ):
+            model(tokens, num_steps=4, depths=wrong)
+    with pytest.raises(ValueError, match="leave out output_hidden_states and depths"):
+        model(tokens, num_steps=4, depths=(1,), exit=KL())
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("entropy", [0.0, 0.4])
+def test_the_loss_of_every_exit_token_by_token(family: str, entropy: float) -> None:
+    """Ouro's mean over exits by its gate, less the gate's entropy; without a gate all exits count alike."""
+    model = stirred(family).eval()
+    tokens = torch.randint(0, 31, (2, 5), generator=torch.Generator().manual_seed(4))
+    batch, objective = (
+        batch_of(tokens),
+        EveryExit(recurrences=3, supervision=Next(), entropy=entropy),
+    )
+    targets = objective.targets(batch).clone()
+    targets[1, 2] = -100
+    found = objective.loss(model, batch, targets)
+    begin = beginning(model.config.form, batch)
+    out: Any = model(tokens[:, :-1], num_steps=3, output_hidden_states=True, **begin)
+    expected, exits = 0.0, 0.0
+    spoken = [model(tokens[:, :-1], num_steps=r, **begin).logits.log_softmax(-1) for r in (1, 2, 3)]
+    for row, place in product(range(2), range(4)):
+        if targets[row, place] == -100:
+            continue
+        left, shares = 1.0, []
+        for number in (1, 2):
+            stops = 1 / 3
+            if family == "ouro":
+                said = model.part("gate")(out.hidden_states[number][row, place]).item()
+                stops = 1 / (1 + math.exp(-said))
+            shares.append(stops * left if family == "ouro" else 1 / 3)
+            left -= shares[-1]
+        for number, share in enumerate([*shares, left]):
+            expected -= share * spoken[number][row, place, targets[row, place]].item()
+            expected += entropy * share * math.log(share) if family == "ouro" else 0
+            exits += share * (number + 1)
+    assert found.nats_sum.item() == pytest.approx(expected, rel=1e-9)
+    assert found.telemetry["exits_sum"].item() == pytest.approx(exits, rel=1e-9)
+
+
+def test_a_gate_learns_where_its_loss_is_least(publish: Any, tmp_path: Path) -> None:
+    """Where the first exit is best it learns to stop; entropy alone brings it to an even share."""
+    model = load_published(publish("ouro", tmp_path)).double()
+    batch = batch_of(tokens_of("ouro"))
+    gate: Any = model.part("gate")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in gate.parameters():
+        parameter.requires_grad_(True)
+        torch.nn.init.zeros_(parameter)
+    objective = EveryExit(recurrences=4, supervision=Next(), entropy=1000.0)
+    optimizer = torch.optim.Adam(gate.parameters(), lr=0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = objective.loss(model, batch, objective.targets(batch))
+        loss.nats_sum.backward()
+        optimizer.step()
+    assert loss.telemetry["exits_sum"].item() / 2 / 6 == pytest.approx(2.5, abs=0.05)
+    best = EveryExit(recurrences=4, supervision=Next(), entropy=0.0)
+    before = best.loss(model, batch, best.targets(batch)).nats_sum.item()
+    for _ in range(100):
+        optimizer.zero_grad()
+        best.loss(model, batch, best.targets(batch)).nats_sum.backward()
+        optimizer.step()
+    assert best.loss(model, batch, best.targets(batch)).nats_sum.item() < before - 0.1
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

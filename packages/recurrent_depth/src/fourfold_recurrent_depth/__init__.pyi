@@ -20,6 +20,8 @@ from .exits.criteria import Fixed as Fixed
 from .exits.criteria import Gate as Gate
 from .exits.criteria import LatentDiff as LatentDiff
 from .exits.criteria import MinPKL as MinPKL
+from .latent_cache import LatentBasis as LatentBasis
+from .latent_cache import LatentCache as LatentCache
 from .published_weights import load_published as load_published
 from .retrofit import retrofit as retrofit
 from .states import FreshNoise as FreshNoise
@@ -28,6 +30,7 @@ from .states import StateTable as StateTable
 from .states import TokenStates as TokenStates
 from .states import state_table as state_table
 from .training.ellis import Ellis as Ellis
+from .training.every_exit import EveryExit as EveryExit
 from .training.models import RecurrentDepth as RecurrentDepth
 from .training.random_depth import Always as Always
 from .training.random_depth import LogNormalPoisson as LogNormalPoisson

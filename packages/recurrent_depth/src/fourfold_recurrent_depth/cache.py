@@ -115,6 +115,9 @@ class RecurrentCache(Cache):
         capacity: tokens to allocate for at once; more are allocated as they come.
     """
 
+    in_place = True
+    """Passes may read and write its memory by themselves; see `views`."""
+
     def __init__(
         self,
         config: Layout,
@@ -261,6 +264,25 @@ class RecurrentCache(Cache):
         if self._rows is None:
             return keys, values
         return keys.index_select(0, self._rows), values.index_select(0, self._rows)
+
+    @property
+    def rows(self) -> Int[Tensor, " row"] | None:
+        """The rows of `select`."""
+        return self._rows
+
+    def slots(
+        self, which: slice
+    ) -> tuple[
+        Float[Tensor, "slot batch head cached width"], Float[Tensor, "slot batch head cached width"]
+    ]:
+        """Keys and values of the cached tokens in some slots: prelude and coda first, then the core's.
+
+        Raises:
+            ValueError: nothing is cached.
+        """
+        if self._keys is None or self._values is None:
+            raise ValueError("this cache holds nothing; run a pass with it first")
+        return self._keys[which, ..., : self.length, :], self._values[which, ..., : self.length, :]
 
     def write(
         self,
@@ -471,6 +493,7 @@ class CandidateCache(Cache):
     def __init__(self, cache: RecurrentCache) -> None:
         super().__init__(layers=[])
         self._cache = cache
+        self.in_place = cache.in_place
         self._versions: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -70,6 +70,10 @@ class RecurrentDepthOutput(CausalLMOutputWithPast):
     """ln_f(s_r), which the coda reads."""
     exit_steps: Tensor | None = None
     """Recurrences of each token: (batch, token)."""
+    logits_by_depth: tuple[Tensor, ...] | None = None
+    """After each of the `depths` that were asked for: (batch, token, vocabulary) each."""
+    gates_by_depth: tuple[Tensor, ...] | None = None
+    """Logits of the learned gate after these, where the family has one: (batch, token) each."""
 
 
 class RecurrentDepthForCausalLM(Assisted, RecurrentDepthModel, GenerationMixin):
@@ -82,6 +86,8 @@ class RecurrentDepthForCausalLM(Assisted, RecurrentDepthModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    text_options = {"depths": (1,)}  # noqa: RUF012 - a class's own declaration
+    """Arguments with which a pass over text goes through every part; the grid looks for streams in one."""
 
     freqs_cis: Tensor
 
@@ -103,6 +109,7 @@ class RecurrentDepthForCausalLM(Assisted, RecurrentDepthModel, GenerationMixin):
         init_scale: float = 1.0,
         warm_start: bool = False,
         kv_budget: int | None = None,
+        depths: Sequence[int] | None = None,
         output_hidden_states: bool | None = None,
         cache: Cache | None = None,
         **options: Any,
@@ -129,6 +136,7 @@ class RecurrentDepthForCausalLM(Assisted, RecurrentDepthModel, GenerationMixin):
             init_scale: multiplies the drawn state's standard deviation; 0 gives zeros.
             warm_start: begin from the last token's final state, which the cache keeps.
             kv_budget: recurrences whose keys and values the cache keeps; by default all.
+            depths: recurrences after which to predict as well (`logits_by_depth`), from the same pass.
             output_hidden_states: also give the states s_0 .. s_r (`hidden_states`).
             cache: what transformers calls `past_key_values` from 5.24 on.
             options: of transformers' losses and attention functions; any other is refused.
@@ -151,8 +159,10 @@ class RecurrentDepthForCausalLM(Assisted, RecurrentDepthModel, GenerationMixin):
         without, with_gradient, per_row = self.recurrences(num_steps, batch)
         steps = without + with_gradient
         criterion = None if exit is None else criterion_named(exit).of(self)
+        keeps_states = bool(output_hidden_states) or depths is not None
         if criterion is not None:
-            self.refuse_exit(attention_mask, tokens, per_row, output_hidden_states)
+            self.refuse_exit(attention_mask, tokens, per_row, keeps_states)
+        _refuse_depths(depths, steps, per_row)
         given = either(past_key_values, cache, ("past_key_values", "cache"))
         if given is None and use_cache:
             given = RecurrentCache(self.config, steps=steps, budget=kv_budget)
@@ -174,7 +184,7 @@ class RecurrentDepthForCausalLM(Assisted, RecurrentDepthModel, GenerationMixin):
             s = cache.last_state.unsqueeze(1).expand_as(e)
         else:
             s = self.start(e, input_ids, positions, initial_state, scale=init_scale)
-        logits, exit_steps, history = None, None, [s] if output_hidden_states else None
+        logits, exit_steps, history = None, None, [s] if keeps_states else None
         if criterion is None:
             s = self.iterate(
                 e, s, this_pass, without, with_gradient, per_row=per_row, history=history
@@ -190,6 +200,11 @@ class RecurrentDepthForCausalLM(Assisted, RecurrentDepthModel, GenerationMixin):
             if result.logits is not None and (tokens == 1 or logits_to_keep == 1):
                 logits = result.logits
         latents = self.cross(s)
+        read = None if depths is None or history is None else [history[depth] for depth in depths]
+        spoken = None if read is None else self.predict_each(read, this_pass, logits_to_keep)
+        gates = None if read is None else self.gates(read)
+        if spoken is not None and depths is not None and steps in depths:
+            logits = spoken[[*depths].index(steps)]
         if logits is None:
             logits = self.speak(latents, this_pass, logits_to_keep)
         if cache is not None:
@@ -197,12 +212,31 @@ class RecurrentDepthForCausalLM(Assisted, RecurrentDepthModel, GenerationMixin):
         return RecurrentDepthOutput(
             loss=None if labels is None else self.loss_of(logits, labels, options),
             logits=cast(Any, logits),
-            hidden_states=cast(Any, None if history is None else tuple(history)),
+            hidden_states=cast(Any, tuple(history or ()) if output_hidden_states else None),
             final_state=s,
             latent_states=latents,
             exit_steps=exit_steps,
+            logits_by_depth=spoken,
+            gates_by_depth=gates,
             **{CACHE: cast(Any, cache if use_cache else None)},
         )
+
+    def predict_each(
+        self,
+        states: Sequence[Float[Tensor, "batch token width"]],
+        this_pass: Pass,
+        logits_to_keep: int | Tensor,
+    ) -> tuple[Float[Tensor, "batch kept vocabulary"], ...]:
+        """Predictions from the states after some recurrences of a pass."""
+        return tuple(self.predict(state, this_pass, logits_to_keep) for state in states)
+
+    def gates(
+        self, states: Sequence[Float[Tensor, "batch token width"]]
+    ) -> tuple[Float[Tensor, "batch token"], ...] | None:
+        """Logits of the learned gate for each state, where the family has one."""
+        if not self.config.form.has_gate:
+            return None
+        return tuple(self.part("gate")(state).squeeze(-1) for state in states)
 
     def think(
         self,
@@ -470,8 +504,8 @@ class RecurrentDepthForCausalLM(Assisted, RecurrentDepthModel, GenerationMixin):
         """Raise where an exit criterion cannot judge what it is asked to."""
         if per_row is not None or history:
             raise ValueError(
-                "exit decides recurrences itself and keeps no history; leave out output_hidden_states, and "
-                "give one num_steps for all rows"
+                "exit decides recurrences itself and keeps no history; leave out output_hidden_states and "
+                "depths, and give one num_steps for all rows"
             )
         if self.config._attn_implementation == "flex_attention":  # noqa: SLF001 - transformers' own name
             raise ValueError(
@@ -591,6 +625,17 @@ class RecurrentDepthForCausalLM(Assisted, RecurrentDepthModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the head."""
         self.lm_head = new_embeddings
+
+
+def _refuse_depths(depths: Sequence[int] | None, steps: int, per_row: Tensor | None) -> None:
+    """Raise where a pass has no such recurrences, or its rows take different numbers of them."""
+    if depths is None:
+        return
+    if per_row is not None or not all(1 <= depth <= steps for depth in depths):
+        raise ValueError(
+            f"depths={[*depths]} of {steps} recurrences for every row; use depths from 1 to {steps}, and "
+            "one num_steps for all rows"
+        )
 
 
 def _refuse_places(

@@ -89,7 +89,7 @@ class Attention(nn.Module):
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., :GATE_WIDTH])).transpose(1, 2)
             v = v + gate.unsqueeze(-1) * values.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
         if this_pass.cache is not None:
-            k, v = this_pass.cache.update(k, v, slot)
+            k, v = this_pass.cache.update(k, v, slot, this_pass.rotary)
         if this_pass.is_served and self.calls is not None:
             out = self.calls[str(slot)](q, k, v, this_pass.mask, **this_pass.options)
         else:

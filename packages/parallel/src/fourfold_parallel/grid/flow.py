@@ -84,16 +84,20 @@ def find_flows(model: PreTrainedModel, blocks: Iterable[str], *, width: int) -> 
 
 
 def _logits(model: PreTrainedModel) -> Tensor:
-    """Of a few tokens; on the meta device with a mask of ours where the making of one asks for values."""
+    """Of a few tokens; on the meta device with a mask of ours where the making of one asks for values.
+
+    A model with parts that plain text does not reach says in `text_options` what does.
+    """
     tokens = torch.arange(TOKENS, device=model.device).unsqueeze(0) % 7 + 1
+    options: dict[str, Any] = {"use_cache": False, **getattr(model, "text_options", {})}
     if model.device.type != "meta":
-        return model(input_ids=tokens, use_cache=False).logits
+        return model(input_ids=tokens, **options).logits
     mask = torch.zeros(1, 1, TOKENS, TOKENS, device="meta", dtype=model.dtype)
     with _without_experts(model):
         try:
-            return model(input_ids=tokens, use_cache=False).logits
+            return model(input_ids=tokens, **options).logits
         except RuntimeError:
-            return model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+            return model(input_ids=tokens, attention_mask=mask, **options).logits
 
 
 @contextmanager

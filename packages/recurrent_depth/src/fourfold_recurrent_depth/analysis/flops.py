@@ -33,14 +33,17 @@ class Costs:
         once = self.prelude + self.injection + (self.coda + self.head) * max(1.0, checks)
         return once + recurrences * self.recurrence
 
-    def training(self, without: int, with_gradient: int) -> float:
-        """Forward and backward: backward costs twice the forward of what carries gradient."""
-        carried = (
-            self.prelude + self.injection + with_gradient * self.recurrence + self.coda + self.head
-        )
+    def training(self, without: int, with_gradient: int, *, exits: int = 1) -> float:
+        """Forward and backward: backward costs twice the forward of what carries gradient.
+
+        A loss at several exits adds coda and head for each.
+        """
+        carried = self.prelude + self.injection + with_gradient * self.recurrence
+        carried += exits * (self.coda + self.head)
         # Where some recurrences ran without gradient, the injection is computed for either phase.
         again = self.injection if without else 0.0
-        return self.forward(without + with_gradient) + again + 2 * carried - self.entry
+        forward = self.forward(without + with_gradient, checks=exits)
+        return forward + again + 2 * carried - self.entry
 
 
 def costs(config: RecurrentDepthConfig, *, context: int, splits_adapter: bool = True) -> Costs:

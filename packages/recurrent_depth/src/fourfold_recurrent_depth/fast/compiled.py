@@ -309,6 +309,8 @@ def _takes(x: Tensor, this_pass: Pass) -> bool:
         return False
     if type(cache) not in (type(None), RecurrentCache, RowCache, CandidateCache, RowCaches):
         return False
+    if not getattr(cache, "in_place", True):
+        return False
     if isinstance(cache, RowCaches):
         # What rows see follows from their lengths alone.
         return tokens == 1 and rotary.is_contiguous() and len(rotary) == batch

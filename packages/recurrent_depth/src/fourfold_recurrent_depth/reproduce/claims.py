@@ -1,12 +1,14 @@
 """The paper's claims, and the rules, fixed before the runs, by which our records judge them.
 
 Thresholds are those of the pre-registration. The rules stand in `claims_automaton.py`, `claims_training.py`,
-`claims_inference.py` and `claims_worth.py`; here are the claims that no scale can test, and all of them.
+`claims_inference.py`, `claims_depth.py` and `claims_worth.py`; here are the claims that no scale can test,
+and all of them.
 """
 
 from fourfold_parallel.reproduce.claims import beyond_us, claims_of
 from fourfold_recurrent_depth.reproduce import (
     claims_automaton,
+    claims_depth,
     claims_inference,
     claims_training,
     claims_worth,
@@ -56,7 +58,9 @@ C18 = beyond_us(
 CLAIMS = tuple(
     sorted(
         (
-            *claims_of(claims_automaton, claims_training, claims_inference, claims_worth),
+            *claims_of(
+                claims_automaton, claims_training, claims_inference, claims_depth, claims_worth
+            ),
             *(C5, C7, C14, C17, C18),
         ),
         key=lambda claim: (claim.id[0], int(claim.id[1:])),

@@ -13,8 +13,8 @@ from fourfold_recurrent_depth.reproduce.measures import AUTOMATON, accuracies
 from fourfold_recurrent_depth.reproduce.recipes import CELLS_MEAN
 
 CELLS = (
-    "57 k parameters, cellular automaton of k = 1 to 3 steps, core of one block, mean recurrence 8, "
-    "64,000 rows of 24 cells, 3 seeds"
+    "57 k parameters, cellular automaton of k = 1 to 3 steps, core of one block of two heads, mean "
+    "recurrence 8, 128,000 rows of 24 cells, 3 seeds"
 )
 TRAINED = "three trained seeds: the laptop scale"
 

@@ -92,6 +92,7 @@ def shared_cache(records: Records) -> Finding:
         loss = {
             int(e.number("recurrences_kept")): e.number("loss_nats")
             for e in record.of("cache", seed=seed)
+            if e.values["policy"] != "latent"
         }
         rises.append(loss[1] / loss[max(loss)] - 1)
     return Finding(

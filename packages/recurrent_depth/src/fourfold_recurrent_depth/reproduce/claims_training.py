@@ -120,7 +120,7 @@ def more_operands_need_more(records: Records) -> Finding:
     """Recurrences that sums need for 90 % of their final accuracy, by operands."""
     record = records[ADDITION]
     holds, fails, columns = [], [], []
-    for seed in record.seeds("addition"):
+    for seed in record.seeds("addition", arm="law"):
         table = sums(record, seed)
         operands = sorted({m for m, _ in table if m >= 2})
         depths = sorted({r for _, r in table})
@@ -135,7 +135,7 @@ def more_operands_need_more(records: Records) -> Finding:
     return Finding(
         unanimous(holds=holds, fails=fails),
         f"r90 for 2 to 6 operands: {'; '.join(columns)}",
-        record.of("addition")[0],
+        record.of("addition", arm="law")[0],
         f"rises with r and saturates later for more operands in {sum(holds)} of {len(holds)} seeds",
     )
 

@@ -41,7 +41,9 @@ from fourfold_recurrent_depth.reproduce.measures import (
     WORTH,
     headline,
 )
+from fourfold_recurrent_depth.training.every_exit import EveryExit
 from fourfold_recurrent_depth.training.models import RecurrentDepth
+from fourfold_recurrent_depth.training.random_depth import RandomDepth
 
 PARTS = ("prelude", "core_block", "adapter", "coda")
 """Of a model's weights, those that the law of recurrences counts."""
@@ -65,8 +67,9 @@ def _trained(
     elapsed_s = sum(event.number("elapsed_s") for event in steps)
     thinned = steps[:: max(1, len(steps) // 60)]
     price = costs(model.config, context=run.sequence)
-    draws = [cast(Any, run.objective).recurrences.draw(number) for number in range(run.steps)]
-    flops = run.tokens_per_step * sum(price.training(*draw) for draw in draws)
+    objective = cast(RandomDepth | EveryExit, run.objective)
+    flops = sum(objective.flops(price, number) for number in range(run.steps))
+    flops *= run.tokens_per_step
     return model, (
         "trained",
         {
@@ -122,11 +125,14 @@ def examine_draws(
     return tuple((kind, {"arm": arm, "seed": run.seed, **fields}) for kind, fields in events)
 
 
-def examine_additions(run: Run, rows: int, folder: Path) -> tuple[Event, ...]:
+def examine_additions(
+    member: tuple[recipes.DepthArm, Run], rows: int, folder: Path
+) -> tuple[Event, ...]:
     """Train one model, and examine it at every depth."""
+    arm, run = member
     model, trained = _trained(run, folder)
     events = [trained, *measurements.addition_by_depth(model, operands=run.sequence, rows=rows)]
-    return tuple((kind, {"seed": run.seed, **fields}) for kind, fields in events)
+    return tuple((kind, {"arm": arm, "seed": run.seed, **fields}) for kind, fields in events)
 
 
 def examine_retrofits(
@@ -179,18 +185,27 @@ def examine_worth(
     )
 
 
-def examine_bytes(run: Run, study: recipes.Bytes, folder: Path) -> tuple[Event, ...]:
-    """Train one language model, then decode in every way."""
+def examine_bytes(
+    member: tuple[recipes.DepthArm, Run], study: recipes.Bytes, folder: Path
+) -> tuple[Event, ...]:
+    """Train one language model and read it at every depth; decode with one of random depth in every way."""
+    arm, run = member
     model, trained = _trained(run, folder)
-    stream = run.data.validation(sequence=study.prompt + study.generated)
-    rows = stream.batch(0, batch=study.rows).tokens[:, :-1]
-    steps = 4 * recipes.MEAN
+    held_out = run.data.validation(sequence=run.sequence).batch(0, batch=study.read).tokens
     events: list[Event] = [trained]
-    events += measurements.cache_sharing(model, rows, steps=steps, prompt=study.prompt)
-    events += measurements.warm_start(model, rows, steps=steps, prompt=study.prompt)
-    events += speculation(model, rows[:, : study.prompt], steps=steps, new=study.generated)
-    events += diffusion(model, rows[:, : study.prompt], steps=steps, new=study.generated)
-    return tuple((kind, {"seed": run.seed, **fields}) for kind, fields in events)
+    events += measurements.loss_by_depth(model, held_out, measurements.DEPTHS)
+    if arm == "law":
+        length, steps = study.prompt + study.generated, 4 * recipes.MEAN
+        rows = run.data.validation(sequence=length).batch(0, batch=study.rows).tokens[:, :-1]
+        text = run.data.open(sequence=length, seed=run.seed).batch(0, batch=study.read // 4).tokens
+        prompt = rows[:, : study.prompt]
+        events += measurements.cache_policies(
+            model, rows, text[:, :-1], steps=steps, prompt=study.prompt
+        )
+        events += measurements.warm_start(model, rows, steps=steps, prompt=study.prompt)
+        events += speculation(model, prompt, steps=steps, new=study.generated)
+        events += diffusion(model, prompt, steps=steps, new=study.generated)
+    return tuple((kind, {"arm": arm, "seed": run.seed, **fields}) for kind, fields in events)
 
 
 def _greedy(model: RecurrentDepthForCausalLM, prompt: Tensor, steps: int, new: int) -> Tensor:
@@ -339,7 +354,7 @@ def perform_additions(study: recipes.Additions, workplace: Workplace) -> None:
     """Train and examine every addition model."""
     _record(
         study,
-        [partial(examine_additions, run, study.rows, workplace.scratch) for run in study.members],
+        [partial(examine_additions, arm, study.rows, workplace.scratch) for arm in study.members],
         workplace,
     )
 
@@ -371,9 +386,9 @@ def perform_bytes(study: recipes.Bytes, workplace: Workplace) -> None:
     """Train and examine every language model."""
     _record(
         study,
-        [partial(examine_bytes, run, study, workplace.scratch) for run in study.members],
+        [partial(examine_bytes, arm, study, workplace.scratch) for arm in study.members],
         workplace,
-        _materials(study.members[0]),
+        _materials(study.members[0][1]),
     )
 
 

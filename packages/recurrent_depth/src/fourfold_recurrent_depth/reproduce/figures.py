@@ -11,7 +11,13 @@ from fourfold_parallel.reproduce.claims import Records
 from fourfold_parallel.reproduce.experiment import Drawing
 from fourfold_parallel.reproduce.figures import BASELINE, CONTROL, IDEAL, METHOD, SHADES
 from fourfold_parallel.reproduce.scale import Scale
-from fourfold_recurrent_depth.reproduce.measures import AUTOMATON, LANGUAGE, WORTH, accuracies
+from fourfold_recurrent_depth.reproduce.measures import (
+    AUTOMATON,
+    DEPTH_TASKS,
+    LANGUAGE,
+    WORTH,
+    accuracies,
+)
 from fourfold_recurrent_depth.reproduce.worth import (
     PUBLISHED,
     PUBLISHED_TRUNCATED,
@@ -71,14 +77,23 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
                 draw=other_depths,
             ),
         ]
-        drawn.append(
+        drawn += [
             Drawing(
-                name="cache-sharing",
-                caption="Loss of teacher-forced decoding against the recurrences whose keys the cache keeps, "
-                "relative to all of them, per seed; laptop scale, bytes of Python. Section 6.2.",
-                draw=cache_sharing,
-            )
-        )
+                name="cache-policies",
+                caption="Loss of teacher-forced decoding above that with the keys of all 16 recurrences, by "
+                "bytes of cache a token: keys of all, of 4 or 2 recurrences in turn, of the last, or one "
+                "vector of 4 to 128 numbers for all of them; mean and range over seeds; laptop scale, bytes "
+                "of Python. Section 6.2.",
+                draw=cache_policies,
+            ),
+            Drawing(
+                name="more-depth",
+                caption="Share of right answers (additions of 6 digits; automaton of 3 steps) and loss "
+                "(bytes of Python) after r recurrences, of models trained at random depth, at one depth, "
+                "and with the loss averaged over exits; mean and range over three seeds; laptop scale.",
+                draw=more_depth,
+            ),
+        ]
     return drawn
 
 
@@ -190,24 +205,68 @@ def trajectories(records: Records) -> Figure:
     return figure
 
 
-def cache_sharing(records: Records) -> Figure:
-    """Relative loss over recurrences kept."""
+def cache_policies(records: Records) -> Figure:
+    """Loss above a whole cache's, over bytes a token, one colour for each way to keep keys."""
     record = records[LANGUAGE]
-    figure = Figure(figsize=(6.4, 3.0))
+    figure = Figure(figsize=(6.4, 3.4))
     axes = figure.subplots()
-    for index, seed in enumerate(record.seeds("cache")):
-        events = sorted(record.of("cache", seed=seed), key=lambda e: e.number("recurrences_kept"))
-        kept = [event.number("recurrences_kept") for event in events]
-        loss = np.asarray([event.number("loss_nats") for event in events])
-        color = (METHOD, CONTROL, BASELINE)[index % 3]
-        axes.plot(kept, 100 * (loss / loss[-1] - 1), "o-", color=color, label=f"seed {seed}")
-    axes.axhline(1, color=IDEAL, linestyle="--", linewidth=1, label="1 %")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("recurrences whose keys are kept")
-    axes.set_ylabel("loss above a full cache (%)")
-    axes.set_title("Recurrent depth: sharing the cache among recurrences")
+    seeds = record.seeds("cache", arm="law")
+    policies = {"latent": METHOD, "shared": CONTROL, "last": BASELINE, "own": IDEAL}
+    for policy, color in policies.items():
+        events = [record.of("cache", seed=seed, policy=policy) for seed in seeds]
+        whole = [
+            record.of("cache", seed=seed, policy="own")[0].number("loss_nats") for seed in seeds
+        ]
+        size = [event.number("bytes_per_token") for event in events[0]]
+        above = np.asarray(
+            [
+                [event.number("loss_nats") - loss for event in of_seed]
+                for of_seed, loss in zip(events, whole, strict=True)
+            ]
+        )
+        spread = [above.mean(0) - above.min(0), above.max(0) - above.mean(0)]
+        line = "o-" if len(size) > 1 else "o"
+        label = {
+            "latent": "one vector",
+            "shared": "4 or 2 in turn",
+            "last": "the last",
+            "own": "all",
+        }
+        axes.errorbar(
+            size, above.mean(0), spread, fmt=line, color=color, capsize=3, label=label[policy]
+        )
+    axes.axhline(0, color=IDEAL, linestyle="--", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_yscale("symlog", linthresh=0.01)
+    axes.set_xlabel("bytes of cache a token")
+    axes.set_ylabel("loss above a whole cache (nats)")
+    axes.set_title("Recurrent depth: which recurrences' keys to keep")
     axes.legend()
+    return figure
+
+
+def more_depth(records: Records) -> Figure:
+    """Scores over recurrences, one panel for each task, one colour for each way to train."""
+    figure = Figure(figsize=(8.4, 3.2))
+    for axes, task in zip(figure.subplots(1, len(DEPTH_TASKS)), DEPTH_TASKS, strict=True):
+        for arm, color in zip(
+            ("law", "fixed", "averaged"), (METHOD, BASELINE, CONTROL), strict=True
+        ):
+            seeds = task.scores(records, arm)
+            depths = sorted(seeds[0])
+            values = np.abs([[seed[r] for r in depths] for seed in seeds])
+            label = {"law": "random depth", "fixed": "one depth", "averaged": "averaged exits"}[arm]
+            axes.plot(depths, values.mean(0), "o-", color=color, markersize=3, label=label)
+            axes.fill_between(
+                depths, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0
+            )
+        axes.axvline(task.mean, color=IDEAL, linestyle="--", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_title(task.name)
+        axes.set_ylabel("loss (nats a byte)" if task.name == "bytes of Python" else "share right")
+    figure.axes[0].legend(loc="lower right")
+    figure.supxlabel("recurrences at test time (dashed: in training, on average)", fontsize=9.5)
     return figure
 
 

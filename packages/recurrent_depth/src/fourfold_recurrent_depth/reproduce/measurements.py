@@ -17,6 +17,7 @@ from fourfold_recurrent_depth.analysis.flops import costs
 from fourfold_recurrent_depth.cache import RecurrentCache
 from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
 from fourfold_recurrent_depth.exits import KL, Criterion, LatentDiff
+from fourfold_recurrent_depth.latent_cache import LatentBasis, LatentCache
 from fourfold_recurrent_depth.reproduce.tasks.addition import BASE, sums_of
 from fourfold_recurrent_depth.reproduce.tasks.automaton import encode, targets_of
 from fourfold_recurrent_depth.states import state_table
@@ -26,6 +27,8 @@ DEPTHS = (1, 2, 3, 4, 6, 8, 16, 32, 64)
 """Recurrences at which accuracy is measured."""
 EXIT_SEED = 11
 """Seed of evaluation rows and initial states: never that of a training run."""
+RANKS = (4, 8, 16, 32, 64, 128)
+"""Numbers of a token that a latent cache keeps."""
 SKIPPED = 4
 """First cells of a row, which see so little that every k is easy; left out of exit statistics."""
 
@@ -210,13 +213,34 @@ def latent_paths(model: RecurrentDepthForCausalLM, exam: Exam) -> Iterator[Event
 
 
 @torch.no_grad()
-def cache_sharing(
-    model: RecurrentDepthForCausalLM, rows: Int[Tensor, "row token"], *, steps: int, prompt: int
+def cache_policies(
+    model: RecurrentDepthForCausalLM,
+    rows: Int[Tensor, "row token"],
+    text: Int[Tensor, "row token"],
+    *,
+    steps: int,
+    prompt: int,
 ) -> Iterator[Event]:
-    """Loss of teacher-forced decoding after a prompt, with keys of all recurrences or of a few."""
-    table = state_table(model.config.block_size, model.config.n_embd, seed=EXIT_SEED)
-    for budget in (None, 4, 2, 1):
-        cache = RecurrentCache(model.config, steps=steps, budget=budget)
+    """Loss of teacher-forced decoding after a prompt, and bytes a token, for every way to keep keys.
+
+    Those of all recurrences, of some in turn, of the last alone, or one vector for all of them, whose
+    directions are fitted to `text`.
+    """
+    config = model.config
+    basis = LatentBasis.fit(model, text, steps=steps, rank=max(RANKS))
+    caches: list[tuple[dict[str, Any], RecurrentCache]] = [
+        (
+            {"policy": policy, "recurrences_kept": budget or steps},
+            RecurrentCache(config, steps=steps, budget=budget),
+        )
+        for policy, budget in (("own", None), ("shared", 4), ("shared", 2), ("last", 1))
+    ]
+    for rank in RANKS:
+        fewer = basis.first(rank)
+        told = {"policy": "latent", "rank": rank, "variance": round(float(fewer.shares.sum()), 6)}
+        caches.append((told, LatentCache(config, fewer)))
+    table = state_table(config.block_size, config.n_embd, seed=EXIT_SEED)
+    for told, cache in caches:
         options: dict[str, Any] = {
             "past_key_values": cache, "use_cache": True, "num_steps": steps, "initial_state": table,
         }  # fmt: skip
@@ -231,9 +255,9 @@ def cache_sharing(
         yield (
             "cache",
             {
-                "recurrences_kept": steps if budget is None else budget,
+                **told,
                 "loss_nats": round(float(nats) / count, 6),
-                "cache_bytes": cache.nbytes(),
+                "bytes_per_token": cache.nbytes() // rows.numel(),
             },
         )
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from fourfold_parallel.common.records import Record
 from fourfold_parallel.reproduce.claims import Records
+from fourfold_recurrent_depth.reproduce.recipes import CELLS_MEAN, MEAN
 
 AUTOMATON, LANGUAGE, EXACT = "automaton", "language", "exact"
 DRAWS, ADDITION, RETROFIT, WORTH = "draws", "addition", "retrofit", "worth"
@@ -18,12 +22,74 @@ def accuracies(record: Record, arm: str, seed: int) -> dict[tuple[int, int], flo
     }
 
 
-def sums(record: Record, seed: int) -> dict[tuple[int, int], float]:
+def sums(record: Record, seed: int, arm: str = "law") -> dict[tuple[int, int], float]:
     """Accuracy of additions by (operands, recurrences)."""
     return {
         (int(event.number("operands")), int(event.number("recurrences"))): event.number("accuracy")
-        for event in record.of("addition", seed=seed)
+        for event in record.of("addition", arm=arm, seed=seed)
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DepthTask:
+    """A task on which models are read at many depths; a higher score is better."""
+
+    name: str
+    mean: int
+    """Recurrences of training, on average."""
+    slight: float
+    """A difference that nobody would mind, in the score's unit."""
+    clear: float
+    """A difference that matters."""
+    scores: Callable[[Records, str], list[dict[int, float]]]
+    """Of an arm: for each seed in order, the score by recurrences."""
+
+
+def _of_hardest(
+    stage: str, kind: str, table_of: Callable[[Record, int, str], dict[tuple[int, int], float]]
+) -> Callable[[Records, str], list[dict[int, float]]]:
+    def scores(records: Records, arm: str) -> list[dict[int, float]]:
+        record = records[stage]
+        tables = [table_of(record, seed, arm) for seed in record.seeds(kind, arm=arm)]
+        return [
+            {r: right for (hard, r), right in table.items() if hard == max(k for k, _ in table)}
+            for table in tables
+        ]
+
+    return scores
+
+
+def _language(records: Records, arm: str) -> list[dict[int, float]]:
+    record = records[LANGUAGE]
+    return [
+        {
+            int(event.number("recurrences")): -event.number("loss_nats")
+            for event in record.of("held_out", arm=arm, seed=seed)
+        }
+        for seed in record.seeds("held_out", arm=arm)
+    ]
+
+
+DEPTH_TASKS = (
+    DepthTask(
+        name="additions of 6",
+        mean=MEAN,
+        slight=0.01,
+        clear=0.05,
+        scores=_of_hardest(ADDITION, "addition", sums),
+    ),
+    DepthTask(
+        name="automaton, k=3",
+        mean=CELLS_MEAN,
+        slight=0.01,
+        clear=0.05,
+        scores=_of_hardest(
+            AUTOMATON, "accuracy", lambda record, seed, arm: accuracies(record, arm, seed)
+        ),
+    ),
+    DepthTask(name="bytes of Python", mean=MEAN, slight=0.01, clear=0.05, scores=_language),
+)
+"""Where more depth at test time is asked about: shares of right answers, and nats below zero."""
 
 
 def recurrences_needed(table: dict[tuple[int, int], float]) -> dict[int, int]:
@@ -39,7 +105,8 @@ def recurrences_needed(table: dict[tuple[int, int], float]) -> dict[int, int]:
 def headline(records: Records) -> str:
     """The finding in a sentence: what sums of few and of many operands need."""
     record = records[ADDITION]
-    needed = [recurrences_needed(sums(record, seed)) for seed in record.seeds("addition")]
+    seeds = record.seeds("addition", arm="law")
+    needed = [recurrences_needed(sums(record, seed)) for seed in seeds]
     few, many = min(needed[0]), max(needed[0])
     ranges = [sorted({table[count] for table in needed}) for count in (few, many)]
     fewest, most = ("-".join(map(str, sorted({r[0], r[-1]}))) for r in ranges)

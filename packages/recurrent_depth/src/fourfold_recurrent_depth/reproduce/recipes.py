@@ -23,16 +23,22 @@ from fourfold_recurrent_depth.reproduce.models import Recurrent, dense_costs
 from fourfold_recurrent_depth.reproduce.tasks.addition import BASE, Digits, Sums
 from fourfold_recurrent_depth.reproduce.tasks.automaton import Automaton, EvolvedCells
 from fourfold_recurrent_depth.training.ellis import Ellis
+from fourfold_recurrent_depth.training.every_exit import EveryExit
 from fourfold_recurrent_depth.training.models import RecurrentDepth
 from fourfold_recurrent_depth.training.random_depth import (
     Always,
     LogNormalPoisson,
     RandomDepth,
     Recurrences,
+    Supervision,
 )
 
-Arm = Literal["law", "fixed", "shallow", "untied"]
-"""The choice of depth in training: by the paper's law, always the mean, or always 1.
+DepthArm = Literal["law", "fixed", "averaged"]
+"""The choice of depth in training: by the paper's law; always the mean; or always the mean, with the loss
+averaged over the predictions after each recurrence."""
+
+Arm = DepthArm | Literal["shallow", "untied"]
+"""Besides, always 1; or no recurrence.
 
 The untied twin has as many blocks as the mean has recurrences, each with weights of its own, and runs
 through them once: the same FLOPs in a pass, eight times the parameters.
@@ -48,8 +54,8 @@ The last is of the recurrent shape with fresh weights.
 """
 
 SEEDS = (0, 1, 2)
-CELLS_SEEDS = (13, 14, 15)
-"""Of the automaton study: 0 to 2 and 3 to 5 trained earlier recipes, 7 was the pilot of this one."""
+CELLS_SEEDS = (50, 51, 52)
+"""Of the automaton study: 0 to 5 and 13 to 15 trained earlier recipes, 40 to 43 piloted this one."""
 MEAN = 4
 """Mean recurrences of the small models, in training and in evaluation, but for the automaton study's."""
 CELLS_MEAN = 8
@@ -80,18 +86,20 @@ class Draws:
 class Additions:
     """Addition runs, and on how many held-out rows they are examined."""
 
-    members: tuple[Run, ...]
+    members: tuple[tuple[DepthArm, Run], ...]
     rows: int
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bytes:
-    """Language-model runs on bytes and how their texts are continued."""
+    """Language-model runs on bytes and how the texts of those of random depth are continued."""
 
-    members: tuple[Run, ...]
+    members: tuple[tuple[DepthArm, Run], ...]
     rows: int
     """Held-out rows that are decoded."""
+    read: int
+    """Held-out rows of which the loss is taken at every depth."""
     prompt: int
     """Tokens of each that are given; the rest is decoded with teacher forcing."""
     generated: int
@@ -133,6 +141,18 @@ class Exact:
     seed: int = 0
 
 
+def depth_objectives(supervision: Supervision, *, mean: int) -> dict[DepthArm, Objective]:
+    """The ways to train for `mean` recurrences, of which the first two carry gradient through the last 4."""
+    laws: dict[DepthArm, Recurrences] = {
+        "law": LogNormalPoisson(mean=mean, backprop=BACKPROP),
+        "fixed": Always(recurrences=mean, backprop=BACKPROP),
+    }
+    made: dict[DepthArm, Objective] = {
+        arm: RandomDepth(recurrences=law, supervision=supervision) for arm, law in laws.items()
+    }
+    return {**made, "averaged": EveryExit(recurrences=mean, supervision=supervision)}
+
+
 def automaton_run(
     arm: Arm,
     seed: int,
@@ -142,22 +162,21 @@ def automaton_run(
     steps: int,
     mean: int = MEAN,
     batch: int = 48,
+    heads: int = 4,
 ) -> Run:
     """One automaton model: a core of one block, no prelude and no coda, so that depth is recurrence.
 
-    With a prelude and a coda a small model solves the small k without recurring.
+    With a prelude and a coda a small model solves the small k without recurring. With two heads a block sees
+    a cell and two others, which is what one step of the automaton reads.
     """
-    recurrences: dict[Arm, Recurrences] = {
-        "law": LogNormalPoisson(mean=mean, backprop=BACKPROP),
-        "fixed": Always(recurrences=mean, backprop=BACKPROP),
-        "shallow": Always(recurrences=1, backprop=1),
-        "untied": Always(recurrences=1, backprop=1),
-    }
+    at_once = RandomDepth(recurrences=Always(recurrences=1, backprop=1), supervision=EvolvedCells())
+    by_depth = depth_objectives(EvolvedCells(), mean=mean)
+    objectives: dict[Arm, Objective] = {"shallow": at_once, "untied": at_once, **by_depth}
     return Run(
         name=f"automaton-{arm}-seed{seed}",
         model=RecurrentDepth(
             width=64,
-            heads=4,
+            heads=heads,
             prelude=0,
             core=mean if arm == "untied" else 1,
             coda=0,
@@ -168,7 +187,7 @@ def automaton_run(
             mean_backprop=BACKPROP,
         ),
         data=Automaton(hardest=hardest, rows=batch * steps, ramp=batch * steps * 3 // 8),
-        objective=RandomDepth(recurrences=recurrences[arm], supervision=EvolvedCells()),
+        objective=objectives[arm],
         optimizer=AdamW(learning_rate=3e-3, weight_decay=0.01, beta1=0.9, beta2=0.95, epsilon=1e-8),
         schedule=Cosine(warmup_steps=min(50, steps // 4), floor=0.05),
         horizon=Steps(count=steps),
@@ -185,23 +204,22 @@ def automaton_run(
 
 
 def cells(scale: Literal["smoke", "laptop"]) -> Cells:
-    """The automaton study (C1 to C4, C10, C11, C19 to C21).
+    """The automaton study (C1 to C4, C10, C11, C19 to C21, D1 to D4).
 
-    Smoke: one short run per arm, enough to run every line. Laptop: three seeds, and one of the untied twin.
+    Smoke: one short run per arm, enough to run every line. Laptop: three seeds of every arm.
     """
     match scale:
         case "smoke":
             hardest, length, steps, seeds, rows = 2, 12, 30, CELLS_SEEDS[:1], 8
             arms: tuple[Arm, ...] = ("law", "shallow")
         case "laptop":
-            hardest, length, steps, seeds, rows = 3, 24, 2000, CELLS_SEEDS, 64
-            arms = ("law", "fixed", "shallow")
-    named: list[tuple[Arm, int]] = [(arm, seed) for arm in arms for seed in seeds]
-    if scale == "laptop":
-        named.append(("untied", seeds[0]))
-    shape = {"hardest": hardest, "cells": length, "steps": steps, "mean": CELLS_MEAN, "batch": 32}
+            hardest, length, steps, seeds, rows = 3, 24, 4000, CELLS_SEEDS, 64
+            arms = ("law", "fixed", "averaged", "shallow", "untied")
+    shape = {"hardest": hardest, "cells": length, "steps": steps, "mean": CELLS_MEAN}
     members: tuple[tuple[Arm, Run], ...] = tuple(
-        (arm, automaton_run(arm, seed, **shape)) for arm, seed in named
+        (arm, automaton_run(arm, seed, **shape, batch=32, heads=2))
+        for arm in arms
+        for seed in seeds
     )
     return Cells(members=members, exam=Exam(hardest=hardest, cells=length, rows=rows))
 
@@ -228,16 +246,17 @@ def draws(scale: Literal["laptop"]) -> Draws:  # noqa: ARG001 - one scale has it
 
 
 def additions(scale: Literal["laptop"]) -> Additions:  # noqa: ARG001 - one scale has it so far
-    """The study of additions (C22), three seeds of their own."""
+    """The study of additions (C22, D1 to D4), three seeds of their own."""
     steps, batch, operands = 800, 64, 6
-    members = []
-    for seed in (10, 11, 12):
-        run = automaton_run("law", seed, hardest=BASE // 2, cells=operands, steps=steps)
-        objective = replace(cast(RandomDepth, run.objective), supervision=Sums())
-        rate = replace(cast(AdamW, run.optimizer), learning_rate=4e-3)
-        run = replace(run, name=f"addition-seed{seed}", objective=objective, optimizer=rate)
-        run = replace(run, data=Digits(rows=batch * steps), batch=batch, microbatch=batch)
-        members.append(replace(run, checkpoint_every=steps))
+    members: list[tuple[DepthArm, Run]] = []
+    for arm, objective in depth_objectives(Sums(), mean=MEAN).items():
+        for seed in (10, 11, 12):
+            run = automaton_run(arm, seed, hardest=BASE // 2, cells=operands, steps=steps)
+            rate = replace(cast(AdamW, run.optimizer), learning_rate=4e-3)
+            name = f"addition-{arm}-seed{seed}"
+            run = replace(run, name=name, objective=objective, optimizer=rate)
+            run = replace(run, data=Digits(rows=batch * steps), batch=batch, microbatch=batch)
+            members.append((arm, replace(run, checkpoint_every=steps)))
     return Additions(members=tuple(members), rows=512)
 
 
@@ -282,9 +301,13 @@ def language_run(seed: int, *, steps: int) -> Run:
 
 
 def language(scale: Literal["laptop"]) -> Bytes:  # noqa: ARG001 - one scale has it so far
-    """The language study (C12, C13, C15, C16), three seeds."""
-    members = tuple(language_run(seed, steps=300) for seed in SEEDS)
-    return Bytes(members=members, rows=8, prompt=32, generated=48)
+    """The language study (C12, C13, C15, C16, D1 to D4, K1), three seeds."""
+    members: list[tuple[DepthArm, Run]] = []
+    for arm, objective in depth_objectives(NextToken(mask=KeepAll()), mean=MEAN).items():
+        for seed in SEEDS:
+            run = language_run(seed, steps=300)
+            members.append((arm, replace(run, name=f"bytes-{arm}-seed{seed}", objective=objective)))
+    return Bytes(members=tuple(members), rows=8, read=256, prompt=32, generated=48)
 
 
 def dense_run(seed: int, *, steps: int) -> Run:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from fourfold_parallel.run.data import Batch
 from fourfold_parallel.run.objective import MicrobatchLoss, token_nats
+from fourfold_recurrent_depth.analysis.flops import Costs
+from fourfold_recurrent_depth.configuration import Family
 from fourfold_recurrent_depth.retrofit import Retrofitted
 from fourfold_recurrent_depth.states import RowStates
 
@@ -81,6 +83,17 @@ class Always:
 Recurrences = LogNormalPoisson | Always
 
 
+def beginning(form: Family | None, batch: Batch) -> dict[str, Any]:
+    """Arguments that give each row of a batch its initial states, by its address and the batch's number.
+
+    None for a retrofit, which begins with zeros, and for families that begin with the embedding.
+    """
+    if form is None or form.begins != "noise":
+        return {}
+    seeds = tuple((batch.number * _PRIME + address) % MODULUS for address in batch.addresses)
+    return {"initial_state": RowStates(seeds)}
+
+
 class Supervision(Protocol):
     """Says what is to be predicted at each input."""
 
@@ -105,6 +118,10 @@ class RandomDepth:
                 f"backprop={backprop} lets no gradient reach prelude and core; use 1 or more"
             )
 
+    def flops(self, price: Costs, number: int) -> float:
+        """Of a token of microbatch `number`, forward and backward, at the depth of all rows."""
+        return price.training(*self.recurrences.draw(number))
+
     def targets(self, batch: Batch) -> Int[Tensor, "batch token"]:
         """The supervision's."""
         return self.supervision.targets(batch)
@@ -127,7 +144,6 @@ class RandomDepth:
         steps: Any = draws[0]
         if self.per == "row" and rows > 1:
             steps = (totals, max(with_gradient for _, with_gradient in draws))
-        begin: dict[str, Any] = {}
         inner: Any = getattr(model, "module", model)
         form = None if isinstance(inner, Retrofitted) else inner.config.form
         if form is not None and form.injects is None and any(without for without, _ in draws):
@@ -135,10 +151,7 @@ class RandomDepth:
                 f"recurrences of {inner.config.family} without gradient, and it sees its tokens in the first "
                 "alone: its embedding would learn nothing; use a backprop of all recurrences"
             )
-        # A retrofit begins with zeros, and some families with the embedding.
-        if form is not None and form.begins == "noise":
-            seeds = tuple((batch.number * _PRIME + a) % MODULUS for a in batch.addresses)
-            begin["initial_state"] = RowStates(seeds)
+        begin = beginning(form, batch)
         logits = model(
             input_ids=batch.tokens[:, :-1], use_cache=False, num_steps=steps, **begin
         ).logits

@@ -1,0 +1,217 @@
+"""Does more depth at test time help at all? Rules over three tasks and three ways to train."""
+
+from __future__ import annotations
+
+from fourfold_parallel.reproduce.claims import (
+    Finding,
+    Records,
+    claim,
+    decide,
+    over_seeds,
+    unanimous,
+)
+from fourfold_recurrent_depth.reproduce.measures import (
+    ADDITION,
+    AUTOMATON,
+    DEPTH_TASKS,
+    LANGUAGE,
+    DepthTask,
+)
+
+TASKS = (
+    "additions of 6 digits and bytes of Python (mean recurrence 4), the hardest automaton (8); models of "
+    "57 k and 0.2 M parameters trained at random depth, at one depth, and with the loss averaged over all "
+    "exits up to the mean; 3 seeds each"
+)
+TRAINED = "three trained seeds of each arm: the laptop scale"
+BEYOND = (2, 4, 8)
+"""Multiples of the mean recurrence."""
+NEEDED = (ADDITION, AUTOMATON, LANGUAGE)
+
+
+def _gains(records: Records, task: DepthTask, arm: str, multiple: float) -> list[float]:
+    """Score at a multiple of the mean recurrence above that at the mean, by seed."""
+    deep = round(task.mean * multiple)
+    return [score[deep] - score[task.mean] for score in task.scores(records, arm)]
+
+
+def _told(gains: dict[str, list[float]]) -> str:
+    return "; ".join(f"{name} {over_seeds(values)}" for name, values in gains.items())
+
+
+@claim(
+    "D1",
+    section="3.3",
+    says="A model of random depth can be run deeper than it was trained",
+    paper="stated; figure 1 and table 1 to r = 64",
+    rule=(
+        "at 2, 4 and 8 times the mean recurrence at most 0.01 below the mean's score (share of right "
+        "answers, nats) in every seed of every task; contradicted if more than 0.05 below in every "
+        "seed of one"
+    ),
+    conditions=TASKS,
+    scales=("laptop",),
+    needs=TRAINED,
+)
+def random_depth_runs_deeper(records: Records) -> Finding:
+    """The worst score beyond the mean, less the mean's."""
+    worst = {
+        task.name: [
+            min(gains)
+            for gains in zip(*(_gains(records, task, "law", by) for by in BEYOND), strict=True)
+        ]
+        for task in DEPTH_TASKS
+    }
+    return Finding(
+        decide(
+            reproduced=all(
+                gain >= -task.slight for task in DEPTH_TASKS for gain in worst[task.name]
+            ),
+            contradicted=any(max(worst[task.name]) < -task.clear for task in DEPTH_TASKS),
+        ),
+        f"worst of 2, 4 and 8 times the mean: {_told(worst)}",
+        records[LANGUAGE].of("held_out", arm="law")[0],
+        "at most 0.01 lost in every seed of every task",
+    )
+
+
+@claim(
+    "D2",
+    section="3.3",
+    says="A model of one fixed depth needs that depth, and gains nothing by more",
+    paper="stated; no number",
+    rule=(
+        "at half the mean more than 0.05 below, and at 2, 4 and 8 times it at most 0.01 above, in every seed "
+        "of every task; contradicted if it gains more than 0.01 by more depth in every seed of one"
+    ),
+    conditions=TASKS,
+    scales=("laptop",),
+    needs=TRAINED,
+)
+def fixed_depth_needs_its_depth(records: Records) -> Finding:
+    """Scores of the models of one depth at half of it, and the best beyond."""
+    half = {task.name: _gains(records, task, "fixed", 0.5) for task in DEPTH_TASKS}
+    best = {
+        task.name: [
+            max(gains)
+            for gains in zip(*(_gains(records, task, "fixed", by) for by in BEYOND), strict=True)
+        ]
+        for task in DEPTH_TASKS
+    }
+    return Finding(
+        decide(
+            reproduced=all(
+                max(half[task.name]) < -task.clear and max(best[task.name]) <= task.slight
+                for task in DEPTH_TASKS
+            ),
+            contradicted=any(min(best[task.name]) > task.slight for task in DEPTH_TASKS),
+        ),
+        f"at half its depth: {_told(half)}; best beyond it: {_told(best)}",
+        records[LANGUAGE].of("held_out", arm="fixed")[0],
+        "more than 0.05 lost at half, at most 0.01 gained beyond, in every seed of every task",
+    )
+
+
+@claim(
+    "D3",
+    section="2510.25741",
+    says="Averaging the loss over exits makes the best shallow model",
+    paper="stated; no number",
+    rule=(
+        "after one recurrence above models of random and of fixed depth in every seed of every task; "
+        "contradicted if below one of them in every seed of one"
+    ),
+    conditions=TASKS,
+    scales=("laptop",),
+    needs=TRAINED,
+)
+def averaged_exits_are_best_when_shallow(records: Records) -> Finding:
+    """Score of averaged exits after one recurrence, above the better of the others."""
+    lead, behind = {}, []
+    for task in DEPTH_TASKS:
+        first = {
+            arm: [score[1] for score in task.scores(records, arm)]
+            for arm in ("law", "fixed", "averaged")
+        }
+        triples = list(zip(first["averaged"], first["law"], first["fixed"], strict=True))
+        lead[task.name] = [own - max(law, fixed) for own, law, fixed in triples]
+        behind.append(
+            all(own < law for own, law, _ in triples) or all(o < f for o, _, f in triples)
+        )
+    return Finding(
+        decide(
+            reproduced=all(gap > 0 for gaps in lead.values() for gap in gaps),
+            contradicted=any(behind),
+        ),
+        f"ahead of the better other after one recurrence by {_told(lead)}",
+        records[LANGUAGE].of("held_out", arm="averaged")[0],
+        "above both in every seed of every task",
+    )
+
+
+@claim(
+    "D4",
+    section="5",
+    says="More depth at test time than in training makes a model better",
+    paper="stated for hard tasks: GSM8K still rises from r = 32 to 64",
+    rule=(
+        "one way to train gains more than 0.02 at 2, 4 or 8 times the mean, in every seed of one task; "
+        "contradicted if none gains more than 0.01 in any seed of any task"
+    ),
+    conditions=TASKS,
+    scales=("laptop",),
+    needs=TRAINED,
+)
+def more_depth_helps(records: Records) -> Finding:
+    """The best gain beyond the mean, of any way to train."""
+    gains = {
+        (task.name, arm, by): _gains(records, task, arm, by)
+        for task in DEPTH_TASKS
+        for arm in ("law", "fixed", "averaged")
+        for by in BEYOND
+    }
+    (name, arm, by), best = max(gains.items(), key=lambda item: min(item[1]))
+    top = max(gain for values in gains.values() for gain in values)
+    return Finding(
+        decide(reproduced=min(best) > 0.02, contradicted=top <= 0.01),
+        f"best in every seed: {name}, {arm}, {by} times the mean: {over_seeds(best)}; best of all {top:.3g}",
+        records[ADDITION].of("addition", arm="law")[0],
+        f"the best gain of any seed is {top:.3g}",
+    )
+
+
+@claim(
+    "K1",
+    section="6.2, ours",
+    says="One vector for all recurrences keeps what their keys say, in fewer bytes than those of one",
+    paper="none; Ouro's last loop alone: GSM8K 78.85 against 78.92 (2510.25741, table 14)",
+    rule=(
+        "some rank with fewer bytes a token than the last recurrence's keys has a loss at most 0.005 nats "
+        "above that of all recurrences' keys, in every seed; contradicted if none within 0.02 in every seed"
+    ),
+    conditions=(
+        "0.2 M parameters, bytes of Python's standard library, 16 recurrences of one block, 300 steps, 3 "
+        "seeds; directions fitted to 64 rows of 80 tokens of the training text"
+    ),
+    scales=("laptop",),
+    needs=TRAINED,
+)
+def one_vector_is_enough(records: Records) -> Finding:
+    """The least loss of a latent cache smaller than the keys of one recurrence, above a whole cache's."""
+    record = records[LANGUAGE]
+    above, last = [], []
+    for seed in record.seeds("cache", arm="law"):
+        (own,), (one,) = (record.of("cache", seed=seed, policy=name) for name in ("own", "last"))
+        fitting = [
+            event.number("loss_nats")
+            for event in record.of("cache", seed=seed, policy="latent")
+            if event.number("bytes_per_token") < one.number("bytes_per_token")
+        ]
+        above.append(min(fitting) - own.number("loss_nats"))
+        last.append(one.number("loss_nats") - own.number("loss_nats"))
+    return Finding(
+        unanimous(holds=[gap <= 0.005 for gap in above], fails=[gap > 0.02 for gap in above]),
+        f"{over_seeds(above)} nats above a whole cache; the last recurrence's keys alone {over_seeds(last)}",
+        record.of("cache", policy="latent")[0],
+        "at most 0.005 nats in every seed",
+    )
