@@ -20,6 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("packages/*/*.md")])
 GUIDES = sorted(ROOT.glob("docs/guides/*.md"))
 READMES = sorted(ROOT.glob("packages/*/README.md"))
+PAGES = sorted(
+    page
+    for page in ROOT.glob("packages/*/docs/*.md")
+    if "```python" in page.read_text() and "init_process_group" not in page.read_text()
+)
+"""Pages whose code needs no launcher."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -76,17 +82,20 @@ def test_every_readme_has_the_same_parts_in_the_same_order(readme: Path) -> None
         assert "](results/README.md)" in text
 
 
-@pytest.mark.parametrize("readme", READMES, ids=lambda page: page.parent.name)
-def test_readme_code_runs_or_is_quoted(
-    readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "page", [*READMES, *PAGES], ids=lambda page: str(page.relative_to(ROOT / "packages"))
+)
+def test_code_of_a_package_runs_or_is_quoted(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A block that imports is executed; one that does not is found, line by line, in the package's source."""
     monkeypatch.chdir(tmp_path)
-    sources = "\n".join(path.read_text() for path in readme.parent.glob("src/**/*.py"))
+    package = ROOT / "packages" / page.relative_to(ROOT / "packages").parts[0]
+    sources = "\n".join(path.read_text() for path in package.glob("src/**/*.py"))
     held = {line.strip() for line in sources.splitlines()}
-    for block in re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         if re.search(r"^(import|from) ", block, re.MULTILINE):
-            exec(compile(block, str(readme), "exec"), {"__name__": "readme"})
+            exec(compile(block, str(page), "exec"), {"__name__": "readme"})
         else:
             missing = [
                 line for line in block.splitlines() if line.strip() and line.strip() not in held

@@ -41,6 +41,7 @@ from fourfold_recurrent_depth.reproduce.measures import (
     WORTH,
     headline,
 )
+from fourfold_recurrent_depth.reproduce.tables import TABLES
 from fourfold_recurrent_depth.training.every_exit import EveryExit
 from fourfold_recurrent_depth.training.models import RecurrentDepth
 from fourfold_recurrent_depth.training.random_depth import RandomDepth
@@ -470,5 +471,6 @@ EXPERIMENT = Experiment(
     stages=_stages,
     drawings=_drawings,
     launches=_launches,
+    tables=TABLES,
 )
 """Announced as the entry point `recurrent_depth`."""
