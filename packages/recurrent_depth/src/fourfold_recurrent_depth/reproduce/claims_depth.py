@@ -20,7 +20,7 @@ from fourfold_recurrent_depth.reproduce.measures import (
 
 TASKS = (
     "additions of 6 digits and bytes of Python (mean recurrence 4), the hardest automaton (8); models of "
-    "57 k and 0.2 M parameters trained at random depth, at one depth, and with the loss averaged over all "
+    "0.06 to 0.2 M parameters trained at random depth, at one depth, and with the loss averaged over all "
     "exits up to the mean; 3 seeds each"
 )
 TRAINED = "three trained seeds of each arm: the laptop scale"

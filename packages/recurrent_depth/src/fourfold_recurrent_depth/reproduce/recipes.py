@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from fourfold_parallel.reproduce.scale import Scale
 from fourfold_parallel.run.corpora import PythonSource
@@ -162,12 +162,14 @@ def automaton_run(
     steps: int,
     mean: int = MEAN,
     batch: int = 48,
+    width: int = 64,
     heads: int = 4,
+    rate: float = 3e-3,
 ) -> Run:
     """One automaton model: a core of one block, no prelude and no coda, so that depth is recurrence.
 
-    With a prelude and a coda a small model solves the small k without recurring. With two heads a block sees
-    a cell and two others, which is what one step of the automaton reads.
+    With a prelude and a coda a small model solves the small k without recurring. With three heads a block
+    sees as many cells as one step of the automaton reads.
     """
     at_once = RandomDepth(recurrences=Always(recurrences=1, backprop=1), supervision=EvolvedCells())
     by_depth = depth_objectives(EvolvedCells(), mean=mean)
@@ -175,12 +177,12 @@ def automaton_run(
     return Run(
         name=f"automaton-{arm}-seed{seed}",
         model=RecurrentDepth(
-            width=64,
+            width=width,
             heads=heads,
             prelude=0,
             core=mean if arm == "untied" else 1,
             coda=0,
-            hidden=176,
+            hidden=width * 11 // 4,
             vocabulary=2 * hardest,
             context=cells,
             mean_recurrence=mean,
@@ -188,7 +190,7 @@ def automaton_run(
         ),
         data=Automaton(hardest=hardest, rows=batch * steps, ramp=batch * steps * 3 // 8),
         objective=objectives[arm],
-        optimizer=AdamW(learning_rate=3e-3, weight_decay=0.01, beta1=0.9, beta2=0.95, epsilon=1e-8),
+        optimizer=AdamW(learning_rate=rate, weight_decay=0.01, beta1=0.9, beta2=0.95, epsilon=1e-8),
         schedule=Cosine(warmup_steps=min(50, steps // 4), floor=0.05),
         horizon=Steps(count=steps),
         batch=batch,
@@ -206,7 +208,7 @@ def automaton_run(
 def cells(scale: Literal["smoke", "laptop"]) -> Cells:
     """The automaton study (C1 to C4, C10, C11, C19 to C21, D1 to D4).
 
-    Smoke: one short run per arm, enough to run every line. Laptop: three seeds of every arm.
+    Smoke: one short run per arm, enough to run every line. Laptop: three seeds, and one of the untied twin.
     """
     match scale:
         case "smoke":
@@ -214,13 +216,15 @@ def cells(scale: Literal["smoke", "laptop"]) -> Cells:
             arms: tuple[Arm, ...] = ("law", "shallow")
         case "laptop":
             hardest, length, steps, seeds, rows = 3, 24, 4000, CELLS_SEEDS, 64
-            arms = ("law", "fixed", "averaged", "shallow", "untied")
-    shape = {"hardest": hardest, "cells": length, "steps": steps, "mean": CELLS_MEAN}
-    members: tuple[tuple[Arm, Run], ...] = tuple(
-        (arm, automaton_run(arm, seed, **shape, batch=32, heads=2))
-        for arm in arms
-        for seed in seeds
-    )
+            arms = ("law", "fixed", "averaged", "shallow")
+    named: list[tuple[Arm, int]] = [(arm, seed) for arm in arms for seed in seeds]
+    if scale == "laptop":
+        named.append(("untied", seeds[0]))
+    shape: dict[str, Any] = {
+        "hardest": hardest, "cells": length, "steps": steps, "mean": CELLS_MEAN, "batch": 32, "width": 96,
+        "heads": 3, "rate": 2e-3,
+    }  # fmt: skip
+    members = tuple((arm, automaton_run(arm, seed, **shape)) for arm, seed in named)
     return Cells(members=members, exam=Exam(hardest=hardest, cells=length, rows=rows))
 
 
