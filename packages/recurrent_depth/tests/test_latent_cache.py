@@ -1,10 +1,12 @@
 """A latent cache with all directions is a whole cache; with fewer, what is lost is what they leave out."""
 
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fourfold_recurrent_depth import (
@@ -15,6 +17,7 @@ from fourfold_recurrent_depth import (
     RecurrentCache,
     RecurrentDepthConfig,
     RecurrentDepthForCausalLM,
+    estimate_cache_bytes,
 )
 
 STEPS, WHOLE = 4, 128
@@ -144,6 +147,23 @@ def test_bytes_are_those_of_vectors_and_of_prelude_and_coda() -> None:
         decoded(model, tokens_of(3, 12), cache)
         around = 2 * 2 * 16
         assert cache.nbytes() == 4 * 3 * 12 * (2 * rank + around)
+        told = {"tokens": 12, "steps": STEPS, "batch": 3, "element_bytes": 4}
+        assert estimate_cache_bytes(model.config, rank=rank, **told) == cache.nbytes()
+    for wrong in ({"rank": 0}, {"rank": 3, "budget": 2}):
+        with pytest.raises(ValueError, match="are of no cache; use a rank"):
+            estimate_cache_bytes(model.config, **told, **wrong)  # type: ignore[arg-type]
+
+
+def test_a_saved_basis_is_read_again(tmp_path: Path) -> None:
+    basis = basis_of(fresh(), rank=7).first(5)
+    basis.save(tmp_path / "basis.safetensors")
+    again = LatentBasis.load(tmp_path / "basis.safetensors")
+    assert again.steps == STEPS
+    for name in ("mean", "directions", "shares"):
+        assert torch.equal(getattr(again, name), getattr(basis, name))
+    save_file({"mean": basis.mean}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="holds mean and no basis of a latent cache"):
+        LatentBasis.load(tmp_path / "other.safetensors")
 
 
 def test_generation_beams_and_padding(model: RecurrentDepthForCausalLM) -> None:

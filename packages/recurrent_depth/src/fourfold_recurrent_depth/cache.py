@@ -535,11 +535,13 @@ def estimate_cache_bytes(
     steps: int,
     batch: int = 1,
     budget: int | None = None,
+    rank: int | None = None,
     element_bytes: int = 2,
 ) -> int:
     """Bytes of keys and values of cached tokens: (around + layers * recurrences) * 2 * width of keys each.
 
-    Huginn-0125 in bfloat16 at 32 recurrences: 2.79 MB a token; with a budget of 1, 0.17 MB.
+    Huginn-0125 in bfloat16 at 32 recurrences: 2.79 MB a token; with a budget of 1, 0.17 MB. A layer of
+    the core takes `rank` numbers in a `LatentCache` of that rank.
 
     Raises:
         ValueError: for what no `RecurrentCache` would be.
@@ -548,11 +550,16 @@ def estimate_cache_bytes(
         raise ValueError(
             f"steps={steps}, budget={budget} are of no cache; use 1 or more, and a budget of {steps} or fewer"
         )
+    if rank is not None and (budget is not None or rank < 1):
+        raise ValueError(
+            f"rank={rank}, budget={budget} are of no cache; use a rank of 1 or more, and no budget beside it"
+        )
     kept = steps if budget is None else budget
     around = config.n_layers_in_prelude + config.n_layers_in_coda
-    slots = around + kept * config.n_layers_in_recurrent_block
-    width = config.num_key_value_heads * config.head_dim
-    return slots * 2 * width * element_bytes * tokens * batch
+    width = 2 * config.num_key_value_heads * config.head_dim
+    of_layer = kept * width if rank is None else rank
+    numbers = around * width + config.n_layers_in_recurrent_block * of_layer
+    return numbers * element_bytes * tokens * batch
 
 
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:

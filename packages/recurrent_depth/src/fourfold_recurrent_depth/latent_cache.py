@@ -15,11 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Complex, Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fourfold_recurrent_depth.cache import RecurrentCache
@@ -102,6 +105,29 @@ class LatentBasis:
         if not 1 <= rank <= self.rank:
             raise ValueError(f"rank={rank} of a basis of {self.rank}; use 1 to {self.rank}")
         return replace(self, directions=self.directions[..., :rank], shares=self.shares[:, :rank])
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file."""
+        parts = {"mean": self.mean, "directions": self.directions, "shares": self.shares}
+        contiguous = {name: part.contiguous() for name, part in parts.items()}
+        save_file(contiguous, path, metadata={"steps": str(self.steps)})
+
+    @classmethod
+    def load(cls, path: Path) -> LatentBasis:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        with safe_open(path, framework="pt") as file:
+            told, names = file.metadata() or {}, {*file.keys()}
+            if "steps" not in told or names != {"mean", "directions", "shares"}:
+                raise ValueError(
+                    f"{path} holds {', '.join(sorted(names))} and no basis of a latent cache; "
+                    "give a file that LatentBasis.save wrote"
+                )
+            parts = {name: file.get_tensor(name) for name in names}
+        return cls(**parts, steps=int(told["steps"]))
 
 
 class LatentCache(RecurrentCache):

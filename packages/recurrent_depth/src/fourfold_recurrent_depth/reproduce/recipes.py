@@ -224,7 +224,9 @@ def cells(scale: Literal["smoke", "laptop"]) -> Cells:
         "hardest": hardest, "cells": length, "steps": steps, "mean": CELLS_MEAN, "batch": 32, "width": 96,
         "heads": 3, "rate": 2e-3,
     }  # fmt: skip
-    members = tuple((arm, automaton_run(arm, seed, **shape)) for arm, seed in named)
+    members: tuple[tuple[Arm, Run], ...] = tuple(
+        (arm, automaton_run(arm, seed, **shape)) for arm, seed in named
+    )
     return Cells(members=members, exam=Exam(hardest=hardest, cells=length, rows=rows))
 
 
