@@ -133,7 +133,7 @@ def test_few_tokens_of_many_features_have_the_same_directions(
 ) -> None:
     few = tokens_of(2, 10)
     expected = LatentBasis.fit(model, few, steps=STEPS, rank=6)
-    monkeypatch.setattr("fourfold_recurrent_depth.latent_cache._SMALL", 0)
+    monkeypatch.setattr("fourfold_recurrent_depth.decoding.latent_cache._SMALL", 0)
     found = LatentBasis.fit(model, few, steps=STEPS, rank=6)
     overlap = (found.directions.mT @ expected.directions).abs()
     torch.testing.assert_close(overlap, torch.eye(6).expand(2, -1, -1), rtol=0, atol=1e-4)

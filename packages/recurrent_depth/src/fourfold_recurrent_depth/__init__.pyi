@@ -4,6 +4,8 @@ from .causal_lm import RecurrentDepthForCausalLM as RecurrentDepthForCausalLM
 from .causal_lm import RecurrentDepthOutput as RecurrentDepthOutput
 from .configuration import RecurrentDepthConfig as RecurrentDepthConfig
 from .decoding.diffusion import Diffusion as Diffusion
+from .decoding.latent_cache import LatentBasis as LatentBasis
+from .decoding.latent_cache import LatentCache as LatentCache
 from .decoding.paged import RecurrentDepthDecoder as RecurrentDepthDecoder
 from .decoding.refill import Answer as Answer
 from .decoding.refill import Refill as Refill
@@ -20,8 +22,6 @@ from .exits.criteria import Fixed as Fixed
 from .exits.criteria import Gate as Gate
 from .exits.criteria import LatentDiff as LatentDiff
 from .exits.criteria import MinPKL as MinPKL
-from .latent_cache import LatentBasis as LatentBasis
-from .latent_cache import LatentCache as LatentCache
 from .published_weights import load_published as load_published
 from .retrofit import retrofit as retrofit
 from .states import FreshNoise as FreshNoise

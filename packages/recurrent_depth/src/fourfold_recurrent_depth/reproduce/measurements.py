@@ -16,8 +16,8 @@ from fourfold_recurrent_depth.analysis import latents
 from fourfold_recurrent_depth.analysis.flops import costs
 from fourfold_recurrent_depth.cache import RecurrentCache
 from fourfold_recurrent_depth.causal_lm import RecurrentDepthForCausalLM
+from fourfold_recurrent_depth.decoding.latent_cache import LatentBasis, LatentCache
 from fourfold_recurrent_depth.exits import KL, Criterion, LatentDiff
-from fourfold_recurrent_depth.latent_cache import LatentBasis, LatentCache
 from fourfold_recurrent_depth.reproduce.tasks.addition import BASE, sums_of
 from fourfold_recurrent_depth.reproduce.tasks.automaton import encode, targets_of
 from fourfold_recurrent_depth.states import state_table
