@@ -73,7 +73,7 @@ def test_the_committed_records_give_the_committed_ledger(tmp_path: Path) -> None
 
 
 def test_every_claim_of_the_page_has_a_row() -> None:
-    counts = {"C": 23, "D": 4, "K": 1, "W": 5}
+    counts = {"C": 23, "D": 4, "K": 2, "W": 5}
     ours = [f"{kind}{n + 1}" for kind, count in counts.items() for n in range(count)]
     assert [claim.id for claim in CLAIMS] == ours
     for claim in CLAIMS:
@@ -207,6 +207,13 @@ def automaton(folder: Path, *, good: bool) -> Any:
             ("convergence", {**law, "variance_over_tokens": 8.0 if good else 0.5,
              "variance_over_initial_states": 1.0})
         )  # fmt: skip
+        for policy, size, right in (
+            ("own", 16, 0.98),
+            ("last", 2, 0.98 if good else 0.9),
+            ("latent", 1, 0.9),
+        ):
+            fields = {"policy": policy, "bytes_per_token": size, "accuracy": right}
+            events.append(("cache", {**law, **fields}))
         events.append(("ends", {**law, "fixed_point": 5, "orbit": 1, "slider": 0, "unsettled": 0}))
     return record(folder, AUTOMATON, events)
 
@@ -324,7 +331,7 @@ def test_rules_judge_as_they_say(tmp_path: Path, good: bool) -> None:
     if not good:
         expected["D4"] = "inconclusive"  # D2 is contradicted by a gain, which D4 has none of
     assert {row.id: row.verdict for row in rows} == expected
-    assert len(rows) == 26
+    assert len(rows) == 27
 
 
 @pytest.mark.parametrize(("gain", "verdict"), [(0.005, "contradicted"), (0.03, "reproduced")])

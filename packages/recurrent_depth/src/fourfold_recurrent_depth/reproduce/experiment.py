@@ -99,6 +99,12 @@ def examine_cells(
             model, exam, measurements.CRITERIA, steps=2 * recipes.CELLS_MEAN
         )
         events += measurements.latent_paths(model, exam)
+        # Half of the rows are asked, behind their first cell; the other half is the text of the directions.
+        rows, targets = exam.of(exam.hardest)
+        half = len(rows) // 2
+        events += measurements.cache_policies(
+            model, rows[:half], targets[:half], rows[half:], steps=2 * recipes.CELLS_MEAN, prompt=1
+        )
     return tuple((kind, {"arm": arm, "seed": run.seed, **fields}) for kind, fields in events)
 
 
@@ -200,8 +206,9 @@ def examine_bytes(
         rows = run.data.validation(sequence=length).batch(0, batch=study.rows).tokens[:, :-1]
         text = run.data.open(sequence=length, seed=run.seed).batch(0, batch=study.read // 4).tokens
         prompt = rows[:, : study.prompt]
+        asked = torch.cat([rows[:, 1:], torch.full_like(rows[:, :1], -100)], dim=1)
         events += measurements.cache_policies(
-            model, rows, text[:, :-1], steps=steps, prompt=study.prompt
+            model, rows, asked, text[:, :-1], steps=steps, prompt=study.prompt
         )
         events += measurements.warm_start(model, rows, steps=steps, prompt=study.prompt)
         events += speculation(model, prompt, steps=steps, new=study.generated)

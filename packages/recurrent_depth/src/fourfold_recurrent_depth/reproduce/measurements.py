@@ -216,15 +216,16 @@ def latent_paths(model: RecurrentDepthForCausalLM, exam: Exam) -> Iterator[Event
 def cache_policies(
     model: RecurrentDepthForCausalLM,
     rows: Int[Tensor, "row token"],
+    targets: Int[Tensor, "row token"],
     text: Int[Tensor, "row token"],
     *,
     steps: int,
     prompt: int,
 ) -> Iterator[Event]:
-    """Loss of teacher-forced decoding after a prompt, and bytes a token, for every way to keep keys.
+    """Loss of teacher-forced decoding behind a prompt, and bytes a token, for every way to keep keys.
 
     Those of all recurrences, of some in turn, of the last alone, or one vector for all of them, whose
-    directions are fitted to `text`.
+    directions are fitted to `text`. A target of -100 is not asked for.
     """
     config = model.config
     basis = LatentBasis.fit(model, text, steps=steps, rank=max(RANKS))
@@ -244,19 +245,20 @@ def cache_policies(
         options: dict[str, Any] = {
             "past_key_values": cache, "use_cache": True, "num_steps": steps, "initial_state": table,
         }  # fmt: skip
-        nats = torch.zeros((), dtype=torch.float64)
-        out = model(rows[:, :prompt], logits_to_keep=1, **options)
-        for place in range(prompt, rows.shape[1]):
-            assert out.logits is not None
-            log_p = out.logits[:, -1].log_softmax(-1)
-            nats -= log_p.gather(1, rows[:, place : place + 1]).double().sum()
-            out = model(rows[:, place : place + 1], **options)
-        count = rows.shape[0] * (rows.shape[1] - prompt)
+        said = [model(rows[:, :prompt], logits_to_keep=1, **options).logits]
+        said += [
+            model(rows[:, place : place + 1], **options).logits
+            for place in range(prompt, rows.shape[1])
+        ]
+        logits, asked = torch.cat(said, dim=1).double(), targets[:, prompt - 1 :]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), asked.flatten())
+        right = (logits.argmax(-1) == asked)[asked != -100].double().mean()
         yield (
             "cache",
             {
                 **told,
-                "loss_nats": round(float(nats) / count, 6),
+                "loss_nats": round(float(loss), 6),
+                "accuracy": round(float(right), 5),
                 "bytes_per_token": cache.nbytes() // rows.numel(),
             },
         )

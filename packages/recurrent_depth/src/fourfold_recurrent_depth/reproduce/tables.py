@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from fourfold_parallel.common.records import Event, Record
 from fourfold_parallel.reproduce.claims import Records, over_seeds
 from fourfold_parallel.reproduce.tables import markdown
-from fourfold_recurrent_depth.reproduce.measures import DEPTH_TASKS, LANGUAGE
+from fourfold_recurrent_depth.reproduce.measures import AUTOMATON, DEPTH_TASKS, LANGUAGE
 
 ARMS = {"law": "random depth", "fixed": "one depth", "averaged": "averaged exits"}
 """Ways to train, as documents name them."""
@@ -39,30 +40,36 @@ def table_depths(records: Records) -> str:
 
 
 def table_caches(records: Records) -> str:
-    """Bytes a token and loss of every way to keep keys."""
-    record = records[LANGUAGE]
-    seeds = record.seeds("cache", arm="law")
-    by_seed = [record.of("cache", seed=seed) for seed in seeds]
-    whole = [events[0].number("loss_nats") for events in by_seed]
-    rows = []
-    for place, event in enumerate(by_seed[0]):
-        above = [
-            events[place].number("loss_nats") - loss
-            for events, loss in zip(by_seed, whole, strict=True)
-        ]
-        policy = str(event.values["policy"])
-        kept = event.values.get("recurrences_kept") or event.values.get("rank")
-        gap = over_seeds(above)
-        rows.append(
-            [
-                POLICIES[policy].format(kept=kept),
-                f"{event.number('bytes_per_token'):,.0f}",
-                "0" if policy == "own" else f"{gap.value:.4f} [{gap.low:.4f}, {gap.high:.4f}]",
+    """Bytes a token, loss and accuracy of every way to keep keys, on bytes and on the automaton."""
+    rows = [
+        [POLICIES[str(event.values["policy"])].format(kept=_kept(event))]
+        for event in _caches(records[LANGUAGE])[0]
+    ]
+    for stage, field, unit in ((LANGUAGE, "loss_nats", 1), (AUTOMATON, "accuracy", 100)):
+        by_seed = _caches(records[stage])
+        for place, row in enumerate(rows):
+            gap = over_seeds(
+                [unit * (e[place].number(field) - e[0].number(field)) for e in by_seed]
+            )
+            digits = 4 if unit == 1 else 1
+            row += [
+                f"{by_seed[0][place].number('bytes_per_token'):,.0f}",
+                "0"
+                if place == 0
+                else "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(gap.value, gap.low, gap.high, d=digits),
             ]
-        )
-    return markdown(
-        ["keys kept of recurrences", "bytes a token", "loss above all 16, nats"], rows, numeric=True
-    )
+    head = [
+        "keys kept of recurrences", "bytes a byte of Python", "loss, nats", "bytes a cell", "points at k=3",
+    ]  # fmt: skip
+    return markdown(head, rows, numeric=True)
+
+
+def _caches(record: Record) -> list[tuple[Event, ...]]:
+    return [record.of("cache", seed=seed) for seed in record.seeds("cache", arm="law")]
+
+
+def _kept(event: Event) -> object:
+    return event.values.get("recurrences_kept") or event.values.get("rank")
 
 
 TABLES: Mapping[str, Callable[[Records], str]] = {"depths": table_depths, "caches": table_caches}
