@@ -80,10 +80,10 @@ def drawings(scale: Scale) -> Sequence[Drawing]:
         drawn += [
             Drawing(
                 name="cache-policies",
-                caption="Loss of teacher-forced decoding above that with the keys of all 16 recurrences, by "
-                "bytes of cache a token: keys of all, of 4 or 2 recurrences in turn, of the last, or one "
-                "vector of 4 to 128 numbers for all of them; mean and range over seeds; laptop scale, bytes "
-                "of Python. Section 6.2.",
+                caption="Loss (bytes of Python) and accuracy (automaton of 3 steps) of teacher-forced "
+                "decoding, against the keys of all 16 recurrences, by bytes of cache a token: keys of 4 or 2 "
+                "recurrences in turn, of the last, or one vector of 4 to 128 numbers for all of them; mean "
+                "and range over seeds; laptop scale. Section 6.2.",
                 draw=cache_policies,
             ),
             Drawing(
@@ -206,42 +206,45 @@ def trajectories(records: Records) -> Figure:
 
 
 def cache_policies(records: Records) -> Figure:
-    """Loss above a whole cache's, over bytes a token, one colour for each way to keep keys."""
-    record = records[LANGUAGE]
-    figure = Figure(figsize=(6.4, 3.4))
-    axes = figure.subplots()
-    seeds = record.seeds("cache", arm="law")
-    policies = {"latent": METHOD, "shared": CONTROL, "last": BASELINE, "own": IDEAL}
-    for policy, color in policies.items():
-        events = [record.of("cache", seed=seed, policy=policy) for seed in seeds]
-        whole = [
-            record.of("cache", seed=seed, policy="own")[0].number("loss_nats") for seed in seeds
-        ]
-        size = [event.number("bytes_per_token") for event in events[0]]
-        above = np.asarray(
-            [
-                [event.number("loss_nats") - loss for event in of_seed]
-                for of_seed, loss in zip(events, whole, strict=True)
-            ]
-        )
-        spread = [above.mean(0) - above.min(0), above.max(0) - above.mean(0)]
-        line = "o-" if len(size) > 1 else "o"
-        label = {
-            "latent": "one vector",
-            "shared": "4 or 2 in turn",
-            "last": "the last",
-            "own": "all",
-        }
-        axes.errorbar(
-            size, above.mean(0), spread, fmt=line, color=color, capsize=3, label=label[policy]
-        )
-    axes.axhline(0, color=IDEAL, linestyle="--", linewidth=1)
-    axes.set_xscale("log")
-    axes.set_yscale("symlog", linthresh=0.01)
-    axes.set_xlabel("bytes of cache a token")
-    axes.set_ylabel("loss above a whole cache (nats)")
-    axes.set_title("Recurrent depth: which recurrences' keys to keep")
-    axes.legend()
+    """What every way to keep keys loses, over bytes a token, on bytes and on the automaton."""
+    figure = Figure(figsize=(8.0, 3.3))
+    panels = figure.subplots(1, 2)
+    asked = (
+        (LANGUAGE, "loss_nats", 1.0, "bytes of Python", "loss above a whole cache's (nats)"),
+        (AUTOMATON, "accuracy", -100.0, "automaton, k=3", "points below a whole cache's"),
+    )
+    policies = {
+        "latent": (METHOD, "one vector"),
+        "shared": (CONTROL, "2 or 4 in turn"),
+        "last": (BASELINE, "the last"),
+        "own": (IDEAL, "all"),
+    }
+    for axes, (stage, field, unit, title, label) in zip(panels, asked, strict=True):
+        record = records[stage]
+        seeds = record.seeds("cache", arm="law")
+        whole = [record.of("cache", seed=seed, policy="own")[0].number(field) for seed in seeds]
+        for policy, (color, name) in policies.items():
+            events = [record.of("cache", seed=seed, policy=policy) for seed in seeds]
+            size = [event.number("bytes_per_token") for event in events[0]]
+            lost = unit * np.asarray(
+                [
+                    [event.number(field) - of_whole for event in of_seed]
+                    for of_seed, of_whole in zip(events, whole, strict=True)
+                ]
+            )
+            middle = lost.mean(0)
+            spread = [middle - lost.min(0), lost.max(0) - middle]
+            line = "o-" if len(size) > 1 else "o"
+            axes.errorbar(
+                size, middle, spread, fmt=line, color=color, capsize=3, markersize=4, label=name
+            )
+        axes.axhline(0, color=IDEAL, linestyle="--", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("bytes of cache a token")
+        axes.set_ylabel(label)
+        axes.set_title(title)
+    panels[1].legend()
     return figure
 
 
@@ -265,7 +268,7 @@ def more_depth(records: Records) -> Figure:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_title(task.name)
         axes.set_ylabel("loss (nats a byte)" if task.name == "bytes of Python" else "share right")
-    figure.axes[0].legend(loc="lower right")
+    figure.axes[1].legend(loc="lower right")
     figure.supxlabel("recurrences at test time (dashed: in training, on average)", fontsize=9.5)
     return figure
 
