@@ -165,7 +165,10 @@ class Process:
             stream.close()
         self.selector.close()
         code = self.handle.returncode
-        if self.limit == "nothing" and signal.SIGXCPU in (-code, code - 128):
+        if self.limit != "nothing":
+            # Whichever of the job's processes died first, and whatever its parent made of that.
+            code = -signal.SIGKILL
+        elif signal.SIGXCPU in (-code, code - 128):
             self.limit = "cpu"
         return JobResult(
             code=code,
