@@ -206,7 +206,7 @@ def trajectories(records: Records) -> Figure:
 
 
 def cache_policies(records: Records) -> Figure:
-    """What every way to keep keys loses, over bytes a token, on bytes and on the automaton."""
+    """Losses of every way to keep keys, over bytes a token, on bytes and on the automaton."""
     figure = Figure(figsize=(8.0, 3.3))
     panels = figure.subplots(1, 2)
     asked = (

@@ -228,7 +228,8 @@ def cache_policies(
     directions are fitted to `text`. A target of -100 is not asked for.
     """
     config = model.config
-    basis = LatentBasis.fit(model, text, steps=steps, rank=max(RANKS))
+    ranks = [rank for rank in RANKS if rank < text.numel()]
+    basis = LatentBasis.fit(model, text, steps=steps, rank=max(ranks))
     caches: list[tuple[dict[str, Any], RecurrentCache]] = [
         (
             {"policy": policy, "recurrences_kept": budget or steps},
@@ -236,7 +237,7 @@ def cache_policies(
         )
         for policy, budget in (("own", None), ("shared", 4), ("shared", 2), ("last", 1))
     ]
-    for rank in RANKS:
+    for rank in ranks:
         fewer = basis.first(rank)
         told = {"policy": "latent", "rank": rank, "variance": round(float(fewer.shares.sum()), 6)}
         caches.append((told, LatentCache(config, fewer)))
