@@ -166,11 +166,7 @@ class RecurrentCache(Cache):
         Raises:
             ValueError: where the batch is not the one that the cache holds.
         """
-        if self._keys is not None and self._keys.shape[1] != batch:
-            raise ValueError(
-                f"the cache holds {self._keys.shape[1]} rows, the pass has {batch}; "
-                "use a new cache, or select its rows first"
-            )
+        self._refuse_batch(batch)
         self._opened, self._rows, self._running, self._depth = tokens, None, None, steps
         self._asked = batch
         if self.budget is None:
@@ -425,10 +421,20 @@ class RecurrentCache(Cache):
         if self._keys is None or self._values is None:
             return
         self._hold(change(self._keys, 1), change(self._values, 1))
+        self._over_ends(change)
+
+    def _over_ends(self, change: Callable[[Tensor, int], Tensor]) -> None:
         if self.exit_steps is not None:
             self.exit_steps = change(self.exit_steps, 0)
         if self.last_state is not None:
             self.last_state = change(self.last_state, 0)
+
+    def _refuse_batch(self, batch: int) -> None:
+        if self.batch_size not in (-1, batch):
+            raise ValueError(
+                f"the cache holds {self.batch_size} rows, the pass has {batch}; "
+                "use a new cache, or select its rows first"
+            )
 
     def _hold(self, keys: Tensor, values: Tensor) -> None:
         self._keys, self._values = keys, values

@@ -140,15 +140,12 @@ class LatentCache(RecurrentCache):
     Args:
         config: the model's shape.
         basis: of the same model.
-        capacity: tokens of a pass to allocate for.
     """
 
     in_place = False
 
-    def __init__(
-        self, config: RecurrentDepthConfig, basis: LatentBasis, *, capacity: int = 64
-    ) -> None:
-        super().__init__(config, steps=basis.steps, capacity=capacity)
+    def __init__(self, config: RecurrentDepthConfig, basis: LatentBasis) -> None:
+        super().__init__(config, steps=basis.steps)
         self.config, self.basis = config, basis
         self._latents: Tensor | None = None
         self._outer: Tensor | None = None
@@ -166,11 +163,7 @@ class LatentCache(RecurrentCache):
             raise ValueError(
                 f"{steps} recurrences for a basis of {self.steps}; fit one with steps={steps}, or take fewer"
             )
-        if self._latents is not None and self._latents.shape[1] != batch:
-            raise ValueError(
-                f"the cache holds {self._latents.shape[1]} rows, the pass has {batch}; "
-                "use a new cache, or select its rows first"
-            )
+        self._refuse_batch(batch)
         self._now = RecurrentCache(self.config, steps=self.steps, capacity=tokens)
         self._now.open(batch, tokens, steps=steps)
         self._turned = None
@@ -219,7 +212,7 @@ class LatentCache(RecurrentCache):
         if rows is not None:
             latents = latents[rows]
             rotary = rotary[rows] if len(rotary) > 1 else rotary
-        heads, width = self._outer_shape()
+        heads, width = self.config.num_key_value_heads, self.config.head_dim
         size = self.basis.mean.shape[1] // (2 * self.steps)
         parts = []
         for first in (step * size, (self.steps + step) * size):
@@ -320,13 +313,7 @@ class LatentCache(RecurrentCache):
         self._latents, self._outer = change(self._latents, 1), change(self._outer, 2)
         if len(self._rotary) > 1:
             self._rotary = change(self._rotary, 0)
-        if self.exit_steps is not None:
-            self.exit_steps = change(self.exit_steps, 0)
-        if self.last_state is not None:
-            self.last_state = change(self.last_state, 0)
-
-    def _outer_shape(self) -> tuple[int, int]:
-        return self.config.num_key_value_heads, self.config.head_dim
+        self._over_ends(change)
 
 
 def _turn(config: RecurrentDepthConfig) -> Turn:

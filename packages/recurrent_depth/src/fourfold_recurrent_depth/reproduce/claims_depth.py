@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
+from fourfold_parallel.common.records import Record
 from fourfold_parallel.reproduce.claims import (
     Finding,
     Records,
@@ -13,6 +16,7 @@ from fourfold_parallel.reproduce.claims import (
 from fourfold_recurrent_depth.reproduce.measures import (
     ADDITION,
     AUTOMATON,
+    DEPTH_ARMS,
     DEPTH_TASKS,
     LANGUAGE,
     DepthTask,
@@ -26,13 +30,41 @@ TASKS = (
 TRAINED = "three trained seeds of each arm: the laptop scale"
 BEYOND = (2, 4, 8)
 """Multiples of the mean recurrence."""
-NEEDED = (ADDITION, AUTOMATON, LANGUAGE)
+SLIGHT, CLEAR = 0.01, 0.05
+"""Differences of a score that nobody would mind, and that matter."""
 
 
 def _gains(records: Records, task: DepthTask, arm: str, multiple: float) -> list[float]:
     """Score at a multiple of the mean recurrence above that at the mean, by seed."""
     deep = round(task.mean * multiple)
     return [score[deep] - score[task.mean] for score in task.scores(records, arm)]
+
+
+def _beyond(
+    records: Records, arm: str, pick: Callable[[Iterable[float]], float]
+) -> dict[str, list[float]]:
+    """The worst or the best gain of each seed beyond the mean, by task."""
+    return {
+        task.name: [
+            pick(gains)
+            for gains in zip(*(_gains(records, task, arm, by) for by in BEYOND), strict=True)
+        ]
+        for task in DEPTH_TASKS
+    }
+
+
+def _kept(record: Record, field: str) -> list[tuple[float, float, list[float]]]:
+    """A field of each seed with all keys, with the last, and with each vector of fewer bytes than those."""
+    triples = []
+    for seed in record.seeds("cache", arm="law"):
+        (own,), (last,) = (record.of("cache", seed=seed, policy=name) for name in ("own", "last"))
+        vectors = [
+            event.number(field)
+            for event in record.of("cache", seed=seed, policy="latent")
+            if event.number("bytes_per_token") < last.number("bytes_per_token")
+        ]
+        triples.append((own.number(field), last.number(field), vectors))
+    return triples
 
 
 def _told(gains: dict[str, list[float]]) -> str:
@@ -55,19 +87,11 @@ def _told(gains: dict[str, list[float]]) -> str:
 )
 def random_depth_runs_deeper(records: Records) -> Finding:
     """The worst score beyond the mean, less the mean's."""
-    worst = {
-        task.name: [
-            min(gains)
-            for gains in zip(*(_gains(records, task, "law", by) for by in BEYOND), strict=True)
-        ]
-        for task in DEPTH_TASKS
-    }
+    worst = _beyond(records, "law", min)
     return Finding(
         decide(
-            reproduced=all(
-                gain >= -task.slight for task in DEPTH_TASKS for gain in worst[task.name]
-            ),
-            contradicted=any(max(worst[task.name]) < -task.clear for task in DEPTH_TASKS),
+            reproduced=all(gain >= -SLIGHT for task in DEPTH_TASKS for gain in worst[task.name]),
+            contradicted=any(max(worst[task.name]) < -CLEAR for task in DEPTH_TASKS),
         ),
         f"worst of 2, 4 and 8 times the mean: {_told(worst)}",
         records[LANGUAGE].of("held_out", arm="law")[0],
@@ -91,20 +115,14 @@ def random_depth_runs_deeper(records: Records) -> Finding:
 def fixed_depth_needs_its_depth(records: Records) -> Finding:
     """Scores of the models of one depth at half of it, and the best beyond."""
     half = {task.name: _gains(records, task, "fixed", 0.5) for task in DEPTH_TASKS}
-    best = {
-        task.name: [
-            max(gains)
-            for gains in zip(*(_gains(records, task, "fixed", by) for by in BEYOND), strict=True)
-        ]
-        for task in DEPTH_TASKS
-    }
+    best = _beyond(records, "fixed", max)
     return Finding(
         decide(
             reproduced=all(
-                max(half[task.name]) < -task.clear and max(best[task.name]) <= task.slight
+                max(half[task.name]) < -CLEAR and max(best[task.name]) <= SLIGHT
                 for task in DEPTH_TASKS
             ),
-            contradicted=any(min(best[task.name]) > task.slight for task in DEPTH_TASKS),
+            contradicted=any(min(best[task.name]) > SLIGHT for task in DEPTH_TASKS),
         ),
         f"at half its depth: {_told(half)}; best beyond it: {_told(best)}",
         records[LANGUAGE].of("held_out", arm="fixed")[0],
@@ -129,10 +147,7 @@ def averaged_exits_are_best_when_shallow(records: Records) -> Finding:
     """Score of averaged exits after one recurrence, above the better of the others."""
     lead, behind = {}, []
     for task in DEPTH_TASKS:
-        first = {
-            arm: [score[1] for score in task.scores(records, arm)]
-            for arm in ("law", "fixed", "averaged")
-        }
+        first = {arm: [score[1] for score in task.scores(records, arm)] for arm in DEPTH_ARMS}
         triples = list(zip(first["averaged"], first["law"], first["fixed"], strict=True))
         lead[task.name] = [own - max(law, fixed) for own, law, fixed in triples]
         behind.append(
@@ -167,7 +182,7 @@ def more_depth_helps(records: Records) -> Finding:
     gains = {
         (task.name, arm, by): _gains(records, task, arm, by)
         for task in DEPTH_TASKS
-        for arm in ("law", "fixed", "averaged")
+        for arm in DEPTH_ARMS
         for by in BEYOND
     }
     (name, arm, by), best = max(gains.items(), key=lambda item: min(item[1]))
@@ -199,16 +214,9 @@ def more_depth_helps(records: Records) -> Finding:
 def one_vector_is_enough(records: Records) -> Finding:
     """The least loss of a latent cache smaller than the keys of one recurrence, above a whole cache's."""
     record = records[LANGUAGE]
-    above, above_last = [], []
-    for seed in record.seeds("cache", arm="law"):
-        (own,), (last,) = (record.of("cache", seed=seed, policy=name) for name in ("own", "last"))
-        fitting = [
-            event.number("loss_nats")
-            for event in record.of("cache", seed=seed, policy="latent")
-            if event.number("bytes_per_token") < last.number("bytes_per_token")
-        ]
-        above.append(min(fitting) - own.number("loss_nats"))
-        above_last.append(last.number("loss_nats") - own.number("loss_nats"))
+    kept = _kept(record, "loss_nats")
+    above = [min(vectors) - own for own, _, vectors in kept]
+    above_last = [last - own for own, last, _ in kept]
     return Finding(
         unanimous(holds=[gap <= 0.005 for gap in above], fails=[gap > 0.02 for gap in above]),
         f"{over_seeds(above)} nats above a whole cache; the last recurrence's keys alone "
@@ -237,16 +245,9 @@ def one_vector_is_enough(records: Records) -> Finding:
 def last_keys_are_enough(records: Records) -> Finding:
     """Accuracy lost with the keys of the last recurrence, and with the best vector of fewer bytes."""
     record = records[AUTOMATON]
-    lost, lost_by_vector = [], []
-    for seed in record.seeds("cache", arm="law"):
-        (own,), (last,) = (record.of("cache", seed=seed, policy=name) for name in ("own", "last"))
-        fitting = [
-            event.number("accuracy")
-            for event in record.of("cache", seed=seed, policy="latent")
-            if event.number("bytes_per_token") < last.number("bytes_per_token")
-        ]
-        lost.append(own.number("accuracy") - last.number("accuracy"))
-        lost_by_vector.append(own.number("accuracy") - max(fitting))
+    kept = _kept(record, "accuracy")
+    lost = [own - last for own, last, _ in kept]
+    lost_by_vector = [own - max(vectors) for own, _, vectors in kept]
     return Finding(
         unanimous(holds=[gap <= 0.01 for gap in lost], fails=[gap > 0.05 for gap in lost]),
         f"accuracy lost {over_seeds(lost)}; by the best vector of fewer bytes {over_seeds(lost_by_vector)}",

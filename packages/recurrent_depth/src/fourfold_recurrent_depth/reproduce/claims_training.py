@@ -121,7 +121,7 @@ def more_operands_need_more(records: Records) -> Finding:
     record = records[ADDITION]
     holds, fails, columns = [], [], []
     for seed in record.seeds("addition", arm="law"):
-        table = sums(record, seed)
+        table = sums(record, "law", seed)
         operands = sorted({m for m, _ in table if m >= 2})
         depths = sorted({r for _, r in table})
         rises = all(

@@ -13,6 +13,7 @@ from fourfold_parallel.reproduce.figures import BASELINE, CONTROL, IDEAL, METHOD
 from fourfold_parallel.reproduce.scale import Scale
 from fourfold_recurrent_depth.reproduce.measures import (
     AUTOMATON,
+    DEPTH_ARMS,
     DEPTH_TASKS,
     LANGUAGE,
     WORTH,
@@ -252,13 +253,11 @@ def more_depth(records: Records) -> Figure:
     """Scores over recurrences, one panel for each task, one colour for each way to train."""
     figure = Figure(figsize=(8.4, 3.2))
     for axes, task in zip(figure.subplots(1, len(DEPTH_TASKS)), DEPTH_TASKS, strict=True):
-        for arm, color in zip(
-            ("law", "fixed", "averaged"), (METHOD, BASELINE, CONTROL), strict=True
-        ):
+        colors = (METHOD, BASELINE, CONTROL)
+        for (arm, label), color in zip(DEPTH_ARMS.items(), colors, strict=True):
             seeds = task.scores(records, arm)
             depths = sorted(seeds[0])
             values = np.abs([[seed[r] for r in depths] for seed in seeds])
-            label = {"law": "random depth", "fixed": "one depth", "averaged": "averaged exits"}[arm]
             axes.plot(depths, values.mean(0), "o-", color=color, markersize=3, label=label)
             axes.fill_between(
                 depths, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0

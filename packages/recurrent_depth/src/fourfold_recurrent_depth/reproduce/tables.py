@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping
 from fourfold_parallel.common.records import Event, Record
 from fourfold_parallel.reproduce.claims import Records, over_seeds
 from fourfold_parallel.reproduce.tables import markdown
-from fourfold_recurrent_depth.reproduce.measures import AUTOMATON, DEPTH_TASKS, LANGUAGE
+from fourfold_recurrent_depth.reproduce.measures import AUTOMATON, DEPTH_ARMS, DEPTH_TASKS, LANGUAGE
 
-ARMS = {"law": "random depth", "fixed": "one depth", "averaged": "averaged exits"}
-"""Ways to train, as documents name them."""
 POLICIES = {
     "own": "all 16",
     "shared": "{kept} in turn",
@@ -24,7 +22,7 @@ def table_depths(records: Records) -> str:
     rows = []
     for task in DEPTH_TASKS:
         is_loss = task.name == "bytes of Python"
-        for arm, name in ARMS.items():
+        for arm, name in DEPTH_ARMS.items():
             seeds = task.scores(records, arm)
             cells = []
             for depth in (1, task.mean // 2, task.mean, 2 * task.mean, 8 * task.mean):
