@@ -113,12 +113,18 @@ def test_files_are_bounded(sandbox) -> None:
     found = inside(
         sandbox, 'head -c 9000000 /dev/zero > "$HOME/a"; wc -c < "$HOME/a"; rm "$HOME/a"'
     )
-    assert int(found.stdout) <= LIMITS.file_bytes
+    assert found.limit == "files" or int(found.stdout) <= LIMITS.file_bytes
     found = inside(
         sandbox,
         'i=0; while head -c 400000 /dev/zero > "$HOME/$i"; do i=$((i+1)); sleep 0.1; done; echo full',
     )
     assert found.stdout == "full\n" or found.limit == "files"
+
+
+def test_behind_landlock_a_file_too_large_ends_at_the_limit_on_files(landlock) -> None:
+    """Whoever sees it first: the kernel, which ends the process, or the supervisor, which ends the job."""
+    found = inside(landlock, 'exec head -c 9000000 /dev/zero > "$HOME/a"')
+    assert (found.limit, found.code) == ("files", -9)
 
 
 def test_empty_files_are_bounded(sandbox) -> None:

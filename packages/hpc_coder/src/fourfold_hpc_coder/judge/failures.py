@@ -18,7 +18,6 @@ SIGNALS = {
     signal.SIGFPE: "a division by zero or another arithmetic error",
     signal.SIGABRT: "an abort, as after an uncaught exception or a failed assertion",
     signal.SIGILL: "an illegal instruction",
-    signal.SIGXFSZ: "a file larger than allowed",
     signal.SIGSYS: "a forbidden system call",
     signal.SIGTERM: "a termination signal",
     signal.SIGKILL: "a kill: memory ran out, or a signal of its own",
@@ -122,7 +121,7 @@ def _limit(outcome: JobResult) -> str:
         "cpu": f"more than {outcome.cpu_s:.0f} s of processor time",
         "memory": "more memory than allowed",
         "processes": "more processes than allowed",
-        "files": "more in its private folder than allowed",
+        "files": "more in its files than allowed",
         "nothing": "no limit",
     }[outcome.limit]
 

@@ -35,6 +35,8 @@ LEAVE_S = 5.0
 """Longest that the kernel gets to take a dead job's processes away; without a namespace some may stay."""
 OWN_FILE_SYSTEMS = ("/tmp", "/dev/shm")  # noqa: S108 - inside
 """Of a job with namespaces."""
+LIMIT_OF: dict[int, Cause] = {signal.SIGXCPU: "cpu", signal.SIGXFSZ: "files"}
+"""Limits that the kernel holds as well as we: whichever comes first, the job ended at that limit."""
 WATCH_S = 0.05
 """Period at which the supervisor looks at a job's memory and processes."""
 
@@ -165,11 +167,12 @@ class Process:
             stream.close()
         self.selector.close()
         code = self.handle.returncode
+        for ended_by, limit in LIMIT_OF.items():
+            if self.limit == "nothing" and ended_by in (-code, code - 128):
+                self.limit = limit
         if self.limit != "nothing":
             # Whichever of the job's processes died first, and whatever its parent made of that.
             code = -signal.SIGKILL
-        elif signal.SIGXCPU in (-code, code - 128):
-            self.limit = "cpu"
         return JobResult(
             code=code,
             stdout=self.streams["stdout"].decode(errors="replace"),
