@@ -30,10 +30,16 @@ class Cost:
 
 
 def seconds_of(record: Record) -> float:
-    """Seconds that a stage took: as its end says, at least the sum of its training steps; 0 if neither."""
+    """Seconds that a stage took: as its end says, at least the sum of its training steps.
+
+    Where a record holds neither, from its first event to its last; 0 where its events have no time.
+    """
     steps = sum(event.number("elapsed_s") for event in record.of("step"))
     last = record.events[-1].values.get("elapsed_s")
-    return max(steps, last) if isinstance(last, int | float) else steps
+    if isinstance(last, int | float):
+        return max(steps, last)
+    at_ms = [event.number("at_ms") for event in record.events if "at_ms" in event.values]
+    return steps or (at_ms[-1] - at_ms[0]) / 1000 if at_ms else steps
 
 
 def cost(records: Iterable[Record]) -> Cost:
