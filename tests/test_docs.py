@@ -15,6 +15,7 @@ import pages
 import tables
 from fourfold_parallel.common.records import read_record
 from fourfold_parallel.reproduce.claims import read_ledger
+from fourfold_parallel.reproduce.costs import committed_cost
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("packages/*/*.md")])
@@ -44,14 +45,25 @@ def test_tables_are_the_committed_records(readme: Path) -> None:
 
 
 @pytest.mark.parametrize("results", sorted(ROOT.glob("packages/*/results/ledger.jsonl")), ids=str)
-def test_the_root_readme_counts_the_committed_verdicts(results: Path) -> None:
+def test_the_root_readme_counts_the_committed_verdicts_and_minutes(results: Path) -> None:
     rows = read_ledger(results)
     verdicts = Counter(row.verdict for row in rows)
     order = ("reproduced", "contradicted", "inconclusive", "not tested")
     counted = ", ".join(f"{verdicts[one]} {one}" for one in order if verdicts[one])
     package = results.parts[-3]
     [line] = re.findall(rf"^\| \[{package}\].*$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert f" {len(rows)}, at {rows[0].scale} scale: {counted} |" in line
+    assert f" {len(rows)}, at {rows[0].scale} scale: {counted} | " in line
+    [cost] = committed_cost(package, rows[0].scale)
+    assert cost.timed == cost.stages
+    assert f" | {cost.seconds / 60:.0f} | " in line
+
+
+def test_the_root_readme_says_how_long_everything_took() -> None:
+    seconds = [
+        committed_cost(path.parts[-3], read_ledger(path)[0].scale)[0].seconds
+        for path in ROOT.glob("packages/*/results/ledger.jsonl")
+    ]
+    assert f"{sum(seconds) / 3600:.1f} hours in all" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("results", sorted(ROOT.glob("packages/*/results/ledger.jsonl")), ids=str)

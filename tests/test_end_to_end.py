@@ -198,8 +198,8 @@ def test_a_readme_begins_with_commands_that_there_are(name: str) -> None:
         assert options <= set(re.findall(r"--[a-z-]+", called.stdout)), subcommand
 
 
-def test_costs_are_those_that_records_hold() -> None:
-    """Steps where a stage's end holds no time; a package without records of the scale says nothing."""
+def test_costs_are_those_that_records_hold(tmp_path: Path) -> None:
+    """Steps where a stage's end holds no time, then the span of its events; else no time is claimed."""
     [cost] = committed_cost("goldfish", "laptop")
     seconds = 0.0
     for record in Results(
@@ -211,5 +211,14 @@ def test_costs_are_those_that_records_hold() -> None:
     assert f"{seconds / 60:.0f} min in {cost.timed} of {cost.stages} stages" in str(cost)
     assert "2 cores" in str(cost)
     assert committed_cost("goldfish", "smoke") == ()
-    early = [committed_results("recurrent_depth") / f"{name}.jsonl" for name in ("exact", "draws")]
-    assert "2 stages, whose records hold no time" in str(cost_of(map(read_record, early)))
+    record = tmp_path / "exact.jsonl"
+    committed = committed_results("recurrent_depth") / record.name
+    header, *events = map(json.loads, committed.read_text().splitlines())
+    for event in events:
+        event.pop("elapsed_s", None)
+        event.pop("at_ms", None)
+    for span, said in ((0, "1 stages, whose records hold no time"), (3, "3 min in 1 of 1 stages")):
+        if span:
+            events[0]["at_ms"], events[-1]["at_ms"] = 1_000, 1_000 + span * 60_000
+        record.write_text("".join(json.dumps(event) + "\n" for event in (header, *events)))
+        assert said in str(cost_of([read_record(record)]))
