@@ -10,6 +10,7 @@ from fourfold_hpc_coder.judge.parallelism import (
     in_action,
     in_text,
     is_by_turns,
+    second_look,
     without_comments,
 )
 from fourfold_hpc_coder.judge.protocol import Evidence
@@ -188,6 +189,26 @@ def test_ranks_that_each_do_the_whole_work_are_not_parallel(
         RANKS: replace(told, main_cpu_s=together_s),
     }
     assert in_action(seen, "mpi").parallel == parallel
+
+
+@pytest.mark.parametrize(
+    ("crowded_s", "parallel"), [(2.1, True), (4.1, False)], ids=["shared memory", "repeated work"]
+)
+def test_more_ranks_than_cores_settle_whether_ranks_repeat_the_work(
+    crowded_s: float, parallel: bool
+) -> None:
+    """Two ranks that wait for one memory take as long for halves as one for the whole; four on two cores not."""
+    told = replace(IDLE, messages=2, talking_ranks=2)
+    seen = {
+        Processors(): replace(IDLE, main_cpu_s=1.0, ranks=1),
+        RANKS: replace(told, main_cpu_s=1.96),
+    }
+    crowd = second_look(seen, cores=2)
+    assert crowd == Processors(ranks=4)
+    seen[crowd] = replace(told, main_cpu_s=crowded_s)
+    assert in_action(seen, "mpi").parallel == parallel
+    assert second_look(seen, cores=2) is None
+    assert second_look({**seen, RANKS: replace(told, main_cpu_s=1.2)}, cores=9) is None
 
 
 @pytest.mark.parametrize(("threads", "chosen"), [(1, 1), (2, 2)])

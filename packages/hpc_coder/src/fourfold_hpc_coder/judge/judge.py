@@ -1,6 +1,7 @@
 """One answer, from text to verdict: compile, launch, compare, time, and ask whether it is parallel."""
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -155,22 +156,22 @@ def _checked(
 def time_candidate(bench: Bench, candidate: Candidate) -> Judgement:
     """Time a checked answer on the launches on which it was right, and say what became of it."""
     right, model, written = candidate.right, candidate.model, candidate.written
+
+    def timed(processors: Processors) -> LaunchResult:
+        return launch(
+            bench,
+            right,
+            model,
+            processors,
+            candidate.folder,
+            is_timed=True,
+            is_everywhere=candidate.is_everywhere,
+        )
+
     # Time every launch that was right; the one that failed, if any, is the last and stays as it was.
     launches: list[LaunchResult] = []
     for checked in candidate.checks:
-        launches.append(
-            launch(
-                bench,
-                right,
-                model,
-                checked.run.processors,
-                candidate.folder,
-                is_timed=True,
-                is_everywhere=candidate.is_everywhere,
-            )
-            if checked.run.valid
-            else checked
-        )
+        launches.append(timed(checked.run.processors) if checked.run.valid else checked)
         if not launches[-1].run.valid:
             break
     judgement = _summary(right, launches)
@@ -178,6 +179,9 @@ def time_candidate(bench: Bench, candidate: Candidate) -> Judgement:
     # those are looked at further that were right on fewer threads: theirs may be a race.
     if judgement.verdict == "correct":
         evidence = {result.run.processors: result.evidence for result in launches}
+        crowd = parallelism.second_look(evidence, len(os.sched_getaffinity(0)))
+        if crowd and (looked := timed(crowd)).run.valid:
+            evidence[crowd] = looked.evidence
         by_turns = parallelism.is_by_turns(candidate.text)
         proof = (
             parallelism.in_action(evidence, model, by_turns=by_turns)

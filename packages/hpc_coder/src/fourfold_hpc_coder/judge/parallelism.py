@@ -24,6 +24,8 @@ REPEATED_SHARE = 0.8
 compute 0.7 at most, and on three 0.5, where the whole takes 0.3 ms or more."""
 MEASURABLE_S = 0.0003
 """Least time of that to judge by."""
+CROWD = 16
+"""Most ranks of a launch that settles whether they repeat the work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +242,17 @@ def _repeated(evidence: Mapping[Processors, Evidence]) -> str:
         return ""
     processors, share = max(several.items(), key=lambda pair: pair[0].ranks)
     return f"each of {processors} computed {share:.0%} of what one rank does alone"
+
+
+def second_look(evidence: Mapping[Processors, Evidence], cores: int) -> Processors | None:
+    """A launch to settle whether ranks repeat the work, where it looks so; otherwise None.
+
+    Ranks that wait for the same memory spend as much processor time on half of the work as one alone on
+    all of it. Of twice as many ranks as the machine has cores no more run at once, and each has half.
+    """
+    crowd = Processors(ranks=min(2 * cores, CROWD))
+    most = max((processors.ranks for processors in evidence), default=0)
+    return crowd if most < crowd.ranks and _repeated(evidence) else None
 
 
 def _talked(evidence: Mapping[Processors, Evidence]) -> Proof:
