@@ -1,6 +1,7 @@
 """Pages say what the code and the records say."""
 
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -15,7 +16,8 @@ import pages
 import tables
 from fourfold_parallel.common.records import read_record
 from fourfold_parallel.reproduce.claims import read_ledger
-from fourfold_parallel.reproduce.costs import committed_cost
+from fourfold_parallel.reproduce.costs import cost_of
+from fourfold_parallel.reproduce.experiment import experiment_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("packages/*/*.md")])
@@ -53,15 +55,17 @@ def test_the_root_readme_counts_the_committed_verdicts_and_minutes(results: Path
     package = results.parts[-3]
     [line] = re.findall(rf"^\| \[{package}\].*$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert f" {len(rows)}, at {rows[0].scale} scale: {counted} | " in line
-    [cost] = committed_cost(package, rows[0].scale)
-    assert cost.timed == cost.stages
+    cost = cost_of(results.parent, rows[0].scale)
+    assert cost
+    assert cost.stages == len(experiment_of(package).stages(rows[0].scale))
     assert f" | {cost.seconds / 60:.0f} | " in line
 
 
 def test_the_root_readme_says_how_long_everything_took() -> None:
     seconds = [
-        committed_cost(path.parts[-3], read_ledger(path)[0].scale)[0].seconds
-        for path in ROOT.glob("packages/*/results/ledger.jsonl")
+        stage["seconds"]
+        for path in ROOT.glob("packages/*/results/times.json")
+        for stage in json.loads(path.read_text()).values()
     ]
     assert f"{sum(seconds) / 3600:.1f} hours in all" in (ROOT / "README.md").read_text()
 

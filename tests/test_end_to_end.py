@@ -15,8 +15,7 @@ import pytest
 from fourfold_parallel.common.records import read_record
 from fourfold_parallel.reproduce import figures, terminal
 from fourfold_parallel.reproduce.claims import read_ledger, write_ledger
-from fourfold_parallel.reproduce.costs import committed_cost
-from fourfold_parallel.reproduce.costs import cost as cost_of
+from fourfold_parallel.reproduce.costs import cost_of, note
 from fourfold_parallel.reproduce.experiment import committed_results, experiment_of, installed
 from fourfold_parallel.reproduce.report import ORDER, Results, compare, first_commands, write
 from fourfold_parallel.reproduce.scale import Scale
@@ -198,27 +197,15 @@ def test_a_readme_begins_with_commands_that_there_are(name: str) -> None:
         assert options <= set(re.findall(r"--[a-z-]+", called.stdout)), subcommand
 
 
-def test_costs_are_those_that_records_hold(tmp_path: Path) -> None:
-    """Steps where a stage's end holds no time, then the span of its events; else no time is claimed."""
-    [cost] = committed_cost("goldfish", "laptop")
-    seconds = 0.0
-    for record in Results(
-        committed_results("goldfish"), package="goldfish", name="x"
-    ).records.values():
-        steps = sum(event.number("elapsed_s") for event in record.of("step"))
-        seconds += max(steps, record.events[-1].values.get("elapsed_s") or 0.0)
-    assert cost.seconds == pytest.approx(seconds)
-    assert f"{seconds / 60:.0f} min in {cost.timed} of {cost.stages} stages" in str(cost)
-    assert "2 cores" in str(cost)
-    assert committed_cost("goldfish", "smoke") == ()
-    record = tmp_path / "exact.jsonl"
-    committed = committed_results("recurrent_depth") / record.name
-    header, *events = map(json.loads, committed.read_text().splitlines())
-    for event in events:
-        event.pop("elapsed_s", None)
-        event.pop("at_ms", None)
-    for span, said in ((0, "1 stages, whose records hold no time"), (3, "3 min in 1 of 1 stages")):
-        if span:
-            events[0]["at_ms"], events[-1]["at_ms"] = 1_000, 1_000 + span * 60_000
-        record.write_text("".join(json.dumps(event) + "\n" for event in (header, *events)))
-        assert said in str(cost_of([read_record(record)]))
+def test_costs_are_those_of_the_stages_that_were_timed(tmp_path: Path) -> None:
+    """Of the scale that the folder holds; a stage that is timed again has its last time."""
+    rows = read_ledger(committed_results("goldfish") / "ledger.jsonl")
+    write_ledger(tmp_path / "ledger.jsonl", rows)
+    assert cost_of(tmp_path, rows[0].scale) is None
+    for stage, seconds in (("first", 30.0), ("second", 70.0), ("first", 50.0)):
+        note(tmp_path, stage, seconds)
+    cost = cost_of(tmp_path, rows[0].scale)
+    assert cost
+    assert (cost.seconds, cost.stages) == (120.0, 2)
+    assert str(cost).startswith("2 min for 2 stages (")
+    assert cost_of(tmp_path, "smoke") is None

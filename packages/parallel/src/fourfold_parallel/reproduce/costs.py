@@ -1,69 +1,57 @@
-"""The cost of a scale, as far as committed records hold times."""
+"""The cost of a scale: what each stage took, kept beside the records."""
 
-from collections.abc import Iterable
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from fourfold_parallel.common.records import Record, read_record
+from fourfold_parallel.common.files import write_text
+from fourfold_parallel.common.records import commit, hardware
 from fourfold_parallel.reproduce.claims import read_ledger
-from fourfold_parallel.reproduce.experiment import committed_results
+from fourfold_parallel.reproduce.scale import Scale
+
+NAME = "times.json"
+"""By stage: its seconds, and the machine and commit on which it took them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """The time of one package's stages."""
+    """The time of one package's stages, one after another."""
 
     seconds: float
-    """Summed over the stages, which share a machine's cores."""
-    timed: int
-    """Stages whose record holds a time."""
     stages: int
     machines: tuple[str, ...]
 
     def __str__(self) -> str:
-        """As a person reads it: `25 min in 41 of 61 stages, the others without a time (...)`."""
-        on = "; ".join(self.machines)
-        if not self.timed:
-            return f"{self.stages} stages, whose records hold no time ({on})"
-        rest = ", the others without a time" if self.timed < self.stages else ""
-        return f"{self.seconds / 60:.0f} min in {self.timed} of {self.stages} stages{rest} ({on})"
+        """As a person reads it: `25 min for 41 stages (AMD EPYC, 2 cores)`."""
+        return f"{self.seconds / 60:.0f} min for {self.stages} stages ({'; '.join(self.machines)})"
 
 
-def seconds_of(record: Record) -> float:
-    """Seconds that a stage took: as its end says, at least the sum of its training steps.
+def note(folder: Path, stage: str, seconds: float) -> None:
+    """Keep what a stage took since it was last begun, beside what the others took."""
+    machine = hardware()
+    times = _times(folder)
+    times[stage] = {
+        "seconds": round(seconds, 1),
+        "machine": f"{machine['processor']}, {machine['cores']} cores",
+        "commit": commit(),
+    }
+    write_text(folder / NAME, json.dumps(times, indent=1) + "\n")
 
-    Where a record holds neither, from its first event to its last; 0 where its events have no time.
-    """
-    steps = sum(event.number("elapsed_s") for event in record.of("step"))
-    last = record.events[-1].values.get("elapsed_s")
-    if isinstance(last, int | float):
-        return max(steps, last)
-    at_ms = [event.number("at_ms") for event in record.events if "at_ms" in event.values]
-    return steps or (at_ms[-1] - at_ms[0]) / 1000 if at_ms else steps
 
-
-def cost(records: Iterable[Record]) -> Cost:
-    """The cost of the stages that left these records."""
-    records = tuple(records)
-    seconds = [seconds_of(record) for record in records]
+def cost_of(folder: Path, scale: Scale) -> Cost | None:
+    """What the stages took whose records a folder holds; None where it holds none of this scale."""
+    ledger = folder / "ledger.jsonl"
+    times = _times(folder)
+    if not times or not ledger.exists() or read_ledger(ledger)[0].scale != scale:
+        return None
     return Cost(
-        seconds=sum(seconds),
-        timed=sum(second > 0 for second in seconds),
-        stages=len(records),
-        machines=tuple(dict.fromkeys(map(_machine, records))),
+        seconds=sum(time["seconds"] for time in times.values()),
+        stages=len(times),
+        machines=tuple(dict.fromkeys(time["machine"] for time in times.values())),
     )
 
 
-def _machine(record: Record) -> str:
-    hardware = record.events[0].values["hardware"]
-    assert isinstance(hardware, dict)
-    return f"{hardware['processor']}, {hardware['cores']} cores"
-
-
-def committed_cost(package: str, scale: str) -> tuple[Cost, ...]:
-    """The cost of a package's committed records, where it commits any of this scale."""
-    folder: Path = committed_results(package)
-    ledger = folder / "ledger.jsonl"
-    if not ledger.exists() or read_ledger(ledger)[0].scale != scale:
-        return ()
-    return (cost(read_record(path) for path in sorted(folder.glob("*.jsonl")) if path != ledger),)
+def _times(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

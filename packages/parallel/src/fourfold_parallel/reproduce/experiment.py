@@ -21,6 +21,7 @@ from fourfold_parallel.common.progress import DONE, Progress
 from fourfold_parallel.common.records import Material, Record, RecordWriter, header, read_record
 from fourfold_parallel.common.sinks import OpenSink
 from fourfold_parallel.common.values import describes, to_json
+from fourfold_parallel.reproduce import costs
 from fourfold_parallel.reproduce.claims import Claim, LedgerRow, Records, judge, write_ledger
 from fourfold_parallel.reproduce.launches import Launch
 from fourfold_parallel.reproduce.scale import Scale
@@ -46,8 +47,6 @@ class Workplace:
     """Get every event of the record; a stage that trains hands them on."""
     overrides: Sequence[str] = ()
     """Fields set otherwise than in the recipe, which mark the record; a stage that trains hands them on."""
-    started_s: float = field(default_factory=time.perf_counter)
-    """When this process began the stage, on its own clock."""
 
     @contextmanager
     def recording(
@@ -63,17 +62,14 @@ class Workplace:
                 header(run, seed=seed, world_size=1, materials=materials, overrides=self.overrides)
             )
             yield records
-            self._finish(records)
+            records.write("finished")
 
     @contextmanager
     def concluding(self) -> Iterator[RecordWriter]:
         """The record that a training began: what the block adds to it, after which it is finished."""
         with RecordWriter(self.record, self.sinks) as records:
             yield records
-            self._finish(records)
-
-    def _finish(self, records: RecordWriter) -> None:
-        records.write("finished", elapsed_s=round(time.perf_counter() - self.started_s, 1))
+            records.write("finished")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +172,7 @@ def perform(
     Args:
         experiment: the paper.
         scale: how large.
-        folder: receives `<stage>.jsonl`, `ledger.jsonl`, `<figure>.svg` and `figures.json`.
+        folder: receives `<stage>.jsonl`, `ledger.jsonl`, `<figure>.svg`, `figures.json` and `times.json`.
         resume: keep finished stages and go on from checkpoints; otherwise start over.
         progress: gives the progress of a stage.
         sinks: get every event of the records.
@@ -209,7 +205,9 @@ def perform(
             for later in stages:
                 if stage.name in later.reads:
                     (folder / f"{later.name}.jsonl").unlink(missing_ok=True)
+            started_s = time.perf_counter()
             stage.perform(workplace)
+            costs.note(folder, stage.name, time.perf_counter() - started_s)
             shutil.rmtree(workplace.scratch, ignore_errors=True)
         report(1, 1, DONE)
         records[stage.name] = read_record(path)

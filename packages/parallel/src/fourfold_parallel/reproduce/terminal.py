@@ -21,7 +21,8 @@ from rich.text import Text
 from fourfold_parallel.common.files import write_text
 from fourfold_parallel.common.progress import DONE, Progress
 from fourfold_parallel.launch import adopt_slurm
-from fourfold_parallel.reproduce.costs import committed_cost
+from fourfold_parallel.reproduce.costs import cost_of
+from fourfold_parallel.reproduce.experiment import committed_results
 from fourfold_parallel.reproduce.launches import Launch
 from fourfold_parallel.reproduce.report import ORDER, Entry
 from fourfold_parallel.reproduce.scale import Scale
@@ -131,10 +132,10 @@ def write_launches(target: Console, package: str, launches: Sequence[Launch], fo
 
 
 def print_costs(target: Console, packages: Sequence[str], scale: Scale) -> None:
-    """Say what a scale took when the committed records were made."""
-    target.print(f"[bold]what the committed {scale} records took[/bold]")
+    """Say what a scale took when it was last timed."""
+    target.print(f"[bold]what the {scale} scale took[/bold]")
     for package in packages:
-        for cost in committed_cost(package, scale):
+        if cost := cost_of(committed_results(package), scale):
             target.print(f"  {package:16}{cost}", markup=False, soft_wrap=True)
 
 
