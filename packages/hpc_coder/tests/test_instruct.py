@@ -6,6 +6,7 @@ import threading
 from dataclasses import asdict, dataclass, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -44,6 +45,8 @@ from fourfold_hpc_coder.instruct.sources import Tree, parallel_files
 from fourfold_hpc_coder.instruct.teachers import ModelTeacher, Templates, shuffled_tasks, split
 from fourfold_hpc_coder.instruct.verify import verify
 from fourfold_hpc_coder.judge import toolchain
+from fourfold_hpc_coder.reproduce.experiment import pupil
+from fourfold_hpc_coder.reproduce.recipes import tuned
 from fourfold_parallel.run.data import Batch
 from fourfold_parallel.run.models import Llama
 from fourfold_parallel.run.objective import IGNORE, KeepAll
@@ -533,13 +536,12 @@ def test_a_servers_refusal_is_quoted(endpoint: str, form: str) -> None:
 
 def test_the_tokenizer_never_merges_across_the_end_of_the_prompt() -> None:
     """The same ids for a prompt, whatever its answer: what is trained on is what is generated from."""
-    rows = pipeline.make_samples(templates(6, verified=False)).samples
-    from fourfold_hpc_coder.instruct.format import CodePairs, prompt_text
-
-    fast = CodePairs(vocabulary=300, samples=20).fast()
-    for sample in rows:
+    study = tuned("full", 0, "smoke")
+    fast = study.rows.tokenizer.fast()
+    asking = pupil(cast("Any", None), study)
+    for sample in pipeline.make_samples(templates(6, verified=False)).samples:
         whole = encode(fast, sample)
-        asked = fast.encode(prompt_text(sample.instruction), add_special_tokens=False)
+        asked = asking._encode(sample.instruction)
         assert whole[: len(asked)] == asked
         assert asked[-1] == OURS.response
         assert fast.decode(whole[len(asked) : -1]) == f"\n{sample.answer}"

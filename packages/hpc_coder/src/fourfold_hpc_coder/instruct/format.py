@@ -1,7 +1,7 @@
 """Samples as rows of tokens: whole samples packed into rows, each blind to the others, prompts masked or not.
 
-The string used in training is the string used in generation: `prompt_text`, made in one place. A token of its
-own ends the prompt, so that no merge of the tokenizer reaches across and the mask is exact by construction.
+A token of its own ends the prompt, so that no merge of the tokenizer reaches across and the mask is exact by
+construction. Generation gives the same token after the prompt, which is data: it may spell the token's name.
 """
 
 import hashlib
@@ -54,11 +54,6 @@ class Marks:
 
 OURS = Marks()
 """Of the tokenizer that is trained here."""
-
-
-def prompt_text(instruction: str, response: str = RESPONSE) -> str:
-    """The text before the model's answer, in training and in generation."""
-    return f"{instruction}{response}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

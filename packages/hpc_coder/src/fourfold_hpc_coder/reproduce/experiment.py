@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 from fourfold_hpc_coder.evaluation import at_least_one
 from fourfold_hpc_coder.generate.local import Local
 from fourfold_hpc_coder.instruct.format import (
+    RESPONSE,
     blind_logits,
     encode,
     is_answer,
     packed,
-    prompt_text,
 )
 from fourfold_hpc_coder.instruct.pipeline import held_out
 from fourfold_hpc_coder.instruct.verify import open_bench, verify
@@ -34,6 +34,16 @@ def _stage(study: FinetuneStudy) -> Stage:
         name=study.run.name,
         run=study,
         perform=lambda workplace: tune_and_ask(study, workplace),
+    )
+
+
+def pupil(model: PreTrainedModel, study: FinetuneStudy) -> Local:
+    """The model as it is asked: with the token that ended its prompts in training."""
+    return Local(
+        model=model,
+        tokenizer=study.rows.tokenizer.fast(),
+        max_new_tokens=study.max_new_tokens,
+        after=RESPONSE,
     )
 
 
@@ -60,12 +70,7 @@ def tune_and_ask(study: FinetuneStudy, workplace: Workplace) -> None:
         records.write("held-out", answer_loss_nats=round(loss_nats, 6), tokens=tokens)
         tasks = held_out(study.asked, seed=0)
         prompts = [task.prompt(TARGET) for task in tasks]
-        pupil = Local(
-            model=model,
-            tokenizer=study.rows.tokenizer.fast(),
-            max_new_tokens=study.max_new_tokens,
-        )
-        replies = pupil.complete_many([prompt_text(prompt) for prompt in prompts])
+        replies = pupil(model, study).complete_many(prompts)
         built = right = counted = 0
         with open_bench() as bench:
             for done, (task, prompt, reply) in enumerate(zip(tasks, prompts, replies, strict=True)):
