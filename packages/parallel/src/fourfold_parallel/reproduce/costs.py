@@ -40,7 +40,7 @@ def note(folder: Path, stage: str, seconds: float) -> None:
 
 
 def cost_of(folder: Path, scale: Scale) -> Cost | None:
-    """What the stages took whose records a folder holds; None where it holds none of this scale."""
+    """The time of the stages whose records a folder holds; None where it holds none of this scale."""
     ledger = folder / "ledger.jsonl"
     times = _times(folder)
     if not times or not ledger.exists() or read_ledger(ledger)[0].scale != scale:
