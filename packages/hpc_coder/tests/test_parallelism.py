@@ -192,12 +192,12 @@ def test_ranks_that_each_do_the_whole_work_are_not_parallel(
 
 
 @pytest.mark.parametrize(
-    ("crowded_s", "parallel"), [(2.1, True), (4.1, False)], ids=["shared memory", "repeated work"]
+    ("crowded_s", "parallel"), [(2.1, True), (4.1, False)], ids=["slow moment", "repeated work"]
 )
 def test_more_ranks_than_cores_settle_whether_ranks_repeat_the_work(
     crowded_s: float, parallel: bool
 ) -> None:
-    """Two ranks that wait for one memory take as long for halves as one for all of it; four do not."""
+    """A slow moment makes half of the work look like all of it, and a quarter not."""
     told = replace(IDLE, messages=2, talking_ranks=2)
     seen = {
         Processors(): replace(IDLE, main_cpu_s=1.0, ranks=1),

@@ -247,8 +247,8 @@ def _repeated(evidence: Mapping[Processors, Evidence]) -> str:
 def second_look(evidence: Mapping[Processors, Evidence], cores: int) -> Processors | None:
     """A launch to settle whether ranks repeat the work, where it looks so; otherwise None.
 
-    Ranks that wait for the same memory spend as much processor time on half of the work as one alone on
-    all of it. Of twice as many ranks as the machine has cores no more run at once, and each has half.
+    Whoever else uses the machine, or ranks that wait for one memory, can make half of the work take the
+    processor time of all of it. Of more ranks each has a smaller part, which nothing makes look like all.
     """
     crowd = Processors(ranks=min(2 * cores, CROWD))
     most = max((processors.ranks for processors in evidence), default=0)
