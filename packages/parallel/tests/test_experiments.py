@@ -18,6 +18,7 @@ from fourfold_parallel.reproduce.claims import (
     decide,
     judge,
 )
+from fourfold_parallel.reproduce.costs import cost_of, note
 from fourfold_parallel.reproduce.experiment import Drawing, Experiment, Stage, Workplace, perform
 from fourfold_parallel.reproduce.figures import svg, touching
 from fourfold_parallel.reproduce.tables import check_recipes
@@ -149,11 +150,18 @@ def test_a_stage_is_done_again_when_one_that_it_reads_is(tmp_path: Path) -> None
     assert done == ["a", "b", "a", "b"]
 
 
-def test_a_finished_stage_says_how_long_it_took(tmp_path: Path) -> None:
+def test_what_a_stage_took_stays_until_it_is_done_again(tmp_path: Path) -> None:
     go(toy_experiment([], {"a": 1, "b": 2}), tmp_path, resume=False)
-    last = read_record(tmp_path / "a.jsonl").events[-1]
-    assert last.kind == "finished"
-    assert 0 <= last.number("elapsed_s") < 60
+    cost = cost_of(tmp_path, "smoke")
+    assert cost
+    assert 0 <= cost.seconds < 60
+    assert cost.stages == 2
+    note(tmp_path, "a", 700.0)
+    note(tmp_path, "b", 900.0)
+    go(toy_experiment([], {"a": 1, "b": 3}), tmp_path, resume=True)
+    again = cost_of(tmp_path, "smoke")
+    assert again
+    assert 700 <= again.seconds < 900
 
 
 def test_a_marked_record_is_no_recipes(tmp_path: Path) -> None:
