@@ -15,7 +15,6 @@ import pytest
 from fourfold_parallel.common.records import read_record
 from fourfold_parallel.reproduce import figures, terminal
 from fourfold_parallel.reproduce.claims import read_ledger, write_ledger
-from fourfold_parallel.reproduce.costs import cost_of, note
 from fourfold_parallel.reproduce.experiment import committed_results, experiment_of, installed
 from fourfold_parallel.reproduce.report import ORDER, Results, compare, first_commands, write
 from fourfold_parallel.reproduce.scale import Scale
@@ -195,17 +194,3 @@ def test_a_readme_begins_with_commands_that_there_are(name: str) -> None:
             called = call(dash_m, module, subcommand, words[0], "--help")
         options = {word for word in words if word.startswith("--")}
         assert options <= set(re.findall(r"--[a-z-]+", called.stdout)), subcommand
-
-
-def test_costs_are_those_of_the_stages_that_were_timed(tmp_path: Path) -> None:
-    """Of the scale that the folder holds; a stage that is timed again has its last time."""
-    rows = read_ledger(committed_results("goldfish") / "ledger.jsonl")
-    write_ledger(tmp_path / "ledger.jsonl", rows)
-    assert cost_of(tmp_path, rows[0].scale) is None
-    for stage, seconds in (("first", 30.0), ("second", 70.0), ("first", 50.0)):
-        note(tmp_path, stage, seconds)
-    cost = cost_of(tmp_path, rows[0].scale)
-    assert cost
-    assert (cost.seconds, cost.stages) == (120.0, 2)
-    assert str(cost).startswith("2 min for 2 stages (")
-    assert cost_of(tmp_path, "smoke") is None

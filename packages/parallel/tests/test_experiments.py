@@ -151,13 +151,16 @@ def test_a_stage_is_done_again_when_one_that_it_reads_is(tmp_path: Path) -> None
 
 
 def test_what_a_stage_took_stays_until_it_is_done_again(tmp_path: Path) -> None:
+    assert cost_of(tmp_path, "smoke") is None
     go(toy_experiment([], {"a": 1, "b": 2}), tmp_path, resume=False)
     cost = cost_of(tmp_path, "smoke")
     assert cost
     assert 0 <= cost.seconds < 60
     assert cost.stages == 2
-    note(tmp_path, "a", 700.0)
-    note(tmp_path, "b", 900.0)
+    for stage, seconds in (("a", 30.0), ("b", 900.0), ("a", 700.0)):
+        note(tmp_path, stage, seconds)
+    assert str(cost_of(tmp_path, "smoke")).startswith("27 min for 2 stages (")
+    assert cost_of(tmp_path, "laptop") is None
     go(toy_experiment([], {"a": 1, "b": 3}), tmp_path, resume=True)
     again = cost_of(tmp_path, "smoke")
     assert again

@@ -247,8 +247,8 @@ def _repeated(evidence: Mapping[Processors, Evidence]) -> str:
 def second_look(evidence: Mapping[Processors, Evidence], cores: int) -> Processors | None:
     """A launch to settle whether ranks repeat the work, where it looks so; otherwise None.
 
-    Whoever else uses the machine, or ranks that wait for one memory, can make half of the work take the
-    processor time of all of it. Of more ranks each has a smaller part, which nothing makes look like all.
+    A slow moment of the machine can make half of the work take the processor time of all of it. Of more
+    ranks each has a smaller part, for which the moment would have to be slower still.
     """
     crowd = Processors(ranks=min(2 * cores, CROWD))
     most = max((processors.ranks for processors in evidence), default=0)

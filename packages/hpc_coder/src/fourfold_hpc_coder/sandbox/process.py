@@ -167,9 +167,8 @@ class Process:
             stream.close()
         self.selector.close()
         code = self.handle.returncode
-        for ended_by, limit in LIMIT_OF.items():
-            if self.limit == "nothing" and ended_by in (-code, code - 128):
-                self.limit = limit
+        if self.limit == "nothing":
+            self.limit = LIMIT_OF.get(-code if code < 0 else code - 128, "nothing")
         if self.limit != "nothing":
             # Whichever of the job's processes died first, and whatever its parent made of that.
             code = -signal.SIGKILL
